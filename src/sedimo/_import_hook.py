@@ -1,0 +1,5 @@
+"""placeholder, written by the runtime owner"""
+
+
+def install() -> None:
+    pass

@@ -1,0 +1,1 @@
+"""The best recipe under a budget."""

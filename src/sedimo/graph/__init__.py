@@ -1,0 +1,1 @@
+"""The denoiser as a graph: found, labelled, counted."""

@@ -1,0 +1,125 @@
+"""The denoiser as a directed acyclic graph of weight layers and combine operations: records only.
+
+How a graph is found is the business of `trace.py`; this module holds what was found, checks it, and knows
+nothing of torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from sedimo.codec import content_key
+from sedimo.errors import StateError
+
+NodeKind = Literal["layer", "add", "concat", "modulate", "attention"]
+LayerType = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One vertex: a weight layer (`kind == "layer"`) or an operation that combines two or more inputs.
+
+    `name` is the dotted module path of a layer, or a path-like unique name of a combine operation;
+    `operation` the path with its indices removed (`transformer_blocks.attn1.to_q`); `block` the path of the
+    repeated container that holds the node (`transformer_blocks.3`), or "" outside all blocks. `macs` are
+    multiply-accumulates of one sample in one denoiser call [MACs]. The fields from `layer_type` on are
+    for layers only; `shape` is `[out, in, ...]`.
+    """
+
+    name: str
+    kind: NodeKind
+    operation: str
+    block: str
+    macs: int
+    layer_type: LayerType | None = None
+    shape: tuple[int, ...] = ()
+
+    @property
+    def params(self) -> int:
+        """Number of weights of a layer; 0 for a combine operation."""
+        return math.prod(self.shape) if self.shape else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A connected set of layers whose variants are enumerated together ("block level" in Qua2SeDiMo).
+
+    `kind` says what it is (`self_attention`, `cross_attention`, `feed_forward`, `residual`, `embedding`,
+    `other`); `root` is its last node, `hop` the longest path from a member to the root.
+    """
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    root: str
+    hop: int
+
+
+@dataclass(frozen=True)
+class DenoiserGraph:
+    """All vertices in topological order, edges as pairs of their positions, groups, and tied layers.
+
+    `ties` lists the sets of layers that share one weight or hold equal values; each is one decision.
+    `denoiser` is the class name of the network.
+    """
+
+    denoiser: str
+    nodes: tuple[Node, ...]
+    edges: tuple[tuple[int, int], ...]
+    groups: tuple[Group, ...]
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks what every reader relies on."""
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks names, order, and that every group and tie speaks of existing layers.
+
+        Raises:
+            StateError: a duplicate name, an edge against the order, a group or tie with an unknown layer.
+        """
+        names = [node.name for node in self.nodes]
+        if len(set(names)) != len(names):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            raise StateError(f"graph of {self.denoiser}: node names must be unique, found twice: {twice[:5]}")
+        for source, target in self.edges:
+            if not 0 <= source < target < len(names):
+                raise StateError(
+                    f"graph of {self.denoiser}: edges must go forward between existing nodes, got {(source, target)}"
+                )
+        layers = self.layer_index.keys()
+        for name, members in [*((g.name, g.layers) for g in self.groups), *((t[0], t) for t in self.ties if t)]:
+            unknown = set(members) - layers
+            if unknown or not members:
+                raise StateError(f"graph of {self.denoiser}: group or tie {name!r} names unknown layers {unknown}")
+
+    @cached_property
+    def layer_index(self) -> Mapping[str, Node]:
+        """Layer nodes by name, in topological order."""
+        return {node.name: node for node in self.nodes if node.kind == "layer"}
+
+    @property
+    def layers(self) -> tuple[Node, ...]:
+        """The weight layers in topological order."""
+        return tuple(self.layer_index.values())
+
+    @property
+    def params(self) -> int:
+        """Number of Linear and Conv weights, tied ones counted once."""
+        repeated = {name for tie in self.ties for name in tie[1:]}
+        return sum(node.params for node in self.layers if node.name not in repeated)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample in one denoiser call [MACs]."""
+        return sum(node.macs for node in self.nodes)
+
+    @cached_property
+    def digest(self) -> str:
+        """Content key of the graph; equal graphs have equal digests."""
+        return content_key(self)

@@ -1,0 +1,1 @@
+"""Running the denoiser: trials, probes, studies, campaigns."""

@@ -1,0 +1,1 @@
+"""Measures of signals and of image distributions."""

@@ -1,0 +1,1 @@
+"""The seam to diffusion pipelines, and what is recorded from them."""

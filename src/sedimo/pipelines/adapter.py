@@ -1,0 +1,104 @@
+"""The seam between Sedimo and any diffusion pipeline: what a pipeline must be able to do, and nothing else.
+
+`pipelines/diffusers.py` fulfils it for diffusers; a test or a user may pass an object of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from sedimo.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample: part of the key of everything that is measured.
+
+    Sample i is generated from `seeds[i]` and `conditions[i mod len(conditions)]` (prompts, or class numbers
+    as text; empty for an unconditional pipeline). `guidance` and `resolution` [pixels] are the pipeline's own
+    defaults when None.
+    """
+
+    seeds: tuple[int, ...]
+    n_steps: int
+    conditions: tuple[str, ...] = ()
+    guidance: float | None = None
+    resolution: int | None = None
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuses an empty or senseless plan."""
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise InputError(f"seeds must be a non-empty list without duplicates, got {len(self.seeds)} seeds")
+        if self.n_steps < 1 or self.batch_size < 1:
+            raise InputError(f"steps and batch size must be positive, got {self.n_steps=}, {self.batch_size=}")
+
+    def condition(self, index: int) -> str | None:
+        """The condition of sample `index`."""
+        return self.conditions[index % len(self.conditions)] if self.conditions else None
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One call of the denoiser: its inputs by argument name, and its output `[B, C, H, W]`.
+
+    `step` counts the calls of one sampling run from 0, `timestep` is the scheduler's noise level.
+    """
+
+    step: int
+    timestep: float
+    inputs: Mapping[str, object]
+    output: torch.Tensor
+
+
+Observer = Callable[[DenoiserCall], None]
+
+
+class PipelineAdapter(Protocol):
+    """What Sedimo needs of a pipeline.
+
+    The same seed gives the same sample whatever else is in the batch: initial noise and the scheduler's
+    noise come from one CPU generator per sample.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the pipeline for records and people."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is called at each step."""
+
+    def sample(self, sampling: Sampling, *, observer: Observer | None = None) -> torch.Tensor:
+        """Final latents `[n, C, H, W]` float32 on the CPU, one per seed; `observer` sees each denoiser call."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images `[n, 3, H, W]` float32 in [0, 1] of final latents."""
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """A weight before it is read: its layer's name, shape `[out, in, ...]` and dtype name (`float16`)."""
+
+    layer_name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class WeightSource(Protocol):
+    """Weights by layer name, read one at a time so that a large model never lies in memory whole."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 that changes when any weight does."""
+
+    def weights(self) -> Sequence[WeightInfo]:
+        """All tensors named `*.weight` of two or more dimensions."""
+
+    def read(self, layer_name: str) -> torch.Tensor:
+        """The weight of a layer, `[out, in, ...]`, on the CPU in its stored dtype."""

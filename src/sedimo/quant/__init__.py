@@ -1,0 +1,1 @@
+"""Number formats, quantizers, packing, and the packed tensor."""

@@ -1,0 +1,193 @@
+"""Number formats as values: what a weight may become, and how many bytes that takes.
+
+A `Format` is written as `kmc4`, `uaq3`, `uaq4g64`, `kma4a8` or `fp16`. Limits and sizes are computed from
+family and bits, never typed. This module touches no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sedimo.errors import InputError
+
+Family = Literal["uaq", "kmc", "kma", "fp"]
+
+MIN_BITS, MAX_BITS = 2, 8
+FULL_BITS = 16
+_PATTERN = re.compile(r"(uaq|kmc|kma)(\d+)(?:g(\d+))?(?:a(\d+))?|fp16(?:a(\d+))?")
+_CHOICES = "Choose one of uaq2..uaq8 (with an optional group size, uaq4g64), kmc2..kmc8, kma2..kma8, or fp16."
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A number format: family, weight bits, group size along the input, activation bits.
+
+    `uaq` is uniform affine per output channel (or per group of `group_size` inputs), `kmc` a codebook per
+    output channel, `kma` one codebook per tensor, `fp` the untouched 16-bit weight.
+
+    Example:
+        >>> str(Format.parse("uaq4g64")), Format.parse("kmc3").n_levels
+        ('uaq4g64', 8)
+
+    Raises:
+        InputError: bits, group size or activation bits outside the rules.
+    """
+
+    family: Family
+    bits: int
+    group_size: int | None = None
+    activation_bits: int = FULL_BITS
+
+    def __post_init__(self) -> None:
+        """Refuses combinations that no quantizer implements."""
+        if self.family == "fp":
+            if self.bits != FULL_BITS or self.group_size is not None:
+                raise InputError(f"an unquantized format is written 'fp16', got {self.bits} bits. {_CHOICES}")
+        elif not MIN_BITS <= self.bits <= MAX_BITS:
+            raise InputError(f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {self.bits}. {_CHOICES}")
+        if self.group_size is not None and (self.family != "uaq" or self.group_size < 2):
+            raise InputError(
+                f"a group size is for uaq and at least 2, got {self.family} with {self.group_size}. {_CHOICES}"
+            )
+        if not 2 <= self.activation_bits <= FULL_BITS:
+            raise InputError(f"activation bits must lie in 2..16, got {self.activation_bits}.")
+
+    @classmethod
+    def parse(cls, text: str) -> Format:
+        """The format that a string such as `kmc4a8` names.
+
+        Raises:
+            InputError: the string is not a format.
+        """
+        match = _PATTERN.fullmatch(text)
+        if match is None:
+            raise InputError(f"{text!r} is not a format. {_CHOICES}")
+        family, bits, group, activation, full_activation = match.groups()
+        if family is None:
+            return cls("fp", FULL_BITS, None, int(full_activation or FULL_BITS))
+        return cls(family, int(bits), int(group) if group else None, int(activation or FULL_BITS))
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        group = f"g{self.group_size}" if self.group_size else ""
+        activation = f"a{self.activation_bits}" if self.activation_bits != FULL_BITS else ""
+        return f"{self.family}{self.bits}{group}{activation}"
+
+    def __plain__(self) -> str:
+        """A format is written as its text in records."""
+        return str(self)
+
+    @classmethod
+    def __from_plain__(cls, plain: object, place: str) -> Format:
+        """Reads the text back."""
+        if not isinstance(plain, str):
+            raise InputError(f"{place} must be a format such as 'kmc4', got {plain!r}")
+        return cls.parse(plain)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is changed at all."""
+        return self.family != "fp"
+
+    @property
+    def n_levels(self) -> int:
+        """Number of different codes, 2^bits."""
+        return 1 << self.bits
+
+    @property
+    def qmin(self) -> int:
+        """Least code."""
+        return 0
+
+    @property
+    def qmax(self) -> int:
+        """Greatest code, 2^bits - 1."""
+        return self.n_levels - 1
+
+    @property
+    def weight_format(self) -> Format:
+        """The same format with activations left at 16 bits."""
+        return replace(self, activation_bits=FULL_BITS)
+
+    def n_groups(self, n_inputs: int) -> int:
+        """Number of groups of a row of `n_inputs` weights (the last one may be shorter)."""
+        return 1 if self.group_size is None else math.ceil(n_inputs / self.group_size)
+
+
+FP16 = Format("fp", FULL_BITS)
+
+PAPER_FORMATS = tuple(Format.parse(f"{family}{bits}") for family in ("uaq", "kmc", "kma") for bits in (3, 4))
+WIDE_FORMATS = (
+    *(Format("uaq", bits) for bits in (2, 3, 4, 5, 6, 8)),
+    *(Format("uaq", bits, 64) for bits in (3, 4, 5, 6)),
+    *(Format("kmc", bits) for bits in (2, 3, 4, 5)),
+    *(Format("kma", bits) for bits in (2, 3, 4, 5, 6)),
+    FP16,
+)
+NAMED_SETS = {"paper": PAPER_FORMATS, "wide": WIDE_FORMATS}
+
+
+def parse_formats(formats: str | Iterable[str | Format]) -> tuple[Format, ...]:
+    """Formats from the name of a set (`paper`, `wide`), a comma-separated text, or a list.
+
+    Raises:
+        InputError: empty, a duplicate, or not a format.
+    """
+    if isinstance(formats, str):
+        if formats in NAMED_SETS:
+            return NAMED_SETS[formats]
+        formats = [part.strip() for part in formats.split(",")]
+    found = tuple(f if isinstance(f, Format) else Format.parse(f) for f in formats)
+    if not found or len(set(found)) != len(found):
+        raise InputError(f"formats must be a non-empty list without duplicates, got {[str(f) for f in found]}")
+    return found
+
+
+def paper_bytes(number_format: Format, shape: Sequence[int]) -> int:
+    """Bytes of a weight `[out, in, ...]` in the accounting of Qua2SeDiMo, parameters at 16 bits.
+
+    Source:
+        Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), size accounting of the released code:
+        floor(n b / 8) for the codes, 2 P C / 8 for scale and zero point (per group here), 2^b P / 8 per codebook.
+
+    Example:
+        >>> paper_bytes(Format.parse("uaq3"), (1152, 256))
+        115200
+    """
+    n_weights, n_channels = math.prod(shape), shape[0]
+    parameter_bytes = FULL_BITS // 8
+    if not number_format.is_quantized:
+        return n_weights * parameter_bytes
+    payload = n_weights * number_format.bits // 8
+    if number_format.family == "uaq":
+        n_groups = number_format.n_groups(n_weights // n_channels)
+        return payload + 2 * parameter_bytes * n_channels * n_groups
+    n_codebooks = n_channels if number_format.family == "kmc" else 1
+    return payload + number_format.n_levels * parameter_bytes * n_codebooks
+
+
+def row_bytes(bits: int, n_inputs: int) -> int:
+    """Bytes of one packed row: nothing is wasted beyond its last byte."""
+    return (n_inputs * bits + 7) // 8
+
+
+def stored_bytes(number_format: Format, shape: Sequence[int], *, codebook_bytes: int = 2) -> int:
+    """Bytes of the tensors that replace a weight `[out, in, ...]` in memory and in the file.
+
+    `codebook_bytes` is 4 for the rare codebook that does not fit the normal range of float16.
+    """
+    n_weights, n_channels = math.prod(shape), shape[0]
+    if not number_format.is_quantized:
+        return n_weights * FULL_BITS // 8
+    n_inputs = n_weights // n_channels
+    payload = n_channels * row_bytes(number_format.bits, n_inputs)
+    if number_format.family == "uaq":
+        n_groups = number_format.n_groups(n_inputs)
+        per_group = 2 + 1 if number_format.group_size else 4 + 2  # float16, uint8 | float32, int16
+        return payload + n_channels * n_groups * per_group
+    n_codebooks = n_channels if number_format.family == "kmc" else 1
+    return payload + number_format.n_levels * codebook_bytes * n_codebooks

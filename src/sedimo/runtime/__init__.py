@@ -1,0 +1,1 @@
+"""Checkpoints: written, checked, loaded by diffusers."""

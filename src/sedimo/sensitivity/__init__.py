@@ -1,0 +1,1 @@
+"""What each choice costs, by several methods."""

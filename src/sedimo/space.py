@@ -1,0 +1,244 @@
+"""What may be decided, and a decision for all of it: `SearchSpace` and `Recipe`.
+
+A decision covers one layer, or several that hold the same weight. (One decision per input stream of a
+split layer is expressed by parts; a recipe and the checkpoint understand several parts per layer.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from sedimo.codec import content_key, from_plain, parse_json, to_json
+from sedimo.errors import InputError, StateError
+from sedimo.graph.model import DenoiserGraph
+from sedimo.quant.formats import FP16, Format, paper_bytes, parse_formats, stored_bytes
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One choice of a recipe: the layers it covers (equal weights) and the formats it may take.
+
+    `macs` is summed over the layers [MACs]; `shape` is that of one layer, `[out, in, ...]`.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    operation: str
+    block: str
+    shape: tuple[int, ...]
+    macs: int
+    formats: tuple[Format, ...]
+
+    @property
+    def params(self) -> int:
+        """Number of weights, stored once for all layers."""
+        return math.prod(self.shape)
+
+    def paper_bytes(self, number_format: Format) -> int:
+        """Bytes in the papers' accounting."""
+        return paper_bytes(number_format, self.shape)
+
+    def stored_bytes(self, number_format: Format) -> int:
+        """Bytes of the tensors that replace the weight."""
+        return stored_bytes(number_format, self.shape)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The decisions of one denoiser, and notes on formats that were dropped."""
+
+    denoiser: str
+    graph_digest: str
+    decisions: tuple[Decision, ...]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def decision_index(self) -> Mapping[str, Decision]:
+        """Decisions by name."""
+        return {d.name: d for d in self.decisions}
+
+    @property
+    def params(self) -> int:
+        """Number of weights that recipes are about, shared ones once."""
+        return sum(d.params for d in self.decisions)
+
+    def paper_bits(self, recipe: Recipe) -> float:
+        """Average bits per weight of a recipe in the papers' accounting [bits]."""
+        return 8 * self.paper_bytes(recipe) / self.params
+
+    def paper_bytes(self, recipe: Recipe) -> int:
+        """Bytes of a recipe in the papers' accounting, unlisted layers at fp16 [bytes]."""
+        return sum(_bytes_of(paper_bytes, d, recipe) for d in self.decisions)
+
+    def stored_bytes(self, recipe: Recipe) -> int:
+        """Bytes of the tensors of all weights under a recipe, those at fp16 included [bytes]."""
+        return sum(_bytes_of(stored_bytes, d, recipe) for d in self.decisions)
+
+    def uniform(self, number_format: Format) -> Recipe:
+        """Every decision at one format."""
+        return self.recipe({d.name: number_format for d in self.decisions})
+
+    def recipe(self, choice: Mapping[str, Format]) -> Recipe:
+        """The recipe of one format per decision; decisions not named stay at fp16.
+
+        Raises:
+            InputError: a name that is no decision.
+        """
+        unknown = sorted(choice.keys() - self.decision_index.keys())
+        if unknown:
+            raise InputError(f"no such decision in {self.denoiser}: {unknown[:5]}")
+        return Recipe.from_mapping(
+            {layer: choice[d.name] for d in self.decisions if d.name in choice for layer in d.layers}
+        )
+
+    def choice(self, recipe: Recipe) -> dict[str, Format]:
+        """The format of every decision under a recipe of whole layers, fp16 where the recipe is silent.
+
+        Raises:
+            InputError: a layer is unknown, split in parts, or differs from a layer that shares its weight.
+        """
+        known = {layer for d in self.decisions for layer in d.layers}
+        unknown = sorted(set(recipe.layers) - known)
+        if unknown:
+            raise InputError(f"the recipe names layers that {self.denoiser} does not have: {unknown[:5]}")
+        found = {}
+        for decision in self.decisions:
+            formats = {recipe.whole_format(layer) for layer in decision.layers}
+            if len(formats) != 1:
+                raise InputError(
+                    f"layers with equal weights must have one format, got {sorted(map(str, formats))} "
+                    f"for {', '.join(decision.layers[:3])}"
+                )
+            found[decision.name] = formats.pop()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class PartFormat:
+    """The format of the input channels `start` to `stop` (exclusive) of a layer."""
+
+    start: int
+    stop: int
+    format: Format
+
+    def __post_init__(self) -> None:
+        """Refuses an empty range."""
+        if not 0 <= self.start < self.stop:
+            raise InputError(f"a part must be a range of input channels, got {self.start}..{self.stop}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Layer name to format, or to the formats of several parts along its input channels.
+
+    Layers not named stay as they are. Equal recipes have equal keys, whatever the order of their layers.
+    """
+
+    layers: Mapping[str, Format | tuple[PartFormat, ...]]
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, str | Format | Sequence[Mapping[str, object] | PartFormat]]) -> Recipe:
+        """A recipe from layer names to formats, their texts, or lists of `{start, stop, format}`.
+
+        Raises:
+            InputError: a value that is neither, naming the layer.
+        """
+        layers: dict[str, Format | tuple[PartFormat, ...]] = {}
+        for name, value in mapping.items():
+            try:
+                layers[name] = _read_entry(value)
+            except (InputError, StateError) as error:
+                raise InputError(f"layer {name!r} cannot take format {value!r}: {error}") from error
+        return cls(layers)
+
+    def whole_format(self, layer: str) -> Format:
+        """The one format of a layer; fp16 when the recipe is silent about it.
+
+        Raises:
+            InputError: the layer is split in parts of different formats.
+        """
+        entry = self.layers.get(layer, FP16)
+        if isinstance(entry, Format):
+            return entry
+        formats = {part.format for part in entry}
+        if len(formats) != 1:
+            raise InputError(f"layer {layer!r} is split in parts of formats {sorted(map(str, formats))}")
+        return formats.pop()
+
+    @property
+    def key(self) -> str:
+        """Content key; layers left at fp16 do not count."""
+        quantized = {n: e for n, e in self.layers.items() if not isinstance(e, Format) or e != FP16}
+        return content_key(quantized)
+
+    def to_json(self) -> str:
+        """The recipe as a JSON file's text."""
+        return to_json({"sedimo_recipe": RECIPE_VERSION, "layers": self.layers})
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, place: str = "recipe") -> Recipe:
+        """Reads a recipe file, or a plain JSON object of layer names to format texts.
+
+        Raises:
+            StateError: not JSON, a foreign version, or not an object.
+            InputError: an entry that is not a format.
+        """
+        plain = parse_json(text, place=place)
+        if isinstance(plain, dict) and "sedimo_recipe" in plain:
+            if plain["sedimo_recipe"] != RECIPE_VERSION:
+                raise StateError(
+                    f"{place} has recipe version {plain['sedimo_recipe']!r}; this Sedimo reads {RECIPE_VERSION}"
+                )
+            plain = plain.get("layers")
+        if not isinstance(plain, dict):
+            raise StateError(f"{place} must be an object of layer names to formats, got {type(plain).__name__}")
+        return cls.from_mapping(plain)
+
+
+def search_space(graph: DenoiserGraph, formats: str | Iterable[str | Format] = "wide") -> SearchSpace:
+    """The decisions of a graph: one per layer, one for all layers with equal weights.
+
+    A format that costs at least as much as fp16 on a layer (in either accounting) is dropped there, with a
+    note; fp16 itself stays when it is in the list. A layer for which nothing remains stays at fp16.
+    """
+    wanted = parse_formats(formats)
+    tied = {name: tie for tie in graph.ties for name in tie}
+    decisions, notes = [], []
+    for node in graph.layers:
+        layers = tied.get(node.name, (node.name,))
+        if node.name != layers[0]:
+            continue
+        dropped = [f for f in wanted if f.is_quantized and not _is_smaller(f, node.shape)]
+        kept = tuple(f for f in wanted if f not in dropped) or (FP16,)
+        if dropped:
+            notes.append(f"{node.name}: {', '.join(map(str, dropped))} would cost at least fp16 and were dropped")
+        macs = sum(graph.layer_index[name].macs for name in layers)
+        decisions.append(Decision(node.name, layers, node.operation, node.block, node.shape, macs, kept))
+    return SearchSpace(graph.denoiser, graph.digest, tuple(decisions), tuple(notes))
+
+
+def _is_smaller(number_format: Format, shape: tuple[int, ...]) -> bool:
+    sizes = ((size(number_format, shape), size(FP16, shape)) for size in (paper_bytes, stored_bytes))
+    return all(mine < full for mine, full in sizes)
+
+
+def _bytes_of(size: Callable[[Format, Sequence[int]], int], decision: Decision, recipe: Recipe) -> int:
+    entry = recipe.layers.get(decision.layers[0], FP16)
+    parts = (PartFormat(0, decision.shape[1], entry),) if isinstance(entry, Format) else entry
+    shape = decision.shape
+    return sum(size(p.format, (shape[0], p.stop - p.start, *shape[2:])) for p in parts)
+
+
+def _read_entry(value: object) -> Format | tuple[PartFormat, ...]:
+    if isinstance(value, Format):
+        return value
+    if isinstance(value, str):
+        return Format.parse(value)
+    if isinstance(value, Sequence) and value:
+        return tuple(p if isinstance(p, PartFormat) else from_plain(PartFormat, p, place="part") for p in value)
+    raise InputError("a layer takes a format text or a list of parts {start, stop, format}")

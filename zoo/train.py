@@ -1,0 +1,49 @@
+"""Trains the embedded models of Sedimo from CIFAR-10, stage by stage, on any machine.
+
+    python zoo/train.py autoencoder --data DIR --minutes 8 --work DIR
+    python zoo/train.py classifier  --data DIR --minutes 8 --work DIR
+    python zoo/train.py denoiser    --data DIR --minutes 60 --work DIR
+    python zoo/train.py assemble    --data DIR --work DIR --out zoo/src/sedimo_zoo/data
+
+Every stage stops when its minutes are spent, and goes on where it was when started again with more.
+`DIR` of `--data` holds `cifar10_train.parquet` and `cifar10_test.parquet` (columns `jpeg`, `label`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "src"))
+
+from training import autoencoder, classifier, denoiser
+
+STAGES = {
+    "autoencoder": autoencoder.run,
+    "classifier": classifier.run,
+    "denoiser": denoiser.run,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path(".zoo-work"))
+    parser.add_argument("--out", type=Path, default=Path("zoo/src/sedimo_zoo/data"))
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.manual_seed(arguments.seed)
+    STAGES[arguments.stage](arguments)
+
+
+if __name__ == "__main__":
+    main()

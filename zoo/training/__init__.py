@@ -1,0 +1,1 @@
+"""Training of the embedded models. Run the stages with `python zoo/train.py --help`."""
