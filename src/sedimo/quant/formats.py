@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from sedimo.errors import InputError
 
@@ -69,7 +69,7 @@ class Format:
         family, bits, group, activation, full_activation = match.groups()
         if family is None:
             return cls("fp", FULL_BITS, None, int(full_activation or FULL_BITS))
-        return cls(family, int(bits), int(group) if group else None, int(activation or FULL_BITS))
+        return cls(cast("Family", family), int(bits), int(group) if group else None, int(activation or FULL_BITS))
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
