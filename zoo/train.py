@@ -21,16 +21,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-from training import autoencoder, classifier, denoiser
+from training import assemble, autoencoder, classifier, denoiser
 
 STAGES = {
     "autoencoder": autoencoder.run,
     "classifier": classifier.run,
     "denoiser": denoiser.run,
+    "assemble": assemble.run,
 }
 
 
 def main() -> None:
+    """Runs one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", type=Path, required=True)

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ def _learning_rate(budget: Budget, step: int, spent: float) -> float:
 def _atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     temporary = path.with_suffix(".tmp")
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -22,7 +22,7 @@ def model_path(name: str) -> Path:
 def classifier_path() -> Path:
     """Folder with `model.safetensors` of the classifier and `statistics.safetensors` of the test images.
 
-    The statistics hold the float64 mean `[256]` and covariance `[256, 256]`, and float16 features
-    `[10000, 256]`, of the 10,000 CIFAR-10 test images.
+    The statistics hold the float64 `mean` `[256]` and `covariance` `[256, 256]` of the features of the
+    10,000 CIFAR-10 test images (FID), and the float16 `features` `[2000, 256]` of their first 2,000 (KID).
     """
     return DATA / "cifar-classifier"
