@@ -105,7 +105,7 @@ def _fail(place: str, wanted: object, plain: object) -> StateError:
 
 def _read(kind: Any, plain: Any, place: str) -> Any:
     if hasattr(kind, "__from_plain__"):
-        return kind.__from_plain__(plain, place)
+        return _read_own(kind, plain, place)
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, plain, place)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -114,6 +114,13 @@ def _read(kind: Any, plain: Any, place: str) -> Any:
     if origin not in _READERS:
         raise TypeError(f"{place}: records cannot hold the type {kind}")
     return _READERS[origin](arguments, plain, place)
+
+
+def _read_own(kind: Any, plain: Any, place: str) -> Any:
+    try:
+        return kind.__from_plain__(plain, place)
+    except ValueError as error:
+        raise StateError(f"{place}: {error}") from error
 
 
 def _read_scalar(kind: Any, plain: Any, place: str) -> Any:

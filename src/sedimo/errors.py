@@ -5,6 +5,7 @@
     ├── StateError          stored data contradicts itself: a damaged, foreign or outdated file
     ├── UnsupportedError    an operation that a packed weight refuses instead of doing it wrongly
     └── MissingExtraError   an optional dependency is not installed; names the extra
+    Interrupted             the user stopped the work; what was finished is saved (a KeyboardInterrupt)
 
 A message tells the rule, the value found, the place (layer, file) and the remedy.
 """
@@ -37,3 +38,7 @@ class MissingExtraError(SedimoError, ImportError):
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'sedimo[{extra}]'"
         )
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the work; what was finished is saved, and the message says how to resume."""

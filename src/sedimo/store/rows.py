@@ -1,0 +1,144 @@
+"""One SQLite file of JSON rows, each named by a kind and a key: what a study survives a kill in.
+
+It knows no record: whoever puts a row says what it means. A row is there whole or not at all, because every
+write is one transaction of a write-ahead log that is synced before `put` returns. What it refuses: a file that
+is not its own, a newer layout, and text that is not JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from sedimo.errors import InputError, StateError
+
+APPLICATION_ID = 0x5ED1_0001 & 0x7FFF_FFFF
+LAYOUT_VERSION = 1
+_BUSY_SECONDS = 30.0
+_SCHEMA = """
+CREATE TABLE rows (
+    kind TEXT NOT NULL, key TEXT NOT NULL, json TEXT NOT NULL,
+    PRIMARY KEY (kind, key)
+) WITHOUT ROWID
+"""
+
+
+class Rows:
+    """An open file of rows; a context manager that closes it.
+
+    Several processes may read; writers wait for each other up to 30 seconds.
+
+    Example:
+        >>> with Rows(Path("study.sqlite")) as rows:
+        ...     rows.put("trial", "0f3c", '{"sqnr_db":11.2}')
+        ...     rows.get("trial", "0f3c")
+        '{"sqnr_db":11.2}'
+
+    Raises:
+        InputError: the file is missing and `create` is false.
+        StateError: the file is no SQLite file, belongs to another program, or has a newer layout.
+    """
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        """Opens the file, or creates it with its parent folders."""
+        self.path = path
+        if not path.exists():
+            if not create:
+                raise InputError(f"there is no study at {path}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise StateError(f"{path} is not a readable file of rows: {error}") from error
+        except StateError:
+            self._connection.close()
+            raise
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def put(self, kind: str, key: str, text: str) -> None:
+        """Writes one row, in place of an older one of the same kind and key; durable when it returns."""
+        self.put_many(kind, [(key, text)])
+
+    def put_many(self, kind: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Writes all rows `(key, JSON text)` or none of them.
+
+        Raises:
+            InputError: a text that is not JSON.
+        """
+        checked = [(kind, key, _checked(kind, key, text)) for key, text in rows]
+        with self._transaction():
+            self._connection.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", checked)
+
+    def get(self, kind: str, key: str) -> str | None:
+        """The text of a row, or None."""
+        found = self._connection.execute("SELECT json FROM rows WHERE kind = ? AND key = ?", (kind, key)).fetchone()
+        return None if found is None else str(found[0])
+
+    def keys(self, kind: str) -> tuple[str, ...]:
+        """The keys of a kind, sorted."""
+        return tuple(key for (key,) in self._connection.execute("SELECT key FROM rows WHERE kind = ? ORDER BY key", (kind,)))
+
+    def items(self, kind: str) -> tuple[tuple[str, str], ...]:
+        """`(key, text)` of all rows of a kind, sorted by key."""
+        return tuple(self._connection.execute("SELECT key, json FROM rows WHERE kind = ? ORDER BY key", (kind,)))
+
+    def delete(self, kind: str, keys: Iterable[str]) -> None:
+        """Removes rows; keys that do not exist are no error."""
+        with self._transaction():
+            self._connection.executemany("DELETE FROM rows WHERE kind = ? AND key = ?", [(kind, k) for k in keys])
+
+    def close(self) -> None:
+        """Closes the file; the object cannot be used afterwards."""
+        self._connection.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def _prepare(self) -> None:
+        run = self._connection.execute
+        is_empty = run("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        owner, version = run("PRAGMA application_id").fetchone()[0], run("PRAGMA user_version").fetchone()[0]
+        if not (is_empty and owner == 0) and owner != APPLICATION_ID:
+            raise StateError(f"{self.path} is an SQLite file of another program")
+        if owner == APPLICATION_ID and version not in (0, LAYOUT_VERSION):
+            raise StateError(f"{self.path} has layout version {version}; this Sedimo reads {LAYOUT_VERSION}")
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        if version == 0:
+            self._create()
+
+    def _create(self) -> None:
+        run = self._connection.execute
+        with self._transaction():
+            if run("PRAGMA user_version").fetchone()[0] == 0:  # else another process was faster
+                run(_SCHEMA)
+                run(f"PRAGMA application_id = {APPLICATION_ID}")
+                run(f"PRAGMA user_version = {LAYOUT_VERSION}")
+
+
+def _checked(kind: str, key: str, text: str) -> str:
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise InputError(f"row {kind}/{key} must be JSON text: {error}") from error
+    return text

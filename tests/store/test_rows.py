@@ -1,0 +1,117 @@
+"""Rows that survive a kill, and files that are refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from sedimo.errors import InputError, StateError
+from sedimo.store.rows import APPLICATION_ID, Rows
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from sedimo.store.rows import Rows
+rows = Rows(Path(sys.argv[1]))
+for i in range(100000):
+    rows.put("trial", f"{i:06d}", '{"i":%d}' % i)
+    print(i, flush=True)
+"""
+
+
+def test_a_row_comes_back_after_the_file_is_closed(tmp_path):
+    path = tmp_path / "new" / "study.sqlite"
+    with Rows(path) as rows:
+        rows.put("trial", "b", '{"x":1}')
+        rows.put("trial", "a", '{"x":2}')
+        rows.put("probe", "a", "[]")
+    with Rows(path, create=False) as rows:
+        assert rows.items("trial") == (("a", '{"x":2}'), ("b", '{"x":1}'))
+        assert rows.keys("probe") == ("a",)
+        assert rows.get("trial", "c") is None
+        rows.put("trial", "a", '{"x":3}')
+        assert rows.get("trial", "a") == '{"x":3}'
+        rows.delete("trial", ["a", "nowhere"])
+        assert rows.keys("trial") == ("b",)
+
+
+def test_many_rows_are_written_together_or_not_at_all(tmp_path):
+    with Rows(tmp_path / "s.sqlite") as rows:
+        with pytest.raises(InputError, match="trial/b must be JSON"):
+            rows.put_many("trial", [("a", "1"), ("b", "{")])
+        assert rows.keys("trial") == ()
+
+        def failing():
+            yield "a", "1"
+            raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            rows.put_many("trial", failing())
+        rows.put("trial", "c", "2")
+        assert rows.keys("trial") == ("c",)
+
+
+def test_what_was_put_survives_a_killed_writer(tmp_path):
+    path = tmp_path / "s.sqlite"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    acknowledged = [int(writer.stdout.readline()) for _ in range(20)]
+    os.kill(writer.pid, signal.SIGKILL)
+    acknowledged += [int(line) for line in writer.stdout]
+    writer.wait()
+    writer.stdout.close()
+    with Rows(path) as rows:
+        found = [int(key) for key in rows.keys("trial")]
+        assert found[: len(acknowledged)] == acknowledged
+        assert len(found) <= len(acknowledged) + 1
+        rows.put("trial", "after", "1")
+
+
+def test_two_writers_wait_for_each_other(tmp_path):
+    path = tmp_path / "s.sqlite"
+    code = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from sedimo.store.rows import Rows
+        with Rows(Path(sys.argv[1])) as rows:
+            for i in range(30):
+                rows.put("trial", f"{sys.argv[2]}{i}", "1")
+        """
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "ab"]
+    assert [w.wait() for w in writers] == [0, 0]
+    with Rows(path) as rows:
+        assert len(rows.keys("trial")) == 60
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("not a database, but long enough to be looked at " * 40)
+    with pytest.raises(StateError, match="not a readable file of rows"):
+        Rows(text)
+    other = tmp_path / "other"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE t (x)")
+    connection.close()
+    with pytest.raises(StateError, match="another program"):
+        Rows(other)
+    with pytest.raises(InputError, match="no study"):
+        Rows(tmp_path / "nowhere", create=False)
+
+
+def test_a_newer_layout_is_refused(tmp_path):
+    path = tmp_path / "s.sqlite"
+    Rows(path).close()
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+    connection.execute("PRAGMA user_version = 99")
+    connection.commit()
+    connection.close()
+    with pytest.raises(StateError, match="layout version 99"):
+        Rows(path)
