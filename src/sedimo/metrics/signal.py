@@ -1,0 +1,227 @@
+"""How much noise quantization put on a signal: SQNR and PSNR, per sample, in float64.
+
+For sample s: r_s = ||x_fp - x_q||^2 / ||x_fp||^2. All figures that leave this module carry a standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from sedimo.codec import from_plain, to_plain
+from sedimo.errors import InputError
+from sedimo.metrics.estimate import jackknife_estimate, mean_estimate
+
+Vector = npt.NDArray[np.float64]
+
+DECORRELATED = 0.5  # relative noise above which a sample has little left of the reference
+
+
+@dataclass(frozen=True, eq=False)
+class NoisePowers:
+    """Noise and signal power `[n]` of each sample: sums of squares, float64.
+
+    A sample that diverged (infinite or not a number) has infinite noise.
+    """
+
+    noise: Vector
+    signal: Vector
+
+    def __post_init__(self) -> None:
+        """Takes any arrays of n numbers and refuses what no measurement gives.
+
+        Raises:
+            InputError: different lengths, no samples, a signal without power, negative or undefined noise.
+        """
+        noise, signal = (np.array(v, dtype=np.float64, ndmin=1) for v in (self.noise, self.signal))
+        if noise.ndim != 1 or noise.shape != signal.shape or noise.size == 0:
+            raise InputError(f"noise and signal must be of one length [n], got {noise.shape} and {signal.shape}")
+        if not (np.isfinite(signal).all() and (signal > 0).all()):
+            raise InputError(f"each sample of the reference needs a positive finite power, got {signal.min()}")
+        if not (noise >= 0).all():
+            raise InputError(f"noise power must not be negative, got {noise.min()}")
+        object.__setattr__(self, "noise", noise)
+        object.__setattr__(self, "signal", signal)
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return int(self.noise.size)
+
+    @property
+    def ratio(self) -> Vector:
+        """Relative noise r `[n]`."""
+        return self.noise / self.signal
+
+    @property
+    def sqnr_db(self) -> Vector:
+        """SQNR of each sample [dB] `[n]`; infinite where there is no noise."""
+        with np.errstate(divide="ignore"):
+            return -10 * np.log10(self.ratio)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, NoisePowers):
+            return NotImplemented
+        return bool(np.array_equal(self.noise, other.noise) and np.array_equal(self.signal, other.signal))
+
+    def __hash__(self) -> int:
+        return hash((self.noise.tobytes(), self.signal.tobytes()))
+
+    def __plain__(self) -> object:
+        """The JSON form: two lists."""
+        return to_plain({"noise": self.noise.tolist(), "signal": self.signal.tolist()})
+
+    @classmethod
+    def __from_plain__(cls, plain: object, place: str) -> NoisePowers:
+        """Reads the JSON form."""
+        lists = from_plain(_PlainPowers, plain, place=place)
+        return cls(np.array(lists.noise), np.array(lists.signal))
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainPowers:
+    noise: tuple[float, ...]
+    signal: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SignalSummary:
+    """SQNR of a set of samples [dB]; higher is better.
+
+    `sqnr_db` is the mean over the samples with any noise; `n_exact` of the `n` samples have none.
+    `n_decorrelated` samples have r > 0.5. `sqnr_pooled_db` is -10 log10(sum noise / sum signal) over all
+    samples, with a jackknife error. Infinite if all samples are exact.
+    """
+
+    sqnr_db: float
+    standard_error: float
+    interval_low: float
+    interval_high: float
+    n: int
+    n_exact: int
+    n_decorrelated: int
+    sqnr_pooled_db: float
+    pooled_standard_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """Mean difference of SQNR, first minus second, over `n` common samples [dB], with its 95 % interval.
+
+    `n_exact` further samples are exact in one or both and have no finite difference.
+    """
+
+    mean_db: float
+    standard_error: float
+    low: float
+    high: float
+    n: int
+    n_exact: int
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the first is better beyond the interval."""
+        return self.low > 0
+
+
+def relative_noise(reference: npt.ArrayLike, test: npt.ArrayLike) -> NoisePowers:
+    """Noise and signal power of `test` `[n, ...]` against `reference` `[n, ...]`, sample by sample.
+
+    Both may be anything that numpy reads, such as tensors on the CPU.
+
+    Raises:
+        InputError: shapes differ, no samples, or a reference without power.
+    """
+    wanted, got = np.asarray(reference), np.asarray(test)
+    _check_pair(wanted, got)
+    rows = [_powers(w.astype(np.float64), g.astype(np.float64)) for w, g in zip(wanted, got, strict=True)]
+    noise, signal = np.array(rows).T
+    return NoisePowers(noise, signal)
+
+
+def summarize(powers: NoisePowers) -> SignalSummary:
+    """Mean and pooled SQNR with their errors."""
+    is_noisy = powers.noise > 0
+    n_exact = powers.n - int(is_noisy.sum())
+    pooled, pooled_error = _pooled(powers)
+    if n_exact == powers.n:
+        best = math.inf
+        return SignalSummary(best, 0.0, best, best, powers.n, n_exact, 0, best, 0.0)
+    mean = mean_estimate(powers.sqnr_db[is_noisy])
+    n_decorrelated = int((powers.ratio > DECORRELATED).sum())
+    return SignalSummary(
+        mean.value, mean.standard_error, mean.low, mean.high, powers.n, n_exact, n_decorrelated, pooled, pooled_error
+    )
+
+
+def paired_difference(first: NoisePowers, second: NoisePowers) -> PairedDifference:
+    """How much better `first` is than `second` on the same samples.
+
+    Raises:
+        InputError: they were not measured against the same reference.
+    """
+    if first.n != second.n or not np.allclose(first.signal, second.signal, rtol=1e-6, atol=0):
+        raise InputError(
+            "only measurements of the same seeds against the same reference can be compared in pairs; "
+            f"got {first.n} and {second.n} samples" + ("" if first.n != second.n else " with different signal powers")
+        )
+    is_finite = np.isfinite(first.sqnr_db) & np.isfinite(second.sqnr_db)
+    n_left_out = first.n - int(is_finite.sum())
+    if n_left_out == first.n:
+        return _endless_difference(first, second)
+    mean = mean_estimate(first.sqnr_db[is_finite] - second.sqnr_db[is_finite])
+    return PairedDifference(mean.value, mean.standard_error, mean.low, mean.high, mean.n, n_left_out)
+
+
+def psnr_db(reference: npt.ArrayLike, test: npt.ArrayLike, *, peak: float = 1.0) -> Vector:
+    """Peak signal-to-noise ratio of each sample [dB] `[n]` of values in [0, `peak`]; higher is better.
+
+    10 log10(peak^2 / mean squared error); infinite where both agree.
+
+    Raises:
+        InputError: shapes differ, or no samples.
+    """
+    wanted, got = np.asarray(reference), np.asarray(test)
+    _check_pair(wanted, got)
+    mse = np.array(
+        [_powers(w.astype(np.float64), g.astype(np.float64))[0] / w.size for w, g in zip(wanted, got, strict=True)]
+    )
+    with np.errstate(divide="ignore"):
+        return cast("Vector", 10 * np.log10(peak**2 / mse))
+
+
+def _check_pair(reference: npt.NDArray[np.generic], test: npt.NDArray[np.generic]) -> None:
+    if reference.shape != test.shape or reference.ndim < 1 or reference.size == 0:
+        raise InputError(f"reference and test must have one shape [n, ...], got {reference.shape} and {test.shape}")
+
+
+def _powers(reference: Vector, test: Vector) -> tuple[float, float]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        noise = float(np.square(reference - test).sum())
+    return (noise if math.isfinite(noise) else math.inf), float(np.square(reference).sum())
+
+
+def _pooled(powers: NoisePowers) -> tuple[float, float]:
+    noise, signal = powers.noise.sum(), powers.signal.sum()
+    value = _decibel(noise / signal)
+    if powers.n < 2 or not math.isfinite(noise):
+        return value, math.nan
+    replicates = [_decibel((noise - x) / (signal - s)) for x, s in zip(powers.noise, powers.signal, strict=True)]
+    return value, jackknife_estimate(value, replicates, powers.n).standard_error
+
+
+def _decibel(ratio: float) -> float:
+    return -10 * math.log10(ratio) if ratio > 0 else math.inf
+
+
+def _endless_difference(first: NoisePowers, second: NoisePowers) -> PairedDifference:
+    """No sample has a finite difference: equal, endlessly better or worse, or mixed (not a number)."""
+    with np.errstate(invalid="ignore"):
+        differences = first.sqnr_db - second.sqnr_db
+    signs = {0.0 if math.isnan(d) else d for d in differences.tolist()}
+    value = signs.pop() if len(signs) == 1 else math.nan
+    return PairedDifference(value, 0.0 if value == value else math.nan, value, value, 0, first.n)

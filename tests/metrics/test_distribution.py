@@ -1,0 +1,191 @@
+import math
+import time
+
+import numpy as np
+import pytest
+from scipy import linalg
+from sklearn.metrics.pairwise import polynomial_kernel
+
+from sedimo.errors import InputError
+from sedimo.metrics.distribution import (
+    FeatureStatistics,
+    feature_statistics,
+    fid,
+    fid_difference,
+    fid_jackknife,
+    kid,
+    kid_difference,
+    kid_subsets,
+)
+
+TOLERANCE = 1e-9  # relative; sums of float64 in another order
+
+
+@pytest.fixture
+def sets():
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(8, 8))
+    return rng.normal(size=(53, 8)) @ mixing, rng.normal(0.3, 1.1, size=(41, 8)) @ mixing
+
+
+def naive_fid(first, second):
+    m1, m2, s1, s2 = first.mean(0), second.mean(0), np.cov(first.T), np.cov(second.T)
+    return ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * linalg.sqrtm(s1 @ s2).real)
+
+
+def naive_kid(first, second):
+    n, m = len(first), len(second)
+    xx, yy, xy = (polynomial_kernel(a, b) for a, b in ((first, first), (second, second), (first, second)))
+    pairs_x = sum(xx[i, j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    pairs_y = sum(yy[i, j] for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return pairs_x + pairs_y - 2 * xy.mean()
+
+
+def naive_jackknife(statistic, n, k):
+    kept = [np.delete(np.arange(n), part) for part in np.array_split(np.arange(n), k)]
+    values = np.array([statistic(rows) for rows in kept])
+    return math.sqrt((k - 1) / k * ((values - values.mean()) ** 2).sum())
+
+
+def test_statistics_are_those_of_numpy(sets):
+    statistics = feature_statistics(sets[0])
+    np.testing.assert_allclose(statistics.mean, sets[0].mean(0), rtol=TOLERANCE)
+    np.testing.assert_allclose(statistics.covariance, np.cov(sets[0].T), rtol=TOLERANCE)
+    assert statistics.n == 53
+
+
+def test_fid_of_gaussians_in_closed_form():
+    mean_1, mean_2, var_1, var_2 = np.array([0.0, 1.0]), np.array([2.0, 1.0]), [4.0, 9.0], [1.0, 16.0]
+    first = FeatureStatistics(mean_1, np.diag(var_1), 10)
+    second = FeatureStatistics(mean_2, np.diag(var_2), 10)
+    assert fid(first, second) == pytest.approx(4 + (2 - 1) ** 2 + (3 - 4) ** 2, rel=TOLERANCE)
+
+
+def test_fid_against_matrix_square_root(sets):
+    ours = fid(*map(feature_statistics, sets))
+    assert ours == pytest.approx(naive_fid(*sets), rel=1e-7)  # the oracle's sqrtm is of a non-symmetric matrix
+    assert ours == pytest.approx(fid(*map(feature_statistics, reversed(sets))), rel=TOLERANCE)
+
+
+def test_fid_of_equal_sets_is_zero_even_if_singular():
+    features = np.random.default_rng(0).normal(size=(5, 12))
+    statistics = feature_statistics(features)
+    assert fid(statistics, statistics) == pytest.approx(0, abs=1e-6)  # roots of eigenvalues of rounding size
+    assert fid(statistics, statistics) >= 0
+
+
+def test_fid_jackknife_is_the_naive_loop(sets):
+    features, reference = sets
+    estimate = fid_jackknife(features, feature_statistics(reference))
+    error = naive_jackknife(lambda rows: naive_fid(features[rows], reference), 53, 10)
+    assert estimate.value == pytest.approx(naive_fid(*sets), rel=1e-7)
+    assert estimate.standard_error == pytest.approx(error, rel=1e-6)
+    assert estimate.n == 53
+    assert estimate.low < estimate.value < estimate.high
+
+
+def test_fid_jackknife_keeps_digits_far_from_the_origin(sets):
+    features, reference = (x + 1e6 for x in sets)
+    moved = fid_jackknife(features, feature_statistics(reference))
+    plain = fid_jackknife(sets[0], feature_statistics(sets[1]))
+    assert moved.value == pytest.approx(plain.value, rel=1e-6)  # 1e6 itself costs 6 of 16 digits
+    assert moved.standard_error == pytest.approx(plain.standard_error, rel=1e-5)
+
+
+def test_fid_difference_is_the_naive_loop_and_pairs(sets):
+    features, reference = sets
+    worse = features + np.random.default_rng(1).normal(0, 0.3, features.shape)
+    estimate = fid_difference(worse, features, feature_statistics(reference), n_parts=7)
+    error = naive_jackknife(
+        lambda rows: naive_fid(worse[rows], reference) - naive_fid(features[rows], reference), 53, 7
+    )
+    assert estimate.value == pytest.approx(naive_fid(worse, reference) - naive_fid(features, reference), rel=1e-6)
+    assert estimate.standard_error == pytest.approx(error, rel=1e-6)
+    assert estimate.standard_error < fid_jackknife(features, feature_statistics(reference)).standard_error
+
+
+def test_difference_of_equal_sets_is_exactly_zero(sets):
+    statistics = feature_statistics(sets[1])
+    for estimate in (fid_difference(sets[0], sets[0], statistics), kid_difference(sets[0], sets[0], sets[1])):
+        assert (estimate.value, estimate.standard_error) == (0.0, 0.0)
+
+
+def test_kid_against_sklearn_and_naive_loops(sets):
+    features, reference = sets
+    estimate = kid(features, reference, n_parts=6)
+    error = naive_jackknife(lambda rows: naive_kid(features[rows], reference), 53, 6)
+    assert estimate.value == pytest.approx(naive_kid(*sets), rel=TOLERANCE)
+    assert estimate.standard_error == pytest.approx(error, rel=1e-7)
+    assert estimate.n == 53
+
+
+def test_kid_difference_is_the_naive_loop(sets):
+    features, reference = sets
+    worse = features * 1.2
+    estimate = kid_difference(worse, features, reference)
+    error = naive_jackknife(
+        lambda rows: naive_kid(worse[rows], reference) - naive_kid(features[rows], reference), 53, 10
+    )
+    assert estimate.value == pytest.approx(naive_kid(worse, reference) - naive_kid(features, reference), rel=1e-7)
+    assert estimate.standard_error == pytest.approx(error, rel=1e-6)
+
+
+def test_kid_is_unbiased():
+    rng = np.random.default_rng(0)
+    values = [kid(rng.normal(size=(20, 4)), rng.normal(size=(20, 4))).value for _ in range(200)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(200)
+    assert min(values) < 0
+
+
+def test_kid_subsets_of_everything_is_kid(sets):
+    features, reference = sets[0][:41], sets[1]
+    mean, deviation = kid_subsets(features, reference, generator=np.random.default_rng(0), subset_size=41, n_subsets=3)
+    assert mean == pytest.approx(naive_kid(features, reference), rel=TOLERANCE)
+    assert deviation == pytest.approx(0, abs=1e-6)
+
+
+def test_kid_subsets_repeat_with_their_generator(sets):
+    runs = [kid_subsets(*sets, generator=np.random.default_rng(5), subset_size=20, n_subsets=10) for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert runs[0] != kid_subsets(*sets, generator=np.random.default_rng(6), subset_size=20, n_subsets=10)
+
+
+def test_ten_left_out_parts_of_the_embedded_extractor_size_take_seconds():
+    rng = np.random.default_rng(0)
+    reference = feature_statistics(rng.normal(size=(1000, 256)))
+    features = rng.normal(size=(1000, 256))
+    started = time.perf_counter()
+    fid_jackknife(features, reference)
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [([1.0, 2.0], "matrix"), ([[1.0, 2.0]], "two rows"), ([[1.0], [math.nan]], "finite")],
+)
+def test_bad_features_are_refused(features, message):
+    with pytest.raises(InputError, match=message):
+        feature_statistics(features)
+
+
+def test_disagreeing_sets_are_refused(sets):
+    features, reference = sets
+    with pytest.raises(InputError, match="one dimension"):
+        fid_jackknife(features[:, :4], feature_statistics(reference))
+    with pytest.raises(InputError, match="one dimension"):
+        kid(features[:, :4], reference)
+    with pytest.raises(InputError, match="one shape"):
+        fid_difference(features, features[1:], feature_statistics(reference))
+    with pytest.raises(InputError, match="10 parts"):
+        kid(features[:6], reference)
+    with pytest.raises(InputError, match="subset_size=42"):
+        kid_subsets(features, reference, generator=np.random.default_rng(0), subset_size=42)
+
+
+def test_bad_statistics_are_refused():
+    with pytest.raises(InputError, match="covariance"):
+        FeatureStatistics(np.zeros(3), np.zeros((2, 2)), 5)
+    with pytest.raises(InputError, match="symmetric"):
+        FeatureStatistics(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]), 5)
+    with pytest.raises(InputError, match="finite"):
+        FeatureStatistics(np.array([0.0, math.inf]), np.eye(2), 5)
