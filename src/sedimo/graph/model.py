@@ -72,6 +72,7 @@ class DenoiserGraph:
     edges: tuple[tuple[int, int], ...]
     groups: tuple[Group, ...]
     ties: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks what every reader relies on."""

@@ -1,0 +1,307 @@
+"""The flow of data between weight layers, read from an exported program.
+
+Each value of the program carries its *sources*: the graph nodes whose outputs reach it through operations
+that are not nodes themselves (norms, activations, reshapes, gates). A weight layer becomes a node with edges
+from the sources of its input; an operation that combines two streams becomes a node where the streams differ.
+
+* `add`: a sum or difference of two streams with different sources.
+* `concat`: a concatenation of streams with different sources.
+* `modulate`: x * (1 + scale) [+ shift], where x and scale are streams.
+* `attention`: scaled dot-product attention, or two matrix products in a row between streams.
+
+A layer that is called several times is one node at the place of its first call; an input of a later call that
+is computed after that place would close a cycle and is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from sedimo.graph.cost import attention_macs, layer_macs, per_sample, product_macs
+from sedimo.graph.model import NodeKind
+
+_SUMS = frozenset({"add", "add_", "sub", "sub_"})
+_CONCATS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
+_PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm", "einsum"})
+_LAYER_CALLS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution", "addmm", "matmul", "mm", "einsum"})
+_ATTENTION_PREFIX = "scaled_dot_product"
+_RELABELLINGS = frozenset(
+    "to _to_copy type_as view reshape unsqueeze squeeze expand expand_as permute transpose t contiguous clone detach "
+    "alias flatten unflatten slice select chunk split unbind getitem movedim repeat dropout".split()
+)  # what may lie between 1 + scale and its use, or between a weight and its use
+
+
+@dataclass(slots=True)
+class FlowNode:
+    """A node while it is being found. `sources` are positions of nodes, first argument first; `owner` is the module."""
+
+    kind: NodeKind
+    owner: str
+    layer: str | None
+    sources: list[int] = field(default_factory=list)
+    macs: int = 0
+    is_open_product: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What is known of a value: sources in order of use, the weight it is, whether it is 1 + a stream."""
+
+    sources: tuple[int, ...] = ()
+    weight: str | None = None
+    is_one_plus: bool = False
+    open_modulate: int | None = None
+    storage: int = -1
+    n_writes_seen: int = 0
+
+
+def read_flow(program: ExportedProgram, weight_shapes: Mapping[str, tuple[int, ...]], batch: int) -> list[FlowNode]:
+    """All nodes of an exported program in the order of their first call, layers by the names in `weight_shapes`."""
+    reader = _Reader(weight_shapes, batch)
+    weights = {f"{name}.weight": name for name in weight_shapes}
+    names = program.graph_signature.inputs_to_parameters
+    inputs = [
+        _Value(weight=weights.get(names.get(node.name, "")))
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+    ]
+    reader.run(program.graph_module, inputs)
+    return reader.nodes
+
+
+class _Reader:
+    """Walks a program once, in order."""
+
+    def __init__(self, weight_shapes: Mapping[str, tuple[int, ...]], batch: int) -> None:
+        self.nodes: list[FlowNode] = []
+        self._shapes = weight_shapes
+        self._batch = batch
+        self._of_layer: dict[str, int] = {}
+        self._writes: dict[int, list[tuple[int, ...]]] = {}
+        self._n_storages = 0
+
+    def run(self, module: fx.GraphModule, inputs: Sequence[_Value]) -> list[_Value]:
+        """The values of a program's outputs, given those of its inputs; nested programs are walked through."""
+        environment: dict[fx.Node, _Value] = {}
+        remaining = iter(inputs)
+        outputs: list[_Value] = []
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                environment[node] = self._fresh(next(remaining, _Value()))
+            elif node.op == "call_function":
+                environment[node] = self._call(module, node, environment)
+            elif node.op == "output":
+                outputs = [self._now(environment[a]) for a in node.all_input_nodes if a in environment]
+        return outputs
+
+    def _call(self, module: fx.GraphModule, node: fx.Node, environment: dict[fx.Node, _Value]) -> _Value:
+        name = _operation_name(node)
+        nested = [a for a in _arguments(node) if a.op == "get_attr" and isinstance(_attribute(module, a), fx.GraphModule)]
+        if nested:
+            return self._nested(module, node, nested[0], environment)
+        arguments = [(a, self._now(environment[a])) for a in _arguments(node) if a in environment]
+        value = self._combine(name, node, arguments)
+        return self._track_storage(node, value, [a for a, _ in arguments], environment)
+
+    def _nested(
+        self, module: fx.GraphModule, node: fx.Node, inner: fx.Node, environment: dict[fx.Node, _Value]
+    ) -> _Value:
+        """A program inside the program (a region without gradients or autocast): walked as if it stood here."""
+        arguments = [a for a in _arguments(node) if a is not inner]
+        values = [self._now(environment.get(a, _Value())) for a in arguments]
+        outputs = self.run(_attribute(module, inner), values)
+        return self._fresh(_Value(_union(v.sources for v in outputs)))
+
+    def _combine(self, name: str, node: fx.Node, arguments: list[tuple[fx.Node, _Value]]) -> _Value:
+        """The value of one operation; makes a node of it where it is one."""
+        values = [value for _, value in arguments]
+        layer = next((v.weight for v in values if v.weight is not None), None)
+        if layer is not None and name in _LAYER_CALLS:
+            return self._layer(layer, node, [v for v in values if v.weight is None])
+        streams = [v for v in values if v.sources]
+        if name.startswith(_ATTENTION_PREFIX) and streams:
+            shapes = [_shape(a) for a, _ in arguments[:3]]
+            return self._new("attention", node, streams, attention_macs(shapes[0], shapes[1], shapes[2]))
+        if name in _PRODUCTS and len(streams) > 1:
+            return self._product(name, node, arguments)
+        if name in ("mul", "mul_") and len(streams) > 1 and sum(v.is_one_plus for v in streams) == 1:
+            made = self._new("modulate", node, sorted(streams, key=lambda v: v.is_one_plus), 0)
+            return replace(made, open_modulate=made.sources[0] if len(node.users) == 1 else None)
+        if name in _SUMS and len(streams) > 1 and self._absorb_shift(node, arguments):
+            return _Value(next(v.sources for v in streams if v.open_modulate is not None))
+        if name in _SUMS | _CONCATS and len({frozenset(v.sources) for v in streams}) > 1:
+            return self._new("add" if name in _SUMS else "concat", node, streams, 0)
+        return _contract(name, node, values)
+
+    def _layer(self, layer: str, node: fx.Node, inputs: list[_Value]) -> _Value:
+        output = _shape(node)
+        macs = per_sample(layer_macs(self._shapes[layer], output), output, self._batch)
+        if layer not in self._of_layer:
+            self._of_layer[layer] = len(self.nodes)
+            self.nodes.append(FlowNode("layer", layer, layer))
+        position = self._of_layer[layer]
+        self._connect(position, _union(v.sources for v in inputs))
+        self.nodes[position].macs += macs
+        return _Value((position,))
+
+    def _product(self, name: str, node: fx.Node, arguments: list[tuple[fx.Node, _Value]]) -> _Value:
+        """A matrix product of two streams: the first of an attention, or the second, which joins the first."""
+        operands = [(a, v) for a, v in arguments if v.sources][-2:]
+        output = _shape(node)
+        macs = _einsum_macs(node) if name == "einsum" else product_macs(_shape(operands[0][0]), output)
+        for _, value in operands:
+            first = value.sources[0]
+            others = _union(v.sources for _, v in operands if v is not value)
+            if value.sources == (first,) and self.nodes[first].is_open_product and all(s < first for s in others):
+                self._connect(first, others)
+                self.nodes[first].macs += per_sample(macs, output, self._batch)
+                self.nodes[first].is_open_product = False
+                return _Value((first,))
+        made = self._new("attention", node, [v for _, v in operands], macs)
+        self.nodes[made.sources[0]].is_open_product = True
+        return made
+
+    def _absorb_shift(self, node: fx.Node, arguments: list[tuple[fx.Node, _Value]]) -> bool:
+        """Whether this sum is the shift of a modulation made just before; then its sources join that node.
+
+        A shift shares a source with the scale, or is broadcast; what is neither is a residual stream.
+        """
+        opened = [v.open_modulate for _, v in arguments if v.open_modulate is not None]
+        shifts = [(a, v) for a, v in arguments if v.open_modulate is None and v.sources]
+        if len(opened) != 1 or len(shifts) != 1:
+            return False
+        (shift_node, shift), position = shifts[0], opened[0]
+        scale_sources = set(self.nodes[position].sources)
+        is_broadcast = math.prod(_shape(shift_node)) < math.prod(_shape(node))
+        if not all(s < position for s in shift.sources) or not (is_broadcast or scale_sources & set(shift.sources)):
+            return False
+        self._connect(position, shift.sources)
+        return True
+
+    def _new(self, kind: NodeKind, node: fx.Node, streams: Sequence[_Value], macs: int) -> _Value:
+        position = len(self.nodes)
+        macs = per_sample(macs, _shape(node), self._batch)
+        self.nodes.append(FlowNode(kind, _owner(node), None, macs=macs))
+        self._connect(position, _union(v.sources for v in streams))
+        return _Value((position,))
+
+    def _connect(self, position: int, sources: Iterable[int]) -> None:
+        known = self.nodes[position].sources
+        known.extend(s for s in sources if s < position and s not in known)
+
+    def _fresh(self, value: _Value) -> _Value:
+        self._n_storages += 1
+        return replace(value, storage=self._n_storages, n_writes_seen=0)
+
+    def _now(self, value: _Value) -> _Value:
+        """The value with what was written into its storage since it was made."""
+        later = self._writes.get(value.storage, [])[value.n_writes_seen :]
+        if not later:
+            return value
+        return replace(value, sources=_union([value.sources, *later]), is_one_plus=False, open_modulate=None)
+
+    def _track_storage(
+        self, node: fx.Node, value: _Value, arguments: list[fx.Node], environment: dict[fx.Node, _Value]
+    ) -> _Value:
+        """Views share their input's storage; an operation in place writes its sources into it."""
+        if not arguments or not (_is_mutation(node) or _is_view(node)):
+            return self._fresh(value)
+        base = environment[arguments[0]].storage
+        if _is_mutation(node):
+            self._writes.setdefault(base, []).append(value.sources)
+        return replace(value, storage=base, n_writes_seen=len(self._writes.get(base, ())))
+
+
+def _contract(name: str, node: fx.Node, values: Sequence[_Value]) -> _Value:
+    """The value of an operation that is no node: it passes its sources on."""
+    sources = _union(v.sources for v in values)
+    if name == "add" and sources and len(values) == 1 and 1 in node.args:
+        return _Value(sources, is_one_plus=True)
+    if values and name in _RELABELLINGS:
+        first = values[0]
+        is_open = first.open_modulate is not None and len(node.users) == 1
+        return _Value(sources, first.weight, first.is_one_plus, first.open_modulate if is_open else None)
+    return _Value(sources)
+
+
+def _union(groups: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(source for group in groups for source in group))
+
+
+def _operation_name(node: fx.Node) -> str:
+    """`linear` of `aten.linear.default`, `getitem` of `operator.getitem`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rpartition("::")[2]
+    if target is operator.getitem:
+        return "getitem"
+    return str(getattr(target, "__name__", target))
+
+
+def _arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """All nodes among the arguments, in order, repeated ones repeatedly."""
+    found: list[fx.Node] = []
+
+    def keep(argument: fx.Node) -> fx.Node:
+        found.append(argument)
+        return argument
+
+    _map_arguments((node.args, node.kwargs), keep)
+    return iter(found)
+
+
+def _map_arguments(arguments: object, function: Callable[[fx.Node], fx.Node]) -> None:
+    fx.node.map_arg(arguments, function)  # type: ignore[arg-type]  # declared for arguments, takes tuples of them
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
+    found: object = module
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    return found  # type: ignore[return-value]  # the caller asks isinstance
+
+
+def _owner(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    if isinstance(value, list | tuple):
+        value = value[0]
+    return tuple(int(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _einsum_macs(node: fx.Node) -> int:
+    """The product of the sizes of all indices: each combination is one multiplication."""
+    equation, operands = str(node.args[0]), node.args[1]
+    if "..." in equation or not isinstance(operands, list | tuple):
+        return 0
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    sizes = {
+        letter: size
+        for term, operand in zip(terms, operands, strict=True)
+        if isinstance(operand, fx.Node)
+        for letter, size in zip(term, _shape(operand), strict=True)
+    }
+    return math.prod(sizes.values())
+
+
+def _is_mutation(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    if target is operator.getitem:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)

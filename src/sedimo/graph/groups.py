@@ -1,0 +1,274 @@
+"""Which layers are varied together: attention, feed-forward, residual blocks, embeddings.
+
+Found from the shape of the graph, without a table per architecture:
+
+* attention: the layers that feed an attention node, those that read it, and whatever else its module holds;
+* the rest of a block falls into its modules, each cut into connected parts;
+* a layer that computes one vector per sample and steers a later layer of its block through an addition or
+  modulation (`norm1.linear` of DiT, `norm_out.linear`) joins the group of that layer.
+
+Every layer is in exactly one group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from sedimo.errors import InputError
+from sedimo.graph.labels import unit_of
+from sedimo.graph.model import DenoiserGraph, Group, Node
+
+Edges = Sequence[tuple[int, int]]
+
+
+def find_groups(nodes: Sequence[Node], edges: Edges) -> tuple[Group, ...]:
+    """Groups of a graph in the order of their first layers; each connected, each layer in one."""
+    finder = _Finder(nodes, edges)
+    finder.take_attention()
+    finder.take_units()
+    finder.attach_steering()
+    return tuple(finder.group(kind, members) for kind, members in sorted(finder.found, key=lambda f: min(f[1])))
+
+
+def split_groups(graph: DenoiserGraph, *, n_options: int, max_variants: int) -> tuple[Group, ...]:
+    """The graph's groups, those with more than `max_variants` combinations of `n_options` cut into smaller ones.
+
+    Attention is cut into what makes its scores (QK) and the rest (V and output), as Qua2SeDiMo does; what is
+    then still too large falls into consecutive connected parts.
+
+    Raises:
+        InputError: a single layer has more options than variants are allowed.
+    """
+    if n_options < 1 or max_variants < n_options:
+        raise InputError(f"max_variants must be at least the number of options per layer: {max_variants=}, {n_options=}")
+    finder = _Finder(graph.nodes, graph.edges)
+    found: list[Group] = []
+    for group in graph.groups:
+        members = [finder.position[name] for name in group.layers]
+        parts = [members]
+        if not _fits(len(members), n_options, max_variants):
+            parts = [p for half in finder.halves_of_attention(members) for p in finder.cut(half, n_options, max_variants)]
+        found += [group] if len(parts) == 1 else [finder.group(group.kind, part) for part in parts]
+    return tuple(found)
+
+
+def _fits(n_layers: int, n_options: int, max_variants: int) -> bool:
+    return bool(n_options**n_layers <= max_variants)
+
+
+class _Finder:
+    """Adjacency of a graph and the groups found so far, as sets of positions."""
+
+    def __init__(self, nodes: Sequence[Node], edges: Edges) -> None:
+        self.nodes = nodes
+        self.position = {node.name: i for i, node in enumerate(nodes)}
+        self.found: list[tuple[str, list[int]]] = []
+        self._taken: dict[int, int] = {}
+        self._before: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
+        self._after: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
+        for source, target in edges:
+            self._before[target].append(source)
+            self._after[source].append(target)
+
+    # what there is
+
+    def _is_layer(self, i: int) -> bool:
+        return self.nodes[i].kind == "layer"
+
+    def _free(self) -> list[int]:
+        return [i for i in range(len(self.nodes)) if self._is_layer(i) and i not in self._taken]
+
+    def _layers_next_to(self, i: int, neighbours: Mapping[int, Sequence[int]], block: str) -> Iterator[int]:
+        """The nearest layers in one direction, through concatenations of the same block."""
+        for j in neighbours[i]:
+            if self._is_layer(j):
+                yield j
+            elif self.nodes[j].kind == "concat" and self.nodes[j].block == block:
+                yield from self._layers_next_to(j, neighbours, block)
+
+    def _is_vector(self, i: int) -> bool:
+        """Whether a layer computes one vector per sample (its weight is applied once)."""
+        return self._is_layer(i) and self.nodes[i].macs == self.nodes[i].params
+
+    # attention
+
+    def take_attention(self) -> None:
+        """One group per attention node."""
+        attentions = [i for i, node in enumerate(self.nodes) if node.kind == "attention"]
+        inputs = {i: set(self._layers_next_to(i, self._before, self.nodes[i].block)) for i in attentions}
+        feeds_attention = set().union(*inputs.values())
+        for i in attentions:
+            block = self.nodes[i].block
+            outputs = {j for j in self._layers_next_to(i, self._after, block) if self.nodes[j].block == block}
+            members = inputs[i] | (outputs - feeds_attention) | self._inside(i, attentions)
+            kind = "self_attention" if self._is_self_attention(i) else "cross_attention"
+            self._take(kind, members)
+
+    def _inside(self, attention: int, attentions: Sequence[int]) -> set[int]:
+        """All layers of the module that computes the attention, if that is smaller than its block."""
+        owner = self.nodes[attention].name.rpartition(".")[0]
+        others = [a for a in attentions if a != attention and self.nodes[a].name.startswith(owner + ".")]
+        if not owner or owner == self.nodes[attention].block or others:
+            return set()
+        return {j for j in self._free() if self.nodes[j].name.startswith(owner + ".")}
+
+    def _is_self_attention(self, i: int) -> bool:
+        """Whether queries and keys come from the same streams."""
+        ports = self._before[i]
+        if len(ports) < 2:
+            return True
+        query, key = (self._origins(port, self.nodes[i].block) for port in ports[:2])
+        return query == key
+
+    def _origins(self, port: int, block: str) -> set[int]:
+        layers = [port] if self._is_layer(port) else list(self._layers_next_to(port, self._before, block))
+        return {source for layer in layers for source in self._before[layer]}
+
+    # units
+
+    def take_units(self) -> None:
+        """The rest of each block by module, cut into connected parts; steering layers wait."""
+        self._steering = {i: target for i in self._free() if (target := self._steered_layer(i)) is not None}
+        units: dict[tuple[str, str], list[int]] = {}
+        for i in self._free():
+            if i not in self._steering:
+                node = self.nodes[i]
+                units.setdefault((node.block, unit_of(node.name, node.block)), []).append(i)
+        for members in units.values():
+            for part in self._connected_parts(members):
+                self._take(self._kind(part), part)
+
+    def attach_steering(self) -> None:
+        """Steering layers join the group of the layer that they steer."""
+        for i, target in sorted(self._steering.items(), reverse=True):
+            kind, members = self.found[self._taken[target]]
+            members.append(i)
+            self._taken[i] = self._taken[target]
+            if kind == "other" and len(members) > 1:
+                self.found[self._taken[target]] = (self._kind(members), members)
+
+    def _steered_layer(self, i: int) -> int | None:
+        """The first layer that reads this vector through an addition or modulation of the same block."""
+        if not self._is_vector(i):
+            return None
+        block = self.nodes[i].block
+        combined = [j for j in self._after[i] if self.nodes[j].kind in ("add", "modulate") and self.nodes[j].block == block]
+        targets = [k for j in combined for k in self._after[j] if self._is_layer(k)]
+        inside = [k for k in targets if self.nodes[k].block == block and not self._is_vector(k)]
+        return min(inside, default=None)
+
+    def _kind(self, members: Sequence[int]) -> str:
+        own = {i for i in members if not self._is_vector(i)} or set(members)
+        first, last = self.nodes[min(own)], self.nodes[max(own)]
+        spatial = [i for i in own if math.prod(self.nodes[i].shape[2:]) > 1]
+        if not any(self._before[i] for i in members) or not self._comes_from_outside(members):
+            return "embedding"
+        if len(own) > 1 and first.shape[1] == last.shape[0] and first.shape[0] > first.shape[1]:
+            return "feed_forward"
+        if len(spatial) > 1:
+            return "residual"
+        return "other"
+
+    def _comes_from_outside(self, members: Sequence[int]) -> bool:
+        known = set(members)
+        return any(source not in known and self._reaches_layer(source, known) for i in members for source in self._before[i])
+
+    def _reaches_layer(self, i: int, known: set[int]) -> bool:
+        """Whether a node outside has a layer other than the known ones behind it."""
+        if self._is_layer(i):
+            return i not in known
+        return any(self._reaches_layer(j, known) for j in self._before[i])
+
+    # shape of a group
+
+    def _take(self, kind: str, members: Iterable[int]) -> None:
+        new = sorted(i for i in members if i not in self._taken)
+        if new:
+            self._taken.update(dict.fromkeys(new, len(self.found)))
+            self.found.append((kind, new))
+
+    def _neighbourhood(self, members: Iterable[int]) -> dict[int, set[int]]:
+        """Members and the combine nodes between them (reached from one and reaching another), with neighbours."""
+        members = set(members)
+        down = self._combines_from(members, self._after)
+        up = self._combines_from(members, self._before)
+        inside = members | (down & up) | {j for j in down if len(members & set(self._before[j])) > 1}
+        return {i: {j for j in (*self._before[i], *self._after[i]) if j in inside} for i in inside}
+
+    def _combines_from(self, members: set[int], neighbours: Mapping[int, Sequence[int]]) -> set[int]:
+        blocks = {self.nodes[i].block for i in members}
+        seen: set[int] = set()
+        stack = [j for i in members for j in neighbours[i]]
+        while stack:
+            j = stack.pop()
+            if j not in seen and not self._is_layer(j) and self.nodes[j].block in blocks:
+                seen.add(j)
+                stack.extend(neighbours[j])
+        return seen
+
+    def _connected_parts(self, members: Sequence[int]) -> list[list[int]]:
+        neighbours = self._neighbourhood(members)
+        left, parts = set(members), []
+        for start in members:
+            if start in left:
+                reached = _reach(start, neighbours)
+                parts.append(sorted(reached & left))
+                left -= reached
+        return parts
+
+    def group(self, kind: str, members: Sequence[int]) -> Group:
+        """The record of a group: its root is the first node that all members reach, else its last layer."""
+        members = sorted(members)
+        inside = set(self._neighbourhood(members))
+        distance = {root: self._distances(root, inside) for root in sorted(inside)}
+        common = [root for root, found in distance.items() if set(members) <= found.keys()]
+        root = common[0] if common else members[-1]
+        hop = max(distance[root].get(i, 0) for i in members)
+        names = tuple(self.nodes[i].name for i in members)
+        return Group(names[0], kind, names, self.nodes[root].name, hop)
+
+    def _distances(self, root: int, inside: set[int]) -> dict[int, int]:
+        """The longest path to the root from every node inside that reaches it."""
+        found = {root: 0}
+        for i in sorted((j for j in inside if j < root), reverse=True):
+            steps = [found[j] + 1 for j in self._after[i] if j in found]
+            if steps:
+                found[i] = max(steps)
+        return found
+
+    # splitting
+
+    def halves_of_attention(self, members: Sequence[int]) -> list[list[int]]:
+        """Score layers (with what steers them) and the rest of an attention; other groups stay whole."""
+        inside = self._neighbourhood(members)
+        attention = next((i for i in sorted(inside) if self.nodes[i].kind == "attention"), None)
+        if attention is None or len(self._before[attention]) < 3:
+            return [list(members)]
+        query, key = self._before[attention][:2]
+        score = {i for i in members if i in (query, key)}
+        for port in (query, key):
+            if not self._is_layer(port):
+                score |= set(self._layers_next_to(port, self._before, self.nodes[attention].block)) & set(members)
+        score |= {i for i in members if self._is_vector(i)}
+        rest = [i for i in members if i not in score]
+        return [part for part in (sorted(score), rest) if part]
+
+    def cut(self, members: Sequence[int], n_options: int, max_variants: int) -> list[list[int]]:
+        """Consecutive parts of at most the allowed number of variants, each connected."""
+        size = 1
+        while _fits(size + 1, n_options, max_variants) and size < len(members):
+            size += 1
+        chunks = [list(members[i : i + size]) for i in range(0, len(members), size)]
+        return [part for chunk in chunks for part in self._connected_parts(chunk)]
+
+
+def _reach(start: int, neighbours: Mapping[int, Iterable[int]]) -> set[int]:
+    """Everything connected to `start`."""
+    seen, stack = {start}, [start]
+    while stack:
+        for j in neighbours[stack.pop()]:
+            if j not in seen:
+                seen.add(j)
+                stack.append(j)
+    return seen

@@ -1,0 +1,176 @@
+"""The weight layers of a module tree, which of them share a weight, and a copy of the tree without weights.
+
+A weight layer is a module of type Linear, Conv1d, Conv2d or Conv3d whose own parameter `weight` has the shape
+that its type implies. Everything else that holds weights (bare parameters, transposed convolutions, weights
+computed by a parametrization) is not quantized; `other_weights` names it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sedimo.errors import InputError
+from sedimo.graph.model import LayerType
+
+_TYPES: tuple[tuple[type[nn.Module], LayerType], ...] = (
+    (nn.Linear, "Linear"),
+    (nn.Conv1d, "Conv1d"),
+    (nn.Conv2d, "Conv2d"),
+    (nn.Conv3d, "Conv3d"),
+)
+_N_PROBED_ELEMENTS = 16
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OFFLOAD_HOOKS = ("_hf_hook", "_diffusers_hook")  # accelerate's and diffusers' device placement
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayer:
+    """A layer of a module tree: its dotted path, its type, and the shape `[out, in, ...]` of its weight."""
+
+    name: str
+    layer_type: LayerType
+    shape: tuple[int, ...]
+
+
+def weight_layers(denoiser: nn.Module) -> dict[str, WeightLayer]:
+    """All weight layers by name, in the order of the module tree; a module used under two names once.
+
+    Raises:
+        InputError: a weight does not have the shape of its layer, so it is packed by another quantizer.
+    """
+    found = {}
+    for name, module in denoiser.named_modules():
+        layer_type = _layer_type(module)
+        weight = module._parameters.get("weight")
+        if layer_type is None or weight is None:
+            continue
+        shape = tuple(weight.shape)
+        wanted = _implied_shape(module)
+        if shape != wanted:
+            raise InputError(
+                f"layer {name!r}: a {layer_type} must have a weight of shape {wanted}, got {shape} "
+                f"({type(weight).__name__}). It seems to be quantized already; load the original weights"
+            )
+        found[name] = WeightLayer(name, layer_type, shape)
+    return found
+
+
+def other_weights(denoiser: nn.Module) -> tuple[str, ...]:
+    """Names of floating point parameters of two or more dimensions that belong to no weight layer."""
+    own = {f"{name}.weight" for name in weight_layers(denoiser)}
+    return tuple(
+        name
+        for name, parameter in denoiser.named_parameters()
+        if parameter.dim() >= 2 and parameter.is_floating_point() and name not in own
+    )
+
+
+def find_ties(denoiser: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The sets of layers that share one parameter, or hold equal values (real weights of one shape and dtype).
+
+    Values are compared whole only where a few elements agree, so that a pass over a large model reads little.
+    """
+    weights = {name: denoiser.get_submodule(name)._parameters["weight"] for name in weight_layers(denoiser)}
+    by_key: dict[object, list[list[str]]] = {}
+    for name, weight in weights.items():
+        if weight is None:  # cannot be: weight_layers lists only layers with a weight
+            continue
+        sets = by_key.setdefault(_value_key(weight), [])
+        for members in sets:
+            if _is_same(weight, weights[members[0]]):
+                members.append(name)
+                break
+        else:
+            sets.append([name])
+    return tuple(tuple(members) for sets in by_key.values() for members in sets if len(members) > 1)
+
+
+def meta_twin(denoiser: nn.Module) -> nn.Module:
+    """A copy of the module tree in which every tensor lies on the meta device, each layer with a weight of its own.
+
+    No weight is copied; hooks (offloading, recorders) are left behind. The copy is in evaluation mode.
+
+    Raises:
+        InputError: the module tree cannot be copied.
+    """
+    memo = _memo_without_weights(denoiser)
+    try:
+        twin = copy.deepcopy(denoiser, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{type(denoiser).__name__} cannot be copied without its weights: {error}") from error
+    for module in twin.modules():
+        if any(module.__dict__.pop(hook, _ABSENT) is not _ABSENT for hook in _OFFLOAD_HOOKS):
+            module.__dict__.pop("forward", None)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = _meta_parameter(parameter)
+    return twin.eval()
+
+
+_ABSENT = object()
+
+
+def _layer_type(module: nn.Module) -> LayerType | None:
+    return next((name for kind, name in _TYPES if isinstance(module, kind)), None)
+
+
+def _implied_shape(module: nn.Module) -> tuple[int, ...]:
+    if isinstance(module, nn.Linear):
+        return (module.out_features, module.in_features)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    raise TypeError(f"{type(module).__name__} is no weight layer")  # callers ask for weight layers only
+
+
+def _value_key(weight: torch.Tensor) -> object:
+    """Equal for weights that may be equal; identity where values cannot be read."""
+    if weight.is_meta or type(weight.data) is not torch.Tensor:
+        return id(weight)
+    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
+    positions = torch.linspace(0, max(flat.numel() - 1, 0), _N_PROBED_ELEMENTS).long().to(flat.device)
+    return (tuple(weight.shape), weight.dtype, tuple(flat[positions].double().tolist()))
+
+
+def _is_same(first: torch.Tensor, second: torch.Tensor | None) -> bool:
+    return first is second or (second is not None and not first.is_meta and torch.equal(first, second))
+
+
+def _memo_without_weights(denoiser: nn.Module) -> dict[int, object]:
+    memo: dict[int, object] = {}
+    for module in denoiser.modules():
+        for tensor in _tensors_of(module):
+            memo[id(tensor)] = _meta_parameter(tensor) if isinstance(tensor, nn.Parameter) else _meta_tensor(tensor)
+        for table in _HOOK_TABLES:
+            memo[id(module.__dict__.get(table))] = OrderedDict()
+        for hook in _OFFLOAD_HOOKS:
+            memo[id(module.__dict__.get(hook))] = _ABSENT
+    memo.pop(id(None), None)
+    return memo
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors that a module keeps as plain attributes, also in containers."""
+    stack: list[object] = [*module._parameters.values(), *module._buffers.values()]
+    stack += [v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")]
+    seen = set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend(value.values() if isinstance(value, Mapping) else value)
+
+
+def _meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _meta_parameter(parameter: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(_meta_tensor(parameter), requires_grad=False)
