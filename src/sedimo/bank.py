@@ -1,0 +1,292 @@
+"""The bank: what each format would do to each decision's weight, and the packed weights themselves on demand.
+
+Candidates carry an error (exact, or estimated from some output channels) and bytes. Parameters (scales,
+codebooks) are fitted when a recipe first needs them and kept, in memory or in a cache folder; codes are
+recomputed from the weight. Weights are read one layer at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from sedimo._bank_cache import BankCache
+from sedimo.codec import content_key
+from sedimo.errors import InputError
+from sedimo.pipelines.adapter import WeightSource
+from sedimo.quant.fitting import FittedParameters, FittedWeight, error_estimates, fit, fit_parameters, with_codes
+from sedimo.quant.formats import Format, stored_bytes
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.space import Decision, PartFormat, Recipe, SearchSpace
+
+FIT_VERSION = 1  # raise it when a fit changes: cached parameters and errors are then made anew
+_PACKED_BYTES_KEPT = 1 << 30
+
+
+class Progress(Protocol):
+    """Shows people how far a long work is; stages follow one another."""
+
+    def start(self, total: int, label: str) -> None:
+        """Begins a stage of `total` steps."""
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more steps are finished."""
+
+    def done(self) -> None:
+        """Ends the stage."""
+
+
+class _Silent:
+    def start(self, total: int, label: str) -> None:
+        pass
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+    def done(self) -> None:
+        pass
+
+
+SILENT: Progress = _Silent()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What one format does to one decision.
+
+    `error` is the relative squared weight error ||W - W_q||^2 / ||W||^2 with its standard error; `n` is the
+    number of output channels it was estimated from, 0 when it is exact. `paper_bytes` and `stored_bytes` are
+    those of the weight, stored once [bytes].
+    """
+
+    decision: str
+    format: Format
+    error: float
+    standard_error: float
+    n: int
+    paper_bytes: int
+    stored_bytes: int
+
+
+class Bank:
+    """Candidates of every decision, and their packed weights.
+
+    Made by `fit_bank`. At most `packed_bytes_kept` of packed weights stay in memory, the last used ones.
+    """
+
+    def __init__(
+        self,
+        weights: WeightSource,
+        space: SearchSpace,
+        candidates: Sequence[Candidate],
+        *,
+        cache: BankCache | None = None,
+        packed_bytes_kept: int = _PACKED_BYTES_KEPT,
+    ) -> None:
+        self.weights, self.space = weights, space
+        self.candidates = tuple(candidates)
+        self._cache = cache or BankCache(None)
+        self._packed: OrderedDict[tuple[str, Format], QuantizedTensor] = OrderedDict()
+        self._packed_bytes, self._packed_bytes_kept = 0, packed_bytes_kept
+
+    @property
+    def weights_digest(self) -> str:
+        """sha256 of the full-precision weights."""
+        return self.weights.digest
+
+    @cached_property
+    def index(self) -> Mapping[tuple[str, Format], Candidate]:
+        """Candidates by (decision, format)."""
+        return {(c.decision, c.format): c for c in self.candidates}
+
+    @cached_property
+    def _decision_of(self) -> Mapping[str, Decision]:
+        return {layer: d for d in self.space.decisions for layer in d.layers}
+
+    def quantized(self, decision: str, number_format: Format) -> QuantizedTensor:
+        """The packed weight of a decision at a format; fitted when it is needed for the first time.
+
+        Raises:
+            InputError: an unknown decision, fp16, or a weight that cannot be quantized.
+        """
+        known = self.space.decision_index.get(decision)
+        if known is None:
+            raise InputError(f"no such decision in {self.space.denoiser}: {decision!r}")
+        if not number_format.is_quantized:
+            raise InputError(f"{decision} at fp16 is left alone; there is nothing to quantize")
+        key = (decision, number_format.weight_format)
+        if key not in self._packed:
+            self._keep(key, self._make(known, key[1]))
+        self._packed.move_to_end(key)
+        return self._packed[key]
+
+    def quantize(self, recipe: Recipe) -> dict[str, QuantizedTensor]:
+        """The packed weights of a recipe by layer name; layers at fp16 are absent, tied layers share one tensor.
+
+        Raises:
+            InputError: a layer that the space does not have, or parts that do not fit the layer.
+        """
+        found: dict[str, QuantizedTensor] = {}
+        split: dict[tuple[str, tuple[PartFormat, ...]], QuantizedTensor] = {}
+        for layer, entry in recipe.layers.items():
+            decision = self._decision_of.get(layer)
+            if decision is None:
+                raise InputError(f"the recipe names a layer that {self.space.denoiser} does not have: {layer!r}")
+            if isinstance(entry, Format):
+                if entry.is_quantized:
+                    found[layer] = self.quantized(decision.name, entry)
+                continue
+            key = (decision.name, entry)
+            split[key] = split[key] if key in split else self._make_split(decision, entry)
+            found[layer] = split[key]
+        return found
+
+    def _make(self, decision: Decision, number_format: Format) -> QuantizedTensor:
+        weight = read_weight(self.weights, decision)
+        parameters = self._cache.parameters(decision.name, number_format)
+        if parameters is None:
+            found = fit_parameters(weight, [number_format], layer_name=decision.name)
+            self._cache.put_parameters(decision.name, found)
+            parameters = found[number_format]
+        fitted = with_codes(weight, parameters, layer_name=decision.name)
+        return _named(QuantizedTensor.from_fitted(fitted, weight.dtype), decision)
+
+    def _make_split(self, decision: Decision, parts: Sequence[PartFormat]) -> QuantizedTensor:
+        weight = read_weight(self.weights, decision)
+        if [p.start for p in parts] != [0, *(p.stop for p in parts[:-1])] or parts[-1].stop != weight.shape[1]:
+            raise InputError(f"parts of layer {decision.name!r} must cover its {weight.shape[1]} inputs in order")
+        pieces: list[FittedWeight | torch.Tensor] = []
+        for part in parts:
+            piece = weight[:, part.start : part.stop]
+            pieces.append(
+                fit(piece, part.format.weight_format, layer_name=decision.name) if part.format.is_quantized else piece
+            )
+        return _named(QuantizedTensor.from_fitted(pieces, weight.dtype), decision)
+
+    def _keep(self, key: tuple[str, Format], tensor: QuantizedTensor) -> None:
+        self._packed[key] = tensor
+        self._packed_bytes += tensor.stored_bytes
+        while self._packed_bytes > self._packed_bytes_kept and len(self._packed) > 1:
+            _, dropped = self._packed.popitem(last=False)
+            self._packed_bytes -= dropped.stored_bytes
+
+
+def fit_bank(
+    weights: WeightSource,
+    space: SearchSpace,
+    *,
+    sample_channels: int | None = None,
+    cache: Path | None = None,
+    progress: Progress = SILENT,
+) -> Bank:
+    """The bank of a space: every candidate's error and bytes.
+
+    With `sample_channels`, errors are estimated from that many output channels of each weight, and nothing is
+    fitted until it is used; else every format is fitted in full. With a `cache` folder the work is saved as it
+    goes, named by the weights and the format, and reused; a killed run goes on where it was.
+
+    Raises:
+        InputError: a weight is missing, has another shape, or holds infinity or NaN.
+    """
+    store = BankCache(cache / weights.digest[:32] if cache else None)
+    candidates: list[Candidate] = []
+    progress.start(len(space.decisions), "fitting formats" if sample_channels is None else "estimating errors")
+    for decision in space.decisions:
+        candidates += _candidates(weights, decision, sample_channels, store)
+        progress.advance(1)
+    progress.done()
+    return Bank(weights, space, candidates, cache=store)
+
+
+def read_weight(weights: WeightSource, decision: Decision) -> torch.Tensor:
+    """The weight of a decision, checked.
+
+    Raises:
+        InputError: another shape than the space says, infinity, or NaN.
+    """
+    weight = weights.read(decision.layers[0])
+    if tuple(weight.shape) != decision.shape:
+        raise InputError(
+            f"layer {decision.layers[0]!r} has a weight of shape {tuple(weight.shape)}, the space says {decision.shape}"
+        )
+    if not torch.isfinite(weight).all():
+        raise InputError(f"the weight of layer {decision.layers[0]!r} holds infinity or NaN and cannot be quantized")
+    return weight
+
+
+def _candidates(
+    weights: WeightSource, decision: Decision, sample_channels: int | None, store: BankCache
+) -> list[Candidate]:
+    n_channels = decision.shape[0] if sample_channels is None else min(sample_channels, decision.shape[0])
+    is_exact = n_channels == decision.shape[0]
+    formats = tuple(dict.fromkeys(f.weight_format for f in decision.formats if f.is_quantized))
+    keys = {f: _row_key(decision, f, n_channels) for f in formats}
+    found = {f: store.candidate(Candidate, key) for f, key in keys.items()}
+    missing = [f for f, candidate in found.items() if candidate is None]
+    if missing:
+        weight = read_weight(weights, decision)
+        measure = _fit_all if is_exact else _estimate
+        made = measure(weight, decision, missing, store, n_channels)
+        store.put_candidates({keys[f]: candidate for f, candidate in made.items()})
+        found |= made
+    return [_as(found.get(f.weight_format), decision, f) for f in decision.formats]
+
+
+def _fit_all(
+    weight: torch.Tensor, decision: Decision, formats: Sequence[Format], store: BankCache, _n_channels: int
+) -> dict[Format, Candidate]:
+    fitted = fit_parameters(weight, formats, layer_name=decision.name)
+    store.put_parameters(decision.name, fitted)
+    return {f: _exact_candidate(decision, fitted[f]) for f in formats}
+
+
+def _estimate(
+    weight: torch.Tensor, decision: Decision, formats: Sequence[Format], _store: BankCache, n_channels: int
+) -> dict[Format, Candidate]:
+    seed = int(hashlib.sha256(decision.name.encode()).hexdigest()[:12], 16)
+    generator = torch.Generator().manual_seed(seed)
+    estimates = error_estimates(weight, formats, n_channels=n_channels, generator=generator, layer_name=decision.name)
+    return {f: _candidate(decision, f, e.mean, e.standard_error, e.n) for f, e in estimates.items()}
+
+
+def _exact_candidate(decision: Decision, fitted: FittedParameters) -> Candidate:
+    codebook_bytes = 2 if fitted.codebook is None else fitted.codebook.element_size()
+    size = stored_bytes(fitted.format, decision.shape, codebook_bytes=codebook_bytes)
+    return replace(_candidate(decision, fitted.format, fitted.relative_error, 0.0, 0), stored_bytes=size)
+
+
+def _candidate(decision: Decision, number_format: Format, error: float, standard_error: float, n: int) -> Candidate:
+    sizes = decision.paper_bytes(number_format), decision.stored_bytes(number_format)
+    return Candidate(decision.name, number_format, error, standard_error, n, *sizes)
+
+
+def _as(candidate: Candidate | None, decision: Decision, number_format: Format) -> Candidate:
+    """The candidate under its format with activation bits; an unquantized one has no error."""
+    if candidate is None:
+        return _candidate(decision, number_format, 0.0, 0.0, 0)
+    return replace(candidate, format=number_format)
+
+
+def _row_key(decision: Decision, number_format: Format, n_channels: int) -> str:
+    return content_key(
+        {
+            "version": FIT_VERSION,
+            "layer": decision.layers[0],
+            "decision": decision.name,
+            "shape": decision.shape,
+            "format": number_format,
+            "n_channels": n_channels,
+        }
+    )
+
+
+def _named(tensor: QuantizedTensor, decision: Decision) -> QuantizedTensor:
+    tensor.layer_name = decision.layers[0]
+    return tensor

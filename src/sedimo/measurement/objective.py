@@ -1,0 +1,125 @@
+"""What a recipe's quality is measured on: final latents, the denoiser's own path, or single steps.
+
+All three give a noise and a signal power per sample. For `path` and `step` the powers are those of the
+denoiser's outputs, each relative to its own signal and averaged over the calls, so that every step counts
+equally; the signal is then 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sedimo.errors import StateError
+from sedimo.measurement.trial import ObjectiveName
+from sedimo.metrics.signal import NoisePowers, relative_noise
+from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
+from sedimo.pipelines.trajectory import Trajectory, output_tensor, record
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the full-precision pipeline gives under a sampling plan: the other side of every comparison.
+
+    `calls` are the recorded denoiser calls, empty for `final_latents`, which needs only `latents`.
+    """
+
+    objective: ObjectiveName
+    sampling: Sampling
+    latents: torch.Tensor  # [n, ...]
+    calls: tuple[DenoiserCall, ...]
+    n_calls: int
+
+
+def measure_reference(objective: ObjectiveName, adapter: PipelineAdapter, sampling: Sampling) -> Reference:
+    """Samples at full precision once and keeps what the objective compares with."""
+    if objective == "final_latents":
+        counted: list[int] = []
+        latents = adapter.sample(sampling, observer=lambda call: counted.append(call.step))
+        return Reference(objective, sampling, latents, (), len(counted))
+    trajectory = record(adapter, sampling)
+    return Reference(objective, sampling, trajectory.latents, trajectory.calls, trajectory.n_calls)
+
+
+def measure(adapter: PipelineAdapter, reference: Reference) -> NoisePowers:
+    """Noise and signal power per sample of the denoiser as it is now, against the reference."""
+    if reference.objective == "final_latents":
+        return relative_noise(reference.latents.numpy(), adapter.sample(reference.sampling).numpy())
+    if reference.objective == "path":
+        return _measure_path(adapter, reference)
+    return _measure_steps(adapter, reference)
+
+
+def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[tuple[DenoiserCall, range]]:
+    """Each recorded call with the positions of the samples that it computed.
+
+    Row r of a call belongs to sample `r mod len(range)` of its batch.
+
+    Raises:
+        StateError: the calls do not fit the sampling plan.
+    """
+    n, first, last_step = len(sampling.seeds), -sampling.batch_size, -1
+    for index, call in enumerate(calls):
+        if index == 0 or call.step <= last_step:
+            first += sampling.batch_size
+        last_step = call.step
+        samples = range(first, min(first + sampling.batch_size, n))
+        if not samples or call.output.shape[0] % len(samples):
+            raise StateError(f"call {index} of {call.output.shape[0]} rows does not fit the plan of {n} samples")
+        yield call, samples
+
+
+class _Average:
+    """Relative noise per sample, averaged over rows and calls."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._total = np.zeros(len(sampling.seeds))
+        self._count = np.zeros(len(sampling.seeds))
+
+    def add(self, reference: torch.Tensor, test: torch.Tensor, samples: range) -> None:
+        rows = relative_noise(_array(reference), _array(test)).ratio.reshape(-1, len(samples))
+        self._total[samples.start : samples.stop] += rows.sum(0)
+        self._count[samples.start : samples.stop] += rows.shape[0]
+
+    def powers(self) -> NoisePowers:
+        return NoisePowers(self._total / self._count, np.ones_like(self._total))
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    return tensor.detach().float().cpu().numpy()  # numpy knows no bfloat16
+
+
+def _measure_path(adapter: PipelineAdapter, reference: Reference) -> NoisePowers:
+    average, recorded = _Average(reference.sampling), batches_of(reference.sampling, reference.calls)
+
+    def compare(call: DenoiserCall) -> None:
+        expected, samples = next(recorded)
+        if expected.output.shape != call.output.shape:
+            raise StateError(f"the denoiser gave {tuple(call.output.shape)}, recorded {tuple(expected.output.shape)}")
+        average.add(expected.output, call.output, samples)
+
+    adapter.sample(reference.sampling, observer=compare)
+    return average.powers()
+
+
+def _measure_steps(adapter: PipelineAdapter, reference: Reference) -> NoisePowers:
+    average = _Average(reference.sampling)
+    with torch.no_grad():
+        for call, samples in batches_of(reference.sampling, reference.calls):
+            average.add(call.output, output_tensor(adapter.denoiser(**call.inputs)), samples)
+    return average.powers()
+
+
+def trajectory_of(reference: Reference) -> Trajectory:
+    """The recorded calls as a trajectory.
+
+    Raises:
+        StateError: the objective keeps none.
+    """
+    if not reference.calls:
+        raise StateError(f"the objective {reference.objective!r} records no denoiser calls")
+    return Trajectory(reference.sampling, reference.calls, reference.latents)

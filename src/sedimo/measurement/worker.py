@@ -1,0 +1,115 @@
+"""A pipeline, its bank and a reference: what turns a recipe into a trial."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import diffusers
+import numpy as np
+import torch
+
+from sedimo.bank import Bank
+from sedimo.codec import content_key
+from sedimo.measurement.objective import Reference, measure, measure_reference
+from sedimo.measurement.probe import Prober
+from sedimo.measurement.trial import Execution, ObjectiveName, Setting, Trial
+from sedimo.pipelines.adapter import PipelineAdapter, Sampling
+from sedimo.space import Recipe
+
+
+def setting_of(
+    adapter: PipelineAdapter, sampling: Sampling, *, weights_digest: str, objective: ObjectiveName = "final_latents"
+) -> Setting:
+    """The setting that names the trials of a pipeline under a sampling plan."""
+    parameter = next(adapter.denoiser.parameters())
+    return Setting(
+        weights_digest=weights_digest,
+        pipeline=f"{adapter.name} {_schedule_key(adapter)}".strip(),
+        objective=objective,
+        seeds=sampling.seeds,
+        n_steps=sampling.n_steps,
+        conditions=sampling.conditions,
+        guidance=sampling.guidance,
+        resolution=sampling.resolution,
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=parameter.device.type,
+    )
+
+
+class TrialWorker:
+    """Measures recipes on one pipeline. The reference is sampled when the first one comes."""
+
+    def __init__(self, adapter: PipelineAdapter, bank: Bank, sampling: Sampling, *, objective: ObjectiveName) -> None:
+        self._adapter, self._sampling = adapter, sampling
+        self.setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective=objective)
+        self._prober = Prober(adapter.denoiser, bank.quantize)
+        self._reference: Reference | None = None
+
+    @property
+    def reference(self) -> Reference:
+        """What the full-precision pipeline gives."""
+        if self._reference is None:
+            self._prober.restore()
+            self._reference = measure_reference(self.setting.objective, self._adapter, self._sampling)
+        return self._reference
+
+    def measure(self, recipe: Recipe) -> Trial:
+        """The trial of a recipe."""
+        reference = self.reference
+        begin = time.perf_counter()
+        self._prober.switch(recipe)
+        powers = measure(self._adapter, reference)
+        execution = Execution(
+            seconds=time.perf_counter() - begin,
+            n_calls=reference.n_calls,
+            threads=torch.get_num_threads(),
+            versions=versions(),
+        )
+        return Trial(self.setting, recipe, powers, execution)
+
+    def close(self) -> None:
+        """Gives the denoiser back at full precision."""
+        self._prober.restore()
+
+
+@dataclass(frozen=True, slots=True)
+class CallTiming:
+    """How long a denoiser call of the plan's batch takes, scheduler included [s], and how many a run has."""
+
+    seconds_per_call: float
+    n_calls: int
+
+
+def time_calls(adapter: PipelineAdapter, sampling: Sampling) -> CallTiming:
+    """Times two steps of the first batch, after a first step that warms up."""
+    n_batches = -(-len(sampling.seeds) // sampling.batch_size)
+    n_steps = min(2, sampling.n_steps)
+    first = replace(sampling, seeds=sampling.seeds[: sampling.batch_size], n_steps=n_steps)
+    adapter.sample(replace(first, n_steps=1))
+    counted: list[int] = []
+    begin = time.perf_counter()
+    adapter.sample(first, observer=lambda call: counted.append(call.step))
+    seconds = (time.perf_counter() - begin) / max(1, len(counted))
+    return CallTiming(seconds, round(len(counted) / n_steps * sampling.n_steps) * n_batches)
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of what computes numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _schedule_key(adapter: PipelineAdapter) -> str:
+    """Names the scheduler and its settings where the adapter wraps a pipeline that has one."""
+    scheduler = getattr(getattr(adapter, "pipeline", None), "scheduler", None)
+    if scheduler is None:
+        return ""
+    settings = {str(name): repr(value) for name, value in dict(getattr(scheduler, "config", {})).items()}
+    return f"{type(scheduler).__name__}:{content_key(settings)[:16]}"
