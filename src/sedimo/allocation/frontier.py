@@ -1,0 +1,46 @@
+"""What quality costs in bits: the best allocation at each of several budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sedimo.allocation.problem import Accounting, Allocation, Budget, bits_range, bytes_for_bits
+from sedimo.allocation.solve import GAP, allocate_within
+from sedimo.errors import InputError
+from sedimo.sensitivity.table import SensitivityTable
+
+
+def frontier(
+    table: SensitivityTable,
+    budgets: Sequence[float],
+    *,
+    accounting: Accounting = "paper",
+    gap: float = GAP,
+) -> tuple[Allocation, ...]:
+    """The allocation at each budget [bits per weight], in rising order of the budgets.
+
+    The objective never rises along the curve: every answer is offered to the next, larger budget, so that
+    the gap at which the solver stops cannot bend the curve upwards.
+
+    Raises:
+        InputError: no budgets, or one that no choice keeps.
+    """
+    if not budgets:
+        raise InputError("a frontier needs at least one budget, got none.")
+    found: list[Allocation] = []
+    for bits in sorted(set(budgets)):
+        budget = Budget(bytes_for_bits(bits, table.total_params), accounting)
+        found.append(allocate_within(table, budget, gap=gap, known=found[-1] if found else None))
+    return tuple(found)
+
+
+def even_budgets(table: SensitivityTable, n_points: int, *, accounting: Accounting = "paper") -> tuple[float, ...]:
+    """Budgets from the least to the most possible bits, evenly spaced [bits per weight].
+
+    Raises:
+        InputError: fewer than two points.
+    """
+    if n_points < 2:
+        raise InputError(f"a curve needs at least two points, got {n_points}.")
+    low, high = bits_range(table, accounting)
+    return tuple(low + (high - low) * i / (n_points - 1) for i in range(n_points))

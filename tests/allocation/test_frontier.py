@@ -1,0 +1,48 @@
+"""The curve of cost over bits."""
+
+from __future__ import annotations
+
+import pytest
+from allocation_tables import random_table, tiny_tables
+from hypothesis import given, settings
+
+from sedimo.allocation.frontier import even_budgets, frontier
+from sedimo.allocation.problem import bits_range
+from sedimo.errors import InputError
+
+
+@settings(max_examples=40, deadline=None)
+@given(tiny_tables())
+def test_the_objective_never_rises_with_the_budget(table):
+    curve = frontier(table, even_budgets(table, 9), gap=0.0)
+    objectives = [a.objective for a in curve]
+    assert objectives == sorted(objectives, reverse=True)
+
+
+def test_the_curve_falls_even_when_the_solver_is_lazy():
+    table = random_table(40, seed=7)
+    budgets = [3.0 + 0.002 * i for i in range(40)]
+    curve = frontier(table, budgets, gap=0.3)
+    objectives = [a.objective for a in curve]
+    assert objectives == sorted(objectives, reverse=True)
+    assert all(a.used_bytes <= a.budget_bytes for a in curve)
+
+
+def test_budgets_are_sorted_and_counted_once():
+    table = random_table(10, seed=7)
+    curve = frontier(table, [4.0, 3.0, 4.0], accounting="stored")
+    assert [a.accounting for a in curve] == ["stored", "stored"]
+    assert curve[0].stored_bits <= 3.0 < curve[1].stored_bits <= 4.0
+
+
+def test_even_budgets_span_what_is_possible():
+    table = random_table(10, seed=7)
+    budgets = even_budgets(table, 5)
+    assert (budgets[0], budgets[-1]) == bits_range(table)
+    assert frontier(table, budgets)[-1].objective == 0.0
+
+
+@pytest.mark.parametrize("call", [lambda t: frontier(t, []), lambda t: even_budgets(t, 1)])
+def test_too_few_points_are_refused(call):
+    with pytest.raises(InputError, match="at least"):
+        call(random_table(3, seed=0))
