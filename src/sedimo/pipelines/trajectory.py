@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from sedimo.errors import InputError
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 
 
@@ -38,3 +40,23 @@ def record(adapter: PipelineAdapter, sampling: Sampling, *, steps: Sequence[int]
 
     latents = adapter.sample(sampling, observer=keep)
     return Trajectory(sampling, tuple(calls), latents)
+
+
+def replay(denoiser: nn.Module, call: DenoiserCall) -> torch.Tensor:
+    """The denoiser's output on the inputs of a recorded call; gradients are the caller's to switch."""
+    return output_tensor(denoiser(**call.inputs))
+
+
+def output_tensor(output: object) -> torch.Tensor:
+    """The tensor in what a denoiser returns: itself, the field `sample`, or the first of a tuple.
+
+    Raises:
+        InputError: there is no tensor at any of these places.
+    """
+    if isinstance(output, Mapping):  # diffusers' outputs are ordered mappings
+        output = output["sample"] if "sample" in output else next(iter(output.values()), None)
+    elif isinstance(output, tuple | list):
+        output = output[0] if output else None
+    if not isinstance(output, torch.Tensor):
+        raise InputError(f"a denoiser must return a tensor, a tuple or an output of diffusers, got {type(output)}")
+    return output

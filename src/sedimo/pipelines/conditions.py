@@ -1,0 +1,116 @@
+"""What a diffusers pipeline is told to draw: class numbers, prompts, or nothing.
+
+A condition is always text in Sedimo's records; this module turns it into the arguments of a pipeline's
+call and refuses what the pipeline cannot understand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from sedimo.errors import InputError
+from sedimo.pipelines.objects import PipelineObject
+
+ConditionKind = Literal["none", "class", "prompt"]
+
+PROMPTS = (
+    "a photograph of a red apple on a wooden table",
+    "a small dog running over a green meadow",
+    "a city street at night in the rain",
+    "a portrait of an old man with a grey beard",
+    "a sailing boat on a calm blue sea",
+    "a bowl of fruit, oil painting",
+    "snow-covered mountains under a clear sky",
+    "a white cat sleeping on a grey sofa",
+)
+_N_DEFAULT_CLASSES = 10
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def call_parameters(pipeline: PipelineObject) -> Mapping[str, inspect.Parameter]:
+    """Parameters of the pipeline's call, by name."""
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def condition_kind(pipeline: PipelineObject) -> ConditionKind:
+    """What the pipeline is conditioned on."""
+    parameters = call_parameters(pipeline)
+    if "prompt" in parameters:
+        return "prompt"
+    if "class_labels" not in parameters:
+        return "none"
+    is_required = parameters["class_labels"].default is inspect.Parameter.empty
+    return "class" if is_required or _n_classes(pipeline) is not None else "none"
+
+
+def default_conditions(pipeline: PipelineObject, n: int) -> tuple[str, ...]:
+    """At most `n` conditions that suit the pipeline: its classes, or plain prompts; empty if it takes none.
+
+    Up to ten classes are taken in order; of more, neighbours in the result are far apart in number, because
+    neighbouring ImageNet classes are alike.
+    """
+    kind = condition_kind(pipeline)
+    if kind == "none":
+        return ()
+    if kind == "prompt":
+        return PROMPTS[:n]
+    labels = sorted(set(_labels(pipeline).values()))
+    classes = labels or list(range(min(_N_DEFAULT_CLASSES, _n_classes(pipeline) or _N_DEFAULT_CLASSES)))
+    return tuple(str(c) for c in _spread(classes)[:n])
+
+
+def condition_arguments(pipeline: PipelineObject, conditions: Sequence[str | None]) -> dict[str, object]:
+    """The arguments that carry one condition per sample into the pipeline's call.
+
+    Raises:
+        InputError: conditions are needed and missing, given and not taken, or unknown.
+    """
+    kind, name = condition_kind(pipeline), type(pipeline).__name__
+    texts = [c for c in conditions if c is not None]
+    if kind == "none":
+        if texts:
+            raise InputError(f"{name} is unconditional and takes no conditions, got {texts[0]!r}; leave them out")
+        return {}
+    if len(texts) != len(conditions):
+        wanted = "a prompt" if kind == "prompt" else "a class number or label"
+        raise InputError(f"{name} needs {wanted} for each sample; give Sampling(conditions=...) at least one")
+    if kind == "prompt":
+        return {"prompt": texts}
+    return {"class_labels": [_class_number(pipeline, text) for text in texts]}
+
+
+def _class_number(pipeline: PipelineObject, text: str) -> int:
+    labels, n_classes = _labels(pipeline), _n_classes(pipeline)
+    if text in labels:
+        return labels[text]
+    name = type(pipeline).__name__
+    if not text.isdecimal():
+        known = ", ".join(list(labels)[:8]) or "none: this pipeline has no label names"
+        raise InputError(f"{name} has no class {text!r}; give a class number or a label ({known})")
+    number = int(text)
+    if n_classes is not None and number >= n_classes:
+        raise InputError(f"{name} has classes 0..{n_classes - 1}, got {number}")
+    return number
+
+
+def _labels(pipeline: PipelineObject) -> Mapping[str, int]:
+    return getattr(pipeline, "labels", None) or {}
+
+
+def _n_classes(pipeline: PipelineObject) -> int | None:
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    config = getattr(denoiser, "config", {})
+    return config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+
+
+def _spread(classes: Sequence[int]) -> list[int]:
+    n = len(classes)
+    if n <= _N_DEFAULT_CLASSES:
+        return list(classes)
+    stride = round(n * _GOLDEN)
+    while math.gcd(stride, n) != 1:
+        stride += 1
+    return [classes[i * stride % n] for i in range(n)]

@@ -1,0 +1,197 @@
+"""The door to diffusers: a pipeline object behind Sedimo's seam, and a denoiser without its pipeline.
+
+Loading from folders and hub ids is in `loading.py`; this module wraps objects that exist already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sedimo.errors import InputError
+from sedimo.pipelines.adapter import Observer, Sampling
+from sedimo.pipelines.conditions import default_conditions
+from sedimo.pipelines.decoding import decode_latents
+from sedimo.pipelines.objects import PipelineObject
+from sedimo.pipelines.sampling import sample_batch
+from sedimo.pipelines.saving import save_denoiser_only, save_pipeline
+
+DENOISER_NAMES = ("transformer", "unet")
+_MAX_BATCH = 64
+_LATENT_PIXELS_PER_BATCH = 65536  # 64 samples of 32 x 32, 4 of 128 x 128 (SDXL at 1024 pixels)
+
+
+class DiffusersPipeline:
+    """A diffusers pipeline that can be sampled from seeds, watched, decoded and saved.
+
+    `name` is what records call it (the class name by default); `folder` is where its files are, if anywhere.
+    """
+
+    def __init__(self, pipeline: PipelineObject, *, name: str | None = None, folder: Path | None = None) -> None:
+        """Wraps `pipeline`, which is used as it is: neither moved nor cast.
+
+        Raises:
+            InputError: it has no component `transformer` or `unet`, or no scheduler.
+        """
+        self.pipeline = pipeline
+        self.folder = folder
+        self.denoiser_name = _denoiser_name(pipeline)
+        self._name = name or type(pipeline).__name__
+        self._loaded = dict(pipeline.components) if folder is not None else {}
+
+    @property
+    def name(self) -> str:
+        """Name of the pipeline for records and people."""
+        return self._name
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is called at each step."""
+        return getattr(self.pipeline, self.denoiser_name)  # type: ignore[no-any-return]  # diffusers has no types
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's weights are."""
+        return _device(self.denoiser)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser computes in."""
+        return _dtype(self.denoiser)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the denoiser came from a quantized checkpoint."""
+        return is_quantized(self.denoiser)
+
+    def sample(self, sampling: Sampling, *, observer: Observer | None = None) -> torch.Tensor:
+        """Final latents `[n, C, H, W]` float32 on the CPU, one per seed; `observer` sees each denoiser call.
+
+        Packed latents of FLUX-like pipelines are `[n, T, C]`. Pixel-space pipelines give images in [-1, 1],
+        not clipped. With guidance the denoiser sees its batch twice: row r belongs to sample r mod B.
+
+        Raises:
+            InputError: conditions, guidance or resolution do not suit this pipeline.
+        """
+        n = len(sampling.seeds)
+        batches = [range(i, min(i + sampling.batch_size, n)) for i in range(0, n, sampling.batch_size)]
+        return torch.cat([sample_batch(self.pipeline, self.denoiser, sampling, b, observer) for b in batches])
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images `[n, 3, H, W]` float32 in [0, 1] of final latents.
+
+        Raises:
+            InputError: the latents do not belong to this pipeline, or its decoder is not known.
+        """
+        return decode_latents(self.pipeline, latents)
+
+    def default_sampling(self, seeds: Sequence[int], n_steps: int) -> Sampling:
+        """A plan with the pipeline's own guidance and resolution, and conditions that suit it."""
+        side = self.denoiser.config.get("sample_size", 32)  # type: ignore[union-attr, operator]
+        pixels = side * side if isinstance(side, int) else 1024
+        batch_size = max(1, min(_MAX_BATCH, _LATENT_PIXELS_PER_BATCH // pixels))
+        conditions = default_conditions(self.pipeline, len(seeds))
+        return Sampling(tuple(seeds), n_steps, conditions, batch_size=batch_size)
+
+    def save_pretrained(self, out: Path | str) -> Path:
+        """Writes a diffusers folder; see `saving.save_pipeline` for what is copied and what is written anew.
+
+        Raises:
+            InputError: `out` exists and is not an empty folder.
+        """
+        return save_pipeline(self.pipeline, self.denoiser_name, Path(out), source=self.folder, loaded=self._loaded)
+
+
+class BareDenoiser:
+    """A denoiser without a pipeline: it can be traced, quantized and saved, but not sampled."""
+
+    def __init__(self, denoiser: nn.Module, *, name: str | None = None, folder: Path | None = None) -> None:
+        """Wraps `denoiser` as it is."""
+        self._denoiser = denoiser
+        self._name = name or type(denoiser).__name__
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        """Name for records and people."""
+        return self._name
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network."""
+        return self._denoiser
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return _device(self._denoiser)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return _dtype(self._denoiser)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it came from a quantized checkpoint."""
+        return is_quantized(self._denoiser)
+
+    def sample(self, sampling: Sampling, *, observer: Observer | None = None) -> torch.Tensor:
+        """Cannot be done.
+
+        Raises:
+            InputError: always.
+        """
+        raise self._refusal("sampled")
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Cannot be done.
+
+        Raises:
+            InputError: always.
+        """
+        raise self._refusal("decoded")
+
+    def save_pretrained(self, out: Path | str) -> Path:
+        """Writes a folder that the denoiser's own class loads.
+
+        Raises:
+            InputError: `out` exists and is not an empty folder, or the network has no `save_pretrained`.
+        """
+        return save_denoiser_only(self._denoiser, Path(out))
+
+    def _refusal(self, action: str) -> InputError:
+        return InputError(
+            f"{self._name} is a denoiser without its pipeline and cannot be {action}. Give the whole pipeline's "
+            "folder (with model_index.json), or use a method that needs no sampling: method='error'"
+        )
+
+
+def is_quantized(denoiser: nn.Module) -> bool:
+    """Whether a diffusers model came from a quantized checkpoint."""
+    config = getattr(denoiser, "config", {})
+    return bool(getattr(denoiser, "is_quantized", False) or config.get("quantization_config"))
+
+
+def _denoiser_name(pipeline: PipelineObject) -> str:
+    components = pipeline.components
+    found = [n for n in DENOISER_NAMES if isinstance(components.get(n), nn.Module)]
+    if not found:
+        raise InputError(
+            f"{type(pipeline).__name__} has no component {' or '.join(DENOISER_NAMES)}: {', '.join(components)}"
+        )
+    if components.get("scheduler") is None:
+        raise InputError(f"{type(pipeline).__name__} has no scheduler and cannot be sampled")
+    return found[0]
+
+
+def _device(denoiser: nn.Module) -> torch.device:
+    return next(denoiser.parameters()).device
+
+
+def _dtype(denoiser: nn.Module) -> torch.dtype:
+    dtype = getattr(denoiser, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else next(denoiser.parameters()).dtype

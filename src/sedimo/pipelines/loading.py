@@ -1,0 +1,247 @@
+"""From a folder, a hub id, `zoo:NAME` or an object to a pipeline behind Sedimo's seam.
+
+Nothing is executed that comes with a checkpoint: pipelines and components must be classes of diffusers or
+transformers, and weights must be safetensors. Both are checked before diffusers is asked to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from packaging.version import Version
+from safetensors import SafetensorError
+from torch import nn
+
+from sedimo.codec import parse_json
+from sedimo.errors import InputError, SedimoError, StateError
+from sedimo.pipelines.diffusers import DENOISER_NAMES, BareDenoiser, DiffusersPipeline
+from sedimo.pipelines.files import PICKLE_SUFFIXES, WEIGHTS_STEM, WEIGHTS_STEMS, find_weights, variants
+from sedimo.pipelines.objects import PipelineObject
+from sedimo.pipelines.sources import ZOO_PREFIX, hub_folder, is_hub_id
+from sedimo.pipelines.weights import stored_dtype
+from sedimo.pipelines.zoo import zoo_path
+
+_DTYPE_NAMES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+_LIBRARIES = ("diffusers", "transformers")
+_DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+
+Adapter = TypeVar("Adapter", DiffusersPipeline, BareDenoiser)
+
+Source = str | Path | DiffusionPipeline | nn.Module
+
+
+def load_pipeline(
+    source: Source,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
+) -> DiffusersPipeline | BareDenoiser:
+    """A pipeline from a folder, a hub id, `zoo:NAME`, or a pipeline or denoiser that is loaded already.
+
+    A folder that holds a denoiser alone gives a `BareDenoiser`. By default the device is the GPU if there is one,
+    and the dtype is float32 on the CPU and that of the denoiser's weights on a GPU; an object stays as it is. A
+    quantized checkpoint loads too (`is_quantized` tells).
+
+    Raises:
+        InputError: nothing there, no denoiser in it, weights that can only be unpickled, code of its own, or an
+            unknown device or dtype.
+        StateError: a damaged file.
+        MissingExtraError: `zoo:` without the package sedimo-zoo.
+    """
+    wanted = None if dtype is None else _parse_dtype(dtype)
+    if isinstance(source, DiffusionPipeline):
+        pipeline = cast("PipelineObject", source)
+        return _moved(DiffusersPipeline(pipeline), pipeline, device, wanted)
+    if isinstance(source, nn.Module):
+        return _moved(BareDenoiser(source), source, device, wanted)
+    name, folder = _locate(source, variant)
+    target = _parse_device(device)
+    if (folder / "model_index.json").is_file():
+        return _load_folder(folder, name, target, wanted, variant)
+    return _load_denoiser(folder, name, target, wanted, variant)
+
+
+def _locate(source: str | Path, variant: str | None) -> tuple[str, Path]:
+    """Name for people, and folder."""
+    text = str(source)
+    if text.startswith(ZOO_PREFIX):
+        return text, zoo_path(text.removeprefix(ZOO_PREFIX))
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name, folder
+    if folder.is_file():
+        raise InputError(f"{folder} is a single file; give the folder of a diffusers pipeline (with model_index.json)")
+    if isinstance(source, str) and is_hub_id(text):
+        return text, hub_folder(text, variant)
+    raise InputError(f"there is no folder {folder}; give a diffusers folder, a hub id like owner/name, or zoo:NAME")
+
+
+def _load_folder(
+    folder: Path, name: str, device: torch.device, dtype: torch.dtype | None, variant: str | None
+) -> DiffusersPipeline:
+    index = _read_object(folder / "model_index.json")
+    _check_index(folder, index)
+    present = [n for n in DENOISER_NAMES if n in _components(index)]
+    if not present:
+        raise InputError(
+            f"the pipeline in {folder} has no denoiser: none of its components "
+            f"({', '.join(_components(index))}) is called {' or '.join(DENOISER_NAMES)}"
+        )
+    chosen = _folder_variant(folder, present[0], variant)
+    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(folder / present[0], device, chosen), "variant": chosen}
+    load: Callable[..., PipelineObject] = DiffusionPipeline.from_pretrained
+    with _loading(folder):
+        pipeline = load(folder, use_safetensors=True, local_files_only=True, **arguments)
+    adapter = DiffusersPipeline(pipeline, name=name, folder=folder)
+    _refuse_incomplete(adapter.denoiser, folder)
+    pipeline.to(device)
+    return adapter
+
+
+def _load_denoiser(
+    folder: Path, name: str, device: torch.device, dtype: torch.dtype | None, variant: str | None
+) -> BareDenoiser:
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is no diffusers folder: it has no model_index.json (a pipeline) and no config.json (a denoiser)"
+        )
+    config = _read_object(folder / "config.json")
+    kind = _model_class(folder, config.get("_class_name"))
+    chosen = find_weights(folder, WEIGHTS_STEM, variant).variant
+    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(folder, device, chosen), "variant": chosen}
+    with _loading(folder):
+        denoiser = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **arguments)
+    _refuse_incomplete(denoiser, folder)
+    return BareDenoiser(denoiser.to(device).eval(), name=name, folder=folder)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    plain = parse_json(path.read_bytes(), place=str(path))
+    if not isinstance(plain, dict):
+        raise StateError(f"{path} must hold an object, got {type(plain).__name__}")
+    return plain
+
+
+def _components(index: dict[str, Any]) -> dict[str, list[str]]:
+    """Components that the pipeline has: name to library and class; absent ones are `[null, null]`."""
+    named = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2}
+    return {k: v for k, v in named.items() if all(isinstance(x, str) for x in v)}
+
+
+def _check_index(folder: Path, index: dict[str, Any]) -> None:
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str) or not hasattr(diffusers, class_name):
+        raise _own_code(folder, "pipeline", class_name)
+    for name, (library, kind) in _components(index).items():
+        is_pipeline_part = hasattr(diffusers.pipelines, library) and not (folder / name / f"{library}.py").exists()
+        if library not in _LIBRARIES and not is_pipeline_part:
+            raise _own_code(folder, f"component {name}", f"{library}.{kind}")
+        if not (folder / name).is_dir():
+            raise StateError(f"{folder} lacks the folder {name} that its model_index.json names; copy it again")
+        _refuse_pickles(folder / name)
+
+
+def _own_code(folder: Path, what: str, kind: object) -> InputError:
+    return InputError(
+        f"the {what} in {folder} is of the class {kind!r}, which is not part of diffusers or transformers; code that "
+        "comes with a checkpoint is not run. Load it yourself and pass the pipeline object"
+    )
+
+
+def _refuse_pickles(component: Path) -> None:
+    names = [p.name for p in component.iterdir()]
+    if any(n.endswith(PICKLE_SUFFIXES) for n in names) and not any(n.endswith(".safetensors") for n in names):
+        find_weights(component, WEIGHTS_STEM, None)  # says what is there and what to do
+
+
+def _folder_variant(folder: Path, denoiser_name: str, variant: str | None) -> str | None:
+    """The variant to ask diffusers for: the denoiser's, or that of another component which has nothing else."""
+    chosen = find_weights(folder / denoiser_name, WEIGHTS_STEM, variant).variant
+    if chosen is not None:
+        return chosen
+    others = (variants(p, stem) for p in folder.iterdir() if p.is_dir() for stem in WEIGHTS_STEMS)
+    return next((found[0] for found in others if found and None not in found), None)
+
+
+def _model_class(folder: Path, class_name: object) -> Any:
+    kind = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise _own_code(folder, "denoiser", class_name)
+    return kind
+
+
+def _default_dtype(denoiser: Path, device: torch.device, variant: str | None) -> torch.dtype:
+    """float32 on the CPU; on a GPU the dtype of most of the stored floating-point parameters."""
+    if device.type == "cpu":
+        return torch.float32
+    found = find_weights(denoiser, WEIGHTS_STEM, variant)
+    return stored_dtype(found.files)
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    parsed = _DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if parsed not in _DTYPE_NAMES.values():
+        raise InputError(f"dtype must be one of {', '.join(_DTYPE_NAMES)}, got {dtype!r}")
+    return parsed  # type: ignore[return-value]  # a value of the table
+
+
+def _parse_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+        torch.empty(0, device=parsed)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built with CUDA
+        raise InputError(f"the device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return parsed
+
+
+def _moved(
+    adapter: Adapter, owner: PipelineObject | nn.Module, device: str | torch.device | None, dtype: torch.dtype | None
+) -> Adapter:
+    if dtype is not None and dtype is not adapter.dtype:
+        if adapter.is_quantized:
+            raise InputError(f"{adapter.name} is quantized and cannot be cast to {dtype}; load it with that dtype")
+        owner.to(dtype)
+    if device is not None:
+        owner.to(_parse_device(device))
+    return adapter
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Without the libraries' progress bars; their errors name the folder."""
+    switches = (diffusers.utils.logging, transformers.utils.logging)
+    enabled = [s for s in switches if s.is_progress_bar_enabled()]
+    for switch in enabled:
+        switch.disable_progress_bar()
+    try:
+        yield
+    except SedimoError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise StateError(f"diffusers could not load {folder}: {error}") from error
+    finally:
+        for switch in enabled:
+            switch.enable_progress_bar()
+
+
+def _refuse_incomplete(denoiser: nn.Module, folder: Path) -> None:
+    missing = [n for n, p in denoiser.named_parameters() if p.is_meta]
+    if missing:
+        raise StateError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]!r}; copy it again")

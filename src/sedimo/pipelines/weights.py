@@ -1,0 +1,247 @@
+"""Weights by layer name: from a live denoiser, or from its files one tensor at a time.
+
+Both list every tensor named `*.weight` of two or more dimensions (embedding tables among them; the graph says
+which of them are layers). Their digests change when any weight does, but a file's digest is that of its bytes
+and a module's that of its tensors: the two do not agree with each other. Neither accepts weights that are
+quantized already, or that adapters stand in front of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from sedimo.codec import parse_json
+from sedimo.errors import InputError, StateError
+from sedimo.pipelines.adapter import WeightInfo
+from sedimo.pipelines.files import WEIGHTS_STEM, find_weights
+
+_SUFFIX = ".weight"
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+_COMPUTE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class ModuleWeights:
+    """Weights of a live denoiser; read as they are at that moment.
+
+    Raises:
+        InputError: a weight is on the meta device, quantized already, or behind an adapter (LoRA).
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        """Lists the weights; a weight that layers share is listed under each of their names."""
+        _refuse_adapters(denoiser)
+        named = denoiser.named_parameters(remove_duplicate=False)
+        self._tensors = {n.removesuffix(_SUFFIX): p for n, p in named if n.endswith(_SUFFIX) and p.ndim >= 2}
+        for name, tensor in self._tensors.items():
+            _check_live(name, tensor)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over names, dtypes, shapes and bytes, taken once."""
+        total = hashlib.sha256()
+        for info in self.weights():
+            total.update(f"{info.layer_name}\0{info.dtype}\0{info.shape}\0".encode())
+            flat = self.read(info.layer_name).contiguous().flatten()
+            total.update(flat.view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def weights(self) -> Sequence[WeightInfo]:
+        """All tensors named `*.weight` of two or more dimensions, in the order of the modules."""
+        return [WeightInfo(n, tuple(t.shape), _dtype_name(t.dtype)) for n, t in self._tensors.items()]
+
+    def read(self, layer_name: str) -> torch.Tensor:
+        """The weight of a layer, detached, on the CPU in its own dtype; shares memory with a weight on the CPU.
+
+        Raises:
+            InputError: no such layer.
+        """
+        if layer_name not in self._tensors:
+            raise _unknown(layer_name, self._tensors)
+        return self._tensors[layer_name].detach().cpu()
+
+
+class FileWeights:
+    """Weights of a denoiser's folder (or of the denoiser in a pipeline's folder): one file, or shards with index.
+
+    Every header is checked when the source is made; tensors are read when asked for and do not stay mapped.
+
+    Raises:
+        InputError: no safetensors there, several variants to choose from, or a quantized checkpoint.
+        StateError: a file is damaged, or index and shards disagree.
+    """
+
+    def __init__(self, folder: Path | str, variant: str | None = None) -> None:
+        """Reads the headers of the weights in `folder`; `variant` is the `fp16` of `*.fp16.safetensors`."""
+        self.folder = denoiser_folder(Path(folder))
+        _refuse_quantized(self.folder)
+        found = find_weights(self.folder, WEIGHTS_STEM, variant)
+        self.files = found.files
+        self._keys, infos = _read_headers(found.files, found.weight_map)
+        self._infos = {i.layer_name: i for i in infos}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the files' bytes, in the order of their names, taken once."""
+        total = hashlib.sha256()
+        for path in sorted(self.files):
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    def weights(self) -> Sequence[WeightInfo]:
+        """All tensors named `*.weight` of two or more dimensions, file by file."""
+        return list(self._infos.values())
+
+    def read(self, layer_name: str) -> torch.Tensor:
+        """The weight of a layer in its stored dtype, in memory of its own.
+
+        Raises:
+            InputError: no such layer.
+            StateError: the file is gone or was damaged since its header was read.
+        """
+        if layer_name not in self._keys:
+            raise _unknown(layer_name, self._keys)
+        path, key = self._keys[layer_name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(key).clone()
+        except (SafetensorError, OSError) as error:
+            raise StateError(f"{path} cannot be read any more (tensor {key!r}): {error}") from error
+        return tensor
+
+
+def denoiser_folder(folder: Path) -> Path:
+    """The folder of the denoiser's files: `folder`, or its `transformer` or `unet` if it is a pipeline's.
+
+    Raises:
+        InputError: the folder is missing, or is a pipeline's without a denoiser.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}")
+    if not (folder / "model_index.json").is_file():
+        return folder
+    for name in ("transformer", "unet"):
+        if (folder / name).is_dir():
+            return folder / name
+    raise InputError(f"the pipeline in {folder} has no folder transformer or unet with a denoiser")
+
+
+def stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """The dtype of most floating-point parameters in safetensors files; float32 if they hold none.
+
+    Only tensors named `*.weight` and `*.bias` count: not the scales and codebooks of quantized layers.
+
+    Raises:
+        StateError: a file is damaged.
+    """
+    sizes: dict[str, int] = {}
+    for path in files:
+        for key, (shape, dtype) in _header(path).items():
+            if key.endswith((_SUFFIX, ".bias")) and dtype in _COMPUTE_DTYPES:
+                sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+    return _COMPUTE_DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
+
+
+def _read_headers(
+    files: Sequence[Path], weight_map: Mapping[str, str] | None
+) -> tuple[dict[str, tuple[Path, str]], list[WeightInfo]]:
+    found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    for path in files:
+        for key, (shape, dtype) in _header(path).items():
+            if key in found:
+                raise StateError(f"tensor {key!r} is both in {found[key][0].name} and in {path.name} of {path.parent}")
+            found[key] = (path, shape, dtype)
+    if weight_map is not None:
+        _check_index(files[0].parent, weight_map, {k: path.name for k, (path, _, _) in found.items()})
+    keys, infos = {}, []
+    for key, (path, shape, dtype) in found.items():
+        if key.endswith(_SUFFIX) and len(shape) >= 2:
+            name = _module_name(key, found)
+            keys[name] = (path, key)
+            infos.append(WeightInfo(name, shape, _DTYPES.get(dtype, dtype)))
+    return keys, infos
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+            return {key: (tuple(s.get_shape()), str(s.get_dtype())) for key, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise StateError(f"{path} is not a complete safetensors file: {error}. Copy or download it again") from error
+
+
+def _check_index(folder: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
+    wrong = sorted(k for k in weight_map.keys() | found.keys() if weight_map.get(k) != found.get(k))
+    if wrong:
+        key = wrong[0]
+        raise StateError(
+            f"index and shards in {folder} disagree about {len(wrong)} tensors: {key!r} should be in "
+            f"{weight_map.get(key)}, is in {found.get(key)}"
+        )
+
+
+def _module_name(key: str, keys: Mapping[str, object]) -> str:
+    """The layer's name in the module: diffusers renames the attention of its oldest checkpoints on loading."""
+    name = key.removesuffix(_SUFFIX)
+    parent, _, last = name.rpartition(".")
+    if last in _OLD_ATTENTION and all(f"{parent}.{old}{_SUFFIX}" in keys for old in _OLD_ATTENTION):
+        return f"{parent}.{_OLD_ATTENTION[last]}"
+    return name
+
+
+def _refuse_quantized(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        return
+    plain = parse_json(config.read_bytes(), place=str(config))
+    quantization = plain.get("quantization_config") if isinstance(plain, dict) else None
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise InputError(
+            f"the denoiser in {folder} is quantized already (by {method!r}); quantize from its full-precision source"
+        )
+
+
+def _refuse_adapters(denoiser: nn.Module) -> None:
+    wrapped = next((n for n, m in denoiser.named_modules() if hasattr(m, "base_layer")), None)
+    if wrapped is not None:
+        raise InputError(
+            f"layer {wrapped!r} carries an adapter (LoRA). Merge it into the weights or remove it first: "
+            "pipeline.fuse_lora(), then pipeline.unload_lora_weights()"
+        )
+
+
+def _check_live(name: str, tensor: torch.Tensor) -> None:
+    if type(tensor) not in (nn.Parameter, torch.Tensor):
+        raise InputError(
+            f"the weight of layer {name!r} is a {type(tensor).__name__}, quantized already; "
+            "quantize from the full-precision source"
+        )
+    if tensor.is_meta:
+        raise InputError(f"the weight of layer {name!r} is on the meta device and holds no numbers; load it first")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _unknown(layer_name: str, known: Mapping[str, object]) -> InputError:
+    return InputError(f"there is no weight of a layer {layer_name!r} among {len(known)}, such as {list(known)[:3]}")
