@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from allocation_tables import random_table, scaled, table_of
+from scipy.optimize import milp
 
 from sedimo.allocation import program, solve
 from sedimo.allocation.problem import Budget, make_problem
@@ -144,7 +146,8 @@ def test_compiled_code_cannot_print(replace):
     code = _PRINTS.format(replace=replace)
     if "None" in replace or "Odd" in replace:
         code = code.replace('; print("noise in Python")', "")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=buffered)
     assert "noise" not in result.stdout
     assert sorted(result.stdout.split("\n")) == sorted(["before", "before in C", "after in C", json.dumps("after"), ""])
 
@@ -165,6 +168,27 @@ def test_the_descriptor_returns_after_an_error(capfd):
     assert "visible again" in capfd.readouterr().out
 
 
-def test_solving_prints_nothing(capfd):
-    allocate(random_table(40, seed=2), bits=3.5, gap=0.0)
+def test_solving_prints_nothing(capfd, monkeypatch):
+    def noisy(*arguments, **keywords):
+        os.write(1, b"noise")
+        return milp(*arguments, **keywords)
+
+    monkeypatch.setattr(program, "milp", noisy)
+    assert allocate(random_table(40, seed=2), bits=3.5, gap=0.0).n_solves == 1
     assert capfd.readouterr().out == ""
+
+
+def test_an_answer_that_never_fits_is_mended_rather_than_thrown_away(monkeypatch):
+    """Here the exact choice beats the exchanges; the solver hands it out with one format too large."""
+    table = random_table(6, seed=128)
+    exact, greedy = allocate(table, bits=3.3, gap=0.0), allocate(table, bits=3.3, rule="greedy")
+    assert exact.objective < 0.9 * greedy.objective
+
+    def spoiled(problem, unit, gap):
+        names = [row[0].decision for row in problem.options]
+        columns = [[e.format for e in row].index(exact.choice[row[0].decision]) for row in problem.options]
+        columns[names.index("layer0")] = len(problem.options[names.index("layer0")]) - 1
+        return Answer(np.array(columns), -math.inf)
+
+    monkeypatch.setattr(program, "solve_highs", spoiled)
+    assert allocate(table, bits=3.3).objective < 0.95 * greedy.objective

@@ -60,6 +60,7 @@ def test_rules_keep_their_order_and_the_budget(bits, accounting):
     bound = relax(make_problem(table, Budget(exact.budget_bytes, exact.accounting))).bound
     assert bound <= exact.bound <= exact.objective <= greedy.objective <= rounded.objective
     assert exact.gap <= 1e-4
+    assert greedy.gap == pytest.approx((greedy.objective - greedy.bound) / greedy.objective)
     for found in (exact, greedy, rounded):
         assert found.used_bytes <= found.budget_bytes == math.floor(bits * table.total_params / 8)
         assert found.bits == pytest.approx(8 * found.used_bytes / table.total_params)
@@ -175,6 +176,24 @@ def test_costs_below_zero_are_allowed():
     found = allocate(table_of(entries, {"a": 80, "b": 80}), budget_bytes=70)
     assert found.objective == -3.0
     assert found.choice == {"a": UAQ3, "b": KMC4}
+
+
+def test_exchanges_spend_what_rounding_leaves():
+    table = random_table(60, seed=3)
+    gained = [
+        allocate(table, bits=b, rule="lp").objective / allocate(table, bits=b, rule="greedy").objective
+        for b in (3.0, 3.3, 3.6, 4.0, 4.4)
+    ]
+    assert max(gained) > 1.001
+
+
+def test_the_gap_is_relative_to_what_the_budget_costs():
+    """A constant that is added to every cost of a decision changes nothing."""
+    table = random_table(20, seed=4)
+    lifted = replace(table, costs=tuple(replace(c, cost=c.cost + 2.0**-16) for c in table.costs))
+    plain, changed = (allocate(t, bits=3.5, rule="greedy") for t in (table, lifted))
+    assert changed.gap == pytest.approx(plain.gap, rel=1e-3)
+    assert plain.gap > 0
 
 
 def test_an_infinite_cost_forbids_a_format():
