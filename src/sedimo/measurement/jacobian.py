@@ -1,0 +1,340 @@
+"""The first-order noise that each format of each decision puts on the denoiser's output, ||J dW||^2.
+
+For sample s, step t and a random u ~ N(0, I) on the output, let G be the gradient of <u, output> with respect to
+a weight, for that sample alone. The mean over u of <G, dW>^2 is exactly ||J dW||^2, so the squared inner products
+are averaged over steps and a few u. All decisions and formats come from one recorded trajectory.
+
+Each row of a denoiser call counts as a sample of its own, relative to the power of its own output; where guidance
+runs the batch twice, a sample's value is the mean over its two rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from sedimo.bank import SILENT, Bank, Progress, read_weight
+from sedimo.codec import content_key
+from sedimo.errors import UnsupportedError
+from sedimo.measurement.interrupt import StopRequest, graceful_interrupt
+from sedimo.measurement.objective import batches_of
+from sedimo.measurement.study import Study
+from sedimo.measurement.taps import Changes, InputChangedError, Taps
+from sedimo.measurement.trial import Execution, Setting
+from sedimo.measurement.worker import setting_of, versions
+from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
+from sedimo.pipelines.trajectory import output_tensor, record
+from sedimo.quant.formats import Format
+
+logger = logging.getLogger(__name__)
+
+JACOBIAN_VERSION = 1
+_DIGITS = 8
+Noise = Mapping[str, Mapping[str, tuple[float, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class JacobianOptions:
+    """How precisely, and in how much memory.
+
+    `n_directions` random directions per call from `seed`; weight changes of as many decisions at a time as fit in
+    `memory_bytes`; `max_rows` of a call at a time.
+    """
+
+    n_directions: int = 4
+    seed: int = 0
+    memory_bytes: int = 2 << 30
+    max_rows: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class JacobianPart:
+    """Of one recorded call: relative noise of its samples by decision and format text; `unused` decisions."""
+
+    noise: Noise
+    unused: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JacobianProbe:
+    """Relative noise power per sample, averaged over steps and directions, by decision and format text.
+
+    `unused` decisions were never called by the denoiser on this trajectory; their noise is 0.
+    """
+
+    setting: Setting
+    n_directions: int
+    seed: int
+    noise: Noise
+    unused: tuple[str, ...]
+    execution: Execution
+
+
+def probe_jacobian(
+    adapter: PipelineAdapter,
+    bank: Bank,
+    sampling: Sampling,
+    *,
+    study: Study | None = None,
+    options: JacobianOptions | None = None,
+    progress: Progress = SILENT,
+) -> JacobianProbe:
+    """Measures all decisions and formats of the bank on one recorded trajectory.
+
+    With a study, each call's part is saved when it is finished and not measured again.
+
+    Raises:
+        Interrupted: the user stopped it (with a study, calling again goes on).
+        UnsupportedError: a weight is used in a way that hooks on its layer do not see.
+    """
+    options, begin = options or JacobianOptions(), time.perf_counter()
+    setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step")
+    trajectory = record(adapter, sampling)
+    calls = tuple(batches_of(sampling, trajectory.calls))
+    passes = _passes(bank, options)
+    totals = _Totals(len(sampling.seeds))
+    progress.start(len(passes) * len(calls), "first-order noise")
+    with graceful_interrupt() as stop, _frozen(adapter.denoiser):
+        for decisions in passes:
+            work = _Pass(adapter.denoiser, bank, decisions, options)
+            for index, (call, samples) in enumerate(calls):
+                totals.add(_saved_part(study, work, (setting, index), (call, samples)), samples)
+                progress.advance(1)
+                _check(stop, study)
+    progress.done()
+    execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
+    return JacobianProbe(setting, options.n_directions, options.seed, totals.noise(), totals.unused, execution)
+
+
+def count_passes(bank: Bank, options: JacobianOptions | None = None) -> int:
+    """How often the trajectory is gone through because weight changes do not fit in memory at once."""
+    return len(_passes(bank, options or JacobianOptions()))
+
+
+class _Pass:
+    """The decisions whose weight changes are in memory together; they are loaded when first needed."""
+
+    def __init__(self, denoiser: nn.Module, bank: Bank, decisions: Sequence[str], options: JacobianOptions) -> None:
+        self.denoiser, self.options = denoiser, options
+        self.formats = {d: _formats(bank, d) for d in decisions}
+        self._bank = bank
+        self._changes: dict[str, Changes] | None = None
+        self._copies_inputs = False
+
+    def key(self, setting: Setting, index: int) -> str:
+        return content_key(
+            {
+                "jacobian": JACOBIAN_VERSION,
+                "setting": setting,
+                "call": index,
+                "n_directions": self.options.n_directions,
+                "seed": self.options.seed,
+                "formats": {d: [str(f) for f in formats] for d, formats in self.formats.items()},
+            }
+        )
+
+    def measure(self, call: DenoiserCall, index: int, n_samples: int) -> JacobianPart:
+        """The part of one call."""
+        directions = _directions(call, index, self.options)
+        try:
+            squares, unused = self._squares(call, directions)
+        except InputChangedError as error:
+            logger.info("%s; inputs are copied from now on", error)
+            self._copies_inputs = True
+            squares, unused = self._squares(call, directions)
+        noise = {}
+        for decision, formats in self.formats.items():
+            rows = squares.get(decision, torch.zeros(call.output.shape[0], len(formats), dtype=torch.float64))
+            means = rows.reshape(-1, n_samples, len(formats)).mean(0).T.tolist()
+            noise[decision] = {str(f): tuple(_rounded(v) for v in m) for f, m in zip(formats, means, strict=True)}
+        return JacobianPart(noise, unused)
+
+    def _squares(
+        self, call: DenoiserCall, directions: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+        """Mean over directions of the squared inner products, `[R, F]` by decision."""
+        found: dict[str, list[torch.Tensor]] = {}
+        n_rows = call.output.shape[0]
+        unused: tuple[str, ...] = ()
+        if self._changes is None:
+            self._changes = {d: _changes(self._bank, self.denoiser, d, f) for d, f in self.formats.items()}
+        with Taps(self.denoiser, self._changes, copy_inputs=self._copies_inputs) as taps:
+            for first in range(0, n_rows, self.options.max_rows):
+                rows = slice(first, min(first + self.options.max_rows, n_rows))
+                taps.begin(call.output.device)
+                with torch.enable_grad():
+                    output = output_tensor(self.denoiser(**_sliced(call.inputs, rows, n_rows)))
+                unused = taps.unused
+                for decision, squares in _mean_squares(taps, output, [d[rows] for d in directions]).items():
+                    found.setdefault(decision, []).append(squares)
+        _refuse_hidden_use(self.denoiser, call, [layer for d in unused for layer in self._changes[d].layers])
+        return {d: torch.cat(parts) for d, parts in found.items()}, unused
+
+
+class _Totals:
+    """Sums of parts over calls, by decision and format."""
+
+    def __init__(self, n_samples: int) -> None:
+        self._n_samples = n_samples
+        self._sums: dict[tuple[str, str], np.ndarray] = {}
+        self._counts: dict[tuple[str, str], np.ndarray] = {}
+        self._used: set[str] = set()
+
+    def add(self, part: JacobianPart, samples: range) -> None:
+        for decision, formats in part.noise.items():
+            for text, values in formats.items():
+                key = (decision, text)
+                sums = self._sums.setdefault(key, np.zeros(self._n_samples))
+                counts = self._counts.setdefault(key, np.zeros(self._n_samples))
+                sums[samples.start : samples.stop] += values
+                counts[samples.start : samples.stop] += 1
+        self._used |= part.noise.keys() - set(part.unused)
+
+    def noise(self) -> dict[str, dict[str, tuple[float, ...]]]:
+        found: dict[str, dict[str, tuple[float, ...]]] = {}
+        for (decision, text), sums in self._sums.items():
+            found.setdefault(decision, {})[text] = tuple((sums / self._counts[decision, text]).tolist())
+        return found
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return tuple(sorted({d for d, _ in self._sums} - self._used))
+
+
+def _saved_part(
+    study: Study | None, work: _Pass, place: tuple[Setting, int], what: tuple[DenoiserCall, range]
+) -> JacobianPart:
+    (setting, index), (call, samples) = place, what
+    key = work.key(setting, index)
+    part = study.probe(JacobianPart, key) if study else None
+    if part is None:
+        part = work.measure(call, index, len(samples))
+        if study:
+            study.put_probe(key, part)
+    return part
+
+
+def _check(stop: StopRequest, study: Study | None) -> None:
+    where = f"saved in {study.path}; run the same command again to go on" if study else "lost; give a study to keep it"
+    stop.check(f"interrupted: what was measured is {where}")
+
+
+def _passes(bank: Bank, options: JacobianOptions) -> list[list[str]]:
+    """Decisions in groups whose weight changes fit in memory; at least one decision each."""
+    found: list[list[str]] = []
+    free = 0
+    for decision in bank.space.decisions:
+        formats = _formats(bank, decision.name)
+        size = 4 * decision.params * len(formats)
+        if not formats:
+            continue
+        if not found or size > free:
+            found.append([])
+            free = options.memory_bytes
+        found[-1].append(decision.name)
+        free -= size
+    return found
+
+
+def _formats(bank: Bank, decision: str) -> tuple[Format, ...]:
+    formats = bank.space.decision_index[decision].formats
+    return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
+
+
+def _changes(bank: Bank, denoiser: nn.Module, decision: str, formats: Sequence[Format]) -> Changes:
+    known = bank.space.decision_index[decision]
+    device = next(denoiser.parameters()).device
+    weight = read_weight(bank.weights, known).float()
+    deltas = torch.empty(len(formats), *weight.shape, device=device)
+    for target, number_format in zip(deltas, formats, strict=True):
+        target.copy_(bank.quantized(decision, number_format).to(torch.float32).dequantize() - weight)
+    return Changes(known.layers, deltas.flatten(2))
+
+
+def _directions(call: DenoiserCall, index: int, options: JacobianOptions) -> list[torch.Tensor]:
+    """Random u `[R, ...]`, each row divided by the norm of its output: squared products are relative to its power."""
+    output = call.output.float()
+    norms = output.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    found = []
+    for number in range(options.n_directions):
+        words = f"sedimo direction {options.seed} {index} {number}"
+        generator = torch.Generator().manual_seed(int(content_key(words)[:12], 16))
+        direction = torch.randn(output.shape, generator=generator).to(output.device)
+        found.append(direction / norms.reshape(-1, *[1] * (output.ndim - 1)))
+    return found
+
+
+def _mean_squares(taps: Taps, output: torch.Tensor, directions: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    total: dict[str, torch.Tensor] = {}
+    boost = output[0].numel() ** 0.5  # keeps gradients near 1, within the range of half precision
+    for direction in directions:
+        for decision, squares in taps.squared_products(output, (direction * boost).to(output.dtype)).items():
+            mean = squares.cpu() / (output[0].numel() * len(directions))
+            total[decision] = total[decision] + mean if decision in total else mean
+    return total
+
+
+def _sliced(value: object, rows: slice, n_rows: int) -> dict[str, object]:
+    """Inputs of some rows: tensors whose first axis has the length of the batch are cut."""
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {name: _cut(v, rows, n_rows) for name, v in value.items()}
+
+
+def _cut(value: object, rows: slice, n_rows: int) -> object:
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.ndim and value.shape[0] == n_rows else value
+    if isinstance(value, Mapping):
+        return {k: _cut(v, rows, n_rows) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(v, rows, n_rows) for v in value)
+    return value
+
+
+def _refuse_hidden_use(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[str]) -> None:
+    """Layers that were not called must have no influence: their weights must get no gradient."""
+    if not layers:
+        return
+    weights = [denoiser.get_submodule(layer).get_parameter("weight") for layer in layers]
+    first = _sliced(call.inputs, slice(0, 1), call.output.shape[0])
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            output = output_tensor(denoiser(**first))
+            if not output.requires_grad:
+                return
+            gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    hidden = [layer for layer, gradient in zip(layers, gradients, strict=True) if gradient is not None]
+    if hidden:
+        raise UnsupportedError(
+            f"the weight of layer {hidden[0]!r} is used without calling the layer, so its first-order noise cannot "
+            "be measured. Use method='ablation' or 'error', or leave the layer out of the space."
+        )
+
+
+@contextlib.contextmanager
+def _frozen(denoiser: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient of its own meanwhile."""
+    wanting = [p for p in denoiser.parameters() if p.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

@@ -1,0 +1,197 @@
+"""Inner products of per-sample weight gradients with given weight changes, taken during one backward pass.
+
+For a layer with inputs X_b and output gradients D_b, the gradient of sample b with respect to the weight is
+G_b = D_b^T X_b. It is formed for one layer at a time (in slices of output channels), multiplied with the layer's
+weight changes, and dropped: the gradients of all layers never exist together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from sedimo.errors import StateError, UnsupportedError
+
+_GRADIENT_BYTES = 64 << 20  # of the slice of G that exists at a time
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Weight changes of one decision: its layers, and `deltas` `[F, out, in * kernel size]`, one per format."""
+
+    layers: tuple[str, ...]
+    deltas: torch.Tensor
+
+
+@dataclass
+class _Sums:
+    """<G_b, delta_f> summed over all uses of a decision in one backward pass."""
+
+    rows: torch.Tensor | None = None  # [R, F]
+    pooled: torch.Tensor | None = None  # [F], of uses whose first axis is not the batch
+
+    def add(self, products: torch.Tensor, *, per_row: bool) -> None:
+        if per_row:
+            self.rows = products if self.rows is None else self.rows + products
+        else:
+            total = products.sum(0)
+            self.pooled = total if self.pooled is None else self.pooled + total
+
+    def squares(self, n_rows: int) -> torch.Tensor:
+        """Squared inner products `[R, F]`; where rows cannot be told apart, their mean for each."""
+        if self.pooled is None and self.rows is not None:
+            return self.rows.double().square()
+        total = torch.zeros(()) if self.rows is None else self.rows.sum(0)
+        pooled = total if self.pooled is None else total.to(self.pooled.device) + self.pooled
+        return (pooled.double().square() / n_rows).expand(n_rows, -1)
+
+
+@dataclass
+class _Use:
+    """One call of a layer in the forward pass."""
+
+    name: str
+    inputs: torch.Tensor
+    version: int
+
+
+@dataclass
+class _State:
+    sums: dict[str, _Sums] = field(default_factory=dict)
+    uses: set[str] = field(default_factory=set)
+
+
+class InputChangedError(StateError):
+    """A layer's input was overwritten before the backward pass; `Taps(copy_inputs=True)` helps."""
+
+
+class Taps:
+    """Hooks on the layers of some decisions; a context manager that removes them.
+
+    Inside it, run the denoiser with gradients enabled, then call `products` for each direction.
+    """
+
+    def __init__(self, denoiser: nn.Module, changes: Mapping[str, Changes], *, copy_inputs: bool = False) -> None:
+        self._denoiser, self._changes, self._copy_inputs = denoiser, changes, copy_inputs
+        self._decision_of = {layer: name for name, change in changes.items() for layer in change.layers}
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._state = _State()
+        self._n_rows = 0
+
+    def __enter__(self) -> Taps:
+        for layer in self._decision_of:
+            module = self._denoiser.get_submodule(layer)
+            self._handles.append(module.register_forward_hook(functools.partial(self._tap, layer)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, device: torch.device) -> None:
+        """Forgets earlier calls; to be called before the denoiser is."""
+        self._state = _State()
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Decisions none of whose layers was called since `begin`."""
+        return tuple(n for n, c in self._changes.items() if not self._state.uses.intersection(c.layers))
+
+    def squared_products(self, output: torch.Tensor, direction: torch.Tensor) -> dict[str, torch.Tensor]:
+        """<G_b, delta_f>^2 `[R, F]` float64 by decision, G_b the gradient of <direction_b, output_b>.
+
+        The graph is kept for further directions. Decisions that were not used are absent.
+        """
+        self._state.sums, self._n_rows = {}, output.shape[0]
+        if output.requires_grad:
+            torch.autograd.grad(output, self._anchor, direction, retain_graph=True, allow_unused=True)
+        return {name: sums.squares(self._n_rows) for name, sums in self._state.sums.items()}
+
+    def _tap(self, layer: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        inputs = args[0].detach()
+        use = _Use(layer, inputs.clone() if self._copy_inputs else inputs, inputs._version)
+        self._state.uses.add(layer)
+        tapped = output if output.requires_grad else output + self._anchor.to(output.dtype)
+        tapped.register_hook(functools.partial(self._add, module, use))  # type: ignore[no-untyped-call]  # torch
+        return tapped
+
+    def _add(self, module: nn.Module, use: _Use, gradient: torch.Tensor) -> None:
+        if use.inputs._version != use.version and not self._copy_inputs:
+            raise InputChangedError(f"the input of layer {use.name!r} was overwritten before the backward pass")
+        decision = self._decision_of[use.name]
+        deltas = self._changes[decision].deltas
+        per_row = gradient.shape[0] == use.inputs.shape[0] == self._n_rows and gradient.ndim > 1
+        with torch.no_grad():
+            if isinstance(module, _ConvNd):
+                products = _conv_products(module, use.inputs, gradient, deltas)
+            else:
+                n = self._n_rows if per_row else 1
+                products = _linear_products(_matrices(use.inputs, n), _matrices(gradient, n), deltas)
+        self._state.sums.setdefault(decision, _Sums()).add(products, per_row=per_row)
+
+
+def _matrices(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """`[B, ..., K]` as `[B, N, K]`."""
+    return tensor.reshape(n_rows, -1, tensor.shape[-1])
+
+
+def _linear_products(inputs: torch.Tensor, gradient: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+    """<D_b^T X_b, delta_f> `[B, F]` of inputs `[B, N, in]`, gradients `[B, N, out]` and deltas `[F, out, in]`."""
+    n_rows, n_formats, n_out, n_in = inputs.shape[0], *deltas.shape
+    step = max(1, _GRADIENT_BYTES // (4 * n_rows * n_in))
+    found = torch.zeros(n_rows, n_formats, device=deltas.device, dtype=torch.float32)
+    for begin in range(0, n_out, step):
+        weight_gradient = torch.bmm(gradient[:, :, begin : begin + step].transpose(1, 2), inputs)  # [B, step, in]
+        changes = deltas[:, begin : begin + step].reshape(n_formats, -1)
+        found += (weight_gradient.reshape(n_rows, -1).to(changes.dtype) @ changes.T).float()
+    return found
+
+
+def _conv_products(module: _ConvNd, inputs: torch.Tensor, gradient: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
+    """<G_b, delta_f> `[B, F]` of a convolution; G_b by the framework's own weight gradient, one sample at a time."""
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * len(module.kernel_size)
+    changes = deltas.reshape(deltas.shape[0], -1)
+    rows = []
+    for i in range(inputs.shape[0]):
+        weight_gradient = _conv_weight_gradient(module, inputs[i : i + 1], gradient[i : i + 1], padding)
+        rows.append((changes @ weight_gradient.reshape(-1).to(changes.dtype)).float())
+    return torch.stack(rows)
+
+
+def _conv_weight_gradient(
+    module: _ConvNd, inputs: torch.Tensor, gradient: torch.Tensor, padding: Sequence[int]
+) -> torch.Tensor:
+    flags = [False, True, False]
+    zeros = [0] * len(padding)
+    _, found, _ = torch.ops.aten.convolution_backward(
+        gradient,
+        inputs,
+        module.weight,
+        None,
+        module.stride,
+        list(padding),
+        module.dilation,
+        False,
+        zeros,
+        module.groups,
+        flags,
+    )
+    if not isinstance(found, torch.Tensor):
+        raise UnsupportedError("the framework gave no weight gradient for a convolution")
+    return found

@@ -1,0 +1,224 @@
+"""Ablation: one unit (a decision, or a group of them) quantized alone, at a few formats, the others by scaling.
+
+With a wide choice of formats probing all of them is too many. Each unit is probed at a few formats near those in
+play. Between two probed formats noise is interpolated in the logarithm of weight error; outside them it is taken
+proportional to weight error, r = c * error. How well that holds is checked on a sample of measured pairs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sedimo.bank import Candidate
+from sedimo.errors import InputError
+from sedimo.graph.model import Group
+from sedimo.metrics.signal import NoisePowers
+from sedimo.quant.formats import FP16, Format
+from sedimo.sensitivity.agreement import Agreement, agreement
+from sedimo.sensitivity.costs import EXACTLY_NOTHING, Estimate, build_table, geometric_mean_estimate, mean_estimate
+from sedimo.sensitivity.table import SensitivityTable
+from sedimo.space import Recipe, SearchSpace
+
+Average = Literal["arithmetic", "geometric"]
+DIVERGED = 1e6  # stands for the relative noise of a sample that became infinite
+DEFAULT_BITS = (3.0, 4.5)
+
+
+@dataclass(frozen=True, slots=True)
+class AblationProbe:
+    """A unit quantized alone: the format of each of its decisions, the rest at full precision."""
+
+    unit: str
+    choice: Mapping[str, Format]
+
+    def recipe(self, space: SearchSpace) -> Recipe:
+        """The recipe to be measured."""
+        return space.recipe(self.choice)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A probe with the powers that were measured for it."""
+
+    probe: AblationProbe
+    powers: NoisePowers
+
+
+def plan_probes(
+    space: SearchSpace,
+    candidates: Iterable[Candidate],
+    *,
+    near_bits: Sequence[float] = DEFAULT_BITS,
+    groups: Sequence[Group] = (),
+) -> tuple[AblationProbe, ...]:
+    """The probes of every unit: for each goal in `near_bits` the best formats whose paper bits are nearest to it.
+
+    Units are decisions, or the given groups (decisions outside all groups are units of their own). Goals whose
+    formats were planned already for a unit are left out.
+    """
+    fronts = {d: _front(found) for d, found in _by_decision(candidates).items()}
+    probes = []
+    for unit, decisions in _units(space, groups).items():
+        planned: list[dict[str, Format]] = []
+        for bits in near_bits:
+            choice = {d: _nearest(fronts[d], bits, space.decision_index[d].params) for d in decisions if fronts[d]}
+            if choice and choice not in planned:
+                planned.append(choice)
+                probes.append(AblationProbe(unit, choice))
+    return tuple(probes)
+
+
+def plan_checks(
+    space: SearchSpace, candidates: Iterable[Candidate], probes: Iterable[AblationProbe], *, n: int, seed: int = 0
+) -> tuple[AblationProbe, ...]:
+    """`n` random (decision, format) pairs that were not probed alone, to check the scaling on."""
+    probed = {pair for p in probes if len(p.choice) == 1 for pair in p.choice.items()}
+    pairs = [(c.decision, c.format) for c in candidates if c.format.is_quantized]
+    free = sorted((d, str(f)) for d, f in pairs if (d, f) not in probed)
+    drawn = random.Random(f"sedimo scaling check {seed}").sample(free, min(n, len(free)))
+    return tuple(AblationProbe(d, {d: Format.parse(text)}) for d, text in drawn)
+
+
+def ablation_table(
+    space: SearchSpace,
+    candidates: Sequence[Candidate],
+    measured: Sequence[Measured],
+    *,
+    average: Average = "arithmetic",
+    settings: Mapping[str, str] | None = None,
+) -> SensitivityTable:
+    """Costs of all candidates from the probes: measured where probed alone, scaled by weight error elsewhere.
+
+    The noise of a probed group is shared among its decisions in proportion to their weight errors.
+
+    Raises:
+        InputError: a decision was not probed.
+    """
+    index = {(c.decision, c.format): c for c in candidates}
+    points: dict[str, list[_Point]] = {d.name: [] for d in space.decisions}
+    for one in measured:
+        for decision, point in _shared(one, index, average).items():
+            points[decision].append(point)
+
+    def estimate(candidate: Candidate) -> Estimate:
+        return _scaled(candidate, sorted(points[candidate.decision], key=lambda p: p.error))
+
+    n_units = len({one.probe.unit for one in measured})
+    known = {"n_probes": str(len(measured)), "n_units": str(n_units), "average": average, **(settings or {})}
+    return build_table("ablation", space, candidates, estimate, known)
+
+
+def check_scaling(
+    table: SensitivityTable, measured: Sequence[Measured], *, average: Average = "arithmetic"
+) -> Agreement:
+    """Predicted against measured noise of pairs that were measured but not used for the table.
+
+    Raises:
+        InputError: fewer than three pairs, or a probe of several decisions.
+    """
+    predicted, found = [], []
+    for one in measured:
+        if len(one.probe.choice) != 1:
+            raise InputError(f"scaling is checked on single decisions, {one.probe.unit} has {len(one.probe.choice)}")
+        noise = mean_noise(one.powers, average).value
+        cost = table.index[next(iter(one.probe.choice.items()))].cost
+        if noise > 0 and cost > 0:
+            predicted.append(cost)
+            found.append(noise)
+    return agreement(predicted, found)
+
+
+def mean_noise(powers: NoisePowers, average: Average = "arithmetic") -> Estimate:
+    """Mean relative noise over samples; a sample that diverged counts with 1e6."""
+    ratio = np.minimum(powers.ratio, DIVERGED)
+    return mean_estimate(ratio) if average == "arithmetic" else geometric_mean_estimate(ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """Measured noise of a decision at a format of a known weight error."""
+
+    format: Format
+    error: float
+    noise: Estimate
+
+
+def _by_decision(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+    found: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        found.setdefault(candidate.decision, []).append(candidate)
+    return found
+
+
+def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Quantized candidates that no other beats in bytes and error, by growing bytes."""
+    found: list[Candidate] = []
+    for candidate in sorted((c for c in candidates if c.format != FP16), key=lambda c: (c.paper_bytes, c.error)):
+        if not found or candidate.error < found[-1].error:
+            found.append(candidate)
+    return found
+
+
+def _nearest(front: Sequence[Candidate], bits: float, params: int) -> Format:
+    return min(front, key=lambda c: abs(8 * c.paper_bytes / params - bits)).format
+
+
+def _units(space: SearchSpace, groups: Sequence[Group]) -> dict[str, tuple[str, ...]]:
+    decision_of = {layer: d.name for d in space.decisions for layer in d.layers}
+    found: dict[str, tuple[str, ...]] = {}
+    taken: set[str] = set()
+    for group in groups:
+        members = dict.fromkeys(decision_of[layer] for layer in group.layers if layer in decision_of)
+        free = tuple(d for d in members if d not in taken)
+        if free:
+            found[group.name] = free
+            taken.update(free)
+    return found | {d.name: (d.name,) for d in space.decisions if d.name not in taken}
+
+
+def _shared(measured: Measured, index: Mapping[tuple[str, Format], Candidate], average: Average) -> dict[str, _Point]:
+    noise = mean_noise(measured.powers, average)
+    errors = {d: index[d, f].error for d, f in measured.probe.choice.items()}
+    total = sum(errors.values())
+    found = {}
+    for decision, number_format in measured.probe.choice.items():
+        share = errors[decision] / total if total > 0 else 1 / len(errors)
+        estimate = Estimate(share * noise.value, share * noise.standard_error, noise.n)
+        found[decision] = _Point(number_format, errors[decision], estimate)
+    return found
+
+
+def _scaled(candidate: Candidate, points: Sequence[_Point]) -> Estimate:
+    """The noise at a candidate's weight error, from points by growing error."""
+    if not points:
+        raise InputError(f"{candidate.decision} was not probed; measure all probes first")
+    for point in points:
+        if point.format == candidate.format:
+            return point.noise
+    usable = [p for p in points if p.error > 0 and p.noise.value > 0]
+    if not usable or candidate.error <= 0:
+        return EXACTLY_NOTHING
+    low, high = _neighbours(candidate.error, usable)
+    near = low if candidate.error - low.error <= high.error - candidate.error else high
+    if low.error == high.error:
+        value = low.noise.value * candidate.error / low.error
+    else:
+        position = math.log(candidate.error / low.error) / math.log(high.error / low.error)
+        value = low.noise.value * (high.noise.value / low.noise.value) ** position
+    return Estimate(value, value * near.noise.standard_error / near.noise.value, near.noise.n)
+
+
+def _neighbours(error: float, points: Sequence[_Point]) -> tuple[_Point, _Point]:
+    """The points on both sides of an error; twice the outermost one when it lies outside."""
+    if error <= points[0].error:
+        return points[0], points[0]
+    if error >= points[-1].error:
+        return points[-1], points[-1]
+    upper = next(i for i, p in enumerate(points) if p.error >= error)
+    return points[upper - 1], points[upper]

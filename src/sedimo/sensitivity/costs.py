@@ -1,0 +1,97 @@
+"""From numbers per candidate to a table: what all methods of relative noise share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sedimo.bank import Candidate
+from sedimo.quant.formats import FULL_BITS, Format
+from sedimo.sensitivity.table import Cost, SensitivityTable
+from sedimo.space import Decision, SearchSpace
+
+UNIT = "relative noise power"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its standard error; `n` samples are behind it, 0 when it is exact."""
+
+    value: float
+    standard_error: float = 0.0
+    n: int = 0
+
+
+EXACTLY_NOTHING = Estimate(0.0)
+
+
+def build_table(
+    method: str,
+    space: SearchSpace,
+    candidates: Iterable[Candidate],
+    estimate: Callable[[Candidate], Estimate],
+    settings: Mapping[str, str],
+) -> SensitivityTable:
+    """The table of one method; fp16 costs nothing."""
+    costs = tuple(
+        _cost(space.decision_index[c.decision], c, estimate(c) if c.format.is_quantized else EXACTLY_NOTHING)
+        for c in candidates
+    )
+    decisions = space.decisions
+    return SensitivityTable(
+        method=method,
+        unit=UNIT,
+        denoiser=space.denoiser,
+        costs=costs,
+        layers={d.name: d.layers for d in decisions},
+        operations={d.name: d.operation for d in decisions},
+        blocks={d.name: d.block for d in decisions},
+        params={d.name: d.params for d in decisions},
+        settings=dict(settings),
+    )
+
+
+def count_bops(decision: Decision, number_format: Format) -> int:
+    """Bit operations of one sample and call: MACs times weight bits times activation bits.
+
+    Codebooks count with 16 weight bits, because looked-up weights are multiplied in 16 bits.
+
+    Source:
+        Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), accounting of the released code.
+    """
+    weight_bits = number_format.bits if number_format.family == "uaq" else FULL_BITS
+    return decision.macs * weight_bits * number_format.activation_bits
+
+
+def mean_estimate(values: npt.ArrayLike) -> Estimate:
+    """Arithmetic mean of samples, with its standard error (0 for one sample)."""
+    found = np.asarray(values, dtype=np.float64)
+    error = float(found.std(ddof=1)) / math.sqrt(found.size) if found.size > 1 else 0.0
+    return Estimate(float(found.mean()), error, int(found.size))
+
+
+def geometric_mean_estimate(values: npt.ArrayLike) -> Estimate:
+    """Geometric mean of samples, which is what a mean of decibels speaks of, with its standard error."""
+    found = np.asarray(values, dtype=np.float64)
+    if not found.all():
+        return mean_estimate(found)
+    logarithm = mean_estimate(np.log(found))
+    value = math.exp(logarithm.value)
+    return Estimate(value, value * logarithm.standard_error, logarithm.n)
+
+
+def _cost(decision: Decision, candidate: Candidate, estimate: Estimate) -> Cost:
+    return Cost(
+        decision=candidate.decision,
+        format=candidate.format,
+        cost=estimate.value,
+        standard_error=estimate.standard_error,
+        n=estimate.n,
+        paper_bytes=candidate.paper_bytes,
+        stored_bytes=candidate.stored_bytes,
+        bops=count_bops(decision, candidate.format),
+    )

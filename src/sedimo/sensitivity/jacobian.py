@@ -1,0 +1,39 @@
+"""First-order noise on the denoiser's output, ||J dW||^2, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sedimo.bank import Candidate
+from sedimo.errors import InputError
+from sedimo.measurement.jacobian import JacobianProbe
+from sedimo.sensitivity.costs import Estimate, build_table, mean_estimate
+from sedimo.sensitivity.table import SensitivityTable
+from sedimo.space import SearchSpace
+
+
+def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: JacobianProbe) -> SensitivityTable:
+    """Cost = mean over samples of the noise relative to the output's power, averaged over steps and directions.
+
+    The standard error comes from the variation between samples.
+
+    Raises:
+        InputError: the probe was made for other decisions or formats.
+    """
+
+    def estimate(candidate: Candidate) -> Estimate:
+        values = probe.noise.get(candidate.decision, {}).get(str(candidate.format.weight_format))
+        if values is None:
+            raise InputError(
+                f"the probe has no {candidate.decision} at {candidate.format}; measure it again for this space"
+            )
+        return mean_estimate(values)
+
+    setting = probe.setting
+    settings = {
+        "n_samples": str(len(setting.seeds)),
+        "n_steps": str(setting.n_steps),
+        "n_directions": str(probe.n_directions),
+        "unused_decisions": ", ".join(probe.unused) or "none",
+    }
+    return build_table("jacobian", space, candidates, estimate, settings)
