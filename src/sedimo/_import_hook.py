@@ -1,5 +1,69 @@
-"""placeholder, written by the runtime owner"""
+"""Teaches diffusers to load Sedimo's checkpoints the moment diffusers is there; imports neither it nor torch.
+
+`import sedimo` calls `install`. If `diffusers.quantizers.auto` is already imported, the quantizer is registered
+at once; otherwise a finder waits on `sys.meta_path`, lets the ordinary import machinery load that one module
+and registers right after it ran. Registering writes two dictionary entries and patches nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Protocol
+
+_TARGET = "diffusers.quantizers.auto"
+_PLUGIN = "sedimo.runtime.diffusers_plugin"
+
+
+class _Plugin(Protocol):
+    def register(self, auto: ModuleType) -> None: ...
 
 
 def install() -> None:
-    pass
+    """Registers the quantizer now or as soon as diffusers is imported; calling it again changes nothing."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    if _TARGET in sys.modules:
+        _register(sys.modules[_TARGET])
+
+
+def _register(auto: ModuleType) -> None:
+    plugin: _Plugin = importlib.import_module(_PLUGIN)
+    plugin.register(auto)
+
+
+class _Finder:
+    """Finds one module by asking everybody else, and wraps its loader."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _TARGET:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]  # a loader by structure
+        return spec
+
+
+class _Loader:
+    """Loads as the wrapped loader does, then registers."""
+
+    def __init__(self, wrapped: Loader) -> None:
+        self._wrapped = wrapped
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._wrapped.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._wrapped.exec_module(module)
+        _register(module)
+
+    def __getattr__(self, name: str) -> object:
+        """Everything else (get_source, is_package ...) is the wrapped loader's."""
+        return getattr(self._wrapped, name)

@@ -190,7 +190,7 @@ def reconstruct(
         if scale is None or zero_point is None:
             raise InputError(f"format {number_format} needs a scale and a zero point")
         steps, zeros = (_per_weight(t.float(), number_format, codes.shape[1]) for t in (scale, zero_point))
-        return (codes.float() - zeros) * steps
+        return codes.float().sub_(zeros).mul_(steps)
     if codebook is None:
         raise InputError(f"format {number_format} needs a codebook")
     if number_format.family == "kma":

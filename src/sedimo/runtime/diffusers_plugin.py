@@ -1,0 +1,339 @@
+"""The quantizer that diffusers calls to save and load packed denoisers; registered by the import hook.
+
+diffusers does not load strictly: what is missing stays on the meta device, what is extra is skipped. So names,
+dtypes and shapes of the complete checkpoint are compared with the configuration and with the model before
+diffusers makes a parameter, values are checked as they arrive, and nothing may be on meta at the end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from sedimo import __version__
+from sedimo.errors import InputError, StateError, UnsupportedError
+from sedimo.quant.parts import TensorSpec
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.completeness import check_against_layers, check_against_model, loaded_names
+from sedimo.runtime.header import read_headers
+from sedimo.runtime.integrity import Seal, check_tensors, make_seal, read_seal, version_error
+from sedimo.runtime.layout import (
+    FORMAT_VERSION,
+    LayerEntry,
+    TiedEntry,
+    assemble,
+    plain_layers,
+    read_layers,
+)
+from sedimo.runtime.weights import describe, flatten_state, named_layers, unset_weights
+
+logger = logging.getLogger(__name__)
+
+METHOD = "sedimo"
+_LABELS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class SedimoMethod(StrEnum):
+    """The name under which diffusers knows the quantizer (it asks for an enum member)."""
+
+    SEDIMO = METHOD
+
+
+class SedimoConfig(QuantizationConfigMixin):
+    """What `config.json` says about packed layers, or a recipe for packing while a source is loaded.
+
+    `layers` is written by Sedimo (docs/formats.md). `recipe` maps layer names to format texts and is for
+    `from_pretrained(source, quantization_config=SedimoConfig(recipe={...}))`.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, object] | None = None,
+        *,
+        recipe: Mapping[str, str] | None = None,
+        format_version: object = FORMAT_VERSION,
+        made_by: str = f"sedimo {__version__}",
+        quant_method: str = METHOD,
+        **unknown: object,
+    ) -> None:
+        """Reads plain values strictly.
+
+        Raises:
+            StateError: another version, an unknown field, or an entry that is not as the specification says.
+        """
+        if type(format_version) is not int or format_version != FORMAT_VERSION:
+            raise version_error(format_version, "quantization_config")
+        if unknown or quant_method != METHOD or not isinstance(made_by, str):
+            raise StateError(f"quantization_config of {quant_method!r} has unknown fields {sorted(unknown)}")
+        self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
+        self.layers = read_layers(layers or {}, place="quantization_config.layers")
+        self.recipe = dict(recipe or {})
+        self.made_by = made_by
+
+    def to_dict(self) -> dict[str, object]:
+        """The configuration as `config.json` holds it."""
+        plain = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "made_by": self.made_by}
+        recipe: dict[str, object] = {"recipe": self.recipe} if self.recipe else {}
+        return {**plain, "layers": plain_layers(self.layers), **recipe}
+
+    def to_diff_dict(self) -> dict[str, object]:
+        """As `to_dict`: nothing is left to defaults."""
+        return self.to_dict()
+
+
+class SedimoQuantizer(DiffusersQuantizer):
+    """Loads packed layers as `QuantizedTensor` parameters, and flattens them again for saving."""
+
+    use_keep_in_fp32_modules = True  # as without quantization: the two must give the same bits
+    requires_calibration = False
+
+    def __init__(self, quantization_config: SedimoConfig, *, pre_quantized: bool = True) -> None:
+        """Made by diffusers for each model."""
+        super().__init__(quantization_config, pre_quantized=pre_quantized)
+        self._found: dict[str, TensorSpec] = {}
+        self._seal: Seal | None = None
+        self._checksums: dict[str, str] = {}
+        self._pending: dict[str, torch.Tensor] = {}
+        self._dtype = torch.get_default_dtype()
+
+    @property
+    def config(self) -> SedimoConfig:
+        """The configuration, which diffusers keeps under its own name and type."""
+        if not isinstance(self.quantization_config, SedimoConfig):
+            raise InputError(f"Sedimo's quantizer takes a SedimoConfig, got {type(self.quantization_config).__name__}")
+        return self.quantization_config
+
+    @property
+    def layers(self) -> dict[str, LayerEntry | TiedEntry]:
+        """The packed layers by name."""
+        return self.config.layers
+
+    @property
+    def is_serializable(self) -> bool:
+        """Packed weights can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients flow through packed weights to adapters; the codes themselves are fixed."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile(fullgraph=True) works."""
+        return True
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """The tensors of one layer may lie in two shards, which are read in turn."""
+        return False
+
+    def validate_environment(
+        self, torch_dtype: torch.dtype | None = None, device_map: object = None, **_: object
+    ) -> None:
+        """Refuses what cannot work before anything is read.
+
+        Raises:
+            UnsupportedError: offloading to disk.
+            InputError: a dtype that denoisers do not compute in.
+        """
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise UnsupportedError("packed weights cannot be offloaded to disk: use device_map with 'cpu' instead")
+        if torch_dtype is not None and torch_dtype not in _LABELS:
+            raise InputError(f"torch_dtype must be one of {', '.join(map(str, _LABELS))}, got {torch_dtype}")
+
+    def update_torch_dtype(  # type: ignore[override]  # None is passed on as None
+        self, torch_dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Keeps the dtype asked for, which becomes the label of packed weights."""
+        self._dtype = torch_dtype or torch.get_default_dtype()
+        return torch_dtype
+
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Lets an automatic device map count at most a byte per packed weight."""
+        return {f"{name}.weight": torch.int8 for name in self.layers}
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
+        """Judges the headers of all files and translates their names into the model's.
+
+        Raises:
+            StateError: a file is damaged, truncated, foreign, of another version, or contradicts config.json.
+        """
+        if not self.pre_quantized:
+            return loaded_keys
+        paths = [Path(str(file)) for file in checkpoint_files]
+        if wrong := [path.name for path in paths if path.suffix != ".safetensors"]:
+            raise StateError(f"a packed checkpoint is read from safetensors files only, got {wrong}")
+        headers = read_headers(paths)
+        self._seal = read_seal(headers, self.layers)
+        self._found = {name: spec for header in headers for name, spec in header.tensors.items()}
+        check_against_layers(self._found, self.layers)
+        if set(loaded_keys) != set(self._found):
+            names = sorted(set(loaded_keys) ^ set(self._found))
+            raise StateError(f"the index of the shards and the shards disagree about {names[:5]}. Copy them again.")
+        return loaded_names(self._found, self.layers)
+
+    def maybe_update_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Replaces the stored tensors of complete layers by their packed weight; keeps those of incomplete ones.
+
+        Raises:
+            StateError: a tensor's checksum or values are wrong.
+            UnsupportedError: the loader is not `from_pretrained`.
+        """
+        if not self.pre_quantized:
+            return state_dict
+        if self._seal is None:
+            raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder), not from a single file")
+        check_tensors(state_dict, self._checksums)
+        found = dict(state_dict)
+        for layer, entry in self.layers.items():
+            if isinstance(entry, LayerEntry):
+                names = list(entry.tensors(layer))
+                self._pending.update({name: found.pop(name) for name in names if name in found})
+                if all(name in self._pending for name in names):
+                    own = {name: self._pending.pop(name) for name in names}
+                    found[f"{layer}.weight"] = assemble(layer, entry, own, self._dtype)
+        ties = {name: entry.same_as for name, entry in self.layers.items() if isinstance(entry, TiedEntry)}
+        return found | {f"{n}.weight": found[f"{o}.weight"] for n, o in ties.items() if f"{o}.weight" in found}
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: object, **_: object
+    ) -> bool:
+        """Whether a loaded tensor goes through `create_quantized_param`."""
+        layer = param_name.removesuffix(".weight")
+        return isinstance(param_value, QuantizedTensor) or layer in self.config.recipe
+
+    def create_quantized_param(  # type: ignore[override]  # diffusers declares any arguments and ignores the result
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        *_: object,
+        **__: object,
+    ) -> None:
+        """Puts a packed weight into the model; layers that share one get the same parameter."""
+        layer = param_name.removesuffix(".weight")
+        if not isinstance(param_value, QuantizedTensor):
+            param_value = _quantize(param_value, self.config.recipe[layer], layer)
+        weight = param_value.to(target_device)
+        entry = self.layers.get(layer)
+        if isinstance(entry, TiedEntry):
+            owner = model.get_submodule(entry.same_as)._parameters["weight"]
+            if owner is not None and (owner.dtype, owner.device) == (weight.dtype, weight.device):
+                model.get_submodule(layer)._parameters["weight"] = owner
+                return
+        model.get_submodule(layer)._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: object) -> None:
+        if self.pre_quantized:
+            if self._seal is None:
+                raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder) only")
+            check_against_model(self._found, self.layers, model)
+            self._checksums = self._seal.checksums(self._found)
+        elif unknown := sorted(set(self.config.recipe) - {name for name, _ in named_layers(model)}):
+            raise InputError(f"the recipe names layers that the model does not have: {unknown[:5]}")
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: object) -> None:
+        if self._pending:
+            raise StateError(f"packed layers are incomplete: {sorted(self._pending)[:5]} came without their companions")
+        check_nothing_on_meta(model)
+        if not self.pre_quantized:
+            self.quantization_config = SedimoConfig(plain_layers(describe(model)))
+            _store(model, self.quantization_config)
+        self._found, self._checksums = {}, {}
+        model.__dict__["is_quantized"] = False  # diffusers would refuse .to(dtype), which only relabels packed weights
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        unset_weights(model)
+        _forget(model)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The tensors of the file, packed weights flattened, and the seal.
+
+        Raises:
+            UnsupportedError: a pickle file was asked for.
+            StateError: the model's weights are not those that its configuration describes.
+        """
+        if not safe_serialization:
+            raise UnsupportedError("packed weights are saved as safetensors only: leave safe_serialization at True")
+        tensors = flatten_state(state_dict, self.layers)
+        return tensors, make_seal(tensors, self.layers)
+
+
+def attach(model: nn.Module) -> None:
+    """Tells a diffusers model what is packed in it, so that it saves itself; other modules need nothing.
+
+    A model without packed weights forgets that it ever had some.
+    """
+    if not isinstance(model, ConfigMixin):
+        return
+    layers = describe(model)
+    if not layers:
+        _forget(model)
+        model.__dict__.pop("hf_quantizer", None)
+        return
+    config = SedimoConfig(plain_layers(layers))
+    _store(model, config)
+    model.__dict__.update(
+        hf_quantizer=SedimoQuantizer(config), quantization_method=config.quant_method, is_quantized=False
+    )
+
+
+def check_nothing_on_meta(model: nn.Module) -> None:
+    """Refuses a loaded model of which a tensor has no data.
+
+    Raises:
+        StateError: naming the tensors. (Modules that accelerate offloads keep theirs elsewhere and are skipped.)
+    """
+    missing = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if not getattr(getattr(module, "_hf_hook", None), "offload", False)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if tensor.device.type == "meta"
+    ]
+    if missing:
+        raise StateError(f"these tensors of the model were not in the checkpoint: {missing[:5]}")
+
+
+def register(auto: ModuleType) -> None:
+    """Writes the quantizer and its configuration into the tables of `diffusers.quantizers.auto`."""
+    if not hasattr(DiffusersQuantizer, "maybe_update_state_dict"):
+        logger.warning("this diffusers is too old to load Sedimo's checkpoints; install diffusers >= 0.39")
+        return
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = SedimoQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SedimoConfig
+
+
+def _store(model: nn.Module, config: SedimoConfig) -> None:
+    if isinstance(model, ConfigMixin):
+        register_to_config: Callable[..., None] = model.register_to_config  # diffusers leaves it untyped
+        register_to_config(quantization_config=config)
+
+
+def _forget(model: nn.Module) -> None:
+    frozen: Callable[[dict[str, object]], object] = FrozenDict
+    internal: Mapping[str, object] = model.__dict__["_internal_dict"]
+    kept = {key: value for key, value in internal.items() if key != "quantization_config"}
+    model.__dict__["_internal_dict"] = frozen(kept)
+    model.__dict__.pop("quantization_method", None)
+
+
+def _quantize(weight: torch.Tensor, number_format: str, layer: str) -> QuantizedTensor:
+    quantization = importlib.import_module("sedimo.quant.quantization")  # brings numba, which loading does without
+    packed: QuantizedTensor = quantization.quantize_weight(weight, number_format, layer_name=layer)
+    return packed

@@ -1,0 +1,207 @@
+"""What a checkpoint's configuration says about each packed layer, and which tensors follow from it.
+
+Nothing here opens a file. The configuration is untrusted: it is read strictly, and the names, dtypes and shapes
+that follow from it are compared with the file's header before any tensor is made (docs/formats.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sedimo.codec import content_key, from_plain, to_plain
+from sedimo.errors import InputError, StateError
+from sedimo.quant.formats import Format
+from sedimo.quant.parts import FIELDS, TensorSpec, WeightPart, expected_tensors
+from sedimo.quant.tensor import QuantizedTensor
+
+FORMAT_VERSION = 1
+Kind = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
+WideDtype = Literal["float16", "bfloat16", "float32"]
+
+LAYER_TYPES: dict[Kind, type[nn.Module]] = {
+    "Linear": nn.Linear,
+    "Conv1d": nn.Conv1d,
+    "Conv2d": nn.Conv2d,
+    "Conv3d": nn.Conv3d,
+}
+_WIDE_DTYPES: dict[WideDtype, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+_WIDE_NAMES = {dtype: name for name, dtype in _WIDE_DTYPES.items()}
+_DIMENSIONS: dict[Kind, int] = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5}
+
+
+@dataclass(frozen=True, slots=True)
+class PartEntry:
+    """Input channels `start..stop` in one format; `codebook` or `values` is the dtype of those tensors."""
+
+    start: int
+    stop: int
+    format: Format
+    codebook: WideDtype | None = None
+    values: WideDtype | None = None
+
+    def __plain__(self) -> dict[str, object]:
+        """Fields that say nothing are left out of the file."""
+        plain = {"start": self.start, "stop": self.stop, "format": str(self.format)}
+        wide = {"codebook": self.codebook, "values": self.values}
+        return plain | {name: dtype for name, dtype in wide.items() if dtype is not None}
+
+    def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """The stored tensors by field, for a layer of the given weight shape.
+
+        Raises:
+            InputError: a dtype that does not belong to the format.
+        """
+        name = self.codebook or self.values
+        if (self.codebook is not None) != (self.format.family in ("kmc", "kma")):
+            raise InputError(f"'codebook' belongs to kmc and kma and is required there; the format is {self.format}")
+        if (self.values is not None) == self.format.is_quantized:
+            raise InputError(f"'values' belongs to fp16 and is required there; the format is {self.format}")
+        n_inputs = (self.stop - self.start) * math.prod(shape[2:])
+        wide = None if name is None else _WIDE_DTYPES[name]
+        return expected_tensors(self.format, shape[0], n_inputs, wide=wide)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEntry:
+    """A packed layer: its kind, the logical shape `[out, in, ...]` of its weight, and the parts."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    parts: tuple[PartEntry, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses shapes that the kind cannot have, and parts that do not cover the inputs exactly once."""
+        if len(self.shape) != _DIMENSIONS[self.kind] or min(self.shape) < 1:
+            raise InputError(f"a {self.kind} weight has {_DIMENSIONS[self.kind]} positive sizes, got {self.shape}")
+        edges = [0, *(edge for part in self.parts for edge in (part.start, part.stop)), self.shape[1]]
+        if edges[::2] != edges[1::2] or any(p.stop <= p.start for p in self.parts):
+            raise InputError(f"parts must cover the {self.shape[1]} input channels in order, got edges {edges[1:-1]}")
+        for part in self.parts:
+            part.tensors(self.shape)
+
+    def tensors(self, layer: str) -> dict[str, tuple[int, str]]:
+        """The stored tensors of the layer by their names in the file: part index and field."""
+        fields = ((i, field) for i, part in enumerate(self.parts) for field in part.tensors(self.shape))
+        return {f"{layer}.weight.{i}.{field}": (i, field) for i, field in fields}
+
+
+@dataclass(frozen=True, slots=True)
+class TiedEntry:
+    """A layer that shares the weight of another one, which is stored once."""
+
+    same_as: str
+
+
+Layers = Mapping[str, LayerEntry | TiedEntry]
+
+
+def read_layers(plain: object, *, place: str) -> dict[str, LayerEntry | TiedEntry]:
+    """The layers of a configuration; strict.
+
+    Raises:
+        StateError: an entry is not as docs/formats.md says, or a tie leads nowhere.
+    """
+    if not isinstance(plain, Mapping):
+        raise StateError(f"{place} must be an object of layer names, got {type(plain).__name__}")
+    found: dict[str, LayerEntry | TiedEntry] = {}
+    for name, entry in plain.items():
+        kind: type[LayerEntry] | type[TiedEntry] = TiedEntry if "same_as" in (entry or ()) else LayerEntry
+        try:
+            found[name] = from_plain(kind, entry, place=f"{place}[{name!r}]")
+        except InputError as error:
+            raise StateError(f"{place}[{name!r}]: {error}") from error
+    for name, entry in found.items():
+        if isinstance(entry, TiedEntry) and not isinstance(found.get(entry.same_as), LayerEntry):
+            raise StateError(f"{place}[{name!r}] shares the weight of {entry.same_as!r}, which is no packed layer")
+    return found
+
+
+def plain_layers(layers: Layers) -> dict[str, object]:
+    """The layers as the configuration file writes them."""
+    return {name: to_plain(entry) for name, entry in layers.items()}
+
+
+def layers_key(layers: Layers) -> str:
+    """sha256 that ties a weights file to its configuration."""
+    return content_key(plain_layers(layers))
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a layer that can be packed; None for every other module."""
+    return next((kind for kind, layer_type in LAYER_TYPES.items() if isinstance(module, layer_type)), None)
+
+
+def entry_of(kind: Kind, tensor: QuantizedTensor) -> LayerEntry:
+    """The entry that describes a packed weight."""
+    return LayerEntry(kind, tuple(tensor.shape), tuple(map(_part_entry, tensor.parts)))
+
+
+def _part_entry(part: WeightPart) -> PartEntry:
+    wide = None if part.wide_dtype is None else _WIDE_NAMES[part.wide_dtype]
+    is_codebook = part.codebook is not None
+    return PartEntry(part.start, part.stop, part.format, wide if is_codebook else None, None if is_codebook else wide)
+
+
+def packed_tensors(layers: Layers) -> dict[str, TensorSpec]:
+    """Dtype and shape of every stored tensor of the packed layers, by its name in the file."""
+    return {
+        name: entry.parts[i].tensors(entry.shape)[field]
+        for layer, entry in layers.items()
+        if isinstance(entry, LayerEntry)
+        for name, (i, field) in entry.tensors(layer).items()
+    }
+
+
+def assemble(layer: str, entry: LayerEntry, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> QuantizedTensor:
+    """The packed weight of a layer from its stored tensors by name; their values are checked.
+
+    The tensors are copied: those of a safetensors file are windows on the file, which may change.
+
+    Raises:
+        StateError: a value that no quantizer writes, or tensors that do not fit the entry.
+    """
+    own: list[dict[str, torch.Tensor]] = [{} for _ in entry.parts]
+    for name, (i, field) in entry.tensors(layer).items():
+        own[i][field] = tensors[name].clone()
+    parts = []
+    for i, (part, fields) in enumerate(zip(entry.parts, own, strict=True)):
+        check_values(
+            f"{layer}.weight.{i}", part, fields, n_inputs=(part.stop - part.start) * math.prod(entry.shape[2:])
+        )
+        parts.append(WeightPart(part.start, part.stop, part.format, **fields))
+    try:
+        weight = QuantizedTensor.from_parts(parts, entry.shape, dtype)
+    except InputError as error:
+        raise StateError(f"layer {layer!r}: {error}") from error
+    weight.layer_name = layer
+    return weight
+
+
+def check_values(place: str, part: PartEntry, tensors: Mapping[str, torch.Tensor], *, n_inputs: int) -> None:
+    """Refuses stored values that no quantizer writes.
+
+    Raises:
+        StateError: naming the tensor, the rule and the value found.
+    """
+    for field in FIELDS:
+        tensor = tensors.get(field)
+        if tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise StateError(f"{place}.{field} holds NaN or infinity: the file is damaged; make the checkpoint again")
+    codes, zero_point, codebook = (tensors.get(field) for field in ("codes", "zero_point", "codebook"))
+    n_padding = -n_inputs * part.format.bits % 8
+    if codes is not None and n_padding and int(codes[:, -1].max()) >> (8 - n_padding):
+        raise StateError(f"{place}.codes has set bits after the last code of a row, which must be zero")
+    if zero_point is not None and part.format.group_size and int(zero_point.max()) > part.format.qmax:
+        raise StateError(f"{place}.zero_point must lie in 0..{part.format.qmax}, got {int(zero_point.max())}")
+    if codebook is not None and bool((codebook.diff(dim=1) < 0).any()):
+        raise StateError(f"{place}.codebook must be sorted in every row")

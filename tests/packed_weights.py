@@ -1,0 +1,64 @@
+"""Packed weights made from random stored values, for tests that need one and not a quantizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from sedimo.quant.formats import Format
+from sedimo.quant.packing import pack
+from sedimo.quant.parts import WeightPart, expected_tensors
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.weights import named_layers
+from torch import nn
+
+FORMATS = ("uaq3", "kmc4", "uaq4g16", "kma5", "uaq8", "kmc2")
+
+
+def random_packed(
+    shape: Sequence[int],
+    formats: str | Sequence[tuple[int, str]] = "kmc4",
+    *,
+    dtype: torch.dtype = torch.float32,
+    wide: torch.dtype | None = None,
+    seed: int = 0,
+) -> QuantizedTensor:
+    """A packed weight; `formats` is one text, or pairs (number of input channels, text)."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [(shape[1], formats)] if isinstance(formats, str) else formats
+    parts: list[WeightPart] = []
+    for n_channels, text in pieces:
+        start = parts[-1].stop if parts else 0
+        fmt, n_inputs = Format.parse(text), n_channels * math.prod(shape[2:])
+        tensors = {
+            name: _random(name, spec.shape, fmt, n_inputs, generator).to(spec.dtype)
+            for name, spec in expected_tensors(fmt, shape[0], n_inputs, wide=wide).items()
+        }
+        parts.append(WeightPart(start, start + n_channels, fmt, **tensors))
+    return QuantizedTensor.from_parts(parts, shape, dtype)
+
+
+def _random(
+    name: str, shape: Sequence[int], fmt: Format, n_inputs: int, generator: torch.Generator
+) -> torch.Tensor:
+    if name == "codes":
+        codes = torch.randint(fmt.n_levels, (shape[0], n_inputs), generator=generator, dtype=torch.uint8)
+        return pack(codes, fmt.bits)
+    if name == "zero_point":
+        return torch.randint(fmt.n_levels, shape, generator=generator)
+    if name == "scale":
+        return (0.2 + torch.rand(shape, generator=generator)) / (fmt.n_levels * 4)
+    values = torch.randn(shape, generator=generator) * 0.1
+    return values.sort(dim=-1).values if name == "codebook" else values
+
+
+def random_weights(
+    denoiser: nn.Module, formats: Sequence[str] = FORMATS, ties: Mapping[str, str] | None = None
+) -> dict[str, QuantizedTensor]:
+    """A packed weight for every layer of a denoiser, formats in turn; `ties` maps a layer to its owner."""
+    found: dict[str, QuantizedTensor] = {}
+    for i, (name, module) in enumerate(named_layers(denoiser)):
+        weight = random_packed(tuple(module.weight.shape), formats[i % len(formats)], seed=i)
+        found[name] = found[ties[name]] if ties and name in ties else weight
+    return found
