@@ -17,7 +17,7 @@ from sedimo.pipelines.conditions import default_conditions
 from sedimo.pipelines.decoding import decode_latents
 from sedimo.pipelines.objects import PipelineObject
 from sedimo.pipelines.sampling import sample_batch
-from sedimo.pipelines.saving import save_denoiser_only, save_pipeline
+from sedimo.pipelines.saving import LoadedFrom, save_denoiser_only, save_pipeline
 
 DENOISER_NAMES = ("transformer", "unet")
 _MAX_BATCH = 64
@@ -27,10 +27,18 @@ _LATENT_PIXELS_PER_BATCH = 65536  # 64 samples of 32 x 32, 4 of 128 x 128 (SDXL 
 class DiffusersPipeline:
     """A diffusers pipeline that can be sampled from seeds, watched, decoded and saved.
 
-    `name` is what records call it (the class name by default); `folder` is where its files are, if anywhere.
+    `name` is what records call it (the class name by default); `folder` is where its files are, if anywhere, and
+    `variant` which of the weights there were loaded.
     """
 
-    def __init__(self, pipeline: PipelineObject, *, name: str | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: PipelineObject,
+        *,
+        name: str | None = None,
+        folder: Path | None = None,
+        variant: str | None = None,
+    ) -> None:
         """Wraps `pipeline`, which is used as it is: neither moved nor cast.
 
         Raises:
@@ -40,7 +48,7 @@ class DiffusersPipeline:
         self.folder = folder
         self.denoiser_name = _denoiser_name(pipeline)
         self._name = name or type(pipeline).__name__
-        self._loaded = dict(pipeline.components) if folder is not None else {}
+        self._source = None if folder is None else LoadedFrom(folder, variant, dict(pipeline.components))
 
     @property
     def name(self) -> str:
@@ -102,7 +110,7 @@ class DiffusersPipeline:
         Raises:
             InputError: `out` exists and is not an empty folder.
         """
-        return save_pipeline(self.pipeline, self.denoiser_name, Path(out), source=self.folder, loaded=self._loaded)
+        return save_pipeline(self.pipeline, self.denoiser_name, Path(out), source=self._source)
 
 
 class BareDenoiser:

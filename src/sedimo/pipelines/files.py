@@ -14,8 +14,8 @@ WEIGHTS_STEM = "diffusion_pytorch_model"  # models of diffusers; those of transf
 WEIGHTS_STEMS = (WEIGHTS_STEM, "model")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
 
-_VARIANT = r"(?:\.(?P<variant>[A-Za-z0-9_-]+?))?"
-_SHARD = r"(?:-\d{5}-of-\d{5})?"
+_SHARD = r"-\d{5}-of-\d{5}"
+_VARIANT = rf"(?:\.(?P<variant>(?![\w-]*{_SHARD})[\w-]+))?"
 
 
 @dataclass(frozen=True, slots=True)

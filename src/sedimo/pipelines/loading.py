@@ -69,15 +69,19 @@ def load_pipeline(
         return _moved(DiffusersPipeline(pipeline), pipeline, device, wanted)
     if isinstance(source, nn.Module):
         return _moved(BareDenoiser(source), source, device, wanted)
-    name, folder = _locate(source, variant)
+    name, folder = locate(source, variant)
     target = _parse_device(device)
     if (folder / "model_index.json").is_file():
         return _load_folder(folder, name, target, wanted, variant)
     return _load_denoiser(folder, name, target, wanted, variant)
 
 
-def _locate(source: str | Path, variant: str | None) -> tuple[str, Path]:
-    """Name for people, and folder."""
+def locate(source: str | Path, variant: str | None) -> tuple[str, Path]:
+    """Name for people, and folder, of a folder, a hub id or `zoo:NAME`.
+
+    Raises:
+        InputError: nothing there.
+    """
     text = str(source)
     if text.startswith(ZOO_PREFIX):
         return text, zoo_path(text.removeprefix(ZOO_PREFIX))
@@ -107,7 +111,7 @@ def _load_folder(
     load: Callable[..., PipelineObject] = DiffusionPipeline.from_pretrained
     with _loading(folder):
         pipeline = load(folder, use_safetensors=True, local_files_only=True, **arguments)
-    adapter = DiffusersPipeline(pipeline, name=name, folder=folder)
+    adapter = DiffusersPipeline(pipeline, name=name, folder=folder, variant=chosen)
     _refuse_incomplete(adapter.denoiser, folder)
     pipeline.to(device)
     return adapter

@@ -14,33 +14,39 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.pipelines.files import WEIGHTS_STEMS, find_weights, is_weight_file, variants
+from sedimo.pipelines.files import WEIGHTS_STEMS, WeightFiles, find_weights, is_weight_file, variants
 from sedimo.pipelines.objects import PipelineObject
 
 
-def save_pipeline(
-    pipeline: PipelineObject, denoiser_name: str, out: Path, *, source: Path | None, loaded: Mapping[str, object]
-) -> Path:
+@dataclass(frozen=True)
+class LoadedFrom:
+    """Where a pipeline's components came from: its folder, the variant of the weights, and the objects themselves."""
+
+    folder: Path
+    variant: str | None
+    components: Mapping[str, object]
+
+
+def save_pipeline(pipeline: PipelineObject, denoiser_name: str, out: Path, *, source: LoadedFrom | None) -> Path:
     """Writes `pipeline` to the new folder `out`, from which `DiffusionPipeline.from_pretrained` loads it.
 
-    `loaded` are the components as they came from the folder `source`; both are empty for a pipeline that was made
-    in memory.
+    `source` is None for a pipeline that was made in memory.
 
     Raises:
         InputError: `out` exists and is not an empty folder.
     """
     with _new_folder(out) as folder:
-        unchanged = [n for n in loaded if n != denoiser_name and pipeline.components.get(n) is loaded[n]]
         for name, component in pipeline.components.items():
             if component is None:
                 continue
-            if source is not None and name in unchanged and (source / name).is_dir():
-                _copy_component(source / name, folder / name)
+            if source is not None and name != denoiser_name and source.components.get(name) is component:
+                _copy_component(source.folder / name, folder / name, source.variant)
             else:
                 component.save_pretrained(folder / name)  # type: ignore[attr-defined]  # components of diffusers all have it
         _write_index(pipeline, folder)
@@ -60,18 +66,18 @@ def save_denoiser_only(denoiser: nn.Module, out: Path) -> Path:
     return out
 
 
-def _copy_component(source: Path, out: Path) -> None:
+def _copy_component(source: Path, out: Path, variant: str | None) -> None:
     out.mkdir()
     for path in source.iterdir():
         if path.is_file() and not is_weight_file(path.name):
             shutil.copyfile(path, out / path.name)
     for stem in WEIGHTS_STEMS:
-        if variants(source, stem):
-            _copy_weights(source, out, stem)
+        present = variants(source, stem)
+        if present:
+            _copy_weights(find_weights(source, stem, variant if variant in present else None), out, stem)
 
 
-def _copy_weights(source: Path, out: Path, stem: str) -> None:
-    found = find_weights(source, stem, None)
+def _copy_weights(found: WeightFiles, out: Path, stem: str) -> None:
     if found.index is None:
         shutil.copyfile(found.files[0], out / f"{stem}.safetensors")
         return
