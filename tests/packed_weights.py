@@ -10,7 +10,7 @@ from sedimo.quant.formats import Format
 from sedimo.quant.packing import pack
 from sedimo.quant.parts import WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.weights import named_layers
+from sedimo.runtime.contents import named_layers
 from torch import nn
 
 FORMATS = ("uaq3", "kmc4", "uaq4g16", "kma5", "uaq8", "kmc2")

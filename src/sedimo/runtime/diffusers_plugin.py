@@ -25,21 +25,21 @@ from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.quant.parts import TensorSpec
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.completeness import check_against_layers, check_against_model, loaded_names
+from sedimo.runtime.contents import describe, flatten_state, named_layers, unset_weights
 from sedimo.runtime.header import read_headers
-from sedimo.runtime.integrity import Seal, check_tensors, make_seal, read_seal, version_error
+from sedimo.runtime.integrity import Seal, check_tensors, make_seal, read_seal
 from sedimo.runtime.layout import (
-    FORMAT_VERSION,
+    METHOD,
     LayerEntry,
     TiedEntry,
     assemble,
-    plain_layers,
-    read_layers,
+    plain_configuration,
+    read_configuration,
 )
-from sedimo.runtime.weights import describe, flatten_state, named_layers, unset_weights
 
 logger = logging.getLogger(__name__)
 
-METHOD = "sedimo"
+MADE_BY = f"sedimo {__version__}"
 _LABELS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,39 +52,31 @@ class SedimoMethod(StrEnum):
 class SedimoConfig(QuantizationConfigMixin):
     """What `config.json` says about packed layers, or a recipe for packing while a source is loaded.
 
-    `layers` is written by Sedimo (docs/formats.md). `recipe` maps layer names to format texts and is for
+    `configuration` is written by Sedimo (docs/formats.md). `recipe` maps layer names to format texts and is for
     `from_pretrained(source, quantization_config=SedimoConfig(recipe={...}))`.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, object] | None = None,
-        *,
-        recipe: Mapping[str, str] | None = None,
-        format_version: object = FORMAT_VERSION,
-        made_by: str = f"sedimo {__version__}",
-        quant_method: str = METHOD,
-        **unknown: object,
-    ) -> None:
+    def __init__(self, *, recipe: Mapping[str, str] | None = None, **configuration: object) -> None:
         """Reads plain values strictly.
 
         Raises:
             StateError: another version, an unknown field, or an entry that is not as the specification says.
         """
-        if type(format_version) is not int or format_version != FORMAT_VERSION:
-            raise version_error(format_version, "quantization_config")
-        if unknown or quant_method != METHOD or not isinstance(made_by, str):
-            raise StateError(f"quantization_config of {quant_method!r} has unknown fields {sorted(unknown)}")
+        plain = configuration or plain_configuration({}, MADE_BY)
         self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
-        self.layers = read_layers(layers or {}, place="quantization_config.layers")
+        self.layers, self.made_by = read_configuration(plain, place="quantization_config")
         self.recipe = dict(recipe or {})
-        self.made_by = made_by
+
+    @classmethod
+    def of(cls, model: nn.Module) -> SedimoConfig:
+        """The configuration of a model's packed weights."""
+        config: SedimoConfig = cls.from_dict(plain_configuration(describe(model), MADE_BY))
+        return config
 
     def to_dict(self) -> dict[str, object]:
         """The configuration as `config.json` holds it."""
-        plain = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "made_by": self.made_by}
         recipe: dict[str, object] = {"recipe": self.recipe} if self.recipe else {}
-        return {**plain, "layers": plain_layers(self.layers), **recipe}
+        return {**plain_configuration(self.layers, self.made_by), **recipe}
 
     def to_diff_dict(self) -> dict[str, object]:
         """As `to_dict`: nothing is left to defaults."""
@@ -249,7 +241,7 @@ class SedimoQuantizer(DiffusersQuantizer):
             raise StateError(f"packed layers are incomplete: {sorted(self._pending)[:5]} came without their companions")
         check_nothing_on_meta(model)
         if not self.pre_quantized:
-            self.quantization_config = SedimoConfig(plain_layers(describe(model)))
+            self.quantization_config = SedimoConfig.of(model)
             _store(model, self.quantization_config)
         self._found, self._checksums = {}, {}
         model.__dict__["is_quantized"] = False  # diffusers would refuse .to(dtype), which only relabels packed weights
@@ -281,12 +273,11 @@ def attach(model: nn.Module) -> None:
     """
     if not isinstance(model, ConfigMixin):
         return
-    layers = describe(model)
-    if not layers:
+    config = SedimoConfig.of(model)
+    if not config.layers:
         _forget(model)
         model.__dict__.pop("hf_quantizer", None)
         return
-    config = SedimoConfig(plain_layers(layers))
     _store(model, config)
     model.__dict__.update(
         hf_quantizer=SedimoQuantizer(config), quantization_method=config.quant_method, is_quantized=False

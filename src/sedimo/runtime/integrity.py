@@ -14,7 +14,7 @@ import torch
 
 from sedimo.errors import StateError
 from sedimo.runtime.header import FileHeader
-from sedimo.runtime.layout import FORMAT_VERSION, Layers, layers_key
+from sedimo.runtime.layout import FORMAT_VERSION, Layers, layers_key, version_error
 
 _VERSION, _LAYERS, _CHECKSUMS = "sedimo_format", "sedimo_layers", "sedimo_crc32"
 _DIGITS = 8  # hexadecimal digits of a CRC-32
@@ -86,14 +86,6 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, s
                 f"tensor {name!r} is damaged: its checksum is {checksum(tensor)}, it was written with "
                 f"{checksums.get(name)}. Copy or download the checkpoint again."
             )
-
-
-def version_error(found: object, place: str) -> StateError:
-    """The error of a checkpoint that another version of Sedimo wrote."""
-    return StateError(
-        f"{place} has format version {found!r}; this Sedimo reads version {FORMAT_VERSION}. "
-        "Install the version of Sedimo that wrote it, or make the checkpoint again."
-    )
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -20,6 +20,7 @@ from sedimo.quant.formats import Format
 from sedimo.quant.parts import FIELDS, TensorSpec, WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
 
+METHOD = "sedimo"
 FORMAT_VERSION = 1
 Kind = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
 WideDtype = Literal["float16", "bfloat16", "float32"]
@@ -103,6 +104,44 @@ class TiedEntry:
 
 
 Layers = Mapping[str, LayerEntry | TiedEntry]
+
+
+def read_configuration(plain: object, *, place: str) -> tuple[dict[str, LayerEntry | TiedEntry], str]:
+    """The layers of a `quantization_config`, and what made it; the version is judged first.
+
+    Raises:
+        StateError: not an object, another method or version, an unknown field, or a wrong entry.
+    """
+    if not isinstance(plain, Mapping):
+        raise StateError(f"{place} must be an object, got {type(plain).__name__}")
+    if plain.get("quant_method") != METHOD:
+        raise StateError(f"{place} is of the method {plain.get('quant_method')!r}; Sedimo reads {METHOD!r}")
+    version = plain.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise version_error(version, place)
+    unknown = sorted(map(str, plain.keys() - {"quant_method", "format_version", "made_by", "layers"}))
+    made_by = plain.get("made_by", "")
+    if unknown or not isinstance(made_by, str):
+        raise StateError(f"{place} has unknown fields {unknown}, or 'made_by' is no text")
+    return read_layers(plain.get("layers"), place=f"{place}.layers"), made_by
+
+
+def plain_configuration(layers: Layers, made_by: str) -> dict[str, object]:
+    """The `quantization_config` that `read_configuration` reads."""
+    return {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION,
+        "made_by": made_by,
+        "layers": plain_layers(layers),
+    }
+
+
+def version_error(found: object, place: str) -> StateError:
+    """The error of a checkpoint that another version of Sedimo wrote."""
+    return StateError(
+        f"{place} has format version {found!r}; this Sedimo reads version {FORMAT_VERSION}. "
+        "Install the version of Sedimo that wrote it, or make the checkpoint again."
+    )
 
 
 def read_layers(plain: object, *, place: str) -> dict[str, LayerEntry | TiedEntry]:
