@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,13 +30,17 @@ from sedimo.graph.model import NodeKind
 
 _SUMS = frozenset({"add", "add_", "sub", "sub_"})
 _CONCATS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
+_FACTORS = frozenset({"mul", "mul_"})
 _PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm", "einsum"})
 _LAYER_CALLS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution", "addmm", "matmul", "mm", "einsum"})
 _ATTENTION_PREFIX = "scaled_dot_product"
 _RELABELLINGS = frozenset(
-    "to _to_copy type_as view reshape unsqueeze squeeze expand expand_as permute transpose t contiguous clone detach "
-    "alias flatten unflatten slice select chunk split unbind getitem movedim repeat dropout".split()
+    """to _to_copy type_as view view_as reshape reshape_as unsqueeze squeeze expand expand_as permute transpose t
+    contiguous clone detach alias flatten unflatten slice select chunk split unbind getitem movedim repeat
+    dropout""".split()  # noqa: SIM905  # a table is read like a sentence
 )  # what may lie between 1 + scale and its use, or between a weight and its use
+_OF_FIRST = frozenset({"type_as", "view_as", "reshape_as", "expand_as", "to"})  # of others, dtype and shape only
+_OF_NONE = re.compile(r"(zeros|ones|empty|full|rand|randn)_like|new_\w+|_assert\w*|sym_\w+")
 
 
 @dataclass(slots=True)
@@ -68,9 +73,7 @@ def read_flow(program: ExportedProgram, weight_shapes: Mapping[str, tuple[int, .
     weights = {f"{name}.weight": name for name in weight_shapes}
     names = program.graph_signature.inputs_to_parameters
     inputs = [
-        _Value(weight=weights.get(names.get(node.name, "")))
-        for node in program.graph.nodes
-        if node.op == "placeholder"
+        _Value(weight=weights.get(names.get(node.name, ""))) for node in program.graph.nodes if node.op == "placeholder"
     ]
     reader.run(program.graph_module, inputs)
     return reader.nodes
@@ -103,7 +106,9 @@ class _Reader:
 
     def _call(self, module: fx.GraphModule, node: fx.Node, environment: dict[fx.Node, _Value]) -> _Value:
         name = _operation_name(node)
-        nested = [a for a in _arguments(node) if a.op == "get_attr" and isinstance(_attribute(module, a), fx.GraphModule)]
+        nested = [
+            a for a in _arguments(node) if a.op == "get_attr" and isinstance(_attribute(module, a), fx.GraphModule)
+        ]
         if nested:
             return self._nested(module, node, nested[0], environment)
         arguments = [(a, self._now(environment[a])) for a in _arguments(node) if a in environment]
@@ -126,19 +131,30 @@ class _Reader:
         if layer is not None and name in _LAYER_CALLS:
             return self._layer(layer, node, [v for v in values if v.weight is None])
         streams = [v for v in values if v.sources]
+        made = None
         if name.startswith(_ATTENTION_PREFIX) and streams:
-            shapes = [_shape(a) for a, _ in arguments[:3]]
-            return self._new("attention", node, streams, attention_macs(shapes[0], shapes[1], shapes[2]))
-        if name in _PRODUCTS and len(streams) > 1:
+            query, key, value = (_shape(a) for a, _ in arguments[:3])
+            made = self._new("attention", node, streams, attention_macs(query, key, value))
+        elif len(streams) > 1:
+            made = self._combination(name, node, arguments, streams)
+        return _contract(name, node, values) if made is None else made
+
+    def _combination(
+        self, name: str, node: fx.Node, arguments: list[tuple[fx.Node, _Value]], streams: list[_Value]
+    ) -> _Value | None:
+        """The node that an operation on several streams makes; None if it makes none."""
+        if name in _PRODUCTS:
             return self._product(name, node, arguments)
-        if name in ("mul", "mul_") and len(streams) > 1 and sum(v.is_one_plus for v in streams) == 1:
+        if name in _FACTORS and sum(v.is_one_plus for v in streams) == 1:
             made = self._new("modulate", node, sorted(streams, key=lambda v: v.is_one_plus), 0)
             return replace(made, open_modulate=made.sources[0] if len(node.users) == 1 else None)
-        if name in _SUMS and len(streams) > 1 and self._absorb_shift(node, arguments):
-            return _Value(next(v.sources for v in streams if v.open_modulate is not None))
+        if name in _SUMS:
+            shifted = self._absorb_shift(node, arguments)
+            if shifted is not None:
+                return shifted
         if name in _SUMS | _CONCATS and len({frozenset(v.sources) for v in streams}) > 1:
             return self._new("add" if name in _SUMS else "concat", node, streams, 0)
-        return _contract(name, node, values)
+        return None
 
     def _layer(self, layer: str, node: fx.Node, inputs: list[_Value]) -> _Value:
         output = _shape(node)
@@ -168,22 +184,22 @@ class _Reader:
         self.nodes[made.sources[0]].is_open_product = True
         return made
 
-    def _absorb_shift(self, node: fx.Node, arguments: list[tuple[fx.Node, _Value]]) -> bool:
-        """Whether this sum is the shift of a modulation made just before; then its sources join that node.
+    def _absorb_shift(self, node: fx.Node, arguments: list[tuple[fx.Node, _Value]]) -> _Value | None:
+        """The modulation made just before, if this sum is its shift, whose sources then join it; None otherwise.
 
         A shift shares a source with the scale, or is broadcast; what is neither is a residual stream.
         """
         opened = [v.open_modulate for _, v in arguments if v.open_modulate is not None]
         shifts = [(a, v) for a, v in arguments if v.open_modulate is None and v.sources]
         if len(opened) != 1 or len(shifts) != 1:
-            return False
+            return None
         (shift_node, shift), position = shifts[0], opened[0]
         scale_sources = set(self.nodes[position].sources)
         is_broadcast = math.prod(_shape(shift_node)) < math.prod(_shape(node))
         if not all(s < position for s in shift.sources) or not (is_broadcast or scale_sources & set(shift.sources)):
-            return False
+            return None
         self._connect(position, shift.sources)
-        return True
+        return _Value((position,))
 
     def _new(self, kind: NodeKind, node: fx.Node, streams: Sequence[_Value], macs: int) -> _Value:
         position = len(self.nodes)
@@ -221,10 +237,12 @@ class _Reader:
 
 def _contract(name: str, node: fx.Node, values: Sequence[_Value]) -> _Value:
     """The value of an operation that is no node: it passes its sources on."""
-    sources = _union(v.sources for v in values)
+    if not values or _OF_NONE.fullmatch(name):
+        return _Value()
+    sources = values[0].sources if name in _OF_FIRST else _union(v.sources for v in values)
     if name == "add" and sources and len(values) == 1 and 1 in node.args:
         return _Value(sources, is_one_plus=True)
-    if values and name in _RELABELLINGS:
+    if name in _RELABELLINGS:
         first = values[0]
         is_open = first.open_modulate is not None and len(node.users) == 1
         return _Value(sources, first.weight, first.is_one_plus, first.open_modulate if is_open else None)
@@ -247,18 +265,13 @@ def _operation_name(node: fx.Node) -> str:
 
 def _arguments(node: fx.Node) -> Iterator[fx.Node]:
     """All nodes among the arguments, in order, repeated ones repeatedly."""
-    found: list[fx.Node] = []
-
-    def keep(argument: fx.Node) -> fx.Node:
-        found.append(argument)
-        return argument
-
-    _map_arguments((node.args, node.kwargs), keep)
-    return iter(found)
-
-
-def _map_arguments(arguments: object, function: Callable[[fx.Node], fx.Node]) -> None:
-    fx.node.map_arg(arguments, function)  # type: ignore[arg-type]  # declared for arguments, takes tuples of them
+    stack: list[object] = [*reversed(node.kwargs.values()), *reversed(node.args)]
+    while stack:
+        argument = stack.pop()
+        if isinstance(argument, fx.Node):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            stack.extend(reversed(argument))
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:

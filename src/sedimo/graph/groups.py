@@ -41,14 +41,18 @@ def split_groups(graph: DenoiserGraph, *, n_options: int, max_variants: int) -> 
         InputError: a single layer has more options than variants are allowed.
     """
     if n_options < 1 or max_variants < n_options:
-        raise InputError(f"max_variants must be at least the number of options per layer: {max_variants=}, {n_options=}")
+        raise InputError(
+            f"max_variants must be at least the number of options per layer: {max_variants=}, {n_options=}"
+        )
     finder = _Finder(graph.nodes, graph.edges)
     found: list[Group] = []
     for group in graph.groups:
         members = [finder.position[name] for name in group.layers]
         parts = [members]
         if not _fits(len(members), n_options, max_variants):
-            parts = [p for half in finder.halves_of_attention(members) for p in finder.cut(half, n_options, max_variants)]
+            parts = [
+                p for half in finder.halves_of_attention(members) for p in finder.cut(half, n_options, max_variants)
+            ]
         found += [group] if len(parts) == 1 else [finder.group(group.kind, part) for part in parts]
     return tuple(found)
 
@@ -129,56 +133,63 @@ class _Finder:
 
     def take_units(self) -> None:
         """The rest of each block by module, cut into connected parts; steering layers wait."""
-        self._steering = {i: target for i in self._free() if (target := self._steered_layer(i)) is not None}
+        self._steering = {i: targets for i in self._free() if (targets := self._steered_layers(i))}
         units: dict[tuple[str, str], list[int]] = {}
         for i in self._free():
             if i not in self._steering:
                 node = self.nodes[i]
                 units.setdefault((node.block, unit_of(node.name, node.block)), []).append(i)
-        for members in units.values():
-            for part in self._connected_parts(members):
-                self._take(self._kind(part), part)
+        alone: dict[str, list[int]] = {}
+        for (block, unit), members in units.items():
+            if len(members) > 1 or not block:
+                self._take_connected(members)
+            else:
+                alone.setdefault(block, []).extend(units[block, unit])
+        for members in alone.values():
+            self._take_connected(members)
+
+    def _take_connected(self, members: Sequence[int]) -> None:
+        for part in self._connected_parts(members):
+            self._take(self._kind(part), part)
 
     def attach_steering(self) -> None:
-        """Steering layers join the group of the layer that they steer."""
-        for i, target in sorted(self._steering.items(), reverse=True):
-            kind, members = self.found[self._taken[target]]
-            members.append(i)
-            self._taken[i] = self._taken[target]
-            if kind == "other" and len(members) > 1:
-                self.found[self._taken[target]] = (self._kind(members), members)
+        """Steering layers join the group of a layer that they steer, attention before others."""
+        for i, targets in sorted(self._steering.items(), reverse=True):
+            homes = [self._taken[t] for t in targets if t in self._taken]
+            home = next((h for h in homes if "attention" in self.found[h][0]), homes[0] if homes else len(self.found))
+            if home == len(self.found):
+                self._take(self._kind([i]), [i])
+                continue
+            self.found[home][1].append(i)
+            self._taken[i] = home
 
-    def _steered_layer(self, i: int) -> int | None:
-        """The first layer that reads this vector through an addition or modulation of the same block."""
+    def _steered_layers(self, i: int) -> list[int]:
+        """The layers of the block that read this vector through additions or modulations, in order.
+
+        None where another vector is computed from it: that is an embedding, which steers nothing itself.
+        """
         if not self._is_vector(i):
-            return None
-        block = self.nodes[i].block
-        combined = [j for j in self._after[i] if self.nodes[j].kind in ("add", "modulate") and self.nodes[j].block == block]
-        targets = [k for j in combined for k in self._after[j] if self._is_layer(k)]
-        inside = [k for k in targets if self.nodes[k].block == block and not self._is_vector(k)]
-        return min(inside, default=None)
+            return []
+        combined = self._combines_from({i}, self._after)
+        targets = {k for j in (i, *combined) for k in self._after[j] if self._is_layer(k)}
+        if any(self._is_vector(k) or k in self._after[i] for k in targets):
+            return []
+        return sorted(k for k in targets if self.nodes[k].block == self.nodes[i].block)
 
     def _kind(self, members: Sequence[int]) -> str:
-        own = {i for i in members if not self._is_vector(i)} or set(members)
-        first, last = self.nodes[min(own)], self.nodes[max(own)]
-        spatial = [i for i in own if math.prod(self.nodes[i].shape[2:]) > 1]
-        if not any(self._before[i] for i in members) or not self._comes_from_outside(members):
+        own = [i for i in sorted(members) if not self._is_vector(i)]
+        is_first = not any(self._is_layer(j) for i in members for j in self._ancestors(i) if j not in members)
+        if is_first or (not own and not self.nodes[min(members)].block):
             return "embedding"
-        if len(own) > 1 and first.shape[1] == last.shape[0] and first.shape[0] > first.shape[1]:
-            return "feed_forward"
-        if len(spatial) > 1:
-            return "residual"
-        return "other"
+        if len(own) > 1:
+            first, last = self.nodes[own[0]], self.nodes[own[-1]]
+            if first.shape[1] == last.shape[0] and first.shape[0] > first.shape[1]:
+                return "feed_forward"
+        n_spatial = sum(math.prod(self.nodes[i].shape[2:]) > 1 for i in own)
+        return "residual" if n_spatial > 1 else "other"
 
-    def _comes_from_outside(self, members: Sequence[int]) -> bool:
-        known = set(members)
-        return any(source not in known and self._reaches_layer(source, known) for i in members for source in self._before[i])
-
-    def _reaches_layer(self, i: int, known: set[int]) -> bool:
-        """Whether a node outside has a layer other than the known ones behind it."""
-        if self._is_layer(i):
-            return i not in known
-        return any(self._reaches_layer(j, known) for j in self._before[i])
+    def _ancestors(self, i: int) -> set[int]:
+        return _reach(i, self._before) - {i}
 
     # shape of a group
 

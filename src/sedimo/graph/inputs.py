@@ -15,7 +15,7 @@ DEFAULT_LATENTS = 64  # height and width where the config does not say: 512 pixe
 DEFAULT_FRAMES = 16
 DEFAULT_TOKENS = 77  # of CLIP
 
-_FIRST_UNKNOWN = 1_000_000_007  # far above any real size, so that an unknown size is recognised in products and sums
+FIRST_UNKNOWN = 1_000_000_007  # far above any real size, so that an unknown size is recognised in products and sums
 _NEXT_UNKNOWN = 137_000_011  # no small multiples of each other
 
 
@@ -33,7 +33,7 @@ class Sizes:
         if of in self.learned:
             return self.learned[of]
         if of not in self.unknown:
-            self.unknown[of] = _FIRST_UNKNOWN + _NEXT_UNKNOWN * len(self.unknown)
+            self.unknown[of] = FIRST_UNKNOWN + _NEXT_UNKNOWN * len(self.unknown)
         return self.unknown[of]
 
     def configured(self, keys: Sequence[str], default: int) -> int:
@@ -196,7 +196,14 @@ ARGUMENTS: Mapping[str, Argument] = {
     "timestep_cond": Argument((_vector("timestep_cond"),)),
     "guidance": Argument(_GUIDANCE),
     "class_labels": Argument(_LABELS),
-    "encoder_hidden_states": Argument((_text("encoder_hidden_states"), _vector("encoder_hidden_states")), is_usual=True),
+    "encoder_hidden_states": Argument(
+        (
+            _text("encoder_hidden_states"),
+            _vector("encoder_hidden_states"),
+            lambda s: s.floats(s.frames, s.n_tokens("encoder_hidden_states"), s.width("encoder_hidden_states")),
+        ),
+        is_usual=True,
+    ),
     "encoder_hidden_states_t5": Argument((_text("encoder_hidden_states_t5"),), is_usual=True),
     "encoder_hidden_states_2": Argument((_text("encoder_hidden_states_2"),)),
     "encoder_hidden_states_image": Argument((_text("encoder_hidden_states_image"),)),
@@ -224,6 +231,8 @@ ARGUMENTS: Mapping[str, Argument] = {
     "img_ids": Argument(_positions(lambda s: s.n_patches), is_usual=True),
     "txt_ids": Argument(_positions(lambda s: s.n_tokens("encoder_hidden_states")), is_usual=True),
     "img_shapes": Argument((lambda s: [(1, *s.patches)], lambda s: [[(1, *s.patches)]])),
+    "padding_mask": Argument((lambda s: s.floats(1, 1, *s.area),)),
+    "condition_mask": Argument((lambda s: s.floats(1, 1, s.frames, *s.area),)),
     "original_size": Argument(_PAIR),
     "target_size": Argument(_PAIR),
     "crop_coords": Argument(_PAIR),

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.graph.inputs import ARGUMENTS, Sizes
+from sedimo.graph.inputs import ARGUMENTS, FIRST_UNKNOWN, Sizes
 
-_MAX_CHANGES = 24  # of forms, before giving up
+_MAX_RUNS = 40  # of all modules, in all attempts together, before giving up
 _MAX_LEARNED = 64  # sizes in one attempt
+_SIZE_OF_NO_CONSEQUENCE = 64  # of an argument that no layer and no sum reads
 _SMALL_REST = 100_000  # known sizes that are added to an unknown one stay below
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MISMATCHES = tuple(
@@ -28,6 +29,7 @@ _MISMATCHES = tuple(
     for pattern in (
         r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)",
         r"Expected size (\d+) but got size (\d+)",
+        r"Expected (\d+) in dimension \d+ but got (\d+)",
         r"Given normalized_shape=\[(\d+)\].*got input of size\[(?:\d+, )*(\d+)\]",
         r"broadcast a dimension of length (\d+) at -1.* broadcastable to \[(?:\d+, )*(\d+)\]",
     )
@@ -40,9 +42,10 @@ class _SizeLearned(Exception):  # noqa: N818  # not an error: it ends an attempt
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What came of running a denoiser with some forms: how many modules ran, and the failure if any."""
+    """What came of running a denoiser with some forms: how far it got, and the failure if any."""
 
-    inputs: dict[str, object]
+    forms: Mapping[str, int]
+    inputs: Mapping[str, object]
     learned: Mapping[str, int]
     unresolved: frozenset[str]
     n_modules_run: int
@@ -50,8 +53,11 @@ class _Attempt:
     failure: Exception | None
 
     @property
-    def progress(self) -> float:
-        return float("inf") if self.failure is None else self.n_modules_run
+    def progress(self) -> tuple[float, int]:
+        """Modules that ran, and the line of the denoiser's own forward that was reached."""
+        if self.failure is None:
+            return float("inf"), 0
+        return self.n_modules_run, _line_reached(self.failure)
 
 
 def signature_names(denoiser: nn.Module) -> tuple[dict[str, bool], bool]:
@@ -111,39 +117,45 @@ class _Search:
         self._twin = twin
         self._fixed = fixed
         self._known = known
+        self._layers = {name for name, module in twin.named_modules() if isinstance(module, _LAYERS)}
+        self._modules_left = _MAX_RUNS * sum(1 for _ in twin.modules())
 
-    def run(self, forms: dict[str, int]) -> dict[str, object]:
+    def run(self, forms: Mapping[str, int]) -> dict[str, object]:
+        """The first inputs with which the forward comes to its end.
+
+        Raises:
+            InputError: it does not, whatever form is exchanged, or no layer runs.
+        """
         attempt = self._attempt(forms, {})
-        for _ in range(_MAX_CHANGES):
-            if attempt.failure is None:
-                break
-            better = [(self._attempt(f, self._kept(attempt, forms, f)), f) for f in self._neighbours(forms)]
-            best, best_forms = max(better, key=lambda pair: pair[0].progress, default=(attempt, forms))
+        while attempt.failure is not None:
+            best = max((self._changed(attempt, f) for f in self._neighbours(attempt.forms)), key=lambda a: a.progress)
             if best.progress <= attempt.progress:
-                break
-            attempt, forms = best, best_forms
-        if attempt.failure is not None:
-            raise InputError(
-                f"its forward fails with the examples {_describe(attempt.inputs)}: {_first_line(attempt.failure)}"
-            ) from attempt.failure
-        return self._use_idle_layers(attempt, forms).inputs
+                raise InputError(
+                    f"its forward fails with the examples {_describe(attempt.inputs)}: {_first_line(attempt.failure)}"
+                ) from attempt.failure
+            attempt = best
+        attempt = self._use_idle_layers(attempt)
+        if not attempt.layers_run:
+            raise InputError("its forward uses none of its layers")
+        settled = {**attempt.learned, **dict.fromkeys(attempt.unresolved, _SIZE_OF_NO_CONSEQUENCE)}
+        return self._build(attempt.forms, Sizes(config_of(self._twin), _dtype_of(self._twin), learned=settled))
 
-    def _use_idle_layers(self, attempt: _Attempt, forms: dict[str, int]) -> _Attempt:
+    def _use_idle_layers(self, attempt: _Attempt) -> _Attempt:
         """Adds optional arguments that bring layers to life which would not run otherwise."""
-        layers = {n for n, m in self._twin.named_modules() if isinstance(m, _LAYERS)}
         for name in self._known:
-            if layers <= attempt.layers_run:
+            if self._layers <= attempt.layers_run:
                 break
-            if name in forms or name.endswith("mask"):
+            if name in attempt.forms or name.endswith("mask"):
                 continue
             for form in range(len(ARGUMENTS[name].forms)):
-                trial = self._attempt({**forms, name: form}, attempt.learned)
+                trial = self._changed(attempt, {**attempt.forms, name: form})
                 if trial.failure is None and len(trial.layers_run) > len(attempt.layers_run):
-                    attempt, forms = trial, {**forms, name: form}
+                    attempt = trial
                     break
         return attempt
 
-    def _neighbours(self, forms: dict[str, int]) -> Iterator[dict[str, int]]:
+    def _neighbours(self, forms: Mapping[str, int]) -> Iterator[dict[str, int]]:
+        yield dict(forms)
         for name, required in self._known.items():
             for form in range(len(ARGUMENTS[name].forms)):
                 if forms.get(name) != form:
@@ -151,18 +163,24 @@ class _Search:
             if name in forms and not required:
                 yield {n: f for n, f in forms.items() if n != name}
 
-    @staticmethod
-    def _kept(attempt: _Attempt, before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
-        """Learned sizes, without those of arguments whose form changes."""
-        changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
-        return {of: size for of, size in attempt.learned.items() if of not in changed}
+    def _changed(self, before: _Attempt, forms: Mapping[str, int]) -> _Attempt:
+        """Another attempt, with the sizes learned so far except those of arguments whose form changes."""
+        if forms == before.forms or self._modules_left <= 0:
+            return before
+        changed = {name for name in {*before.forms, *forms} if before.forms.get(name) != forms.get(name)}
+        return self._attempt(forms, {of: size for of, size in before.learned.items() if of not in changed})
+
+    def _build(self, forms: Mapping[str, int], sizes: Sizes) -> dict[str, object]:
+        return {**{name: ARGUMENTS[name].forms[form](sizes) for name, form in forms.items()}, **self._fixed}
 
     def _attempt(self, forms: Mapping[str, int], learned: Mapping[str, int]) -> _Attempt:
         sizes = Sizes(config_of(self._twin), _dtype_of(self._twin), learned=dict(learned))
         for _ in range(_MAX_LEARNED):
-            inputs = {**{name: ARGUMENTS[name].forms[form](sizes) for name, form in forms.items()}, **self._fixed}
             watch = _Watch(sizes)
+            inputs: dict[str, object] = {}
+            failure: Exception | None = None
             try:
+                inputs = self._build(forms, sizes)
                 with torch.no_grad(), watch.on(self._twin):
                     self._twin(**inputs)
             except _SizeLearned:
@@ -170,14 +188,13 @@ class _Search:
             except Exception as error:  # noqa: BLE001  # foreign code fails in any way; it is reported
                 if watch.learn_from_message(str(error)):
                     continue
-                failure: Exception | None = error
-            else:
-                failure = None
+                failure = error
+            finally:
+                self._modules_left -= watch.n_modules_run
             break
-        else:
-            failure = InputError("sizes do not settle")
         unresolved = frozenset(sizes.unknown) - frozenset(sizes.learned)
-        return _Attempt(inputs, sizes.learned, unresolved, watch.n_modules_run, frozenset(watch.layers_run), failure)
+        ran = frozenset(watch.layers_run)
+        return _Attempt(forms, inputs, sizes.learned, unresolved, watch.n_modules_run, ran, failure)
 
 
 class _Watch:
@@ -251,7 +268,12 @@ def _expected_width(module: nn.Module, received: torch.Tensor) -> tuple[int, int
             raise ValueError(f"a {type(module).__name__} expects {n_dims} dimensions, got {tuple(received.shape)}")
         return 1, module.in_channels
     weight = module._parameters.get("weight")
-    if weight is not None and weight.dim() == 1 and "Norm" in type(module).__name__ and not hasattr(module, "num_groups"):
+    if (
+        weight is not None
+        and weight.dim() == 1
+        and "Norm" in type(module).__name__
+        and not hasattr(module, "num_groups")
+    ):
         return -1, weight.numel()
     return None
 
@@ -262,12 +284,24 @@ def _describe(inputs: Mapping[str, object]) -> str:
 
 def _describe_value(value: object) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        sizes = ", ".join(str(n) if n < FIRST_UNKNOWN else "?" for n in value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
     if isinstance(value, Mapping):
         return "{" + _describe(value) + "}"
     if isinstance(value, list | tuple):
         return "(" + ", ".join(_describe_value(v) for v in value) + ")"
     return repr(value)
+
+
+def _line_reached(error: Exception) -> int:
+    """The line of the outermost frame named `forward` of a diffusers or user module in an error's traceback."""
+    frame = error.__traceback__
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        if code.co_name == "forward" and "self" in frame.tb_frame.f_locals:
+            return frame.tb_lineno
+        frame = frame.tb_next
+    return 0
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,41 @@
+"""A graph in the words of `sedimo inspect`: plain values only, with names that scripts rely on."""
+
+from __future__ import annotations
+
+from sedimo.graph.model import DenoiserGraph
+
+
+def inspect_summary(graph: DenoiserGraph) -> dict[str, object]:
+    """Counts, sizes and layers of a graph, ready for JSON.
+
+    `params` is the number of Linear and Conv weights, shared ones once; `macs` are multiply-accumulates of one
+    sample in one denoiser call; `n_decisions` counts layers with equal weights once.
+    """
+    return {
+        "denoiser": graph.denoiser,
+        "n_layers": len(graph.layers),
+        "n_decisions": len(graph.layers) - sum(len(tie) - 1 for tie in graph.ties),
+        "n_nodes": len(graph.nodes),
+        "n_edges": len(graph.edges),
+        "n_groups": len(graph.groups),
+        "params": graph.params,
+        "macs": graph.macs,
+        "digest": graph.digest,
+        "notes": list(graph.notes),
+        "groups": [
+            {"name": g.name, "kind": g.kind, "layers": list(g.layers), "root": g.root, "hop": g.hop}
+            for g in graph.groups
+        ],
+        "layers": [
+            {
+                "name": node.name,
+                "type": node.layer_type,
+                "operation": node.operation,
+                "block": node.block,
+                "shape": list(node.shape),
+                "params": node.params,
+                "macs": node.macs,
+            }
+            for node in graph.layers
+        ],
+    }
