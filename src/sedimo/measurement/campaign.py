@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from sedimo.bank import SILENT, Progress
 from sedimo.errors import StateError
 from sedimo.measurement.executors import Executor, MakeWorker, SerialExecutor
+from sedimo.measurement.exploration import random_recipe
 from sedimo.measurement.interrupt import StopRequest, graceful_interrupt
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Setting, Trial
 from sedimo.measurement.worker import CallTiming
-from sedimo.space import Recipe
+from sedimo.space import Recipe, SearchSpace
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,35 @@ def run_trials(
         with graceful_interrupt() as stop:
             _measure(study, missing, setting, (executor or SerialExecutor(), make_worker), (progress, stop))
     return tuple(_saved(study, key) for key in keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Exploration:
+    """What the random recipes of a study are a function of, besides their number."""
+
+    seed: int
+    space: SearchSpace
+
+
+def explore(
+    study: Study,
+    exploration: Exploration,
+    *,
+    n_trials: int,
+    setting: Setting,
+    make_worker: MakeWorker,
+    executor: Executor | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Trial, ...]:
+    """The first `n_trials` random recipes of a study, measured; those it has already are not measured again.
+
+    Raises:
+        Interrupted: the user stopped it; calling again measures what is left.
+        StateError: the study was begun with another seed or space.
+    """
+    study.claim("exploration", exploration)
+    recipes = [random_recipe(exploration.space, exploration.seed, index) for index in range(n_trials)]
+    return run_trials(study, recipes, setting=setting, make_worker=make_worker, executor=executor, progress=progress)
 
 
 def _measure(

@@ -10,10 +10,9 @@ runs the batch twice, a sample's value is the mean over its two rows.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,7 +100,7 @@ def probe_jacobian(
     passes = _passes(bank, options)
     totals = _Totals(len(sampling.seeds))
     progress.start(len(passes) * len(calls), "first-order noise")
-    with graceful_interrupt() as stop, _frozen(adapter.denoiser):
+    with graceful_interrupt() as stop:
         for decisions in passes:
             work = _Pass(adapter.denoiser, bank, decisions, options)
             for index, (call, samples) in enumerate(calls):
@@ -304,6 +303,7 @@ def _refuse_hidden_use(denoiser: nn.Module, call: DenoiserCall, layers: Sequence
         return
     weights = [denoiser.get_submodule(layer).get_parameter("weight") for layer in layers]
     first = _sliced(call.inputs, slice(0, 1), call.output.shape[0])
+    wanting = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
     try:
@@ -313,27 +313,14 @@ def _refuse_hidden_use(denoiser: nn.Module, call: DenoiserCall, layers: Sequence
                 return
             gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
     finally:
-        for weight in weights:
-            weight.requires_grad_(False)
+        for weight, before in zip(weights, wanting, strict=True):
+            weight.requires_grad_(before)
     hidden = [layer for layer, gradient in zip(layers, gradients, strict=True) if gradient is not None]
     if hidden:
         raise UnsupportedError(
             f"the weight of layer {hidden[0]!r} is used without calling the layer, so its first-order noise cannot "
             "be measured. Use method='ablation' or 'error', or leave the layer out of the space."
         )
-
-
-@contextlib.contextmanager
-def _frozen(denoiser: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient of its own meanwhile."""
-    wanting = [p for p in denoiser.parameters() if p.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
 
 
 def _rounded(value: float) -> float:

@@ -75,7 +75,8 @@ class InputChangedError(StateError):
 class Taps:
     """Hooks on the layers of some decisions; a context manager that removes them.
 
-    Inside it, run the denoiser with gradients enabled, then call `products` for each direction.
+    Inside it no parameter asks for a gradient of its own. Call `begin`, run the denoiser with gradients enabled,
+    then call `squared_products` for each direction.
     """
 
     def __init__(self, denoiser: nn.Module, changes: Mapping[str, Changes], *, copy_inputs: bool = False) -> None:
@@ -83,10 +84,14 @@ class Taps:
         self._decision_of = {layer: name for name, change in changes.items() for layer in change.layers}
         self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._wanting: list[nn.Parameter] = []
         self._state = _State()
         self._n_rows = 0
 
     def __enter__(self) -> Taps:
+        self._wanting = [p for p in self._denoiser.parameters() if p.requires_grad]
+        for parameter in self._wanting:
+            parameter.requires_grad_(False)
         for layer in self._decision_of:
             module = self._denoiser.get_submodule(layer)
             self._handles.append(module.register_forward_hook(functools.partial(self._tap, layer)))
@@ -97,6 +102,8 @@ class Taps:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        for parameter in self._wanting:
+            parameter.requires_grad_(True)
         self._handles.clear()
 
     def begin(self, device: torch.device) -> None:

@@ -1,0 +1,211 @@
+"""First-order noise against an exact Jacobian, for every way a layer can be used."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jvp
+from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
+
+from sedimo.bank import fit_bank
+from sedimo.errors import Interrupted, UnsupportedError
+from sedimo.measurement.jacobian import JacobianOptions, count_passes, probe_jacobian
+from sedimo.measurement.objective import batches_of
+from sedimo.measurement.study import Study
+from sedimo.measurement.taps import Changes, InputChangedError, Taps
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.trajectory import record
+
+SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)
+MANY = JacobianOptions(n_directions=60)
+
+
+def linear_noise(denoiser, decision, packed, inputs):
+    """J dW `[R, ...]` of one call, by forward-mode differentiation: the oracle."""
+    weights = {f"{n}.weight": denoiser.get_submodule(n).weight.detach() for n in decision.layers}
+
+    def run(replaced):
+        return functional_call(denoiser, replaced, kwargs=dict(inputs), tie_weights=False)["sample"]
+
+    return jvp(run, (weights,), ({k: packed - w for k, w in weights.items()},))[1].detach()
+
+
+def made(guided=False, denoiser=None):
+    adapter = ToyAdapter(denoiser, guided=guided)
+    return adapter, fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser))
+
+
+def test_squared_products_over_a_basis_are_the_exact_first_order_noise():
+    adapter, bank = made(guided=True)
+    denoiser, call = adapter.denoiser, record(adapter, SAMPLING).calls[1]
+    changes = {
+        d.name: Changes(d.layers, torch.stack([delta(bank, d, f).flatten(1) for f in d.formats if f.is_quantized]))
+        for d in bank.space.decisions
+    }
+    n_rows = call.output.shape[0]
+    sums = {name: torch.zeros(n_rows, c.deltas.shape[0], dtype=torch.float64) for name, c in changes.items()}
+    with Taps(denoiser, changes) as taps:
+        taps.begin(call.output.device)
+        output = denoiser(**call.inputs)["sample"]
+        assert taps.unused == ("unused",)
+        for unit in torch.eye(output[0].numel()).reshape(-1, *output.shape[1:]):
+            for name, squares in taps.squared_products(output, unit.expand_as(output)).items():
+                sums[name] += squares
+    for decision in bank.space.decisions:
+        if decision.name in ("time", "unused"):
+            continue  # rows cannot be told apart, or no noise
+        for column, number_format in enumerate(f for f in decision.formats if f.is_quantized):
+            packed = bank.quantized(decision.name, number_format).dequantize()
+            exact = linear_noise(denoiser, decision, packed, call.inputs).flatten(1).square().sum(1).double()
+            assert torch.allclose(sums[decision.name][:, column], exact, rtol=1e-4), decision.name
+
+
+def delta(bank, decision, number_format):
+    packed = bank.quantized(decision.name, number_format).dequantize()
+    return packed - bank.weights.read(decision.layers[0])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_random_directions_give_the_first_order_noise_on_average(guided):
+    adapter, bank = made(guided)
+    probe = probe_jacobian(adapter, bank, SAMPLING, options=MANY)
+    assert len(probe.noise) == len(bank.space.decisions) == 7
+    calls = list(batches_of(SAMPLING, record(adapter, SAMPLING).calls))
+    for name in ("time", "first", "grouped"):
+        packed = bank.quantized(name, bank.space.decision_index[name].formats[0]).dequantize()
+        total = torch.zeros(3)
+        for call, samples in calls:
+            noise = linear_noise(adapter.denoiser, bank.space.decision_index[name], packed, call.inputs)
+            rows = noise.flatten(1).square().sum(1) / call.output.flatten(1).square().sum(1)
+            total[samples.start : samples.stop] += rows.detach().reshape(-1, len(samples)).mean(0) / SAMPLING.n_steps
+        got = torch.tensor(probe.noise[name][str(bank.space.decision_index[name].formats[0])])
+        assert float(got.mean()) == pytest.approx(float(total.mean()), rel=0.3)  # 720 squared normals: 5 %, at most
+        if name == "time":  # shared by the batch: each sample is given the mean
+            assert len(set(got[:2].tolist())) == 1
+        else:
+            assert torch.allclose(got, total, rtol=0.5)
+
+
+def test_a_layer_that_is_never_called_makes_no_noise():
+    adapter, bank = made()
+    probe = probe_jacobian(adapter, bank, SAMPLING)
+    assert probe.unused == ("unused",)
+    assert set(probe.noise["unused"]["uaq3"]) == {0.0}
+
+
+def test_a_weight_used_behind_the_layers_back_is_refused():
+    class Hidden(ToyDenoiser):
+        def forward(self, sample, timestep, label=None):
+            output = super().forward(sample, timestep, label)["sample"]
+            return {"sample": output * (1 + self.unused.weight.mean())}
+
+    adapter, bank = made(denoiser=Hidden())
+    with pytest.raises(UnsupportedError, match="'unused' is used without calling"):
+        probe_jacobian(adapter, bank, SAMPLING)
+    assert all(p.requires_grad for p in adapter.denoiser.parameters())
+    assert not any(m._forward_hooks for m in adapter.denoiser.modules())
+
+
+def test_inputs_that_are_overwritten_do_not_spoil_the_result():
+    class InPlace(ToyDenoiser):
+        overwrite = False
+
+        def forward(self, sample, timestep, label=None):
+            x = self.conv_in(sample)
+            y = self.out(nn.functional.silu(x))
+            if self.overwrite:
+                with torch.no_grad():
+                    sample.mul_(0.0)
+            return {"sample": y}
+
+    torch.manual_seed(0)
+    plain = InPlace()
+    overwriting = copy.deepcopy(plain)
+    overwriting.overwrite = True
+    probes = []
+    for denoiser in (plain, overwriting):
+        adapter, bank = made(denoiser=denoiser)
+        probes.append(_first_noise(adapter, bank))
+    assert probes[0] == probes[1]
+
+
+def _first_noise(adapter, bank):
+    """Of one fresh call, whose inputs are cloned before each run: the toy overwrites them."""
+    x = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    delta = torch.randn(1, 8, 18, generator=torch.Generator().manual_seed(1))
+    found = []
+    for copied in (False, True):
+        with Taps(adapter.denoiser, {"conv_in": Changes(("conv_in",), delta)}, copy_inputs=copied) as taps:
+            taps.begin(x.device)
+            output = adapter.denoiser(sample=x.clone(), timestep=torch.tensor(1.0))["sample"]
+            if adapter.denoiser.overwrite and not copied:
+                with pytest.raises(InputChangedError, match="conv_in"):
+                    taps.squared_products(output, torch.ones_like(output))
+            else:
+                found.append(taps.squared_products(output, torch.ones_like(output))["conv_in"].tolist())
+    return found[-1]
+
+
+def test_the_result_depends_on_neither_memory_nor_batches(tmp_path):
+    adapter, bank = made(guided=True)
+    whole = probe_jacobian(adapter, bank, SAMPLING)
+    small = JacobianOptions(memory_bytes=4000, max_rows=1)
+    assert count_passes(bank) == 1
+    assert count_passes(bank, small) > 3
+    pieces = probe_jacobian(adapter, bank, SAMPLING, options=small)
+    for decision, formats in whole.noise.items():
+        for text, values in formats.items():
+            if decision == "time":
+                continue  # its pooled form mixes the samples of a slice, not of a batch
+            assert pieces.noise[decision][text] == pytest.approx(values, rel=1e-4)
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    adapter, bank = made()
+    calls = []
+    with Study(tmp_path) as study:
+        first = probe_jacobian(adapter, bank, SAMPLING, study=study)
+        handle = adapter.denoiser.register_forward_hook(lambda *_: calls.append(1))
+        again = probe_jacobian(adapter, bank, SAMPLING, study=study)
+        handle.remove()
+    assert again.noise == first.noise
+    assert len(calls) == 4  # the trajectory alone: two batches of two steps
+
+
+def test_an_interrupted_probe_goes_on(tmp_path):
+    adapter, bank = made()
+
+    class Interrupting:
+        def start(self, total, label):
+            self.left = 2
+
+        def advance(self, n=1):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def done(self):
+            pass
+
+    with Study(tmp_path) as study:
+        with pytest.raises(Interrupted, match="same command again"):
+            probe_jacobian(adapter, bank, SAMPLING, study=study, progress=Interrupting())
+        assert len(study.probe_keys()) == 2
+        assert (
+            probe_jacobian(adapter, bank, SAMPLING, study=study).noise == probe_jacobian(adapter, bank, SAMPLING).noise
+        )
+
+
+def test_more_directions_and_another_seed_are_other_measurements(tmp_path):
+    adapter, bank = made()
+    with Study(tmp_path) as study:
+        probe_jacobian(adapter, bank, SAMPLING, study=study)
+        n_parts = len(study.probe_keys())
+        probe_jacobian(adapter, bank, SAMPLING, study=study, options=JacobianOptions(seed=1))
+        probe_jacobian(adapter, bank, SAMPLING, study=study, options=JacobianOptions(n_directions=1))
+        assert len(study.probe_keys()) == 3 * n_parts
