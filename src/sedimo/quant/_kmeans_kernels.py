@@ -1,71 +1,278 @@
-"""Compiled kernels of the exact one-dimensional k-means. Imported only when a k-means format is fitted."""
+"""Compiled kernels of the exact one-dimensional k-means. Imported only when a k-means format is fitted.
+
+The sorted distinct values x_0 < .. < x_{n-1} are cut at nodes 0 = b_0 < b_1 < .. < b_k = n; a cut costs the sum of
+squared distances to the mean of each piece. The cost c(i, j) of the piece i .. j-1 comes from prefix sums of
+count, value and square; it satisfies the quadrangle inequality, on which everything here rests:
+
+* the best predecessor of a node moves right with the node;
+* the least cost C(k) is convex in k. So if a path that pays a penalty for every piece is the cheapest of all
+  paths and has exactly k pieces, it is an optimal cut in k pieces: it certifies itself.
+
+`_cheapest_path` finds the cheapest path under a penalty; `_search` looks for the penalty that gives k pieces,
+which is rarely more than two paths when it starts from the neighbouring row's. Where no penalty gives k
+pieces (ties), or where float64 prefix sums would cancel too much, the row is marked as unsolved.
+
+Source:
+    Grønlund et al. 2017, Fast exact k-means, k-medians and Bregman divergence clustering in 1D (arXiv
+    1701.07204); Aggarwal, Schieber, Tokuyama 1994, Finding a minimum-weight k-link path in graphs with the
+    concave Monge property.
+"""
+# ruff: noqa: ANN001, ANN202 -- numba derives the types from the signature in the decorator
+# mypy: disable-error-code="no-untyped-def,assignment"
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 from numba import njit
 
-F8 = np.float64
+COUNT, SUM, SQUARE, COST = 0, 1, 2, 3  # rows of `nodes`, float64 [4, n + 1]
+_EPSILON = 2.0**-52
+_RELATIVE_ERROR = 1e-9  # of the optimum that is promised
+BLOCK = 32  # nodes per block; a run-time argument of the kernels, else the inner loop is unrolled, not vectorised
+_SUPER = 32  # blocks per cap
+_LONG = 16384  # values from which caps pay
+_MAX_PATHS, _MODEL_PATHS = 60, 8  # penalties tried, and those of them that follow the model C(k) = a + b / k^2
+
+_kernel = partial(njit, cache=True, nogil=True, error_model="numpy")
+_NODES, _PATH, _SCRATCH = "float64[:, ::1]", "int32[::1]", "UniTuple(float64[::1], 2)"
 
 
-@njit("int64(float64[::1], float64[::1], int64, float64[::1], float64[::1])", cache=True, nogil=True)
-def layered(values, counts, k, centroids, errors):  # type: ignore[no-untyped-def]
-    """Optimal k clusters of sorted distinct values by dynamic programming over the clusters; k < n."""
-    n = values.shape[0]
-    s0 = np.zeros(n + 1)
-    s1 = np.zeros(n + 1)
-    s2 = np.zeros(n + 1)
-    for i in range(n):
-        s0[i + 1] = s0[i] + counts[i]
-        s1[i + 1] = s1[i] + counts[i] * values[i]
-    shift = s1[n] / s0[n]
-    s1[:] = 0.0
-    for i in range(n):
-        x = values[i] - shift
-        s1[i + 1] = s1[i] + counts[i] * x
-        s2[i + 1] = s2[i] + counts[i] * x * x
-    previous = np.empty(n + 1)
-    current = np.empty(n + 1)
-    arg = np.zeros((k, n + 1), dtype=np.int32)
-    for j in range(1, n + 1):
-        previous[j] = s2[j] - s1[j] * s1[j] / s0[j]
-    stack = np.empty((128, 4), dtype=np.int64)
-    for layer in range(1, k):
-        depth = 1
-        stack[0] = (layer + 1, n, layer, n - 1)
-        while depth > 0:
-            depth -= 1
-            jlo, jhi, ilo, ihi = stack[depth]
-            if jlo > jhi:
-                continue
-            j = (jlo + jhi) // 2
-            best = np.inf
-            best_i = ilo
-            for i in range(ilo, min(ihi, j - 1) + 1):
-                d = s1[j] - s1[i]
-                value = previous[i] + max(s2[j] - s2[i] - d * d / (s0[j] - s0[i]), 0.0)
-                if value < best:
-                    best = value
-                    best_i = i
-            current[j] = best
-            arg[layer, j] = best_i
-            stack[depth] = (jlo, j - 1, ilo, best_i)
-            stack[depth + 1] = (j + 1, jhi, best_i, ihi)
-            depth += 2
-        previous, current = current, previous
-    stop = n
-    for layer in range(k - 1, -1, -1):
-        start = arg[layer, stop] if layer > 0 else 0
-        total = 0.0
-        weight = 0.0
-        for i in range(start, stop):
-            total += counts[i] * (values[i] - values[start])
-            weight += counts[i]
-        mean = values[start] + total / weight
-        error = 0.0
-        for i in range(start, stop):
-            error += counts[i] * (values[i] - mean) ** 2
-        centroids[layer] = mean
-        errors[layer] = error
+@_kernel(f"int64(float32[::1], float64[::1], {_NODES})")
+def _sum_prefixes(values, counts, nodes):
+    """Prefix sums of count, value and square about the median, equal values merged; the number of values.
+
+    Float16 values minus one of them are multiples of 2^-24, so that their sums are exact in float64.
+    """
+    s0, s1, s2 = nodes[COUNT], nodes[SUM], nodes[SQUARE]
+    is_weighted = counts.shape[0] > 0
+    shift = np.float64(values[values.shape[0] // 2])
+    n = 1
+    last = values[0]
+    count, weight, first, second = 1.0, 0.0, 0.0, 0.0
+    s0[0] = s1[0] = s2[0] = 0.0
+    for index in range(values.shape[0]):
+        value = values[index]
+        n += value != last
+        last = value
+        if is_weighted:
+            count = counts[index]
+        x = np.float64(value) - shift
+        weight += count
+        first += count * x
+        second += count * x * x
+        s0[n] = weight  # overwritten until the next distinct value
+        s1[n] = first
+        s2[n] = second
+    return n
+
+
+@_kernel(f"void(int64, int64, int64, float64, {_NODES}, {_PATH}, {_SCRATCH})")
+def _relax_block(start, stop, high, penalty, nodes, previous, scratch):
+    """Nodes start .. stop from predecessors up to `high`; the inner loop runs over nodes, and is vectorised."""
+    size = stop - start + 1
+    s0, s1, g = nodes[COUNT], nodes[SUM], nodes[COST]
+    node0, node1 = s0[start : stop + 1], s1[start : stop + 1]
+    best, best_index = scratch[0][:size], scratch[1][:size]
+    for lane in range(size):
+        best[lane] = np.inf
+    for index in range(np.int64(previous[start - 1]), high + 1):
+        base, weight, total, label = g[index], s0[index], s1[index], float(index)
+        for lane in range(size):
+            d = node1[lane] - total
+            value = base - d * d / (node0[lane] - weight)
+            is_better = value < best[lane]
+            best[lane] = value if is_better else best[lane]
+            best_index[lane] = label if is_better else best_index[lane]
+    for lane in range(size):
+        g[start + lane] = best[lane] + penalty
+        previous[start + lane] = np.int32(best_index[lane])
+
+
+@_kernel(f"void(int64, float64, {_NODES}, {_PATH})")
+def _relax_node(node, penalty, nodes, previous):
+    """One node, where pieces are so short that its predecessor may lie within the block."""
+    s0, s1, s2, g = nodes[COUNT], nodes[SUM], nodes[SQUARE], nodes[COST]
+    first = np.int64(previous[node - 1])
+    best, best_index = np.inf, first
+    for index in range(first, node):
+        if g[index] + s2[index] > best + s2[node]:
+            break  # the path to `index` alone already costs more
+        d = s1[node] - s1[index]
+        value = g[index] - d * d / (s0[node] - s0[index])
+        if value < best:
+            best, best_index = value, index
+    g[node] = best + penalty
+    previous[node] = best_index
+
+
+@_kernel(f"int64(int64, int64, int64, {_NODES}, {_SCRATCH})")
+def _best_predecessor(node, low, high, nodes, scratch):
+    """The best predecessor of one node among low .. high; the first of equals."""
+    size = high - low + 1
+    if size <= 1:
+        return low
+    weight, total = nodes[COUNT, node], nodes[SUM, node]
+    w, t, base = nodes[COUNT, low : high + 1], nodes[SUM, low : high + 1], nodes[COST, low : high + 1]
+    values = scratch[0][:size]
+    for lane in range(size):
+        d = total - t[lane]
+        values[lane] = base[lane] - d * d / (weight - w[lane])
+    best = 0
+    for lane in range(1, size):
+        if values[lane] < values[best]:
+            best = lane
+    return low + best
+
+
+@_kernel(f"int64(int64, int64, int64, int64, {_NODES})")
+def _last_candidate(stop, node, low, limit, nodes):
+    """The last possible predecessor of `stop` before `node`, at least `limit`; node - 1 when that is unknown.
+
+    The cost of the cheapest path never falls along the nodes. So a predecessor that costs more than some known
+    path to `stop` before its last penalty is out, and so are all behind it.
+    """
+    s0, s1, s2, g = nodes[COUNT], nodes[SUM], nodes[SQUARE], nodes[COST]
+    index = min(low + stop - node, node - 1)
+    near, far = s1[stop] - s1[low], s1[stop] - s1[index]
+    bound = g[low] - near * near / (s0[stop] - s0[low])
+    bound = min(bound, g[index] - far * far / (s0[stop] - s0[index]))
+    bound += s2[stop] * (1 + 4 * _EPSILON)
+    while limit < node - 1 and g[limit + 1] + s2[limit + 1] <= bound:
+        limit += 1
+    return limit
+
+
+@_kernel(f"int64(int64, float64, int64, {_NODES}, {_PATH}, {_SCRATCH})")
+def _cheapest_path(n, penalty, block, nodes, previous, scratch):
+    """The cheapest path from node 0 to n when every piece costs `penalty` more; the number of its pieces.
+
+    COST holds the cost of the cheapest path to each node minus its SQUARE. The best predecessor of the last
+    node of a block is the upper end for the whole block; in long rows that of a block of blocks, `cap`, too.
+    """
+    nodes[COST, 0] = 0.0
+    previous[0] = 0
+    node, limit = 1, 0
+    cap, cap_stop, cap_limit = n, n if n < _LONG else 0, 0
+    while node <= n:
+        low = np.int64(previous[node - 1])
+        if node > cap_stop:
+            cap_stop = min(node + block * _SUPER - 1, n)
+            cap_limit = _last_candidate(cap_stop, node, low, cap_limit, nodes)
+            cap = _best_predecessor(cap_stop, low, cap_limit, nodes, scratch) if cap_limit < node - 1 else n
+        stop = min(node + block - 1, n)
+        limit = _last_candidate(stop, node, low, limit, nodes)
+        if limit < node - 1:
+            high = _best_predecessor(stop, low, min(limit, cap), nodes, scratch)
+            _relax_block(node, stop, high, penalty, nodes, previous, scratch)
+            node = stop + 1
+        else:
+            _relax_node(node, penalty, nodes, previous)
+            node += 1
+    pieces, node = 0, n
+    while node > 0:
+        node = np.int64(previous[node])
+        pieces += 1
+    return pieces
+
+
+@_kernel("float64(int64, int64, float64, float64, float64[::1], float64[::1])")
+def _next_penalty(k, attempt, pieces, penalty, few, many):
+    """The next penalty to try; `few` and `many` hold pieces, cost and penalty of the nearest paths on both sides.
+
+    While one side is unknown, or the model leaves the bracket, powers and chords take over.
+    """
+    if attempt < _MODEL_PATHS:
+        if few[2] == np.inf or many[2] == 0.0:
+            return penalty * (pieces / k) ** 3
+        slope = (few[1] - many[1]) / (few[0] ** -2.0 - many[0] ** -2.0)
+        found = slope * ((k - 1) ** -2.0 - (k + 1) ** -2.0) / 2
+        if many[2] < found < few[2]:
+            return found
+    return -(few[1] - many[1]) / (many[0] - few[0])  # negative: a chord
+
+
+@_kernel(f"float64(int64, int64, float64, int64, {_NODES}, {_PATH}, {_SCRATCH})")
+def _search(n, k, penalty, block, nodes, previous, scratch):
+    """The penalty whose cheapest path has exactly k pieces, left in `previous`; -1 when there is none.
+
+    A chord joins two known points of the convex C(k): its slope either finds a point below it or proves that
+    there is none, and then k is not the number of pieces of a cheapest path.
+    """
+    few, many = np.empty(3), np.empty(3)
+    few[0], few[1], few[2] = 1, nodes[SQUARE, n] - nodes[SUM, n] ** 2 / nodes[COUNT, n], np.inf
+    many[0], many[1], many[2] = n, 0.0, 0.0
+    for attempt in range(_MAX_PATHS):
+        pieces = _cheapest_path(n, abs(penalty), block, nodes, previous, scratch)
+        if pieces == k:
+            return abs(penalty)
+        if penalty < 0 and (pieces <= few[0] or pieces >= many[0]):
+            return -1.0
+        side = few if pieces < k else many
+        side[0], side[2] = pieces, abs(penalty)
+        side[1] = nodes[COST, n] + nodes[SQUARE, n] - pieces * side[2]
+        penalty = _next_penalty(k, attempt, pieces, abs(penalty), few, many)
+    return -1.0
+
+
+@_kernel(f"float64(int64, int64, float64, {_NODES}, {_PATH}, float64[::1])")
+def _read_path(n, k, shift, nodes, previous, centroids):
+    """Writes the means of the pieces; the sum of squared errors."""
+    stop, error = n, 0.0
+    for piece in range(k - 1, -1, -1):
+        start = np.int64(previous[stop])
+        weight = nodes[COUNT, stop] - nodes[COUNT, start]
+        total = nodes[SUM, stop] - nodes[SUM, start]
+        centroids[piece] = shift + total / weight
+        error += nodes[SQUARE, stop] - nodes[SQUARE, start] - total * total / weight
         stop = start
-    return k
+    return error
+
+
+@_kernel("void(float32[::1], int64, int64, float64[::1])")
+def _copy_distinct(values, n, k, centroids):
+    """Each distinct value is its own centroid; the last one is repeated."""
+    index = 0
+    centroids[0] = values[0]
+    for position in range(1, values.shape[0]):
+        index += values[position] != values[position - 1]
+        centroids[index] = values[position]
+    for rest in range(n, k):
+        centroids[rest] = centroids[n - 1]
+
+
+@_kernel("void(float32[:, ::1], float64[::1], int64[::1], int64, float64[:, ::1], float64[:, ::1])")
+def fit_rows(rows, counts, levels, block, centroids, errors):
+    """Optimal centroids of each sorted row for each number of levels, greatest number first.
+
+    `rows` float32 `[R, N]`; `counts` `[N]` are the weights of the values, or empty; `centroids` `[R, sum of levels]`
+    holds one codebook after the other; `errors` `[R, L]` becomes the sum of squared errors, -1 where unsolved.
+    """
+    size = rows.shape[1]
+    nodes = np.empty((4, size + 1))
+    previous = np.empty(size + 1, dtype=np.int32)
+    scratch = (np.empty(size + 1), np.empty(size + 1))  # two arrays, else the inner loop is not vectorised
+    ratios = np.ones(levels.shape[0])  # penalty * k^3 over its prediction, learned from row to row
+    ratios[0] = 4.4  # of a normal distribution, over the sum of squares about the mean
+    for row in range(rows.shape[0]):
+        n = _sum_prefixes(rows[row], counts, nodes)
+        shift = np.float64(rows[row, size // 2])
+        total = nodes[SQUARE, n] - nodes[SUM, n] ** 2 / nodes[COUNT, n]
+        prediction, first = total, 0
+        for index in range(levels.shape[0]):
+            k = levels[index]
+            found = centroids[row, first : first + k]
+            first += k
+            errors[row, index] = 0.0
+            if n <= k:
+                _copy_distinct(rows[row], n, k, found)
+                continue
+            pieces = max(min(block, (2 * n) // (5 * k)), 4)
+            penalty = _search(n, k, ratios[index] * prediction / k**3, pieces, nodes, previous, scratch)
+            if penalty > 0:
+                errors[row, index] = _read_path(n, k, shift, nodes, previous, found)
+                ratios[index] += 0.2 * (penalty * k**3 / prediction - ratios[index])
+                prediction = penalty * k**3
+            if penalty <= 0 or errors[row, index] * _RELATIVE_ERROR < 4 * _EPSILON * np.sqrt(k) * total:
+                errors[row, index] = -1.0

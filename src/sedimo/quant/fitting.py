@@ -7,7 +7,7 @@ and every error is that of the *stored* numbers against those rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,19 @@ class ErrorEstimate:
     n: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Either a grid or a codebook."""
+
+    grid: uaq.UniformGrid | None
+    codebook: Tensor | None
+
+    @property
+    def fields(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Scale, zero point, codebook."""
+        return (self.grid.scale, self.grid.zero_point, None) if self.grid else (None, None, self.codebook)
+
+
 def fit(weight: Tensor, number_format: Format, *, layer_name: str = "") -> FittedWeight:
     """The weight in one format.
 
@@ -95,9 +108,11 @@ def fit_many(weight: Tensor, formats: Iterable[Format], *, layer_name: str = "")
     Raises:
         InputError: as `fit`.
     """
-    rows = _read_rows(weight, layer_name)
-    found = _fit_rows(weight, rows, tuple(formats), layer_name)
-    return {f: _with_codes(rows, p, tuple(weight.shape)) for f, (p, _) in found.items()}
+    rows, asked = _read_rows(weight, layer_name), tuple(formats)
+    return {
+        f: FittedWeight(f, tuple(weight.shape), _codes(rows, f, stored), *stored.fields)
+        for f, stored in _fit_all(weight, rows, asked, layer_name).items()
+    }
 
 
 def fit_parameters(
@@ -108,8 +123,12 @@ def fit_parameters(
     Raises:
         InputError: as `fit`.
     """
-    rows = _read_rows(weight, layer_name)
-    return {f: p for f, (p, _) in _fit_rows(weight, rows, tuple(formats), layer_name).items()}
+    rows, asked = _read_rows(weight, layer_name), tuple(formats)
+    norm = float(_squared_norms(rows).sum())
+    return {
+        f: FittedParameters(f, tuple(weight.shape), *stored.fields, float(_squared_errors(rows, f, stored).sum()), norm)
+        for f, stored in _fit_all(weight, rows, asked, layer_name).items()
+    }
 
 
 def assign(weight: Tensor, parameters: FittedParameters | FittedWeight, *, layer_name: str = "") -> Tensor:
@@ -122,7 +141,7 @@ def assign(weight: Tensor, parameters: FittedParameters | FittedWeight, *, layer
         raise InputError(
             f"{_name(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {parameters.shape}"
         )
-    return _codes(_read_rows(weight, layer_name), parameters)
+    return _codes(_read_rows(weight, layer_name), parameters.format, _stored(parameters))
 
 
 def with_codes(weight: Tensor, parameters: FittedParameters, *, layer_name: str = "") -> FittedWeight:
@@ -132,8 +151,7 @@ def with_codes(weight: Tensor, parameters: FittedParameters, *, layer_name: str 
         InputError: as `assign`.
     """
     codes = assign(weight, parameters, layer_name=layer_name)
-    p = parameters
-    return FittedWeight(p.format, p.shape, codes, p.scale, p.zero_point, p.codebook)
+    return FittedWeight(parameters.format, parameters.shape, codes, *_stored(parameters).fields)
 
 
 def dequantize(
@@ -169,20 +187,23 @@ def error_estimates(
     Raises:
         InputError: fewer than two channels asked of a weight that has more, or as `fit`.
     """
-    rows = _read_rows(weight, layer_name)
-    n_all = rows.shape[0]
+    _check(weight, layer_name)
+    n_all, asked = weight.shape[0], tuple(formats)
     if n_channels < min(2, n_all):
         raise InputError(f"{_name(layer_name)}: an error bar needs at least 2 output channels, got {n_channels=}")
     n = min(n_channels, n_all)
-    sampled = rows[torch.randperm(n_all, generator=generator)[:n].sort().values] if n < n_all else rows
-    asked = tuple(formats)
-    norms = _squares(sampled)
-    found: dict[Format, ErrorEstimate] = {f: ErrorEstimate(0.0, 0.0, n) for f in asked}
-    books = _tensor_codebooks(_sampled_values(weight, generator), [f for f in asked if f.family == "kma"])
-    for number_format, (_, errors) in _fit_rows(
-        weight, sampled, tuple(f for f in asked if f.is_quantized), layer_name, books
-    ).items():
-        found[number_format] = _ratio_estimate(errors, norms, n_all)
+    index = torch.randperm(n_all, generator=generator)[:n].sort().values
+    rows = _read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
+    norms = _squared_norms(rows)
+    sample = _sampled_values(weight, generator) if any(f.family == "kma" for f in asked) else weight
+    parameters = _fit_rows(rows, sample, asked, layer_name)
+    found = {}
+    for number_format in asked:
+        if number_format.is_quantized:
+            errors = _squared_errors(rows, number_format, parameters[number_format])
+            found[number_format] = _ratio_estimate(errors, norms, n_all)
+        else:
+            found[number_format] = ErrorEstimate(0.0, 0.0, n)
     return found
 
 
@@ -202,85 +223,90 @@ def _name(layer_name: str) -> str:
     return f"layer {layer_name!r}" if layer_name else "the weight"
 
 
-def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
-    """The weight as finite float32 rows `[C, N]` on the CPU."""
+def _check(weight: Tensor, layer_name: str) -> None:
     if weight.dtype not in _DTYPES or weight.ndim < 2 or weight.numel() == 0:
         raise InputError(
             f"{_name(layer_name)} must be a non-empty floating tensor [out, in, ...] to be quantized, "
             f"got {weight.dtype} of shape {tuple(weight.shape)}"
         )
+
+
+def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
+    """The weight as finite float32 rows `[C, N]` on the CPU."""
+    _check(weight, layer_name)
     rows = weight.detach().to(device="cpu", dtype=torch.float32).reshape(weight.shape[0], -1).contiguous()
-    low, high = torch.aminmax(rows)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise InputError(f"{_name(layer_name)} holds NaN or infinity and cannot be quantized. Leave it at fp16.")
+    _check_finite(rows, layer_name)
     return rows
 
 
-def _fit_rows(
-    weight: Tensor,
-    rows: Tensor,
-    formats: tuple[Format, ...],
-    layer_name: str,
-    tensor_codebooks: Mapping[int, Tensor] | None = None,
-) -> dict[Format, tuple[FittedParameters, Tensor]]:
-    """Parameters and squared error per row for each format."""
-    for number_format in formats:
-        if not number_format.is_quantized:
-            raise InputError(f"{_name(layer_name)}: {number_format} leaves a weight alone; there is nothing to fit")
-    shape = (rows.shape[0], *weight.shape[1:])
-    if tensor_codebooks is None:
-        tensor_codebooks = _tensor_codebooks(weight, [f for f in formats if f.family == "kma"])
-    row_levels = sorted({f.n_levels for f in formats if f.family == "kmc"}, reverse=True)
-    row_books = dict(zip(row_levels, kmeans.fit_codebooks(rows, row_levels), strict=True)) if row_levels else {}
-    norm = float(_squares(rows).sum())
-    found = {}
-    for number_format in formats:
-        grid, codebook = None, None
-        if number_format.family == "uaq":
-            grid = uaq.fit_grid(rows, number_format)
-        elif number_format.family == "kmc":
-            codebook = kmeans.stored_codebook(row_books[number_format.n_levels].centroids, rows)
-        else:
-            codebook = tensor_codebooks[number_format.n_levels]
-        scale, zero_point = (grid.scale, grid.zero_point) if grid else (None, None)
-        parameters = FittedParameters(number_format, shape, scale, zero_point, codebook, 0.0, norm)
-        errors = _squares(rows - _with_codes(rows, parameters, tuple(rows.shape)).dequantize())
-        found[number_format] = (
-            FittedParameters(number_format, shape, scale, zero_point, codebook, float(errors.sum()), norm),
-            errors,
+def _check_finite(values: Tensor, layer_name: str) -> None:
+    if not bool(torch.isfinite(values.amin()) & torch.isfinite(values.amax())):  # both propagate NaN
+        raise InputError(
+            f"{_name(layer_name)} holds NaN or infinity (as float32) and cannot be quantized. Leave it at fp16."
         )
-    return found
-
-
-def _tensor_codebooks(weight: Tensor, formats: list[Format]) -> dict[int, Tensor]:
-    if not formats:
-        return {}
-    levels = sorted({f.n_levels for f in formats}, reverse=True)
-    row = weight.detach().to(device="cpu", dtype=torch.float32).reshape(1, -1)
-    books = kmeans.fit_codebooks(row, levels)
-    return {k: kmeans.stored_codebook(book.centroids, row) for k, book in zip(levels, books, strict=True)}
 
 
 def _sampled_values(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """The weight, or 2^20 of its values when there are more of them than a histogram can hold."""
     if weight.element_size() == 2 or weight.numel() <= _KMA_SAMPLE:
         return weight
-    index = torch.randint(weight.numel(), (_KMA_SAMPLE,), generator=generator)
-    return weight.detach().reshape(-1)[index].reshape(1, -1)
+    return weight.detach().reshape(-1).cpu()[torch.randint(weight.numel(), (_KMA_SAMPLE,), generator=generator)]
 
 
-def _squares(rows: Tensor) -> Tensor:
-    return rows.to(torch.float64).square_().sum(dim=1)
+def _fit_rows(rows: Tensor, tensor_values: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, _Stored]:
+    """What is stored for each quantized format, codebooks of `kma` from `tensor_values`."""
+    codebooks: dict[Format, Tensor] = {}
+    by_row = [f for f in formats if f.family == "kmc"]
+    if by_row:
+        books = kmeans.fit_codebooks(rows, [f.n_levels for f in by_row])
+        codebooks |= {f: kmeans.stored_codebook(b.centroids) for f, b in zip(by_row, books, strict=True)}
+    by_tensor = [f for f in formats if f.family == "kma"]
+    if by_tensor:
+        _check_finite(tensor_values, layer_name)
+        books = kmeans.fit_tensor_codebooks(tensor_values, [f.n_levels for f in by_tensor])
+        codebooks |= {f: kmeans.stored_codebook(b.centroids) for f, b in zip(by_tensor, books, strict=True)}
+    found = {f: _Stored(None, c) for f, c in codebooks.items()}
+    try:
+        return found | {f: _Stored(uaq.fit_grid(rows, f), None) for f in formats if f.family == "uaq"}
+    except InputError as error:
+        raise InputError(f"{_name(layer_name)}: {error}") from error
 
 
-def _codes(rows: Tensor, parameters: FittedParameters | FittedWeight) -> Tensor:
+def _fit_all(weight: Tensor, rows: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, _Stored]:
+    """As `_fit_rows`, for all rows of a weight; fp16 is refused."""
+    for number_format in formats:
+        if not number_format.is_quantized:
+            raise InputError(f"{_name(layer_name)}: {number_format} leaves a weight alone; there is nothing to fit")
+    return _fit_rows(rows, weight, formats, layer_name)
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square_()
+
+
+def _squared_errors(rows: Tensor, number_format: Format, stored: _Stored) -> Tensor:
+    if stored.grid is not None:
+        return uaq.squared_errors(rows, stored.grid, number_format)
+    return kmeans.squared_errors(rows, _present(stored.codebook, number_format))
+
+
+def _codes(rows: Tensor, number_format: Format, stored: _Stored) -> Tensor:
+    if stored.grid is not None:
+        return uaq.grid_codes(rows, stored.grid, number_format)
+    return kmeans.nearest_codes(rows, _present(stored.codebook, number_format))
+
+
+def _present(codebook: Tensor | None, number_format: Format) -> Tensor:
+    if codebook is None:
+        raise InputError(
+            f"{number_format} needs scale and zero point (uaq) or a codebook (kmc, kma), which are missing"
+        )
+    return codebook
+
+
+def _stored(parameters: FittedParameters | FittedWeight) -> _Stored:
     p = parameters
-    if p.scale is not None and p.zero_point is not None:
-        return uaq.grid_codes(rows, uaq.UniformGrid(p.scale, p.zero_point), p.format)
-    if p.codebook is None:
-        raise InputError(f"{p.format} needs scale and zero point (uaq) or a codebook (kmc, kma), which are missing")
-    return kmeans.nearest_codes(rows, p.codebook)
-
-
-def _with_codes(rows: Tensor, parameters: FittedParameters, shape: tuple[int, ...]) -> FittedWeight:
-    p = parameters
-    return FittedWeight(p.format, shape, _codes(rows, p), p.scale, p.zero_point, p.codebook)
+    if p.scale is None or p.zero_point is None:
+        return _Stored(None, p.codebook)
+    return _Stored(uaq.UniformGrid(p.scale, p.zero_point), None)

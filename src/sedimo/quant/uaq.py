@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sedimo.errors import InputError
+from sedimo.quant._threads import over_rows
 from sedimo.quant.formats import Format
 
 SHRINK_FACTORS = tuple(1.0 - percent * 0.01 for percent in range(0, 100, 10))
-NORM_POWER = 2.4
 _ZERO_POINT_LIMIT = 32766  # a row that would need more has its scale widened: 2^-15 of its values is precise enough
 _LEAST_GROUP_SCALE = 2.0**-24  # smallest positive float16
 
@@ -41,15 +42,27 @@ def fit_grid(rows: Tensor, number_format: Format) -> UniformGrid:
     """The grid with the least mean |error|^2.4 among the shrunk ranges.
 
     Args:
-        rows: float32 `[C, N]`, finite.
+        rows: float32 `[C, N]`, finite, contiguous.
         number_format: a `uaq` format.
 
     Raises:
         InputError: values so large that the scale overflows its type.
     """
+    from sedimo.quant._row_kernels import best_grids  # loaded here: importing compiles
+
     scale, zero_point = candidate_grids(rows, number_format)
-    best = _best_candidate(rows, scale, zero_point, number_format)
-    return stored_grid(scale.gather(0, best)[0], zero_point.gather(0, best)[0], number_format)
+    best = torch.empty(scale.shape[1:], dtype=torch.int64)
+    group_size, qmax = number_format.group_size or rows.shape[1], np.float32(number_format.qmax)
+
+    def task(start: int, stop: int) -> None:
+        part = scale[:, start:stop].contiguous()
+        zeros = zero_point[:, start:stop].contiguous().numpy()
+        found = best[start:stop].numpy()
+        best_grids(rows[start:stop].numpy(), group_size, part.numpy(), part.reciprocal().numpy(), zeros, qmax, found)
+
+    over_rows(len(rows), rows.shape[1], task)
+    index = best.unsqueeze(0)
+    return stored_grid(scale.gather(0, index)[0], zero_point.gather(0, index)[0], number_format)
 
 
 def candidate_grids(rows: Tensor, number_format: Format) -> tuple[Tensor, Tensor]:
@@ -82,8 +95,16 @@ def stored_grid(scale: Tensor, zero_point: Tensor, number_format: Format) -> Uni
 
 def grid_codes(rows: Tensor, grid: UniformGrid, number_format: Format) -> Tensor:
     """Codes uint8 `[C, N]` of float32 rows `[C, N]` on a stored grid."""
-    scale, zero_point = _per_weight(grid, number_format.group_size, rows.shape[1])
-    return torch.round(rows / scale).add_(zero_point).clamp_(0, number_format.qmax).to(torch.uint8)
+    codes = torch.empty(rows.shape, dtype=torch.uint8)
+    _assign(rows, grid, number_format, codes, None)
+    return codes
+
+
+def squared_errors(rows: Tensor, grid: UniformGrid, number_format: Format) -> Tensor:
+    """Sum of squared errors of each row on a stored grid, float64 `[C]`."""
+    errors = torch.empty(len(rows), dtype=torch.float64)
+    _assign(rows, grid, number_format, None, errors)
+    return errors
 
 
 def dequantize_grid(codes: Tensor, grid: UniformGrid, group_size: int | None) -> Tensor:
@@ -105,12 +126,11 @@ def _per_weight(grid: UniformGrid, group_size: int | None, n_inputs: int) -> tup
 def _ranges(rows: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     """Least and greatest value of each row or group, `[C, G]`."""
     if group_size is None:
-        low, high = torch.aminmax(rows, dim=1, keepdim=True)
-        return low, high
+        return rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
     whole = rows.shape[1] // group_size * group_size
     parts = [rows[:, :whole].reshape(rows.shape[0], -1, group_size), rows[:, whole:].unsqueeze(1)]
-    pairs = [torch.aminmax(part, dim=2) for part in parts if part.numel()]
-    return torch.cat([p.min for p in pairs], dim=1), torch.cat([p.max for p in pairs], dim=1)
+    lows, highs = zip(*((part.amin(dim=2), part.amax(dim=2)) for part in parts if part.numel()), strict=True)
+    return torch.cat(lows, dim=1), torch.cat(highs, dim=1)
 
 
 def _row_grids(low: Tensor, high: Tensor, factors: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
@@ -146,14 +166,21 @@ def _make_constants_exact(scale: Tensor, zero_point: Tensor, low: Tensor, high: 
     zero_point[:, is_constant] = torch.where(value > 0, 0.0, steps[best])
 
 
-def _best_candidate(rows: Tensor, scale: Tensor, zero_point: Tensor, number_format: Format) -> Tensor:
-    """Index of the best shrink factor, int64 `[1, C, G]`."""
-    n_inputs, size = rows.shape[1], number_format.group_size or rows.shape[1]
-    scores = []
-    for one_scale, one_zero in zip(scale, zero_point, strict=True):
-        grid = UniformGrid(one_scale, one_zero)
-        codes = grid_codes(rows, grid, number_format)
-        error = (dequantize_grid(codes, grid, number_format.group_size) - rows).abs_().pow_(NORM_POWER)
-        padded = torch.nn.functional.pad(error, (0, -n_inputs % size))
-        scores.append(padded.reshape(rows.shape[0], -1, size).sum(dim=2, dtype=torch.float64))
-    return torch.stack(scores).argmin(dim=0, keepdim=True)
+def _assign(
+    rows: Tensor, grid: UniformGrid, number_format: Format, codes: Tensor | None, errors: Tensor | None
+) -> None:
+    """Fills codes uint8 `[C, N]`, or squared errors float64 `[C]`, or both."""
+    from sedimo.quant._row_kernels import grid_codes, grid_errors  # loaded here: importing compiles
+
+    values, scales = rows.numpy(), grid.scale.to(torch.float32).numpy()
+    zeros = grid.zero_point.to(torch.float32).numpy()
+    group_size, qmax = number_format.group_size or values.shape[1], np.float32(number_format.qmax)
+
+    def task(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        found = np.empty(values[part].shape, np.uint8) if codes is None else codes.numpy()[part]
+        grid_codes(values[part], group_size, scales[part], zeros[part], qmax, found)
+        if errors is not None:
+            grid_errors(values[part], group_size, scales[part], zeros[part], found, errors.numpy()[part])
+
+    over_rows(len(values), values.shape[1], task)
