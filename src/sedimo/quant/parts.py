@@ -29,6 +29,11 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of such a tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Fitted(Protocol):
     """What a quantizer hands over: codes not yet packed, and the stored parameters (see quant/fitting.py)."""

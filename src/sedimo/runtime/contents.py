@@ -12,7 +12,7 @@ from torch import nn
 
 from sedimo.errors import InputError, StateError
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.layout import LAYER_TYPES, LayerEntry, Layers, TiedEntry, entry_of, kind_of
+from sedimo.runtime.layout import LAYER_TYPES, LayerEntry, Layers, TiedEntry, entry_of, kind_of, packed_tensors
 
 
 def packed_layers(denoiser: nn.Module) -> dict[str, QuantizedTensor]:
@@ -85,7 +85,7 @@ def unset_weights(denoiser: nn.Module) -> None:
 
 
 def flatten_state(state: Mapping[str, torch.Tensor], layers: Layers) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file from a state dict: packed weights as their parts, shared ones once.
+    """The tensors of a weights file from a state dict: packed weights as their parts, shared ones once, others narrowed.
 
     Raises:
         StateError: the packed weights are not those that `layers` describes, or have no data.
@@ -106,10 +106,24 @@ def flatten_state(state: Mapping[str, torch.Tensor], layers: Layers) -> dict[str
             raise _changed(name, "has a packed weight of another layout")
         else:
             flat |= {n: weight.parts[i].tensors[field] for n, (i, field) in entry.tensors(name).items()}
+    stored = packed_tensors(layers)
     stray = [name for name, tensor in flat.items() if isinstance(tensor, QuantizedTensor)]
     if stray:
         raise _changed(stray[0].removesuffix(".weight"), "is packed but not described")
-    return flat
+    return {name: tensor if name in stored else narrowed(tensor) for name, tensor in flat.items()}
+
+
+def narrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in 16 bits if that keeps every value exactly, else as it is.
+
+    A source in float16 that was loaded in float32 is so stored as it came; loaders cast to the dtype asked for.
+    """
+    if tensor.dtype in (torch.float32, torch.float64):
+        for dtype in (torch.float16, torch.bfloat16):
+            short = tensor.to(dtype)
+            if torch.equal(short.to(tensor.dtype), tensor):
+                return short
+    return tensor
 
 
 def refuse_unfit_source(denoiser: nn.Module) -> None:

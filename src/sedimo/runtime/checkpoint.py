@@ -1,0 +1,211 @@
+"""A packed denoiser's folder as files: judge it, read it, change single layers in it, without a model.
+
+Loading into a model is diffusers' work (runtime/diffusers_plugin.py); both use the same checks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sedimo.codec import parse_json
+from sedimo.errors import InputError, StateError
+from sedimo.pipelines.files import WEIGHTS_STEM, find_weights
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.completeness import check_against_layers
+from sedimo.runtime.header import FileHeader, read_headers
+from sedimo.runtime.integrity import check_tensors, make_seal, read_seal
+from sedimo.runtime.layout import (
+    METHOD,
+    Kind,
+    LayerEntry,
+    TiedEntry,
+    assemble,
+    entry_of,
+    packed_tensors,
+    plain_configuration,
+    read_configuration,
+)
+
+_KINDS: dict[int, Kind] = {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A packed denoiser's folder that has been judged by its headers: what is in it, and how large it is [bytes].
+
+    `file_bytes` = sum over files of 8 + header; plus `stored_bytes` (tensors of packed layers) plus `plain_bytes`.
+    """
+
+    folder: Path
+    config: Mapping[str, object]
+    layers: Mapping[str, LayerEntry | TiedEntry]
+    headers: tuple[FileHeader, ...]
+    checksums: Mapping[str, str]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all weight files."""
+        return sum(header.file_bytes for header in self.headers)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors of packed layers."""
+        return sum(spec.n_bytes for spec in packed_tensors(self.layers).values())
+
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of all other tensors."""
+        return sum(spec.n_bytes for h in self.headers for spec in h.tensors.values()) - self.stored_bytes
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a denoiser's folder says that Sedimo packed it."""
+    path = folder / "config.json"
+    plain = parse_json(path.read_bytes(), place=str(path)) if path.is_file() else {}
+    method = plain.get("quantization_config") if isinstance(plain, dict) else None
+    return isinstance(method, dict) and method.get("quant_method") == METHOD
+
+
+def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
+    """Judges a packed denoiser's folder by its configuration and headers; no tensor is read.
+
+    Raises:
+        InputError: there is no such folder, or no weights in it.
+        StateError: the folder is not packed, damaged, truncated, foreign, of another version, or incomplete.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no denoiser's folder: it has no config.json")
+    config = parse_json(path.read_bytes(), place=str(path))
+    if not isinstance(config, dict) or "quantization_config" not in config:
+        raise StateError(f"{path} has no quantization_config: the denoiser is not packed")
+    layers, _ = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
+    headers = read_headers(find_weights(folder, WEIGHTS_STEM, variant).files)
+    seal = read_seal(headers, layers)
+    found = {name: spec for header in headers for name, spec in header.tensors.items()}
+    check_against_layers(found, layers)
+    return Checkpoint(folder, config, layers, headers, seal.checksums(found))
+
+
+def check_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
+    """Judges a packed denoiser's folder completely: every byte of every tensor, too.
+
+    Raises:
+        InputError: as `open_checkpoint`.
+        StateError: as `open_checkpoint`, or a tensor's checksum or values are wrong.
+    """
+    checkpoint = open_checkpoint(folder, variant=variant)
+    tensors = read_tensors(checkpoint)
+    for layer, entry in checkpoint.layers.items():
+        if isinstance(entry, LayerEntry):
+            assemble(layer, entry, tensors, torch.float32)
+    return checkpoint
+
+
+def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """All stored tensors by name, windows on the files, their checksums compared.
+
+    Raises:
+        StateError: a tensor's checksum is wrong.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for header in checkpoint.headers:
+        with safe_open(header.path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in header.tensors}
+    check_tensors(found, checkpoint.checksums)
+    return found
+
+
+def read_packed(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> dict[str, QuantizedTensor]:
+    """The packed weight of every packed layer, labelled with `dtype`; layers that share one get the same object.
+
+    Raises:
+        StateError: a tensor's checksum or values are wrong.
+    """
+    tensors, found = read_tensors(checkpoint), {}
+    for layer, entry in checkpoint.layers.items():
+        if isinstance(entry, LayerEntry):
+            found[layer] = assemble(layer, entry, tensors, dtype)
+    ties = {name: entry.same_as for name, entry in checkpoint.layers.items() if isinstance(entry, TiedEntry)}
+    return found | {name: found[owner] for name, owner in ties.items()}
+
+
+def change_layers(
+    checkpoint: Checkpoint,
+    out: Path,
+    weights: Mapping[str, QuantizedTensor],
+    *,
+    made_by: str,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Writes a denoiser's folder with other packed weights for some layers; every other tensor keeps its bytes.
+
+    A layer that shares its weight changes together with those that it shares it with. `out` is an existing folder
+    other than the checkpoint's.
+
+    Raises:
+        InputError: a layer that the checkpoint does not have, or a weight of another shape.
+        StateError: as `read_tensors`.
+    """
+    tensors, layers = read_tensors(checkpoint), dict(checkpoint.layers)
+    for owner, weight in _by_owner(layers, weights).items():
+        shape = _drop_layer(owner, layers, tensors)
+        if shape != tuple(weight.shape):
+            raise InputError(f"layer {owner!r} has a weight of shape {shape}, the new one has {tuple(weight.shape)}")
+        fresh = entry_of(_KINDS[len(shape)], weight)
+        layers[owner] = fresh
+        tensors |= {n: weight.parts[i].tensors[field] for n, (i, field) in fresh.tensors(owner).items()}
+    config = {**checkpoint.config, "quantization_config": plain_configuration(layers, made_by)}
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_tensors(out, tensors, make_seal(tensors, layers), max_shard_size)
+
+
+def _by_owner(
+    layers: Mapping[str, LayerEntry | TiedEntry], weights: Mapping[str, QuantizedTensor]
+) -> dict[str, QuantizedTensor]:
+    found: dict[str, QuantizedTensor] = {}
+    for name, weight in weights.items():
+        entry = layers.get(name)
+        owner = entry.same_as if isinstance(entry, TiedEntry) else name
+        if found.setdefault(owner, weight) is not weight:
+            raise InputError(f"layers {owner!r} and {name!r} share one weight and must get one packed weight")
+    return found
+
+
+def _drop_layer(
+    owner: str, layers: Mapping[str, LayerEntry | TiedEntry], tensors: dict[str, torch.Tensor]
+) -> tuple[int, ...]:
+    """Removes a layer's tensors and returns the shape of its weight."""
+    entry = layers.get(owner)
+    if isinstance(entry, LayerEntry):
+        for name in entry.tensors(owner):
+            del tensors[name]
+        return entry.shape
+    weight = tensors.pop(f"{owner}.weight", None)
+    if weight is None or weight.ndim not in _KINDS:
+        raise InputError(f"the checkpoint has no layer {owner!r} with a weight that can be packed")
+    return tuple(weight.shape)
+
+
+def _write_tensors(
+    folder: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], max_shard_size: int | str
+) -> None:
+    """Files as diffusers writes them: one, or shards with an index."""
+    split = split_torch_state_dict_into_shards(
+        dict(tensors), max_shard_size=max_shard_size, filename_pattern=f"{WEIGHTS_STEM}{{suffix}}.safetensors"
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt", **metadata})
+    if split.is_sharded:
+        index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / f"{WEIGHTS_STEM}.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,93 @@
+"""A folder that appears whole or not at all, and files that get into it by link or by copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sedimo.errors import InputError
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `out` that takes its place once the block has ended without an error.
+
+    Raises:
+        InputError: `out` is a file, or a folder that is not empty and may not be overwritten.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise InputError(f"{out} exists already and is not an empty folder: choose another, or allow to overwrite it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        _sync(folder)
+        _exchange(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def place_file(source: Path, target: Path, *, link: bool) -> bool:
+    """Puts a file's content at `target` by a hard link where wanted and possible, else by a copy; True if linked.
+
+    Symbolic links (as in the hub's cache) are followed to the file itself.
+    """
+    real = source.resolve(strict=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        try:
+            os.link(real, target)
+        except OSError:  # another device, or a file system without links
+            pass
+        else:
+            return True
+    shutil.copyfile(real, target)
+    return False
+
+
+def _exchange(folder: Path, out: Path) -> None:
+    """Renames `folder` to `out`; an old `out` is moved aside first and removed last."""
+    if not out.exists():
+        folder.rename(out)
+        _sync_directory(out.parent)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / out.name
+    out.rename(aside)
+    try:
+        folder.rename(out)
+    except BaseException:
+        aside.rename(out)
+        raise
+    _sync_directory(out.parent)
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            _sync_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name != "posix":
+        return  # directories cannot be opened there, and renames are durable without
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
