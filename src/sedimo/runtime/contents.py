@@ -85,7 +85,7 @@ def unset_weights(denoiser: nn.Module) -> None:
 
 
 def flatten_state(state: Mapping[str, torch.Tensor], layers: Layers) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file from a state dict: packed weights as their parts, shared ones once, others narrowed.
+    """The tensors of a weights file from a state dict: packed weights as parts, shared ones once, others narrowed.
 
     Raises:
         StateError: the packed weights are not those that `layers` describes, or have no data.
