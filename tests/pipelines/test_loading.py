@@ -76,6 +76,7 @@ def test_a_variant_is_found_and_saved_under_the_plain_name(folder, tmp_path, siz
     plain.pipeline.save_pretrained(tmp_path / "v", variant="fp16", max_shard_size=size)
     loaded = [load_pipeline(tmp_path / "v", device="cpu", variant=v) for v in (None, "fp16")]
     for adapter in loaded:
+        assert adapter.variant == "fp16"
         assert torch.equal(adapter.denoiser.proj_out_2.weight, plain.denoiser.proj_out_2.weight.float())
     out = loaded[0].save_pretrained(tmp_path / "out")
     assert not [p for p in out.rglob("*fp16*") if "-of-" not in p.name]
@@ -90,6 +91,7 @@ def test_the_variant_that_was_loaded_is_the_one_copied(folder, tmp_path):
         name = f"{component}/diffusion_pytorch_model"
         shutil.copy(tmp_path / "v" / f"{name}.fp16.safetensors", folder / f"{name}.fp16.safetensors")
     for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
+        assert load_pipeline(folder / "transformer", device="cpu", variant=variant).variant == variant
         out = load_pipeline(folder, device="cpu", variant=variant).save_pretrained(tmp_path / f"out {variant}")
         saved = load_file(out / "vae" / "diffusion_pytorch_model.safetensors")
         assert {t.dtype for t in saved.values()} == {dtype}

@@ -46,6 +46,7 @@ class DiffusersPipeline:
         """
         self.pipeline = pipeline
         self.folder = folder
+        self.variant = variant
         self.denoiser_name = _denoiser_name(pipeline)
         self._name = name or type(pipeline).__name__
         self._source = None if folder is None else LoadedFrom(folder, variant, dict(pipeline.components))
@@ -116,11 +117,19 @@ class DiffusersPipeline:
 class BareDenoiser:
     """A denoiser without a pipeline: it can be traced, quantized and saved, but not sampled."""
 
-    def __init__(self, denoiser: nn.Module, *, name: str | None = None, folder: Path | None = None) -> None:
-        """Wraps `denoiser` as it is."""
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        *,
+        name: str | None = None,
+        folder: Path | None = None,
+        variant: str | None = None,
+    ) -> None:
+        """Wraps `denoiser` as it is; `folder` and `variant` tell which files it came from, if any."""
         self._denoiser = denoiser
         self._name = name or type(denoiser).__name__
         self.folder = folder
+        self.variant = variant
 
     @property
     def name(self) -> str:

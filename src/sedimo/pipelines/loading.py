@@ -131,7 +131,7 @@ def _load_denoiser(
     with _loading(folder):
         denoiser = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **arguments)
     _refuse_incomplete(denoiser, folder)
-    return BareDenoiser(denoiser.to(device).eval(), name=name, folder=folder)
+    return BareDenoiser(denoiser.to(device).eval(), name=name, folder=folder, variant=chosen)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
