@@ -1,0 +1,330 @@
+"""Sentences derived from a summary, for people who have not read the papers.
+
+Every sentence states its numbers. Names stand between backticks; who shows the sentence turns them into code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sedimo.metrics.estimate import Estimate
+from sedimo.quant.formats import Format
+from sedimo.reporting.rounding import bits, byte_size, interval, number, share, with_error
+from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, Summary
+
+FAMILIES = {
+    "uaq": "a uniform grid per output channel",
+    "uaq in groups": "a uniform grid per group of inputs",
+    "kmc": "a k-means codebook per output channel",
+    "kma": "one k-means codebook per layer",
+    "fp": "left at 16 bits",
+}
+METHODS = {
+    "error": "the squared error of its weights, relative to their size and weighted by its share of the work",
+    "jacobian": "the noise that its weight error puts on the denoiser's output, to first order",
+    "ablation": "the noise measured when it alone is quantized",
+    "sqnr": "the noise at its own output",
+    "gnn": "what a graph network learned from measured recipes",
+    "orthogonality": "how little its output repeats that of other layers",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One of the four numbers of the first screen."""
+
+    value: str
+    unit: str
+    label: str
+    note: str
+
+
+def family(number_format: Format) -> str:
+    """The quantization method of a format as the report names it."""
+    return "uaq in groups" if number_format.group_size else number_format.family
+
+
+def name(text: str) -> str:
+    """A name between backticks, whatever it contains."""
+    return f"`{text.replace('`', chr(39))}`"
+
+
+def decibel(noise: float) -> float:
+    """SQNR of a relative noise power [dB]."""
+    return -10 * math.log10(noise) if noise > 0 else math.inf
+
+
+def noise_estimate_db(noise: Estimate) -> Estimate:
+    """SQNR of an estimated noise power [dB], with its error by the derivative."""
+    value = decibel(noise.value)
+    if not math.isfinite(value) or not noise.standard_error > 0:
+        return Estimate(value, noise.standard_error, -math.inf, math.inf, noise.n)
+    error = 10 / math.log(10) * noise.standard_error / noise.value
+    half = error * (noise.high - noise.low) / (2 * noise.standard_error)
+    return Estimate(value, error, value - half, value + half, noise.n)
+
+
+def headline(summary: Summary) -> str:
+    """The answer in one sentence."""
+    sizes = summary.sizes
+    text = (
+        f"{name(summary.model)} keeps {bits(round(sizes.paper_bits, 2))} of 16 bits per weight: its {sizes.n_layers} "
+        f"weight layers shrink from {byte_size(sizes.fp16_bytes)} to {byte_size(sizes.stored_bytes)}"
+    )
+    sqnr = summary.measured("sqnr_db")
+    if sqnr is None:
+        return f"{text}."
+    if math.isinf(sqnr.value):
+        return f"{text}, and its output does not change at all."
+    quality = f"{text}, and the noise in its output is {share(10 ** (-sqnr.value / 10))} of the signal"
+    best = _best_uniform(summary)
+    if best is not None and best.verdict == "better":
+        return (
+            f"{quality}, {number(best.difference.value, best.difference.standard_error)} dB better than {best.other}."
+        )
+    return f"{quality}."
+
+
+def tiles(summary: Summary) -> tuple[Tile, ...]:
+    """The four numbers of the first screen; which ones depends on what was measured."""
+    sizes = summary.sizes
+    found = [
+        Tile(
+            bits(round(sizes.paper_bits, 2)),
+            "bits",
+            "per weight, down from 16",
+            f"in the papers' accounting; {bits(round(sizes.stored_bits, 2))} as stored",
+        ),
+        Tile(
+            f"{number(sizes.ratio)}\N{MULTIPLICATION SIGN}",
+            "smaller",
+            f"{byte_size(sizes.fp16_bytes)} → {byte_size(sizes.stored_bytes)}",
+            _file_note(summary),
+        ),
+        _signal_tile(summary),
+        _last_tile(summary),
+    ]
+    return tuple(tile for tile in found if tile is not None)
+
+
+def decision_sentences(summary: Summary) -> tuple[str, ...]:
+    """What was decided: methods, extremes, and how sure it is that nothing better exists."""
+    return tuple(
+        s for s in (_methods_sentence(summary), _range_sentence(summary), _certificate(summary)) if s is not None
+    )
+
+
+def reason_sentences(summary: Summary) -> tuple[str, ...]:
+    """Why: layers that were spared, operations that gave most, where the remaining noise comes from."""
+    found = [*_spared(summary), _thriftiest(summary), _concentration(summary), _next_bits(summary)]
+    return tuple(sentence for sentence in found if sentence is not None)
+
+
+def cost_sentences(summary: Summary) -> tuple[str, ...]:
+    """What it cost: each difference with its verdict, and whether predictions can be trusted."""
+    found = [difference_sentence(row) for row in summary.evidence.differences]
+    agreement = summary.evidence.agreement
+    if agreement is not None:
+        found.append(
+            "The costs were added up on the assumption that noise adds. "
+            f"Over {agreement.n} {summary.evidence.agreement_of} "
+            f"the measured noise is {number(agreement.ratio)} times the predicted one on average, the ranks agree by "
+            f"{number(agreement.srcc)} (1 is perfect), and tenfold predicted noise goes with "
+            f"{number(10**agreement.slope)}-fold measured noise."
+        )
+    return tuple(found)
+
+
+def difference_sentence(row: DifferenceRow) -> str:
+    """One paired comparison in words, with what its interval allows to say."""
+    measure, difference = MEASURES[row.measure], row.difference
+    size = with_error(Estimate(abs(difference.value), difference.standard_error, *_unsigned(difference), difference.n))
+    better = (difference.value > 0) == measure.is_higher_better
+    chosen = f", the best of {row.n_comparisons}," if row.n_comparisons > 1 else ""
+    text = (
+        f"{measure.title} is {size}{' ' + measure.unit if measure.unit else ''} {'better' if better else 'worse'} than "
+        f"that of {row.other}{chosen} on the same {difference.n} samples"
+    )
+    if row.verdict == "open":
+        return (
+            f"{text}; the 95 % interval ({interval(difference, measure.unit)}) holds zero, so no difference is shown."
+        )
+    return f"{text} (95 % interval {interval(difference, measure.unit)})."
+
+
+def method_sentence(summary: Summary) -> str:
+    """What the costs are, in one sentence."""
+    choice = summary.choice
+    parts = [
+        METHODS.get(part.split(":")[0], f"the figure of the method {name(part)}") for part in choice.method.split("+")
+    ]
+    what = parts[0] if len(parts) == 1 else f"the geometric mean of {' and '.join(parts)}"
+    tail = " Lower is better, and costs of layers add up." if choice.is_noise else " Lower is better."
+    return f"A layer's sensitivity ({name(choice.method)}) is {what}.{tail}"
+
+
+def _signal_tile(summary: Summary) -> Tile | None:
+    measured = summary.measured("sqnr_db")
+    if measured is not None:
+        return Tile(
+            number(measured.value, measured.standard_error),
+            "dB SQNR",
+            "signal to quantization noise",
+            f"95 % interval {interval(measured, 'dB')}; {measured.n} seeds" if interval(measured) else "",
+        )
+    if not summary.choice.is_noise:
+        return None
+    predicted = noise_estimate_db(summary.choice.cost)
+    return Tile(
+        number(predicted.value, predicted.standard_error),
+        "dB, predicted",
+        "signal to quantization noise",
+        f"by {summary.choice.method}; not measured",
+    )
+
+
+def _last_tile(summary: Summary) -> Tile:
+    for row in summary.evidence.differences:
+        if row.measure == "fid" and "full precision" in row.other:
+            d = row.difference
+            verdict = {"open": "no difference shown", "better": "better", "worse": "worse"}[row.verdict]
+            value = number(d.value, d.standard_error, signed=True)
+            return Tile(
+                value, "FID", f"against full precision: {verdict}", f"95 % interval {interval(d)}; lower is better"
+            )
+    best = _best_uniform(summary)
+    if best is not None:
+        d = best.difference
+        value = number(d.value, d.standard_error, signed=True)
+        return Tile(value, "dB", f"against {best.other}", f"95 % interval {interval(d, 'dB')}, same seeds")
+    formats = len({d.format for d in summary.decisions})
+    return Tile(
+        str(summary.sizes.n_decisions), "decisions", f"among {formats} formats in use", _certificate(summary) or ""
+    )
+
+
+def _file_note(summary: Summary) -> str:
+    sizes = summary.sizes
+    if sizes.file_bytes is None:
+        return f"the quantized layers, {sizes.n_decisions} decisions"
+    before = f", was {byte_size(sizes.source_file_bytes)}" if sizes.source_file_bytes else ""
+    return f"the quantized layers; whole file {byte_size(sizes.file_bytes)}{before}"
+
+
+def _best_uniform(summary: Summary) -> DifferenceRow | None:
+    rows = [r for r in summary.evidence.differences if r.measure == "sqnr_db" and "uniform" in r.other]
+    return rows[0] if rows else None
+
+
+def _methods_sentence(summary: Summary) -> str:
+    weights: Counter[str] = Counter()
+    for row in summary.decisions:
+        weights[family(row.format)] += row.params
+    parts = [f"{FAMILIES[kind]} serves {share(n / summary.sizes.params)}" for kind, n in weights.most_common()]
+    parts = [p.replace("left at 16 bits serves", "no quantization at all is left to") for p in parts]
+    return f"Of the weights, {_join(parts)}."
+
+
+def _range_sentence(summary: Summary) -> str | None:
+    groups = [g for g in summary.operations if g.params >= 0.01 * summary.sizes.params]
+    if len(groups) < 2:
+        return None
+    low, high = (pick(groups, key=lambda g: g.paper_bits) for pick in (min, max))
+    return (
+        f"Among operations with at least 1 % of the weights, {name(low.name)} gets the fewest bits "
+        f"({low.paper_bits:.2f} on average) and {name(high.name)} the most ({high.paper_bits:.2f})."
+    )
+
+
+def _certificate(summary: Summary) -> str | None:
+    choice = summary.choice
+    if choice.status == "heuristic":
+        return None
+    what = "noise" if choice.is_noise else "cost"
+    if choice.gap < 1e-9:
+        return f"No other choice from these formats within the budget has less predicted {what}."
+    return f"No other choice within the budget can have more than {share(choice.gap)} less predicted {what} (proven)."
+
+
+def _spared(summary: Summary) -> Iterable[str]:
+    """Up to three layers that keep many bits, with what fewer would do."""
+    reference = summary.reference_format
+    rows = [
+        (row.reference_db, row)
+        for row in summary.decisions
+        if row.reference_db is not None and row.format.bits > reference.bits and row.reference_db > 0
+    ]
+    for db, row in sorted(rows, key=lambda pair: -pair[0])[:3]:
+        yield (
+            f"{name(row.name)} keeps {row.format.bits} bits ({name(str(row.format))}): at {reference.bits} bits "
+            f"({name(str(reference))}) it alone would raise the noise by {_reference_db(row, db)} dB, "
+            f"and it holds {share(row.params / summary.sizes.params)} of the weights."
+        )
+
+
+def _reference_db(row: DecisionRow, db: float) -> str:
+    if not row.reference_cost or not row.reference_standard_error:
+        return number(db)
+    error = 10 / math.log(10) * row.reference_standard_error / row.reference_cost * (1 - 10 ** (-db / 10))
+    return number(db, error)
+
+
+def _thriftiest(summary: Summary) -> str | None:
+    shown = [g for g in summary.operations if g.cost_share is not None and g.params >= 0.02 * summary.sizes.params]
+    if len(shown) < 2:
+        return None
+    best = min(shown, key=lambda g: g.paper_bits)
+    return (
+        f"{name(best.name)} can do with the fewest bits: {best.paper_bits:.2f} on average for "
+        f"{share(best.params / summary.sizes.params)} of the weights, which cause {share(best.cost_share or 0.0)} "
+        f"of the {'noise' if summary.choice.is_noise else 'cost'}."
+    )
+
+
+def _concentration(summary: Summary) -> str | None:
+    shares = sorted((row.share for row in summary.decisions if row.share is not None), reverse=True)
+    if not shares or len(shares) < 4:
+        return None
+    total, count = 0.0, 0
+    while total < 0.5 and count < len(shares):
+        total, count = total + shares[count], count + 1
+    worst = max(summary.decisions, key=lambda row: row.share or 0.0)
+    what = "noise" if summary.choice.is_noise else "cost"
+    return (
+        f"Half of the remaining {what} comes from {count} of {len(shares)} decisions; the largest single part, "
+        f"{share(worst.share or 0.0)}, from {name(worst.name)} at {name(str(worst.format))}."
+    )
+
+
+def _next_bits(summary: Summary) -> str | None:
+    choice, points = summary.choice, summary.evidence.frontier
+    if not choice.is_noise or not points or choice.cost.value <= 0:
+        return None
+    here = choice.budget_bits
+    more = [p for p in points if p.bits > here + 0.2 and p.cost > 0]
+    fewer = [p for p in points if p.bits < here - 0.2 and p.cost > 0]
+    parts = []
+    if more:
+        p = min(more, key=lambda p: abs(p.bits - here - 0.5))
+        parts.append(f"{bits(round(p.bits, 2))} bits would lower the noise by {_apart(choice.cost.value, p.cost)} dB")
+    if fewer:
+        p = min(fewer, key=lambda p: abs(p.bits - here + 0.5))
+        parts.append(f"{bits(round(p.bits, 2))} bits would raise it by {_apart(p.cost, choice.cost.value)} dB")
+    return f"By prediction, {_join(parts)}." if parts else None
+
+
+def _apart(larger: float, smaller: float) -> str:
+    return f"{10 * math.log10(larger / smaller):.1f}"
+
+
+def _unsigned(difference: Estimate) -> tuple[float, float]:
+    if difference.value >= 0:
+        return difference.low, difference.high
+    return -difference.high, -difference.low
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
