@@ -22,7 +22,7 @@ from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import record
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)
-MANY = JacobianOptions(n_directions=60)
+MANY = JacobianOptions(n_directions=150)
 
 
 def linear_noise(denoiser, decision, packed, inputs):
@@ -70,9 +70,8 @@ def delta(bank, decision, number_format):
     return packed - bank.weights.read(decision.layers[0])
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_random_directions_give_the_first_order_noise_on_average(guided):
-    adapter, bank = made(guided)
+def test_random_directions_give_the_first_order_noise_on_average():
+    adapter, bank = made(guided=True)
     probe = probe_jacobian(adapter, bank, SAMPLING, options=MANY)
     assert len(probe.noise) == len(bank.space.decisions) == 7
     calls = list(batches_of(SAMPLING, record(adapter, SAMPLING).calls))
@@ -84,7 +83,7 @@ def test_random_directions_give_the_first_order_noise_on_average(guided):
             rows = noise.flatten(1).square().sum(1) / call.output.flatten(1).square().sum(1)
             total[samples.start : samples.stop] += rows.detach().reshape(-1, len(samples)).mean(0) / SAMPLING.n_steps
         got = torch.tensor(probe.noise[name][str(bank.space.decision_index[name].formats[0])])
-        assert float(got.mean()) == pytest.approx(float(total.mean()), rel=0.3)  # 720 squared normals: 5 %, at most
+        assert float(got.mean()) == pytest.approx(float(total.mean()), rel=0.25)  # 600 squared normals or more: 6 %
         if name == "time":  # shared by the batch: each sample is given the mean
             assert len(set(got[:2].tolist())) == 1
         else:

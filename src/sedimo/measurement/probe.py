@@ -96,13 +96,18 @@ class _Exchange:
         self._originals: dict[int, tuple[nn.Module, nn.Parameter]] = {}
 
     def put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        made: dict[int, nn.Parameter] = {}
+        made: dict[tuple[int, torch.dtype], nn.Parameter] = {}
         for name, weight in weights.items():
             module, present = _layer(self._denoiser, name)
-            original = self._originals.setdefault(id(module), (module, present))[1]
-            if id(weight) not in made:  # layers that share a weight go on sharing one
-                made[id(weight)] = _parameter(weight, original, name)
-            module.weight = made[id(weight)]
+            if weight.shape != present.shape:
+                raise InputError(
+                    f"layer {name!r} has a weight of shape {tuple(present.shape)}, it cannot take {tuple(weight.shape)}"
+                )
+            self._originals.setdefault(id(module), (module, present))
+            key = (id(weight), present.dtype)
+            if key not in made:  # layers that share a weight go on sharing one
+                made[key] = _parameter(weight, present)
+            module.weight = made[key]
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
@@ -126,11 +131,7 @@ def _layer(denoiser: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter]:
     return module, weight
 
 
-def _parameter(weight: torch.Tensor, original: torch.Tensor, name: str) -> nn.Parameter:
-    if weight.shape != original.shape:
-        raise InputError(
-            f"layer {name!r} has a weight of shape {tuple(original.shape)}, it cannot take {tuple(weight.shape)}"
-        )
+def _parameter(weight: torch.Tensor, original: torch.Tensor) -> nn.Parameter:
     moved = weight.detach().to(original.device, original.dtype)  # a packed weight dequantizes in its new dtype
     plain = moved.dequantize() if isinstance(moved, QuantizedTensor) else moved
     return nn.Parameter(plain, requires_grad=False)

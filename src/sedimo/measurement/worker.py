@@ -6,9 +6,8 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 
-import diffusers
-import numpy as np
 import torch
 
 from sedimo.bank import Bank
@@ -98,12 +97,7 @@ def time_calls(adapter: PipelineAdapter, sampling: Sampling) -> CallTiming:
 
 def versions() -> Mapping[str, str]:
     """Versions of what computes numbers."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "numpy": np.__version__,
-    }
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in ("torch", "diffusers", "numpy")}}
 
 
 def _schedule_key(adapter: PipelineAdapter) -> str:

@@ -89,11 +89,13 @@ class Rows:
 
     def keys(self, kind: str) -> tuple[str, ...]:
         """The keys of a kind, sorted."""
-        return tuple(key for (key,) in self._connection.execute("SELECT key FROM rows WHERE kind = ? ORDER BY key", (kind,)))
+        found = self._connection.execute("SELECT key FROM rows WHERE kind = ? ORDER BY key", (kind,))
+        return tuple(key for (key,) in found)
 
     def items(self, kind: str) -> tuple[tuple[str, str], ...]:
         """`(key, text)` of all rows of a kind, sorted by key."""
-        return tuple(self._connection.execute("SELECT key, json FROM rows WHERE kind = ? ORDER BY key", (kind,)))
+        found = self._connection.execute("SELECT key, json FROM rows WHERE kind = ? ORDER BY key", (kind,))
+        return tuple(found)
 
     def delete(self, kind: str, keys: Iterable[str]) -> None:
         """Removes rows; keys that do not exist are no error."""

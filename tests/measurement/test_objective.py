@@ -1,0 +1,78 @@
+"""Three objectives on a pipeline whose noise can be worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toy_pipeline import ToyAdapter
+
+from sedimo.errors import StateError
+from sedimo.measurement.objective import batches_of, measure, measure_reference, trajectory_of
+from sedimo.measurement.probe import probed
+from sedimo.measurement.trial import OBJECTIVES
+from sedimo.pipelines.adapter import Sampling
+
+SAMPLING = Sampling(seeds=(5, 6, 7), n_steps=3, batch_size=2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("guided", [False, True])
+def test_an_unchanged_denoiser_makes_no_noise(objective, guided):
+    adapter = ToyAdapter(guided=guided)
+    powers = measure(adapter, measure_reference(objective, adapter, SAMPLING))
+    assert powers.n == 3
+    assert powers.noise.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_noise_does_not_depend_on_batches(objective):
+    adapter, found = ToyAdapter(guided=True), []
+    for batch_size in (1, 3):
+        reference = measure_reference(objective, adapter, Sampling((5, 6, 7), 3, batch_size=batch_size))
+        with probed(adapter.denoiser, {"twice": adapter.denoiser.twice.weight.detach() * 0.8}):
+            found.append(measure(adapter, reference))
+    assert np.allclose(found[0].ratio, found[1].ratio, rtol=1e-4)
+    assert (found[0].ratio > 0).all()
+
+
+def test_a_halved_output_layer_halves_each_step():
+    """A halved output is off by a quarter of its power at every step that is taught, whatever the sample."""
+    adapter = ToyAdapter()
+    torch.nn.init.zeros_(adapter.denoiser.out.bias)
+    half = {"out": adapter.denoiser.out.weight.detach() / 2}
+    reference = measure_reference("step", adapter, SAMPLING)
+    assert reference.n_calls == 6
+    with probed(adapter.denoiser, half):
+        taught = measure(adapter, reference)
+        assert np.allclose(taught.ratio, 0.25, rtol=1e-5)
+        assert taught.signal.tolist() == [1, 1, 1]
+        own = measure(adapter, measure_reference("path", adapter, SAMPLING))
+    assert own.noise.tolist() == [0, 0, 0]
+
+
+def test_the_own_path_accumulates_what_single_steps_do_not():
+    adapter = ToyAdapter()
+    torch.nn.init.zeros_(adapter.denoiser.out.bias)
+    with torch.no_grad():
+        adapter.denoiser.out.weight *= 20
+    references = {name: measure_reference(name, adapter, SAMPLING) for name in OBJECTIVES}
+    with probed(adapter.denoiser, {"out": adapter.denoiser.out.weight.detach() / 2}):
+        found = {name: measure(adapter, reference) for name, reference in references.items()}
+        latents = adapter.sample(SAMPLING)
+    assert np.allclose(found["step"].ratio, 0.25, rtol=1e-5)
+    assert not np.allclose(found["path"].ratio, 0.25, rtol=0.05)
+    exact = references["final_latents"].latents
+    noise = (latents.double() - exact.double()).flatten(1).square().sum(1)
+    assert np.allclose(found["final_latents"].noise, noise.numpy(), rtol=1e-9)
+
+
+def test_rows_belong_to_samples_batch_after_batch():
+    adapter = ToyAdapter(guided=True)
+    reference = measure_reference("step", adapter, SAMPLING)
+    assert [samples for _, samples in batches_of(SAMPLING, reference.calls)] == [range(2)] * 3 + [range(2, 3)] * 3
+    assert trajectory_of(reference).n_calls == 6
+    with pytest.raises(StateError, match="does not fit"):
+        list(batches_of(Sampling((5, 6, 7), 3, batch_size=3), reference.calls))
+    with pytest.raises(StateError, match="records no denoiser calls"):
+        trajectory_of(measure_reference("final_latents", adapter, SAMPLING))
