@@ -166,10 +166,6 @@ class QuantizedTensor(torch.Tensor):
         """Address of the first stored tensor: wrappers have none, and tie detection compares addresses."""
         return next(iter(self.parts[0].tensors.values())).data_ptr()
 
-    def is_shared(self) -> bool:
-        """Packed weights are not put into shared memory."""
-        return False
-
     def share_memory_(self) -> NoReturn:
         """Refused: torch would write into storage that a wrapper does not have, and end the interpreter."""
         self.refuse("share_memory_()", "Load the checkpoint in each process instead.")
@@ -181,6 +177,10 @@ class QuantizedTensor(torch.Tensor):
     def tolist(self) -> NoReturn:
         """Refused like `numpy`."""
         self.refuse("tolist()", "Call .dequantize().tolist() instead.")
+
+    def apply_(self, function: object) -> NoReturn:
+        """Refused: torch would run over storage that a wrapper does not have, and end the interpreter."""
+        self.refuse("apply_()")
 
     def __array__(self, dtype: object = None, copy: object = None) -> NoReturn:
         self.refuse("conversion to numpy", "Call .dequantize().numpy() instead.")
