@@ -107,7 +107,9 @@ class _Finder:
             outputs = {j for j in self._layers_next_to(i, self._after, block) if self.nodes[j].block == block}
             members = inputs[i] | (outputs - feeds_attention) | self._inside(i, attentions)
             kind = "self_attention" if self._is_self_attention(i) else "cross_attention"
-            self._take(kind, members)
+            for part in self._connected_parts(sorted(members - self._taken.keys())):
+                if not inputs[i].isdisjoint(part):
+                    self._take(kind, part)
 
     def _inside(self, attention: int, attentions: Sequence[int]) -> set[int]:
         """All layers of the module that computes the attention, if that is smaller than its block."""

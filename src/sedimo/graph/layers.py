@@ -67,7 +67,7 @@ def other_weights(denoiser: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, parameter in denoiser.named_parameters()
-        if parameter.dim() >= 2 and parameter.is_floating_point() and name not in own
+        if parameter.dim() >= 2 and parameter.dtype.is_floating_point and name not in own
     )
 
 
@@ -130,7 +130,7 @@ def _implied_shape(module: nn.Module) -> tuple[int, ...]:
 
 def _value_key(weight: torch.Tensor) -> object:
     """Equal for weights that may be equal; identity where values cannot be read."""
-    if weight.is_meta or type(weight.data) is not torch.Tensor:
+    if weight.is_meta or type(weight) not in (nn.Parameter, torch.Tensor):
         return id(weight)
     flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
     positions = torch.linspace(0, max(flat.numel() - 1, 0), _N_PROBED_ELEMENTS).long().to(flat.device)

@@ -124,7 +124,7 @@ class _Search:
         """The first inputs with which the forward comes to its end.
 
         Raises:
-            InputError: it does not, whatever form is exchanged, or no layer runs.
+            InputError: it does not, whatever form is exchanged.
         """
         attempt = self._attempt(forms, {})
         while attempt.failure is not None:
@@ -135,8 +135,6 @@ class _Search:
                 ) from attempt.failure
             attempt = best
         attempt = self._use_idle_layers(attempt)
-        if not attempt.layers_run:
-            raise InputError("its forward uses none of its layers")
         settled = {**attempt.learned, **dict.fromkeys(attempt.unresolved, _SIZE_OF_NO_CONSEQUENCE)}
         return self._build(attempt.forms, Sizes(config_of(self._twin), _dtype_of(self._twin), learned=settled))
 

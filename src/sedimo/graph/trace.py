@@ -53,6 +53,8 @@ def trace_denoiser(
         inputs = _inputs_for(twin, example_inputs or {}, capture)
         program = _export(twin, inputs)
     flow = read_flow(program, {name: layer.shape for name, layer in layers.items()}, _batch_size(inputs))
+    if not any(found.layer for found in flow):
+        raise InputError(f"the forward of {type(denoiser).__name__} uses none of its layers: it is no denoiser")
     nodes, edges = _assemble(flow, layers, find_blocks(denoiser, layers))
     return DenoiserGraph(
         denoiser=type(denoiser).__name__,
