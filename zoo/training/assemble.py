@@ -39,6 +39,9 @@ def _write_pipeline(work: Path, out: Path) -> None:
     )
     shutil.rmtree(out, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(out)
+    index = json.loads((out / "model_index.json").read_text())
+    index["id2label"] = {str(number): name for number, name in enumerate(CLASS_NAMES)}  # diffusers forgets it
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from sedimo.allocation.problem import Allocation, Budget, make_problem
 from sedimo.allocation.record import Outcome, least_cost, record
@@ -46,6 +47,21 @@ def allocate_fixed(table: SensitivityTable, budget: Budget | None, rule: str) ->
     own = budget or Budget(used, "paper")
     bound = min(relax(make_problem(table, own)).bound, math.fsum(entry.cost for entry in chosen.values()))
     return record(table, own, rule, Outcome(chosen, bound, is_heuristic=True, notes=notes))
+
+
+def allocate_given(table: SensitivityTable, choice: Mapping[str, Format]) -> Allocation:
+    """The allocation of a choice that was made elsewhere, with its costs and the bound of its size.
+
+    Raises:
+        InputError: a decision without a format, or a format that the table has no cost of.
+    """
+    missing = [d for d in table.by_decision if d not in choice or (d, choice[d]) not in table.index]
+    if missing:
+        raise InputError(f"the table has no cost of {choice.get(missing[0], 'any format')} for {missing[0]!r}.")
+    chosen = {d: table.index[d, choice[d]] for d in table.by_decision}
+    own = Budget(sum(entry.paper_bytes for entry in chosen.values()), "paper")
+    bound = min(relax(make_problem(table, own)).bound, math.fsum(entry.cost for entry in chosen.values()))
+    return record(table, own, "given", Outcome(chosen, bound, is_heuristic=True))
 
 
 def _uniform(table: SensitivityTable, number_format: Format) -> tuple[dict[str, Cost], tuple[str, ...]]:

@@ -1,0 +1,1 @@
+"""The verbs: plain functions from records to records, and the jobs that the command line runs."""

@@ -1,0 +1,104 @@
+"""The result beside full precision and beside uniform recipes, on seeds that the search has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sedimo.allocation.problem import Allocation
+from sedimo.api.evaluation import Samples, SignalEvaluation, compare_signals, draw, measures
+from sedimo.api.opening import Opened
+from sedimo.bank import SILENT, Bank, Progress
+from sedimo.codec import to_plain
+from sedimo.measurement.probe import Prober
+from sedimo.metrics.signal import PairedDifference, paired_difference
+from sedimo.quant.formats import Format
+from sedimo.space import Recipe
+
+UNIFORM_SLACK_BITS = 0.1
+N_PICTURES = 8
+
+
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """A recipe and how its samples compare with full precision."""
+
+    name: str
+    recipe: Recipe
+    paper_bits: float
+    stored_bits: float
+    signals: SignalEvaluation
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result and the uniform recipes of about its size, on the same fresh seeds.
+
+    `differences` are result minus uniform [dB], paired.
+    """
+
+    this: CheckedRecipe
+    uniform: tuple[CheckedRecipe, ...]
+    differences: Mapping[str, PairedDifference]
+    reference: Samples
+    quantized: Samples
+    seeds: tuple[int, ...]
+    n_steps: int
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values by name."""
+        recipes = {r.name: to_plain(measures(r.signals, None)) for r in (self.this, *self.uniform)}
+        return {
+            "seeds": list(self.seeds),
+            "n_steps": self.n_steps,
+            "recipes": recipes,
+            "differences_db": to_plain(self.differences),
+        }
+
+
+def check_recipe(opened: Opened, bank: Bank, allocation: Allocation, progress: Progress = SILENT) -> Check:
+    """Samples full precision, the result, and the best uniform recipes of about the same size."""
+    pipe, sampling = opened.pipe, opened.order.sampling.checking(opened.pipe)
+    reference = draw(pipe, sampling, label="full precision", progress=progress)
+    rivals = uniform_rivals(bank, allocation.paper_bits + UNIFORM_SLACK_BITS)
+    recipes = {"this recipe": allocation.recipe} | {f"uniform {f}": bank.space.uniform(f) for f in rivals}
+    checked, quantized = [], reference
+    with Prober(pipe.denoiser, bank.quantize) as prober:
+        for name, recipe in recipes.items():
+            prober.switch(recipe)
+            samples = draw(pipe, sampling, label=name, progress=progress)
+            checked.append(_checked(bank, name, recipe, compare_signals(reference, samples)))
+            quantized = samples if name == "this recipe" else quantized
+    this, *uniform = checked
+    differences = {u.name: paired_difference(this.signals.powers, u.signals.powers) for u in uniform}
+    return Check(this, tuple(uniform), differences, reference, quantized, sampling.seeds, sampling.n_steps)
+
+
+def uniform_rivals(bank: Bank, paper_bits: float, *, n: int = 3) -> tuple[Format, ...]:
+    """Of the formats that every decision can take at up to `paper_bits`, the largest of each family."""
+    space = bank.space
+    common = set.intersection(*(set(d.formats) for d in space.decisions))
+    sizes = {f: space.paper_bits(space.uniform(f)) for f in common if f.is_quantized}
+    fitting = sorted((f for f, bits in sizes.items() if bits <= paper_bits), key=lambda f: -sizes[f])
+    best: dict[tuple[str, bool], Format] = {}
+    for number_format in fitting:
+        best.setdefault((number_format.family, number_format.group_size is not None), number_format)
+    return tuple(best.values())[:n]
+
+
+def pictures_of(check: Check) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Label and uint8 images `[H, W, 3]` of full precision and of the result, for the first samples."""
+    pairs = zip(check.seeds, check.reference.images, check.quantized.images, strict=True)
+    return [(f"seed {seed}", _pixels(a), _pixels(b)) for seed, a, b in list(pairs)[:N_PICTURES]]
+
+
+def _pixels(image: object) -> np.ndarray:
+    array = np.asarray(image, dtype=np.float64).transpose(1, 2, 0)
+    return np.clip(np.rint(array * 255), 0, 255).astype(np.uint8)
+
+
+def _checked(bank: Bank, name: str, recipe: Recipe, signals: SignalEvaluation) -> CheckedRecipe:
+    stored = 8 * bank.space.stored_bytes(recipe) / bank.space.params
+    return CheckedRecipe(name, recipe, bank.space.paper_bits(recipe), stored, signals)

@@ -1,0 +1,205 @@
+"""The main job: from a source and a budget to a smaller checkpoint, with a report that says why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from sedimo.allocation.fixed import allocate_given
+from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import allocate
+from sedimo.api.checking import Check, check_recipe
+from sedimo.api.measuring import MethodPlan, make_bank, measure_table, plan_method
+from sedimo.api.opening import Opened, open_source
+from sedimo.api.order import BudgetOrder, Order
+from sedimo.api.publishing import summary_of
+from sedimo.api.rereport import keep_report
+from sedimo.bank import SILENT, Bank, Progress
+from sedimo.codec import to_plain
+from sedimo.errors import InputError
+from sedimo.measurement.study import Study
+from sedimo.reporting.html import write_report
+from sedimo.runtime.card import Origin
+from sedimo.runtime.weights import replace_weights
+from sedimo.runtime.writing import WriteOptions, WrittenCheckpoint, write_checkpoint
+from sedimo.sensitivity.error import error_table
+from sedimo.sensitivity.table import SensitivityTable
+
+REPORT_NAME = "report.html"
+STORED_BYTES_PER_SOURCE_BYTE = 0.35  # a generous guess for the disk that the result needs
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What a job will do and take, told before it starts."""
+
+    source: str
+    method: str
+    reason: str
+    budget: str
+    n_decisions: int
+    n_formats: int
+    seconds: float
+    denoiser_calls: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values by name."""
+        plain: Mapping[str, object] = to_plain(self)
+        return plain
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job did. `check` is None when the result was not sampled, and `unchecked` says why."""
+
+    allocation: Allocation
+    table: SensitivityTable
+    written: WrittenCheckpoint
+    report: Path
+    check: Check | None
+    unchecked: str
+    plan: MethodPlan
+    seconds: float
+    peak_rss_bytes: int
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        choice = self.allocation
+        found: dict[str, object] = {
+            "recipe": {name: str(entry) for name, entry in choice.recipe.layers.items()},
+            "method": choice.method,
+            "reason": self.plan.reason,
+            "paper_bits": choice.paper_bits,
+            "stored_bits": choice.stored_bits,
+            "stored_bytes": self.written.stored_bytes,
+            "file_bytes": self.written.file_bytes,
+            "objective": choice.objective,
+            "bound": choice.bound,
+            "gap": choice.gap,
+            "status": choice.status,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "out": str(self.written.folder),
+            "report": str(self.report),
+        }
+        if self.check is not None:
+            found["check"] = self.check.as_json()
+        return found
+
+
+def plan(order: Order, progress: Progress = SILENT) -> JobPlan:
+    """What the job takes, estimated from one timed call; nothing is measured or written.
+
+    Raises:
+        InputError: as `run`.
+    """
+    progress.start(1, "planning")
+    opened = open_source(order)
+    method = _plan_of(opened)
+    progress.done()
+    source_bytes = sum(f.stat().st_size for f in opened.weights_files)
+    return JobPlan(
+        source=opened.name,
+        method=method.method,
+        reason=method.reason,
+        budget=str(order.budget),
+        n_decisions=len(opened.space.decisions),
+        n_formats=len({f for d in opened.space.decisions for f in d.formats}),
+        seconds=method.seconds,
+        denoiser_calls=method.n_calls,
+        memory_bytes=method.memory_bytes + source_bytes,
+        disk_bytes=method.disk_bytes + int(STORED_BYTES_PER_SOURCE_BYTE * source_bytes),
+    )
+
+
+def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobResult:
+    """Writes the smaller checkpoint and its report.
+
+    Raises:
+        InputError: the source cannot be used, a budget that cannot be kept (with the least and most possible
+            bits), or an output that exists.
+        StateError: a damaged source, or a study folder that holds another study.
+        Interrupted: Ctrl-C; what was measured is kept, the same order goes on.
+    """
+    begin = time.monotonic()
+    if order.out is None or order.study_folder is None:
+        raise InputError("an output folder is needed: -o OUT")
+    opened = open_source(order)
+    method = _plan_of(opened)
+    with Study(order.study_folder) as study:
+        bank, table, allocation = _decide(opened, method, study, progress)
+        unchecked = _why_unchecked(opened)
+        check = None if unchecked else check_recipe(opened, bank, allocation, progress)
+        written = _write(opened, bank, allocation, (order.out, command))
+        facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
+        summary = summary_of(opened, (table, allocation), written, check, facts)
+        keep_report(study, table, summary)
+    report = write_report(summary, written.folder / REPORT_NAME)
+    seconds = time.monotonic() - begin
+    return JobResult(allocation, table, written, report, check, unchecked, method, seconds, peak_rss_bytes())
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process has held so far [bytes]; the present one where the system does not tell."""
+    process = psutil.Process()
+    try:
+        import resource
+    except ImportError:  # Windows keeps its own count
+        return int(getattr(process.memory_info(), "peak_wset", process.memory_info().rss))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if psutil.MACOS else peak * 1024)
+
+
+def _plan_of(opened: Opened) -> MethodPlan:
+    if opened.order.is_fixed:
+        return MethodPlan("error", "the recipe is given; costs are for the report only", 0.0, 0, 0, 0)
+    return plan_method(opened)
+
+
+def _decide(
+    opened: Opened, method: MethodPlan, study: Study, progress: Progress
+) -> tuple[Bank, SensitivityTable, Allocation]:
+    order = opened.order
+    if not order.is_fixed:
+        bank, table = measure_table(opened, method.method, study, progress)
+        return bank, table, _allocate(table, order.budget)
+    bank = make_bank(opened, is_exact=False, cache=study.path.parent, progress=progress)
+    table = error_table(bank.space, bank.candidates)
+    if order.recipe is not None:
+        return bank, table, allocate_given(table, bank.space.choice(order.recipe))
+    return bank, table, allocate(table, rule=order.method)
+
+
+def _allocate(table: SensitivityTable, budget: BudgetOrder) -> Allocation:
+    return allocate(table, bits=budget.bits, stored_bits=budget.stored_bits, budget_bytes=budget.n_bytes)
+
+
+def _why_unchecked(opened: Opened) -> str:
+    if not opened.order.check:
+        return "not asked for"
+    return opened.why_not_sampled() or ""
+
+
+def _write(opened: Opened, bank: Bank, allocation: Allocation, place: tuple[Path, str]) -> WrittenCheckpoint:
+    (out, command), order = place, opened.order
+    replace_weights(opened.denoiser, bank.quantize(allocation.recipe))
+    origin = Origin(
+        base_model=order.source,
+        method=f"{allocation.method}, {allocation.rule}",
+        command=command,
+        recipe_json=allocation.recipe.to_json(),
+    )
+    return write_checkpoint(
+        opened.folder,
+        out,
+        opened.denoiser,
+        origin,
+        component=opened.component,
+        options=WriteOptions(link=order.link, variant=order.variant),
+    )

@@ -1,0 +1,168 @@
+"""Which method finds out what matters, what that takes, and the table that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from sedimo.api.opening import Opened
+from sedimo.bank import SILENT, Bank, Progress, fit_bank
+from sedimo.errors import InputError
+from sedimo.measurement.campaign import plan_campaign, run_trials
+from sedimo.measurement.jacobian import JacobianProbe, probe_jacobian
+from sedimo.measurement.study import Study
+from sedimo.measurement.trial import Setting
+from sedimo.measurement.worker import CallTiming, TrialWorker, setting_of, time_calls
+from sedimo.sensitivity.ablation import AblationProbe, Measured, ablation_table, plan_probes
+from sedimo.sensitivity.combine import geometric_mean
+from sedimo.sensitivity.error import error_table
+from sedimo.sensitivity.jacobian import jacobian_table
+from sedimo.sensitivity.table import SensitivityTable
+
+MeasuredMethod = Literal["error", "jacobian", "ablation", "combined"]
+PATIENCE_SECONDS = 30 * 60
+SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
+JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls
+FIT_SECONDS_PER_WEIGHT = 5e-7  # one format fitted on two cores, the mean over the wide set
+
+
+@dataclass(frozen=True, slots=True)
+class MethodPlan:
+    """A method and what it takes on this machine, estimated from one timed call.
+
+    `reason` says why this method, for people. `memory_bytes` is needed besides the loaded pipeline.
+    """
+
+    method: MeasuredMethod
+    reason: str
+    seconds: float
+    n_calls: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+def plan_method(opened: Opened) -> MethodPlan:
+    """The method of an order, or the one that serves best in reasonable time for `auto`."""
+    wanted = opened.order.method
+    if wanted == "error":
+        return _error_plan(opened, "as ordered")
+    obstacle = opened.why_not_sampled()
+    if obstacle is not None:
+        if wanted == "auto":
+            return _error_plan(opened, f"{obstacle}, so weight error has to do")
+        raise InputError(f"method {wanted!r} runs the pipeline, but {obstacle}. Use --method error")
+    timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
+    if wanted != "auto":
+        return _sampled_plan(opened, _known(wanted), timing, "as ordered")
+    for method in ("combined", "jacobian"):
+        plan = _sampled_plan(opened, _known(method), timing, "the best that takes less than half an hour")
+        if plan.seconds <= PATIENCE_SECONDS:
+            return plan
+    return _error_plan(opened, f"measuring would take {plan.seconds / 60:.0f} minutes, so weight error has to do")
+
+
+def measure_table(
+    opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT
+) -> tuple[Bank, SensitivityTable]:
+    """The bank and the table of a method. What the study holds already is not measured again."""
+    bank = make_bank(opened, is_exact=method != "error", cache=study.path.parent, progress=progress)
+    if method == "error":
+        return bank, error_table(bank.space, bank.candidates)
+    if method == "jacobian":
+        return bank, _jacobian(opened, bank, study, progress)
+    ablated = _ablation(opened, bank, study, progress)
+    if method == "ablation":
+        return bank, ablated
+    return bank, geometric_mean(ablated, _jacobian(opened, bank, study, progress))
+
+
+def make_bank(opened: Opened, *, is_exact: bool, cache: Path | None = None, progress: Progress = SILENT) -> Bank:
+    """All candidates: fitted in full, or with errors estimated from some output channels."""
+    channels = None if is_exact else SAMPLE_CHANNELS
+    return fit_bank(opened.weights, opened.space, sample_channels=channels, cache=cache, progress=progress)
+
+
+def ablation_probes(opened: Opened, bank: Bank) -> tuple[AblationProbe, ...]:
+    """The probes of the ablation: near the ordered bits, per decision or per group."""
+    groups = opened.graph.groups if opened.order.probe_groups else ()
+    return plan_probes(bank.space, bank.candidates, near_bits=near_bits(opened), groups=groups)
+
+
+def near_bits(opened: Opened) -> tuple[float, ...]:
+    """Around which bits to probe: half a bit below and a bit above the budget."""
+    order = opened.order.budget
+    bits = order.bits or order.stored_bits
+    if bits is None and order.n_bytes is not None:
+        bits = 8 * order.n_bytes / opened.space.params
+    return (3.0, 4.5) if bits is None else (max(2.2, bits - 0.5), bits + 1.0)
+
+
+def _jacobian(opened: Opened, bank: Bank, study: Study, progress: Progress) -> SensitivityTable:
+    sampling = opened.order.sampling.searching(opened.pipe)
+    probe: JacobianProbe = probe_jacobian(opened.pipe, bank, sampling, study=study, progress=progress)
+    return jacobian_table(bank.space, bank.candidates, probe)
+
+
+def _ablation(opened: Opened, bank: Bank, study: Study, progress: Progress) -> SensitivityTable:
+    probes = ablation_probes(opened, bank)
+    measured = measure_probes(opened, bank, study, probes, progress)
+    settings = {"groups": str(opened.order.probe_groups), "near_bits": str(near_bits(opened))}
+    return ablation_table(bank.space, bank.candidates, measured, settings=settings)
+
+
+def measure_probes(
+    opened: Opened, bank: Bank, study: Study, probes: Sequence[AblationProbe], progress: Progress = SILENT
+) -> tuple[Measured, ...]:
+    """Each probe measured on the searched seeds; every probe is a trial of the study."""
+    sampling = opened.order.sampling.searching(opened.pipe)
+    trials = run_trials(
+        study,
+        [probe.recipe(bank.space) for probe in probes],
+        setting=search_setting(opened),
+        make_worker=lambda: TrialWorker(opened.pipe, bank, sampling, objective="final_latents"),
+        progress=progress,
+    )
+    return tuple(Measured(probe, trial.powers) for probe, trial in zip(probes, trials, strict=True))
+
+
+def search_setting(opened: Opened) -> Setting:
+    """What names the trials of the search."""
+    sampling = opened.order.sampling.searching(opened.pipe)
+    return setting_of(opened.pipe, sampling, weights_digest=opened.weights.digest)
+
+
+def _known(method: str) -> MeasuredMethod:
+    if method not in get_args(MeasuredMethod):
+        raise InputError(f"no such method: {method!r}")
+    return cast("MeasuredMethod", method)
+
+
+def _fit_seconds(opened: Opened) -> float:
+    return sum(d.params * len(d.formats) for d in opened.space.decisions) * FIT_SECONDS_PER_WEIGHT
+
+
+def _error_plan(opened: Opened, reason: str) -> MethodPlan:
+    channels = sum(min(1.0, SAMPLE_CHANNELS / d.shape[0]) * d.params * len(d.formats) for d in opened.space.decisions)
+    seconds = channels * FIT_SECONDS_PER_WEIGHT + opened.space.params * FIT_SECONDS_PER_WEIGHT
+    largest = max(d.params for d in opened.space.decisions)
+    return MethodPlan("error", reason, seconds, 0, 16 * largest, 0)
+
+
+def _sampled_plan(opened: Opened, method: MeasuredMethod, timing: CallTiming, reason: str) -> MethodPlan:
+    seconds, calls, memory, disk = _fit_seconds(opened), 0, 0, 0
+    weights_bytes = 4 * opened.space.params
+    if method in ("jacobian", "combined"):
+        calls += timing.n_calls
+        seconds += timing.n_calls * timing.seconds_per_call * JACOBIAN_FACTOR
+        memory = max(memory, 2 << 30)
+    if method in ("ablation", "combined"):
+        quick = make_bank(opened, is_exact=False)
+        recipes = [probe.recipe(quick.space) for probe in ablation_probes(opened, quick)]
+        campaign = plan_campaign(
+            recipes, study=None, setting=search_setting(opened), timing=timing, weights_bytes=weights_bytes
+        )
+        calls, disk = calls + campaign.n_calls, campaign.disk_bytes
+        seconds, memory = seconds + campaign.seconds, max(memory, campaign.memory_bytes)
+    return MethodPlan(method, reason, seconds, calls, memory, disk)

@@ -1,0 +1,95 @@
+"""A source made ready: its denoiser in the stored dtype, its graph, its space, its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from sedimo.api import verbs
+from sedimo.api.order import Order
+from sedimo.errors import InputError
+from sedimo.graph.model import DenoiserGraph
+from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
+from sedimo.pipelines.loading import load_pipeline, locate
+from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
+from sedimo.space import SearchSpace
+
+MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
+
+
+@dataclass
+class Opened:
+    """A source made ready. The whole pipeline is loaded when it is first needed."""
+
+    order: Order
+    name: str
+    folder: Path
+    denoiser: torch.nn.Module
+    graph: DenoiserGraph
+    space: SearchSpace
+    weights: FileWeights
+    _pipe: DiffusersPipeline | None = field(default=None)
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the source can be sampled at all."""
+        return (self.folder / "model_index.json").is_file()
+
+    @property
+    def component(self) -> str | None:
+        """Name of the denoiser's folder inside the pipeline's, None when the source is a denoiser alone."""
+        return self.weights.folder.name if self.is_pipeline else None
+
+    @property
+    def weights_files(self) -> tuple[Path, ...]:
+        """The files that hold the denoiser's weights."""
+        return tuple(self.weights.files)
+
+    @property
+    def pipe(self) -> DiffusersPipeline:
+        """The pipeline, loaded in the compute dtype.
+
+        Raises:
+            InputError: the source is a denoiser alone.
+        """
+        if self._pipe is None:
+            compute, variant = self.order.compute, self.order.variant
+            loaded = load_pipeline(str(self.folder), device=compute.device, dtype=compute.dtype, variant=variant)
+            if isinstance(loaded, BareDenoiser):
+                raise InputError(f"{self.name} is a denoiser without its pipeline and cannot be sampled")
+            self._pipe = loaded
+        return self._pipe
+
+    def why_not_sampled(self) -> str | None:
+        """Why the pipeline cannot run here, or None when it can."""
+        if not self.is_pipeline:
+            return "the source is a denoiser without its pipeline"
+        files = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
+        on_cpu = self.order.compute.device in (None, "cpu") and not torch.cuda.is_available()
+        needed = files * (2 if on_cpu and self.order.compute.dtype in (None, "fp32") else 1)
+        free = psutil.virtual_memory().available
+        if needed > MEMORY_SHARE * free:
+            return f"the pipeline needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        return None
+
+
+def open_source(order: Order) -> Opened:
+    """Loads the denoiser in the dtype that it is stored in, and traces it.
+
+    Raises:
+        InputError: the source cannot be used, is quantized already, or its inputs are unknown.
+        StateError: a damaged file.
+    """
+    name, folder = locate(order.source, order.variant)
+    inner = denoiser_folder(folder)
+    weights = FileWeights(inner, order.variant)
+    bare = load_pipeline(str(inner), device="cpu", dtype=stored_dtype(weights.files), variant=order.variant)
+    denoiser = bare.denoiser
+    graph = verbs.trace(denoiser)
+    formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
+    if order.recipe is not None:
+        formats = ",".join(sorted({str(f) for f in verbs.formats_of(order.recipe)} | {"fp16"}))
+    return Opened(order, name, folder, denoiser, graph, verbs.search_space(graph, formats), weights)

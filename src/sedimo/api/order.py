@@ -1,0 +1,141 @@
+"""What a person orders: a source, a budget, a method, how to sample. Checked before anything long starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from sedimo.errors import InputError
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.quant.formats import Format, parse_formats
+from sedimo.space import Recipe
+
+Method = Literal["auto", "error", "jacobian", "ablation", "combined"]
+METHODS: tuple[Method, ...] = ("auto", "error", "jacobian", "ablation", "combined")
+UNIFORM = "uniform:"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetOrder:
+    """At most one of: paper bits per weight, stored bits per weight, bytes of the replacing tensors."""
+
+    bits: float | None = None
+    stored_bits: float | None = None
+    n_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses two budgets at once and budgets that no weight has."""
+        given = [v for v in (self.bits, self.stored_bits, self.n_bytes) if v is not None]
+        if len(given) > 1:
+            raise InputError("give one budget: --bits, --stored-bits or --bytes, got several")
+        if given and not 0 < given[0] < float("inf"):
+            raise InputError(f"a budget must be positive, got {given[0]}")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a budget at all."""
+        return any(v is not None for v in (self.bits, self.stored_bits, self.n_bytes))
+
+    def __str__(self) -> str:
+        """For people."""
+        if self.bits is not None:
+            return f"{self.bits:g} paper bits per weight"
+        if self.stored_bits is not None:
+            return f"{self.stored_bits:g} stored bits per weight"
+        return f"{self.n_bytes} bytes" if self.n_bytes is not None else "no budget"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOrder:
+    """How to sample while searching: `n_seeds` samples from `first_seed` on, `n_steps` each.
+
+    The result is checked on `n_check_seeds` fresh seeds that follow the searched ones.
+    """
+
+    n_seeds: int = 8
+    first_seed: int = 0
+    n_steps: int = 10
+    conditions: tuple[str, ...] = ()
+    guidance: float | None = None
+    resolution: int | None = None
+    n_check_seeds: int = 16
+
+    def searching(self, pipe: DiffusersPipeline) -> Sampling:
+        """The plan on which recipes are searched."""
+        return self.plan(pipe, range(self.first_seed, self.first_seed + self.n_seeds))
+
+    def checking(self, pipe: DiffusersPipeline) -> Sampling:
+        """The plan on which the result is checked: seeds that the search has not seen."""
+        first = self.first_seed + self.n_seeds
+        return self.plan(pipe, range(first, first + self.n_check_seeds))
+
+    def plan(self, pipe: DiffusersPipeline, seeds: range) -> Sampling:
+        """A plan for some seeds, with the pipeline's defaults where nothing was ordered."""
+        default = pipe.default_sampling(seeds, self.n_steps)
+        conditions = self.conditions or default.conditions
+        return replace(default, conditions=conditions, guidance=self.guidance, resolution=self.resolution)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Dtype (`fp32`, `bf16`, `fp16`) and device; None: float32 on the CPU, the checkpoint's dtype on a GPU."""
+
+    dtype: str | None = None
+    device: str | None = None
+
+
+DEFAULT_COMPUTE = Compute()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One run of the main job. `recipe` and `method="uniform:kmc4"` need no budget."""
+
+    source: str
+    out: Path | None
+    budget: BudgetOrder
+    method: str = "auto"
+    formats: str = "wide"
+    recipe: Recipe | None = None
+    store: Path | None = None
+    variant: str | None = None
+    sampling: SamplingOrder = SamplingOrder()
+    compute: Compute = DEFAULT_COMPUTE
+    link: bool = False
+    check: bool = True
+    probe_groups: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks method, formats, budget and output together.
+
+        Raises:
+            InputError: an unknown method or format, no budget where one is needed, or an output that exists.
+        """
+        if not self.is_fixed and self.method not in METHODS:
+            raise InputError(f"the method must be one of {', '.join(METHODS)} or uniform:FORMAT, got {self.method!r}")
+        parse_formats(self.formats)
+        if self.method.startswith(UNIFORM):
+            Format.parse(self.method.removeprefix(UNIFORM))
+        if not self.is_fixed and not self.budget.is_given:
+            raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes)")
+        if self.out is not None and self.out.exists() and any(self.out.iterdir() if self.out.is_dir() else [0]):
+            raise InputError(f"{self.out} exists already and is not an empty folder; choose another or remove it")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the recipe is given and nothing has to be found out."""
+        return self.recipe is not None or self.method.startswith(UNIFORM)
+
+    @property
+    def uniform_format(self) -> Format | None:
+        """The format of `uniform:FORMAT`."""
+        return Format.parse(self.method.removeprefix(UNIFORM)) if self.method.startswith(UNIFORM) else None
+
+    @property
+    def study_folder(self) -> Path | None:
+        """Where measurements are kept, so that an interrupted run goes on."""
+        if self.store is not None:
+            return self.store
+        return self.out.with_name(self.out.name + ".study") if self.out is not None else None

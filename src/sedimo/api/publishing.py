@@ -1,0 +1,97 @@
+"""From what a job knows to the report's numbers."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Mapping
+
+import psutil
+import torch
+
+from sedimo.allocation.frontier import even_budgets, frontier
+from sedimo.allocation.problem import Allocation
+from sedimo.api.checking import Check, CheckedRecipe, pictures_of
+from sedimo.api.evaluation import sqnr_estimate
+from sedimo.api.opening import Opened
+from sedimo.measurement.worker import versions
+from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.signal import PairedDifference
+from sedimo.reporting.building import frontier_points, summarize
+from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeKind, RecipeRow, Summary
+from sedimo.runtime.writing import WrittenCheckpoint
+from sedimo.sensitivity.table import SensitivityTable
+
+N_FRONTIER_POINTS = 24
+
+
+def summary_of(
+    opened: Opened,
+    decided: tuple[SensitivityTable, Allocation],
+    written: WrittenCheckpoint,
+    check: Check | None,
+    facts: Mapping[str, str],
+) -> Summary:
+    """The numbers of a job's report; `facts` are `command` and `seconds`."""
+    table, allocation = decided
+    evidence = Evidence(
+        recipes=() if check is None else recipe_rows(check),
+        differences=() if check is None else difference_rows(check),
+        frontier=frontier_points(frontier(table, even_budgets(table, N_FRONTIER_POINTS))),
+        pictures=() if check is None else tuple(Picture(*parts) for parts in pictures_of(check)),
+        file_bytes=written.file_bytes,
+        source_file_bytes=sum(f.stat().st_size for f in opened.weights_files),
+    )
+    return summarize(
+        table,
+        allocation,
+        model=opened.name,
+        shapes={d.name: d.shape for d in opened.space.decisions},
+        evidence=evidence,
+        provenance=provenance(opened, table, check, facts),
+    )
+
+
+def recipe_rows(check: Check) -> tuple[RecipeRow, ...]:
+    """The result and the uniform recipes with their measures."""
+    rows: list[tuple[RecipeKind, CheckedRecipe]] = [("this", check.this), *(("uniform", u) for u in check.uniform)]
+    return tuple(_row(kind, recipe) for kind, recipe in rows)
+
+
+def difference_rows(check: Check) -> tuple[DifferenceRow, ...]:
+    """The paired differences as estimates."""
+    return tuple(DifferenceRow(name, "sqnr_db", _estimate(d)) for name, d in check.differences.items())
+
+
+def provenance(opened: Opened, table: SensitivityTable, check: Check | None, facts: Mapping[str, str]) -> Provenance:
+    """How the numbers came about, in words."""
+    sampling = opened.order.sampling
+    searched = f"{sampling.first_seed} to {sampling.first_seed + sampling.n_seeds - 1}"
+    seeds = f"searched on {searched}" if table.method != "error" else "none used for the search"
+    if check is not None:
+        seeds += f"; checked on {check.seeds[0]} to {check.seeds[-1]}"
+    return Provenance(
+        command=facts.get("command", ""),
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        seeds=seeds,
+        sampling={"steps": str(sampling.n_steps), "method": table.method, **table.settings},
+        versions=versions(),
+        machine=f"{platform.system()} {platform.machine()}, {_processor()}",
+        seconds={"the whole job": float(facts.get("seconds", 0))},
+        notes=opened.space.notes,
+    )
+
+
+def _row(kind: RecipeKind, recipe: CheckedRecipe) -> RecipeRow:
+    found = {"sqnr_db": sqnr_estimate(recipe.signals.sqnr), "psnr_db": recipe.signals.psnr}
+    return RecipeRow(recipe.name, kind, recipe.paper_bits, recipe.stored_bits, found)
+
+
+def _estimate(difference: PairedDifference) -> Estimate:
+    d = difference
+    return Estimate(d.mean_db, d.standard_error, d.low, d.high, d.n)
+
+
+def _processor() -> str:
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or "CPU"
+    return f"{name}, {psutil.cpu_count()} cores"

@@ -1,0 +1,225 @@
+"""The verbs in the order of the data: load, trace, search_space, fit, explore, attribute, allocate, quantize, report.
+
+Each is a plain function from records to a record. They add the context that inner errors lack and choose
+sensible defaults; what they decide about numbers is written in the records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sedimo.allocation import solve
+from sedimo.allocation.problem import Allocation
+from sedimo.bank import SILENT, Bank, Progress, fit_bank
+from sedimo.errors import InputError
+from sedimo.graph.model import DenoiserGraph
+from sedimo.graph.trace import trace_denoiser
+from sedimo.measurement.campaign import run_trials
+from sedimo.measurement.exploration import random_recipe
+from sedimo.measurement.study import Study
+from sedimo.measurement.trial import ObjectiveName
+from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.pipelines.adapter import Sampling, WeightSource
+from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
+from sedimo.pipelines.loading import Source, load_pipeline
+from sedimo.pipelines.trajectory import record
+from sedimo.pipelines.weights import FileWeights, ModuleWeights, denoiser_folder
+from sedimo.quant import memory, quantization
+from sedimo.quant.formats import Format
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.weights import replace_weights
+from sedimo.sensitivity.table import SensitivityTable
+from sedimo.space import Recipe, SearchSpace
+from sedimo.space import search_space as make_search_space
+
+Loaded = DiffusersPipeline | BareDenoiser
+RecipeLike = Recipe | Mapping[str, str | Format]
+
+
+def load(
+    source: Source,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
+) -> Loaded:
+    """A pipeline from a diffusers folder, a hub id, `zoo:NAME`, or an object that is loaded already.
+
+    The dtype is float32 on the CPU and the checkpoint's on a GPU unless given.
+
+    Raises:
+        InputError: nothing there, no denoiser, weights that could only be unpickled, unknown device or dtype.
+        StateError: a damaged file.
+        MissingExtraError: `zoo:` without the package sedimo-zoo.
+
+    Example:
+        >>> pipe = sedimo.load("zoo:cifar-dit")
+    """
+    return load_pipeline(source, device=device, dtype=dtype, variant=variant)
+
+
+def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | None = None) -> DenoiserGraph:
+    """The graph of a denoiser: its weight layers, how they are connected, blocks, groups, MACs.
+
+    Inputs are found by argument name, else captured from one call of the pipeline, else `example_inputs`
+    (argument name to tensor; only shapes and dtypes matter) must tell them.
+
+    Raises:
+        InputError: inputs that nobody knows, or a network that cannot be exported.
+    """
+    if isinstance(pipe, DiffusersPipeline):
+        return trace_denoiser(pipe.denoiser, example_inputs=example_inputs, capture=lambda: _captured_inputs(pipe))
+    denoiser = pipe.denoiser if isinstance(pipe, BareDenoiser) else pipe
+    return trace_denoiser(denoiser, example_inputs=example_inputs)
+
+
+def search_space(graph: DenoiserGraph, formats: str | Iterable[str | Format] = "wide") -> SearchSpace:
+    """What may be decided: one decision per layer (one for layers with equal weights), with its formats.
+
+    `formats` is `wide`, `paper`, a text like `kmc4,uaq4g64,fp16`, or a list.
+
+    Raises:
+        InputError: not a format, or an empty list.
+    """
+    return make_search_space(graph, formats)
+
+
+def fit(
+    pipe: Loaded | nn.Module,
+    space: SearchSpace,
+    *,
+    sample_channels: int | None = None,
+    cache: Path | str | None = None,
+    progress: Progress = SILENT,
+) -> Bank:
+    """The bank: what each format does to each weight. With `cache`, work is kept in that folder and reused.
+
+    `sample_channels` estimates errors from so many output channels of each weight (with their standard error)
+    instead of fitting every format in full.
+
+    Raises:
+        InputError: a weight that holds NaN or infinity, or that does not fit the space.
+    """
+    weights = weights_of(pipe)
+    return fit_bank(
+        weights, space, sample_channels=sample_channels, cache=Path(cache) if cache else None, progress=progress
+    )
+
+
+def weights_of(pipe: Loaded | nn.Module) -> WeightSource:
+    """The weights in the dtype they are stored in: from the files where there are any, else from memory."""
+    if isinstance(pipe, DiffusersPipeline | BareDenoiser) and pipe.folder is not None and not pipe.is_quantized:
+        return FileWeights(denoiser_folder(pipe.folder))
+    return ModuleWeights(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
+
+
+def explore(
+    pipe: DiffusersPipeline,
+    bank: Bank,
+    *,
+    store: Path | str,
+    trials: int,
+    objective: ObjectiveName = "final_latents",
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Study:
+    """Measures random recipes and keeps them in a study; what is there already is not measured again.
+
+    Recipe i is a function of (`seed`, i). Safe to interrupt: the same call goes on where it was.
+
+    Raises:
+        InputError: a pipeline that cannot be sampled.
+        StateError: the folder holds a study of something else.
+    """
+    plan = sampling or pipe.default_sampling(range(8), 10)
+    study = Study(store)
+    study.claim("space", bank.space)
+    setting = setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=objective)
+    recipes = [random_recipe(bank.space, seed, index) for index in range(trials)]
+    run_trials(
+        study,
+        recipes,
+        setting=setting,
+        make_worker=lambda: TrialWorker(pipe, bank, plan, objective=objective),
+    )
+    return study
+
+
+def allocate(
+    table: SensitivityTable,
+    *,
+    bits: float | None = None,
+    stored_bits: float | None = None,
+    budget_bytes: int | None = None,
+    budget_bops: int | None = None,
+    rule: str = "milp",
+) -> Allocation:
+    """The recipe of least total cost under a budget, with its certificate.
+
+    Exactly one of `bits` (paper accounting), `stored_bits` (the file) and `budget_bytes` is given.
+
+    Raises:
+        InputError: no or several budgets, or one that cannot be kept; then with the least and most possible bits.
+
+    Example:
+        >>> choice = sedimo.allocate(table, bits=3.7)
+        >>> choice.bits <= 3.7
+        True
+    """
+    return solve.allocate(
+        table, bits=bits, stored_bits=stored_bits, budget_bytes=budget_bytes, budget_bops=budget_bops, rule=rule
+    )
+
+
+def quantize(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None = None) -> Loaded | nn.Module:
+    """Replaces the weights that a recipe names by packed ones, in place, and returns `pipe`.
+
+    `recipe` is a `Recipe` or a plain mapping of layer name to format text. With a `bank`, its fits are used.
+
+    Raises:
+        InputError: an unknown layer, a format that is none, a weight that is packed already or carries an adapter.
+    """
+    wanted = recipe if isinstance(recipe, Recipe) else Recipe.from_mapping(recipe)
+    denoiser = pipe if isinstance(pipe, nn.Module) else pipe.denoiser
+    if bank is None:
+        space = search_space(trace(pipe), sorted({str(f) for f in formats_of(wanted)} | {"fp16"}))
+        bank = fit_bank(weights_of(pipe), space, sample_channels=1)
+    replace_weights(denoiser, bank.quantize(wanted))
+    return pipe
+
+
+def quantize_weight(weight: torch.Tensor, number_format: str | Format) -> QuantizedTensor:
+    """One weight `[out, in, ...]` of any float dtype, packed.
+
+    Raises:
+        InputError: not a format, NaN or infinity in the weight, or fewer than two dimensions.
+
+    Example:
+        >>> packed = sedimo.quantize_weight(torch.randn(64, 64), "kmc4")
+        >>> packed.dequantize().shape, packed.stored_bytes
+        (torch.Size([64, 64]), 4096)
+    """
+    return quantization.quantize_weight(weight, number_format)
+
+
+def memory_bytes(model: nn.Module | Loaded) -> int:
+    """The real memory of a model's parameters and buffers, packed ones as packed, shared ones once [bytes]."""
+    return memory.memory_bytes(model if isinstance(model, nn.Module) else model.denoiser)
+
+
+def formats_of(recipe: Recipe) -> set[Format]:
+    """All formats that a recipe mentions."""
+    entries = recipe.layers.values()
+    return {f for e in entries for f in ((e,) if isinstance(e, Format) else (p.format for p in e))}
+
+
+def _captured_inputs(pipe: DiffusersPipeline) -> Mapping[str, object]:
+    """The denoiser's inputs in one real call of the pipeline."""
+    trajectory = record(pipe, pipe.default_sampling([0], 1), steps=[0])
+    if not trajectory.calls:
+        raise InputError(f"the pipeline {pipe.name} did not call its denoiser")
+    return trajectory.calls[0].inputs

@@ -1,0 +1,167 @@
+"""The commands, one per verb: options in, one call, tables or JSON out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from sedimo.cli import console, show
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+METHODS = "auto, error, jacobian, ablation, combined, or uniform:FORMAT"
+
+
+def _sampling_options(command: Command) -> Command:
+    """What determines a sample besides the weights; part of every trial's key."""
+    for option in (
+        click.option("--resolution", type=int, help="Image size [pixels]; default: the pipeline's."),
+        click.option("--guidance", type=float, help="Guidance scale; default: the pipeline's."),
+        click.option(
+            "--prompts",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Text file, a prompt or class per line; default: the pipeline's classes, or built-in prompts.",
+        ),
+        click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Denoising steps."),
+        click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Number of samples."),
+        click.option("--seed", type=int, default=0, show_default=True, help="First seed."),
+        click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute dtype."),
+        click.option("--device", help="cpu, cuda, cuda:1, mps; default: the GPU if there is one."),
+    ):
+        command = option(command)
+    return command
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@_json_option
+def inspect(source: str, as_json: bool) -> None:
+    """Show layers, operation types, blocks, groups, sizes and MACs of a denoiser."""
+    from sedimo.api import inspection
+
+    found = inspection.inspect_source(source)
+    if as_json:
+        console.print_json(found)
+    else:
+        show.inspection(found)
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
+@click.option("--stored-bits", type=float, help="Budget: stored bits per weight, all parameters counted.")
+@click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--method", default="auto", show_default=True, help=f"How to find out what matters: {METHODS}.")
+@click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
+@click.option(
+    "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
+)
+@click.option(
+    "--store", type=click.Path(path_type=Path), help="Folder for measurements; default: OUT.study beside OUT."
+)
+@click.option("--variant", help="Variant of the source's weights, such as fp16.")
+@click.option("--link", is_flag=True, help="Hard-link the other components instead of copying them.")
+@click.option("--no-check", is_flag=True, help="Do not sample the result beside the source.")
+@click.option("--dry-run", is_flag=True, help="Tell seconds, denoiser calls, memory and disk, and stop.")
+@_sampling_options
+@_json_option
+def quantize(as_json: bool, **options: object) -> None:
+    """Write a smaller checkpoint of SRC under a budget, with a report that says why.
+
+    Example: sedimo quantize zoo:cifar-dit --bits 3.5 -o small
+    """
+    from sedimo.api import job
+    from sedimo.cli.orders import order_of
+
+    order = order_of(options)
+    progress = console.ConsoleProgress()
+    if options["dry_run"]:
+        plan = job.plan(order, progress)
+        console.print_json(plan.as_json()) if as_json else show.plan(plan)
+        return
+    result = job.run(order, progress, command=console.command_line())
+    console.print_json(result.as_json()) if as_json else show.result(result)
+
+
+@click.command()
+@click.argument("out", metavar="OUT")
+@click.option("--against", required=True, metavar="SRC", help="The pipeline that OUT was made from.")
+@click.option("--images", type=click.IntRange(0), default=0, help="Number of images for FID and KID; 0: not measured.")
+@_sampling_options
+@_json_option
+def evaluate(out: str, against: str, images: int, as_json: bool, **options: object) -> None:
+    """Compare the checkpoint OUT with its source on the same seeds: size, SQNR, PSNR, FID, KID."""
+    from sedimo.api.comparison import evaluate_sources
+    from sedimo.cli.orders import compute_of, sampling_of
+
+    found = evaluate_sources(
+        out,
+        against,
+        sampling_of(options),
+        n_images=images,
+        compute=compute_of(options),
+        progress=console.ConsoleProgress(),
+    )
+    console.print_json(found.as_json()) if as_json else show.evaluation(found)
+
+
+@click.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@_json_option
+def diff(first: str, second: str, as_json: bool) -> None:
+    """Show, layer by layer, where two recipes or checkpoints differ."""
+    from sedimo.api.inspection import differences, read_recipe
+    from sedimo.codec import to_plain
+
+    found = differences(read_recipe(first), read_recipe(second))
+    console.print_json({"differences": to_plain(found)}) if as_json else show.differences(found)
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
+@click.option("--stored-bits", type=float, help="Budget: stored bits per weight, all parameters counted.")
+@click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the recipe to this file.")
+@_json_option
+def allocate(run: Path, out: Path | None, as_json: bool, **budget: float | None) -> None:
+    """Choose the recipe for another budget from the measurements in the study folder RUN."""
+    from sedimo.api.rereport import allocate_again
+    from sedimo.cli.orders import budget_of
+
+    found = allocate_again(run, budget_of(budget))
+    if out is not None:
+        out.write_text(found.recipe.to_json(), encoding="utf-8")
+    console.print_json(show.allocation_json(found)) if as_json else show.allocation(found)
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to write; default: report.html in RUN.")
+def report(run: Path, out: Path | None) -> None:
+    """Write the report of a finished job again from its study folder RUN."""
+    from sedimo.api.rereport import report_again
+
+    click.echo(report_again(run, out))
+
+
+@click.command()
+@click.option("-o", "--out", type=click.Path(path_type=Path), default="demo-out", show_default=True)
+@click.option("--bits", type=float, default=3.5, show_default=True)
+def demo(out: Path, bits: float) -> None:
+    """Do the main job on the embedded model and say where the report is."""
+    from sedimo.api.demo import run_demo
+
+    show.result(run_demo(out, bits, console.ConsoleProgress(), command=console.command_line()))
+
+
+ALL = (inspect, quantize, allocate, evaluate, diff, report, demo)

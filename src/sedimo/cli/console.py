@@ -1,0 +1,124 @@
+"""Talking to people: errors with exit codes, progress bars on standard error, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+import click
+
+from sedimo.errors import InputError, MissingExtraError, SedimoError
+
+EXIT_UNEXPECTED, EXIT_INPUT, EXIT_STATE, EXIT_EXTRA, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
+
+
+def run_guarded(work: Callable[[], object], *, verbose: bool) -> object:
+    """Runs `work`; an error of ours becomes a message on standard error and its exit code."""
+    try:
+        return work()
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or "interrupted; what was finished is saved, the same command goes on"
+        _exit(message, EXIT_INTERRUPTED)
+    except SedimoError as error:
+        if verbose:
+            traceback.print_exc()
+        _exit(f"{type(error).__name__}: {error}", exit_code(error))
+    return None
+
+
+def exit_code(error: SedimoError) -> int:
+    """The exit code of an error."""
+    if isinstance(error, InputError):
+        return EXIT_INPUT
+    return EXIT_EXTRA if isinstance(error, MissingExtraError) else EXIT_STATE
+
+
+def _exit(message: str, code: int) -> None:
+    click.echo(message, err=True)
+    raise click.exceptions.Exit(code)
+
+
+def command_line() -> str:
+    """The command as it was typed, for records."""
+    return shlex.join(["sedimo", *sys.argv[1:]])
+
+
+def print_json(plain: object) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on standard output; columns after the first are aligned right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+
+
+class ConsoleProgress:
+    """Progress bars on standard error when it is a terminal, else a line every ten seconds."""
+
+    QUIET_SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._bar: object | None = None
+        self._label, self._total, self._done, self._last = "", 0, 0, 0.0
+
+    def start(self, total: int, label: str) -> None:
+        """Begins a stage of `total` steps."""
+        self.done()
+        self._label, self._total, self._done, self._last = label, total, 0, time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = _rich_bar(total, label)
+        else:
+            click.echo(f"{label} ...", err=True)
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more steps are finished."""
+        self._done += n
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0], n)  # type: ignore[attr-defined]  # rich is loaded lazily
+        elif time.monotonic() - self._last > self.QUIET_SECONDS:
+            self._last = time.monotonic()
+            click.echo(f"{self._label}: {self._done} of {self._total}", err=True)
+
+    def done(self) -> None:
+        """Ends the stage."""
+        if self._bar is not None:
+            self._bar.stop()  # type: ignore[attr-defined]  # rich is loaded lazily
+            self._bar = None
+
+
+def _rich_bar(total: int, label: str) -> object:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    bar.add_task(label, total=total)
+    bar.start()
+    return bar

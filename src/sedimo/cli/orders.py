@@ -1,0 +1,61 @@
+"""From the options of a command to the orders of the verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sedimo.api.inspection import read_recipe
+from sedimo.api.order import BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.errors import InputError
+
+
+def order_of(options: Mapping[str, Any]) -> Order:
+    """The order of `sedimo quantize`."""
+    recipe = options["recipe"]
+    return Order(
+        source=options["source"],
+        out=options["out"],
+        budget=budget_of(options),
+        method=options["method"],
+        formats=options["formats"],
+        recipe=None if recipe is None else read_recipe(str(recipe)),
+        store=options["store"],
+        variant=options["variant"],
+        sampling=sampling_of(options),
+        compute=compute_of(options),
+        link=options["link"],
+        check=not options["no_check"],
+    )
+
+
+def budget_of(options: Mapping[str, Any]) -> BudgetOrder:
+    """The budget."""
+    return BudgetOrder(options["bits"], options["stored_bits"], options["n_bytes"])
+
+
+def sampling_of(options: Mapping[str, Any]) -> SamplingOrder:
+    """How to sample."""
+    return SamplingOrder(
+        n_seeds=options["seeds"],
+        first_seed=options["seed"],
+        n_steps=options["steps"],
+        conditions=_conditions(options["prompts"]),
+        guidance=options["guidance"],
+        resolution=options["resolution"],
+    )
+
+
+def compute_of(options: Mapping[str, Any]) -> Compute:
+    """Dtype and device."""
+    return Compute(options["dtype"], options["device"])
+
+
+def _conditions(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not lines:
+        raise InputError(f"{path} holds no prompt: one per line is expected")
+    return lines

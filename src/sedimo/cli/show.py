@@ -1,0 +1,162 @@
+"""Tables for people: one function per command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from sedimo.cli.console import print_table
+
+if TYPE_CHECKING:
+    from sedimo.allocation.problem import Allocation
+    from sedimo.api.comparison import Evaluation
+    from sedimo.api.inspection import LayerDifference
+    from sedimo.api.job import JobPlan, JobResult
+    from sedimo.metrics.estimate import Estimate
+    from sedimo.metrics.signal import SignalSummary
+
+
+def inspection(found: Mapping[str, object]) -> None:
+    """Totals, then one line per operation type."""
+    layers = found["layers"]
+    assert isinstance(layers, Sequence)  # noqa: S101  # the verb's own record
+    by_operation: dict[str, list[Mapping[str, object]]] = {}
+    for layer in layers:
+        by_operation.setdefault(str(layer["operation"]), []).append(layer)
+    click.echo(
+        f"{found['denoiser']}: {found['n_layers']} layers, {found['n_decisions']} decisions, "
+        f"{found['n_groups']} groups, {count(found['params'])} weights, {count(found['macs'])} MACs a call"
+    )
+    rows = [
+        (name, len(members), _shapes(members), count(_sum(members, "params")), count(_sum(members, "macs")))
+        for name, members in by_operation.items()
+    ]
+    print_table("", ("operation", "layers", "shape", "weights", "MACs"), rows)
+
+
+def plan(found: JobPlan) -> None:
+    """What a job would take."""
+    click.echo(f"{found.source}: {found.n_decisions} decisions, {found.n_formats} formats, {found.budget}")
+    click.echo(f"method    {found.method} ({found.reason})")
+    click.echo(f"time      about {duration(found.seconds)}, {found.denoiser_calls} denoiser calls")
+    click.echo(f"memory    about {size(found.memory_bytes)} besides the loaded pipeline")
+    click.echo(f"disk      about {size(found.disk_bytes)}")
+
+
+def result(found: JobResult) -> None:
+    """What a job did, and where its report is."""
+    choice, written = found.allocation, found.written
+    if found.check is not None:
+        rows = [
+            (
+                r.name,
+                f"{r.paper_bits:.2f}",
+                f"{r.stored_bits:.2f}",
+                _decibels(r.signals.sqnr.sqnr_db, r.signals.sqnr.standard_error),
+            )
+            for r in (found.check.this, *found.check.uniform)
+        ]
+        seeds = found.check.seeds
+        title = f"Final latents against full precision, seeds {seeds[0]} to {seeds[-1]}, {found.check.n_steps} steps"
+        print_table(title, ("recipe", "paper bits", "stored bits", "SQNR [dB] ± standard error"), rows)
+    else:
+        click.echo(f"The result was not sampled: {found.unchecked}.")
+    source = written.stored_bytes * 16 / (choice.stored_bits)
+    click.echo(
+        f"\nmethod {choice.method} ({found.plan.reason}); {choice.status}, gap {choice.gap:.1e}\n"
+        f"{choice.paper_bits:.3f} paper bits, {choice.stored_bits:.3f} stored bits per weight; "
+        f"weights {size(source)} -> {size(written.stored_bytes)}, denoiser file {size(written.file_bytes)}\n"
+        f"checkpoint {written.folder}\nreport     {found.report}\n"
+        f"took {duration(found.seconds)}, peak memory {size(found.peak_rss_bytes)}"
+    )
+
+
+def allocation(found: Allocation) -> None:
+    """The recipe per decision, and its certificate."""
+    print_table("", ("decision", "format"), [(name, f) for name, f in found.choice.items()])
+    click.echo(
+        f"{found.paper_bits:.3f} paper bits, {found.stored_bits:.3f} stored bits per weight; {found.method}: "
+        f"objective {found.objective:.4g}, bound {found.bound:.4g}, gap {found.gap:.1e}, {found.status}"
+    )
+
+
+def allocation_json(found: Allocation) -> dict[str, object]:
+    """The keys that scripts may rely on."""
+    names = ("bits", "paper_bits", "stored_bits", "objective", "bound", "gap", "status", "method")
+    recipe = {name: str(entry) for name, entry in found.recipe.layers.items()}
+    return {"recipe": recipe, **{name: getattr(found, name) for name in names}}
+
+
+def evaluation(found: Evaluation) -> None:
+    """Measures with their intervals, and sizes."""
+    rows = [(name, *_estimate(value)) for name, value in found.measures.items()]
+    print_table("", ("measure", "value", "standard error", "95 % interval", "n"), rows)
+    for name, value in found.size.items():
+        click.echo(f"{name:22s} {size(value)}")
+    if found.extractor:
+        click.echo(f"features by {found.extractor}; FID falls with n, so compare only figures of equal n")
+
+
+def differences(found: Sequence[LayerDifference]) -> None:
+    """Layers that differ."""
+    if not found:
+        click.echo("no layer differs")
+        return
+    print_table("", ("layer", "first", "second"), [(d.layer, d.first, d.second) for d in found])
+    click.echo(f"{len(found)} layers differ")
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people.
+
+    Example:
+        >>> size(1536 * 1024)
+        '1.50 MiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.2f} GiB"
+
+
+def count(number: object) -> str:
+    """A count for people: 1.23 M."""
+    value = float(str(number))
+    for unit in ("", " k", " M", " G"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    Example:
+        >>> duration(3700)
+        '1 h 02 min'
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _decibels(sqnr: SignalSummary) -> str:
+    return "exact" if sqnr.sqnr_db == float("inf") else f"{sqnr.sqnr_db:.2f} ± {sqnr.standard_error:.2f}"
+
+
+def _estimate(value: Estimate) -> tuple[str, str, str, str]:
+    return f"{value.value:.4g}", f"{value.standard_error:.2g}", f"{value.low:.4g} to {value.high:.4g}", str(value.n)
+
+
+def _shapes(members: Sequence[Mapping[str, object]]) -> str:
+    shapes = {"x".join(map(str, m["shape"])) for m in members}  # type: ignore[call-overload]  # a list of sizes
+    return shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
+
+
+def _sum(members: Sequence[Mapping[str, object]], key: str) -> float:
+    return sum(float(str(m[key])) for m in members)
