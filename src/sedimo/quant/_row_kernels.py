@@ -56,7 +56,7 @@ def _score(weights, scale, inverse, zero_point, qmax, unit, limit):
 
 @_kernel(f"void({_ROWS}, int64, float32[:, :, ::1], float32[:, :, ::1], float32[:, :, ::1], float32, int64[:, ::1])")
 def best_grids(rows, group_size, scales, inverses, zero_points, qmax, best):
-    """Index of the best of the grids `[F, R, G]` for every group of every row, the first of equals.
+    """Index of the best of the grids `[F, R, G]` for every group of every row, the first of equals; `best` starts at 0.
 
     Errors are counted in the scale of the first grid, so that their powers neither vanish nor overflow.
     """

@@ -181,8 +181,8 @@ def error_estimates(
 
     The estimate is the ratio of the sampled channels' squared errors to their squared norms, its standard error
     that of a ratio estimator with the correction for a finite number of channels: 0 when all channels were used.
-    A per-tensor codebook is fitted on the whole tensor when its values have 16 bits, else on 2^20 values drawn at
-    random, and its error taken on the sampled channels. fp16 has no error: it leaves the layer alone.
+    A per-tensor codebook is fitted on the whole tensor, and its error exact, when the tensor has 16-bit values or at
+    most 2^20; else it is fitted on 2^20 values drawn at random. fp16 has no error: it leaves the layer alone.
 
     Raises:
         InputError: fewer than two channels asked of a weight that has more, or as `fit`.
@@ -194,16 +194,15 @@ def error_estimates(
     n = min(n_channels, n_all)
     index = torch.randperm(n_all, generator=generator)[:n].sort().values
     rows = _read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
+    is_sampled = weight.element_size() > 2 and weight.numel() > _KMA_SAMPLE
+    values = _tensor_values(_draw(weight, generator) if is_sampled else weight, asked, layer_name)
     norms = _squared_norms(rows)
-    sample = _sampled_values(weight, generator) if any(f.family == "kma" for f in asked) else weight
-    parameters = _fit_rows(rows, sample, asked, layer_name)
-    found = {}
-    for number_format in asked:
-        if number_format.is_quantized:
-            errors = _squared_errors(rows, number_format, parameters[number_format])
-            found[number_format] = _ratio_estimate(errors, norms, n_all)
+    found = {f: ErrorEstimate(0.0, 0.0, n) for f in asked}
+    for number_format, stored in _fit_rows(rows, values, asked, layer_name).items():
+        if number_format.family == "kma" and values is not None and stored.codebook is not None and not is_sampled:
+            found[number_format] = ErrorEstimate(kmeans.relative_error(values, stored.codebook), 0.0, n_all)
         else:
-            found[number_format] = ErrorEstimate(0.0, 0.0, n)
+            found[number_format] = _ratio_estimate(_squared_errors(rows, number_format, stored), norms, n_all)
     return found
 
 
@@ -235,35 +234,44 @@ def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
     """The weight as finite float32 rows `[C, N]` on the CPU."""
     _check(weight, layer_name)
     rows = weight.detach().to(device="cpu", dtype=torch.float32).reshape(weight.shape[0], -1).contiguous()
-    _check_finite(rows, layer_name)
+    _check_finite(float(rows.amin()), float(rows.amax()), layer_name)
     return rows
 
 
-def _check_finite(values: Tensor, layer_name: str) -> None:
-    if not bool(torch.isfinite(values.amin()) & torch.isfinite(values.amax())):  # both propagate NaN
+def _check_finite(low: float, high: float, layer_name: str) -> None:
+    """The least and greatest value tell: both are NaN when any value is."""
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise InputError(
             f"{_name(layer_name)} holds NaN or infinity (as float32) and cannot be quantized. Leave it at fp16."
         )
 
 
-def _sampled_values(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """The weight, or 2^20 of its values when there are more of them than a histogram can hold."""
-    if weight.element_size() == 2 or weight.numel() <= _KMA_SAMPLE:
-        return weight
-    return weight.detach().reshape(-1).cpu()[torch.randint(weight.numel(), (_KMA_SAMPLE,), generator=generator)]
+def _draw(weight: Tensor, generator: torch.Generator) -> Tensor:
+    index = torch.randint(weight.numel(), (_KMA_SAMPLE,), generator=generator)
+    return weight.detach().reshape(-1).cpu()[index]
 
 
-def _fit_rows(rows: Tensor, tensor_values: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, _Stored]:
-    """What is stored for each quantized format, codebooks of `kma` from `tensor_values`."""
+def _tensor_values(weight: Tensor, formats: Sequence[Format], layer_name: str) -> kmeans.Values | None:
+    """The values that per-tensor codebooks are fitted on, if a format has one."""
+    if not any(f.family == "kma" for f in formats):
+        return None
+    values = kmeans.read_values(weight)
+    _check_finite(float(values.values[0]), float(values.values[-1]), layer_name)  # NaN is sorted last
+    return values
+
+
+def _fit_rows(
+    rows: Tensor, values: kmeans.Values | None, formats: Sequence[Format], layer_name: str
+) -> dict[Format, _Stored]:
+    """What is stored for each quantized format; codebooks of `kma` come from `values`."""
     codebooks: dict[Format, Tensor] = {}
     by_row = [f for f in formats if f.family == "kmc"]
     if by_row:
         books = kmeans.fit_codebooks(rows, [f.n_levels for f in by_row])
         codebooks |= {f: kmeans.stored_codebook(b.centroids) for f, b in zip(by_row, books, strict=True)}
     by_tensor = [f for f in formats if f.family == "kma"]
-    if by_tensor:
-        _check_finite(tensor_values, layer_name)
-        books = kmeans.fit_tensor_codebooks(tensor_values, [f.n_levels for f in by_tensor])
+    if values is not None:
+        books = kmeans.fit_tensor_codebooks(values, [f.n_levels for f in by_tensor])
         codebooks |= {f: kmeans.stored_codebook(b.centroids) for f, b in zip(by_tensor, books, strict=True)}
     found = {f: _Stored(None, c) for f, c in codebooks.items()}
     try:
@@ -273,11 +281,12 @@ def _fit_rows(rows: Tensor, tensor_values: Tensor, formats: Sequence[Format], la
 
 
 def _fit_all(weight: Tensor, rows: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, _Stored]:
-    """As `_fit_rows`, for all rows of a weight; fp16 is refused."""
+    """As `_fit_rows`, for all rows of a weight, in the order asked for; fp16 is refused."""
     for number_format in formats:
         if not number_format.is_quantized:
             raise InputError(f"{_name(layer_name)}: {number_format} leaves a weight alone; there is nothing to fit")
-    return _fit_rows(rows, weight, formats, layer_name)
+    found = _fit_rows(rows, _tensor_values(weight, formats, layer_name), formats, layer_name)
+    return {f: found[f] for f in formats}
 
 
 def _squared_norms(rows: Tensor) -> Tensor:

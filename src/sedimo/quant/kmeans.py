@@ -45,22 +45,45 @@ def fit_codebooks(rows: Tensor, n_levels: Sequence[int]) -> list[Codebooks]:
     centroids, errors = np.empty((len(rows), levels.sum())), np.empty((len(rows), len(levels)))
 
     def task(start: int, stop: int) -> None:
-        _fit_sorted(np.sort(values[start:stop], axis=1), None, levels, centroids[start:stop], errors[start:stop])
+        _fit_sorted(np.sort(values[start:stop], axis=1), np.empty(0), levels, centroids[start:stop], errors[start:stop])
 
     over_rows(len(values), values.shape[1], task)
     return _split(centroids, errors, levels, n_levels)
 
 
-def fit_tensor_codebooks(weight: Tensor, n_levels: Sequence[int]) -> list[Codebooks]:
-    """Optimal codebooks of all values of a finite tensor together, as one row.
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Values of a tensor, sorted float32 `[M]`, and how often each occurs, float64 `[M]` or `[0]` for once each."""
 
-    A tensor of 16-bit floats has at most 65,536 different values, which are counted instead of sorted.
+    values: NDArray[np.float32]
+    counts: NDArray[np.float64]
+
+
+def read_values(weight: Tensor) -> Values:
+    """All values of a finite tensor.
+
+    Those of a 16-bit float are at most 65,536 different ones, which are counted; others are sorted.
     """
-    values, counts = _histogram(weight) if weight.element_size() == 2 else (_sorted_values(weight), None)
+    if weight.element_size() == 2:
+        return _histogram(weight)
+    return Values(np.sort(weight.detach().to(torch.float32).cpu().numpy(), axis=None), np.empty(0))
+
+
+def fit_tensor_codebooks(values: Values, n_levels: Sequence[int]) -> list[Codebooks]:
+    """Optimal codebooks of all values together, `[1, K]`, one for each number of levels."""
     levels = np.array(sorted(set(n_levels), reverse=True), dtype=np.int64)
     centroids, errors = np.empty((1, levels.sum())), np.empty((1, len(levels)))
-    _fit_sorted(values[np.newaxis], counts, levels, centroids, errors)
+    _fit_sorted(values.values[np.newaxis], values.counts, levels, centroids, errors)
     return _split(centroids, errors, levels, n_levels)
+
+
+def relative_error(values: Values, codebook: Tensor) -> float:
+    """Squared error of all values with their nearest stored centroids `[1, K]`, over their squared norm."""
+    codes = np.searchsorted(_thresholds(codebook)[0], values.values)
+    wide = values.values.astype(np.float64)
+    weights = values.counts if len(values.counts) else np.ones(len(wide))
+    norm = float(weights @ wide**2)
+    return float(weights @ (codebook[0].double().numpy()[codes] - wide) ** 2) / norm if norm > 0 else 0.0
 
 
 def stored_codebook(centroids: Tensor) -> Tensor:
@@ -103,27 +126,25 @@ def dequantize_codebook(codes: Tensor, codebook: Tensor) -> Tensor:
 
 def _fit_sorted(
     rows: NDArray[np.float32],
-    counts: NDArray[np.float64] | None,
+    counts: NDArray[np.float64],
     levels: NDArray[np.int64],
     centroids: NDArray[np.float64],
     errors: NDArray[np.float64],
 ) -> None:
     from sedimo.quant._kmeans_kernels import BLOCK, fit_rows  # loaded here: importing compiles
 
-    fit_rows(rows, np.empty(0) if counts is None else counts, levels, BLOCK, centroids, errors)
+    fit_rows(rows, counts, levels, BLOCK, centroids, errors)
     ends = levels.cumsum()
     for row, index in np.argwhere(errors < 0):
         found = centroids[row, ends[index] - levels[index] : ends[index]]
         errors[row, index] = _fit_unsolved(rows[row], counts, found)
 
 
-def _fit_unsolved(
-    values: NDArray[np.float32], counts: NDArray[np.float64] | None, centroids: NDArray[np.float64]
-) -> float:
+def _fit_unsolved(values: NDArray[np.float32], counts: NDArray[np.float64], centroids: NDArray[np.float64]) -> float:
     from sedimo.quant._kmeans_layers import fit_distinct  # loaded here: importing compiles
 
     distinct, first = np.unique(values, return_index=True)
-    weights = np.ones(len(values)) if counts is None else counts
+    weights = counts if len(counts) else np.ones(len(values))
     found = np.empty(len(centroids))
     error = fit_distinct(distinct.astype(np.float64), np.add.reduceat(weights, first), found)
     centroids[:] = found
@@ -142,13 +163,7 @@ def _split(
     ]
 
 
-def _sorted_values(weight: Tensor) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = np.sort(weight.detach().to(torch.float32).cpu().numpy(), axis=None)
-    return values
-
-
-def _histogram(weight: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Sorted values of a 16-bit tensor and how often each occurs."""
+def _histogram(weight: Tensor) -> Values:
     from sedimo.quant._row_kernels import count_patterns  # loaded here: importing compiles
 
     patterns = weight.detach().cpu().contiguous().view(torch.uint16).numpy().reshape(-1)
@@ -157,7 +172,7 @@ def _histogram(weight: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float64]
     used = np.nonzero(counts)[0]
     values = torch.from_numpy(used.astype(np.uint16)).view(weight.dtype).to(torch.float32).numpy()
     order = np.argsort(values)
-    return values[order], counts[used][order].astype(np.float64)
+    return Values(values[order], counts[used][order].astype(np.float64))
 
 
 def _thresholds(codebook: Tensor) -> NDArray[np.float32]:

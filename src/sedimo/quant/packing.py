@@ -46,14 +46,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     n_rows, n_codes = codes.shape
     if codes.numel() and int(codes.max()) >> bits:
         raise InputError(f"codes of {bits} bits must be below {1 << bits}, got {int(codes.max())}")
-    units = torch.nn.functional.pad(codes, (0, -n_codes % _UNIT)).reshape(n_rows, -1, _UNIT)
-    packed = codes.new_zeros(n_rows, units.shape[1], bits)
+    n_units = -(-n_codes // _UNIT)
+    units = torch.nn.functional.pad(codes, (0, n_units * _UNIT - n_codes)).reshape(n_rows, n_units, _UNIT)
+    packed = codes.new_zeros(n_rows, n_units, bits)
     for index in range(_UNIT):
         byte, shift = divmod(index * bits, 8)
         packed[:, :, byte] |= units[:, :, index] << shift  # uint8 drops what belongs to the next byte
         if shift + bits > 8:
             packed[:, :, byte + 1] |= units[:, :, index] >> (8 - shift)
-    return packed.reshape(n_rows, -1)[:, : row_bytes(bits, n_codes)].contiguous()
+    return packed.reshape(n_rows, n_units * bits)[:, : row_bytes(bits, n_codes)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, n_codes: int) -> Tensor:
@@ -88,7 +89,7 @@ def unpack(packed: Tensor, bits: int, n_codes: int) -> Tensor:
         if shift + bits > 8:
             code = code | (units[:, :, byte + 1] << (8 - shift))
         codes[:, :, index] = code & ((1 << bits) - 1)
-    return codes.reshape(n_rows, -1)[:, :n_codes].contiguous()
+    return codes.reshape(n_rows, n_units * _UNIT)[:, :n_codes].contiguous()
 
 
 def _check(tensor: Tensor, bits: int, what: str) -> None:

@@ -51,7 +51,7 @@ def fit_grid(rows: Tensor, number_format: Format) -> UniformGrid:
     from sedimo.quant._row_kernels import best_grids  # loaded here: importing compiles
 
     scale, zero_point = candidate_grids(rows, number_format)
-    best = torch.empty(scale.shape[1:], dtype=torch.int64)
+    best = torch.zeros(scale.shape[1:], dtype=torch.int64)
     group_size, qmax = number_format.group_size or rows.shape[1], np.float32(number_format.qmax)
 
     def task(start: int, stop: int) -> None:
@@ -135,14 +135,11 @@ def _ranges(rows: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
 
 def _row_grids(low: Tensor, high: Tensor, factors: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
     new_low, new_high = low * factors, high * factors
-    scale = (new_high - new_low) / qmax
-    magnitude = torch.maximum(low.abs(), high.abs())
-    # A constant row has no range: its magnitude as the scale makes it exact.
-    scale = torch.where(low == high, torch.where(magnitude > 0, magnitude, 1.0), scale)
     far = torch.maximum(new_low.abs(), new_high.abs()) / _ZERO_POINT_LIMIT
-    scale = torch.maximum(scale, far).clamp_(min=torch.finfo(torch.float32).smallest_normal)
-    zero_point = torch.round(-new_low / scale)
-    return scale, torch.where(low == high, -torch.sign(low), zero_point)
+    scale = torch.maximum((new_high - new_low) / qmax, far).clamp_(min=torch.finfo(torch.float32).smallest_normal)
+    # A constant row has no range: its magnitude as the scale makes it exact.
+    scale = torch.where(low == high, torch.where(low == 0, 1.0, low.abs()), scale)
+    return scale, torch.where(low == high, -torch.sign(low), torch.round(-new_low / scale))
 
 
 def _group_grids(low: Tensor, high: Tensor, factors: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
