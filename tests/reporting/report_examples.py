@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 
@@ -201,6 +202,7 @@ PROVENANCE = Provenance(
 )
 
 
+@cache
 def dit_summary(bits: float = 3.5) -> Summary:
     layers = list(dit_layers())
     table = make_table(layers, 1)
@@ -214,6 +216,7 @@ def dit_summary(bits: float = 3.5) -> Summary:
     )
 
 
+@cache
 def unet_summary() -> Summary:
     """As after `quantize --no-check`: nothing was measured."""
     layers = list(unet_layers())

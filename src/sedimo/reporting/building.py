@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from sedimo.allocation.problem import Accounting, Allocation
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import FULL_BITS, Format
-from sedimo.reporting.placement import OUTSIDE, kinds, operation_label
+from sedimo.reporting.placement import OUTSIDE, kinds, operation_label, stage
 from sedimo.reporting.summary import (
     NOISE_UNIT,
     Choice,
@@ -54,7 +54,7 @@ def summarize(
         reference_format=reference,
         decisions=rows,
         operations=_groups(rows, lambda row: operation_label(row, has_one_kind=has_one_kind)),
-        blocks=_groups(rows, lambda row: row.block or OUTSIDE),
+        blocks=_groups(rows, lambda row: stage(row.block) if row.block else OUTSIDE),
         evidence=found,
         provenance=provenance or Provenance(),
     )

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.phrasing import decibel
-from sedimo.reporting.placement import OUTSIDE, block_labels
+from sedimo.reporting.placement import OUTSIDE, stage_labels
 from sedimo.reporting.rounding import share, superscript, with_error
 from sedimo.reporting.summary import GroupRow, RecipeRow, Summary
 from sedimo.reporting.theme import ACCENT, INK, MUTED, OTHER, SOFT, SURFACE, bit_colour, themed_svg
@@ -21,6 +21,7 @@ WIDTH = 760
 ROW = 25
 MAX_ROWS = 24
 _NORMAL_95 = 1.959964
+_FEW_DECADES = 2.2  # below, a logarithmic axis has ticks at 1, 2 and 5
 
 
 def operations_chart(summary: Summary) -> str:
@@ -51,7 +52,7 @@ def operations_chart(summary: Summary) -> str:
 def blocks_chart(summary: Summary) -> str:
     """Sensitivity of each block at the reference format, in the order of the denoiser."""
     rows = sorted(_comparable(summary.blocks), key=lambda g: g.name == OUTSIDE)
-    names, axis_label = block_labels([g.name for g in rows])
+    names, axis_label = stage_labels([g.name for g in rows])
     longest = max(map(len, names))
     is_upright = len(rows) * longest > 95
 
@@ -150,9 +151,9 @@ def agreement_chart(summary: Summary) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _logarithmic(axes.xaxis)
-        _logarithmic(axes.yaxis)
         ends = [min(map(min, pairs)) / 1.3, max(map(max, pairs)) * 1.3]
+        _logarithmic(axes.xaxis, ends)
+        _logarithmic(axes.yaxis, ends)
         axes.plot(ends, ends, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(*pairs, linestyle="none", marker="o", color=ACCENT, markersize=5, markeredgecolor=SURFACE)
         axes.set_xlabel("predicted noise (sum of costs)")
@@ -173,7 +174,7 @@ def _points(axes: Axes, x: Sequence[float], y: Sequence[float], rows: Sequence[G
     """Dots on a logarithmic axis with bars that never reach zero."""
     half = [_NORMAL_95 * g.reference_standard_error for g in rows]
     bars = [[min(h, 0.9 * g.reference_cost) for h, g in zip(half, rows, strict=True)], half]
-    _logarithmic(axes.xaxis if horizontal else axes.yaxis)
+    _logarithmic(axes.xaxis if horizontal else axes.yaxis, x if horizontal else y)
     axes.errorbar(
         x,
         y,
@@ -188,10 +189,11 @@ def _points(axes: Axes, x: Sequence[float], y: Sequence[float], rows: Sequence[G
     axes.scatter(x, y, s=70, c=colours, edgecolors=INK, linewidths=0.8, zorder=3)
 
 
-def _logarithmic(axis: Axis) -> None:
-    """A logarithmic axis with ticks at 1, 2 and 5, written as plain text (no markup survives in the page)."""
+def _logarithmic(axis: Axis, values: Sequence[float]) -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5 or at decades only, as plain text (no markup survives in a page)."""
+    decades = math.log10(max(values) / min(values))
     (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < _FEW_DECADES else (1.0,), numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
 

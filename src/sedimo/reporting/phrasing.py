@@ -32,6 +32,11 @@ METHODS = {
 }
 
 
+_N_SPARED = 3
+_TINY_DB = 0.1
+_LEAST_SHARE = 1e-5  # a smaller gap is said as this one
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """One of the four numbers of the first screen."""
@@ -246,30 +251,35 @@ def _certificate(summary: Summary) -> str | None:
     what = "noise" if choice.is_noise else "cost"
     if choice.gap < 1e-9:
         return f"No other choice from these formats within the budget has less predicted {what}."
-    return f"No other choice within the budget can have more than {share(choice.gap)} less predicted {what} (proven)."
+    bound = share(choice.gap) if choice.gap >= _LEAST_SHARE else share(_LEAST_SHARE)
+    return f"No other choice within the budget can have {bound} less predicted {what}; that is proven."
 
 
 def _spared(summary: Summary) -> Iterable[str]:
-    """Up to three layers that keep many bits, with what fewer would do."""
+    """Up to three layers that keep most bits, with what fewer would do."""
     reference = summary.reference_format
     rows = [
-        (row.reference_db, row)
+        (row.format.bits, row.reference_db, row)
         for row in summary.decisions
         if row.reference_db is not None and row.format.bits > reference.bits and row.reference_db > 0
     ]
-    for db, row in sorted(rows, key=lambda pair: -pair[0])[:3]:
+    for _, db, row in sorted(rows, key=lambda entry: entry[:2], reverse=True)[:_N_SPARED]:
         yield (
-            f"{name(row.name)} keeps {row.format.bits} bits ({name(str(row.format))}): at {reference.bits} bits "
-            f"({name(str(reference))}) it alone would raise the noise by {_reference_db(row, db)} dB, "
-            f"and it holds {share(row.params / summary.sizes.params)} of the weights."
+            f"{name(row.name)} keeps {row.format.bits} bits ({name(str(row.format))}), which takes "
+            f"{byte_size(row.stored_bytes)} for {share(row.params / summary.sizes.params)} of the weights: "
+            f"at {reference.bits} bits ({name(str(reference))}) it alone would add {_added(row, db)}."
         )
 
 
-def _reference_db(row: DecisionRow, db: float) -> str:
+def _added(row: DecisionRow, db: float) -> str:
+    """Noise added by one layer, in decibels, or in percent where decibels would be tiny."""
+    relative = 10 ** (db / 10) - 1
+    if db < _TINY_DB:
+        return f"{share(relative)} to the noise"
     if not row.reference_cost or not row.reference_standard_error:
-        return number(db)
-    error = 10 / math.log(10) * row.reference_standard_error / row.reference_cost * (1 - 10 ** (-db / 10))
-    return number(db, error)
+        return f"{number(db)} dB of noise"
+    error = 10 / math.log(10) * row.reference_standard_error / row.reference_cost * relative / (1 + relative)
+    return f"{number(db, error)} dB of noise"
 
 
 def _thriftiest(summary: Summary) -> str | None:

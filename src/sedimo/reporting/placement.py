@@ -74,18 +74,40 @@ def operation_label(row: DecisionRow, *, has_one_kind: bool) -> str:
     return f"{found.kind}.{found.operation}"
 
 
-def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
-    """Short labels of blocks, and what is common to all of them.
+def stage(block: str) -> str:
+    """The outermost part of a denoiser that a block belongs to, so that a chart has a dozen points, not a hundred.
 
     Example:
-        >>> block_labels(["transformer_blocks.0", "transformer_blocks.1"])
-        (['0', '1'], 'transformer_blocks')
+        >>> stage("down_blocks.1.attentions.0.transformer_blocks.0"), stage("mid_block.resnets.1")
+        ('down_blocks.1', 'mid_block')
+        >>> stage("transformer_blocks.3")
+        'transformer_blocks.3'
     """
-    places = [place("", "" if block == OUTSIDE else block) for block in blocks]
-    found = {p.kind for p in places} - {OUTSIDE}
-    if len(found) == 1:
-        return [p.label or "outside" for p in places], found.pop()
-    return [f"{p.kind} {p.label}".strip() for p in places], ""
+    parts = block.split(".")
+    n_parts = next((i for i in range(1, len(parts)) if parts[i].isdigit()), len(parts) - 1)
+    is_plain = n_parts > 1 and re.search(r"blocks?$", parts[0]) is not None
+    return parts[0] if is_plain else ".".join(parts[: n_parts + 1])
+
+
+def stage_labels(stages: Sequence[str]) -> tuple[list[str], str]:
+    """Short labels of stages, and what is common to all of them.
+
+    Example:
+        >>> stage_labels(["transformer_blocks.0", "transformer_blocks.1"])
+        (['0', '1'], 'transformer_blocks')
+        >>> stage_labels(["down_blocks.0", "mid_block"])
+        (['down 0', 'mid'], '')
+    """
+    named = [s for s in stages if s != OUTSIDE]
+    containers = {_without_numbers(s) for s in named}
+    labels = []
+    for found in stages:
+        numbers = ".".join(part for part in found.split(".") if part.isdigit())
+        word = re.sub(r"_?blocks?$", "", _without_numbers(found)) or _without_numbers(found)
+        labels.append(
+            "outside" if found == OUTSIDE else numbers if len(containers) == 1 else f"{word} {numbers}".strip()
+        )
+    return labels, containers.pop() if len(containers) == 1 else ""
 
 
 def kinds(decisions: Sequence[DecisionRow]) -> tuple[str, ...]:

@@ -100,12 +100,12 @@ def _digits_of_error(error: float) -> int:
     """Decimals that show two digits of an error starting with 1 or 2, else one."""
     if not (math.isfinite(error) and error > 0):
         return 2
-    exponent = math.floor(math.log10(error))
-    return -exponent + (1 if error / 10.0**exponent < 3 else 0)
+    first, exponent = f"{error:.6e}".split("e")
+    return -int(exponent) + (1 if float(first) < 3 else 0)
 
 
 def _digits_for(value: float, n_significant: int) -> int:
-    return n_significant if value == 0 else n_significant - 1 - math.floor(math.log10(abs(value)))
+    return n_significant if value == 0 else n_significant - 1 - int(f"{value:.{n_significant - 1}e}".split("e")[1])
 
 
 def _fixed(value: float, digits: int, *, signed: bool = False) -> str:

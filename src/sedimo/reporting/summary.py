@@ -239,7 +239,7 @@ class Summary:
     """All that a report tells.
 
     `reference_format` is the format at which decisions are compared with each other. `decisions` are in the
-    order of the denoiser; `operations` and `blocks` in the order in which they first occur.
+    order of the denoiser; `operations` and `blocks` (the outermost ones) in the order in which they first occur.
     """
 
     model: str

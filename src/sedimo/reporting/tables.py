@@ -11,7 +11,7 @@ from sedimo.reporting.rounding import bits, byte_size, interval, number, share, 
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, RecipeRow, Step, Summary
 from sedimo.reporting.theme import bit_level
 
-_WIDE_SHARE = 0.07  # narrower parts of the bar have no text
+_WIDE_SHARE = 0.12  # narrower parts of the bar have no text
 _VERDICTS = {"better": "better", "worse": "worse", "open": "no difference shown"}
 
 

@@ -1,0 +1,117 @@
+"""Sentences say what the numbers say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from report_examples import dit_summary, estimate, unet_summary
+
+from sedimo.metrics.estimate import Estimate
+from sedimo.quant.formats import Format
+from sedimo.reporting import phrasing
+from sedimo.reporting.summary import DifferenceRow, Evidence, RecipeRow
+
+THIN = "\N{NARROW NO-BREAK SPACE}"
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return dit_summary()
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return unet_summary()
+
+
+def test_the_headline_has_model_size_quality_and_gain(summary):
+    text = phrasing.headline(summary).replace(THIN, " ")
+    assert text.startswith("`cifar-dit` keeps 3.50 of 16 bits per weight: its 57 weight layers shrink from 14.7 MB")
+    assert text.endswith(
+        "the noise in its output is 9.5 % of the signal, 5.57 dB better than the best uniform recipe (kmc3)."
+    )
+
+
+def test_the_headline_of_an_unmeasured_recipe_promises_nothing(bare):
+    assert phrasing.headline(bare).endswith("MB.")
+    assert "noise" not in phrasing.headline(bare)
+
+
+def test_an_exact_result_is_said_to_be_exact(summary):
+    exact = Estimate(math.inf, 0.0, math.inf, math.inf, 4)
+    row = RecipeRow("all fp16", "this", 16.0, 16.0, {"sqnr_db": exact})
+    found = replace(summary, evidence=Evidence(recipes=(row,)))
+    assert phrasing.headline(found).endswith("its output does not change at all.")
+    assert phrasing.tiles(found)[2].value == "∞"
+
+
+def test_there_are_four_tiles_measured_or_not(summary, bare):
+    assert [t.unit for t in phrasing.tiles(summary)] == ["bits", "smaller", "dB SQNR", "FID"]
+    assert [t.unit for t in phrasing.tiles(bare)] == ["bits", "smaller", "dB, predicted", "decisions"]
+    assert "not measured" in phrasing.tiles(bare)[2].note
+
+
+def test_the_gain_over_uniform_stands_in_for_a_missing_fid(summary):
+    rows = tuple(r for r in summary.evidence.differences if r.measure != "fid")
+    found = replace(summary, evidence=replace(summary.evidence, differences=rows))
+    assert phrasing.tiles(found)[3].value == "+5.57"
+
+
+def test_spared_layers_come_with_their_reason(summary):
+    text = phrasing.reason_sentences(summary)[0].replace(THIN, " ")
+    row = next(r for r in summary.decisions if r.name == "proj_out_2")
+    assert text.startswith("`proj_out_2` keeps 8 bits (`uaq8`), which takes 4.19 kB for 0.056 % of the weights")
+    assert f"at 3 bits (`kmc3`) it alone would add {row.reference_db:.2f} dB of noise" in text
+
+
+def test_tiny_additions_are_said_in_percent(bare):
+    text = " ".join(phrasing.reason_sentences(bare))
+    assert "to the noise." in text
+    assert "0.0 dB" not in text
+
+
+def test_half_of_the_noise_is_counted(summary):
+    text = next(s for s in phrasing.reason_sentences(summary) if s.startswith("Half"))
+    count = int(text.split("comes from ")[1].split()[0])
+    shares = sorted((row.share for row in summary.decisions), reverse=True)
+    assert sum(shares[:count]) >= 0.5 > sum(shares[: count - 1])
+
+
+def test_differences_say_what_their_interval_allows():
+    worse = phrasing.difference_sentence(DifferenceRow("error", "sqnr_db", estimate(-2.0, 0.2, 64), 5))
+    assert worse.startswith("SQNR is 2.00 ± 0.40 dB worse than that of error, the best of 5, on the same 64 samples")
+    assert worse.endswith(f"(95 % interval \N{MINUS SIGN}2.40 to \N{MINUS SIGN}1.60{THIN}dB).")
+    open_ = phrasing.difference_sentence(DifferenceRow("full precision", "fid", estimate(0.9, 0.6, 5000)))
+    assert open_.startswith("FID is 0.9 ± 1.2 worse")
+    assert open_.endswith("holds zero, so no difference is shown.")
+
+
+def test_methods_are_explained_also_when_combined(summary):
+    assert "when it alone is quantized" in phrasing.method_sentence(summary)
+    mixed = replace(summary, choice=replace(summary.choice, method="jacobian+ablation"))
+    assert "geometric mean of the noise that its weight error" in phrasing.method_sentence(mixed)
+    odd = replace(summary, choice=replace(summary.choice, method="own"))
+    assert "the figure of the method `own`" in phrasing.method_sentence(odd)
+
+
+def test_heuristics_claim_no_proof(summary):
+    rule = replace(summary, choice=replace(summary.choice, status="heuristic"))
+    assert not any("proven" in s or "No other" in s for s in phrasing.decision_sentences(rule))
+
+
+def test_the_error_of_decibels_follows_from_that_of_the_noise():
+    found = phrasing.noise_estimate_db(Estimate(0.1, 0.01, 0.08, 0.12, 8))
+    assert found.value == pytest.approx(10)
+    assert found.standard_error == pytest.approx(0.434, abs=1e-3)
+    assert found.high - found.value == pytest.approx(2 * found.standard_error)
+
+
+def test_backticks_in_names_do_no_harm():
+    assert phrasing.name("a`b") == "`a'b`"
+
+
+@pytest.mark.parametrize(("text", "family"), [("uaq4", "uaq"), ("uaq4g64", "uaq in groups"), ("fp16", "fp")])
+def test_families(text, family):
+    assert phrasing.family(Format.parse(text)) == family
