@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
+
 from sedimo.quant.formats import Format
 from sedimo.quant.packing import pack
 from sedimo.quant.parts import WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import named_layers
-from torch import nn
 
 FORMATS = ("uaq3", "kmc4", "uaq4g16", "kma5", "uaq8", "kmc2")
 
@@ -39,9 +40,7 @@ def random_packed(
     return QuantizedTensor.from_parts(parts, shape, dtype)
 
 
-def _random(
-    name: str, shape: Sequence[int], fmt: Format, n_inputs: int, generator: torch.Generator
-) -> torch.Tensor:
+def _random(name: str, shape: Sequence[int], fmt: Format, n_inputs: int, generator: torch.Generator) -> torch.Tensor:
     if name == "codes":
         codes = torch.randint(fmt.n_levels, (shape[0], n_inputs), generator=generator, dtype=torch.uint8)
         return pack(codes, fmt.bits)
