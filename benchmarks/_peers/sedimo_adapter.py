@@ -1,0 +1,116 @@
+"""Sedimo: one table per method from the search seeds, and the recipe of each budget in stored bits.
+
+The budget is bytes of what replaces the weights, so a recipe never takes more than the peer it is compared with.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+import sedimo
+from _peers.weights import Layers, Quantized, QuantizedLayer
+from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import allocate
+from sedimo.api.measuring import MeasuredMethod, measure_table
+from sedimo.api.opening import Opened, open_source
+from sedimo.api.order import BudgetOrder, Order, SamplingOrder
+from sedimo.bank import Bank
+from sedimo.cli.console import ConsoleProgress
+from sedimo.measurement.study import Study
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.weights import replace_weights
+from sedimo.sensitivity.table import SensitivityTable
+
+PACKAGE = "sedimo"
+SINGLE_TABLE_METHODS = ("error", "jacobian")  # do not depend on the budget
+_MEASURING_SOURCES = ("quant", "pipelines", "measurement", "sensitivity", "bank.py", "space.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A budget: so many bytes of stored weights, and what to call it."""
+
+    name: str
+    n_bytes: int
+
+
+def goals(bits: Sequence[float], layers: Layers) -> tuple[Goal, ...]:
+    """Budgets of so many stored bits per distinct weight."""
+    return tuple(Goal(f"{b:g}", int(b * layers.n_distinct_weights / 8)) for b in bits)
+
+
+class Searches:
+    """Tables and banks of one denoiser; what was measured is kept in `folder` and not measured again."""
+
+    def __init__(self, source: str, folder: Path, sampling: SamplingOrder, layers: Layers) -> None:
+        self.source, self.sampling, self.layers = source, sampling, layers
+        self._folder = folder / f"sedimo-{_source_digest()[:16]}"
+        self._tables: dict[tuple[str, int], tuple[Bank, SensitivityTable]] = {}
+
+    def allocation(self, method: MeasuredMethod, goal: Goal) -> tuple[Bank, Allocation]:
+        """The recipe of least cost in at most the goal's bytes."""
+        bank, table = self._table(method, goal)
+        return bank, allocate(table, budget_bytes=goal.n_bytes)
+
+    def _table(self, method: MeasuredMethod, goal: Goal) -> tuple[Bank, SensitivityTable]:
+        key = (method, 0 if method in SINGLE_TABLE_METHODS else goal.n_bytes)
+        if key not in self._tables:
+            with Study(self._folder) as study:
+                self._tables[key] = measure_table(self._opened(goal), method, study, ConsoleProgress())
+        return self._tables[key]
+
+    def _opened(self, goal: Goal) -> Opened:
+        bits = 8 * goal.n_bytes / self.layers.n_distinct_weights
+        order = Order(
+            self.source,
+            None,
+            BudgetOrder(stored_bits=bits),
+            method="jacobian",
+            formats="wide",
+            sampling=self.sampling,
+            dtype="fp32",
+            device="cpu",
+        )
+        first = self._first
+        if first.space.params != self.layers.n_distinct_weights:
+            raise ValueError(f"{first.space.params} weights in the space, {self.layers.n_distinct_weights} counted")
+        return Opened(order, first.name, first.folder, first.denoiser, first.graph, first.space, first.weights)
+
+    @cached_property
+    def _first(self) -> Opened:
+        return open_source(Order(self.source, None, BudgetOrder(stored_bits=4.0), method="jacobian", dtype="fp32"))
+
+
+def quantize(denoiser: nn.Module, bank: Bank, allocation: Allocation) -> Quantized:
+    """The recipe's packed weights, and `denoiser`, which is consumed, holding them."""
+    packed = bank.quantize(allocation.recipe)
+    replace_weights(denoiser, {n: w.to(denoiser.dtype) for n, w in packed.items()})
+    facts = {"gap": f"{allocation.gap:.1e}", "status": str(allocation.status)}
+    return Quantized({n: _read(w) for n, w in packed.items()}, denoiser, shares_ties=True, facts=facts)
+
+
+def _read(weight: QuantizedTensor) -> QuantizedLayer:
+    formats = "+".join(str(f) for f in weight.formats)
+    plain = copy.copy(weight).float().dequantize()
+    return QuantizedLayer(plain.detach(), weight.stored_bytes, formats)
+
+
+def _source_digest() -> str:
+    """Changes when the code that measures does: what an older one measured is then not reused."""
+    total = hashlib.sha256()
+    for path in _sources(Path(sedimo.__file__).parent):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for name in _MEASURING_SOURCES:
+        place = root / name
+        yield from sorted(place.rglob("*.py")) if place.is_dir() else [place]
