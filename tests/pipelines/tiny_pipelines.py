@@ -9,14 +9,21 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LDMPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -116,3 +123,55 @@ def ddim() -> DiffusersPipeline:
 def ddpm() -> DiffusersPipeline:
     """Draws noise at every step."""
     return DiffusersPipeline(DDPMPipeline(build_tiny_unet(), DDPMScheduler()))
+
+
+@pytest.fixture
+def consistency() -> DiffusersPipeline:
+    """Draws noise at every step; knows no latents."""
+    return DiffusersPipeline(ConsistencyModelPipeline(build_tiny_unet(), CMStochasticIterativeScheduler()))
+
+
+@pytest.fixture
+def latent_diffusion() -> DiffusersPipeline:
+    torch.manual_seed(1)
+    decoder = VQModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=3,
+        sample_size=16,
+    ).eval()
+    return DiffusersPipeline(LDMPipeline(decoder, build_tiny_unet(), DDIMScheduler()))
+
+
+class FluxWithoutTextEncoders(FluxPipeline):
+    """Packed latents and a distilled guidance; its two text encoders are replaced by fixed numbers."""
+
+    def encode_prompt(self, prompt, **_: object):
+        generator = torch.Generator().manual_seed(0)
+        states, pooled = torch.randn(1, 5, 32, generator=generator), torch.randn(1, 8, generator=generator)
+        return states.expand(len(prompt), 5, 32), pooled.expand(len(prompt), 8), torch.zeros(5, 3)
+
+
+@pytest.fixture
+def flux() -> DiffusersPipeline:
+    torch.manual_seed(0)
+    denoiser = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    ).eval()
+    vae = build_tiny_vae()
+    vae.register_to_config(shift_factor=0.1, scaling_factor=0.5)
+    nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline = FluxWithoutTextEncoders(scheduler=scheduler, vae=vae, transformer=denoiser, **nothing)
+    pipeline.default_sample_size = 8
+    return DiffusersPipeline(pipeline)

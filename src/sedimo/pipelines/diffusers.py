@@ -99,7 +99,8 @@ class DiffusersPipeline:
 
     def default_sampling(self, seeds: Sequence[int], n_steps: int) -> Sampling:
         """A plan with the pipeline's own guidance and resolution, and conditions that suit it."""
-        side = self.denoiser.config.get("sample_size", 32)  # type: ignore[union-attr, operator]
+        own_side = getattr(self.pipeline, "default_sample_size", 32)  # FLUX-like denoisers know no size
+        side = self.denoiser.config.get("sample_size", own_side)  # type: ignore[union-attr, operator]
         pixels = side * side if isinstance(side, int) else 1024
         batch_size = max(1, min(_MAX_BATCH, _LATENT_PIXELS_PER_BATCH // pixels))
         conditions = default_conditions(self.pipeline, len(seeds))
