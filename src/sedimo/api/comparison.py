@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from sedimo.api.evaluation import compare_distributions, compare_signals, draw, measures
-from sedimo.api.order import DEFAULT_COMPUTE, Compute, SamplingOrder
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.pipelines.loading import load_pipeline, locate
+from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
 from sedimo.quant.memory import memory_bytes
 
@@ -31,13 +30,12 @@ class Evaluation:
         return {**to_plain(self.measures), "size": dict(self.size), "extractor": self.extractor}
 
 
-def evaluate_sources(
-    quantized: str,
-    against: str,
-    order: SamplingOrder,
+def evaluate(
+    quantized: DiffusersPipeline,
+    against: DiffusersPipeline,
     *,
+    sampling: SamplingOrder = DEFAULT_SAMPLING,
     n_images: int = 0,
-    compute: Compute = DEFAULT_COMPUTE,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Samples both pipelines from the same seeds and compares them.
@@ -45,30 +43,41 @@ def evaluate_sources(
     SQNR and PSNR use the order's seeds; FID and KID use `n_images` seeds from the first on (0: not measured).
 
     Raises:
-        InputError: one of them cannot be sampled, or they are different pipelines.
+        InputError: they are pipelines of different classes, or fewer than twenty images.
     """
-    full = _pipeline(against, compute)
-    small = _pipeline(quantized, compute)
-    if full.pipeline.__class__ is not small.pipeline.__class__:
+    if against.pipeline.__class__ is not quantized.pipeline.__class__:
         raise InputError(
-            f"{quantized} is a {type(small.pipeline).__name__} and {against} a {type(full.pipeline).__name__}; "
-            "only a checkpoint and its own source can be compared"
+            f"{quantized.name} is a {type(quantized.pipeline).__name__} and {against.name} a "
+            f"{type(against.pipeline).__name__}; only a checkpoint and its own source can be compared"
         )
-    n = max(order.n_seeds, n_images)
-    plan = order.plan(full, range(order.first_seed, order.first_seed + n))
-    reference, ours = (draw(p, plan, label=p.name, progress=progress) for p in (full, small))
-    few = slice(0, order.n_seeds)
-    signals = compare_signals(
-        type(reference)(reference.latents[few], reference.images[few]), type(ours)(ours.latents[few], ours.images[few])
-    )
+    n = max(sampling.n_seeds, n_images)
+    plan = sampling.plan(against, range(sampling.first_seed, sampling.first_seed + n))
+    reference, ours = (draw(p, plan, label=p.name, progress=progress) for p in (against, quantized))
+    signals = compare_signals(reference.first(sampling.n_seeds), ours.first(sampling.n_seeds))
     distributions = compare_distributions(reference.images, ours.images) if n_images else None
-    size = {
-        "file_bytes": _file_bytes(quantized),
-        "source_file_bytes": _file_bytes(against),
-        "memory_bytes": memory_bytes(small.denoiser),
-        "source_memory_bytes": memory_bytes(full.denoiser),
-    }
+    size = {"memory_bytes": memory_bytes(quantized.denoiser), "source_memory_bytes": memory_bytes(against.denoiser)}
+    for name, pipe in (("file_bytes", quantized), ("source_file_bytes", against)):
+        if pipe.folder is not None:
+            size[name] = sum(f.stat().st_size for f in denoiser_folder(pipe.folder).glob("*.safetensors"))
     return Evaluation(measures(signals, distributions), size, distributions.extractor if distributions else None)
+
+
+def evaluate_sources(
+    quantized: str,
+    against: str,
+    sampling: SamplingOrder,
+    *,
+    n_images: int = 0,
+    compute: Compute = DEFAULT_COMPUTE,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """`evaluate` for two folders or hub ids.
+
+    Raises:
+        InputError: one of them cannot be sampled, or as `evaluate`.
+    """
+    full, small = _pipeline(against, compute), _pipeline(quantized, compute)
+    return evaluate(small, full, sampling=sampling, n_images=n_images, progress=progress)
 
 
 def _pipeline(source: str, compute: Compute) -> DiffusersPipeline:
@@ -76,8 +85,3 @@ def _pipeline(source: str, compute: Compute) -> DiffusersPipeline:
     if not isinstance(loaded, DiffusersPipeline):
         raise InputError(f"{source} is a denoiser without its pipeline and cannot be sampled")
     return loaded
-
-
-def _file_bytes(source: str) -> int:
-    folder = denoiser_folder(locate(source, None)[1])
-    return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))

@@ -23,6 +23,10 @@ class Samples:
     latents: torch.Tensor
     images: torch.Tensor
 
+    def first(self, n: int) -> Samples:
+        """The first `n` samples."""
+        return Samples(self.latents[:n], self.images[:n])
+
 
 @dataclass(frozen=True)
 class SignalEvaluation:

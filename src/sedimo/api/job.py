@@ -12,6 +12,7 @@ import psutil
 from sedimo.allocation.fixed import allocate_given
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate
+from sedimo.api.additivity import check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
 from sedimo.api.measuring import MethodPlan, make_bank, measure_table, plan_method
 from sedimo.api.opening import Opened, open_source
@@ -26,6 +27,7 @@ from sedimo.reporting.html import write_report
 from sedimo.runtime.card import Origin
 from sedimo.runtime.weights import replace_weights
 from sedimo.runtime.writing import WriteOptions, WrittenCheckpoint, write_checkpoint
+from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.table import SensitivityTable
 
@@ -136,9 +138,10 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
         bank, table, allocation = _decide(opened, method, study, progress)
         unchecked = _why_unchecked(opened)
         check = None if unchecked else check_recipe(opened, bank, allocation, progress)
+        additivity = None if unchecked else _additivity(opened, bank, study, (table, allocation), progress)
         written = _write(opened, bank, allocation, (order.out, command))
         facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
-        summary = summary_of(opened, (table, allocation), written, check, facts)
+        summary = summary_of(opened, (table, allocation), written, (check, additivity), facts)
         keep_report(study, table, summary)
     report = write_report(summary, written.folder / REPORT_NAME)
     seconds = time.monotonic() - begin
@@ -184,6 +187,16 @@ def _why_unchecked(opened: Opened) -> str:
     if not opened.order.check:
         return "not asked for"
     return opened.why_not_sampled() or ""
+
+
+def _additivity(
+    opened: Opened, bank: Bank, study: Study, decided: tuple[SensitivityTable, Allocation], progress: Progress
+) -> Agreement | None:
+    table, allocation = decided
+    if table.method == "error":
+        return None  # its costs are no predictions of noise
+    plan = (opened.order.sampling.searching(opened.pipe), progress)
+    return check_additivity(table, measure_random_recipes(opened.pipe, bank, study, allocation.paper_bits, plan))
 
 
 def _write(opened: Opened, bank: Bank, allocation: Allocation, place: tuple[Path, str]) -> WrittenCheckpoint:

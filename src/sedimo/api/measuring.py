@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 from sedimo.api.opening import Opened
+from sedimo.api.probing import AblationOptions, Probe, ProbeMethod, attribute, probe
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
-from sedimo.measurement.campaign import plan_campaign, run_trials
-from sedimo.measurement.jacobian import JacobianProbe, probe_jacobian
+from sedimo.graph.model import Group
+from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Setting
-from sedimo.measurement.worker import CallTiming, TrialWorker, setting_of, time_calls
-from sedimo.sensitivity.ablation import AblationProbe, Measured, ablation_table, plan_probes
+from sedimo.measurement.worker import CallTiming, setting_of, time_calls
+from sedimo.sensitivity.ablation import plan_probes
 from sedimo.sensitivity.combine import geometric_mean
 from sedimo.sensitivity.error import error_table
-from sedimo.sensitivity.jacobian import jacobian_table
 from sedimo.sensitivity.table import SensitivityTable
 
 MeasuredMethod = Literal["error", "jacobian", "ablation", "combined"]
+PARTS: Mapping[str, tuple[ProbeMethod, ...]] = {
+    "jacobian": ("jacobian",),
+    "ablation": ("ablation",),
+    "combined": ("ablation", "jacobian"),
+}
 PATIENCE_SECONDS = 30 * 60
 SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
 JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls
@@ -70,12 +75,14 @@ def measure_table(
     bank = make_bank(opened, is_exact=method != "error", cache=study.path.parent, progress=progress)
     if method == "error":
         return bank, error_table(bank.space, bank.candidates)
-    if method == "jacobian":
-        return bank, _jacobian(opened, bank, study, progress)
-    ablated = _ablation(opened, bank, study, progress)
-    if method == "ablation":
-        return bank, ablated
-    return bank, geometric_mean(ablated, _jacobian(opened, bank, study, progress))
+    tables = [attribute(_probe(opened, bank, name, study, progress)) for name in PARTS[method]]
+    return bank, tables[0] if len(tables) == 1 else geometric_mean(*tables)
+
+
+def _probe(opened: Opened, bank: Bank, method: ProbeMethod, study: Study, progress: Progress) -> Probe:
+    sampling = opened.order.sampling.searching(opened.pipe)
+    options = AblationOptions(near_bits(opened), probed_groups(opened))
+    return probe(opened.pipe, bank, method, store=study, sampling=sampling, ablation=options, progress=progress)
 
 
 def make_bank(opened: Opened, *, is_exact: bool, cache: Path | None = None, progress: Progress = SILENT) -> Bank:
@@ -84,10 +91,9 @@ def make_bank(opened: Opened, *, is_exact: bool, cache: Path | None = None, prog
     return fit_bank(opened.weights, opened.space, sample_channels=channels, cache=cache, progress=progress)
 
 
-def ablation_probes(opened: Opened, bank: Bank) -> tuple[AblationProbe, ...]:
-    """The probes of the ablation: near the ordered bits, per decision or per group."""
-    groups = opened.graph.groups if opened.order.probe_groups else ()
-    return plan_probes(bank.space, bank.candidates, near_bits=near_bits(opened), groups=groups)
+def probed_groups(opened: Opened) -> tuple[Group, ...]:
+    """The groups that an ablation takes as one, none when it goes by decisions."""
+    return opened.graph.groups if opened.order.probe_groups else ()
 
 
 def near_bits(opened: Opened) -> tuple[float, ...]:
@@ -97,34 +103,6 @@ def near_bits(opened: Opened) -> tuple[float, ...]:
     if bits is None and order.n_bytes is not None:
         bits = 8 * order.n_bytes / opened.space.params
     return (3.0, 4.5) if bits is None else (max(2.2, bits - 0.5), bits + 1.0)
-
-
-def _jacobian(opened: Opened, bank: Bank, study: Study, progress: Progress) -> SensitivityTable:
-    sampling = opened.order.sampling.searching(opened.pipe)
-    probe: JacobianProbe = probe_jacobian(opened.pipe, bank, sampling, study=study, progress=progress)
-    return jacobian_table(bank.space, bank.candidates, probe)
-
-
-def _ablation(opened: Opened, bank: Bank, study: Study, progress: Progress) -> SensitivityTable:
-    probes = ablation_probes(opened, bank)
-    measured = measure_probes(opened, bank, study, probes, progress)
-    settings = {"groups": str(opened.order.probe_groups), "near_bits": str(near_bits(opened))}
-    return ablation_table(bank.space, bank.candidates, measured, settings=settings)
-
-
-def measure_probes(
-    opened: Opened, bank: Bank, study: Study, probes: Sequence[AblationProbe], progress: Progress = SILENT
-) -> tuple[Measured, ...]:
-    """Each probe measured on the searched seeds; every probe is a trial of the study."""
-    sampling = opened.order.sampling.searching(opened.pipe)
-    trials = run_trials(
-        study,
-        [probe.recipe(bank.space) for probe in probes],
-        setting=search_setting(opened),
-        make_worker=lambda: TrialWorker(opened.pipe, bank, sampling, objective="final_latents"),
-        progress=progress,
-    )
-    return tuple(Measured(probe, trial.powers) for probe, trial in zip(probes, trials, strict=True))
 
 
 def search_setting(opened: Opened) -> Setting:
@@ -159,7 +137,8 @@ def _sampled_plan(opened: Opened, method: MeasuredMethod, timing: CallTiming, re
         memory = max(memory, 2 << 30)
     if method in ("ablation", "combined"):
         quick = make_bank(opened, is_exact=False)
-        recipes = [probe.recipe(quick.space) for probe in ablation_probes(opened, quick)]
+        probes = plan_probes(quick.space, quick.candidates, near_bits=near_bits(opened), groups=probed_groups(opened))
+        recipes = [one.recipe(quick.space) for one in probes]
         campaign = plan_campaign(
             recipes, study=None, setting=search_setting(opened), timing=timing, weights_bytes=weights_bytes
         )

@@ -87,6 +87,7 @@ class Compute:
 
 
 DEFAULT_COMPUTE = Compute()
+DEFAULT_SAMPLING = SamplingOrder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Order:
     recipe: Recipe | None = None
     store: Path | None = None
     variant: str | None = None
-    sampling: SamplingOrder = SamplingOrder()
+    sampling: SamplingOrder = DEFAULT_SAMPLING
     compute: Compute = DEFAULT_COMPUTE
     link: bool = False
     check: bool = True

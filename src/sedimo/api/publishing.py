@@ -14,27 +14,30 @@ from sedimo.allocation.problem import Allocation
 from sedimo.api.checking import Check, CheckedRecipe, pictures_of
 from sedimo.api.evaluation import sqnr_estimate
 from sedimo.api.opening import Opened
+from sedimo.api.verbs import N_FRONTIER_POINTS
 from sedimo.measurement.worker import versions
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import PairedDifference
 from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeKind, RecipeRow, Summary
 from sedimo.runtime.writing import WrittenCheckpoint
+from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.table import SensitivityTable
-
-N_FRONTIER_POINTS = 24
 
 
 def summary_of(
     opened: Opened,
     decided: tuple[SensitivityTable, Allocation],
     written: WrittenCheckpoint,
-    check: Check | None,
+    evidence: tuple[Check | None, Agreement | None],
     facts: Mapping[str, str],
 ) -> Summary:
     """The numbers of a job's report; `facts` are `command` and `seconds`."""
+    check, additivity = evidence
     table, allocation = decided
-    evidence = Evidence(
+    found = Evidence(
+        agreement=additivity,
+        agreement_of="random recipes of about this size" if additivity else "",
         recipes=() if check is None else recipe_rows(check),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(frontier(table, even_budgets(table, N_FRONTIER_POINTS))),
@@ -47,7 +50,7 @@ def summary_of(
         allocation,
         model=opened.name,
         shapes={d.name: d.shape for d in opened.space.decisions},
-        evidence=evidence,
+        evidence=found,
         provenance=provenance(opened, table, check, facts),
     )
 

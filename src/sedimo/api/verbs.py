@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from sedimo.allocation import solve
+from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
+from sedimo.api.additivity import check_additivity
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
@@ -31,11 +33,15 @@ from sedimo.pipelines.weights import FileWeights, ModuleWeights, denoiser_folder
 from sedimo.quant import memory, quantization
 from sedimo.quant.formats import Format
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.reporting.building import frontier_points, summarize
+from sedimo.reporting.html import write_report
+from sedimo.reporting.summary import Evidence
 from sedimo.runtime.weights import replace_weights
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe, SearchSpace
 from sedimo.space import search_space as make_search_space
 
+N_FRONTIER_POINTS = 24
 Loaded = DiffusersPipeline | BareDenoiser
 RecipeLike = Recipe | Mapping[str, str | Format]
 
@@ -173,6 +179,26 @@ def allocate(
     return solve.allocate(
         table, bits=bits, stored_bits=stored_bits, budget_bytes=budget_bytes, budget_bops=budget_bops, rule=rule
     )
+
+
+def report(
+    study: Study | None, table: SensitivityTable, choice: Allocation, *, path: Path | str, model: str = ""
+) -> Path:
+    """Writes the report of a choice as one HTML file and returns its path.
+
+    With a study of measured recipes, the additivity of the table's costs is checked on them.
+
+    Raises:
+        InputError: the folder of `path` does not exist.
+    """
+    trials = () if study is None else study.trials()
+    agreed = check_additivity(table, trials)
+    evidence = Evidence(
+        frontier=frontier_points(frontier(table, even_budgets(table, N_FRONTIER_POINTS))),
+        agreement=agreed,
+        agreement_of="" if agreed is None else f"{agreed.n} recipes of the study",
+    )
+    return write_report(summarize(table, choice, model=model or table.denoiser, evidence=evidence), path)
 
 
 def quantize(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None = None) -> Loaded | nn.Module:

@@ -54,7 +54,7 @@ def result(found: JobResult) -> None:
                 r.name,
                 f"{r.paper_bits:.2f}",
                 f"{r.stored_bits:.2f}",
-                _decibels(r.signals.sqnr.sqnr_db, r.signals.sqnr.standard_error),
+                _decibels(r.signals.sqnr),
             )
             for r in (found.check.this, *found.check.uniform)
         ]

@@ -1,0 +1,69 @@
+"""Are the costs of a table additive? Predicted against measured noise of whole recipes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from sedimo.bank import SILENT, Bank, Progress
+from sedimo.errors import InputError
+from sedimo.measurement.campaign import run_trials
+from sedimo.measurement.exploration import random_recipe_near
+from sedimo.measurement.study import Study
+from sedimo.measurement.trial import Trial
+from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.sensitivity.agreement import Agreement, agreement, predict
+from sedimo.sensitivity.table import SensitivityTable
+from sedimo.space import Recipe
+
+N_RECIPES = 30
+TOLERANCE_BITS = 0.25
+MIN_TRIALS = 3
+
+
+def measure_random_recipes(
+    pipe: DiffusersPipeline,
+    bank: Bank,
+    study: Study,
+    bits: float,
+    plan: tuple[Sampling, Progress] | None = None,
+) -> tuple[Trial, ...]:
+    """Trials of random recipes of about `bits` paper bits; what the study has is not measured again."""
+    sampling, progress = plan or (pipe.default_sampling(range(8), 10), SILENT)
+    return run_trials(
+        study,
+        _recipes(bank, bits),
+        setting=setting_of(pipe, sampling, weights_digest=bank.weights_digest),
+        make_worker=lambda: TrialWorker(pipe, bank, sampling, objective="final_latents"),
+        progress=progress,
+    )
+
+
+def check_additivity(table: SensitivityTable, trials: Iterable[Trial]) -> Agreement | None:
+    """Sum of costs against measured mean relative noise; None with fewer than three recipes of these formats."""
+    predicted, measured = [], []
+    for trial in trials:
+        choice = {d: trial.recipe.whole_format(layers[0]) for d, layers in table.layers.items()}
+        noise = float(trial.powers.ratio.mean())
+        try:
+            cost = predict(table, choice)
+        except InputError:
+            continue  # a recipe with formats that the table does not know
+        if 0 < cost < math.inf and 0 < noise < math.inf:
+            predicted.append(cost)
+            measured.append(noise)
+    return agreement(predicted, measured) if len(predicted) >= MIN_TRIALS else None
+
+
+def _recipes(bank: Bank, bits: float) -> list[Recipe]:
+    """As many as can be drawn: a narrow space may not have thirty recipes of that size."""
+    found: dict[str, Recipe] = {}
+    for index in range(N_RECIPES):
+        try:
+            recipe = random_recipe_near(bank.space, bits, seed=0, index=index, tolerance=TOLERANCE_BITS)
+        except InputError:
+            continue
+        found[recipe.key] = recipe
+    return list(found.values())

@@ -1,0 +1,123 @@
+"""Measuring single decisions, and the tables that follow: the verbs `probe` and `attribute`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sedimo.bank import SILENT, Bank, Progress
+from sedimo.errors import InputError
+from sedimo.graph.model import Group
+from sedimo.measurement.campaign import run_trials
+from sedimo.measurement.jacobian import JacobianProbe, probe_jacobian
+from sedimo.measurement.study import Study
+from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.sensitivity.ablation import DEFAULT_BITS, AblationProbe, Measured, ablation_table, plan_probes
+from sedimo.sensitivity.error import error_table
+from sedimo.sensitivity.jacobian import jacobian_table
+from sedimo.sensitivity.table import SensitivityTable
+
+ProbeMethod = Literal["jacobian", "ablation"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured about single decisions, with the bank that it is about.
+
+    `jacobian` or `ablation` is filled, by method.
+    """
+
+    method: ProbeMethod
+    bank: Bank
+    jacobian: JacobianProbe | None = None
+    ablation: tuple[Measured, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AblationOptions:
+    """Around which paper bits each decision is probed, and the groups to probe as one (none: every decision)."""
+
+    near_bits: tuple[float, ...] = DEFAULT_BITS
+    groups: tuple[Group, ...] = ()
+
+
+DEFAULT_ABLATION = AblationOptions()
+
+
+def probe(
+    pipe: DiffusersPipeline,
+    bank: Bank,
+    method: ProbeMethod = "jacobian",
+    *,
+    store: Path | str | Study,
+    sampling: Sampling | None = None,
+    ablation: AblationOptions = DEFAULT_ABLATION,
+    progress: Progress = SILENT,
+) -> Probe:
+    """Measures what each decision does to the denoiser, and keeps it in the study `store`; resumes there.
+
+    `jacobian` takes the first-order noise of all formats at once from one trajectory; `ablation` quantizes each
+    decision alone at a few formats and samples.
+
+    Raises:
+        InputError: another method, or a pipeline that cannot be sampled.
+        Interrupted: Ctrl-C; what was measured is kept.
+    """
+    plan = sampling or pipe.default_sampling(range(8), 10)
+    if isinstance(store, str | Path):
+        with Study(store) as study:
+            return probe(pipe, bank, method, store=study, sampling=plan, ablation=ablation, progress=progress)
+    if method == "jacobian":
+        return Probe(method, bank, jacobian=probe_jacobian(pipe, bank, plan, study=store, progress=progress))
+    if method != "ablation":
+        raise InputError(f"a probe is by 'jacobian' or 'ablation', got {method!r}")
+    probes = plan_probes(bank.space, bank.candidates, near_bits=ablation.near_bits, groups=ablation.groups)
+    return Probe(method, bank, ablation=measure_probes(pipe, bank, store, probes, (plan, progress)))
+
+
+def measure_probes(
+    pipe: DiffusersPipeline,
+    bank: Bank,
+    study: Study,
+    probes: Sequence[AblationProbe],
+    plan: tuple[Sampling, Progress],
+) -> tuple[Measured, ...]:
+    """Each probe as a trial of the study, on the plan's seeds."""
+    sampling, progress = plan
+    trials = run_trials(
+        study,
+        [one.recipe(bank.space) for one in probes],
+        setting=setting_of(pipe, sampling, weights_digest=bank.weights_digest),
+        make_worker=lambda: TrialWorker(pipe, bank, sampling, objective="final_latents"),
+        progress=progress,
+    )
+    return tuple(Measured(one, trial.powers) for one, trial in zip(probes, trials, strict=True))
+
+
+def attribute(source: Bank | Probe | Study, method: str = "") -> SensitivityTable:
+    """The cost of every choice: by `error` from a bank, by `jacobian` or `ablation` from a probe.
+
+    `method` may be left out; when given it must be one that the source can answer.
+
+    Raises:
+        InputError: the source cannot give that method.
+
+    Example:
+        >>> table = sedimo.attribute(sedimo.probe(pipe, bank, "jacobian", store="runs/alpha"))
+    """
+    if isinstance(source, Study):
+        raise InputError("a study of whole recipes does not tell single decisions apart; give a bank or a probe")
+    known = "error" if isinstance(source, Bank) else source.method
+    if method not in ("", known):
+        remedy = "sedimo.probe measures jacobian and ablation, a bank gives error"
+        raise InputError(f"method {method!r} cannot be had from this {type(source).__name__.lower()}: {remedy}")
+    if isinstance(source, Bank):
+        return error_table(source.space, source.candidates)
+    space, candidates = source.bank.space, source.bank.candidates
+    if source.jacobian is not None:
+        return jacobian_table(space, candidates, source.jacobian)
+    return ablation_table(space, candidates, source.ablation)

@@ -1,0 +1,216 @@
+"""The commands on a tiny pipeline, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DiffusionPipeline
+
+import sedimo
+from sedimo.cli.main import main
+
+QUICK = ["--seeds", "2", "--steps", "2"]
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
+    return result
+
+
+def run_json(*arguments):
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_pipeline_folder, tmp_path_factory):
+    """A checkpoint by the combined method at 4.5 bits, and what the command printed."""
+    out = tmp_path_factory.mktemp("job") / "small"
+    arguments = ("quantize", tiny_pipeline_folder, "--bits", "4.5", "-o", out, "--method", "combined", *QUICK)
+    return out, run_json(*arguments)
+
+
+def test_inspect_prints_what_the_design_promises(tiny_pipeline_folder):
+    found = run_json("inspect", tiny_pipeline_folder)
+    assert found.keys() >= {"denoiser", "n_layers", "n_decisions", "n_nodes", "n_edges", "n_groups", "params", "macs"}
+    assert found["n_layers"] == len(found["layers"]) == 21
+    assert found["n_decisions"] == 19  # the two blocks hold equal timestep embedders
+    assert found["layers"][0].keys() >= {"name", "operation", "block", "shape", "params", "macs"}
+    assert "proj_out_2" in run("inspect", tiny_pipeline_folder).stdout
+
+
+def test_quantize_keeps_its_budget_and_its_promises(quantized):
+    out, found = quantized
+    assert found["paper_bits"] <= 4.5
+    assert found["method"] == "ablation+jacobian"
+    assert found["status"] in ("optimal", "feasible")
+    assert (
+        found["stored_bytes"]
+        < found["file_bytes"]
+        == sum(f.stat().st_size for f in out.rglob("*.safetensors"))
+        - ((out / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size)
+    )
+    assert found["peak_rss_bytes"] > 1e6
+    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert "sedimo" in (out / "README.md").read_text().lower()
+
+
+def test_the_check_uses_fresh_seeds_and_gives_errors(quantized):
+    check = quantized[1]["check"]
+    assert min(check["seeds"]) >= 2
+    sqnr = check["recipes"]["this recipe"]["sqnr_db"]
+    assert sqnr["n"] == len(check["seeds"])
+    assert sqnr["low"] < sqnr["value"] < sqnr["high"]
+
+
+def test_what_was_written_loads_with_plain_diffusers_and_is_what_was_checked(quantized, tiny_pipeline_folder):
+    out, _ = quantized
+    code = (
+        "import sys, torch, sedimo\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1]); pipe.set_progress_bar_config(disable=True)\n"
+        "image = pipe([1, 2], num_inference_steps=2, generator=torch.manual_seed(0), output_type='pt').images\n"
+        "print(float(image.double().sum()).hex())\n"
+    )
+    printed = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=True).stdout
+    plain = DiffusionPipeline.from_pretrained(tiny_pipeline_folder)
+    packed = DiffusionPipeline.from_pretrained(out)
+    with torch.no_grad():
+        for name, module in packed.transformer.named_modules():
+            if isinstance(getattr(module, "weight", None), sedimo.QuantizedTensor):
+                plain.transformer.get_submodule(name).weight.copy_(module.weight.dequantize())
+    images = []
+    for pipe in (plain, packed):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.manual_seed(0)
+        images.append(pipe([1, 2], num_inference_steps=2, generator=generator, output_type="pt").images)
+    assert torch.equal(*images)
+    assert float(images[0].double().sum()).hex() == printed.strip().splitlines()[-1]
+
+
+def test_evaluate_compares_with_the_source(quantized, tiny_pipeline_folder):
+    found = run_json("evaluate", quantized[0], "--against", tiny_pipeline_folder, *QUICK)
+    assert found["sqnr_db"].keys() >= {"value", "standard_error", "n"}
+    assert found["size"]["file_bytes"] == quantized[1]["file_bytes"]
+    assert found["size"]["memory_bytes"] < found["size"]["source_memory_bytes"]
+    same = run_json("evaluate", tiny_pipeline_folder, "--against", tiny_pipeline_folder, *QUICK)
+    assert same["sqnr_db"]["value"] == {"float": "inf"}
+
+
+def test_diff_of_a_checkpoint_and_its_recipe_file_is_empty(quantized):
+    out, _ = quantized
+    assert run_json("diff", out, out / "sedimo_recipe.json") == {"differences": []}
+    changed = json.loads((out / "sedimo_recipe.json").read_text())
+    changed["layers"]["proj_out_1"] = "uaq2"
+    other = out.parent / "other.json"
+    other.write_text(json.dumps(changed))
+    assert [d["layer"] for d in run_json("diff", out, other)["differences"]] == ["proj_out_1"]
+
+
+def test_a_recipe_file_is_followed_to_the_letter(quantized, tiny_pipeline_folder, tmp_path):
+    recipe = quantized[0] / "sedimo_recipe.json"
+    found = run_json(
+        "quantize", tiny_pipeline_folder, "--recipe", recipe, "-o", tmp_path / "again", "--no-check", *QUICK
+    )
+    assert found["recipe"] == quantized[1]["recipe"]
+    assert run_json("diff", quantized[0], tmp_path / "again") == {"differences": []}
+
+
+def test_another_budget_and_the_report_need_no_second_measurement(quantized):
+    study = quantized[0].with_name("small.study")
+    found = run_json("allocate", study, "--bits", "3.5")
+    assert found["bits"] <= 3.5
+    assert found.keys() >= {"recipe", "bits", "objective", "bound", "gap", "status"}
+    again = run("report", study).stdout.strip()
+    assert Path(again).read_text() == (quantized[0] / "report.html").read_text()
+
+
+def test_a_second_run_measures_nothing_again(quantized, tiny_pipeline_folder, monkeypatch):
+    from sedimo.measurement import worker
+
+    monkeypatch.setattr(worker, "measure", lambda *_: pytest.fail("a trial was measured again"))
+    out = quantized[0].with_name("second")
+    study = quantized[0].with_name("small.study")
+    again = run_json(
+        "quantize", tiny_pipeline_folder, "--bits", "4.5", "-o", out, "--method", "combined", "--store", study, *QUICK
+    )
+    assert again["recipe"] == quantized[1]["recipe"]
+
+
+@pytest.mark.parametrize("method", ["error", "jacobian", "ablation", "uniform:kma4", "auto"])
+def test_every_method_does_the_whole_job(tiny_pipeline_folder, tmp_path, method):
+    budget = [] if method.startswith("uniform") else ["--bits", "4.5"]
+    formats = ["--formats", "kma3,kma4,uaq4,fp16"]
+    found = run_json(
+        "quantize", tiny_pipeline_folder, *budget, "-o", tmp_path / "out", "--method", method, *formats, *QUICK
+    )
+    assert found["out"] == str(tmp_path / "out")
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").transformer is not None
+
+
+def test_a_denoiser_alone_is_quantized_by_weight_error(tiny_pipeline_folder, tmp_path):
+    found = run_json("quantize", tiny_pipeline_folder / "transformer", "--bits", "4.5", "-o", tmp_path / "out")
+    assert found["method"] == "error"
+    assert "without its pipeline" in found["reason"]
+    assert "check" not in found
+
+
+def test_a_dry_run_tells_what_it_would_take_and_writes_nothing(tiny_pipeline_folder, tmp_path):
+    found = run_json(
+        "quantize",
+        tiny_pipeline_folder,
+        "--bits",
+        "4.5",
+        "-o",
+        tmp_path / "out",
+        "--method",
+        "ablation",
+        "--dry-run",
+        *QUICK,
+    )
+    assert found["denoiser_calls"] > 0
+    assert found["seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["--bits", "1"], 3, "least possible"),
+        (["--bits", "nan"], 3, "must be positive"),
+        (["--bits", "3", "--bytes", "9"], 3, "one budget"),
+        ([], 3, "a budget is needed"),
+        (["--bits", "3", "--method", "magic"], 3, "method must be one of"),
+        (["--bits", "3", "--formats", "kmc1"], 3, "bits must lie in 2..8"),
+        (["--method", "uniform:kmc9"], 3, "bits must lie in 2..8"),
+        (["--bits", "three"], 2, "not a valid float"),
+        (["--bits", "3", "--device", "abacus"], 3, "device"),
+    ],
+)
+def test_bad_orders_are_refused_and_nothing_is_written(tiny_pipeline_folder, tmp_path, arguments, code, complaint):
+    result = run("quantize", tiny_pipeline_folder, "-o", tmp_path / "out", *arguments, *QUICK, code=code)
+    assert complaint in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_and_a_quantized_source_are_refused(quantized, tiny_pipeline_folder, tmp_path):
+    result = run("quantize", tiny_pipeline_folder, "--bits", "4", "-o", quantized[0], code=3)
+    assert "exists already" in result.stderr
+    result = run("quantize", quantized[0], "--bits", "4", "-o", tmp_path / "out", code=3)
+    assert "quantized already" in result.stderr
+    result = run("quantize", tmp_path / "nowhere", "--bits", "4", "-o", tmp_path / "out", code=3)
+    assert "no folder" in result.stderr
+
+
+def test_help_answers_without_loading_anything_heavy():
+    code = "import sys; from sedimo.cli.main import main; main(['--help'], standalone_mode=False); " + (
+        "print([m for m in ('torch', 'diffusers', 'numba', 'scipy', 'rich') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("[]")
