@@ -52,27 +52,24 @@ class BankCache:
         else:
             self._rows.put_many("candidate", [(key, to_json(c)) for key, c in candidates.items()])
 
-    def parameters(self, decision: str, number_format: Format) -> FittedParameters | None:
-        """The fitted parameters of a decision at a format, or None.
+    def parameters(self, decision: str) -> dict[Format, FittedParameters]:
+        """The fitted parameters of a decision by format.
 
         Raises:
             StateError: the saved file is damaged.
         """
-        return self._known(decision).get(number_format)
-
-    def put_parameters(self, decision: str, fitted: Mapping[Format, FittedParameters]) -> None:
-        """Keeps fitted parameters."""
-        known = {**self._known(decision), **fitted}
-        if self._folder is None:
-            self._memory[decision] = known
-        else:
-            _write(_path(self._folder, decision), known)
-
-    def _known(self, decision: str) -> dict[Format, FittedParameters]:
         if self._folder is None:
             return self._memory.get(decision, {})
         path = _path(self._folder, decision)
         return _read(path) if path.exists() else {}
+
+    def put_parameters(self, decision: str, fitted: Mapping[Format, FittedParameters]) -> None:
+        """Keeps fitted parameters."""
+        known = {**self.parameters(decision), **fitted}
+        if self._folder is None:
+            self._memory[decision] = known
+        else:
+            _write(_path(self._folder, decision), known)
 
 
 def _path(folder: Path, decision: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +127,18 @@ class Bank:
         self._packed.move_to_end(key)
         return self._packed[key]
 
+    def changes(self, decision: str) -> Iterator[tuple[Format, torch.Tensor]]:
+        """Quantized minus full-precision weight, float32 `[out, in, ...]`, for each quantized format of a decision.
+
+        The weight is read once and nothing is packed or kept.
+        """
+        known = self.space.decision_index[decision]
+        formats = tuple(dict.fromkeys(f.weight_format for f in known.formats if f.is_quantized))
+        weight = read_weight(self.weights, known)
+        exact = weight.float()
+        for number_format, parameters in self._parameters(known, weight, formats).items():
+            yield number_format, with_codes(weight, parameters, layer_name=decision).dequantize() - exact
+
     def quantize(self, recipe: Recipe) -> dict[str, QuantizedTensor]:
         """The packed weights of a recipe by layer name; layers at fp16 are absent, tied layers share one tensor.
 
@@ -150,13 +162,20 @@ class Bank:
 
     def _make(self, decision: Decision, number_format: Format) -> QuantizedTensor:
         weight = read_weight(self.weights, decision)
-        parameters = self._cache.parameters(decision.name, number_format)
-        if parameters is None:
-            found = fit_parameters(weight, [number_format], layer_name=decision.name)
-            self._cache.put_parameters(decision.name, found)
-            parameters = found[number_format]
+        parameters = self._parameters(decision, weight, (number_format,))[number_format]
         fitted = with_codes(weight, parameters, layer_name=decision.name)
         return _named(QuantizedTensor.from_fitted(fitted, weight.dtype), decision)
+
+    def _parameters(
+        self, decision: Decision, weight: torch.Tensor, formats: Sequence[Format]
+    ) -> dict[Format, FittedParameters]:
+        known = self._cache.parameters(decision.name)
+        missing = [f for f in formats if f not in known]
+        if missing:
+            made = fit_parameters(weight, missing, layer_name=decision.name)
+            self._cache.put_parameters(decision.name, made)
+            known = {**known, **made}
+        return {f: known[f] for f in formats}
 
     def _make_split(self, decision: Decision, parts: Sequence[PartFormat]) -> QuantizedTensor:
         weight = read_weight(self.weights, decision)
@@ -253,7 +272,8 @@ def _estimate(
     seed = int(hashlib.sha256(decision.name.encode()).hexdigest()[:12], 16)
     generator = torch.Generator().manual_seed(seed)
     estimates = error_estimates(weight, formats, n_channels=n_channels, generator=generator, layer_name=decision.name)
-    return {f: _candidate(decision, f, e.mean, e.standard_error, e.n) for f, e in estimates.items()}
+    n_all = decision.shape[0]  # an estimate from all channels is exact
+    return {f: _candidate(decision, f, e.mean, e.standard_error, e.n % n_all) for f, e in estimates.items()}
 
 
 def _exact_candidate(decision: Decision, fitted: FittedParameters) -> Candidate:

@@ -80,10 +80,12 @@ def test_errors_are_those_of_the_packed_weights():
 def test_estimated_errors_carry_their_uncertainty_and_nothing_is_fitted():
     exact, estimated = (fit_bank(Weights(), space_of(), sample_channels=n) for n in (None, 8))
     for candidate in estimated.candidates:
-        if candidate.format.is_quantized:
+        known = exact.index[candidate.decision, candidate.format].error
+        if candidate.format.family in ("kma", "fp"):  # whole-tensor codebooks are fitted in full
+            assert (candidate.n, candidate.error) == (0, pytest.approx(known))
+        else:
             assert candidate.n == 8
             assert candidate.standard_error > 0
-            known = exact.index[candidate.decision, candidate.format].error
             assert abs(candidate.error - known) < 6 * candidate.standard_error + 0.02 * known
     all_channels = fit_bank(Weights(), space_of(), sample_channels=999)
     assert {c.n for c in all_channels.candidates} == {0}
@@ -177,3 +179,14 @@ def test_activation_bits_do_not_change_the_weight():
     eight = Format.parse("kmc3a8")
     assert bank.index["a", eight].error == bank.index["a", KMC3].error
     assert bank.quantized("a", eight) is bank.quantized("a", KMC3)
+
+
+def test_changes_are_those_of_the_packed_weights():
+    weights = Weights()
+    bank = fit_bank(weights, space_of())
+    weights.reads.clear()
+    found = dict(bank.changes("a"))
+    assert weights.reads == ["a"]
+    assert set(found) == {KMC3, UAQ4, KMA4}
+    for number_format, change in found.items():
+        assert torch.equal(change, bank.quantized("a", number_format).dequantize() - weights.tensors["a"])

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sedimo.bank import SILENT, Bank, Progress, read_weight
+from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
 from sedimo.errors import UnsupportedError
 from sedimo.measurement.interrupt import StopRequest, graceful_interrupt
@@ -163,7 +163,7 @@ class _Pass:
         n_rows = call.output.shape[0]
         unused: tuple[str, ...] = ()
         if self._changes is None:
-            self._changes = {d: _changes(self._bank, self.denoiser, d, f) for d, f in self.formats.items()}
+            self._changes = {d: _changes(self._bank, self.denoiser, d) for d in self.formats}
         with Taps(self.denoiser, self._changes, copy_inputs=self._copies_inputs) as taps:
             for first in range(0, n_rows, self.options.max_rows):
                 rows = slice(first, min(first + self.options.max_rows, n_rows))
@@ -247,13 +247,12 @@ def _formats(bank: Bank, decision: str) -> tuple[Format, ...]:
     return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
 
 
-def _changes(bank: Bank, denoiser: nn.Module, decision: str, formats: Sequence[Format]) -> Changes:
-    known = bank.space.decision_index[decision]
+def _changes(bank: Bank, denoiser: nn.Module, decision: str) -> Changes:
+    known, formats = bank.space.decision_index[decision], _formats(bank, decision)
     device = next(denoiser.parameters()).device
-    weight = read_weight(bank.weights, known).float()
-    deltas = torch.empty(len(formats), *weight.shape, device=device)
-    for target, number_format in zip(deltas, formats, strict=True):
-        target.copy_(bank.quantized(decision, number_format).to(torch.float32).dequantize() - weight)
+    deltas = torch.empty(len(formats), *known.shape, device=device)
+    for target, (_, change) in zip(deltas, bank.changes(decision), strict=True):
+        target.copy_(change)
     return Changes(known.layers, deltas.flatten(2))
 
 
