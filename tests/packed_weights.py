@@ -14,6 +14,8 @@ from sedimo.quant.parts import WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import named_layers
 
+OWNER = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"
+TIED = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1"
 FORMATS = ("uaq3", "kmc4", "uaq4g16", "kma5", "uaq8", "kmc2")
 
 
@@ -61,3 +63,11 @@ def random_weights(
         weight = random_packed(tuple(module.weight.shape), formats[i % len(formats)], seed=i)
         found[name] = found[ties[name]] if ties and name in ties else weight
     return found
+
+
+def denoise(denoiser: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The denoiser's output on fixed inputs."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
+    with torch.no_grad():
+        return denoiser(latents, timestep=torch.tensor([3, 700]), class_labels=torch.tensor([1, 2])).sample

@@ -1,0 +1,80 @@
+"""`import sedimo` teaches diffusers its quantizer in either order of imports, and is cheap."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+
+from diffusers.quantizers.base import DiffusersQuantizer
+
+from sedimo.runtime import diffusers_plugin
+
+IS_REGISTERED = """
+from diffusers.quantizers import auto
+assert auto.AUTO_QUANTIZER_MAPPING["sedimo"].__name__ == "SedimoQuantizer"
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["sedimo"].__name__ == "SedimoConfig"
+from diffusers.quantizers.base import DiffusersQuantizer
+assert issubclass(auto.AUTO_QUANTIZER_MAPPING["sedimo"], DiffusersQuantizer)
+print("registered")
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_registers_at_once_if_diffusers_is_there_already():
+    assert run("from diffusers.quantizers import auto; import sedimo" + IS_REGISTERED) == "registered"
+
+
+def test_registers_when_diffusers_comes_later_and_disturbs_nobody():
+    code = """
+import sedimo, importlib, importlib.util, inspect, sys
+from sedimo._import_hook import install
+install()
+assert len([f for f in sys.meta_path if type(f).__module__ == "sedimo._import_hook"]) == 1
+spec = importlib.util.find_spec("diffusers.quantizers.auto")
+assert spec.origin.endswith("auto.py") and spec.name == "diffusers.quantizers.auto"
+from diffusers.quantizers import auto
+assert "class DiffusersAutoQuantizer" in inspect.getsource(auto)
+assert list(auto.AUTO_QUANTIZER_MAPPING)[-1] == "sedimo" and "torchao" in auto.AUTO_QUANTIZER_MAPPING
+importlib.reload(auto)
+"""
+    assert run(code + IS_REGISTERED) == "registered"
+
+
+def test_import_is_cheap_and_brings_nothing_heavy():
+    code = """
+import sys, time
+start = time.perf_counter()
+import sedimo
+seconds = time.perf_counter() - start
+heavy = {"torch", "diffusers", "numpy", "numba", "scipy", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+print(seconds)
+"""
+    assert min(float(run(code)) for _ in range(3)) < 0.25  # 14 ms alone; room for a loaded machine
+
+
+def test_loading_a_checkpoint_brings_no_quantizer_and_no_solver(packed_pipeline_folder):
+    code = f"""
+import sys, sedimo
+from diffusers import DiTTransformer2DModel
+DiTTransformer2DModel.from_pretrained({str(packed_pipeline_folder / "transformer")!r})
+ours = sorted(m for m in sys.modules if m.startswith("sedimo."))
+assert not [m for m in ours if m.split(".")[1] in ("graph", "store", "space", "bank", "allocation", "api", "cli")], ours
+assert "numba" not in sys.modules and "sedimo.quant.fitting" not in sys.modules
+print("light")
+"""
+    assert run(code) == "light"
+
+
+def test_a_diffusers_that_is_too_old_is_said_and_left_alone(monkeypatch, caplog):
+    monkeypatch.delattr(DiffusersQuantizer, "maybe_update_state_dict")
+    old = ModuleType("auto")
+    diffusers_plugin.register(old)
+    assert "too old" in caplog.text
+    assert not hasattr(old, "AUTO_QUANTIZER_MAPPING")
