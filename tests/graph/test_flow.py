@@ -58,7 +58,7 @@ def half(x: torch.Tensor) -> torch.Tensor:
         (lambda a, b, c: a * (1 + half(b)) + c, {"modulate_0": ["a", "b"], "add_0": ["modulate_0", "c"]}),
         (lambda a, b, c: F.scaled_dot_product_attention(a, b, c), {"attention_0": ["a", "b", "c"]}),
         (lambda a, b, c: (a @ b.mT).softmax(-1) @ c, {"attention_0": ["a", "b", "c"]}),
-        (lambda a, b, c: torch.einsum("ij,jk->ik", torch.einsum("bik,bjk->ij", a, b), c[0]), {"attention_0": ["a", "b", "c"]}),
+        (lambda a, b, c: torch.einsum("ij,jk->ik", (a @ b.mT)[0], c[0]), {"attention_0": ["a", "b", "c"]}),
         (lambda a, b, c: torch.bmm(c, torch.bmm(a.mT, b)), {"attention_0": ["a", "b", "c"]}),
         (lambda a, b, c: a * F.gelu(b), {}),
         (lambda a, b, c: a + F.gelu(a), {}),

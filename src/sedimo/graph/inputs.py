@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 DEFAULT_LATENTS = 64  # height and width where the config does not say: 512 pixels behind a VAE of factor 8
-DEFAULT_FRAMES = 16
+DEFAULT_FRAMES = 8
 DEFAULT_TOKENS = 77  # of CLIP
 
 FIRST_UNKNOWN = 1_000_000_007  # far above any real size, so that an unknown size is recognised in products and sums
@@ -187,6 +187,12 @@ def _added_resolution(s: Sizes) -> dict[str, object]:
 ARGUMENTS: Mapping[str, Argument] = {
     "hidden_states": Argument(_latents("hidden_states")),
     "sample": Argument(_latents("sample")),
+    "x": Argument((lambda s: [s.floats(s.width("x"), 1, *s.area)], *_latents("x"))),
+    "t": Argument(_PER_SAMPLE),
+    "cap_feats": Argument((lambda s: [s.floats(s.n_tokens("cap_feats"), s.width("cap_feats"))],)),
+    "input_ids": Argument((lambda s: s.integers(1, *s.area), lambda s: s.integers(1, s.n_tokens("input_ids")))),
+    "control_hidden_states": Argument((_video("control_hidden_states"), _image("control_hidden_states"))),
+    "context_latents": Argument((_tokens("context_latents"),)),
     "timestep": Argument(_PER_SAMPLE, is_usual=True),
     "timesteps": Argument(_PER_SAMPLE, is_usual=True),
     "timestep_r": Argument(_PER_SAMPLE),
@@ -224,6 +230,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "image_latents": Argument((_video("sample"), _image("sample"))),
     "added_cond_kwargs": Argument((_added_embeddings, _added_resolution)),
     "added_time_ids": Argument((_vector("added_time_ids"),)),
+    "micro_conds": Argument((lambda s: s.floats(1, 5),)),
     "image_meta_size": Argument((lambda s: s.floats(1, 6),), is_usual=True),
     "style": Argument((lambda s: s.integers(1),), is_usual=True),
     "image_rotary_emb": Argument((_rotary, lambda s: s.floats(*s.patches, s.head_width // 2).to(torch.complex64))),
@@ -237,7 +244,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "target_size": Argument(_PAIR),
     "crop_coords": Argument(_PAIR),
     "fps": Argument((lambda s: s.integers(1),)),
-    "num_frames": Argument((lambda s: s.frames,)),
-    "height": Argument((lambda s: s.area[0],)),
-    "width": Argument((lambda s: s.area[1],)),
+    "num_frames": Argument((lambda _: 1,), is_usual=True),  # together the number of image tokens
+    "height": Argument((lambda s: s.patches[0],), is_usual=True),
+    "width": Argument((lambda s: s.patches[1],), is_usual=True),
 }
