@@ -42,6 +42,14 @@ def test_even_budgets_span_what_is_possible():
     assert frontier(table, budgets)[-1].objective == 0.0
 
 
+def test_even_budgets_may_end_early():
+    table = random_table(10, seed=7)
+    assert even_budgets(table, 3, most_bits=6.0)[-1] == 6.0
+    assert even_budgets(table, 3, most_bits=60.0)[-1] == bits_range(table)[1]
+    with pytest.raises(InputError, match="most_bits must be at least"):
+        even_budgets(table, 3, most_bits=1.0)
+
+
 @pytest.mark.parametrize("call", [lambda t: frontier(t, []), lambda t: even_budgets(t, 1)])
 def test_too_few_points_are_refused(call):
     with pytest.raises(InputError, match="at least"):

@@ -37,6 +37,7 @@ def test_shares_add_up(summary):
         assert math.fsum(g.cost_share for g in groups) == pytest.approx(1)
         assert sum(g.params for g in groups) == TABLE.total_params
         assert sum(g.n_decisions for g in groups) == 47
+        assert sum(g.paper_bits * g.params for g in groups) == pytest.approx(ALLOCATION.paper_bits * TABLE.total_params)
         assert math.fsum(g.cost for g in groups) == pytest.approx(ALLOCATION.objective)
 
 

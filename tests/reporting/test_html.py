@@ -21,7 +21,7 @@ from sedimo.reporting.summary import Evidence, Picture, RecipeRow
 from sedimo.reporting.theme import BIT_LEVELS, PLACEHOLDER, ROLES, bit_level
 
 TEXT_CONTRAST, SHAPE_CONTRAST = 4.5, 3.0  # WCAG 2.2, 1.4.3 and 1.4.11
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"wbr", "meta", "img", "br", "link", "input", "hr"}
 HARM = "<script>alert('x')</script>\"&$\\frac{1}$\x07`日本"
 
 

@@ -59,11 +59,25 @@ def test_the_gain_over_uniform_stands_in_for_a_missing_fid(summary):
     assert phrasing.tiles(found)[3].value == "+5.57"
 
 
+def test_the_claim_is_against_the_strongest_uniform_recipe(summary):
+    rows = tuple(DifferenceRow(f"uniform {f}", "sqnr_db", estimate(v, 0.2, 64)) for f, v in (("a", 6.0), ("b", 2.0)))
+    found = replace(summary, evidence=replace(summary.evidence, differences=rows))
+    assert phrasing.headline(found).endswith("2.00 dB better than uniform b.")
+
+
 def test_spared_layers_come_with_their_reason(summary):
     text = phrasing.reason_sentences(summary)[0].replace(THIN, " ")
     row = next(r for r in summary.decisions if r.name == "proj_out_2")
     assert text.startswith("`proj_out_2` keeps 8 bits (`uaq8`), which takes 4.19 kB for 0.056 % of the weights")
     assert f"at 3 bits (`kmc3`) it alone would add {row.reference_db:.2f} dB of noise" in text
+
+
+def test_additions_have_the_digits_of_their_error(summary):
+    row = next(r for r in summary.decisions if r.name == "proj_out_2")
+    sure, unsure = (replace(row, reference_standard_error=e * summary.choice.cost.value) for e in (0.01, 0.2))
+    texts = [phrasing.reason_sentences(replace(summary, decisions=(r,)))[0] for r in (sure, unsure)]
+    assert f"add {row.reference_db:.2f} dB" in texts[0]  # 0.04 dB
+    assert f"add {row.reference_db:.1f} dB" in texts[1]  # 0.7 dB
 
 
 def test_tiny_additions_are_said_in_percent(bare):

@@ -34,13 +34,19 @@ def frontier(
     return tuple(found)
 
 
-def even_budgets(table: SensitivityTable, n_points: int, *, accounting: Accounting = "paper") -> tuple[float, ...]:
-    """Budgets from the least to the most possible bits, evenly spaced [bits per weight].
+def even_budgets(
+    table: SensitivityTable, n_points: int, *, accounting: Accounting = "paper", most_bits: float | None = None
+) -> tuple[float, ...]:
+    """Budgets from the least to the most possible bits, or to `most_bits`, evenly spaced [bits per weight].
 
     Raises:
-        InputError: fewer than two points.
+        InputError: fewer than two points, or `most_bits` below the least possible.
     """
     if n_points < 2:
         raise InputError(f"a curve needs at least two points, got {n_points}.")
     low, high = bits_range(table, accounting)
+    if most_bits is not None:
+        high = min(high, most_bits)
+    if high < low:
+        raise InputError(f"most_bits must be at least the {low:.4f} bits that these formats need, got {most_bits}.")
     return tuple(low + (high - low) * i / (n_points - 1) for i in range(n_points))

@@ -21,6 +21,7 @@ WIDTH = 760
 ROW = 25
 MAX_ROWS = 24
 _NORMAL_95 = 1.959964
+_BITS_AHEAD = 3.0  # how far beyond this recipe the frontier is drawn
 _FEW_DECADES = 2.2  # below, a logarithmic axis has ticks at 1, 2 and 5
 
 
@@ -108,11 +109,13 @@ def recipes_chart(summary: Summary) -> str:
 def frontier_chart(summary: Summary) -> str:
     """Predicted quality over bits: the curve of best recipes, this one on it, others beside it."""
     points, choice = summary.evidence.frontier, summary.choice
+    here = summary.sizes.paper_bits if choice.accounting == "paper" else summary.sizes.stored_bits
     scale = decibel if choice.is_noise else float
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         shown = [p for p in points if not choice.is_noise or p.cost > 0]
+        shown = [p for p in shown if p.bits <= here + _BITS_AHEAD]
         axes.plot([p.bits for p in shown], [scale(p.cost) for p in shown], color=MUTED, marker="o", markersize=4)
         beside = [p for p in summary.evidence.beside_frontier if not choice.is_noise or p.cost > 0]
         for point in beside:
@@ -120,7 +123,6 @@ def frontier_chart(summary: Summary) -> str:
             axes.annotate(
                 point.name, (point.bits, scale(point.cost)), xytext=(6, -11), textcoords="offset points", fontsize=10
             )
-        here = summary.sizes.paper_bits if choice.accounting == "paper" else summary.sizes.stored_bits
         if choice.cost.value > 0 or not choice.is_noise:
             axes.plot(here, scale(choice.cost.value), marker="D", color=ACCENT, markersize=9)
             axes.annotate(

@@ -62,6 +62,7 @@ def render(summary: Summary, *, theme: Theme | None = None) -> str:
     """The report as HTML text; `theme` fixes light or dark, which is otherwise the reader's setting."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["prose"] = _prose
+    environment.filters["breakable"] = _breakable
     template = environment.from_string(_resource("report.html.j2"))
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", template.render(_context(summary, theme)))
 
@@ -180,6 +181,11 @@ def _prose(text: str) -> Markup:
         for i, part in enumerate(parts)
     ]
     return Markup("".join(made))  # every part was escaped
+
+
+def _breakable(name: str) -> Markup:
+    """An escaped dotted name that may be broken after its dots."""
+    return Markup(".<wbr>").join(name.split("."))  # join escapes the parts
 
 
 def _resource(name: str) -> str:

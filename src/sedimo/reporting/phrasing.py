@@ -221,7 +221,7 @@ def _file_note(summary: Summary) -> str:
 
 def _best_uniform(summary: Summary) -> DifferenceRow | None:
     rows = [r for r in summary.evidence.differences if r.measure == "sqnr_db" and "uniform" in r.other]
-    return rows[0] if rows else None
+    return min(rows, key=lambda r: r.difference.value, default=None)
 
 
 def _methods_sentence(summary: Summary) -> str:
@@ -267,18 +267,17 @@ def _spared(summary: Summary) -> Iterable[str]:
         yield (
             f"{name(row.name)} keeps {row.format.bits} bits ({name(str(row.format))}), which takes "
             f"{byte_size(row.stored_bytes)} for {share(row.params / summary.sizes.params)} of the weights: "
-            f"at {reference.bits} bits ({name(str(reference))}) it alone would add {_added(row, db)}."
+            f"at {reference.bits} bits ({name(str(reference))}) it alone would add "
+            f"{_added(row, db, summary.choice.cost.value)}."
         )
 
 
-def _added(row: DecisionRow, db: float) -> str:
-    """Noise added by one layer, in decibels, or in percent where decibels would be tiny."""
+def _added(row: DecisionRow, db: float, total: float) -> str:
+    """Noise added by one layer to the `total`, in decibels, or in percent where decibels would be tiny."""
     relative = 10 ** (db / 10) - 1
     if db < _TINY_DB:
         return f"{share(relative)} to the noise"
-    if not row.reference_cost or not row.reference_standard_error:
-        return f"{number(db)} dB of noise"
-    error = 10 / math.log(10) * row.reference_standard_error / row.reference_cost * relative / (1 + relative)
+    error = 10 / math.log(10) * row.reference_standard_error / (total * (1 + relative))
     return f"{number(db, error)} dB of noise"
 
 

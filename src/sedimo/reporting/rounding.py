@@ -6,7 +6,7 @@ import math
 
 from sedimo.metrics.estimate import Estimate
 
-_MINUS = "\N{MINUS SIGN}"
+MINUS = "\N{MINUS SIGN}"
 _THIN = "\N{NARROW NO-BREAK SPACE}"
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _LEAST_PLAIN, _MOST_PLAIN = 1e-3, 1e5  # beyond these, powers of ten read better
@@ -61,7 +61,7 @@ def half_width(estimate: Estimate) -> float | None:
 
 def byte_size(n_bytes: float) -> str:
     """Bytes with three significant digits in decimal units: `4.27 MB`."""
-    sign, value = (_MINUS if n_bytes < 0 else ""), abs(float(n_bytes))
+    sign, value = (MINUS if n_bytes < 0 else ""), abs(float(n_bytes))
     unit = 0
     while value >= 999.5 and unit < len(_BYTE_UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -120,7 +120,7 @@ def _plain(value: float, digits: int, *, signed: bool = False) -> str:
     if not math.isfinite(value):
         return _special(value)
     rounded = round(value, digits)
-    sign = _MINUS if rounded < 0 else "+" if signed and rounded > 0 else ""
+    sign = MINUS if rounded < 0 else "+" if signed and rounded > 0 else ""
     return f"{sign}{abs(rounded):.{max(digits, 0)}f}"
 
 
@@ -141,4 +141,4 @@ def superscript(exponent: int) -> str:
 
 
 def _special(value: float) -> str:
-    return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{_MINUS}∞"
+    return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.phrasing import cost_sentences
-from sedimo.reporting.rounding import bits, byte_size, interval, number, share, with_error
+from sedimo.reporting.rounding import MINUS, bits, byte_size, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, RecipeRow, Step, Summary
 from sedimo.reporting.theme import bit_level
 
@@ -34,7 +34,6 @@ class DecisionLine:
     format: str
     level: int
     shape: str
-    weights: str
     stored: str
     cost: str
     share: str
@@ -133,7 +132,6 @@ def _decision_line(row: DecisionRow) -> DecisionLine:
         format=str(row.format),
         level=bit_level(row.format.bits),
         shape="\N{MULTIPLICATION SIGN}".join(map(str, row.shape)),
-        weights=f"{row.params:,}",
         stored=byte_size(row.stored_bytes),
         cost=cost,
         share="" if row.share is None else share(row.share),
@@ -145,13 +143,15 @@ def _decision_line(row: DecisionRow) -> DecisionLine:
 def _step(step: Step | None) -> str:
     if step is None:
         return ""
-    change = number(step.cost_change, signed=True) if step.noise_db is None else f"{_signed(step.noise_db)} dB"
+    change = number(step.cost_change, signed=True) if step.noise_db is None else _relative(step.noise_db)
     size = byte_size(step.stored_bytes_change)
     return f"{step.format}: {change}, {'' if step.stored_bytes_change < 0 else '+'}{size}"
 
 
-def _signed(decibel: float) -> str:
-    return number(decibel, signed=True) if abs(decibel) >= 0.01 else ("+" if decibel > 0 else "\N{MINUS SIGN}") + "0.00"
+def _relative(noise_db: float) -> str:
+    """A change of the noise in percent, with its sign."""
+    change = 10 ** (noise_db / 10) - 1
+    return f"{'+' if change > 0 else MINUS}{share(abs(change))}"
 
 
 def _shown_recipes(recipes: Sequence[RecipeRow]) -> list[RecipeRow]:
