@@ -10,7 +10,7 @@ import numpy as np
 from sedimo.allocation.frontier import frontier
 from sedimo.allocation.solve import allocate
 from sedimo.metrics.estimate import Estimate, with_interval
-from sedimo.quant.formats import WIDE_FORMATS, Format, paper_bytes, stored_bytes
+from sedimo.quant.formats import FP16, WIDE_FORMATS, Format, paper_bytes, stored_bytes
 from sedimo.reporting.building import beside_frontier, frontier_points, summarize
 from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeRow, Summary
 from sedimo.sensitivity.agreement import agreement
@@ -104,9 +104,7 @@ def make_table(layers: list[Layer], seed: int, *, formats: tuple[Format, ...] = 
         level *= {"to_q": 0.15, "to_k": 0.15}.get(operation.split(".")[-1], 1.0) * float(np.exp(rng.normal(0, 0.5)))
         level *= 40.0 if "out_2" in name or "conv_out" in name else 1.0
         level *= 1.5 if "norm1" in name else 1.0 + position / len(layers)
-        for f in formats:
-            if f.is_quantized and stored_bytes(f, shape) >= 2 * weights:
-                continue
+        for f in [f for f in formats if not f.is_quantized or stored_bytes(f, shape) < 2 * weights] or [FP16]:
             noise = level * 4.0**-f.bits * _NOISE[f.family] * float(np.exp(rng.normal(0, 0.15)))
             cost = noise * (0.45 if f.group_size else 1.0)
             error = 0.12 * cost * float(np.exp(rng.normal(0, 0.3)))

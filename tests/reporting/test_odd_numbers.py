@@ -1,0 +1,57 @@
+"""Reports of recipes and tables with odd numbers: nothing quantized, scores of any sign, unknown errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from report_examples import dit_evidence, dit_layers, make_table
+
+from sedimo.allocation.solve import allocate
+from sedimo.quant.formats import parse_formats
+from sedimo.reporting.building import summarize
+from sedimo.reporting.html import render
+from sedimo.reporting.summary import Evidence, FrontierPoint
+from sedimo.sensitivity.table import SensitivityTable
+
+TABLE = make_table(list(dit_layers(n_blocks=2)), 3)
+
+
+def changed(**values: float) -> SensitivityTable:
+    return replace(TABLE, costs=tuple(replace(c, **values) for c in TABLE.costs))
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments"),
+    [
+        (TABLE, {"bits": 16.0}),
+        (TABLE, {"rule": "uniform:kmc4"}),
+        (TABLE, {"stored_bits": 3.6}),
+        (changed(standard_error=math.nan), {"bits": 3.5}),
+        (changed(standard_error=math.inf), {"bits": 3.5}),
+        (changed(standard_error=0.0, n=0), {"bits": 3.5}),
+        (changed(cost=0.0), {"bits": 3.5}),
+        (replace(changed(cost=-1.5), unit="score", method="gnn"), {"bits": 3.5}),
+        (make_table(list(dit_layers(2)), 3, formats=parse_formats("kmc4")), {"bits": 6.0}),
+        (make_table([next(iter(dit_layers()))], 3), {"bits": 6.0}),
+    ],
+    ids=["all-fp16", "uniform", "stored", "nan", "inf", "exact", "zero", "score", "one-format", "one-layer"],
+)
+def test_a_page_is_made_all_the_same(table, arguments):
+    allocation = allocate(table, **arguments)
+    points = (FrontierPoint(3.0, 0.1), FrontierPoint(4.0, 0.0))
+    page = render(summarize(table, allocation, model="m", evidence=Evidence(frontier=points)))
+    assert "nan" not in page.lower().replace("nano", "")
+    assert "</html>" in page
+
+
+def test_measures_without_an_interval_are_shown_as_they_are():
+    evidence = dit_evidence(TABLE, 3.5)
+    only = replace(evidence.recipes[0].measures["sqnr_db"], standard_error=math.nan, low=-math.inf, high=math.inf, n=1)
+    rows = tuple(replace(row, measures={"sqnr_db": only}) for row in evidence.recipes)
+    differences = tuple(replace(d, difference=only) for d in evidence.differences)
+    found = replace(evidence, recipes=rows, differences=differences)
+    page = render(summarize(TABLE, allocate(TABLE, bits=3.5), model="m", evidence=found))
+    assert "no difference shown" in page
+    assert "∞" not in page
