@@ -7,6 +7,7 @@ import hashlib
 import pytest
 import torch
 
+from sedimo._bank_cache import BankCache
 from sedimo.bank import Bank, fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph, Node
@@ -138,6 +139,7 @@ def test_a_cache_extends_to_more_formats_and_not_to_other_weights(tmp_path):
     wider = fit_bank(weights, space_of("kmc3,uaq4"), cache=tmp_path)
     assert weights.reads == ["a", "c"]
     assert wider.candidates == fit_bank(Weights(), space_of("kmc3,uaq4")).candidates
+    assert set(BankCache(tmp_path / weights.digest[:32]).parameters("a")) == {KMC3, UAQ4}
     other = Weights(seed=1)
     fit_bank(other, space_of("kmc3"), cache=tmp_path)
     assert other.reads == ["a", "c"]
@@ -190,3 +192,11 @@ def test_changes_are_those_of_the_packed_weights():
     assert set(found) == {KMC3, UAQ4, KMA4}
     for number_format, change in found.items():
         assert torch.equal(change, bank.quantized("a", number_format).dequantize() - weights.tensors["a"])
+
+
+def test_estimates_and_exact_errors_do_not_mix_in_a_cache(tmp_path):
+    fit_bank(Weights(), space_of(), sample_channels=8, cache=tmp_path)
+    exact = fit_bank(Weights(), space_of(), cache=tmp_path)
+    assert {c.n for c in exact.candidates} == {0}
+    fewer = fit_bank(Weights(), space_of(), sample_channels=5, cache=tmp_path)
+    assert {c.n for c in fewer.candidates} == {0, 5}

@@ -8,10 +8,10 @@ import torch
 from toy_pipeline import ToyAdapter
 
 from sedimo.errors import StateError
-from sedimo.measurement.objective import batches_of, measure, measure_reference, trajectory_of
+from sedimo.measurement.objective import batches_of, measure, measure_reference, rows_of, trajectory_of
 from sedimo.measurement.probe import probed
 from sedimo.measurement.trial import OBJECTIVES
-from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.adapter import DenoiserCall, Sampling
 
 SAMPLING = Sampling(seeds=(5, 6, 7), n_steps=3, batch_size=2)
 
@@ -76,3 +76,15 @@ def test_rows_belong_to_samples_batch_after_batch():
         list(batches_of(Sampling((5, 6, 7), 3, batch_size=3), reference.calls))
     with pytest.raises(StateError, match="records no denoiser calls"):
         trajectory_of(measure_reference("final_latents", adapter, SAMPLING))
+
+
+def test_inputs_are_cut_by_rows_and_copied():
+    output, state = torch.zeros(4, 2), torch.arange(8.0).reshape(4, 2)
+    inputs = {"a": state, "t": torch.tensor(3.0), "deep": {"b": [state, torch.ones(3)]}, "scale": 2.0, "none": None}
+    cut = rows_of(DenoiserCall(0, 3.0, inputs, output), slice(1, 3))
+    assert torch.equal(cut["a"], state[1:3])
+    assert torch.equal(cut["deep"]["b"][0], state[1:3])
+    assert cut["deep"]["b"][1].shape == (3,)
+    assert (float(cut["t"]), cut["scale"], cut["none"]) == (3.0, 2.0, None)
+    cut["a"].zero_()
+    assert state[1, 0] == 2

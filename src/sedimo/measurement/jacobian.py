@@ -23,7 +23,7 @@ from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
 from sedimo.errors import UnsupportedError
 from sedimo.measurement.interrupt import StopRequest, graceful_interrupt
-from sedimo.measurement.objective import batches_of
+from sedimo.measurement.objective import batches_of, rows_of
 from sedimo.measurement.study import Study
 from sedimo.measurement.taps import Changes, InputChangedError, Taps
 from sedimo.measurement.trial import Execution, Setting
@@ -169,7 +169,7 @@ class _Pass:
                 rows = slice(first, min(first + self.options.max_rows, n_rows))
                 taps.begin(call.output.device)
                 with torch.enable_grad():
-                    output = output_tensor(self.denoiser(**_sliced(call.inputs, rows, n_rows)))
+                    output = output_tensor(self.denoiser(**rows_of(call, rows)))
                 unused = taps.unused
                 for decision, squares in _mean_squares(taps, output, [d[rows] for d in directions]).items():
                     found.setdefault(decision, []).append(squares)
@@ -279,29 +279,12 @@ def _mean_squares(taps: Taps, output: torch.Tensor, directions: Sequence[torch.T
     return total
 
 
-def _sliced(value: object, rows: slice, n_rows: int) -> dict[str, object]:
-    """Inputs of some rows: tensors whose first axis has the length of the batch are cut."""
-    if not isinstance(value, Mapping):
-        raise TypeError
-    return {name: _cut(v, rows, n_rows) for name, v in value.items()}
-
-
-def _cut(value: object, rows: slice, n_rows: int) -> object:
-    if isinstance(value, torch.Tensor):
-        return value[rows] if value.ndim and value.shape[0] == n_rows else value
-    if isinstance(value, Mapping):
-        return {k: _cut(v, rows, n_rows) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_cut(v, rows, n_rows) for v in value)
-    return value
-
-
 def _refuse_hidden_use(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[str]) -> None:
     """Layers that were not called must have no influence: their weights must get no gradient."""
     if not layers:
         return
     weights = [denoiser.get_submodule(layer).get_parameter("weight") for layer in layers]
-    first = _sliced(call.inputs, slice(0, 1), call.output.shape[0])
+    first = rows_of(call, slice(0, 1))
     wanting = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)

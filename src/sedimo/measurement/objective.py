@@ -7,7 +7,7 @@ equally; the signal is then 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,25 @@ def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[
         yield call, samples
 
 
+def rows_of(call: DenoiserCall, rows: slice) -> dict[str, object]:
+    """The inputs of some rows of a recorded call, copied: a denoiser may overwrite what it is given.
+
+    Tensors whose first axis has the length of the batch are cut, all others are whole.
+    """
+    n_rows = call.output.shape[0]
+    return {name: _cut(value, rows, n_rows) for name, value in call.inputs.items()}
+
+
+def _cut(value: object, rows: slice, n_rows: int) -> object:
+    if isinstance(value, torch.Tensor):
+        return (value[rows] if value.ndim and value.shape[0] == n_rows else value).clone()
+    if isinstance(value, Mapping):
+        return {k: _cut(v, rows, n_rows) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(v, rows, n_rows) for v in value)
+    return value
+
+
 class _Average:
     """Relative noise per sample, averaged over rows and calls."""
 
@@ -110,7 +129,7 @@ def _measure_steps(adapter: PipelineAdapter, reference: Reference) -> NoisePower
     average = _Average(reference.sampling)
     with torch.no_grad():
         for call, samples in batches_of(reference.sampling, reference.calls):
-            average.add(call.output, output_tensor(adapter.denoiser(**call.inputs)), samples)
+            average.add(call.output, output_tensor(adapter.denoiser(**rows_of(call, slice(None)))), samples)
     return average.powers()
 
 
