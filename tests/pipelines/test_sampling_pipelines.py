@@ -1,5 +1,6 @@
 """What every pipeline behind the seam must do: the same seed gives the same sample, and every call is seen."""
 
+import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -91,6 +92,14 @@ def test_recorded_inputs_can_carry_gradients(adapter):
     adapter.denoiser.zero_grad()
 
 
+def test_no_gradients_are_kept_while_sampling(dit, monkeypatch):
+    monkeypatch.setattr(DiTPipeline, "__call__", inspect.unwrap(DiTPipeline.__call__))  # without its own no_grad
+    dit.denoiser.requires_grad_(True)
+    modes = []
+    dit.sample(plan(dit), observer=lambda call: modes.append(torch.is_grad_enabled()))
+    assert modes == [False] * 3
+
+
 def test_only_wanted_steps_are_recorded(adapter):
     assert [c.step for c in record(adapter, plan(adapter), steps=[2]).calls] == [2]
 
@@ -177,6 +186,7 @@ def test_noise_from_the_global_state_is_reported(dit, caplog):
     dit.pipeline.scheduler.step = noisy
     first = dit.sample(plan(dit))
     assert "global random state" in caplog.text
+    torch.manual_seed(99)
     assert torch.equal(dit.sample(plan(dit)), first)
 
 

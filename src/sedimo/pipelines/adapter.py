@@ -47,7 +47,8 @@ class Sampling:
 class DenoiserCall:
     """One call of the denoiser: its inputs by argument name, and its output `[B, C, H, W]`.
 
-    `step` counts the calls of one sampling run from 0, `timestep` is the scheduler's noise level.
+    `step` counts the calls of one batch from 0; `timestep` is the noise level as the denoiser was told it (not a
+    number if it takes none by a known name). With guidance the rows repeat: row r belongs to sample r mod B.
     """
 
     step: int
