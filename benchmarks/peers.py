@@ -39,6 +39,7 @@ from sedimo.pipelines.loading import load_pipeline
 STORED_BITS = (3.5, 4.0, 4.5, 5.0, 5.3, 6.0)
 PEERS = {"sdnq": sdnq_adapter, "quanto": quanto_adapter, "modelopt": modelopt_adapter}
 TOOLS = (*PEERS, tables.SEDIMO)
+MATCHED = ("modelopt", "quanto")  # peers at whose exact bytes Sedimo makes a recipe too
 METHODS = ("error", "jacobian", "ablation", "combined")
 
 
@@ -101,14 +102,13 @@ def _all_rows(arguments: argparse.Namespace, evaluation: Evaluation) -> tuple[li
 def _attempts(tool: str, rows: Iterator[Row], failures: dict[str, str]) -> list[Row]:
     """The rows of a tool, as far as it comes; a peer that is missing or breaks does not stop the others."""
     done: list[Row] = []
+    started = time.perf_counter()
     try:
         for row in rows:
             done.append(row)
-            s = row.summary
-            print(
-                f"{tool} {row.label}: {row.size.bits_once:.3f} bits, {s.sqnr_db:.2f} +- {s.standard_error:.2f} dB",
-                flush=True,
-            )
+            s, size, seconds = row.summary, row.size, time.perf_counter() - started
+            figures = f"{size.bits_once:.3f} bits, {s.sqnr_db:.2f} +- {s.standard_error:.2f} dB"
+            print(f"[{tool} {len(done)}, {seconds:.0f} s] {row.label}: {figures}", flush=True)
     except importlib.metadata.PackageNotFoundError as error:
         failures[tool] = f"not installed: {error}. Install the peers with: pip install 'sedimo[peers]'"
     except Exception as error:  # noqa: BLE001  # the border of other people's code: the failure is the result
@@ -136,10 +136,10 @@ def _sedimo_rows(arguments: argparse.Namespace, evaluation: Evaluation, peers: l
     layers, version = evaluation.layers, importlib.metadata.version(sedimo_adapter.PACKAGE)
     sampling = SamplingOrder(n_seeds=arguments.search_seeds, n_steps=arguments.search_steps)
     searches = sedimo_adapter.Searches(arguments.source, arguments.cache, sampling, layers)
-    wanted = [r for r in peers if arguments.match_all or r.tool == "modelopt"]
+    wanted = [r for r in peers if arguments.match_all or r.tool in MATCHED]
     goals = (
         *sedimo_adapter.goals(sorted(arguments.bits), layers),
-        *(sedimo_adapter.Goal(f"= {r.tool} {r.label}", r.size.n_bytes_once) for r in wanted),
+        *(sedimo_adapter.Goal(f"{r.size.bits_once:.3f} = {r.tool}", r.size.n_bytes_once) for r in wanted),
     )
     for method in arguments.methods:
         for goal in goals:
@@ -148,7 +148,12 @@ def _sedimo_rows(arguments: argparse.Namespace, evaluation: Evaluation, peers: l
             def make(bank: object = bank, allocation: object = allocation) -> Quantized:
                 return sedimo_adapter.quantize(copy.deepcopy(evaluation.adapter.denoiser), bank, allocation)
 
-            yield evaluation.row(tables.SEDIMO, f"{method} {goal.name}", version, allocation.recipe.key, make)
+            row = evaluation.row(tables.SEDIMO, f"{method} {goal.name}", version, allocation.recipe.key, make)
+            if row.size.n_bytes_once != allocation.used_bytes:
+                raise ValueError(
+                    f"{row.label}: {row.size.n_bytes_once} bytes counted, {allocation.used_bytes} allocated"
+                )
+            yield row
 
 
 def _show(arguments: argparse.Namespace, rows: list[Row], failures: dict[str, str]) -> None:

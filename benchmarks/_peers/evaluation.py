@@ -25,7 +25,7 @@ from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.trajectory import output_tensor, record
 
-ROW_VERSION = 1
+ROW_VERSION = 2
 FIRST_SEED = 10_000  # fresh seeds: none of them is searched with
 N_CHECKED_ROWS = 4
 
@@ -83,7 +83,6 @@ class Evaluation:
     def _key(self) -> Mapping[str, object]:
         scheduler = self.adapter.pipeline.scheduler
         return {
-            "version": ROW_VERSION,
             "weights": self.weights_digest,
             "scheduler": type(scheduler).__name__ + repr(sorted(scheduler.config.items())),
             "sampling": self.sampling,
@@ -104,7 +103,14 @@ class Evaluation:
 
     def row(self, tool: str, label: str, version: str, options: object, make: Callable[[], Quantized]) -> Row:
         """The row from the cache, or made and measured now."""
-        named = {"tool": tool, "label": label, "tool version": version, "options": options, "search": self.search}
+        named = {
+            "version": ROW_VERSION,
+            "tool": tool,
+            "label": label,
+            "tool version": version,
+            "options": options,
+            "search": self.search,
+        }
         return self.remembered(Row, "row", {**self._key, **named}, lambda: self._make(tool, label, version, make))
 
     def remembered(self, kind: type[Value], word: str, named: object, make: Callable[[], Value]) -> Value:
@@ -124,7 +130,7 @@ class Evaluation:
         quantized = make()
         seconds = time.perf_counter() - started
         check = self._own_forward_db(quantized)
-        named = {**self._key, "quantized": _digest(quantized)}
+        named = {**self._key, "quantized": {n: quantized.digest(n) for n in quantized.layers}}
         powers = self.remembered(_Measurement, "powers", named, lambda: self._measure(quantized)).powers
         size = size_of(quantized, self.layers)
         return Row(tool, label, version, size, powers, check, seconds, dict(quantized.facts))
@@ -157,14 +163,6 @@ class Evaluation:
 def search_plan(adapter: DiffusersPipeline, n_seeds: int, n_steps: int) -> Sampling:
     """The sampling runs that every searching tool gets."""
     return adapter.default_sampling(range(n_seeds), n_steps)
-
-
-def _digest(quantized: Quantized) -> str:
-    total = hashlib.sha256()
-    for name, layer in sorted(quantized.layers.items()):
-        total.update(name.encode())
-        total.update(layer.weight.contiguous().view(torch.uint8).numpy())
-    return total.hexdigest()
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

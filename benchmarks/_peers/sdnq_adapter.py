@@ -38,15 +38,14 @@ class Options:
 ROWS = (
     *(Options(dtype, "all") for dtype in ("uint3", "int4", "uint4", "uint5")),
     *(Options(dtype, "all", is_dynamic=True) for dtype in ("int4", "uint4")),
-    *(Options(dtype, "no-skips") for dtype in ("uint3", "int4", "uint4", "uint5")),
-    Options("int4", "no-skips", is_dynamic=True),
     *(Options(dtype, "no-skips", is_half=True) for dtype in ("int3", "uint3", "int4", "uint4", "uint5")),
     *(Options(dtype, "no-skips", is_dynamic=True, is_half=True) for dtype in ("int3", "int4")),
     *(Options(dtype, "default") for dtype in ("uint3", "int4", "uint4", "uint5")),
     *(Options(dtype, "default", is_dynamic=True) for dtype in ("int4", "uint4")),
+    *(Options(dtype, "default", is_half=True) for dtype in ("uint4", "uint5")),
 )
 # Not in the list, because they cost more bits or gave less on this denoiser: codebooks, Hadamard rotation, low-rank
-# branches (rank 32 alone is 5 bits per weight at this width), groups of 32.
+# branches (rank 32 alone is 5 bits per weight at this width), groups of 32. Scales in float16 gave the same decibels.
 
 _LAYERS = {
     "all": {"add_skip_keys": False, "quant_conv": True, "minimum_allowed_numel": 0, "minimum_allowed_channel_size": 0},

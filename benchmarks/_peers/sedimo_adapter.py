@@ -5,13 +5,13 @@ The budget is bytes of what replaces the weights, so a recipe never takes more t
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import sedimo
@@ -20,7 +20,7 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate
 from sedimo.api.measuring import MeasuredMethod, measure_table
 from sedimo.api.opening import Opened, open_source
-from sedimo.api.order import BudgetOrder, Order, SamplingOrder
+from sedimo.api.order import BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.bank import Bank
 from sedimo.cli.console import ConsoleProgress
 from sedimo.measurement.study import Study
@@ -67,38 +67,37 @@ class Searches:
         return self._tables[key]
 
     def _opened(self, goal: Goal) -> Opened:
-        bits = 8 * goal.n_bytes / self.layers.n_distinct_weights
-        order = Order(
-            self.source,
-            None,
-            BudgetOrder(stored_bits=bits),
-            method="jacobian",
-            formats="wide",
-            sampling=self.sampling,
-            dtype="fp32",
-            device="cpu",
-        )
-        first = self._first
-        if first.space.params != self.layers.n_distinct_weights:
-            raise ValueError(f"{first.space.params} weights in the space, {self.layers.n_distinct_weights} counted")
-        return Opened(order, first.name, first.folder, first.denoiser, first.graph, first.space, first.weights)
+        budget = BudgetOrder(stored_bits=8 * goal.n_bytes / self.layers.n_distinct_weights)
+        return replace(self._first, order=replace(self._first.order, budget=budget))
 
     @cached_property
     def _first(self) -> Opened:
-        return open_source(Order(self.source, None, BudgetOrder(stored_bits=4.0), method="jacobian", dtype="fp32"))
+        order = Order(
+            self.source,
+            None,
+            BudgetOrder(stored_bits=4.0),
+            method="jacobian",
+            formats="wide",
+            sampling=self.sampling,
+            compute=Compute("fp32", "cpu"),
+        )
+        opened = open_source(order)
+        if opened.space.params != self.layers.n_distinct_weights:
+            raise ValueError(f"{opened.space.params} weights in the space, {self.layers.n_distinct_weights} counted")
+        return opened
 
 
 def quantize(denoiser: nn.Module, bank: Bank, allocation: Allocation) -> Quantized:
     """The recipe's packed weights, and `denoiser`, which is consumed, holding them."""
     packed = bank.quantize(allocation.recipe)
-    replace_weights(denoiser, {n: w.to(denoiser.dtype) for n, w in packed.items()})
-    facts = {"gap": f"{allocation.gap:.1e}", "status": str(allocation.status)}
+    replace_weights(denoiser, {n: w.to(torch.float32) for n, w in packed.items()})
+    facts = {} if allocation.status == "optimal" else {"status": str(allocation.status)}
     return Quantized({n: _read(w) for n, w in packed.items()}, denoiser, shares_ties=True, facts=facts)
 
 
 def _read(weight: QuantizedTensor) -> QuantizedLayer:
     formats = "+".join(str(f) for f in weight.formats)
-    plain = copy.copy(weight).float().dequantize()
+    plain = weight.to(torch.float32).dequantize()
     return QuantizedLayer(plain.detach(), weight.stored_bytes, formats)
 
 

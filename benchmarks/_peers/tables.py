@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from _peers.evaluation import Row, best_of
@@ -31,25 +32,31 @@ def _facts(row: Row) -> str:
 def compare(rows: Sequence[Row], method: str) -> list[dict[str, object]]:
     """Sedimo minus each peer on the same seeds, at the largest Sedimo recipe of at most equal stored bits.
 
-    Equal layers count once for both: the harder of the two counts for Sedimo.
+    Twice: with equal layers counted once for both (`once`, the harder of the two for Sedimo), and as each tool stores
+    them (`as_stored`). None where no Sedimo recipe was made that small.
     """
     ours = [r for r in rows if r.tool == SEDIMO and r.label.split()[0] == method]
-    found: list[dict[str, object]] = []
-    for peer in sorted((r for r in rows if r.tool != SEDIMO), key=lambda r: r.size.bits_once):
-        row = best_of(ours, peer.size.bits_once)
-        entry: dict[str, object] = {
+    peers = sorted((r for r in rows if r.tool != SEDIMO), key=lambda r: r.size.bits_once)
+    return [
+        {
             "peer": peer.tool,
             "recipe": peer.label,
-            "peer_bits_once": peer.size.bits_once,
-            "peer_bits_as_stored": peer.size.bits,
-            "peer_db": peer.summary.sqnr_db,
+            "bits_once": peer.size.bits_once,
+            "bits_as_stored": peer.size.bits,
+            "sqnr_db": peer.summary.sqnr_db,
+            "once": _beside(best_of(ours, peer.size.bits_once), peer),
+            "as_stored": _beside(best_of(ours, peer.size.bits), peer),
         }
-        if row is not None:
-            difference = paired_difference(row.powers, peer.powers)
-            entry |= {"sedimo": row.label, "sedimo_bits": row.size.bits_once, "sedimo_db": row.summary.sqnr_db}
-            entry |= _plain(difference) | {"verdict": _verdict(difference)}
-        found.append(entry)
-    return found
+        for peer in peers
+    ]
+
+
+def _beside(row: Row | None, peer: Row) -> dict[str, object] | None:
+    if row is None:
+        return None
+    difference = paired_difference(row.powers, peer.powers)
+    mine = {"sedimo": row.label, "bits": row.size.bits_once, "sqnr_db": row.summary.sqnr_db}
+    return mine | _plain(difference) | {"verdict": _verdict(difference)}
 
 
 def _plain(d: PairedDifference) -> dict[str, object]:
@@ -64,16 +71,25 @@ def _verdict(difference: PairedDifference) -> str:
 
 def print_comparison(entries: Sequence[Mapping[str, object]], method: str) -> None:
     """The paired differences of one method."""
-    print(f"\nSedimo ({method}) minus peer, paired over seeds, largest Sedimo recipe of at most the peer's bits (once)")
-    print(f"{'peer':15}{'recipe':34}{'bits':>6}{'dB':>7}{'Sedimo bits':>13}{'dB':>7}{'difference':>12}{'95 %':>18}")
+    print(f"\nSedimo ({method}) minus peer, paired over seeds: its largest recipe of at most the peer's stored bits,")
+    print("equal layers counted once for both; in the last column as each tool stores them")
+    head = f"{'peer':10}{'recipe':34}{'bits':>6}{'dB':>7}{'Sedimo':>8}{'dB':>7}{'difference':>12}{'95 %':>18}"
+    print(f"{head}  {'':7}{'as stored':>10}")
     for e in entries:
-        left = f"{e['peer']:15}{e['recipe']:34}{e['peer_bits_once']:6.2f}{e['peer_db']:7.2f}"
-        if "sedimo" not in e:
-            print(left + "   no Sedimo recipe was made that small")
-            continue
-        interval = f"{e['low']:+.2f} .. {e['high']:+.2f}"
-        ours = f"{e['sedimo_bits']:13.3f}{e['sedimo_db']:7.2f}"
-        print(f"{left}{ours}{e['difference_db']:+12.2f}{interval:>18}  {e['verdict']}")
+        left = f"{e['peer']:10}{e['recipe']:34}{e['bits_once']:6.2f}{e['sqnr_db']:7.2f}"
+        print(left + _shown(e["once"]) + _shown_briefly(e["as_stored"]))
+
+
+def _shown(found: Mapping[str, object] | None) -> str:
+    if found is None:
+        return f"{'no Sedimo recipe was made that small':>45}  {'':7}"
+    interval = f"{found['low']:+.2f} .. {found['high']:+.2f}"
+    left = f"{found['bits']:8.3f}{found['sqnr_db']:7.2f}{found['difference_db']:+12.2f}{interval:>18}"
+    return f"{left}  {found['verdict']:7}"
+
+
+def _shown_briefly(found: Mapping[str, object] | None) -> str:
+    return f"{'-':>10}" if found is None else f"{found['difference_db']:+10.2f} {found['verdict']}"
 
 
 def plain_row(row: Row) -> dict[str, object]:
@@ -96,6 +112,6 @@ def plain_row(row: Row) -> dict[str, object]:
         "sqnr_pooled_db": s.sqnr_pooled_db,
         "pooled_standard_error": s.pooled_standard_error,
         "quantize_seconds": row.seconds,
-        "own_forward_db": None if row.own_forward_db != row.own_forward_db else row.own_forward_db,
+        "own_forward_db": row.own_forward_db if math.isfinite(row.own_forward_db) else str(row.own_forward_db),
         "facts": dict(row.facts),
     }

@@ -41,14 +41,17 @@ def find_layers(denoiser: nn.Module) -> Layers:
     """All Linear and Conv layers of a full-precision denoiser."""
     shapes: dict[str, tuple[int, ...]] = {}
     first_of: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
+    seen: dict[tuple[tuple[int, ...], str], str] = {}
     for name, module in denoiser.named_modules():
         if isinstance(module, LAYER_TYPES):
             weight = module.weight.detach()
             shapes[name] = tuple(weight.shape)
-            digest = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
-            first_of[name] = seen.setdefault((shapes[name], digest), name)
+            first_of[name] = seen.setdefault((shapes[name], _digest(weight)), name)
     return Layers(shapes, first_of)
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class Quantized:
     shares_ties: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
 
+    def digest(self, name: str) -> str:
+        """sha256 of a layer's quantized weight; empty for a layer that was left alone."""
+        return _digest(self.layers[name].weight) if name in self.layers else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Size:
@@ -90,9 +97,13 @@ class Size:
 
 
 def size_of(quantized: Quantized, layers: Layers) -> Size:
-    """Counts what a tool stores; a layer it left alone takes 16 bits per weight."""
+    """Counts what a tool stores; a layer it left alone takes 16 bits per weight.
+
+    Equal layers that a tool quantized differently cannot be stored once: each version counts then.
+    """
     cost = {n: quantized.layers[n].n_bytes if n in quantized.layers else layers.fp16_bytes(n) for n in layers.shapes}
-    once = sum(b for n, b in cost.items() if layers.first_of[n] == n)
+    versions = {(layers.first_of[n], quantized.digest(n)): b for n, b in cost.items()}
+    once = sum(versions.values())
     total = once if quantized.shares_ties else sum(cost.values())
     formats = Counter(quantized.layers[n].format if n in quantized.layers else "fp16" for n in layers.shapes)
     per_weight = 8 / layers.n_distinct_weights
