@@ -211,6 +211,12 @@ def test_packing_or_saving_beside_an_adapter_is_refused(unet, tmp_path):
         unet.save_pretrained(tmp_path)
 
 
+def test_an_automatic_device_map(unet, tmp_path):
+    save_denoiser(unet, tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(denoise_text(loaded), denoise_text(unet))
+
+
 def test_unfit_sources_are_refused(unet, packed_dit, tiny_dit):
     refuse_unfit_source(tiny_dit)
     with pytest.raises(InputError, match=r"already quantized \(sedimo\)"):
