@@ -9,8 +9,8 @@ count, value and square; it satisfies the quadrangle inequality, on which everyt
   paths and has exactly k pieces, it is an optimal cut in k pieces: it certifies itself.
 
 `_cheapest_path` finds the cheapest path under a penalty; `_search` looks for the penalty that gives k pieces,
-which is rarely more than two paths when it starts from the neighbouring row's. Where no penalty gives k
-pieces (ties), or where float64 prefix sums would cancel too much, the row is marked as unsolved.
+which is rarely more than two paths when it starts from the neighbouring row's. Where float64 prefix sums would
+cancel too much, the row is marked as unsolved.
 
 Source:
     Grønlund et al. 2017, Fast exact k-means, k-medians and Bregman divergence clustering in 1D (arXiv
@@ -30,27 +30,42 @@ from numba import njit
 COUNT, SUM, SQUARE, COST = 0, 1, 2, 3  # rows of `nodes`, float64 [4, n + 1]
 _EPSILON = 2.0**-52
 _RELATIVE_ERROR = 1e-9  # of the optimum that is promised
+_ROUNDING = _EPSILON  # of a fit's cost, relative to the sum of squares: twenty times the most that was seen
 BLOCK = 32  # nodes per block; a run-time argument of the kernels, else the inner loop is unrolled, not vectorised
-_SUPER = 32  # blocks per cap
-_LONG = 16384  # values from which caps pay
+STOP, LIMIT, CAP = 0, 1, 2  # rows of `marks`
+_FACTOR, _WORTH, _ALONE = (
+    32,
+    8,
+    4,
+)  # blocks per larger block; larger blocks that must fit in a row; nodes without a block
 _MAX_PATHS, _MODEL_PATHS = 60, 8  # penalties tried, and those of them that follow the model C(k) = a + b / k^2
 
 _kernel = partial(njit, cache=True, nogil=True, error_model="numpy")
 _NODES, _PATH, _SCRATCH = "float64[:, ::1]", "int32[::1]", "UniTuple(float64[::1], 2)"
+_PATHS = "UniTuple(int32[::1], 3)"  # the path being found, the nearest ones with fewer and with more pieces
+
+
+@_kernel("UniTuple(float64, 2)(float64, float64)")
+def _sum_exactly(a, b):
+    """The rounded sum and its rounding error."""
+    high = a + b
+    rest = high - a
+    return high, (a - (high - rest)) + (b - rest)
 
 
 @_kernel(f"int64(float32[::1], float64[::1], {_NODES})")
 def _sum_prefixes(values, counts, nodes):
     """Prefix sums of count, value and square about the median, equal values merged; the number of values.
 
-    Float16 values minus one of them are multiples of 2^-24, so that their sums are exact in float64.
+    The sums carry their rounding errors along, so that each entry is rounded only once.
     """
     s0, s1, s2 = nodes[COUNT], nodes[SUM], nodes[SQUARE]
     is_weighted = counts.shape[0] > 0
     shift = np.float64(values[values.shape[0] // 2])
     n = 1
     last = values[0]
-    count, weight, first, second = 1.0, 0.0, 0.0, 0.0
+    count, weight = 1.0, 0.0
+    first, first_low, second, second_low = 0.0, 0.0, 0.0, 0.0
     s0[0] = s1[0] = s2[0] = 0.0
     for index in range(values.shape[0]):
         value = values[index]
@@ -60,11 +75,13 @@ def _sum_prefixes(values, counts, nodes):
             count = counts[index]
         x = np.float64(value) - shift
         weight += count
-        first += count * x
-        second += count * x * x
+        first, rest = _sum_exactly(first, count * x)
+        first_low += rest
+        second, rest = _sum_exactly(second, count * x * x)
+        second_low += rest
         s0[n] = weight  # overwritten until the next distinct value
-        s1[n] = first
-        s2[n] = second
+        s1[n] = first + first_low
+        s2[n] = second + second_low
     return n
 
 
@@ -144,32 +161,52 @@ def _last_candidate(stop, node, low, limit, nodes):
     return limit
 
 
+@_kernel(f"int64(int64, int64, int64[:, ::1], {_NODES}, {_PATH}, {_SCRATCH})")
+def _reach(node, block, marks, nodes, previous, scratch):
+    """The last predecessor that the nodes from `node` to the end of its block can have; n when that is unknown.
+
+    The best predecessor of a block's last node bounds the whole block. Long rows have blocks of blocks, so that
+    the search for it is short on each level. `marks` holds STOP, LIMIT and CAP of the current block of every level;
+    its last level is the whole row.
+    """
+    low, top = np.int64(previous[node - 1]), marks.shape[1] - 1
+    for level in range(top - 1, -1, -1):
+        if node <= marks[STOP, level]:
+            continue
+        stop = min(node + block * _FACTOR**level - 1, marks[STOP, level + 1])
+        limit = _last_candidate(stop, node, low, marks[LIMIT, level], nodes)
+        high = min(limit, marks[CAP, level + 1])
+        is_known = limit < node - 1 or high < limit
+        marks[STOP, level], marks[LIMIT, level] = stop, limit
+        marks[CAP, level] = _best_predecessor(stop, low, high, nodes, scratch) if is_known else marks[CAP, top]
+    return marks[CAP, 0]
+
+
 @_kernel(f"int64(int64, float64, int64, {_NODES}, {_PATH}, {_SCRATCH})")
 def _cheapest_path(n, penalty, block, nodes, previous, scratch):
     """The cheapest path from node 0 to n when every piece costs `penalty` more; the number of its pieces.
 
-    COST holds the cost of the cheapest path to each node minus its SQUARE. The best predecessor of the last
-    node of a block is the upper end for the whole block; in long rows that of a block of blocks, `cap`, too.
+    COST holds the cost of the cheapest path to each node minus its SQUARE.
     """
+    levels = 1
+    while _WORTH * block * _FACTOR**levels < n:
+        levels += 1
+    marks = np.zeros((3, levels + 1), dtype=np.int64)
+    marks[STOP, levels], marks[CAP, levels] = n, n
     nodes[COST, 0] = 0.0
     previous[0] = 0
-    node, limit = 1, 0
-    cap, cap_stop, cap_limit = n, n if n < _LONG else 0, 0
+    node = 1
     while node <= n:
-        low = np.int64(previous[node - 1])
-        if node > cap_stop:
-            cap_stop = min(node + block * _SUPER - 1, n)
-            cap_limit = _last_candidate(cap_stop, node, low, cap_limit, nodes)
-            cap = _best_predecessor(cap_stop, low, cap_limit, nodes, scratch) if cap_limit < node - 1 else n
-        stop = min(node + block - 1, n)
-        limit = _last_candidate(stop, node, low, limit, nodes)
-        if limit < node - 1:
-            high = _best_predecessor(stop, low, min(limit, cap), nodes, scratch)
+        high = _reach(node, block, marks, nodes, previous, scratch)
+        if high < node:
+            stop = marks[STOP, 0]
             _relax_block(node, stop, high, penalty, nodes, previous, scratch)
-            node = stop + 1
         else:
-            _relax_node(node, penalty, nodes, previous)
-            node += 1
+            stop = min(node + _ALONE - 1, marks[STOP, 0])
+            for alone in range(node, stop + 1):
+                _relax_node(alone, penalty, nodes, previous)
+            marks[STOP, 0] = stop  # the next node begins a block
+        node = stop + 1
     pieces, node = 0, n
     while node > 0:
         node = np.int64(previous[node])
@@ -193,23 +230,52 @@ def _next_penalty(k, attempt, pieces, penalty, few, many):
     return -(few[1] - many[1]) / (many[0] - few[0])  # negative: a chord
 
 
-@_kernel(f"float64(int64, int64, float64, int64, {_NODES}, {_PATH}, {_SCRATCH})")
-def _search(n, k, penalty, block, nodes, previous, scratch):
-    """The penalty whose cheapest path has exactly k pieces, left in `previous`; -1 when there is none.
+@_kernel(f"void(int64, int64, {_PATH}, {_PATH})")
+def _copy_path(n, pieces, previous, path):
+    """The nodes of the path in `previous`, from 0 to n."""
+    for piece in range(pieces, -1, -1):
+        path[piece] = n
+        n = np.int64(previous[n])
 
-    A chord joins two known points of the convex C(k): its slope either finds a point below it or proves that
-    there is none, and then k is not the number of pieces of a cheapest path.
+
+@_kernel(f"void(int64, int64, {_PATH}, {_PATH}, {_PATH})")
+def _splice(k, pieces, few, many, previous):
+    """A path of k pieces from two cheapest paths under one penalty, one with fewer (`pieces`), one with more.
+
+    Where a piece of `few` encloses a piece of `many`, k - pieces places further on, the paths change over: by the
+    quadrangle inequality both new paths together cost no more, so they are cheapest too.
+    """
+    shift, piece = k - pieces, 0
+    while many[piece + 1 + shift] >= few[piece + 1]:
+        piece += 1
+    for index in range(1, k + 1):
+        before = many[index - 1] if index - 1 <= piece + shift else few[index - 1 - shift]
+        previous[many[index] if index <= piece + shift else few[index - shift]] = before
+
+
+@_kernel(f"float64(int64, int64, float64, int64, {_NODES}, {_PATHS}, {_SCRATCH})")
+def _search(n, k, penalty, block, nodes, paths, scratch):
+    """A penalty with a cheapest path of exactly k pieces, which it leaves in `paths[0]`; -1 if it gives up.
+
+    A chord joins two known points of the convex C(k): its slope either finds a point below it, or shows that both
+    are cheapest under that penalty, and then a path of k pieces is spliced from them.
     """
     few, many = np.empty(3), np.empty(3)
     few[0], few[1], few[2] = 1, nodes[SQUARE, n] - nodes[SUM, n] ** 2 / nodes[COUNT, n], np.inf
     many[0], many[1], many[2] = n, 0.0, 0.0
+    previous, few_path, many_path = paths
+    few_path[0], few_path[1] = 0, n
+    for node in range(n + 1):
+        many_path[node] = node
     for attempt in range(_MAX_PATHS):
         pieces = _cheapest_path(n, abs(penalty), block, nodes, previous, scratch)
         if pieces == k:
             return abs(penalty)
         if penalty < 0 and (pieces <= few[0] or pieces >= many[0]):
-            return -1.0
+            _splice(k, np.int64(few[0]), few_path, many_path, previous)
+            return abs(penalty)
         side = few if pieces < k else many
+        _copy_path(n, pieces, previous, few_path if pieces < k else many_path)
         side[0], side[2] = pieces, abs(penalty)
         side[1] = nodes[COST, n] + nodes[SQUARE, n] - pieces * side[2]
         penalty = _next_penalty(k, attempt, pieces, abs(penalty), few, many)
@@ -252,6 +318,7 @@ def fit_rows(rows, counts, levels, block, centroids, errors):
     size = rows.shape[1]
     nodes = np.empty((4, size + 1))
     previous = np.empty(size + 1, dtype=np.int32)
+    paths = (previous, np.empty(size + 1, dtype=np.int32), np.empty(size + 1, dtype=np.int32))
     scratch = (np.empty(size + 1), np.empty(size + 1))  # two arrays, else the inner loop is not vectorised
     ratios = np.ones(levels.shape[0])  # penalty * k^3 over its prediction, learned from row to row
     ratios[0] = 4.4  # of a normal distribution, over the sum of squares about the mean
@@ -269,10 +336,10 @@ def fit_rows(rows, counts, levels, block, centroids, errors):
                 _copy_distinct(rows[row], n, k, found)
                 continue
             pieces = max(min(block, (2 * n) // (5 * k)), 4)
-            penalty = _search(n, k, ratios[index] * prediction / k**3, pieces, nodes, previous, scratch)
+            penalty = _search(n, k, ratios[index] * prediction / k**3, pieces, nodes, paths, scratch)
             if penalty > 0:
                 errors[row, index] = _read_path(n, k, shift, nodes, previous, found)
                 ratios[index] += 0.2 * (penalty * k**3 / prediction - ratios[index])
                 prediction = penalty * k**3
-            if penalty <= 0 or errors[row, index] * _RELATIVE_ERROR < 4 * _EPSILON * np.sqrt(k) * total:
+            if penalty <= 0 or errors[row, index] * _RELATIVE_ERROR < _ROUNDING * total:
                 errors[row, index] = -1.0

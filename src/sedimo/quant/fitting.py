@@ -18,7 +18,7 @@ from sedimo.quant import kmeans, uaq
 from sedimo.quant.formats import Format
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_KMA_SAMPLE = 1 << 20  # values that a per-tensor codebook is estimated from, when they are not 16 bits wide
+_KMA_SAMPLE = 1 << 17  # values that a per-tensor codebook is estimated from, when they are not 16 bits wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def error_estimates(
     The estimate is the ratio of the sampled channels' squared errors to their squared norms, its standard error
     that of a ratio estimator with the correction for a finite number of channels: 0 when all channels were used.
     A per-tensor codebook is fitted on the whole tensor, and its error exact, when the tensor has 16-bit values or at
-    most 2^20; else it is fitted on 2^20 values drawn at random. fp16 has no error: it leaves the layer alone.
+    most 2^17; else it is fitted on 2^17 values drawn at random. fp16 has no error: it leaves the layer alone.
 
     Raises:
         InputError: fewer than two channels asked of a weight that has more, or as `fit`.
