@@ -36,9 +36,10 @@ def test_noise_does_not_depend_on_batches(objective):
     assert (found[0].ratio > 0).all()
 
 
-def test_a_halved_output_layer_halves_each_step():
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_halved_output_layer_halves_each_step(guided):
     """A halved output is off by a quarter of its power at every step that is taught, whatever the sample."""
-    adapter = ToyAdapter()
+    adapter = ToyAdapter(guided=guided)
     torch.nn.init.zeros_(adapter.denoiser.out.bias)
     half = {"out": adapter.denoiser.out.weight.detach() / 2}
     reference = measure_reference("step", adapter, SAMPLING)
