@@ -22,6 +22,7 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,7 @@ def _attempts(tool: str, rows: Iterator[Row], failures: dict[str, str]) -> list[
     except importlib.metadata.PackageNotFoundError as error:
         failures[tool] = f"not installed: {error}. Install the peers with: pip install 'sedimo[peers]'"
     except Exception as error:  # noqa: BLE001  # the border of other people's code: the failure is the result
+        traceback.print_exc()
         failures[tool] = f"{type(error).__name__}: {error}"
     if tool in failures:
         print(f"{tool} FAILED after {len(done)} rows: {failures[tool]}", flush=True)

@@ -71,6 +71,8 @@ def _verdict(difference: PairedDifference) -> str:
 
 def print_comparison(entries: Sequence[Mapping[str, object]], method: str) -> None:
     """The paired differences of one method."""
+    if not entries:
+        return
     print(f"\nSedimo ({method}) minus peer, paired over seeds: its largest recipe of at most the peer's stored bits,")
     print("equal layers counted once for both; in the last column as each tool stores them")
     head = f"{'peer':10}{'recipe':34}{'bits':>6}{'dB':>7}{'Sedimo':>8}{'dB':>7}{'difference':>12}{'95 %':>18}"
