@@ -32,6 +32,7 @@ from sedimo.sensitivity.ablation import check_scaling, plan_checks
 from sedimo.sensitivity.combine import geometric_mean
 
 N_RANDOM = 20
+FID_DTYPE = "bf16"  # both sides; three times as fast as float32 on processors that know it
 AGREEMENT = ("n", "slope", "slope_standard_error", "ratio", "srcc")
 
 
@@ -39,6 +40,7 @@ AGREEMENT = ("n", "slope", "slope_standard_error", "ratio", "srcc")
 class Bench:
     """What all parts share."""
 
+    source: str
     pipe: object
     graph: object
     run: Path
@@ -141,10 +143,11 @@ def checks(bench: Bench, bank, tables, bits: float) -> dict[str, object]:
 def distributions(bench: Bench, bank, recipe, n_images: int) -> dict[str, object]:
     """FID and KID of a recipe beside full precision."""
     plan = bench.pipe.default_sampling(range(100_000, 100_000 + n_images), 10)
-    full = draw(bench.pipe, plan, label="full precision", progress=bench.progress)
-    with Prober(bench.pipe.denoiser, bank.quantize) as prober:
+    pipe = sedimo.load(bench.source, dtype=FID_DTYPE)
+    full = draw(pipe, plan, label="full precision", progress=bench.progress)
+    with Prober(pipe.denoiser, bank.quantize) as prober:
         prober.switch(recipe)
-        small = draw(bench.pipe, plan, label="recipe", progress=bench.progress)
+        small = draw(pipe, plan, label="recipe", progress=bench.progress)
     return to_plain(compare_distributions(full.images, small.images))
 
 
@@ -163,7 +166,9 @@ def main() -> None:
     fresh = pipe.default_sampling(range(1000, 1000 + arguments.seeds), arguments.steps)
     arguments.run.mkdir(parents=True, exist_ok=True)
     with Study(arguments.run) as study:
-        bench = Bench(pipe, sedimo.trace(pipe), arguments.run, study, search, fresh, ConsoleProgress())
+        bench = Bench(
+            arguments.source, pipe, sedimo.trace(pipe), arguments.run, study, search, fresh, ConsoleProgress()
+        )
         paper = bank_of(bench, "paper")
         tables = tables_of(bench, paper, 3.5)
         results = {"paper 3.5": compare(bench, paper, tables, 3.5, rivals=True)}

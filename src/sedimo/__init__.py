@@ -28,7 +28,7 @@ _HOME = {
     "StateError": "sedimo.errors",
     "Study": "sedimo.measurement.study",
     "UnsupportedError": "sedimo.errors",
-    "allocate": "sedimo.api.verbs",
+    "allocate": "sedimo.allocation.solve",
     "attribute": "sedimo.api.probing",
     "evaluate": "sedimo.api.comparison",
     "explore": "sedimo.api.verbs",
@@ -37,9 +37,9 @@ _HOME = {
     "memory_bytes": "sedimo.api.verbs",
     "probe": "sedimo.api.probing",
     "quantize": "sedimo.api.verbs",
-    "quantize_weight": "sedimo.api.verbs",
+    "quantize_weight": "sedimo.quant.quantization",
     "report": "sedimo.api.verbs",
-    "search_space": "sedimo.api.verbs",
+    "search_space": "sedimo.space",
     "trace": "sedimo.api.verbs",
 }
 

@@ -15,7 +15,7 @@ from sedimo.graph.model import DenoiserGraph
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
-from sedimo.space import SearchSpace
+from sedimo.space import SearchSpace, search_space
 
 MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
 
@@ -92,4 +92,4 @@ def open_source(order: Order) -> Opened:
     formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
     if order.recipe is not None:
         formats = ",".join(sorted({str(f) for f in verbs.formats_of(order.recipe)} | {"fp16"}))
-    return Opened(order, name, folder, denoiser, graph, verbs.search_space(graph, formats), weights)
+    return Opened(order, name, folder, denoiser, graph, search_space(graph, formats), weights)

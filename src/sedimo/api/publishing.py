@@ -77,8 +77,8 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
         command=facts.get("command", ""),
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         seeds=seeds,
-        sampling={"steps": str(sampling.n_steps), "method": table.method, **table.settings},
-        versions=versions(),
+        sampling=_sorted({"steps": str(sampling.n_steps), "method": table.method, **table.settings}),
+        versions=_sorted(versions()),
         machine=f"{platform.system()} {platform.machine()}, {_processor()}",
         seconds={"the whole job": float(facts.get("seconds", 0))},
         notes=opened.space.notes,
@@ -93,6 +93,11 @@ def _row(kind: RecipeKind, recipe: CheckedRecipe) -> RecipeRow:
 def _estimate(difference: PairedDifference) -> Estimate:
     d = difference
     return Estimate(d.mean_db, d.standard_error, d.low, d.high, d.n)
+
+
+def _sorted(facts: Mapping[str, str]) -> dict[str, str]:
+    """In the order in which a saved record gives them back."""
+    return dict(sorted(facts.items()))
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""The verbs in the order of the data: load, trace, search_space, fit, explore, attribute, allocate, quantize, report.
+"""Verbs that join several stages: load, trace, fit, explore, quantize, report.
 
 Each is a plain function from records to a record. They add the context that inner errors lack and choose
 sensible defaults; what they decide about numbers is written in the records.
@@ -6,13 +6,12 @@ sensible defaults; what they decide about numbers is written in the records.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from sedimo.allocation import solve
 from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
 from sedimo.api.additivity import check_additivity
@@ -30,16 +29,14 @@ from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import Source, load_pipeline
 from sedimo.pipelines.trajectory import record
 from sedimo.pipelines.weights import FileWeights, ModuleWeights, denoiser_folder
-from sedimo.quant import memory, quantization
+from sedimo.quant import memory
 from sedimo.quant.formats import Format
-from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.html import write_report
 from sedimo.reporting.summary import Evidence
 from sedimo.runtime.weights import replace_weights
 from sedimo.sensitivity.table import SensitivityTable
-from sedimo.space import Recipe, SearchSpace
-from sedimo.space import search_space as make_search_space
+from sedimo.space import Recipe, SearchSpace, search_space
 
 N_FRONTIER_POINTS = 24
 Loaded = DiffusersPipeline | BareDenoiser
@@ -81,17 +78,6 @@ def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | No
         return trace_denoiser(pipe.denoiser, example_inputs=example_inputs, capture=lambda: _captured_inputs(pipe))
     denoiser = pipe.denoiser if isinstance(pipe, BareDenoiser) else pipe
     return trace_denoiser(denoiser, example_inputs=example_inputs)
-
-
-def search_space(graph: DenoiserGraph, formats: str | Iterable[str | Format] = "wide") -> SearchSpace:
-    """What may be decided: one decision per layer (one for layers with equal weights), with its formats.
-
-    `formats` is `wide`, `paper`, a text like `kmc4,uaq4g64,fp16`, or a list.
-
-    Raises:
-        InputError: not a format, or an empty list.
-    """
-    return make_search_space(graph, formats)
 
 
 def fit(
@@ -155,32 +141,6 @@ def explore(
     return study
 
 
-def allocate(
-    table: SensitivityTable,
-    *,
-    bits: float | None = None,
-    stored_bits: float | None = None,
-    budget_bytes: int | None = None,
-    budget_bops: int | None = None,
-    rule: str = "milp",
-) -> Allocation:
-    """The recipe of least total cost under a budget, with its certificate.
-
-    Exactly one of `bits` (paper accounting), `stored_bits` (the file) and `budget_bytes` is given.
-
-    Raises:
-        InputError: no or several budgets, or one that cannot be kept; then with the least and most possible bits.
-
-    Example:
-        >>> choice = sedimo.allocate(table, bits=3.7)
-        >>> choice.bits <= 3.7
-        True
-    """
-    return solve.allocate(
-        table, bits=bits, stored_bits=stored_bits, budget_bytes=budget_bytes, budget_bops=budget_bops, rule=rule
-    )
-
-
 def report(
     study: Study | None, table: SensitivityTable, choice: Allocation, *, path: Path | str, model: str = ""
 ) -> Path:
@@ -216,20 +176,6 @@ def quantize(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None 
         bank = fit_bank(weights_of(pipe), space, sample_channels=1)
     replace_weights(denoiser, bank.quantize(wanted))
     return pipe
-
-
-def quantize_weight(weight: torch.Tensor, number_format: str | Format) -> QuantizedTensor:
-    """One weight `[out, in, ...]` of any float dtype, packed.
-
-    Raises:
-        InputError: not a format, NaN or infinity in the weight, or fewer than two dimensions.
-
-    Example:
-        >>> packed = sedimo.quantize_weight(torch.randn(64, 64), "kmc4")
-        >>> packed.dequantize().shape, packed.stored_bytes
-        (torch.Size([64, 64]), 4096)
-    """
-    return quantization.quantize_weight(weight, number_format)
 
 
 def memory_bytes(model: nn.Module | Loaded) -> int:
