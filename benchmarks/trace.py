@@ -3,7 +3,8 @@
     python benchmarks/trace.py [NAME ...] [--json FILE]
 
 The denoisers are built from their configs on the meta device; no weight is downloaded. Seconds are those of
-`trace_denoiser` alone; memory is the highest resident set of the process, with all imports.
+`trace_denoiser` alone (those of the CPU tell how busy the machine was beside); memory is the highest resident
+set of the process, with all imports.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ def measure(name: str) -> dict[str, object]:
 
     torch.set_num_threads(2)
     denoiser = published(name)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     graph = trace_denoiser(denoiser)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return {
         "denoiser": name,
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
         "peak_rss_gib": round(peak_rss_bytes() / 2**30, 2),
         "n_layers": len(graph.layers),
         "n_nodes": len(graph.nodes),

@@ -67,13 +67,20 @@ class _Value:
     n_writes_seen: int = 0
 
 
-def read_flow(program: ExportedProgram, weight_shapes: Mapping[str, tuple[int, ...]], batch: int) -> list[FlowNode]:
-    """All nodes of an exported program in the order of their first call, layers by the names in `weight_shapes`."""
-    reader = _Reader(weight_shapes, batch)
-    weights = {f"{name}.weight": name for name in weight_shapes}
+def read_flow(
+    program: ExportedProgram, layer_of: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], batch: int
+) -> list[FlowNode]:
+    """All nodes of an exported program in the order of their first call.
+
+    `layer_of` tells the layer of each weight's name in the program, `shapes` the shape of each layer's weight,
+    `batch` the number of samples in the inputs.
+    """
+    reader = _Reader(shapes, batch)
     names = program.graph_signature.inputs_to_parameters
     inputs = [
-        _Value(weight=weights.get(names.get(node.name, ""))) for node in program.graph.nodes if node.op == "placeholder"
+        _Value(weight=layer_of.get(names.get(node.name, "")))
+        for node in program.graph.nodes
+        if node.op == "placeholder"
     ]
     reader.run(program.graph_module, inputs)
     return reader.nodes
@@ -82,9 +89,9 @@ def read_flow(program: ExportedProgram, weight_shapes: Mapping[str, tuple[int, .
 class _Reader:
     """Walks a program once, in order."""
 
-    def __init__(self, weight_shapes: Mapping[str, tuple[int, ...]], batch: int) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], batch: int) -> None:
         self.nodes: list[FlowNode] = []
-        self._shapes = weight_shapes
+        self._shapes = shapes
         self._batch = batch
         self._of_layer: dict[str, int] = {}
         self._writes: dict[int, list[tuple[int, ...]]] = {}

@@ -25,6 +25,7 @@ class Sizes:
 
     config: Mapping[str, object]
     dtype: torch.dtype
+    batch: int = 1
     learned: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
 
@@ -111,38 +112,42 @@ class Argument:
 
 
 def _image(of: str) -> Form:
-    return lambda s: s.floats(1, s.width(of), *s.area)
+    return lambda s: s.floats(s.batch, s.width(of), *s.area)
 
 
 def _tokens(of: str) -> Form:
-    return lambda s: s.floats(1, s.n_patches, s.width(of))
+    return lambda s: s.floats(s.batch, s.n_patches, s.width(of))
 
 
 def _video(of: str) -> Form:
-    return lambda s: s.floats(1, s.width(of), s.frames, *s.area)
+    return lambda s: s.floats(s.batch, s.width(of), s.frames, *s.area)
 
 
 def _frames_first(of: str) -> Form:
-    return lambda s: s.floats(1, s.frames, s.width(of), *s.area)
+    return lambda s: s.floats(s.batch, s.frames, s.width(of), *s.area)
 
 
 def _signal(of: str) -> Form:
-    return lambda s: s.floats(1, s.width(of), s.area[0])
+    return lambda s: s.floats(s.batch, s.width(of), s.area[0])
 
 
 def _vector(of: str) -> Form:
-    return lambda s: s.floats(1, s.width(of))
+    return lambda s: s.floats(s.batch, s.width(of))
 
 
 def _text(of: str) -> Form:
-    return lambda s: s.floats(1, s.n_tokens(of), s.width(of))
+    return lambda s: s.floats(s.batch, s.n_tokens(of), s.width(of))
+
+
+def _text_per_frame(of: str) -> Form:
+    return lambda s: s.floats(s.batch * s.frames, s.n_tokens(of), s.width(of))
 
 
 def _mask(of: str) -> tuple[Form, ...]:
     return (
-        lambda s: s.integers(1, s.n_tokens(of)),
-        lambda s: torch.empty(1, s.n_tokens(of), dtype=torch.bool, device="meta"),
-        lambda s: s.floats(1, s.n_tokens(of)),
+        lambda s: s.integers(s.batch, s.n_tokens(of)),
+        lambda s: torch.empty(s.batch, s.n_tokens(of), dtype=torch.bool, device="meta"),
+        lambda s: s.floats(s.batch, s.n_tokens(of)),
     )
 
 
@@ -150,10 +155,14 @@ def _latents(of: str) -> tuple[Form, ...]:
     return (_image(of), _tokens(of), _video(of), _frames_first(of), _signal(of), _vector(of))
 
 
-_PER_SAMPLE: tuple[Form, ...] = (lambda s: s.integers(1), lambda s: s.floats(1), lambda s: s.integers(1, s.n_patches))
-_GUIDANCE: tuple[Form, ...] = (lambda s: s.floats(1),)
-_PAIR: tuple[Form, ...] = (lambda s: s.floats(1, 2),)
-_LABELS: tuple[Form, ...] = (lambda s: s.integers(1), _vector("class_labels"))
+_PER_SAMPLE: tuple[Form, ...] = (
+    lambda s: s.integers(s.batch),
+    lambda s: s.floats(s.batch),
+    lambda s: s.integers(s.batch, s.n_patches),
+)
+_GUIDANCE: tuple[Form, ...] = (lambda s: s.floats(s.batch),)
+_PAIR: tuple[Form, ...] = (lambda s: s.floats(s.batch, 2),)
+_LABELS: tuple[Form, ...] = (lambda s: s.integers(s.batch), _vector("class_labels"))
 
 
 def _positions(n: Callable[[Sizes], int]) -> tuple[Form, ...]:
@@ -163,7 +172,7 @@ def _positions(n: Callable[[Sizes], int]) -> tuple[Form, ...]:
         value = s.config.get("axes_dims_rope")
         return len(value) if isinstance(value, list | tuple) else 3
 
-    return (lambda s: s.floats(n(s), axes(s)), lambda s: s.floats(1, n(s), axes(s)))
+    return (lambda s: s.floats(n(s), axes(s)), lambda s: s.floats(s.batch, n(s), axes(s)))
 
 
 def _rotary(s: Sizes) -> object:
@@ -173,15 +182,15 @@ def _rotary(s: Sizes) -> object:
 def _added_embeddings(s: Sizes) -> dict[str, object]:
     """The conditions of U-Nets; one that reads only some of them is not disturbed by the others."""
     return {
-        "text_embeds": s.floats(1, s.width("text_embeds")),
-        "time_ids": s.floats(1, 6),
-        "image_embeds": s.floats(1, s.width("image_embeds")),
-        "hint": s.floats(1, s.width("hint"), *(8 * n for n in s.area)),
+        "text_embeds": s.floats(s.batch, s.width("text_embeds")),
+        "time_ids": s.floats(s.batch, 6),
+        "image_embeds": s.floats(s.batch, s.width("image_embeds")),
+        "hint": s.floats(s.batch, s.width("hint"), *(8 * n for n in s.area)),
     }
 
 
 def _added_resolution(s: Sizes) -> dict[str, object]:
-    return {"resolution": s.floats(1, 2), "aspect_ratio": s.floats(1, 1)}
+    return {"resolution": s.floats(s.batch, 2), "aspect_ratio": s.floats(s.batch, 1)}
 
 
 ARGUMENTS: Mapping[str, Argument] = {
@@ -190,7 +199,9 @@ ARGUMENTS: Mapping[str, Argument] = {
     "x": Argument((lambda s: [s.floats(s.width("x"), 1, *s.area)], *_latents("x"))),
     "t": Argument(_PER_SAMPLE),
     "cap_feats": Argument((lambda s: [s.floats(s.n_tokens("cap_feats"), s.width("cap_feats"))],)),
-    "input_ids": Argument((lambda s: s.integers(1, *s.area), lambda s: s.integers(1, s.n_tokens("input_ids")))),
+    "input_ids": Argument(
+        (lambda s: s.integers(s.batch, *s.area), lambda s: s.integers(s.batch, s.n_tokens("input_ids")))
+    ),
     "control_hidden_states": Argument((_video("control_hidden_states"), _image("control_hidden_states"))),
     "context_latents": Argument((_tokens("context_latents"),)),
     "timestep": Argument(_PER_SAMPLE, is_usual=True),
@@ -206,7 +217,9 @@ ARGUMENTS: Mapping[str, Argument] = {
         (
             _text("encoder_hidden_states"),
             _vector("encoder_hidden_states"),
-            lambda s: s.floats(s.frames, s.n_tokens("encoder_hidden_states"), s.width("encoder_hidden_states")),
+            lambda s: s.floats(
+                s.batch * s.frames, s.n_tokens("encoder_hidden_states"), s.width("encoder_hidden_states")
+            ),
         ),
         is_usual=True,
     ),
@@ -222,28 +235,28 @@ ARGUMENTS: Mapping[str, Argument] = {
     "pooled_projections": Argument((_vector("pooled_projections"),), is_usual=True),
     "pooled_embeds": Argument((_vector("pooled_embeds"),), is_usual=True),
     "pooled_text_emb": Argument((_vector("pooled_text_emb"),)),
-    "clip_text_pooled": Argument((lambda s: s.floats(1, 1, s.width("clip_text_pooled")),)),
+    "clip_text_pooled": Argument((lambda s: s.floats(s.batch, 1, s.width("clip_text_pooled")),)),
     "proj_embedding": Argument((_vector("proj_embedding"),)),
-    "global_hidden_states": Argument((lambda s: s.floats(1, 1, s.width("global_hidden_states")),)),
+    "global_hidden_states": Argument((lambda s: s.floats(s.batch, 1, s.width("global_hidden_states")),)),
     "image_embeddings": Argument((_vector("image_embeddings"),)),
     "image_embeds": Argument((_text("image_embeds"),)),
     "image_latents": Argument((_video("sample"), _image("sample"))),
     "added_cond_kwargs": Argument((_added_embeddings, _added_resolution)),
     "added_time_ids": Argument((_vector("added_time_ids"),)),
-    "micro_conds": Argument((lambda s: s.floats(1, 5),)),
-    "image_meta_size": Argument((lambda s: s.floats(1, 6),), is_usual=True),
-    "style": Argument((lambda s: s.integers(1),), is_usual=True),
+    "micro_conds": Argument((lambda s: s.floats(s.batch, 5),)),
+    "image_meta_size": Argument((lambda s: s.floats(s.batch, 6),), is_usual=True),
+    "style": Argument((lambda s: s.integers(s.batch),), is_usual=True),
     "image_rotary_emb": Argument((_rotary, lambda s: s.floats(*s.patches, s.head_width // 2).to(torch.complex64))),
     "rotary_embedding": Argument((_rotary,)),
     "img_ids": Argument(_positions(lambda s: s.n_patches), is_usual=True),
     "txt_ids": Argument(_positions(lambda s: s.n_tokens("encoder_hidden_states")), is_usual=True),
     "img_shapes": Argument((lambda s: [(1, *s.patches)], lambda s: [[(1, *s.patches)]])),
-    "padding_mask": Argument((lambda s: s.floats(1, 1, *s.area),)),
-    "condition_mask": Argument((lambda s: s.floats(1, 1, s.frames, *s.area),)),
+    "padding_mask": Argument((lambda s: s.floats(s.batch, 1, *s.area),)),
+    "condition_mask": Argument((lambda s: s.floats(s.batch, 1, s.frames, *s.area),)),
     "original_size": Argument(_PAIR),
     "target_size": Argument(_PAIR),
     "crop_coords": Argument(_PAIR),
-    "fps": Argument((lambda s: s.integers(1),)),
+    "fps": Argument((lambda s: s.integers(s.batch),)),
     "num_frames": Argument((lambda _: 1,), is_usual=True),  # together the number of image tokens
     "height": Argument((lambda s: s.patches[0],), is_usual=True),
     "width": Argument((lambda s: s.patches[1],), is_usual=True),

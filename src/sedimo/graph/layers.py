@@ -27,6 +27,7 @@ _TYPES: tuple[tuple[type[nn.Module], LayerType], ...] = (
 _N_PROBED_ELEMENTS = 16
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OFFLOAD_HOOKS = ("_hf_hook", "_diffusers_hook")  # accelerate's and diffusers' device placement
+_LEFT_BEHIND = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,16 @@ def weight_layers(denoiser: nn.Module) -> dict[str, WeightLayer]:
     return found
 
 
+def weight_names(denoiser: nn.Module) -> dict[str, str]:
+    """Names of weights to names of their layers; a module used under two names has two entries."""
+    first_names = {id(denoiser.get_submodule(name)): name for name in weight_layers(denoiser)}
+    modules = denoiser.named_modules(remove_duplicate=False)
+    return {f"{name}.weight".lstrip("."): first_names[id(m)] for name, m in modules if id(m) in first_names}
+
+
 def other_weights(denoiser: nn.Module) -> tuple[str, ...]:
     """Names of floating point parameters of two or more dimensions that belong to no weight layer."""
-    own = {f"{name}.weight" for name in weight_layers(denoiser)}
+    own = weight_names(denoiser)
     return tuple(
         name
         for name, parameter in denoiser.named_parameters()
@@ -105,15 +113,12 @@ def meta_twin(denoiser: nn.Module) -> nn.Module:
     except (TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{type(denoiser).__name__} cannot be copied without its weights: {error}") from error
     for module in twin.modules():
-        if any(module.__dict__.pop(hook, _ABSENT) is not _ABSENT for hook in _OFFLOAD_HOOKS):
+        if any(module.__dict__.pop(hook, None) is _LEFT_BEHIND for hook in _OFFLOAD_HOOKS):
             module.__dict__.pop("forward", None)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = _meta_parameter(parameter)
     return twin.eval()
-
-
-_ABSENT = object()
 
 
 def _layer_type(module: nn.Module) -> LayerType | None:
@@ -149,7 +154,7 @@ def _memo_without_weights(denoiser: nn.Module) -> dict[int, object]:
         for table in _HOOK_TABLES:
             memo[id(module.__dict__.get(table))] = OrderedDict()
         for hook in _OFFLOAD_HOOKS:
-            memo[id(module.__dict__.get(hook))] = _ABSENT
+            memo[id(module.__dict__.get(hook))] = _LEFT_BEHIND
     memo.pop(id(None), None)
     return memo
 

@@ -24,6 +24,7 @@ _MAX_LEARNED = 64  # sizes in one attempt
 _SIZE_OF_NO_CONSEQUENCE = 64  # of an argument that no layer and no sum reads
 _SMALL_REST = 100_000  # known sizes that are added to an unknown one stay below
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WITH_BATCH = ("hidden_states", "sample", "encoder_hidden_states", "timestep")
 _MISMATCHES = tuple(
     re.compile(pattern)
     for pattern in (
@@ -90,6 +91,13 @@ def find_inputs(twin: nn.Module, given: Mapping[str, object]) -> dict[str, objec
     return search.run(forms)
 
 
+def batch_size(inputs: Mapping[str, object]) -> int:
+    """The number of samples in the inputs of one call."""
+    tensors = [inputs[name] for name in _WITH_BATCH if name in inputs] or list(inputs.values())
+    sizes = (t.shape[0] for t in tensors if isinstance(t, torch.Tensor) and t.dim() and t.shape[0])
+    return next(sizes, 1)
+
+
 def _first_form_of_latents(twin: nn.Module) -> int:
     """An image where the config tells its size, a video where the first layer is three-dimensional, else tokens."""
     first = next((m for m in twin.modules() if isinstance(m, _LAYERS)), None)
@@ -118,6 +126,7 @@ class _Search:
         self._fixed = fixed
         self._known = known
         self._layers = {name for name, module in twin.named_modules() if isinstance(module, _LAYERS)}
+        self._batch = batch_size(fixed)
         self._modules_left = _MAX_RUNS * sum(1 for _ in twin.modules())
 
     def run(self, forms: Mapping[str, int]) -> dict[str, object]:
@@ -136,7 +145,7 @@ class _Search:
             attempt = best
         attempt = self._use_idle_layers(attempt)
         settled = {**attempt.learned, **dict.fromkeys(attempt.unresolved, _SIZE_OF_NO_CONSEQUENCE)}
-        return self._build(attempt.forms, Sizes(config_of(self._twin), _dtype_of(self._twin), learned=settled))
+        return self._build(attempt.forms, self._sizes(settled))
 
     def _use_idle_layers(self, attempt: _Attempt) -> _Attempt:
         """Adds optional arguments that bring layers to life which would not run otherwise."""
@@ -168,11 +177,14 @@ class _Search:
         changed = {name for name in {*before.forms, *forms} if before.forms.get(name) != forms.get(name)}
         return self._attempt(forms, {of: size for of, size in before.learned.items() if of not in changed})
 
+    def _sizes(self, learned: Mapping[str, int]) -> Sizes:
+        return Sizes(config_of(self._twin), _dtype_of(self._twin), self._batch, dict(learned))
+
     def _build(self, forms: Mapping[str, int], sizes: Sizes) -> dict[str, object]:
         return {**{name: ARGUMENTS[name].forms[form](sizes) for name, form in forms.items()}, **self._fixed}
 
     def _attempt(self, forms: Mapping[str, int], learned: Mapping[str, int]) -> _Attempt:
-        sizes = Sizes(config_of(self._twin), _dtype_of(self._twin), learned=dict(learned))
+        sizes = self._sizes(learned)
         for _ in range(_MAX_LEARNED):
             watch = _Watch(sizes)
             inputs: dict[str, object] = {}

@@ -1,0 +1,152 @@
+"""Example inputs: sizes from the config, from layers, from errors; forms by trial."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from denoisers import TINY, build, published
+from torch import nn
+
+from sedimo.errors import InputError
+from sedimo.graph.inputs import ARGUMENTS, FIRST_UNKNOWN, Sizes
+from sedimo.graph.layers import meta_twin
+from sedimo.graph.probe import find_inputs
+
+
+def shapes(inputs: dict[str, object]) -> dict[str, object]:
+    return {name: tuple(v.shape) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+
+
+def found(name: str, **given: object) -> dict[str, object]:
+    return shapes(find_inputs(meta_twin(build(*TINY[name])), given))
+
+
+def test_inputs_of_sd15_are_those_of_its_pipeline() -> None:
+    assert shapes(find_inputs(meta_twin(published("SD 1.5")), {})) == {
+        "sample": (1, 4, 64, 64),
+        "timestep": (1,),
+        "encoder_hidden_states": (1, 77, 768),
+        "return_dict": False,
+    }
+
+
+def test_added_conditions_are_found_where_they_are_mandatory() -> None:
+    conditions = found("UNet with added conditions")["added_cond_kwargs"]
+    assert isinstance(conditions, dict)
+    assert conditions["text_embeds"].shape == (1, 20)
+    assert conditions["time_ids"].shape == (1, 6)
+    conditions = found("PixArt with sizes")["added_cond_kwargs"]
+    assert isinstance(conditions, dict)
+    assert {name: tuple(v.shape) for name, v in conditions.items()} == {"resolution": (1, 2), "aspect_ratio": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "argument", "shape"),
+    [
+        ("FLUX", "hidden_states", (1, 4096, 4)),
+        ("FLUX", "img_ids", (4096, 3)),
+        ("FLUX", "txt_ids", (77, 3)),
+        ("FLUX", "guidance", (1,)),
+        ("FLUX", "pooled_projections", (1, 20)),
+        ("SD3", "pooled_projections", (1, 64)),
+        ("SD3", "encoder_hidden_states", (1, 77, 24)),
+        ("Hunyuan", "encoder_hidden_states", (1, 77, 40)),
+        ("Hunyuan", "encoder_hidden_states_t5", (1, 256, 48)),
+        ("Hunyuan", "text_embedding_mask_t5", (1, 256)),
+        ("Hunyuan", "style", (1,)),
+        ("Sana", "encoder_hidden_states", (1, 77, 12)),
+        ("Wan", "hidden_states", (1, 4, 8, 64, 64)),
+        ("Wan", "encoder_hidden_states", (1, 77, 16)),
+        ("UNet2D with classes", "class_labels", (1,)),
+        ("UNet with guidance embedding", "timestep_cond", (1, 12)),
+    ],
+)
+def test_sizes(denoiser: str, argument: str, shape: tuple[int, ...]) -> None:
+    assert found(denoiser)[argument] == shape
+
+
+def test_arguments_that_a_config_does_not_want_stay_away() -> None:
+    assert "class_labels" not in found("UNet2D")
+    assert "timestep_cond" not in found("UNet with text")
+
+
+def test_given_inputs_are_taken_as_they_are() -> None:
+    given = torch.empty(2, 5, 24, device="meta")
+    inputs = found("UNet with text", encoder_hidden_states=given)
+    assert inputs["encoder_hidden_states"] == (2, 5, 24)
+    assert inputs["sample"] == (2, 4, 16, 16)  # found, with the same number of samples
+
+
+def test_no_size_remains_unknown() -> None:
+    for name in TINY:
+        for value in found(name).values():
+            sizes = value if isinstance(value, tuple) else ()
+            assert all(size < FIRST_UNKNOWN for size in sizes if isinstance(size, int))
+
+
+class Reader(nn.Module):
+    """Reads its text only through a sum and a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+        self.joined = nn.Linear(30, 4)
+
+    def forward(
+        self, hidden_states: torch.Tensor, pooled_projections: torch.Tensor, proj_embedding: torch.Tensor
+    ) -> torch.Tensor:
+        hidden = self.layer(hidden_states) + pooled_projections[:, None]
+        both = torch.cat([hidden.mean(1), proj_embedding.repeat(1, 2)], 1)
+        return self.joined(both)
+
+
+def test_sizes_are_learned_from_sums_concatenations_and_multiples() -> None:
+    inputs = shapes(find_inputs(meta_twin(Reader()), {}))
+    assert inputs == {"hidden_states": (1, 4096, 12), "pooled_projections": (1, 12), "proj_embedding": (1, 9)}
+
+
+class Vague(Reader):
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, style: int, magic: str) -> torch.Tensor:
+        return hidden_states
+
+
+def test_unknown_required_arguments_are_listed() -> None:
+    with pytest.raises(InputError, match="requires the arguments magic, for which"):
+        find_inputs(meta_twin(Vague()), {})
+
+
+class Impossible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("never satisfied\nmore")
+
+
+def test_a_forward_that_always_fails_is_reported_with_its_reason() -> None:
+    with pytest.raises(InputError, match=r"hidden_states=float32\[1, .*RuntimeError: never satisfied$"):
+        find_inputs(meta_twin(Impossible()), {})
+
+
+def test_sizes_come_from_the_config() -> None:
+    config = {"sample_size": [16, 32], "patch_size": (1, 2, 2), "sample_frames": 49, "temporal_compression_ratio": 4}
+    sizes = Sizes(config, torch.float32)
+    assert (sizes.area, sizes.frames, sizes.patches, sizes.n_patches) == ((16, 32), 13, (8, 16), 128)
+    wide = Sizes({"sample_height": 8, "sample_width": 12, "text_len": 5}, torch.float32)
+    assert (wide.area, wide.n_tokens("encoder_hidden_states"), wide.n_tokens("other")) == ((8, 12), 5, 77)
+
+
+def test_unknown_sizes_differ_and_stay() -> None:
+    sizes = Sizes({}, torch.float32, learned={"c": 7})
+    first, second = sizes.width("a"), sizes.width("b")
+    assert first != second
+    assert (sizes.width("a"), sizes.width("c")) == (first, 7)
+    assert second % first > 100_000
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_every_form_can_be_built(name: str) -> None:
+    sizes = Sizes({"num_attention_heads": 2, "attention_head_dim": 8}, torch.float16, learned={name: 4, "sample": 4})
+    for form in ARGUMENTS[name].forms:
+        assert form(sizes) is not None
