@@ -15,6 +15,9 @@ from sedimo.errors import StateError
 from sedimo.quant.formats import Format
 
 
+KMC4 = Format("kmc", 4)
+
+
 @dataclass(frozen=True, slots=True)
 class Inner:
     value: float
@@ -27,7 +30,7 @@ class Outer:
     inner: tuple[Inner, ...]
     numbers: Mapping[str, int]
     note: str | None = None
-    number_format: Format = Format("kmc", 4)
+    number_format: Format = KMC4
 
 
 records = st.builds(

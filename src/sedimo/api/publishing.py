@@ -24,6 +24,8 @@ from sedimo.runtime.writing import WrittenCheckpoint
 from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.table import SensitivityTable
 
+FRONTIER_BITS_BEYOND = 3.0
+
 
 def summary_of(
     opened: Opened,
@@ -40,7 +42,9 @@ def summary_of(
         agreement_of="random recipes of about this size" if additivity else "",
         recipes=() if check is None else recipe_rows(check),
         differences=() if check is None else difference_rows(check),
-        frontier=frontier_points(frontier(table, even_budgets(table, N_FRONTIER_POINTS))),
+        frontier=frontier_points(
+            frontier(table, even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND))
+        ),
         pictures=() if check is None else tuple(Picture(*parts) for parts in pictures_of(check)),
         file_bytes=written.file_bytes,
         source_file_bytes=sum(f.stat().st_size for f in opened.weights_files),
