@@ -117,6 +117,8 @@ def test_components_are_copied_byte_for_byte_and_exchanged_ones_written(folder, 
     assert not (out / "vae" / "diffusion_pytorch_model.bin").exists()
     assert FileWeights(out).weights()[0].dtype == "bfloat16"
     assert type(load_pipeline(out, device="cpu").pipeline.scheduler) is DPMSolverMultistepScheduler
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "DPMSolverMultistepScheduler"
 
 
 def test_a_pipeline_made_in_memory_is_saved(text_to_image, tmp_path):
