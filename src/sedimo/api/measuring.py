@@ -27,6 +27,7 @@ PARTS: Mapping[str, tuple[ProbeMethod, ...]] = {
     "ablation": ("ablation",),
     "combined": ("ablation", "jacobian"),
 }
+COMBINED_BELOW_BITS = 3.75  # above it first-order noise alone was as good or better
 PATIENCE_SECONDS = 30 * 60
 SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
 JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls
@@ -61,8 +62,8 @@ def plan_method(opened: Opened) -> MethodPlan:
     timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
     if wanted != "auto":
         return _sampled_plan(opened, _known(wanted), timing, "as ordered")
-    for method in ("combined", "jacobian"):
-        plan = _sampled_plan(opened, _known(method), timing, "the best that takes less than half an hour")
+    for method in _preferred(opened):
+        plan = _sampled_plan(opened, method, timing, "the best at this budget that takes less than half an hour")
         if plan.seconds <= PATIENCE_SECONDS:
             return plan
     return _error_plan(opened, f"measuring would take {plan.seconds / 60:.0f} minutes, so weight error has to do")
@@ -98,11 +99,21 @@ def probed_groups(opened: Opened) -> tuple[Group, ...]:
 
 def near_bits(opened: Opened) -> tuple[float, ...]:
     """Around which bits to probe: half a bit below and a bit above the budget."""
-    order = opened.order.budget
-    bits = order.bits or order.stored_bits
-    if bits is None and order.n_bytes is not None:
-        bits = 8 * order.n_bytes / opened.space.params
+    bits = _ordered_bits(opened)
     return (3.0, 4.5) if bits is None else (max(2.2, bits - 0.5), bits + 1.0)
+
+
+def _ordered_bits(opened: Opened) -> float | None:
+    order = opened.order.budget
+    if order.n_bytes is not None:
+        return 8 * order.n_bytes / opened.space.params
+    return order.stored_bits if order.bits is None else order.bits
+
+
+def _preferred(opened: Opened) -> tuple[MeasuredMethod, ...]:
+    """Methods from the best on, by what was measured at this budget (docs/results.md)."""
+    bits = _ordered_bits(opened)
+    return ("combined", "jacobian") if bits is not None and bits < COMBINED_BELOW_BITS else ("jacobian",)
 
 
 def search_setting(opened: Opened) -> Setting:
