@@ -68,6 +68,13 @@ def test_a_twin_leaves_hooks_behind() -> None:
     assert hasattr(zoo.linear, "_hf_hook")
 
 
+def test_a_compiled_module_is_traced_as_it_was_written() -> None:
+    zoo = Zoo()
+    zoo.linear.compile(backend=lambda *_: pytest.fail("compiled"))
+    examples = {"tokens": torch.zeros(1, 4)}
+    assert trace_denoiser(zoo, example_inputs=examples) == trace_denoiser(Zoo(), example_inputs=examples)
+
+
 def test_a_module_under_two_names_is_one_layer() -> None:
     assert "alias" not in weight_layers(Zoo())
     assert weight_names(Zoo())["alias.weight"] == "linear"

@@ -113,6 +113,7 @@ def meta_twin(denoiser: nn.Module) -> nn.Module:
     except (TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{type(denoiser).__name__} cannot be copied without its weights: {error}") from error
     for module in twin.modules():
+        module._compiled_call_impl = None  # would call the original
         if any(module.__dict__.pop(hook, None) is _LEFT_BEHIND for hook in _OFFLOAD_HOOKS):
             module.__dict__.pop("forward", None)
         for name, parameter in module._parameters.items():
