@@ -14,7 +14,6 @@ from sedimo.codec import content_key, from_json, parse_json, to_json
 from sedimo.errors import StateError
 from sedimo.quant.formats import Format
 
-
 KMC4 = Format("kmc", 4)
 
 

@@ -214,7 +214,7 @@ def fit_bank(
     Raises:
         InputError: a weight is missing, has another shape, or holds infinity or NaN.
     """
-    store = BankCache(cache / weights.digest[:32] if cache else None)
+    store = BankCache(cache / f"{weights.digest[:32]}-v{FIT_VERSION}" if cache else None)
     candidates: list[Candidate] = []
     progress.start(len(space.decisions), "fitting formats" if sample_channels is None else "estimating errors")
     for decision in space.decisions:

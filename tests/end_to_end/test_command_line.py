@@ -127,7 +127,7 @@ def test_another_budget_and_the_report_need_no_second_measurement(quantized):
     found = run_json("allocate", study, "--bits", "3.5")
     assert found["bits"] <= 3.5
     assert found.keys() >= {"recipe", "bits", "objective", "bound", "gap", "status"}
-    again = run("report", study).stdout.strip()
+    again = run_json("report", study)["report"]
     assert Path(again).read_text() == (quantized[0] / "report.html").read_text()
 
 
@@ -206,6 +206,51 @@ def test_an_output_that_exists_and_a_quantized_source_are_refused(quantized, tin
     assert "quantized already" in result.stderr
     result = run("quantize", tmp_path / "nowhere", "--bits", "4", "-o", tmp_path / "out", code=3)
     assert "no folder" in result.stderr
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_is_measured(tiny_pipeline_folder, tmp_path):
+    job = ("quantize", tiny_pipeline_folder, "--bits", "4", *QUICK)
+    (tmp_path / "file").write_text("x")
+    for options, complaint in (
+        (("-o", tiny_pipeline_folder / "small"), "must not lie in the source"),
+        (("-o", tmp_path / "out", "--store", tmp_path / "out" / "study"), "must not lie in the output"),
+        (("-o", tmp_path / "file"), "exists already"),
+        (("-o", tmp_path / "file" / "out"), "file"),
+        ((), "an output folder is needed"),
+    ):
+        assert complaint in run(*job, *options, code=3).stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_no_text_is_a_clear_error(tiny_pipeline_folder, tmp_path):
+    (tmp_path / "prompts").write_bytes(bytes([255, 254, 0]))
+    options = ("--bits", "4", "-o", tmp_path / "out", "--prompts", tmp_path / "prompts")
+    assert "UnicodeDecodeError" in run("quantize", tiny_pipeline_folder, *options, code=3).stderr
+
+
+def test_a_resumed_job_keeps_the_method_that_it_began_with(tiny_pipeline_folder, tmp_path, monkeypatch):
+    from sedimo.api import job, measuring
+
+    options = ("quantize", tiny_pipeline_folder, "--bits", "4.5", "--no-check", "--store", tmp_path / "study", *QUICK)
+    first = run_json(*options, "-o", tmp_path / "a")
+    monkeypatch.setattr(measuring, "PATIENCE_SECONDS", 0.0)  # as if the machine had become slow
+    monkeypatch.setattr(job, "plan_method", lambda _: pytest.fail("planned again"))
+    assert run_json(*options, "-o", tmp_path / "b")["method"] == first["method"]
+
+
+def test_the_demo_replaces_only_what_a_demo_wrote(tmp_path, tiny_pipeline_folder, monkeypatch):
+    from sedimo.api import demo
+
+    monkeypatch.setattr(demo, "SOURCE", str(tiny_pipeline_folder))
+    monkeypatch.setattr(demo, "SAMPLING", demo.SamplingOrder(n_seeds=2, n_steps=2, n_check_seeds=2))
+    run("demo", "-o", tmp_path / "demo", "--bits", "4.5")
+    found = run_json("demo", "-o", tmp_path / "demo", "--bits", "5")
+    assert found["paper_bits"] <= 5
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("x")
+    assert "no demo wrote" in run("demo", "-o", foreign, code=3).stderr
+    assert (foreign / "thesis.txt").read_text() == "x"
 
 
 def test_help_answers_without_loading_anything_heavy():

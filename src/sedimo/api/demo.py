@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from sedimo.api.job import JobResult, run
@@ -11,7 +10,8 @@ from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 
 SOURCE = "zoo:cifar-dit"
-MARK = "sedimo_recipe.json"  # every folder that we wrote has it
+SAMPLING = SamplingOrder(n_seeds=8, n_steps=10, n_check_seeds=32)
+MARK = ".sedimo-demo"
 
 
 def run_demo(out: Path, bits: float, progress: Progress = SILENT, *, command: str = "sedimo demo") -> JobResult:
@@ -21,9 +21,10 @@ def run_demo(out: Path, bits: float, progress: Progress = SILENT, *, command: st
         InputError: `out` holds something else, or a budget that cannot be kept.
         MissingExtraError: the embedded model is not installed.
     """
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARK).is_file():
-            raise InputError(f"{out} holds something that no demo wrote; choose another folder with -o")
-        shutil.rmtree(out)
-    sampling = SamplingOrder(n_seeds=8, n_steps=10, n_check_seeds=32)
-    return run(Order(SOURCE, out, BudgetOrder(bits=bits), sampling=sampling), progress, command=command)
+    is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if is_used and not (out / MARK).is_file():
+        raise InputError(f"{out} holds something that no demo wrote; choose another folder with -o")
+    order = Order(SOURCE, out, BudgetOrder(bits=bits), sampling=SAMPLING, overwrite=is_used)
+    result = run(order, progress, command=command)
+    (out / MARK).touch()
+    return result

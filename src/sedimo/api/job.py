@@ -20,13 +20,14 @@ from sedimo.api.order import BudgetOrder, Order
 from sedimo.api.publishing import summary_of
 from sedimo.api.rereport import keep_report
 from sedimo.bank import SILENT, Bank, Progress
-from sedimo.codec import to_plain
+from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
+from sedimo.pipelines.sources import is_hub_id
 from sedimo.reporting.html import write_report
 from sedimo.runtime.card import Origin
 from sedimo.runtime.weights import replace_weights
-from sedimo.runtime.writing import WriteOptions, WrittenCheckpoint, write_checkpoint
+from sedimo.runtime.writing import Finish, WriteOptions, WrittenCheckpoint, write_checkpoint
 from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.table import SensitivityTable
@@ -130,20 +131,23 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
         Interrupted: Ctrl-C; what was measured is kept, the same order goes on.
     """
     begin = time.monotonic()
-    if order.out is None or order.study_folder is None:
-        raise InputError("an output folder is needed: -o OUT")
     opened = open_source(order)
-    method = _plan_of(opened)
-    with Study(order.study_folder) as study:
+    order.check_places(opened.folder)
+    with Study(_required(order.study_folder)) as study:
+        method = _kept_plan(opened, study)
         bank, table, allocation = _decide(opened, method, study, progress)
         unchecked = _why_unchecked(opened)
         check = None if unchecked else check_recipe(opened, bank, allocation, progress)
         additivity = None if unchecked else _additivity(opened, bank, study, (table, allocation), progress)
-        written = _write(opened, bank, allocation, (order.out, command))
-        facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
-        summary = summary_of(opened, (table, allocation), written, (check, additivity), facts)
-        keep_report(study, table, summary)
-    report = write_report(summary, written.folder / REPORT_NAME)
+
+        def finish(folder: Path, written: WrittenCheckpoint) -> None:
+            facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
+            summary = summary_of(opened, (table, allocation), written, (check, additivity), facts)
+            keep_report(study, table, summary)
+            write_report(summary, folder / REPORT_NAME)
+
+        written = _write(opened, bank, allocation, finish)
+    report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
     return JobResult(allocation, table, written, report, check, unchecked, method, seconds, peak_rss_bytes())
 
@@ -157,6 +161,22 @@ def peak_rss_bytes() -> int:
         return int(getattr(process.memory_info(), "peak_wset", process.memory_info().rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if psutil.MACOS else peak * 1024)
+
+
+def _required(path: Path | None) -> Path:
+    if path is None:
+        raise InputError("an output folder is needed: -o OUT")
+    return path
+
+
+def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
+    """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
+    order = opened.order
+    facts = (order.method, order.formats, str(order.budget), to_plain(order.sampling), to_plain(order.compute))
+    name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
+    if name not in study.record_names():
+        study.put_record(name, _plan_of(opened))
+    return study.record(MethodPlan, name)
 
 
 def _plan_of(opened: Opened) -> MethodPlan:
@@ -176,11 +196,12 @@ def _decide(
     table = error_table(bank.space, bank.candidates)
     if order.recipe is not None:
         return bank, table, allocate_given(table, bank.space.choice(order.recipe))
-    return bank, table, allocate(table, rule=order.method)
+    return bank, table, _allocate(table, order.budget, rule=order.method)
 
 
-def _allocate(table: SensitivityTable, budget: BudgetOrder) -> Allocation:
-    return allocate(table, bits=budget.bits, stored_bits=budget.stored_bits, budget_bytes=budget.n_bytes)
+def _allocate(table: SensitivityTable, budget: BudgetOrder, rule: str = "milp") -> Allocation:
+    bits, stored_bits, n_bytes = budget.bits, budget.stored_bits, budget.n_bytes
+    return allocate(table, bits=bits, stored_bits=stored_bits, budget_bytes=n_bytes, rule=rule)
 
 
 def _why_unchecked(opened: Opened) -> str:
@@ -199,20 +220,20 @@ def _additivity(
     return check_additivity(table, measure_random_recipes(opened.pipe, bank, study, allocation.paper_bits, plan))
 
 
-def _write(opened: Opened, bank: Bank, allocation: Allocation, place: tuple[Path, str]) -> WrittenCheckpoint:
-    (out, command), order = place, opened.order
+def _write(opened: Opened, bank: Bank, allocation: Allocation, finish: Finish) -> WrittenCheckpoint:
+    order = opened.order
     replace_weights(opened.denoiser, bank.quantize(allocation.recipe))
     origin = Origin(
-        base_model=order.source,
+        base_model=order.source if is_hub_id(order.source) else opened.name,
         method=f"{allocation.method}, {allocation.rule}",
-        command=command,
         recipe_json=allocation.recipe.to_json(),
     )
     return write_checkpoint(
         opened.folder,
-        out,
+        _required(order.out),
         opened.denoiser,
         origin,
         component=opened.component,
-        options=WriteOptions(link=order.link, variant=order.variant),
+        options=WriteOptions(link=order.link, variant=order.variant, overwrite=order.overwrite),
+        finish=finish,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+from sedimo.api.additivity import N_RECIPES
 from sedimo.api.opening import Opened
 from sedimo.api.probing import AblationOptions, Probe, ProbeMethod, attribute, probe
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
@@ -30,6 +31,7 @@ PARTS: Mapping[str, tuple[ProbeMethod, ...]] = {
 COMBINED_BELOW_BITS = 3.75  # above it first-order noise alone was as good or better
 PATIENCE_SECONDS = 30 * 60
 SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
+N_CHECKED = 5  # full precision, the result and three uniform recipes
 JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls
 FIT_SECONDS_PER_WEIGHT = 5e-7  # one format fitted on two cores, the mean over the wide set
 
@@ -139,8 +141,19 @@ def _error_plan(opened: Opened, reason: str) -> MethodPlan:
     return MethodPlan("error", reason, seconds, 0, 16 * largest, 0)
 
 
+def _checking(opened: Opened, timing: CallTiming) -> tuple[float, int]:
+    """Seconds and calls of the checks that follow: additivity, and the result beside its rivals on fresh seeds."""
+    order = opened.order
+    if not order.check:
+        return 0.0, 0
+    share = order.sampling.n_check_seeds / order.sampling.n_seeds
+    calls = round((1 + N_RECIPES) * timing.n_calls + N_CHECKED * max(1.0, share) * timing.n_calls)
+    return calls * timing.seconds_per_call, calls
+
+
 def _sampled_plan(opened: Opened, method: MeasuredMethod, timing: CallTiming, reason: str) -> MethodPlan:
-    seconds, calls, memory, disk = _fit_seconds(opened), 0, 0, 0
+    seconds, calls = _checking(opened, timing)
+    seconds, memory, disk = seconds + _fit_seconds(opened), 0, 0
     weights_bytes = 4 * opened.space.params
     if method in ("jacobian", "combined"):
         calls += timing.n_calls

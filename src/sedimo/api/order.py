@@ -15,6 +15,8 @@ from sedimo.space import Recipe
 Method = Literal["auto", "error", "jacobian", "ablation", "combined"]
 METHODS: tuple[Method, ...] = ("auto", "error", "jacobian", "ablation", "combined")
 UNIFORM = "uniform:"
+MAX_BITS = 32
+MAX_BYTES = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class BudgetOrder:
             raise InputError("give one budget: --bits, --stored-bits or --bytes, got several")
         if given and not 0 < given[0] < float("inf"):
             raise InputError(f"a budget must be positive, got {given[0]}")
+        if max(self.bits or 0, self.stored_bits or 0) > MAX_BITS or (self.n_bytes or 0) > MAX_BYTES:
+            raise InputError(f"a budget of {given[0]:g} is beyond any model; weights have at most {MAX_BITS} bits")
 
     @property
     def is_given(self) -> bool:
@@ -107,12 +111,13 @@ class Order:
     link: bool = False
     check: bool = True
     probe_groups: bool = False
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.
 
         Raises:
-            InputError: an unknown method or format, no budget where one is needed, or an output that exists.
+            InputError: an unknown method or format, no budget where one is needed, or one beside a recipe.
         """
         if not self.is_fixed and self.method not in METHODS:
             raise InputError(f"the method must be one of {', '.join(METHODS)} or uniform:FORMAT, got {self.method!r}")
@@ -121,8 +126,8 @@ class Order:
             Format.parse(self.method.removeprefix(UNIFORM))
         if not self.is_fixed and not self.budget.is_given:
             raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes)")
-        if self.out is not None and self.out.exists() and any(self.out.iterdir() if self.out.is_dir() else [0]):
-            raise InputError(f"{self.out} exists already and is not an empty folder; choose another or remove it")
+        if self.recipe is not None and (self.budget.is_given or self.method != "auto"):
+            raise InputError("a recipe decides everything: leave out --method and the budget")
 
     @property
     def is_fixed(self) -> bool:
@@ -139,4 +144,21 @@ class Order:
         """Where measurements are kept, so that an interrupted run goes on."""
         if self.store is not None:
             return self.store
-        return self.out.with_name(self.out.name + ".study") if self.out is not None else None
+        return None if self.out is None else self.out.with_name(self.out.resolve().name + ".study")
+
+    def check_places(self, source: Path) -> None:
+        """Refuses outputs that could not be written, before anything is measured.
+
+        Raises:
+            InputError: no output, one that exists, or one that lies in the source or in the study, or around it.
+        """
+        if self.out is None or self.study_folder is None:
+            raise InputError("an output folder is needed: -o OUT")
+        if not self.overwrite and self.out.exists() and any(self.out.iterdir() if self.out.is_dir() else [0]):
+            raise InputError(f"{self.out} exists already and is not an empty folder; choose another or remove it")
+        places = {"the source": source, "the output": self.out, "the study": self.study_folder}
+        resolved = {name: path.resolve() for name, path in places.items()}
+        for name, path in resolved.items():
+            inside = [other for other, outer in resolved.items() if other != name and path.is_relative_to(outer)]
+            if inside:
+                raise InputError(f"{name} {places[name]} must not lie in {inside[0]} {places[inside[0]]}")

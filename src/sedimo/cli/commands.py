@@ -18,16 +18,16 @@ METHODS = "auto, error, jacobian, ablation, combined, or uniform:FORMAT"
 def _sampling_options(command: Command) -> Command:
     """What determines a sample besides the weights; part of every trial's key."""
     for option in (
-        click.option("--resolution", type=int, help="Image size [pixels]; default: the pipeline's."),
+        click.option("--resolution", type=click.IntRange(8), help="Image size [pixels]; default: the pipeline's."),
         click.option("--guidance", type=float, help="Guidance scale; default: the pipeline's."),
         click.option(
             "--prompts",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="Text file, a prompt or class per line; default: the pipeline's classes, or built-in prompts.",
         ),
-        click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Denoising steps."),
+        click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Denoising steps."),
         click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Number of samples."),
-        click.option("--seed", type=int, default=0, show_default=True, help="First seed."),
+        click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First seed."),
         click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute dtype."),
         click.option("--device", help="cpu, cuda, cuda:1, mps; default: the GPU if there is one."),
     ):
@@ -41,12 +41,13 @@ def _json_option(command: Command) -> Command:
 
 @click.command()
 @click.argument("source", metavar="SRC")
+@click.option("--variant", help="Variant of the source's weights, such as fp16.")
 @_json_option
-def inspect(source: str, as_json: bool) -> None:
+def inspect(source: str, variant: str | None, as_json: bool) -> None:
     """Show layers, operation types, blocks, groups, sizes and MACs of a denoiser."""
     from sedimo.api import inspection
 
-    found = inspection.inspect_source(source)
+    found = inspection.inspect_source(source, variant)
     if as_json:
         console.print_json(found)
     else:
@@ -56,7 +57,7 @@ def inspect(source: str, as_json: bool) -> None:
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
-@click.option("--stored-bits", type=float, help="Budget: stored bits per weight, all parameters counted.")
+@click.option("--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted.")
 @click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--method", default="auto", show_default=True, help=f"How to find out what matters: {METHODS}.")
@@ -65,11 +66,13 @@ def inspect(source: str, as_json: bool) -> None:
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )
 @click.option(
-    "--store", type=click.Path(path_type=Path), help="Folder for measurements; default: OUT.study beside OUT."
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for measurements; default: OUT.study beside OUT.",
 )
 @click.option("--variant", help="Variant of the source's weights, such as fp16.")
 @click.option("--link", is_flag=True, help="Hard-link the other components instead of copying them.")
-@click.option("--no-check", is_flag=True, help="Do not sample the result beside the source.")
+@click.option("--no-check", is_flag=True, help="Skip the sampled comparison and the additivity check.")
 @click.option("--dry-run", is_flag=True, help="Tell seconds, denoiser calls, memory and disk, and stop.")
 @_sampling_options
 @_json_option
@@ -82,13 +85,15 @@ def quantize(as_json: bool, **options: object) -> None:
     from sedimo.cli.orders import order_of
 
     order = order_of(options)
-    progress = console.ConsoleProgress()
+    with console.progress() as progress:
+        if options["dry_run"]:
+            plan = job.plan(order, progress)
+        else:
+            result = job.run(order, progress, command=console.command_line())
     if options["dry_run"]:
-        plan = job.plan(order, progress)
         console.print_json(plan.as_json()) if as_json else show.plan(plan)
-        return
-    result = job.run(order, progress, command=console.command_line())
-    console.print_json(result.as_json()) if as_json else show.result(result)
+    else:
+        console.print_json(result.as_json()) if as_json else show.result(result)
 
 
 @click.command()
@@ -102,14 +107,10 @@ def evaluate(out: str, against: str, images: int, as_json: bool, **options: obje
     from sedimo.api.comparison import evaluate_sources
     from sedimo.cli.orders import compute_of, sampling_of
 
-    found = evaluate_sources(
-        out,
-        against,
-        sampling_of(options),
-        n_images=images,
-        compute=compute_of(options),
-        progress=console.ConsoleProgress(),
-    )
+    with console.progress() as progress:
+        found = evaluate_sources(
+            out, against, sampling_of(options), n_images=images, compute=compute_of(options), progress=progress
+        )
     console.print_json(found.as_json()) if as_json else show.evaluation(found)
 
 
@@ -129,7 +130,7 @@ def diff(first: str, second: str, as_json: bool) -> None:
 @click.command()
 @click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
-@click.option("--stored-bits", type=float, help="Budget: stored bits per weight, all parameters counted.")
+@click.option("--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted.")
 @click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the recipe to this file.")
 @_json_option
@@ -147,21 +148,26 @@ def allocate(run: Path, out: Path | None, as_json: bool, **budget: float | None)
 @click.command()
 @click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to write; default: report.html in RUN.")
-def report(run: Path, out: Path | None) -> None:
+@_json_option
+def report(run: Path, out: Path | None, as_json: bool) -> None:
     """Write the report of a finished job again from its study folder RUN."""
     from sedimo.api.rereport import report_again
 
-    click.echo(report_again(run, out))
+    written = str(report_again(run, out))
+    console.print_json({"report": written}) if as_json else click.echo(written)
 
 
 @click.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), default="demo-out", show_default=True)
 @click.option("--bits", type=float, default=3.5, show_default=True)
-def demo(out: Path, bits: float) -> None:
+@_json_option
+def demo(out: Path, bits: float, as_json: bool) -> None:
     """Do the main job on the embedded model and say where the report is."""
     from sedimo.api.demo import run_demo
 
-    show.result(run_demo(out, bits, console.ConsoleProgress(), command=console.command_line()))
+    with console.progress() as progress:
+        result = run_demo(out, bits, progress, command=console.command_line())
+    console.print_json(result.as_json()) if as_json else show.result(result)
 
 
 ALL = (inspect, quantize, allocate, evaluate, diff, report, demo)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import sqlite3
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
@@ -23,6 +25,12 @@ def run_guarded(work: Callable[[], object], *, verbose: bool) -> object:
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "interrupted; what was finished is saved, the same command goes on"
         _exit(message, EXIT_INTERRUPTED)
+    except (OSError, UnicodeError) as error:  # of the system: no such file, no space, no permission, no text
+        if verbose:
+            traceback.print_exc()
+        _exit(f"{type(error).__name__}: {error}", EXIT_INPUT)
+    except sqlite3.Error as error:
+        _exit(f"the study cannot be used: {error}", EXIT_STATE)
     except SedimoError as error:
         if verbose:
             traceback.print_exc()
@@ -66,6 +74,16 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     console.print(table)
 
 
+@contextmanager
+def progress() -> Iterator[ConsoleProgress]:
+    """A progress display that is taken away however the work ends."""
+    shown = ConsoleProgress()
+    try:
+        yield shown
+    finally:
+        shown.done()
+
+
 class ConsoleProgress:
     """Progress bars on standard error when it is a terminal, else a line every ten seconds."""
 
@@ -82,7 +100,7 @@ class ConsoleProgress:
         if sys.stderr.isatty():
             self._bar = _rich_bar(total, label)
         else:
-            click.echo(f"{label} ...", err=True)
+            click.echo(f"{label}: {total} steps", err=True)
 
     def advance(self, n: int = 1) -> None:
         """`n` more steps are finished."""
@@ -95,6 +113,9 @@ class ConsoleProgress:
 
     def done(self) -> None:
         """Ends the stage."""
+        if self._bar is None and 0 < self._total == self._done and not sys.stderr.isatty():
+            click.echo(f"{self._label}: done", err=True)
+        self._total = 0
         if self._bar is not None:
             self._bar.stop()  # type: ignore[attr-defined]  # rich is loaded lazily
             self._bar = None

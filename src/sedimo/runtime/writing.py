@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class WrittenCheckpoint:
 
 
 _DEFAULT = WriteOptions()
+Finish = Callable[[Path, WrittenCheckpoint], None]
 
 
 def write_checkpoint(
@@ -73,12 +74,14 @@ def write_checkpoint(
     *,
     component: str | None = None,
     options: WriteOptions = _DEFAULT,
+    finish: Finish | None = None,
 ) -> WrittenCheckpoint:
     """Writes the folder `out`: `source` with its denoiser replaced by a packed one.
 
     `source` is a pipeline's folder and `component` the denoiser's folder in it, or `source` is a denoiser's folder and
     `component` None. The other components keep their bytes; of several variants of their weights one is taken, under
-    its plain name, so that `from_pretrained(out)` needs no variant.
+    its plain name, so that `from_pretrained(out)` needs no variant. `finish` may add files to the folder before it
+    takes the place of `out`; it gets the folder and the record.
 
     Raises:
         InputError: `out` is in use or overlaps `source`, there is no such component, or nothing is packed.
@@ -92,7 +95,10 @@ def write_checkpoint(
         linked, copied = _place_rest(source, folder, component, options)
         checkpoint = open_checkpoint(home)
         _write_texts(folder, source, origin, checkpoint, linked=linked, copied=copied)
-    return _record(out, component, checkpoint, linked, copied)
+        written = _record(out, component, checkpoint, linked, copied)
+        if finish is not None:
+            finish(folder, written)
+    return written
 
 
 def replace_layer_format(
