@@ -32,6 +32,9 @@ def install() -> None:
 
 
 def _register(auto: ModuleType) -> None:
+    under_way = sys.modules.get(_PLUGIN)
+    if under_way is not None and not hasattr(under_way, "register"):
+        return  # the plugin itself is importing diffusers, and calls install() when it is complete
     plugin: _Plugin = importlib.import_module(_PLUGIN)
     plugin.register(auto)
 

@@ -46,17 +46,21 @@ importlib.reload(auto)
     assert run(code + IS_REGISTERED) == "registered"
 
 
+def test_registers_when_our_own_module_brings_diffusers():
+    assert run("import sedimo.runtime.weights" + IS_REGISTERED) == "registered"
+
+
 def test_import_is_cheap_and_brings_nothing_heavy():
     code = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import sedimo
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 heavy = {"torch", "diffusers", "numpy", "numba", "scipy", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 print(seconds)
 """
-    assert min(float(run(code)) for _ in range(3)) < 0.25  # 14 ms alone; room for a loaded machine
+    assert min(float(run(code)) for _ in range(3)) < 0.2  # CPU seconds; about 0.02 on an idle machine
 
 
 def test_loading_a_checkpoint_brings_no_quantizer_and_no_solver(packed_pipeline_folder):

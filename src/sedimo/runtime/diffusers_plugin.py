@@ -21,6 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from sedimo import __version__
+from sedimo._import_hook import install
 from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.quant.parts import TensorSpec
 from sedimo.quant.tensor import QuantizedTensor
@@ -328,3 +329,6 @@ def _quantize(weight: torch.Tensor, number_format: str, layer: str) -> Quantized
     quantization = importlib.import_module("sedimo.quant.quantization")  # brings numba, which loading does without
     packed: QuantizedTensor = quantization.quantize_weight(weight, number_format, layer_name=layer)
     return packed
+
+
+install()  # if this module was what imported diffusers, the hook ran before there was anything to register

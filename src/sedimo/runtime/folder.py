@@ -25,7 +25,7 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
+        _give_usual_permissions(folder)
         _sync(folder)
         _exchange(folder, out)
     except BaseException:
@@ -66,6 +66,15 @@ def _exchange(folder: Path, out: Path) -> None:
         raise
     _sync_directory(out.parent)
     shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _give_usual_permissions(folder: Path) -> None:
+    """Undoes the private modes of temporary folders and of safetensors; linked files belong to the source, too."""
+    mask = _umask()
+    folder.chmod(0o777 & ~mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_nlink == 1:
+            path.chmod(0o666 & ~mask)
 
 
 def _umask() -> int:

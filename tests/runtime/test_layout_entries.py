@@ -1,0 +1,123 @@
+"""Entries of the configuration: written shortly, read strictly, described from what lies in the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from packed_weights import FORMATS, OWNER, TIED, random_packed
+from sedimo.codec import to_json
+from sedimo.errors import StateError
+from sedimo.quant.parts import TensorSpec
+from sedimo.runtime.contents import describe, flatten_state, narrowed, packed_layers
+from sedimo.runtime.layout import (
+    LayerEntry,
+    TiedEntry,
+    entry_of,
+    layers_key,
+    packed_tensors,
+    plain_layers,
+    read_layers,
+)
+
+
+def test_the_written_form_is_the_specified_one():
+    weight = random_packed((8, 16), [(4, "kmc3"), (2, "fp16"), (10, "uaq4g4")], wide=torch.float32)
+    assert to_json(entry_of("Linear", weight)) == (
+        '{"kind":"Linear","parts":[{"codebook":"float32","format":"kmc3","start":0,"stop":4},'
+        '{"format":"fp16","start":4,"stop":6,"values":"float32"},{"format":"uaq4g4","start":6,"stop":16}],'
+        '"shape":[8,16]}'
+    )
+
+
+pieces = st.lists(st.tuples(st.integers(1, 9), st.sampled_from((*FORMATS, "fp16"))), min_size=1, max_size=4)
+
+
+@given(pieces, st.integers(1, 4), st.sampled_from([(), (3,), (2, 2)]))
+def test_entries_survive_the_file(parts, n_channels, kernel):
+    weight = random_packed((n_channels, sum(n for n, _ in parts), *kernel), parts)
+    kind = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}[weight.dim()]
+    layers = {"a.b": entry_of(kind, weight), "c": TiedEntry("a.b")}
+    again = read_layers(plain_layers(layers), place="here")
+    assert again == layers
+    assert layers_key(again) == layers_key(dict(reversed(layers.items())))
+    sizes = {name: spec.n_bytes for name, spec in packed_tensors(layers).items()}
+    assert sum(sizes.values()) == weight.stored_bytes
+    assert packed_tensors(layers) == {
+        f"a.b.weight.{i}.{field}": TensorSpec(t.dtype, tuple(t.shape))
+        for i, part in enumerate(weight.parts)
+        for field, t in part.tensors.items()
+    }
+
+
+def test_ties_are_described_once(packed_dit):
+    layers = describe(packed_dit)
+    assert layers[TIED] == TiedEntry(OWNER)
+    assert [name for name, entry in layers.items() if isinstance(entry, TiedEntry)] == [TIED]
+    assert isinstance(layers["pos_embed.proj"], LayerEntry)
+    assert layers["pos_embed.proj"].kind == "Conv2d"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("kmc4", "must be an object"),
+        (None, "must be an object"),
+        ({"kind": "Linear", "shape": [0, 4], "parts": []}, "2 positive sizes"),
+        ({"kind": "Linear", "shape": [4, 4], "parts": []}, "must cover the 4 input channels"),
+        ({"kind": "Linear", "shape": [4, 4, 1], "parts": []}, "2 positive sizes"),
+        ({"kind": "Linear", "shape": [4.0, 4], "parts": []}, "must be of type int"),
+        ({"kind": "Linear", "shape": [True, 4], "parts": []}, "must be of type int"),
+        ({"kind": "Linear", "parts": []}, "lacks the fields"),
+        ({"same_as": 3}, "must be of type str"),
+        ({"same_as": "here"}, "is no packed layer"),
+    ],
+)
+def test_wrong_entries_are_refused(entry, message):
+    with pytest.raises(StateError, match=message):
+        read_layers({"here": entry}, place="layers")
+
+
+def test_backward_and_overlapping_parts_are_refused():
+    for edges in ([(0, 3), (2, 4)], [(0, 4), (4, 4)], [(2, 4), (0, 2)], [(0, 5), (5, 4)], [(-1, 4)]):
+        parts = [{"start": a, "stop": b, "format": "uaq4"} for a, b in edges]
+        with pytest.raises(StateError, match="must cover the 4 input channels"):
+            read_layers({"here": {"kind": "Linear", "shape": [4, 4], "parts": parts}}, place="layers")
+
+
+def test_saving_notices_weights_exchanged_behind_our_back(packed_dit):
+    layers = describe(packed_dit)
+    shape = tuple(packed_layers(packed_dit)[TIED].shape)
+    tied = packed_dit.get_submodule(TIED)
+    tied.weight = nn.Parameter(random_packed(shape), requires_grad=False)
+    with pytest.raises(StateError, match="does not share the weight"):
+        flatten_state(packed_dit.state_dict(), layers)
+    with pytest.raises(StateError, match="is packed but not described"):
+        flatten_state(packed_dit.state_dict(), {name: e for name, e in layers.items() if name != TIED})
+    tied.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
+    with pytest.raises(StateError, match="has no packed weight"):
+        flatten_state(packed_dit.state_dict(), layers)
+    packed_dit.proj_out_1.weight = nn.Parameter(random_packed((64, 32), "kma2"), requires_grad=False)
+    with pytest.raises(StateError, match="has a packed weight of another layout"):
+        flatten_state(packed_dit.state_dict(), {"proj_out_1": layers["proj_out_1"]})
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([0.5, -0.0, 65504.0, 2.0**-24], torch.float16),
+        ([65536.0, 2.0**-100], torch.bfloat16),
+        ([1.0 + 2.0**-12], torch.float32),
+        ([float("nan")], torch.float32),
+        ([float("inf")], torch.float16),
+    ],
+)
+def test_narrowing_is_exact_or_does_nothing(values, dtype):
+    tensor = torch.tensor(values)
+    short = narrowed(tensor)
+    assert short.dtype == dtype
+    assert torch.equal(short.float().nan_to_num(), tensor.nan_to_num())
+    assert narrowed(torch.tensor([3])).dtype == torch.int64
