@@ -126,6 +126,23 @@ def test_long_rows_use_caps_and_stay_optimal(n_inputs):
         assert float(books.squared_error[0]) == pytest.approx(oracle_error(rows[0], k), rel=OPTIMUM)
 
 
+@pytest.mark.parametrize(("kind", "n_inputs", "k"), [("normal", 9000, 8), ("heavy", 9000, 16), ("clumped", 700, 16)])
+def test_every_node_of_a_cheapest_path_has_the_least_cost(kind, n_inputs, k):
+    """The blocks and their bounds leave out no predecessor: each node against the plain recurrence."""
+    row = np.sort(make_rows(kind, 1, n_inputs, seed=6, dtype=torch.float32).numpy()[0])
+    nodes, previous = np.empty((4, n_inputs + 1)), np.empty(n_inputs + 1, dtype=np.int32)
+    n = _kmeans_kernels._sum_prefixes(row, np.empty(0), nodes)
+    count, first, second = nodes[:3, : n + 1]
+    penalty = 4.4 * (second[-1] - first[-1] ** 2 / count[-1]) / k**3
+    scratch = (np.empty(n + 1), np.empty(n + 1))
+    _kmeans_kernels._cheapest_path(n, penalty, _kmeans_kernels.BLOCK, nodes, previous, scratch)
+    cost = np.zeros(n + 1)
+    for node in range(1, n + 1):
+        costs = cost[:node] - (first[node] - first[:node]) ** 2 / (count[node] - count[:node])
+        cost[node] = costs.min() + penalty
+    np.testing.assert_allclose(nodes[_kmeans_kernels.COST, : n + 1], cost, rtol=0, atol=FLOAT64 * second[-1])
+
+
 @pytest.mark.parametrize("n_inputs", [33, 64, 65, 100])
 @pytest.mark.parametrize("k", [8, 16])
 def test_evenly_spaced_values_have_ties_and_still_k_pieces(n_inputs, k):
@@ -135,6 +152,20 @@ def test_evenly_spaced_values_have_ties_and_still_k_pieces(n_inputs, k):
     optimum = sum(size * (size**2 - 1) / 12 for size in [whole + 1] * rest + [whole] * (k - rest)) / 64**2
     assert float(books.squared_error[0]) == pytest.approx(optimum, rel=FLOAT64)
     assert len(set(books.centroids[0].tolist())) == k
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_few_distinct_values_have_ties_and_stay_optimal(seed):
+    """Integers, also mirrored, have many equal costs: often no penalty gives k pieces, and two paths are spliced."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-20, 20, (20, 60), generator=generator).float()
+    rows[10:, 30:] = -rows[10:, :30]
+    levels = [24, 16, 13, 8, 5, 3]
+    for k, books in zip(levels, fit_codebooks(rows, levels), strict=True):
+        for row, centroids, error in zip(rows, books.centroids, books.squared_error, strict=True):
+            optimum = oracle_error(row, k)
+            assert float(error) == pytest.approx(optimum, rel=OPTIMUM)
+            assert error_of(row, centroids) == pytest.approx(optimum, rel=OPTIMUM)
 
 
 def test_unsolved_rows_are_marked_by_the_kernel_and_solved_by_layers():
