@@ -74,11 +74,13 @@ def test_what_was_written_loads_with_plain_diffusers_and_is_what_was_checked(qua
     code = (
         "import sys, torch, sedimo\n"
         "from diffusers import DiffusionPipeline\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1]); pipe.set_progress_bar_config(disable=True)\n"
         "image = pipe([1, 2], num_inference_steps=2, generator=torch.manual_seed(0), output_type='pt').images\n"
         "print(float(image.double().sum()).hex())\n"
     )
-    printed = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", code, str(out), str(torch.get_num_threads())]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     plain = DiffusionPipeline.from_pretrained(tiny_pipeline_folder)
     packed = DiffusionPipeline.from_pretrained(out)
     with torch.no_grad():

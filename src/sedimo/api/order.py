@@ -154,7 +154,8 @@ class Order:
         """
         if self.out is None or self.study_folder is None:
             raise InputError("an output folder is needed: -o OUT")
-        if not self.overwrite and self.out.exists() and any(self.out.iterdir() if self.out.is_dir() else [0]):
+        is_used = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
+        if is_used and not self.overwrite:
             raise InputError(f"{self.out} exists already and is not an empty folder; choose another or remove it")
         places = {"the source": source, "the output": self.out, "the study": self.study_folder}
         resolved = {name: path.resolve() for name, path in places.items()}
