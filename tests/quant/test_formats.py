@@ -33,7 +33,7 @@ def test_text_names_exactly_one_format(number_format):
 
 @pytest.mark.parametrize("text", ["kmc1", "kmc9", "uaq", "kma4g64", "uaq4g1", "fp8", "kmc4a1", "kmc4a17", "", "KMC4"])
 def test_what_is_no_format_is_refused(text):
-    with pytest.raises(InputError, match="format|bits|group"):
+    with pytest.raises(InputError, match=r"format|bits|group"):
         Format.parse(text)
 
 
