@@ -96,9 +96,7 @@ def test_is_refused_and_changes_nothing(name, q):
 
 
 def test_the_message_names_layer_operation_and_remedy(q):
-    with pytest.raises(
-        UnsupportedError, match=r"'block.to_q' has a packed weight \(kmc4\).*aten\.cat.*dequantize"
-    ):
+    with pytest.raises(UnsupportedError, match=r"'block.to_q' has a packed weight \(kmc4\).*aten\.cat.*dequantize"):
         torch.cat([q, q])
     with pytest.raises(UnsupportedError, match=r"block.to_q.*aten.add_.*lose the result"):
         q.add_(1)
