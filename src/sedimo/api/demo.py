@@ -10,7 +10,7 @@ from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 
 SOURCE = "zoo:cifar-dit"
-SAMPLING = SamplingOrder(n_seeds=8, n_steps=10, n_check_seeds=32)
+SAMPLING = SamplingOrder(n_seeds=8, n_steps=10, n_check_seeds=16)
 METHOD = "jacobian"  # named, so that a demo is the same on a slow machine; `combined` takes three times as long
 MARK = ".sedimo-demo"
 
