@@ -168,6 +168,21 @@ def test_few_distinct_values_have_ties_and_stay_optimal(seed):
             assert error_of(row, centroids) == pytest.approx(optimum, rel=OPTIMUM)
 
 
+@pytest.mark.parametrize(
+    ("few", "many", "spliced"),
+    [
+        ([0, 5, 10], [0, 2, 4, 6, 10], [0, 2, 5, 10]),
+        ([0, 5, 10], [0, 6, 7, 8, 10], [0, 6, 7, 10]),
+        ([0, 4, 10], [0, 1, 4, 6, 8, 10], [0, 1, 4, 10]),
+    ],
+)
+def test_splice_changes_over_where_a_piece_encloses_another(few, many, spliced):
+    previous = np.full(11, -1, dtype=np.int32)
+    paths = (np.array(path, dtype=np.int32) for path in (few, many))
+    _kmeans_kernels._splice(len(spliced) - 1, len(few) - 1, *paths, previous)
+    assert [previous[node] for node in spliced[1:]] == spliced[:-1]
+
+
 def test_unsolved_rows_are_marked_by_the_kernel_and_solved_by_layers():
     """Without ties and cancellation no row needs layers; with an extreme outlier all do."""
     plain = np.sort(make_rows("normal", 20, 300, seed=2).numpy(), axis=1)
