@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sedimo._bank_cache import BankCache
-from sedimo.bank import Bank, fit_bank
+from sedimo.bank import FIT_VERSION, Bank, fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.pipelines.adapter import WeightInfo
@@ -139,7 +139,7 @@ def test_a_cache_extends_to_more_formats_and_not_to_other_weights(tmp_path):
     wider = fit_bank(weights, space_of("kmc3,uaq4"), cache=tmp_path)
     assert weights.reads == ["a", "c"]
     assert wider.candidates == fit_bank(Weights(), space_of("kmc3,uaq4")).candidates
-    assert set(BankCache(tmp_path / weights.digest[:32]).parameters("a")) == {KMC3, UAQ4}
+    assert set(BankCache(tmp_path / f"{weights.digest[:32]}-v{FIT_VERSION}").parameters("a")) == {KMC3, UAQ4}
     other = Weights(seed=1)
     fit_bank(other, space_of("kmc3"), cache=tmp_path)
     assert other.reads == ["a", "c"]
