@@ -15,8 +15,16 @@ from sedimo.errors import InputError
 from sedimo.quant.fitting import fit
 from sedimo.quant.formats import Format, paper_bytes
 from sedimo.quant.memory import memory_bytes
+from sedimo.quant.operators import run
 from sedimo.quant.quantization import quantize_weight
 from sedimo.quant.tensor import QuantizedTensor
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_few_threads):
+    """Tiny tensors: a second thread only waits for the first."""
+    torch.set_num_threads(1)
+
 
 SPLIT = ((5, "kmc3"), (2, "fp16"), (9, "uaq4g4"))
 LAYOUTS = (*FORMATS, "fp16", SPLIT)
@@ -124,6 +132,24 @@ def test_moving_moves_every_stored_tensor():
     layer = linear("uaq3").to("meta")
     assert layer.weight.device.type == "meta"
     assert {t.device.type for t in stored(layer.weight)} == {"meta"}
+
+
+def test_pinning_and_streams_reach_every_stored_tensor(monkeypatch):
+    """Without an accelerator nothing can be pinned, so the stored tensors' own methods are replaced."""
+    q, pinned, recorded = random_packed((8, 16), SPLIT), [], []
+
+    def pin(tensor):
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append((tensor, stream)))
+    copied = torch.ops.aten._pin_memory(q)
+    assert same(copied, q)
+    assert [t.data_ptr() for t in pinned] == [t.data_ptr() for t in stored(q)]
+    assert not q.is_pinned()
+    run(q, torch.ops.aten.record_stream.default, (q, "a stream"), {})
+    assert [(t.data_ptr(), s) for t, s in recorded] == [(t.data_ptr(), "a stream") for t in stored(q)]
 
 
 def test_copies_own_their_codes():
