@@ -126,11 +126,19 @@ def test_a_pipeline_made_in_memory_is_saved(text_to_image, tmp_path):
     assert torch.equal(sampled(load_pipeline(out, device="cpu")), sampled(text_to_image))
 
 
-def test_class_names_survive_saving(dit, tmp_path):
+@pytest.mark.parametrize("labels", [["cat"], {"x": "cat"}, {"0": 7}])
+def test_strange_class_names_are_refused(folder, labels):
+    edit_json(folder / "model_index.json", id2label=labels)
+    with pytest.raises(StateError, match="id2label must map"):
+        load_pipeline(folder, device="cpu")
+
+
+def test_class_names_survive_saving(dit, tmp_path, caplog):
     dit.pipeline.labels = {"tench": 0, "Tinca tinca": 0, "cock": 7}
     out = dit.save_pretrained(tmp_path / "out")
     assert json.loads((out / "model_index.json").read_text())["id2label"] == {"0": "tench, Tinca tinca", "7": "cock"}
     loaded = load_pipeline(out, device="cpu")
+    assert caplog.text == ""
     assert loaded.pipeline.labels == dit.pipeline.labels
     assert loaded.default_sampling(range(9), 2).conditions == ("0", "7")
     assert load_pipeline(loaded.save_pretrained(tmp_path / "again")).pipeline.labels == dit.pipeline.labels

@@ -107,7 +107,11 @@ def _load_folder(
             f"({', '.join(_components(index))}) is called {' or '.join(DENOISER_NAMES)}"
         )
     chosen = _folder_variant(folder, present[0], variant)
-    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(folder / present[0], device, chosen), "variant": chosen}
+    arguments: dict[str, object] = {
+        _DTYPE_ARGUMENT: dtype or _default_dtype(folder / present[0], device, chosen),
+        "variant": chosen,
+    }
+    arguments |= _labels(folder, index)
     load: Callable[..., PipelineObject] = DiffusionPipeline.from_pretrained
     with _loading(folder):
         pipeline = load(folder, use_safetensors=True, local_files_only=True, **arguments)
@@ -139,6 +143,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise StateError(f"{path} must hold an object, got {type(plain).__name__}")
     return plain
+
+
+def _labels(folder: Path, index: dict[str, Any]) -> dict[str, object]:
+    """The class names with numbers as keys: JSON has made texts of them, at which diffusers wonders aloud."""
+    labels = index.get("id2label")
+    if labels is None:
+        return {}
+    if not isinstance(labels, dict) or not all(k.isdecimal() and isinstance(v, str) for k, v in labels.items()):
+        raise StateError(f"{folder / 'model_index.json'}: id2label must map class numbers to names, got {labels!r:.80}")
+    return {"id2label": {int(k): v for k, v in labels.items()}}
 
 
 def _components(index: dict[str, Any]) -> dict[str, list[str]]:
