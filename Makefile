@@ -31,10 +31,10 @@ lint: $(STAMP)  ## Style, types, import layers, sizes
 	$(BIN)/python scripts/size.py
 
 test: lint  ## Lint, then all tests that need seconds
-	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow and not gpu and not network"
 
 test-full: lint  ## All tests that this machine can run
-	$(BIN)/python -m pytest -m "not network"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not network"
 
 bench: $(STAMP)  ## The benchmarks that docs/results.md quotes (hours)
 	$(BIN)/python benchmarks/run_all.py
