@@ -5,7 +5,9 @@
     python zoo/train.py denoiser    --data DIR --minutes 60 --work DIR
     python zoo/train.py assemble    --data DIR --work DIR --out zoo/src/sedimo_zoo/data
 
-Every stage stops when its minutes are spent, and goes on where it was when started again with more.
+Every stage stops when its minutes are spent, and goes on where it was when started again with more. With
+`--start PIPELINE` the denoiser starts from the weights of a pipeline that was assembled before, on its
+autoencoder, instead of from random ones; `assemble` then keeps that autoencoder and the classifier.
 `DIR` of `--data` holds `cifar10_train.parquet` and `cifar10_test.parquet` (columns `jpeg`, `label`).
 """
 
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(".zoo-work"))
     parser.add_argument("--out", type=Path, default=Path("zoo/src/sedimo_zoo/data"))
+    parser.add_argument("--start", type=Path, help="folder of an assembled pipeline to go on from")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -270,4 +270,8 @@ def test_memory_counts_packed_and_shared_weights_once():
     model = nn.ModuleList([first, second, nn.BatchNorm1d(3)])
     biases, norm = 2 * 8 * 4, 4 * 3 * 4 + 8
     assert memory_bytes(model) == first.weight.stored_bytes + biases + norm
+    second.weight = nn.Parameter(first.weight.detach(), requires_grad=False)
+    second.bias = nn.Parameter(first.bias.data)
+    assert memory_bytes(model) == first.weight.stored_bytes + biases // 2 + norm, "other handles on the same memory"
+    second.weight, second.bias = first.weight, nn.Parameter(first.bias.detach().clone())
     assert memory_bytes(model.to("meta")) == first.weight.stored_bytes + biases + norm

@@ -11,6 +11,7 @@ from sedimo.errors import InputError
 from sedimo.quant import uaq
 from sedimo.quant.formats import Format
 
+LARGEST_ZERO_POINT = 3000  # shrinking by ten makes it 30,000; test_a_far_offset... has larger ones
 EQUAL_SCORES = 1e-6  # two scores this close [relative] are a tie for float32 powers
 
 
@@ -49,8 +50,8 @@ def test_rows_equal_the_published_search(bits, n_inputs, shift, seed):
     grid = uaq.fit_grid(rows, Format("uaq", bits))
     assert (grid.scale.dtype, grid.zero_point.dtype) == (torch.float32, torch.int16)
     for row, scale, zero_point in zip(rows, grid.scale, grid.zero_point, strict=True):
-        if row.min() == row.max():
-            continue
+        if row.abs().max() > LARGEST_ZERO_POINT * (row.max() - row.min()) / (2**bits - 1):
+            continue  # a constant or nearly constant row: the published zero point does not fit into int16
         score, its_scale, its_zero = published_grid(row, bits)
         if (scale.item(), zero_point.item()) != (its_scale, its_zero):
             ours = published_score(row, scale, zero_point.float(), 2**bits - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sqlite3
@@ -88,6 +89,28 @@ def test_two_writers_wait_for_each_other(tmp_path):
     assert [w.wait() for w in writers] == [0, 0]
     with Rows(path) as rows:
         assert len(rows.keys("trial")) == 60
+
+
+class BusyAtFirst(sqlite3.Connection):
+    """Refuses another journal twice, as SQLite does at once when two processes create one file."""
+
+    refusals = 2
+
+    def execute(self, text, *parameters):
+        if text.startswith("PRAGMA journal_mode") and BusyAtFirst.refusals:
+            BusyAtFirst.refusals -= 1
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY_SNAPSHOT
+            raise error
+        return super().execute(text, *parameters)
+
+
+def test_opening_waits_while_another_process_creates_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=BusyAtFirst))
+    with Rows(tmp_path / "s.sqlite") as rows:
+        rows.put("trial", "a", "1")
+        assert rows.keys("trial") == ("a",)
+    assert BusyAtFirst.refusals == 0
 
 
 def test_a_foreign_file_is_refused(tmp_path):

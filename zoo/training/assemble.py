@@ -24,16 +24,18 @@ N_KID_FEATURES = 2000
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes `cifar-dit/` and `cifar-classifier/` into `arguments.out`."""
-    _write_pipeline(arguments.work, arguments.out / "cifar-dit")
-    _write_classifier(arguments.work, arguments.data, arguments.out / "cifar-classifier")
+    autoencoder = AutoencoderKL.from_pretrained((arguments.start or arguments.work) / "vae")
+    _write_pipeline(arguments.work, autoencoder, arguments.out / "cifar-dit")
+    if not arguments.start:
+        _write_classifier(arguments.work, arguments.data, arguments.out / "cifar-classifier")
     total = sum(f.stat().st_size for f in arguments.out.rglob("*") if f.is_file())
     logger.info("wrote %.1f MB to %s", total / 1e6, arguments.out)
 
 
-def _write_pipeline(work: Path, out: Path) -> None:
+def _write_pipeline(work: Path, autoencoder: AutoencoderKL, out: Path) -> None:
     pipeline = DiTPipeline(
         DiTTransformer2DModel.from_pretrained(work / "transformer"),
-        AutoencoderKL.from_pretrained(work / "vae"),
+        autoencoder,
         build_scheduler(),
         id2label=dict(enumerate(CLASS_NAMES)),
     )

@@ -67,9 +67,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains and saves the averaged weights."""
     images, labels = read_images(arguments.data / "cifar10_train.parquet")
     device = torch.device(arguments.device)
-    latents = encode_all(images, arguments.work / "vae", device)
+    latents = encode_all(images, (arguments.start or arguments.work) / "vae", device)
     logger.info("encoded; latents' standard deviation %.3f", latents.float().std())
     scheduler, model = build_scheduler(), build()
+    if arguments.start:
+        model.load_state_dict(DiTTransformer2DModel.from_pretrained(arguments.start / "transformer").state_dict())
     share_embedders(model)
     model.to(device).train()
 

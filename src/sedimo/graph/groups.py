@@ -77,6 +77,7 @@ class _Finder:
         self.position = {node.name: i for i, node in enumerate(nodes)}
         self.found: list[tuple[str, list[int]]] = []
         self._taken: dict[int, int] = {}
+        self._steering: dict[int, list[int]] = {}
         self._before: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
         self._after: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
         for source, target in edges:

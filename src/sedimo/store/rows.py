@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from sedimo.errors import InputError, StateError
 APPLICATION_ID = 0x5ED1_0001 & 0x7FFF_FFFF
 LAYOUT_VERSION = 1
 _BUSY_SECONDS = 30.0
+_RETRY_SECONDS = 0.01
 _SCHEMA = """
 CREATE TABLE rows (
     kind TEXT NOT NULL, key TEXT NOT NULL, json TEXT NOT NULL,
@@ -124,10 +126,23 @@ class Rows:
             raise StateError(f"{self.path} is an SQLite file of another program")
         if owner == APPLICATION_ID and version not in (0, LAYOUT_VERSION):
             raise StateError(f"{self.path} has layout version {version}; this Sedimo reads {LAYOUT_VERSION}")
-        run("PRAGMA journal_mode = WAL")
+        self._log_ahead()
         run("PRAGMA synchronous = FULL")
         if version == 0:
             self._create()
+
+    def _log_ahead(self) -> None:
+        """Switches to the write-ahead log; SQLite itself does not wait for another process that does the same."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_SECONDS)
+            else:
+                return
 
     def _create(self) -> None:
         run = self._connection.execute
