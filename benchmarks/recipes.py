@@ -18,7 +18,7 @@ import numpy as np
 
 import sedimo
 from sedimo.api.additivity import check_additivity, measure_random_recipes
-from sedimo.api.evaluation import compare_distributions, draw
+from sedimo.api.evaluation import compare_distributions, draw_features
 from sedimo.api.probing import AblationOptions, measure_probes
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
@@ -144,11 +144,11 @@ def distributions(bench: Bench, bank, recipe, n_images: int) -> dict[str, object
     """FID and KID of a recipe beside full precision."""
     plan = bench.pipe.default_sampling(range(100_000, 100_000 + n_images), 10)
     pipe = sedimo.load(bench.source, dtype=FID_DTYPE)
-    full = draw(pipe, plan, label="full precision", progress=bench.progress)
+    full = draw_features(pipe, plan, label="full precision", progress=bench.progress)
     with Prober(pipe.denoiser, bank.quantize) as prober:
         prober.switch(recipe)
-        small = draw(pipe, plan, label="recipe", progress=bench.progress)
-    return to_plain(compare_distributions(full.images, small.images))
+        small = draw_features(pipe, plan, label="recipe", progress=bench.progress)
+    return to_plain(compare_distributions(full, small))
 
 
 def main() -> None:

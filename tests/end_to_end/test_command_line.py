@@ -105,6 +105,22 @@ def test_evaluate_compares_with_the_source(quantized, tiny_pipeline_folder):
     assert same["sqnr_db"]["value"] == {"float": "inf"}
 
 
+def test_too_few_images_for_a_distribution_are_refused_at_once(quantized, tiny_pipeline_folder):
+    out = quantized[0]
+    result = run("evaluate", out, "--against", tiny_pipeline_folder, "--images", "19", *QUICK, code=3)
+    assert "at least 20 images, got 19" in result.output
+
+
+def test_inspect_shows_the_formats_of_a_packed_checkpoint(quantized, tiny_pipeline_folder):
+    out, job = quantized
+    found, source = run_json("inspect", out), run_json("inspect", tiny_pipeline_folder)
+    assert {layer["name"]: layer["format"] for layer in found["layers"]} == job["recipe"]
+    assert [layer["macs"] for layer in found["layers"]] == [layer["macs"] for layer in source["layers"]]
+    assert all(found[key] == source[key] for key in ("n_decisions", "params", "macs", "n_groups"))
+    assert (found["file_bytes"], found["stored_bytes"]) == (job["file_bytes"], job["stored_bytes"])
+    assert "packed: " in run("inspect", out).stdout
+
+
 def test_diff_of_a_checkpoint_and_its_recipe_file_is_empty(quantized):
     out, _ = quantized
     assert run_json("diff", out, out / "sedimo_recipe.json") == {"differences": []}

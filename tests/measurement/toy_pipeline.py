@@ -42,7 +42,7 @@ class ToyDenoiser(nn.Module):
 class ToyAdapter:
     """x <- x - 0.3 denoiser(x), from one generator per sample; with guidance every call has two rows per sample."""
 
-    name = "toy"
+    name = identity = "toy"
 
     def __init__(self, denoiser=None, *, guided=False):
         torch.manual_seed(3)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sedimo.api.evaluation import compare_distributions, compare_signals, draw, measures
+from sedimo.api.evaluation import compare_distributions, compare_signals, draw, draw_features, measures
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
+from sedimo.metrics.distribution import N_PARTS
 from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
 from sedimo.quant.memory import memory_bytes
+
+MIN_IMAGES = 2 * N_PARTS  # two in each part that the jackknife leaves out
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ def evaluate(
             f"{quantized.name} is a {type(quantized.pipeline).__name__} and {against.name} a "
             f"{type(against.pipeline).__name__}; only a checkpoint and its own source can be compared"
         )
-    n = max(sampling.n_seeds, n_images)
-    plan = sampling.plan(against, range(sampling.first_seed, sampling.first_seed + n))
-    reference, ours = (draw(p, plan, label=p.name, progress=progress) for p in (against, quantized))
-    signals = compare_signals(reference.first(sampling.n_seeds), ours.first(sampling.n_seeds))
-    distributions = compare_distributions(reference.images, ours.images) if n_images else None
+    if 0 < n_images < MIN_IMAGES:
+        raise InputError(f"FID and KID need at least {MIN_IMAGES} images, got {n_images}; 0 leaves them out")
+    pair = (against, quantized)
+    plan = sampling.searching(against)
+    signals = compare_signals(*(draw(p, plan, label=p.name, progress=progress) for p in pair))
+    distributions = None
+    if n_images:
+        plan = sampling.plan(against, range(sampling.first_seed, sampling.first_seed + n_images))
+        distributions = compare_distributions(*(draw_features(p, plan, label=p.name, progress=progress) for p in pair))
     size = {"memory_bytes": memory_bytes(quantized.denoiser), "source_memory_bytes": memory_bytes(against.denoiser)}
     for name, pipe in (("file_bytes", quantized), ("source_file_bytes", against)):
         if pipe.folder is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from sedimo.bank import SILENT, Progress
+from sedimo.errors import InputError
 from sedimo.metrics.distribution import FeatureStatistics, fid_difference, fid_jackknife, kid, kid_difference
 from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.metrics.signal import NoisePowers, SignalSummary, psnr_db, relative_noise, summarize
@@ -23,9 +25,13 @@ class Samples:
     latents: torch.Tensor
     images: torch.Tensor
 
-    def first(self, n: int) -> Samples:
-        """The first `n` samples."""
-        return Samples(self.latents[:n], self.images[:n])
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features `[n, D]` float32 of images, by the network named `extractor`."""
+
+    extractor: str
+    values: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,35 @@ class DistributionEvaluation:
 
 
 def draw(adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT) -> Samples:
-    """Latents and images of a plan, batch by batch."""
+    """Latents and images of a plan, all in memory."""
+    batches = list(_drawn(adapter, sampling, f"sampling {label or adapter.name}", progress))
+    return Samples(torch.cat([latents for latents, _ in batches]), torch.cat([images for _, images in batches]))
+
+
+def draw_features(
+    adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT
+) -> Features:
+    """Features of the images of a plan; no more than a batch of images is in memory.
+
+    Raises:
+        MissingExtraError: the embedded extractor is not installed.
+    """
+    extractor, extract = feature_extractor()
+    drawn = _drawn(adapter, sampling, f"images of {label or adapter.name}", progress)
+    return Features(extractor, np.concatenate([extract(images).numpy() for _, images in drawn]))
+
+
+def _drawn(
+    adapter: PipelineAdapter, sampling: Sampling, label: str, progress: Progress
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Latents and images, batch by batch."""
     n, size = len(sampling.seeds), sampling.batch_size
-    progress.start(n, f"sampling {label or adapter.name}")
-    latents, images = [], []
+    progress.start(n, label)
     for first in range(0, n, size):
-        latents.append(adapter.sample(_part(sampling, first, min(first + size, n))))
-        images.append(adapter.decode(latents[-1]))
-        progress.advance(len(latents[-1]))
+        latents = adapter.sample(_part(sampling, first, min(first + size, n)))
+        yield latents, adapter.decode(latents)
+        progress.advance(len(latents))
     progress.done()
-    return Samples(torch.cat(latents), torch.cat(images))
 
 
 def compare_signals(reference: Samples, quantized: Samples) -> SignalEvaluation:
@@ -76,19 +101,20 @@ def compare_signals(reference: Samples, quantized: Samples) -> SignalEvaluation:
     return SignalEvaluation(powers, summarize(powers), mean_estimate(finite) if finite.size else exact)
 
 
-def compare_distributions(reference: torch.Tensor, quantized: torch.Tensor) -> DistributionEvaluation:
-    """FID and KID of two sets of images `[n, 3, H, W]` in [0, 1] from the same seeds.
+def compare_distributions(reference: Features, quantized: Features) -> DistributionEvaluation:
+    """FID and KID of two sets of features of images from the same seeds.
 
     Raises:
-        MissingExtraError: the embedded extractor is not installed.
-        InputError: fewer than twenty images.
+        InputError: fewer than twenty images, or features of different extractors.
     """
-    name, extract = feature_extractor()
     real = reference_statistics()
+    names = {reference.extractor, quantized.extractor, real.extractor}
+    if len(names) > 1:
+        raise InputError(f"features of different extractors do not compare: {', '.join(sorted(names))}")
     target = FeatureStatistics(real.mean, real.covariance, real.n_images)
-    ours, theirs = extract(quantized).numpy(), extract(reference).numpy()
+    ours, theirs = quantized.values, reference.values
     return DistributionEvaluation(
-        extractor=name,
+        extractor=real.extractor,
         n_images=len(ours),
         fid=fid_jackknife(ours, target),
         reference_fid=fid_jackknife(theirs, target),

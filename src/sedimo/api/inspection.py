@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sedimo.api import verbs
 from sedimo.errors import InputError
-from sedimo.graph.model import DenoiserGraph
 from sedimo.graph.summary import inspect_summary
-from sedimo.pipelines.loading import load_pipeline, locate
+from sedimo.pipelines.loading import load_architecture, load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
 from sedimo.quant.formats import FP16, Format
-from sedimo.runtime.checkpoint import open_checkpoint
+from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
 from sedimo.runtime.layout import LayerEntry, TiedEntry
 from sedimo.space import PartFormat, Recipe
 
@@ -29,18 +28,22 @@ class LayerDifference:
 def inspect_source(source: str, variant: str | None = None) -> dict[str, object]:
     """What `sedimo inspect --json` prints: layers, operation types, blocks, groups, sizes, MACs.
 
+    Of a packed checkpoint, each layer has its `format` too.
+
     Raises:
-        InputError: the source cannot be used or is quantized already.
+        InputError: the source cannot be used, or was quantized by another tool.
+        StateError: a damaged checkpoint.
     """
-    return dict(inspect_summary(trace_source(source, variant)))
-
-
-def trace_source(source: str, variant: str | None = None) -> DenoiserGraph:
-    """The graph of a source's denoiser."""
     _, folder = locate(source, variant)
     inner = denoiser_folder(folder)
-    dtype = stored_dtype(FileWeights(inner, variant).files)
-    return verbs.trace(load_pipeline(str(inner), device="cpu", dtype=dtype, variant=variant))
+    if not is_packed(inner):
+        dtype = stored_dtype(FileWeights(inner, variant).files)
+        return dict(inspect_summary(verbs.trace(load_pipeline(inner, device="cpu", dtype=dtype, variant=variant))))
+    checkpoint = open_checkpoint(inner, variant=variant)
+    graph = replace(verbs.trace(load_architecture(inner)), ties=_ties(checkpoint))
+    formats = {name: _text(entry) for name, entry in _recipe(checkpoint).layers.items()}
+    sizes = {"file_bytes": checkpoint.file_bytes, "stored_bytes": checkpoint.stored_bytes}
+    return {**inspect_summary(graph, formats), **sizes}
 
 
 def read_recipe(path: str) -> Recipe:
@@ -55,10 +58,7 @@ def read_recipe(path: str) -> Recipe:
         return Recipe.from_json(place.read_bytes(), place=str(place))
     if not place.is_dir():
         raise InputError(f"there is no recipe file and no checkpoint at {place}")
-    layers = open_checkpoint(denoiser_folder(place)).layers
-    owners = {name: entry.same_as if isinstance(entry, TiedEntry) else name for name, entry in layers.items()}
-    entries = {name: e for name, e in layers.items() if isinstance(e, LayerEntry)}
-    return Recipe({name: _formats(entries[owner]) for name, owner in owners.items()})
+    return _recipe(open_checkpoint(denoiser_folder(place)))
 
 
 def differences(first: Recipe, second: Recipe) -> tuple[LayerDifference, ...]:
@@ -66,6 +66,24 @@ def differences(first: Recipe, second: Recipe) -> tuple[LayerDifference, ...]:
     names = dict.fromkeys([*first.layers, *second.layers])
     pairs = ((n, _text(first.layers.get(n, FP16)), _text(second.layers.get(n, FP16))) for n in names)
     return tuple(LayerDifference(*pair) for pair in pairs if pair[1] != pair[2])
+
+
+def _recipe(checkpoint: Checkpoint) -> Recipe:
+    entries = {name: e for name, e in checkpoint.layers.items() if isinstance(e, LayerEntry)}
+    return Recipe({name: _formats(entries[owner]) for name, owner in _owners(checkpoint).items()})
+
+
+def _ties(checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
+    """The sets of layers that are stored once."""
+    sets: dict[str, list[str]] = {}
+    for name, owner in _owners(checkpoint).items():
+        sets.setdefault(owner, []).append(name)
+    return tuple(tuple(members) for members in sets.values() if len(members) > 1)
+
+
+def _owners(checkpoint: Checkpoint) -> dict[str, str]:
+    """Layers to the ones whose tensors they use."""
+    return {name: e.same_as if isinstance(e, TiedEntry) else name for name, e in checkpoint.layers.items()}
 
 
 def _formats(entry: LayerEntry) -> Format | tuple[PartFormat, ...]:

@@ -105,7 +105,7 @@ def fit(
 def weights_of(pipe: Loaded | nn.Module) -> WeightSource:
     """The weights in the dtype they are stored in: from the files where there are any, else from memory."""
     if isinstance(pipe, DiffusersPipeline | BareDenoiser) and pipe.folder is not None and not pipe.is_quantized:
-        return FileWeights(denoiser_folder(pipe.folder))
+        return FileWeights(denoiser_folder(pipe.folder), pipe.variant)
     return ModuleWeights(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,11 +30,23 @@ def inspection(found: Mapping[str, object]) -> None:
         f"{found['denoiser']}: {found['n_layers']} layers, {found['n_decisions']} decisions, "
         f"{found['n_groups']} groups, {count(found['params'])} weights, {count(found['macs'])} MACs a call"
     )
+    is_packed = "stored_bytes" in found
     rows = [
-        (name, len(members), _shapes(members), count(_sum(members, "params")), count(_sum(members, "macs")))
+        (
+            name,
+            len(members),
+            _shapes(members),
+            count(_sum(members, "params")),
+            count(_sum(members, "macs")),
+            *([_formats(members)] if is_packed else []),
+        )
         for name, members in by_operation.items()
     ]
-    print_table("", ("operation", "layers", "shape", "weights", "MACs"), rows)
+    columns = ("operation", "layers", "shape", "weights", "MACs")
+    print_table("", (*columns, "formats") if is_packed else columns, rows)
+    if is_packed:
+        stored, file_size = (size(float(str(found[key]))) for key in ("stored_bytes", "file_bytes"))
+        click.echo(f"packed: {stored} of packed layers in a file of {file_size}")
 
 
 def plan(found: JobPlan) -> None:
@@ -156,6 +169,12 @@ def _estimate(value: Estimate) -> tuple[str, str, str, str]:
 def _shapes(members: Sequence[Mapping[str, object]]) -> str:
     shapes = {"x".join(map(str, m["shape"])) for m in members}  # type: ignore[call-overload]  # a list of sizes
     return shapes.pop() if len(shapes) == 1 else f"{len(shapes)} shapes"
+
+
+def _formats(members: Sequence[Mapping[str, object]]) -> str:
+    """Such as `3 kmc3, uaq8`: how many layers have which format."""
+    counts = Counter(str(m["format"]) for m in members)
+    return ", ".join(f"{n} {name}" if n > 1 else name for name, n in sorted(counts.items()))
 
 
 def _sum(members: Sequence[Mapping[str, object]], key: str) -> float:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sedimo.graph.model import DenoiserGraph
 
+_NO_FORMATS: Mapping[str, str] = {}
 
-def inspect_summary(graph: DenoiserGraph) -> dict[str, object]:
+
+def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] = _NO_FORMATS) -> dict[str, object]:
     """Counts, sizes and layers of a graph, ready for JSON.
 
     `params` is the number of Linear and Conv weights, shared ones once; `macs` are multiply-accumulates of one
-    sample in one denoiser call; `n_decisions` counts layers with equal weights once.
+    sample in one denoiser call; `n_decisions` counts layers with equal weights once. With `formats` of quantized layers by name, each layer has its
+    `format`.
     """
     return {
         "denoiser": graph.denoiser,
@@ -35,6 +40,7 @@ def inspect_summary(graph: DenoiserGraph) -> dict[str, object]:
                 "shape": list(node.shape),
                 "params": node.params,
                 "macs": node.macs,
+                **({"format": formats.get(node.name, "fp16")} if formats else {}),
             }
             for node in graph.layers
         ],

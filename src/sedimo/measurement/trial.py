@@ -20,8 +20,8 @@ TRIAL_VERSION = 1
 class Setting:
     """Everything but the recipe that determines a measured number; its key is part of every trial's name.
 
-    `weights_digest` names the full-precision weights, `pipeline` what else draws the sample (class and
-    scheduler); `dtype` and `device` (kind only, `cpu` or `cuda`) are those the denoiser computes in. The batch
+    `weights_digest` names the full-precision weights, `pipeline` what else draws the sample (class, scheduler,
+    text encoders); `dtype` and `device` (kind only, `cpu` or `cuda`) are those the denoiser computes in. The batch
     size is not part of it: a sample does not depend on its batch.
     """
 

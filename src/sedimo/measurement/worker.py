@@ -11,7 +11,6 @@ from importlib import metadata
 import torch
 
 from sedimo.bank import Bank
-from sedimo.codec import content_key
 from sedimo.measurement.objective import Reference, measure, measure_reference
 from sedimo.measurement.probe import Prober
 from sedimo.measurement.trial import Execution, ObjectiveName, Setting, Trial
@@ -26,7 +25,7 @@ def setting_of(
     parameter = next(adapter.denoiser.parameters())
     return Setting(
         weights_digest=weights_digest,
-        pipeline=f"{adapter.name} {_schedule_key(adapter)}".strip(),
+        pipeline=adapter.identity,
         objective=objective,
         seeds=sampling.seeds,
         n_steps=sampling.n_steps,
@@ -98,12 +97,3 @@ def time_calls(adapter: PipelineAdapter, sampling: Sampling) -> CallTiming:
 def versions() -> Mapping[str, str]:
     """Versions of what computes numbers."""
     return {"python": platform.python_version(), **{n: metadata.version(n) for n in ("torch", "diffusers", "numpy")}}
-
-
-def _schedule_key(adapter: PipelineAdapter) -> str:
-    """Names the scheduler and its settings where the adapter wraps a pipeline that has one."""
-    scheduler = getattr(getattr(adapter, "pipeline", None), "scheduler", None)
-    if scheduler is None:
-        return ""
-    settings = {str(name): repr(value) for name, value in dict(getattr(scheduler, "config", {})).items()}
-    return f"{type(scheduler).__name__}:{content_key(settings)[:16]}"

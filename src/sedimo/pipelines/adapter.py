@@ -69,7 +69,11 @@ class PipelineAdapter(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the pipeline for records and people."""
+        """Name of the pipeline for people."""
+
+    @property
+    def identity(self) -> str:
+        """Names what determines a sample besides the denoiser and the plan: class, scheduler, other networks."""
 
     @property
     def denoiser(self) -> nn.Module:

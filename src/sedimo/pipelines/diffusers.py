@@ -15,6 +15,7 @@ from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Observer, Sampling
 from sedimo.pipelines.conditions import default_conditions
 from sedimo.pipelines.decoding import decode_latents
+from sedimo.pipelines.identity import pipeline_identity
 from sedimo.pipelines.objects import PipelineObject
 from sedimo.pipelines.sampling import sample_batch
 from sedimo.pipelines.saving import LoadedFrom, save_denoiser_only, save_pipeline
@@ -53,8 +54,13 @@ class DiffusersPipeline:
 
     @property
     def name(self) -> str:
-        """Name of the pipeline for records and people."""
+        """Name of the pipeline for people."""
         return self._name
+
+    @property
+    def identity(self) -> str:
+        """Class of the pipeline, and digests of its scheduler's settings and of its other networks."""
+        return pipeline_identity(self.pipeline, self.denoiser_name)
 
     @property
     def denoiser(self) -> nn.Module:

@@ -138,6 +138,23 @@ def _load_denoiser(
     return BareDenoiser(denoiser.to(device).eval(), name=name, folder=folder, variant=chosen)
 
 
+def load_architecture(folder: Path) -> nn.Module:
+    """The denoiser of a folder without its weights, on the meta device, whether it is quantized or not.
+
+    Raises:
+        InputError: no denoiser there, or a class that is not part of diffusers.
+        StateError: a damaged config.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no denoiser's folder: it has no config.json")
+    config = _read_object(folder / "config.json")
+    kind = _model_class(folder, config.get("_class_name"))
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    with _loading(folder), torch.device("meta"):
+        denoiser: nn.Module = kind.from_config(plain)
+    return denoiser.eval()
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     plain = parse_json(path.read_bytes(), place=str(path))
     if not isinstance(plain, dict):
