@@ -13,8 +13,8 @@ def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] = _NO_FORMA
     """Counts, sizes and layers of a graph, ready for JSON.
 
     `params` is the number of Linear and Conv weights, shared ones once; `macs` are multiply-accumulates of one
-    sample in one denoiser call; `n_decisions` counts layers with equal weights once. With `formats` of quantized layers by name, each layer has its
-    `format`.
+    sample in one denoiser call; `n_decisions` counts layers with equal weights once. With `formats` of quantized
+    layers by name, each layer has its `format`.
     """
     return {
         "denoiser": graph.denoiser,
