@@ -101,8 +101,12 @@ def test_evaluate_compares_with_the_source(quantized, tiny_pipeline_folder):
     assert found["sqnr_db"].keys() >= {"value", "standard_error", "n"}
     assert found["size"]["file_bytes"] == quantized[1]["file_bytes"]
     assert found["size"]["memory_bytes"] < found["size"]["source_memory_bytes"]
+    assert 0 < found["bops"]["bops"] <= found["bops"]["source_bops"]
+    assert (found["sqnr_pooled_db"]["n"], found["n_exact"]) == (2, 0)
     same = run_json("evaluate", tiny_pipeline_folder, "--against", tiny_pipeline_folder, *QUICK)
     assert same["sqnr_db"]["value"] == {"float": "inf"}
+    assert same["n_exact"] == 2
+    assert same["bops"]["bops"] == same["bops"]["source_bops"]
 
 
 def test_too_few_images_for_a_distribution_are_refused_at_once(quantized, tiny_pipeline_folder):

@@ -123,6 +123,24 @@ def test_paired_difference_leaves_exact_samples_out():
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "mean"),
+    [
+        ([math.inf, 0.1, 0.1], [0.2, 0.2, 0.2], -math.inf),
+        ([0.1, 0.1, 0.1], [math.inf, 0.2, 0.2], math.inf),
+        ([math.inf, 0.1, 0.1], [0.2, math.inf, 0.2], math.nan),
+        ([math.inf, 0.1, 0.0], [math.inf, 0.2, 0.2], math.nan),
+    ],
+)
+def test_nothing_that_diverged_is_better_or_left_out(first, second, mean):
+    result = paired_difference(NoisePowers(first, [1.0] * 3), NoisePowers(second, [1.0] * 3))
+    assert result.mean_db == pytest.approx(mean, nan_ok=True)
+    assert not result.is_better
+    assert (result.low, result.high) == (-math.inf, math.inf)
+    assert result.n_diverged == sum(math.inf in pair for pair in zip(first, second, strict=True))
+    assert result.n_exact == first.count(0.0)
+
+
+@pytest.mark.parametrize(
     ("first", "second", "expected"),
     [([0.0, 0.0], [0.0, 0.0], 0.0), ([0.0, 0.0], [1.0, 1.0], math.inf), ([1.0, 1.0], [0.0, 0.0], -math.inf)],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sedimo.api import verbs
 from sedimo.api.evaluation import compare_distributions, compare_signals, draw, draw_features, measures
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
 from sedimo.bank import SILENT, Progress
@@ -15,22 +16,35 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
+from sedimo.quant.formats import FP16
 from sedimo.quant.memory import memory_bytes
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.contents import packed_layers
+from sedimo.sensitivity.costs import count_bops
 
 MIN_IMAGES = 2 * N_PARTS  # two in each part that the jackknife leaves out
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures by name, and sizes by name [bytes]."""
+    """Measures by name; sizes by name [bytes]; bit operations of one sample and denoiser call by name [BOPs].
+
+    Of the `n` samples of the SQNR, `n_exact` have no noise at all and `n_decorrelated` have more than half of the
+    signal's power. `extractor` names the network behind FID and KID.
+    """
 
     measures: Mapping[str, Estimate]
+    n_exact: int
+    n_decorrelated: int
     size: Mapping[str, int]
+    bops: Mapping[str, int]
     extractor: str | None
 
     def as_json(self) -> dict[str, object]:
         """Plain values by name: each measure has value, standard_error, low, high, n."""
-        return {**to_plain(self.measures), "size": dict(self.size), "extractor": self.extractor}
+        counts = {"n_exact": self.n_exact, "n_decorrelated": self.n_decorrelated}
+        rest = {"size": dict(self.size), "bops": dict(self.bops), "extractor": self.extractor}
+        return {**to_plain(self.measures), **counts, **rest}
 
 
 def evaluate(
@@ -62,11 +76,15 @@ def evaluate(
     if n_images:
         plan = sampling.plan(against, range(sampling.first_seed, sampling.first_seed + n_images))
         distributions = compare_distributions(*(draw_features(p, plan, label=p.name, progress=progress) for p in pair))
-    size = {"memory_bytes": memory_bytes(quantized.denoiser), "source_memory_bytes": memory_bytes(against.denoiser)}
-    for name, pipe in (("file_bytes", quantized), ("source_file_bytes", against)):
-        if pipe.folder is not None:
-            size[name] = sum(f.stat().st_size for f in denoiser_folder(pipe.folder).glob("*.safetensors"))
-    return Evaluation(measures(signals, distributions), size, distributions.extractor if distributions else None)
+    sqnr = signals.sqnr
+    return Evaluation(
+        measures=measures(signals, distributions),
+        n_exact=sqnr.n_exact,
+        n_decorrelated=sqnr.n_decorrelated,
+        size=_sizes(quantized, against),
+        bops=_bops(quantized, against),
+        extractor=distributions.extractor if distributions else None,
+    )
 
 
 def evaluate_sources(
@@ -85,6 +103,31 @@ def evaluate_sources(
     """
     full, small = _pipeline(against, compute), _pipeline(quantized, compute)
     return evaluate(small, full, sampling=sampling, n_images=n_images, progress=progress)
+
+
+def _sizes(quantized: DiffusersPipeline, against: DiffusersPipeline) -> dict[str, int]:
+    size = {"memory_bytes": memory_bytes(quantized.denoiser), "source_memory_bytes": memory_bytes(against.denoiser)}
+    for name, pipe in (("file_bytes", quantized), ("source_file_bytes", against)):
+        if pipe.folder is not None:
+            size[name] = sum(f.stat().st_size for f in denoiser_folder(pipe.folder).glob("*.safetensors"))
+    return size
+
+
+def _bops(quantized: DiffusersPipeline, against: DiffusersPipeline) -> dict[str, int]:
+    """Bit operations of the Linear and Conv layers; a source that is packed itself cannot be traced and has none."""
+    if packed_layers(against.denoiser):
+        return {}
+    packed, layers = packed_layers(quantized.denoiser), verbs.trace(against).layers
+    ours = (_layer_bops(layer.macs, packed.get(layer.name)) for layer in layers)
+    return {"bops": sum(ours), "source_bops": sum(count_bops(layer.macs, FP16) for layer in layers)}
+
+
+def _layer_bops(macs: int, weight: QuantizedTensor | None) -> int:
+    """Those of a layer; each part of its inputs has its share of the MACs."""
+    if weight is None:
+        return count_bops(macs, FP16)
+    parts = weight.packing.parts
+    return sum(count_bops(macs * (stop - start), f) for start, stop, f, _ in parts) // parts[-1][1]
 
 
 def _pipeline(source: str, compute: Compute) -> DiffusersPipeline:

@@ -12,7 +12,7 @@ import torch
 from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 from sedimo.metrics.distribution import FeatureStatistics, fid_difference, fid_jackknife, kid, kid_difference
-from sedimo.metrics.estimate import Estimate, mean_estimate
+from sedimo.metrics.estimate import Estimate, mean_estimate, with_interval
 from sedimo.metrics.signal import NoisePowers, SignalSummary, psnr_db, relative_noise, summarize
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.zoo import feature_extractor, reference_statistics
@@ -126,13 +126,16 @@ def compare_distributions(reference: Features, quantized: Features) -> Distribut
 
 
 def sqnr_estimate(summary: SignalSummary) -> Estimate:
-    """The SQNR of a summary as value, error and interval [dB]."""
-    return Estimate(summary.sqnr_db, summary.standard_error, summary.interval_low, summary.interval_high, summary.n)
+    """The SQNR of a summary as value, error and interval [dB]; `n` counts the samples with noise, or all if none has."""
+    n = summary.n - summary.n_exact or summary.n
+    return Estimate(summary.sqnr_db, summary.standard_error, summary.interval_low, summary.interval_high, n)
 
 
 def measures(signals: SignalEvaluation, distributions: DistributionEvaluation | None) -> Mapping[str, Estimate]:
     """Every measure by name, each with value, standard error, interval and n."""
-    found = {"sqnr_db": sqnr_estimate(signals.sqnr), "psnr_db": signals.psnr}
+    sqnr = signals.sqnr
+    pooled = with_interval(sqnr.sqnr_pooled_db, sqnr.pooled_standard_error, sqnr.n, n_replicates=sqnr.n)
+    found = {"sqnr_db": sqnr_estimate(sqnr), "sqnr_pooled_db": pooled, "psnr_db": signals.psnr}
     if distributions is not None:
         names = ("fid", "reference_fid", "fid_difference", "kid", "reference_kid", "kid_difference")
         found |= {name: getattr(distributions, name) for name in names}

@@ -108,6 +108,10 @@ def evaluation(found: Evaluation) -> None:
     print_table("", ("measure", "value", "standard error", "95 % interval", "n"), rows)
     for name, value in found.size.items():
         click.echo(f"{name:22s} {size(value)}")
+    for name, value in found.bops.items():
+        click.echo(f"{name:22s} {count(value)} bit operations a call and sample")
+    if found.n_exact or found.n_decorrelated:
+        click.echo(f"{found.n_exact} samples are exact, {found.n_decorrelated} have more noise than half the signal")
     if found.extractor:
         click.echo(f"features by {found.extractor}; FID falls with n, so compare only figures of equal n")
 

@@ -112,7 +112,9 @@ class SignalSummary:
 class PairedDifference:
     """Mean difference of SQNR, first minus second, over `n` common samples [dB], with its 95 % interval.
 
-    `n_exact` further samples are exact in one or both and have no finite difference.
+    `n_exact` further samples are exact in one or both and have no finite difference. Of the `n`, `n_diverged` are
+    infinitely noisy in one or both; the mean is then infinite, or not a number, and the interval endless: a set that
+    diverged anywhere is never better, and its rival is not shown to be.
     """
 
     mean_db: float
@@ -121,6 +123,7 @@ class PairedDifference:
     high: float
     n: int
     n_exact: int
+    n_diverged: int = 0
 
     @property
     def is_better(self) -> bool:
@@ -169,12 +172,18 @@ def paired_difference(first: NoisePowers, second: NoisePowers) -> PairedDifferen
             "only measurements of the same seeds against the same reference can be compared in pairs; "
             f"got {first.n} and {second.n} samples" + ("" if first.n != second.n else " with different signal powers")
         )
-    is_finite = np.isfinite(first.sqnr_db) & np.isfinite(second.sqnr_db)
-    n_left_out = first.n - int(is_finite.sum())
-    if n_left_out == first.n:
+    is_noisy = (first.noise > 0) & (second.noise > 0)
+    n_exact = first.n - int(is_noisy.sum())
+    if n_exact == first.n:
         return _endless_difference(first, second)
-    mean = mean_estimate(first.sqnr_db[is_finite] - second.sqnr_db[is_finite])
-    return PairedDifference(mean.value, mean.standard_error, mean.low, mean.high, mean.n, n_left_out)
+    ours, theirs = first.sqnr_db[is_noisy], second.sqnr_db[is_noisy]
+    n_diverged = int((np.isinf(ours) | np.isinf(theirs)).sum())
+    if n_diverged:
+        with np.errstate(invalid="ignore"):
+            value = float((ours - theirs).mean())
+        return PairedDifference(value, math.nan, -math.inf, math.inf, len(ours), n_exact, n_diverged)
+    mean = mean_estimate(ours - theirs)
+    return PairedDifference(mean.value, mean.standard_error, mean.low, mean.high, mean.n, n_exact)
 
 
 def psnr_db(reference: npt.ArrayLike, test: npt.ArrayLike, *, peak: float = 1.0) -> Vector:
@@ -219,7 +228,7 @@ def _decibel(ratio: float) -> float:
 
 
 def _endless_difference(first: NoisePowers, second: NoisePowers) -> PairedDifference:
-    """No sample has a finite difference: equal, endlessly better or worse, or mixed (not a number)."""
+    """Each sample is exact in one or both: equal, endlessly better or worse, or mixed (not a number)."""
     with np.errstate(invalid="ignore"):
         differences = first.sqnr_db - second.sqnr_db
     signs = {0.0 if math.isnan(d) else d for d in differences.tolist()}

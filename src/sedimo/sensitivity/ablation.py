@@ -21,7 +21,7 @@ from sedimo.graph.model import Group
 from sedimo.metrics.signal import NoisePowers
 from sedimo.quant.formats import FP16, Format
 from sedimo.sensitivity.agreement import Agreement, agreement
-from sedimo.sensitivity.costs import EXACTLY_NOTHING, Estimate, build_table, geometric_mean_estimate, mean_estimate
+from sedimo.sensitivity.costs import EXACTLY_NOTHING, CostEstimate, build_table, geometric_mean_cost, mean_cost
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe, SearchSpace
 
@@ -106,7 +106,7 @@ def ablation_table(
         for decision, point in _shared(one, index, average).items():
             points[decision].append(point)
 
-    def estimate(candidate: Candidate) -> Estimate:
+    def estimate(candidate: Candidate) -> CostEstimate:
         return _scaled(candidate, sorted(points[candidate.decision], key=lambda p: p.error))
 
     n_units = len({one.probe.unit for one in measured})
@@ -134,10 +134,10 @@ def check_scaling(
     return agreement(predicted, found)
 
 
-def mean_noise(powers: NoisePowers, average: Average = "arithmetic") -> Estimate:
+def mean_noise(powers: NoisePowers, average: Average = "arithmetic") -> CostEstimate:
     """Mean relative noise over samples; a sample that diverged counts with 1e6."""
     ratio = np.minimum(powers.ratio, DIVERGED)
-    return mean_estimate(ratio) if average == "arithmetic" else geometric_mean_estimate(ratio)
+    return mean_cost(ratio) if average == "arithmetic" else geometric_mean_cost(ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class _Point:
 
     format: Format
     error: float
-    noise: Estimate
+    noise: CostEstimate
 
 
 def _by_decision(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
@@ -189,12 +189,12 @@ def _shared(measured: Measured, index: Mapping[tuple[str, Format], Candidate], a
     found = {}
     for decision, number_format in measured.probe.choice.items():
         share = errors[decision] / total if total > 0 else 1 / len(errors)
-        estimate = Estimate(share * noise.value, share * noise.standard_error, noise.n)
+        estimate = CostEstimate(share * noise.value, share * noise.standard_error, noise.n)
         found[decision] = _Point(number_format, errors[decision], estimate)
     return found
 
 
-def _scaled(candidate: Candidate, points: Sequence[_Point]) -> Estimate:
+def _scaled(candidate: Candidate, points: Sequence[_Point]) -> CostEstimate:
     """The noise at a candidate's weight error, from points by growing error."""
     if not points:
         raise InputError(f"{candidate.decision} was not probed; measure all probes first")
@@ -211,7 +211,7 @@ def _scaled(candidate: Candidate, points: Sequence[_Point]) -> Estimate:
     else:
         position = math.log(candidate.error / low.error) / math.log(high.error / low.error)
         value = low.noise.value * (high.noise.value / low.noise.value) ** position
-    return Estimate(value, value * near.noise.standard_error / near.noise.value, near.noise.n)
+    return CostEstimate(value, value * near.noise.standard_error / near.noise.value, near.noise.n)
 
 
 def _neighbours(error: float, points: Sequence[_Point]) -> tuple[_Point, _Point]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sedimo.errors import InputError
-from sedimo.sensitivity.costs import Estimate
+from sedimo.sensitivity.costs import CostEstimate
 from sedimo.sensitivity.table import Cost, SensitivityTable
 
 
@@ -38,15 +38,15 @@ def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> Sensiti
     )
 
 
-def _mean(first: Cost, second: Cost, scale: float) -> Estimate:
+def _mean(first: Cost, second: Cost, scale: float) -> CostEstimate:
     value = math.sqrt(first.cost * second.cost * scale)
     if value == 0:
-        return Estimate(0.0, 0.0, min(first.n, second.n))
+        return CostEstimate(0.0, 0.0, min(first.n, second.n))
     relative = math.hypot(first.standard_error / first.cost, second.standard_error / second.cost) / 2
-    return Estimate(value, value * relative, min(first.n, second.n))
+    return CostEstimate(value, value * relative, min(first.n, second.n))
 
 
-def _with(cost: Cost, estimate: Estimate) -> Cost:
+def _with(cost: Cost, estimate: CostEstimate) -> Cost:
     return Cost(
         cost.decision,
         cost.format,

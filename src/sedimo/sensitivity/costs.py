@@ -18,7 +18,7 @@ UNIT = "relative noise power"
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class CostEstimate:
     """A number with its standard error; `n` samples are behind it, 0 when it is exact."""
 
     value: float
@@ -26,14 +26,14 @@ class Estimate:
     n: int = 0
 
 
-EXACTLY_NOTHING = Estimate(0.0)
+EXACTLY_NOTHING = CostEstimate(0.0)
 
 
 def build_table(
     method: str,
     space: SearchSpace,
     candidates: Iterable[Candidate],
-    estimate: Callable[[Candidate], Estimate],
+    estimate: Callable[[Candidate], CostEstimate],
     settings: Mapping[str, str],
 ) -> SensitivityTable:
     """The table of one method; fp16 costs nothing."""
@@ -55,8 +55,8 @@ def build_table(
     )
 
 
-def count_bops(decision: Decision, number_format: Format) -> int:
-    """Bit operations of one sample and call: MACs times weight bits times activation bits.
+def count_bops(macs: int, number_format: Format) -> int:
+    """Bit operations [BOPs] of one sample and call: MACs times weight bits times activation bits.
 
     Codebooks count with 16 weight bits, because looked-up weights are multiplied in 16 bits.
 
@@ -64,27 +64,27 @@ def count_bops(decision: Decision, number_format: Format) -> int:
         Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), accounting of the released code.
     """
     weight_bits = number_format.bits if number_format.family == "uaq" else FULL_BITS
-    return decision.macs * weight_bits * number_format.activation_bits
+    return macs * weight_bits * number_format.activation_bits
 
 
-def mean_estimate(values: npt.ArrayLike) -> Estimate:
-    """Arithmetic mean of samples, with its standard error (0 for one sample)."""
+def mean_cost(values: npt.ArrayLike) -> CostEstimate:
+    """Arithmetic mean of samples, with its standard error (not a number for one sample)."""
     found = np.asarray(values, dtype=np.float64)
-    error = float(found.std(ddof=1)) / math.sqrt(found.size) if found.size > 1 else 0.0
-    return Estimate(float(found.mean()), error, int(found.size))
+    error = float(found.std(ddof=1)) / math.sqrt(found.size) if found.size > 1 else math.nan
+    return CostEstimate(float(found.mean()), error, int(found.size))
 
 
-def geometric_mean_estimate(values: npt.ArrayLike) -> Estimate:
+def geometric_mean_cost(values: npt.ArrayLike) -> CostEstimate:
     """Geometric mean of samples, which is what a mean of decibels speaks of, with its standard error."""
     found = np.asarray(values, dtype=np.float64)
     if not found.all():
-        return mean_estimate(found)
-    logarithm = mean_estimate(np.log(found))
+        return mean_cost(found)
+    logarithm = mean_cost(np.log(found))
     value = math.exp(logarithm.value)
-    return Estimate(value, value * logarithm.standard_error, logarithm.n)
+    return CostEstimate(value, value * logarithm.standard_error, logarithm.n)
 
 
-def _cost(decision: Decision, candidate: Candidate, estimate: Estimate) -> Cost:
+def _cost(decision: Decision, candidate: Candidate, estimate: CostEstimate) -> Cost:
     return Cost(
         decision=candidate.decision,
         format=candidate.format,
@@ -93,5 +93,5 @@ def _cost(decision: Decision, candidate: Candidate, estimate: Estimate) -> Cost:
         n=estimate.n,
         paper_bytes=candidate.paper_bytes,
         stored_bytes=candidate.stored_bytes,
-        bops=count_bops(decision, candidate.format),
+        bops=count_bops(decision.macs, candidate.format),
     )

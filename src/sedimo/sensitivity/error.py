@@ -7,7 +7,7 @@ from typing import Literal
 
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
-from sedimo.sensitivity.costs import Estimate, build_table
+from sedimo.sensitivity.costs import CostEstimate, build_table
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import SearchSpace
 
@@ -30,8 +30,8 @@ def error_table(
     else:
         shares = {d.name: d.macs / total for d in space.decisions}
 
-    def estimate(candidate: Candidate) -> Estimate:
+    def estimate(candidate: Candidate) -> CostEstimate:
         share = shares[candidate.decision]
-        return Estimate(share * candidate.error, share * candidate.standard_error, candidate.n)
+        return CostEstimate(share * candidate.error, share * candidate.standard_error, candidate.n)
 
     return build_table("error", space, candidates, estimate, {"weighting": weighting})

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.measurement.jacobian import JacobianProbe
-from sedimo.sensitivity.costs import Estimate, build_table, mean_estimate
+from sedimo.sensitivity.costs import CostEstimate, build_table, mean_cost
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import SearchSpace
 
@@ -21,13 +21,13 @@ def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: J
         InputError: the probe was made for other decisions or formats.
     """
 
-    def estimate(candidate: Candidate) -> Estimate:
+    def estimate(candidate: Candidate) -> CostEstimate:
         values = probe.noise.get(candidate.decision, {}).get(str(candidate.format.weight_format))
         if values is None:
             raise InputError(
                 f"the probe has no {candidate.decision} at {candidate.format}; measure it again for this space"
             )
-        return mean_estimate(values)
+        return mean_cost(values)
 
     setting = probe.setting
     settings = {
