@@ -96,7 +96,7 @@ def compare(bench: Bench, bank, tables, bits: float, *, rivals: bool) -> dict[st
     rows = {
         name: {
             "paper_bits": space.paper_bits(recipes[name]),
-            "stored_bits": 8 * space.stored_bytes(recipes[name]) / space.params,
+            "stored_bits": 8 * bank.stored_bytes(recipes[name]) / space.params,
             **to_plain(summarize(trial.powers)),
         }
         for name, trial in trials.items()

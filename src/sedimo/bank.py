@@ -22,8 +22,9 @@ from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.fitting import FittedParameters, FittedWeight, error_estimates, fit, fit_parameters, with_codes
-from sedimo.quant.formats import Format, stored_bytes
+from sedimo.quant.formats import FP16, Format, stored_bytes
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.contents import narrowed
 from sedimo.space import Decision, PartFormat, Recipe, SearchSpace
 
 FIT_VERSION = 1  # raise it when a fit changes: cached parameters and errors are then made anew
@@ -139,6 +140,14 @@ class Bank:
         for number_format, parameters in self._parameters(known, weight, formats).items():
             yield number_format, with_codes(weight, parameters, layer_name=decision).dequantize() - exact
 
+    def stored_bytes(self, recipe: Recipe) -> int:
+        """Bytes of the tensors of all weights under a recipe, those left alone as their source has them [bytes]."""
+        alone = {d: c.stored_bytes for (d, f), c in self.index.items() if not f.is_quantized}
+        entries = {d.name: recipe.layers.get(d.layers[0], FP16) for d in self.space.decisions}
+        left = {d for d, entry in entries.items() if entry == FP16}
+        surplus = sum(alone[d] - self.space.decision_index[d].stored_bytes(FP16) for d in left if d in alone)
+        return self.space.stored_bytes(recipe) + surplus
+
     def quantize(self, recipe: Recipe) -> dict[str, QuantizedTensor]:
         """The packed weights of a recipe by layer name; layers at fp16 are absent, tied layers share one tensor.
 
@@ -245,17 +254,17 @@ def _candidates(
 ) -> list[Candidate]:
     n_channels = decision.shape[0] if sample_channels is None else min(sample_channels, decision.shape[0])
     is_exact = n_channels == decision.shape[0]
-    formats = tuple(dict.fromkeys(f.weight_format for f in decision.formats if f.is_quantized))
-    keys = {f: _row_key(decision, f, n_channels) for f in formats}
-    found = {f: store.candidate(Candidate, key) for f, key in keys.items()}
-    missing = [f for f, candidate in found.items() if candidate is None]
+    keys = {f: _row_key(decision, f, n_channels) for f in dict.fromkeys(f.weight_format for f in decision.formats)}
+    found = {f: c for f, key in keys.items() if (c := store.candidate(Candidate, key)) is not None}
+    missing = [f for f in keys if f not in found]
     if missing:
         weight = read_weight(weights, decision)
         measure = _fit_all if is_exact else _estimate
-        made = measure(weight, decision, missing, store, n_channels)
+        made = measure(weight, decision, [f for f in missing if f.is_quantized], store, n_channels)
+        made |= {f: _unquantized(weight, decision, f) for f in missing if not f.is_quantized}
         store.put_candidates({keys[f]: candidate for f, candidate in made.items()})
         found |= made
-    return [_as(found.get(f.weight_format), decision, f) for f in decision.formats]
+    return [replace(found[f.weight_format], format=f) for f in decision.formats]
 
 
 def _fit_all(
@@ -287,11 +296,9 @@ def _candidate(decision: Decision, number_format: Format, error: float, standard
     return Candidate(decision.name, number_format, error, standard_error, n, *sizes)
 
 
-def _as(candidate: Candidate | None, decision: Decision, number_format: Format) -> Candidate:
-    """The candidate under its format with activation bits; an unquantized one has no error."""
-    if candidate is None:
-        return _candidate(decision, number_format, 0.0, 0.0, 0)
-    return replace(candidate, format=number_format)
+def _unquantized(weight: torch.Tensor, decision: Decision, number_format: Format) -> Candidate:
+    """The weight left alone: no error, and the bytes that it takes in a file, more than 16 bits where they matter."""
+    return replace(_candidate(decision, number_format, 0.0, 0.0, 0), stored_bytes=narrowed(weight).nbytes)
 
 
 def _row_key(decision: Decision, number_format: Format, n_channels: int) -> str:

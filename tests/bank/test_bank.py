@@ -119,6 +119,16 @@ def test_parts_of_a_layer_take_their_own_formats():
             bank.quantize(Recipe({"c": wrong}))
 
 
+def test_a_weight_left_alone_takes_the_bytes_of_its_source():
+    weights = Weights()
+    weights.tensors["c"] = weights.tensors["c"].half().float()  # float32 that 16 bits hold exactly is stored so
+    bank = fit_bank(weights, space_of(), sample_channels=2)
+    assert [bank.index[n, FP16].stored_bytes for n in ("a", "c")] == [24 * 64 * 4, 32 * 16 * 9 * 2]
+    recipe = bank.space.recipe({"c": UAQ4})
+    sizes = bank.quantize(recipe)["c"].stored_bytes + 24 * 64 * 4
+    assert bank.stored_bytes(recipe) == sizes == bank.space.stored_bytes(recipe) + 24 * 64 * 2
+
+
 def test_a_cache_is_reused_and_gives_the_same_bits(tmp_path):
     progress = Counted()
     first = fit_bank(Weights(), space_of(), cache=tmp_path, progress=progress)

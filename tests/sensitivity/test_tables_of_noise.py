@@ -130,9 +130,8 @@ def test_jacobian_costs_are_means_over_samples_with_their_error():
 
 def test_probes_are_planned_near_the_bits_in_play():
     probes = plan_probes(SPACE, CANDIDATES, near_bits=(3.0, 6.0, 6.1))
-    assert [p.unit for p in probes] == [n for n in NAMES for _ in range(2)]  # 6.0 and 6.1 mean the same format
-    # kmc3 is more exact than uaq3 but costs 5 bits here; uaq3 costs 3.5, uaq6 6.5
-    assert [str(p.choice["a"]) for p in probes[:2]] == ["uaq3", "uaq6"]
+    assert [p.unit for p in probes] == [n for n in NAMES for _ in range(3)]  # 6.0 and 6.1 mean the same formats
+    assert [str(p.choice["a"]) for p in probes[:3]] == ["uaq3", "uaq6", "kmc3"]  # of each family
     assert probes[0].recipe(SPACE).layers == {"a": UAQ3}
 
 
@@ -170,6 +169,20 @@ def test_outside_the_probes_noise_is_proportional_to_error():
     assert table.index["a", FP16].cost == 0
 
 
+def test_a_family_is_scaled_from_its_own_probes():
+    probes = [AblationProbe(n, {n: f}) for n in NAMES for f in (UAQ4, KMC3)]
+    powers = [powers_of(0.5) if p.choice.get(p.unit) == KMC3 else powers_of(0.1) for p in probes]
+    table = ablation_table(SPACE, CANDIDATES, [Measured(p, x) for p, x in zip(probes, powers, strict=True)])
+    errors = {f: relative_error("a", f) for f in (UAQ3, UAQ4, KMC3)}
+    assert errors[KMC3] < errors[UAQ3], "the nearer point is of another family"
+    assert table.index["a", UAQ3].cost == pytest.approx(0.1 * errors[UAQ3] / errors[UAQ4])
+    others = [
+        m for m in [Measured(p, x) for p, x in zip(probes, powers, strict=True)] if m.probe.choice[m.probe.unit] == KMC3
+    ]
+    alone = ablation_table(SPACE, CANDIDATES, others)
+    assert alone.index["a", UAQ3].cost == pytest.approx(0.5 * errors[UAQ3] / errors[KMC3]), "better than nothing"
+
+
 def test_a_probe_without_noise_says_that_the_decision_costs_nothing():
     probes = plan_probes(SPACE, CANDIDATES, near_bits=(4.5,))
     table = ablation_table(SPACE, CANDIDATES, [Measured(p, powers_of(0.0, 0.0)) for p in probes])
@@ -179,7 +192,9 @@ def test_a_probe_without_noise_says_that_the_decision_costs_nothing():
 def test_a_group_shares_its_noise_by_weight_error():
     group = Group("g", "other", ("a", "b"), "b", 1)
     probes = plan_probes(SPACE, CANDIDATES, near_bits=(3.0,), groups=(group,))
-    assert [(p.unit, sorted(p.choice)) for p in probes] == [("g", ["a", "b"]), ("c", ["c"]), ("d", ["d"])]
+    wanted = [("g", ["a", "b"]), ("c", ["c"]), ("d", ["d"])]
+    assert [(p.unit, sorted(p.choice)) for p in probes] == [unit for unit in wanted for _ in ("uaq", "kmc")]
+    assert {str(f) for p in probes for f in p.choice.values()} == {"uaq3", "kmc3"}
     table = ablation_table(SPACE, CANDIDATES, [Measured(p, powers_of(0.3, 0.3)) for p in probes])
     costs = table.index["a", UAQ3].cost, table.index["b", UAQ3].cost
     assert sum(costs) == pytest.approx(0.3)
@@ -202,7 +217,7 @@ def test_scaling_is_checked_on_pairs_that_were_not_probed():
     pairs = [pair for c in checks for pair in c.choice.items()]
     assert len(set(pairs)) == 6
     assert not probed.intersection(pairs)
-    assert len(plan_checks(SPACE, CANDIDATES, probes, n=999)) == 4 * 5 - 4
+    assert len(plan_checks(SPACE, CANDIDATES, probes, n=999)) == 4 * 5 - 4 * 2
     table = ablation_table(SPACE, CANDIDATES, measure_all(probes))
     good = check_scaling(table, measure_all(checks))
     assert good.n == 6

@@ -100,5 +100,5 @@ def _pixels(image: object) -> np.ndarray:
 
 
 def _checked(bank: Bank, name: str, recipe: Recipe, signals: SignalEvaluation) -> CheckedRecipe:
-    stored = 8 * bank.space.stored_bytes(recipe) / bank.space.params
+    stored = 8 * bank.stored_bytes(recipe) / bank.space.params
     return CheckedRecipe(name, recipe, bank.space.paper_bits(recipe), stored, signals)

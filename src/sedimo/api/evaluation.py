@@ -126,7 +126,7 @@ def compare_distributions(reference: Features, quantized: Features) -> Distribut
 
 
 def sqnr_estimate(summary: SignalSummary) -> Estimate:
-    """The SQNR of a summary as value, error and interval [dB]; `n` counts the samples with noise, or all if none has."""
+    """The SQNR of a summary as value, error and interval [dB]; `n` counts the samples with noise (all if none has)."""
     n = summary.n - summary.n_exact or summary.n
     return Estimate(summary.sqnr_db, summary.standard_error, summary.interval_low, summary.interval_high, n)
 

@@ -1,7 +1,8 @@
 """Ablation: one unit (a decision, or a group of them) quantized alone, at a few formats, the others by scaling.
 
-With a wide choice of formats probing all of them is too many. Each unit is probed at a few formats near those in
-play. Between two probed formats noise is interpolated in the logarithm of weight error; outside them it is taken
+With a wide choice of formats probing all of them is too many. Each unit is probed at a few formats of each family,
+near those in play: families put different noise on the output at the same weight error. Between two probed formats
+of its family a format's noise is interpolated in the logarithm of weight error; outside them it is taken
 proportional to weight error, r = c * error. How well that holds is checked on a sample of measured pairs.
 """
 
@@ -57,20 +58,23 @@ def plan_probes(
     near_bits: Sequence[float] = DEFAULT_BITS,
     groups: Sequence[Group] = (),
 ) -> tuple[AblationProbe, ...]:
-    """The probes of every unit: for each goal in `near_bits` the best formats whose paper bits are nearest to it.
+    """The probes of every unit: for each family and each goal in `near_bits` the formats nearest to it in paper bits.
 
-    Units are decisions, or the given groups (decisions outside all groups are units of their own). Goals whose
-    formats were planned already for a unit are left out.
+    Units are decisions, or the given groups (decisions outside all groups are units of their own); a decision of a
+    group that lacks a family takes its best format of any. Choices that were planned already for a unit are left out.
     """
-    fronts = {d: _front(found) for d, found in _by_decision(candidates).items()}
+    fronts = {d: _fronts(found) for d, found in _by_decision(candidates).items()}
     probes = []
     for unit, decisions in _units(space, groups).items():
+        known = [d for d in decisions if fronts[d]]
         planned: list[dict[str, Format]] = []
-        for bits in near_bits:
-            choice = {d: _nearest(fronts[d], bits, space.decision_index[d].params) for d in decisions if fronts[d]}
-            if choice and choice not in planned:
-                planned.append(choice)
-                probes.append(AblationProbe(unit, choice))
+        for family in dict.fromkeys(f for d in known for f in fronts[d] if f is not None):
+            for bits in near_bits:
+                params = {d: space.decision_index[d].params for d in known}
+                choice = {d: _nearest(fronts[d].get(family, fronts[d][None]), bits, params[d]) for d in known}
+                if choice not in planned:
+                    planned.append(choice)
+                    probes.append(AblationProbe(unit, choice))
     return tuple(probes)
 
 
@@ -156,6 +160,21 @@ def _by_decision(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
     return found
 
 
+def _family(number_format: Format) -> str:
+    """Formats that differ in bits alone."""
+    return f"{number_format.family} g{number_format.group_size}"
+
+
+def _fronts(candidates: Sequence[Candidate]) -> dict[str | None, list[Candidate]]:
+    """The front of each family, and under None that of all; empty where nothing can be quantized."""
+    by_family: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        if candidate.format != FP16:
+            by_family.setdefault(_family(candidate.format), []).append(candidate)
+    fronts: dict[str | None, list[Candidate]] = {family: _front(found) for family, found in by_family.items()}
+    return {**fronts, None: _front(candidates)} if fronts else {}
+
+
 def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Quantized candidates that no other beats in bytes and error, by growing bytes."""
     found: list[Candidate] = []
@@ -204,6 +223,7 @@ def _scaled(candidate: Candidate, points: Sequence[_Point]) -> CostEstimate:
     usable = [p for p in points if p.error > 0 and p.noise.value > 0]
     if not usable or candidate.error <= 0:
         return EXACTLY_NOTHING
+    usable = [p for p in usable if _family(p.format) == _family(candidate.format)] or usable
     low, high = _neighbours(candidate.error, usable)
     near = low if candidate.error - low.error <= high.error - candidate.error else high
     if low.error == high.error:
