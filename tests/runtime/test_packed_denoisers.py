@@ -14,9 +14,10 @@ from torch import nn
 
 from packed_weights import OWNER, TIED, denoise, random_packed, random_weights
 from sedimo.errors import InputError, StateError, UnsupportedError
+from sedimo.pipelines.weights import refuse_adapter_names
 from sedimo.quant.memory import memory_bytes
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.contents import describe, packed_layers, refuse_unfit_names, refuse_unfit_source
+from sedimo.runtime.contents import describe, packed_layers, refuse_unfit_source
 from sedimo.runtime.weights import dequantize_weights, replace_weights, save_denoiser
 
 CPU = torch.device("cpu")
@@ -237,10 +238,10 @@ def test_unfit_sources_are_refused(unet, packed_dit, tiny_dit):
     with pytest.raises(InputError, match="merged into layer"):
         refuse_unfit_source(unet)
     with pytest.raises(InputError, match="holds an adapter"):
-        refuse_unfit_names(["a.weight", "a.lora_A.weight"], "here")
+        refuse_adapter_names(["a.weight", "a.lora_A.weight"], "here")
     with pytest.raises(InputError, match="holds an adapter"):
-        refuse_unfit_names(unet.state_dict(), "here")
-    refuse_unfit_names(tiny_dit.state_dict(), "here")
+        refuse_adapter_names(unet.state_dict(), "here")
+    refuse_adapter_names(tiny_dit.state_dict(), "here")
 
 
 def test_replacing_single_layers(packed_dit):

@@ -14,6 +14,7 @@ from sedimo.measurement.trial import Trial
 from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.quant.formats import FP16
 from sedimo.sensitivity.agreement import Agreement, agreement, predict
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe
@@ -55,6 +56,21 @@ def check_additivity(table: SensitivityTable, trials: Iterable[Trial]) -> Agreem
             predicted.append(cost)
             measured.append(noise)
     return agreement(predicted, measured) if len(predicted) >= MIN_TRIALS else None
+
+
+def whole_recipes(study: Study, table: SensitivityTable) -> tuple[Trial, ...]:
+    """Of the trials of a study those that say something of a table's sum: recipes for most decisions, one setting.
+
+    Trials of one setting compare with each other; the setting is the one that has most of them. Probes of single
+    decisions, which are in the table already, are left out.
+    """
+    by_setting: dict[str, list[Trial]] = {}
+    for trial in study.trials():
+        known = [layers[0] for layers in table.layers.values() if layers[0] in trial.recipe.layers]
+        if 2 * sum(trial.recipe.layers[name] != FP16 for name in known) > len(table.layers):
+            by_setting.setdefault(trial.setting.key, []).append(trial)
+    largest = sorted(by_setting.values(), key=len)[-1:]
+    return tuple(trial for trials in largest for trial in trials)
 
 
 def _recipes(bank: Bank, bits: float) -> list[Recipe]:

@@ -14,13 +14,12 @@ from torch import nn
 
 from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
-from sedimo.api.additivity import check_additivity
+from sedimo.api.additivity import check_additivity, whole_recipes
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.graph.trace import trace_denoiser
-from sedimo.measurement.campaign import run_trials
-from sedimo.measurement.exploration import random_recipe
+from sedimo.measurement import campaign
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import ObjectiveName
 from sedimo.measurement.worker import TrialWorker, setting_of
@@ -28,12 +27,13 @@ from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import Source, load_pipeline
 from sedimo.pipelines.trajectory import record
-from sedimo.pipelines.weights import FileWeights, ModuleWeights, denoiser_folder
+from sedimo.pipelines.weights import FileWeights, ModuleWeights, denoiser_folder, refuse_adapters, refuse_changed
 from sedimo.quant import memory
 from sedimo.quant.formats import Format
 from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.html import write_report
 from sedimo.reporting.summary import Evidence
+from sedimo.runtime.contents import refuse_unfit_source
 from sedimo.runtime.weights import replace_weights
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe, SearchSpace, search_space
@@ -72,8 +72,9 @@ def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | No
     (argument name to tensor; only shapes and dtypes matter) must tell them.
 
     Raises:
-        InputError: inputs that nobody knows, or a network that cannot be exported.
+        InputError: inputs that nobody knows, a network that cannot be exported, or one with an adapter (LoRA).
     """
+    refuse_adapters(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
     if isinstance(pipe, DiffusersPipeline):
         return trace_denoiser(pipe.denoiser, example_inputs=example_inputs, capture=lambda: _captured_inputs(pipe))
     denoiser = pipe.denoiser if isinstance(pipe, BareDenoiser) else pipe
@@ -103,9 +104,15 @@ def fit(
 
 
 def weights_of(pipe: Loaded | nn.Module) -> WeightSource:
-    """The weights in the dtype they are stored in: from the files where there are any, else from memory."""
+    """The weights in the dtype they are stored in: from the files where there are any, else from memory.
+
+    Raises:
+        InputError: weights that are quantized, carry an adapter, or are no longer those of their files.
+    """
     if isinstance(pipe, DiffusersPipeline | BareDenoiser) and pipe.folder is not None and not pipe.is_quantized:
-        return FileWeights(denoiser_folder(pipe.folder), pipe.variant)
+        weights = FileWeights(denoiser_folder(pipe.folder), pipe.variant)
+        refuse_changed(weights, pipe.denoiser)
+        return weights
     return ModuleWeights(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
 
 
@@ -125,17 +132,16 @@ def explore(
 
     Raises:
         InputError: a pipeline that cannot be sampled.
-        StateError: the folder holds a study of something else.
+        StateError: the folder holds a study of another space or seed.
+        Interrupted: Ctrl-C; what was measured is kept.
     """
     plan = sampling or pipe.default_sampling(range(8), 10)
     study = Study(store)
-    study.claim("space", bank.space)
-    setting = setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=objective)
-    recipes = [random_recipe(bank.space, seed, index) for index in range(trials)]
-    run_trials(
+    campaign.explore(
         study,
-        recipes,
-        setting=setting,
+        campaign.Exploration(seed, bank.space),
+        n_trials=trials,
+        setting=setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=objective),
         make_worker=lambda: TrialWorker(pipe, bank, plan, objective=objective),
     )
     return study
@@ -151,8 +157,7 @@ def report(
     Raises:
         InputError: the folder of `path` does not exist.
     """
-    trials = () if study is None else study.trials()
-    agreed = check_additivity(table, trials)
+    agreed = None if study is None else check_additivity(table, whole_recipes(study, table))
     evidence = Evidence(
         frontier=frontier_points(frontier(table, even_budgets(table, N_FRONTIER_POINTS))),
         agreement=agreed,
@@ -171,9 +176,10 @@ def quantize(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None 
     """
     wanted = recipe if isinstance(recipe, Recipe) else Recipe.from_mapping(recipe)
     denoiser = pipe if isinstance(pipe, nn.Module) else pipe.denoiser
+    refuse_unfit_source(denoiser)
     if bank is None:
         space = search_space(trace(pipe), sorted({str(f) for f in formats_of(wanted)} | {"fp16"}))
-        bank = fit_bank(weights_of(pipe), space, sample_channels=1)
+        bank = Bank(weights_of(pipe), space, candidates=())
     replace_weights(denoiser, bank.quantize(wanted))
     return pipe
 

@@ -25,7 +25,7 @@ from sedimo.pipelines.diffusers import DENOISER_NAMES, BareDenoiser, DiffusersPi
 from sedimo.pipelines.files import PICKLE_SUFFIXES, WEIGHTS_STEM, WEIGHTS_STEMS, find_weights, variants
 from sedimo.pipelines.objects import PipelineObject
 from sedimo.pipelines.sources import ZOO_PREFIX, hub_folder, is_hub_id
-from sedimo.pipelines.weights import stored_dtype
+from sedimo.pipelines.weights import refuse_adapter_files, stored_dtype
 from sedimo.pipelines.zoo import zoo_path
 
 _DTYPE_NAMES = {
@@ -107,6 +107,7 @@ def _load_folder(
             f"({', '.join(_components(index))}) is called {' or '.join(DENOISER_NAMES)}"
         )
     chosen = _folder_variant(folder, present[0], variant)
+    _refuse_adapters_in(folder / present[0], chosen)
     arguments: dict[str, object] = {
         _DTYPE_ARGUMENT: dtype or _default_dtype(folder / present[0], device, chosen),
         "variant": chosen,
@@ -131,6 +132,7 @@ def _load_denoiser(
     config = _read_object(folder / "config.json")
     kind = _model_class(folder, config.get("_class_name"))
     chosen = find_weights(folder, WEIGHTS_STEM, variant).variant
+    _refuse_adapters_in(folder, chosen)
     arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(folder, device, chosen), "variant": chosen}
     with _loading(folder):
         denoiser = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **arguments)
@@ -218,6 +220,10 @@ def _model_class(folder: Path, class_name: object) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise _own_code(folder, "denoiser", class_name)
     return kind
+
+
+def _refuse_adapters_in(denoiser: Path, variant: str | None) -> None:
+    refuse_adapter_files(find_weights(denoiser, WEIGHTS_STEM, variant).files)
 
 
 def _default_dtype(denoiser: Path, device: torch.device, variant: str | None) -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class ModuleWeights:
 
     def __init__(self, denoiser: nn.Module) -> None:
         """Lists the weights; a weight that layers share is listed under each of their names."""
-        _refuse_adapters(denoiser)
+        refuse_adapters(denoiser)
         named = denoiser.named_parameters(remove_duplicate=False)
         self._tensors = {n.removesuffix(_SUFFIX): p for n, p in named if n.endswith(_SUFFIX) and p.ndim >= 2}
         for name, tensor in self._tensors.items():
@@ -93,6 +93,7 @@ class FileWeights:
         _refuse_quantized(self.folder)
         found = find_weights(self.folder, WEIGHTS_STEM, variant)
         self.files = found.files
+        refuse_adapter_files(found.files)
         self._keys, infos = _read_headers(found.files, found.weight_map)
         self._infos = {i.layer_name: i for i in infos}
 
@@ -159,6 +160,60 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     return _COMPUTE_DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
 
 
+def refuse_changed(weights: FileWeights, denoiser: nn.Module) -> None:
+    """Refuses a loaded denoiser whose weights are no longer those of its files: what is measured would not be packed.
+
+    Raises:
+        InputError: naming the first layer that differs, or an adapter (LoRA).
+    """
+    live = ModuleWeights(denoiser)
+    for info in live.weights():
+        tensor = live.read(info.layer_name)
+        if not torch.equal(tensor, weights.read(info.layer_name).to(tensor.dtype)):
+            raise InputError(
+                f"the weight of layer {info.layer_name!r} is not the one in {weights.folder} any more (was an adapter "
+                "fused into it?). Save the pipeline to a folder of its own and load that one, or pass the pipeline "
+                "object itself to sedimo.load"
+            )
+
+
+def refuse_adapters(denoiser: nn.Module) -> None:
+    """Refuses a denoiser with adapters.
+
+    Raises:
+        InputError: naming the first layer with one, and whether it is merged into the weight.
+    """
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
+            state = "merged into" if getattr(module, "merged", False) else "attached to"
+            raise InputError(
+                f"an adapter (LoRA) is {state} layer {name!r}: packing would freeze it into the codes unseen, or lose "
+                "it. Call unload_lora_weights() first (after fuse_lora(), if its effect is wanted)."
+            )
+
+
+def refuse_adapter_files(files: Iterable[Path]) -> None:
+    """Refuses weight files with an adapter among their tensors.
+
+    Raises:
+        InputError: naming one such tensor.
+        StateError: a file is damaged.
+    """
+    for path in files:
+        refuse_adapter_names(_header(path), str(path))
+
+
+def refuse_adapter_names(names: Iterable[str], place: str) -> None:
+    """Refuses stored tensors whose names tell that an adapter is among them.
+
+    Raises:
+        InputError: naming one such tensor.
+    """
+    for name in names:
+        if ".base_layer." in name or ".lora_" in name or name.startswith("lora_"):
+            raise InputError(f"{place} holds an adapter (LoRA), such as {name!r}: save the denoiser without it")
+
+
 def _read_headers(
     files: Sequence[Path], weight_map: Mapping[str, str] | None
 ) -> tuple[dict[str, tuple[Path, str]], list[WeightInfo]]:
@@ -217,15 +272,6 @@ def _refuse_quantized(folder: Path) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise InputError(
             f"the denoiser in {folder} is quantized already (by {method!r}); quantize from its full-precision source"
-        )
-
-
-def _refuse_adapters(denoiser: nn.Module) -> None:
-    wrapped = next((n for n, m in denoiser.named_modules() if hasattr(m, "base_layer")), None)
-    if wrapped is not None:
-        raise InputError(
-            f"layer {wrapped!r} carries an adapter (LoRA). Merge it into the weights or remove it first: "
-            "pipeline.fuse_lora(), then pipeline.unload_lora_weights()"
         )
 
 

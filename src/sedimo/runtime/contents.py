@@ -5,12 +5,13 @@ A denoiser's module tree is left alone; only parameters named `weight` of Linear
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from sedimo.errors import InputError, StateError
+from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.layout import LAYER_TYPES, LayerEntry, Layers, TiedEntry, entry_of, kind_of, packed_tensors
 
@@ -144,32 +145,6 @@ def refuse_unfit_source(denoiser: nn.Module) -> None:
         if weight is not None and (not weight.is_floating_point() or type(weight) is not nn.Parameter):
             found = f"{type(weight).__name__} of {weight.dtype}"
             raise InputError(f"layer {name!r} is already quantized (its weight is a {found}): quantize the source")
-
-
-def refuse_adapters(denoiser: nn.Module) -> None:
-    """Refuses a denoiser with adapters.
-
-    Raises:
-        InputError: naming the first layer with one, and whether it is merged into the weight.
-    """
-    for name, module in denoiser.named_modules():
-        if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
-            state = "merged into" if getattr(module, "merged", False) else "attached to"
-            raise InputError(
-                f"an adapter (LoRA) is {state} layer {name!r}: packing would freeze it into the codes unseen, or lose "
-                "it. Call unload_lora_weights() first (after fuse_lora(), if its effect is wanted)."
-            )
-
-
-def refuse_unfit_names(names: Iterable[str], place: str) -> None:
-    """Refuses stored tensors whose names tell that an adapter is among them.
-
-    Raises:
-        InputError: naming one such tensor.
-    """
-    for name in names:
-        if ".base_layer." in name or ".lora_" in name or name.startswith("lora_"):
-            raise InputError(f"{place} holds an adapter (LoRA), such as {name!r}: save the denoiser without it")
 
 
 def _changed(name: str, how: str) -> StateError:

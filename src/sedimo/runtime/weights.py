@@ -12,8 +12,9 @@ from typing import Protocol
 from torch import nn
 
 from sedimo.errors import InputError
+from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.contents import packed_layers, refuse_adapters, set_weights, unset_weights
+from sedimo.runtime.contents import packed_layers, set_weights, unset_weights
 from sedimo.runtime.diffusers_plugin import attach
 
 MAX_SHARD_SIZE = "10GB"  # the default of diffusers

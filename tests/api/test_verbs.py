@@ -1,0 +1,128 @@
+"""The verbs of the public door as a script uses them, and what they refuse."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+import sedimo
+from sedimo.api.additivity import whole_recipes
+from sedimo.errors import InputError, StateError
+from sedimo.measurement.exploration import random_recipe
+
+LAYER = "transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture
+def pipe(tiny_pipeline_folder):
+    return sedimo.load(tiny_pipeline_folder)
+
+
+def quick(pipe, n=3):
+    return pipe.default_sampling(range(n), 2)
+
+
+def test_a_plain_mapping_quantizes_a_pipeline_a_bare_denoiser_and_a_module(tiny_pipeline_folder, pipe):
+    bare = sedimo.load(tiny_pipeline_folder / "transformer")
+    module = sedimo.load(tiny_pipeline_folder).pipeline.transformer
+    wanted = {LAYER: "uaq4g16", "proj_out_1": "kmc3"}
+    whole = pipe.denoiser.get_submodule(LAYER).weight.detach().clone()
+    for target in (pipe, bare, module):
+        before = sedimo.memory_bytes(target)
+        assert sedimo.quantize(target, wanted) is target
+        assert sedimo.memory_bytes(target) < before
+        denoiser = target if target is module else target.denoiser
+        weight = denoiser.get_submodule(LAYER).weight
+        assert str(weight.format) == "uaq4g16"
+        assert torch.equal(weight.dequantize(), sedimo.quantize_weight(whole, "uaq4g16").dequantize())
+        assert not isinstance(denoiser.proj_out_2.weight, sedimo.QuantizedTensor)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [({"nowhere": "kmc3"}, "does not have: 'nowhere'"), ({LAYER: "kmc1"}, "bits must lie in"), ({LAYER: "x"}, "x")],
+)
+def test_recipes_that_do_not_fit_are_refused_and_change_nothing(pipe, recipe, message):
+    with pytest.raises(InputError, match=message):
+        sedimo.quantize(pipe, recipe)
+    assert not isinstance(pipe.denoiser.get_submodule(LAYER).weight, sedimo.QuantizedTensor)
+
+
+def test_what_is_quantized_is_not_quantized_again(pipe):
+    sedimo.quantize(pipe, {LAYER: "kmc3"})
+    with pytest.raises(InputError, match="already quantized"):
+        sedimo.quantize(pipe, {"proj_out_1": "kmc3"})
+
+
+def test_a_fused_adapter_is_not_lost_unseen(pipe):
+    space = sedimo.search_space(sedimo.trace(pipe), "uaq4,fp16")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), pipe.denoiser)
+    with pytest.raises(InputError, match="attached to layer"):
+        sedimo.trace(pipe)
+    for module in [m for m in pipe.denoiser.modules() if isinstance(m, BaseTunerLayer)]:
+        module.merge()
+    with pytest.raises(InputError, match="merged into layer"):
+        sedimo.quantize(pipe, {LAYER: "uaq4"})
+    recurse_remove_peft_layers(pipe.denoiser)  # what unload_lora_weights() does
+    with pytest.raises(InputError, match=r"to_q' is not the one in .*Save the pipeline"):
+        sedimo.fit(pipe, space)
+    again = sedimo.load(pipe.pipeline)  # an object is what it holds
+    sedimo.quantize(again, {LAYER: "uaq8"})
+    assert isinstance(again.denoiser.get_submodule(LAYER).weight, sedimo.QuantizedTensor)
+
+
+def test_a_folder_that_was_saved_with_an_adapter_is_named_as_such(pipe, tmp_path):
+    shutil.copytree(pipe.folder, tmp_path / "adapted")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), pipe.denoiser)
+    pipe.pipeline.transformer.save_pretrained(tmp_path / "adapted" / "transformer")
+    for source in (tmp_path / "adapted", tmp_path / "adapted" / "transformer"):
+        with pytest.raises(InputError, match="holds an adapter"):
+            sedimo.load(source)
+
+
+def test_the_way_of_the_readme(pipe, tmp_path):
+    space = sedimo.search_space(sedimo.trace(pipe), "paper")
+    bank = sedimo.fit(pipe, space, cache=tmp_path / "run")
+    probe = sedimo.probe(pipe, bank, "jacobian", store=tmp_path / "run", sampling=quick(pipe))
+    table = sedimo.attribute(probe)
+    choice = sedimo.allocate(table, bits=7.0)
+    report = sedimo.report(None, table, choice, path=tmp_path / "report.html")
+    assert "<svg" in report.read_text()
+    sedimo.quantize(pipe, choice.recipe, bank=bank)
+    pipe.save_pretrained(tmp_path / "small")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "small").transformer
+    for name, entry in choice.recipe.layers.items():
+        weight = loaded.get_submodule(name).weight
+        assert isinstance(weight, sedimo.QuantizedTensor) == entry.is_quantized, name
+
+
+def test_a_study_is_explored_on_and_never_mixed(pipe, tmp_path):
+    bank = sedimo.fit(pipe, sedimo.search_space(sedimo.trace(pipe), "uaq4,uaq8"))
+    study = sedimo.explore(pipe, bank, store=tmp_path, trials=2, sampling=quick(pipe))
+    first = {trial.key: trial for trial in study.trials()}
+    study = sedimo.explore(pipe, bank, store=tmp_path, trials=4, sampling=quick(pipe))
+    assert {key: trial for trial in study.trials() if (key := trial.key) in first} == first
+    assert {t.recipe.key for t in study.trials()} == {random_recipe(bank.space, 0, i).key for i in range(4)}
+    with pytest.raises(StateError, match="another exploration"):
+        sedimo.explore(pipe, bank, store=tmp_path, trials=1, seed=1, sampling=quick(pipe))
+
+
+def test_the_report_checks_additivity_on_whole_recipes_of_one_setting(pipe, tmp_path):
+    bank = sedimo.fit(pipe, sedimo.search_space(sedimo.trace(pipe), "uaq4,uaq8,fp16"))
+    table = sedimo.attribute(bank)
+    study = sedimo.explore(pipe, bank, store=tmp_path, trials=4, sampling=quick(pipe))
+    sedimo.explore(pipe, bank, store=tmp_path, trials=2, sampling=quick(pipe, 2))
+    sedimo.probe(pipe, bank, "ablation", store=study, sampling=quick(pipe))
+    found = whole_recipes(study, table)
+    n_quantized = [sum(f.is_quantized for f in bank.space.choice(t.recipe).values()) for t in found]
+    assert 0 < len(found) <= 4
+    assert min(n_quantized) > len(bank.space.decisions) / 2
+    assert len({t.setting.key for t in found}) == 1
+    path = sedimo.report(study, table, sedimo.allocate(table, bits=8.5), path=tmp_path / "report.html")
+    assert path.is_file()
