@@ -18,9 +18,10 @@ import sedimo
 from _peers.weights import Layers, Quantized, QuantizedLayer
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate
-from sedimo.api.measuring import MeasuredMethod, measure_table
+from sedimo.api.measuring import measure_table
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.api.planning import MeasuredMethod
 from sedimo.bank import Bank
 from sedimo.cli.console import ConsoleProgress
 from sedimo.measurement.study import Study
@@ -63,7 +64,8 @@ class Searches:
         key = (method, 0 if method in SINGLE_TABLE_METHODS else goal.n_bytes)
         if key not in self._tables:
             with Study(self._folder) as study:
-                self._tables[key] = measure_table(self._opened(goal), method, study, ConsoleProgress())
+                found = measure_table(self._opened(goal), method, study, ConsoleProgress())
+            self._tables[key] = (found.bank, found.table)
         return self._tables[key]
 
     def _opened(self, goal: Goal) -> Opened:

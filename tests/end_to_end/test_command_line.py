@@ -251,12 +251,12 @@ def test_a_file_that_is_no_text_is_a_clear_error(tiny_pipeline_folder, tmp_path)
 
 
 def test_a_resumed_job_keeps_the_method_that_it_began_with(tiny_pipeline_folder, tmp_path, monkeypatch):
-    from sedimo.api import job, measuring
+    from sedimo.api import job, planning
 
     options = ("quantize", tiny_pipeline_folder, "--bits", "4.5", "--no-check", "--store", tmp_path / "study", *QUICK)
     first = run_json(*options, "-o", tmp_path / "a")
-    monkeypatch.setattr(measuring, "PATIENCE_SECONDS", 0.0)  # as if the machine had become slow
-    monkeypatch.setattr(job, "plan_method", lambda _: pytest.fail("planned again"))
+    monkeypatch.setattr(planning, "PATIENCE_SECONDS", 0.0)  # as if the machine had become slow
+    monkeypatch.setattr(job, "plan_job", lambda _: pytest.fail("planned again"))
     assert run_json(*options, "-o", tmp_path / "b")["method"] == first["method"]
 
 

@@ -14,9 +14,10 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate
 from sedimo.api.additivity import check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
-from sedimo.api.measuring import MethodPlan, make_bank, measure_table, plan_method
+from sedimo.api.measuring import MeasuredTable, make_bank, measure_table
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import BudgetOrder, Order
+from sedimo.api.planning import MethodPlan, plan_job
 from sedimo.api.publishing import summary_of
 from sedimo.api.rereport import keep_report
 from sedimo.bank import SILENT, Bank, Progress
@@ -24,6 +25,7 @@ from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.pipelines.sources import is_hub_id
+from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.html import write_report
 from sedimo.runtime.card import Origin
 from sedimo.runtime.weights import replace_weights
@@ -59,14 +61,13 @@ class JobPlan:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job did. `check` is None when the result was not sampled, and `unchecked` says why."""
+    """What a job did. `check` is None when the result was not sampled, and `plan.unchecked` says why."""
 
     allocation: Allocation
     table: SensitivityTable
     written: WrittenCheckpoint
     report: Path
     check: Check | None
-    unchecked: str
     plan: MethodPlan
     seconds: float
     peak_rss_bytes: int
@@ -104,7 +105,7 @@ def plan(order: Order, progress: Progress = SILENT) -> JobPlan:
     """
     progress.start(1, "planning")
     opened = open_source(order)
-    method = _plan_of(opened)
+    method = plan_job(opened)
     progress.done()
     source_bytes = sum(f.stat().st_size for f in opened.weights_files)
     return JobPlan(
@@ -135,21 +136,22 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     order.check_places(opened.folder)
     with Study(_required(order.study_folder)) as study:
         method = _kept_plan(opened, study)
-        bank, table, allocation = _decide(opened, method, study, progress)
-        unchecked = _why_unchecked(opened)
-        check = None if unchecked else check_recipe(opened, bank, allocation, progress)
-        additivity = None if unchecked else _additivity(opened, bank, study, (table, allocation), progress)
+        measured, allocation = _decide(opened, method, study, progress)
+        bank, table = measured.bank, measured.table
+        check = None if method.unchecked else check_recipe(opened, bank, allocation, progress)
+        additivity = None if method.unchecked else _additivity(opened, bank, study, (table, allocation), progress)
 
         def finish(folder: Path, written: WrittenCheckpoint) -> None:
             facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
-            summary = summary_of(opened, (table, allocation), written, (check, additivity), facts)
+            evidence = (check, additivity, measured.scaling)
+            summary = summary_of(opened, (table, allocation), written, evidence, facts)
             keep_report(study, table, summary)
             write_report(summary, folder / REPORT_NAME)
 
         written = _write(opened, bank, allocation, finish)
     report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
-    return JobResult(allocation, table, written, report, check, unchecked, method, seconds, peak_rss_bytes())
+    return JobResult(allocation, table, written, report, check, method, seconds, peak_rss_bytes())
 
 
 def peak_rss_bytes() -> int:
@@ -172,42 +174,29 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    facts = (order.method, order.formats, str(order.budget), to_plain(order.sampling), to_plain(order.compute))
+    asked = (order.method, order.formats, str(order.budget), order.check)
+    facts = (*asked, to_plain(order.sampling), to_plain(order.compute))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
-        study.put_record(name, _plan_of(opened))
+        study.put_record(name, plan_job(opened))
     return study.record(MethodPlan, name)
 
 
-def _plan_of(opened: Opened) -> MethodPlan:
-    if opened.order.is_fixed:
-        return MethodPlan("error", "the recipe is given; costs are for the report only", 0.0, 0, 0, 0)
-    return plan_method(opened)
-
-
-def _decide(
-    opened: Opened, method: MethodPlan, study: Study, progress: Progress
-) -> tuple[Bank, SensitivityTable, Allocation]:
+def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress) -> tuple[MeasuredTable, Allocation]:
     order = opened.order
     if not order.is_fixed:
-        bank, table = measure_table(opened, method.method, study, progress)
-        return bank, table, _allocate(table, order.budget)
+        measured = measure_table(opened, method.method, study, progress)
+        return measured, _allocate(measured.table, order.budget)
     bank = make_bank(opened, is_exact=False, cache=study.path.parent, progress=progress)
     table = error_table(bank.space, bank.candidates)
     if order.recipe is not None:
-        return bank, table, allocate_given(table, bank.space.choice(order.recipe))
-    return bank, table, _allocate(table, order.budget, rule=order.method)
+        return MeasuredTable(bank, table), allocate_given(table, bank.space.choice(order.recipe))
+    return MeasuredTable(bank, table), _allocate(table, order.budget, rule=order.method)
 
 
 def _allocate(table: SensitivityTable, budget: BudgetOrder, rule: str = "milp") -> Allocation:
     bits, stored_bits, n_bytes = budget.bits, budget.stored_bits, budget.n_bytes
     return allocate(table, bits=bits, stored_bits=stored_bits, budget_bytes=n_bytes, rule=rule)
-
-
-def _why_unchecked(opened: Opened) -> str:
-    if not opened.order.check:
-        return "not asked for"
-    return opened.why_not_sampled() or ""
 
 
 def _additivity(
@@ -220,9 +209,28 @@ def _additivity(
     return check_additivity(table, measure_random_recipes(opened.pipe, bank, study, allocation.paper_bits, plan))
 
 
+def _keep_budget(bank: Bank, allocation: Allocation, packed: Mapping[str, QuantizedTensor]) -> None:
+    """Refuses the rare weight whose stored form is larger than estimated (a codebook that float16 cannot hold)."""
+    if allocation.accounting != "stored":
+        return
+    stored = bank.stored_bytes(allocation.recipe)
+    surplus = sum(
+        packed[d.layers[0]].stored_bytes - d.stored_bytes(packed[d.layers[0]].format)
+        for d in bank.space.decisions
+        if d.layers[0] in packed and len(set(packed[d.layers[0]].formats)) == 1
+    )
+    if stored + surplus > allocation.budget_bytes:
+        raise InputError(
+            f"the weights take {stored + surplus} bytes as stored, {surplus} more than was estimated, and the budget "
+            f"is {allocation.budget_bytes}: some codebooks need float32. Lower the budget by {surplus} bytes"
+        )
+
+
 def _write(opened: Opened, bank: Bank, allocation: Allocation, finish: Finish) -> WrittenCheckpoint:
     order = opened.order
-    replace_weights(opened.denoiser, bank.quantize(allocation.recipe))
+    packed = bank.quantize(allocation.recipe)
+    _keep_budget(bank, allocation, packed)
+    replace_weights(opened.denoiser, packed)
     origin = Origin(
         base_model=order.source if is_hub_id(order.source) else opened.name,
         method=f"{allocation.method}, {allocation.rule}",

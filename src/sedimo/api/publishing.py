@@ -31,15 +31,16 @@ def summary_of(
     opened: Opened,
     decided: tuple[SensitivityTable, Allocation],
     written: WrittenCheckpoint,
-    evidence: tuple[Check | None, Agreement | None],
+    evidence: tuple[Check | None, Agreement | None, Agreement | None],
     facts: Mapping[str, str],
 ) -> Summary:
-    """The numbers of a job's report; `facts` are `command` and `seconds`."""
-    check, additivity = evidence
+    """The numbers of a job's report: `evidence` are check, additivity and scaling, `facts` `command` and `seconds`."""
+    check, additivity, scaling = evidence
     table, allocation = decided
     found = Evidence(
         agreement=additivity,
         agreement_of="random recipes of about this size" if additivity else "",
+        scaling=scaling,
         recipes=() if check is None else recipe_rows(check),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(

@@ -75,12 +75,12 @@ def result(found: JobResult) -> None:
         title = f"Final latents against full precision, seeds {seeds[0]} to {seeds[-1]}, {found.check.n_steps} steps"
         print_table(title, ("recipe", "paper bits", "stored bits", "SQNR [dB] ± standard error"), rows)
     else:
-        click.echo(f"The result was not sampled: {found.unchecked}.")
-    source = written.stored_bytes * 16 / (choice.stored_bits)
+        click.echo(f"The result was not sampled: {found.plan.unchecked}.")
+    params = found.table.total_params
     click.echo(
         f"\nmethod {choice.method} ({found.plan.reason}); {choice.status}, gap {choice.gap:.1e}\n"
         f"{choice.paper_bits:.3f} paper bits, {choice.stored_bits:.3f} stored bits per weight; "
-        f"weights {size(source)} -> {size(written.stored_bytes)}, denoiser file {size(written.file_bytes)}\n"
+        f"Linear and Conv weights {size(2 * params)} at 16 bits -> {size(choice.stored_bits * params / 8)}, denoiser file {size(written.file_bytes)}\n"
         f"checkpoint {written.folder}\nreport     {found.report}\n"
         f"took {duration(found.seconds)}, peak memory {size(found.peak_rss_bytes)}"
     )

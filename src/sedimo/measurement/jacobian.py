@@ -33,6 +33,7 @@ from sedimo.measurement.worker import setting_of, versions
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import output_tensor, record
 from sedimo.quant.formats import Format
+from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def probe_jacobian(
     trajectory = record(adapter, sampling)
     calls = tuple(batches_of(sampling, trajectory.calls))
     weights = (find_row_weights(trajectory) if options.combine_rows else None) or (1.0,)
-    passes = _passes(bank, options)
+    passes = _passes(bank.space, options)
     totals = _Totals(len(sampling.seeds))
     progress.start(len(passes) * len(calls), "first-order noise")
     with graceful_interrupt() as stop:
@@ -119,9 +120,9 @@ def probe_jacobian(
     return JacobianProbe(setting, options.n_directions, options.seed, weights, totals.noise(), totals.unused, execution)
 
 
-def count_passes(bank: Bank, options: JacobianOptions | None = None) -> int:
+def count_passes(space: SearchSpace, options: JacobianOptions | None = None) -> int:
     """How often the trajectory is gone through because weight changes do not fit in memory at once."""
-    return len(_passes(bank, options or JacobianOptions()))
+    return len(_passes(space, options or JacobianOptions()))
 
 
 class _Pass:
@@ -135,7 +136,7 @@ class _Pass:
         how: tuple[JacobianOptions, tuple[float, ...]],
     ) -> None:
         self.denoiser, (self.options, self._weights) = denoiser, how
-        self.formats = {d: _formats(bank, d) for d in decisions}
+        self.formats = {d: _formats(bank.space, d) for d in decisions}
         self._bank = bank
         self._changes: dict[str, Changes] | None = None
         self._copies_inputs = False
@@ -266,12 +267,12 @@ def _check(stop: StopRequest, study: Study | None) -> None:
     stop.check(f"interrupted: what was measured is {where}")
 
 
-def _passes(bank: Bank, options: JacobianOptions) -> list[list[str]]:
+def _passes(space: SearchSpace, options: JacobianOptions) -> list[list[str]]:
     """Decisions in groups whose weight changes fit in memory; at least one decision each."""
     found: list[list[str]] = []
     free = 0
-    for decision in bank.space.decisions:
-        formats = _formats(bank, decision.name)
+    for decision in space.decisions:
+        formats = _formats(space, decision.name)
         size = 4 * decision.params * len(formats)
         if not formats:
             continue
@@ -283,13 +284,13 @@ def _passes(bank: Bank, options: JacobianOptions) -> list[list[str]]:
     return found
 
 
-def _formats(bank: Bank, decision: str) -> tuple[Format, ...]:
-    formats = bank.space.decision_index[decision].formats
+def _formats(space: SearchSpace, decision: str) -> tuple[Format, ...]:
+    formats = space.decision_index[decision].formats
     return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
 
 
 def _changes(bank: Bank, denoiser: nn.Module, decision: str) -> Changes:
-    known, formats = bank.space.decision_index[decision], _formats(bank, decision)
+    known, formats = bank.space.decision_index[decision], _formats(bank.space, decision)
     device = next(denoiser.parameters()).device
     deltas = torch.empty(len(formats), *known.shape, device=device)
     for target, (_, change) in zip(deltas, bank.changes(decision), strict=True):

@@ -14,6 +14,7 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 from sedimo.reporting.rounding import bits, byte_size, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, Summary
+from sedimo.sensitivity.agreement import Agreement
 
 FAMILIES = {
     "uaq": "a uniform grid per output channel",
@@ -131,16 +132,26 @@ def reason_sentences(summary: Summary) -> tuple[str, ...]:
 def cost_sentences(summary: Summary) -> tuple[str, ...]:
     """What it cost: each difference with its verdict, and whether predictions can be trusted."""
     found = [difference_sentence(row) for row in summary.evidence.differences]
-    agreement = summary.evidence.agreement
-    if agreement is not None:
+    evidence = summary.evidence
+    if evidence.scaling is not None:
+        found.append(
+            "Not every format was measured; the costs of the others were scaled by weight error. "
+            + _agreement_sentence(evidence.scaling, "formats of single layers that were measured to check this")
+        )
+    if evidence.agreement is not None:
         found.append(
             "The costs were added up on the assumption that noise adds. "
-            f"Over {agreement.n} {summary.evidence.agreement_of} "
-            f"the measured noise is {number(agreement.ratio)} times the predicted one on average, the ranks agree by "
-            f"{number(agreement.srcc)} (1 is perfect), and tenfold predicted noise goes with "
-            f"{number(10**agreement.slope)}-fold measured noise."
+            + _agreement_sentence(evidence.agreement, evidence.agreement_of)
         )
     return tuple(found)
+
+
+def _agreement_sentence(agreement: Agreement, pairs: str) -> str:
+    return (
+        f"Over {agreement.n} {pairs} the measured noise is {number(agreement.ratio)} times the predicted one on "
+        f"average, the ranks agree by {number(agreement.srcc)} (1 is perfect), and tenfold predicted noise goes with "
+        f"{number(10**agreement.slope)}-fold measured noise."
+    )
 
 
 def difference_sentence(row: DifferenceRow) -> str:

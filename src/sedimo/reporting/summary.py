@@ -206,13 +206,15 @@ class Picture:
 class Evidence:
     """What was measured about a recipe; all of it may be absent.
 
-    `agreement` compares predicted with measured noise of `agreement_of` (in words, "30 random recipes").
+    `agreement` compares predicted with measured noise of `agreement_of` (in words, "30 random recipes"), `scaling`
+    that of single formats which were not probed.
     """
 
     recipes: tuple[RecipeRow, ...] = ()
     differences: tuple[DifferenceRow, ...] = ()
     agreement: Agreement | None = None
     agreement_of: str = "random recipes"
+    scaling: Agreement | None = None
     frontier: tuple[FrontierPoint, ...] = ()
     beside_frontier: tuple[FrontierPoint, ...] = ()
     pictures: tuple[Picture, ...] = ()

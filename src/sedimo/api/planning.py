@@ -1,0 +1,257 @@
+"""What a job will do and take, before it starts: the method, and whether the result is checked by sampling.
+
+Seconds come from one timed denoiser call and one timed fit on this machine. Where the number of operations alone
+says that a call would take too long, none is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+
+from sedimo.api.additivity import N_RECIPES
+from sedimo.api.opening import Opened
+from sedimo.api.probing import AblationOptions, ProbeMethod
+from sedimo.bank import fit_bank, read_weight
+from sedimo.errors import InputError
+from sedimo.measurement.campaign import plan_campaign
+from sedimo.measurement.jacobian import count_passes
+from sedimo.measurement.worker import CallTiming, setting_of, time_calls
+from sedimo.quant.fitting import fit_parameters
+from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
+
+MeasuredMethod = Literal["error", "jacobian", "ablation", "combined"]
+PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
+    "error": (),
+    "jacobian": ("jacobian",),
+    "ablation": ("ablation",),
+    "combined": ("ablation", "jacobian"),
+}
+COMBINED_BELOW_BITS = 3.75  # above it first-order noise alone was as good or better
+PATIENCE_SECONDS = 30 * 60
+SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
+N_SCALING_CHECKS = 12  # formats measured to see how well the others are scaled
+N_CHECKED = 5  # full precision, the result and three uniform recipes
+JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls
+JACOBIAN_MEMORY_BYTES = 2 << 30
+TIMED_WEIGHTS = 1 << 18
+ROWS_PER_SAMPLE = 2  # with guidance
+FASTEST_MACS_PER_SECOND = {"cpu": 5e11, "other": 1e15}  # of any such device: a lower bound of time
+
+
+@dataclass(frozen=True, slots=True)
+class MethodPlan:
+    """A method and what it takes on this machine, the check of the result included.
+
+    `reason` says why this method, for people; `unchecked` why the result will not be sampled, empty if it will.
+    `memory_bytes` is needed besides the loaded pipeline.
+    """
+
+    method: MeasuredMethod
+    reason: str
+    unchecked: str
+    seconds: float
+    n_calls: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    seconds: float = 0.0
+    n_calls: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+
+def plan_job(opened: Opened) -> MethodPlan:
+    """The method of an order, or the one that serves best in reasonable time for `auto`, and the check.
+
+    Raises:
+        InputError: a method that runs the pipeline, where it cannot run.
+    """
+    if opened.order.is_fixed:
+        return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
+    wanted = opened.order.method
+    if wanted == "error":
+        return _unsampled(opened, _error_cost(opened), "as ordered")
+    obstacle = opened.why_not_sampled()
+    if obstacle is not None and wanted != "auto":
+        raise InputError(f"method {wanted!r} runs the pipeline, but {obstacle}. Use --method error")
+    if wanted == "auto":
+        obstacle = obstacle or _why_too_slow(opened, _n_search_rows(opened), "measuring")
+        return _best(opened) if obstacle is None else _unsampled(opened, _error_cost(opened), _resort(obstacle))
+    timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
+    return _sampled(opened, _known(wanted), timing, "as ordered")
+
+
+def near_bits(opened: Opened) -> tuple[float, ...]:
+    """Around which bits to probe: half a bit below and a bit above the budget."""
+    bits = _ordered_bits(opened)
+    return DEFAULT_BITS if bits is None else (max(2.2, bits - 0.5), bits + 1.0)
+
+
+def ablation_options(opened: Opened) -> AblationOptions:
+    """Where the ablation probes, and what it takes as one."""
+    return AblationOptions(near_bits(opened), opened.graph.groups if opened.order.probe_groups else ())
+
+
+def _best(opened: Opened) -> MethodPlan:
+    timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
+    bits = _ordered_bits(opened)
+    is_coarse = bits is not None and bits < COMBINED_BELOW_BITS
+    methods: tuple[MeasuredMethod, ...] = ("combined", "jacobian") if is_coarse else ("jacobian",)
+    for method in methods:  # from the best on, by what was measured at this budget (docs/results.md)
+        cost = _search_cost(opened, method, timing)
+        if cost.seconds <= PATIENCE_SECONDS:
+            return _sampled(opened, method, timing, "the best at this budget that takes less than half an hour")
+    return _unsampled(opened, _error_cost(opened), _resort(_too_slow("measuring", cost.seconds)), timing)
+
+
+def _resort(obstacle: str) -> str:
+    return f"{obstacle}, so weight error has to do"
+
+
+def _too_slow(what: str, seconds: float) -> str:
+    return f"{what} would take about {max(1, round(seconds / 60))} minutes"
+
+
+def _sampled(opened: Opened, method: MeasuredMethod, timing: CallTiming, reason: str) -> MethodPlan:
+    cost = _search_cost(opened, method, timing)
+    check = _check_cost(opened, timing, n_random=N_RECIPES)
+    return _joined(opened, method, reason, cost, check)
+
+
+def _unsampled(opened: Opened, cost: _Cost, reason: str, timing: CallTiming | None = None) -> MethodPlan:
+    """A plan whose costs need no denoiser call; the check of its result still may."""
+    if not opened.order.check:
+        return _joined(opened, "error", reason, cost, _Cost())
+    sampling = opened.order.sampling
+    why_not = opened.why_not_sampled() or _why_too_slow(
+        opened, N_CHECKED * sampling.n_check_seeds * sampling.n_steps, "sampling the result"
+    )
+    if why_not is not None:
+        return MethodPlan("error", reason, why_not, cost.seconds, 0, cost.memory_bytes, cost.disk_bytes)
+    timing = timing or time_calls(opened.pipe, sampling.searching(opened.pipe))
+    return _joined(opened, "error", reason, cost, _check_cost(opened, timing, n_random=0))
+
+
+def _joined(opened: Opened, method: MeasuredMethod, reason: str, cost: _Cost, check: _Cost) -> MethodPlan:
+    """Search and check as one plan; a check that takes longer than half an hour and than the search is left out."""
+    unchecked = "" if opened.order.check else "not asked for"
+    if not unchecked and check.seconds > max(PATIENCE_SECONDS, cost.seconds):
+        unchecked = _too_slow("sampling the result", check.seconds)
+    done = _Cost() if unchecked else check
+    return MethodPlan(
+        method,
+        reason,
+        unchecked,
+        cost.seconds + done.seconds,
+        cost.n_calls + done.n_calls,
+        cost.memory_bytes,
+        cost.disk_bytes,
+    )
+
+
+def _why_too_slow(opened: Opened, n_rows: int, what: str) -> str | None:
+    """Whether operations alone say that so many denoiser rows take longer than half an hour."""
+    device = opened.order.compute.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    speed = FASTEST_MACS_PER_SECOND.get(device, FASTEST_MACS_PER_SECOND["other"])
+    seconds = ROWS_PER_SAMPLE * n_rows * opened.graph.macs / speed
+    return _too_slow(what, seconds).replace("about", "at least") if seconds > PATIENCE_SECONDS else None
+
+
+def _n_search_rows(opened: Opened) -> int:
+    sampling = opened.order.sampling
+    return round(JACOBIAN_FACTOR * sampling.n_seeds * sampling.n_steps)
+
+
+def _check_cost(opened: Opened, timing: CallTiming, *, n_random: int) -> _Cost:
+    """The result beside its rivals on fresh seeds, and random recipes to see whether costs add."""
+    sampling = opened.order.sampling
+    share = max(1.0, sampling.n_check_seeds / sampling.n_seeds)
+    calls = round((n_random + bool(n_random) + N_CHECKED * share) * timing.n_calls)
+    return _Cost(calls * timing.seconds_per_call, calls)
+
+
+def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> _Cost:
+    parts = PARTS[method]
+    costs = []
+    if "jacobian" in parts:
+        costs.append(_jacobian_cost(opened, timing))
+    if "ablation" in parts:
+        costs.append(_ablation_cost(opened, timing, is_fitted="jacobian" in parts))
+    return _Cost(
+        sum(c.seconds for c in costs),
+        sum(c.n_calls for c in costs),
+        max(c.memory_bytes for c in costs),
+        sum(c.disk_bytes for c in costs),
+    )
+
+
+def _jacobian_cost(opened: Opened, timing: CallTiming) -> _Cost:
+    """Every format fitted in full, and the trajectory gone through as often as memory demands."""
+    n_calls = timing.n_calls * (1 + count_passes(opened.space))
+    fitted = sum(d.params * len(d.formats) for d in opened.space.decisions)
+    seconds = timing.seconds_per_call * (timing.n_calls + JACOBIAN_FACTOR * (n_calls - timing.n_calls))
+    return _Cost(seconds + fitted * seconds_per_fit(opened), n_calls, JACOBIAN_MEMORY_BYTES)
+
+
+def _ablation_cost(opened: Opened, timing: CallTiming, *, is_fitted: bool) -> _Cost:
+    """The probes and the checks of their scaling; formats that are probed are fitted, others estimated."""
+    bank = fit_bank(opened.weights, opened.space, sample_channels=SAMPLE_CHANNELS)
+    options = ablation_options(opened)
+    probes = plan_probes(bank.space, bank.candidates, near_bits=options.near_bits, groups=options.groups)
+    campaign = plan_campaign(
+        [one.recipe(bank.space) for one in probes],
+        study=None,
+        setting=setting_of(
+            opened.pipe, opened.order.sampling.searching(opened.pipe), weights_digest=opened.weights.digest
+        ),
+        timing=timing,
+        weights_bytes=4 * opened.space.params,
+    )
+    fitted = sum(opened.space.decision_index[d].params for one in probes for d in one.choice)
+    fit = 0.0 if is_fitted else _error_cost(opened).seconds + fitted * seconds_per_fit(opened)
+    checks = N_SCALING_CHECKS * timing.n_calls
+    seconds = campaign.seconds + checks * timing.seconds_per_call + fit
+    return _Cost(seconds, campaign.n_calls + checks, campaign.memory_bytes, campaign.disk_bytes)
+
+
+def _error_cost(opened: Opened) -> _Cost:
+    """Errors from some output channels, and the chosen formats fitted."""
+    decisions = opened.space.decisions
+    sampled = sum(min(1.0, SAMPLE_CHANNELS / d.shape[0]) * d.params * len(d.formats) for d in decisions)
+    seconds = (sampled + opened.space.params) * seconds_per_fit(opened)
+    return _Cost(seconds, memory_bytes=16 * max(d.params for d in decisions))
+
+
+def seconds_per_fit(opened: Opened) -> float:
+    """Seconds that one weight in one format takes here, timed on some rows of the largest weight."""
+    decision = max(opened.space.decisions, key=lambda d: d.params)
+    formats = [f for f in decision.formats if f.is_quantized]
+    if not formats:
+        return 0.0
+    weight = read_weight(opened.weights, decision)
+    rows = weight[: max(1, TIMED_WEIGHTS * weight.shape[0] // weight.numel())]
+    fit_parameters(rows[:1], formats)  # compiles, or loads what was compiled
+    begin = time.perf_counter()
+    fit_parameters(rows, formats)
+    return (time.perf_counter() - begin) / (rows.numel() * len(formats))
+
+
+def _ordered_bits(opened: Opened) -> float | None:
+    order = opened.order.budget
+    if order.n_bytes is not None:
+        return 8 * order.n_bytes / opened.space.params
+    return order.stored_bits if order.bits is None else order.bits
+
+
+def _known(method: str) -> MeasuredMethod:
+    if method not in get_args(MeasuredMethod):
+        raise InputError(f"no such method: {method!r}")
+    return cast("MeasuredMethod", method)

@@ -1,0 +1,84 @@
+"""What a job says that it will take, and what it decides from that."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sedimo.api import planning
+from sedimo.api.measuring import measure_table
+from sedimo.api.opening import open_source
+from sedimo.api.order import BudgetOrder, Order, SamplingOrder
+from sedimo.errors import InputError
+from sedimo.measurement.study import Study
+
+SAMPLING = SamplingOrder(n_seeds=2, n_steps=2, n_check_seeds=2)
+
+
+def opened(source, method="auto", bits=4.5, **options):
+    return open_source(Order(str(source), None, BudgetOrder(bits=bits), method, sampling=SAMPLING, **options))
+
+
+def test_auto_takes_what_was_measured_to_be_best_at_the_budget(tiny_pipeline_folder):
+    coarse, fine = (planning.plan_job(opened(tiny_pipeline_folder, bits=b)) for b in (3.5, 4.5))
+    assert (coarse.method, fine.method) == ("combined", "jacobian")
+    assert (coarse.unchecked, fine.unchecked) == ("", "")
+    assert coarse.seconds > fine.seconds > 0
+    assert coarse.n_calls > fine.n_calls > 0
+
+
+def test_a_slow_machine_gets_the_error_and_says_so(tiny_pipeline_folder, monkeypatch):
+    monkeypatch.setattr(planning, "PATIENCE_SECONDS", 1e-9)
+    plan = planning.plan_job(opened(tiny_pipeline_folder))
+    assert plan.method == "error"
+    assert "minutes, so weight error has to do" in plan.reason
+    assert "sampling the result would take" in plan.unchecked
+    assert plan.n_calls == 0
+
+
+def test_no_call_is_timed_where_operations_alone_say_that_it_is_slow(tiny_pipeline_folder, monkeypatch):
+    monkeypatch.setattr(planning, "FASTEST_MACS_PER_SECOND", {"cpu": 1.0, "other": 1.0})
+    monkeypatch.setattr(planning, "time_calls", lambda *_: pytest.fail("timed"))
+    for method in ("auto", "error"):
+        plan = planning.plan_job(opened(tiny_pipeline_folder, method))
+        assert plan.method == "error"
+        assert "at least" in plan.unchecked
+
+
+@pytest.mark.parametrize("method", ["error", "uniform:kmc4"])
+def test_the_check_is_part_of_the_plan(tiny_pipeline_folder, method):
+    with_check = planning.plan_job(opened(tiny_pipeline_folder, method))
+    without = planning.plan_job(opened(tiny_pipeline_folder, method, check=False))
+    assert with_check.n_calls > without.n_calls == 0
+    assert with_check.seconds > without.seconds
+    assert (with_check.unchecked, without.unchecked) == ("", "not asked for")
+
+
+def test_an_ordered_method_that_cannot_run_is_refused(tiny_pipeline_folder):
+    denoiser = tiny_pipeline_folder / "transformer"
+    with pytest.raises(InputError, match="without its pipeline"):
+        planning.plan_job(opened(denoiser, "jacobian"))
+    plan = planning.plan_job(opened(denoiser))
+    assert plan.method == "error"
+    assert "without its pipeline" in plan.unchecked
+
+
+def test_weight_changes_that_do_not_fit_at_once_cost_more_passes(tiny_pipeline_folder, monkeypatch):
+    order = opened(tiny_pipeline_folder, "jacobian", check=False)
+    once = planning.plan_job(order)
+    monkeypatch.setattr(planning, "count_passes", lambda _: 10)
+    assert planning.plan_job(order).n_calls == once.n_calls / 2 * 11
+
+
+def test_scaling_is_checked_where_formats_were_not_probed(tiny_pipeline_folder, tmp_path):
+    many = opened(tiny_pipeline_folder, "ablation", formats="uaq3,uaq4,uaq5,uaq6,fp16")
+    with Study(tmp_path / "many") as study:
+        measured = measure_table(many, "ablation", study)
+        assert measured.scaling is not None
+        assert measured.scaling.n <= planning.N_SCALING_CHECKS
+        unchecked = dataclasses.replace(many, order=dataclasses.replace(many.order, check=False))
+        assert measure_table(unchecked, "ablation", study).scaling is None
+    few = opened(tiny_pipeline_folder, "ablation", formats="uaq4,fp16")
+    with Study(tmp_path / "few") as study:
+        assert measure_table(few, "ablation", study).scaling is None
