@@ -77,10 +77,11 @@ def result(found: JobResult) -> None:
     else:
         click.echo(f"The result was not sampled: {found.plan.unchecked}.")
     params = found.table.total_params
+    before, after = size(2 * params), size(choice.stored_bits * params / 8)
     click.echo(
         f"\nmethod {choice.method} ({found.plan.reason}); {choice.status}, gap {choice.gap:.1e}\n"
         f"{choice.paper_bits:.3f} paper bits, {choice.stored_bits:.3f} stored bits per weight; "
-        f"Linear and Conv weights {size(2 * params)} at 16 bits -> {size(choice.stored_bits * params / 8)}, denoiser file {size(written.file_bytes)}\n"
+        f"Linear and Conv weights {before} at 16 bits -> {after}, denoiser file {size(written.file_bytes)}\n"
         f"checkpoint {written.folder}\nreport     {found.report}\n"
         f"took {duration(found.seconds)}, peak memory {size(found.peak_rss_bytes)}"
     )
