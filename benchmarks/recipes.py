@@ -2,8 +2,9 @@
 
     python benchmarks/recipes.py [--source zoo:cifar-dit] [--run runs/recipes] [--out results.json]
 
-Searches on 8 seeds x 10 steps, measures on 64 fresh seeds x 20 steps (arguments), saves every trial in the
-study under --run: a killed run goes on. With --images N, FID and KID of the best recipe at --fid-bits.
+Searches on 8 seeds x 10 steps, ranks random and uniform recipes on 16 other seeds, measures on 64 fresh seeds x 20
+steps (arguments), saves every trial in the study under --run: a killed run goes on. With --images N, FID and
+KID of the ablation's recipe at 3.5 bits, formats paper.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Bench:
     run: Path
     study: Study
     search: object
+    selection: object
     fresh: object
     progress: ConsoleProgress
 
@@ -61,18 +63,30 @@ def measured(bench: Bench, bank, recipes, sampling):
     )
 
 
+def ablation_near(bits: float) -> AblationOptions:
+    """Probes around a budget, as the main job plans them."""
+    return AblationOptions(near_bits=(max(2.2, bits - 0.5), bits + 1.0))
+
+
 def tables_of(bench: Bench, bank, bits: float):
-    """Tables of all methods, probed near `bits`."""
-    near = AblationOptions(near_bits=(max(2.2, bits - 0.5), bits + 1.0))
+    """Tables of all methods, probed near `bits`; and the probes of the ablation."""
     common = {"store": bench.study, "sampling": bench.search, "progress": bench.progress}
-    ablation = sedimo.attribute(sedimo.probe(bench.pipe, bank, "ablation", ablation=near, **common))
-    jacobian = sedimo.attribute(sedimo.probe(bench.pipe, bank, "jacobian", **common))
-    return {
-        "error": sedimo.attribute(bank),
-        "ablation": ablation,
-        "jacobian": jacobian,
+    probed = sedimo.probe(bench.pipe, bank, "ablation", ablation=ablation_near(bits), **common)
+    ablation = sedimo.attribute(probed)
+    jacobian = jacobian_of(bench, bank)
+    tables = {
         "combined": geometric_mean(ablation, jacobian),
+        "jacobian": jacobian,
+        "ablation": ablation,
+        "error": sedimo.attribute(bank),
     }
+    return tables, [one.probe for one in probed.ablation]
+
+
+def jacobian_of(bench: Bench, bank):
+    """The table of first-order noise."""
+    common = {"store": bench.study, "sampling": bench.search, "progress": bench.progress}
+    return sedimo.attribute(sedimo.probe(bench.pipe, bank, "jacobian", **common))
 
 
 def bank_of(bench: Bench, formats: str):
@@ -81,18 +95,31 @@ def bank_of(bench: Bench, formats: str):
     return sedimo.fit(bench.pipe, space, cache=bench.run / "bank", progress=bench.progress)
 
 
-def compare(bench: Bench, bank, tables, bits: float, *, rivals: bool) -> dict[str, object]:
-    """SQNR of each method's recipe at `bits`, and of uniform and random ones, on fresh seeds."""
+def rivals_of(bench: Bench, bank, bits: float) -> dict[str, object]:
+    """Uniform recipes of at most `bits` + 0.1, and the best and the median of 20 random ones.
+
+    Which ones are the best is decided on seeds that the figures do not use.
+    """
     space = bank.space
-    recipes = {name: sedimo.allocate(table, bits=bits).recipe for name, table in tables.items()}
-    if rivals:
-        common = set.intersection(*(set(d.formats) for d in space.decisions))
-        uniform = {f"uniform {f}": space.uniform(f) for f in sorted(common, key=str) if f.is_quantized}
-        recipes |= {n: r for n, r in uniform.items() if space.paper_bits(r) <= bits + 0.1}
-        randoms = [random_recipe_near(space, bits, seed=1, index=i) for i in range(N_RANDOM)]
-        recipes |= {f"random {i}": r for i, r in enumerate(randoms)}
+    common = set.intersection(*(set(d.formats) for d in space.decisions))
+    every = {f"uniform {f}": space.uniform(f) for f in sorted(common, key=str) if f.is_quantized}
+    uniform = {n: r for n, r in every.items() if space.paper_bits(r) <= bits + 0.1}
+    random = {f"random {i}": random_recipe_near(space, bits, seed=1, index=i) for i in range(N_RANDOM)}
+    drawn = {**uniform, **random}
+    trials = dict(zip(drawn, measured(bench, bank, list(drawn.values()), bench.selection), strict=True))
+    order = sorted(drawn, key=lambda n: -summarize(trials[n].powers).sqnr_db)
+    ranked = [n for n in order if n in random]
+    first = next(n for n in order if n in uniform)
+    named = {f"{n}{', the best of them' if n == first else ''}": r for n, r in uniform.items()}
+    best, median = random[ranked[0]], random[ranked[len(ranked) // 2]]
+    return {**named, f"best of {N_RANDOM} random": best, f"median of {N_RANDOM} random": median}
+
+
+def compare(bench: Bench, bank, tables, bits: float, rivals=None) -> dict[str, object]:
+    """SQNR of each method's recipe at `bits`, and of its rivals, on fresh seeds; paired differences of all methods."""
+    space = bank.space
+    recipes = {name: sedimo.allocate(table, bits=bits).recipe for name, table in tables.items()} | (rivals or {})
     trials = dict(zip(recipes, measured(bench, bank, list(recipes.values()), bench.fresh), strict=True))
-    best = max((n for n in tables if n != "error"), key=lambda n: summarize(trials[n].powers).sqnr_db)
     rows = {
         name: {
             "paper_bits": space.paper_bits(recipes[name]),
@@ -101,43 +128,39 @@ def compare(bench: Bench, bank, tables, bits: float, *, rivals: bool) -> dict[st
         }
         for name, trial in trials.items()
     }
-    against = {
-        n: to_plain(paired_difference(trials["ablation"].powers, t.powers))
-        for n, t in trials.items()
-        if n != "ablation"
+    differences = {
+        method: {
+            n: to_plain(paired_difference(trials[method].powers, t.powers)) for n, t in trials.items() if n != method
+        }
+        for method in tables
     }
-    return {"bits": bits, "rows": rows, "ablation_minus": against, "best": best}
+    return {"bits": bits, "rows": rows, "differences": differences}
 
 
 def show(title: str, found: dict[str, object]) -> None:
-    """A table of a comparison; of the random recipes the best and the median."""
-    rows = found["rows"]
-    randoms = sorted((n for n in rows if n.startswith("random")), key=lambda n: -rows[n]["sqnr_db"])
-    shown = [n for n in rows if not n.startswith("random")] + randoms[:1] + randoms[len(randoms) // 2 :][:1]
+    """A table of a comparison, with the first two methods' paired differences to the others."""
     print(f"\n{title}")
-    for name in shown:
-        row, d = rows[name], found["ablation_minus"].get(name)
-        paired = f"ablation - it {d['mean_db']:+6.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" if d else ""
-        print(
-            f"  {name:18s} {row['paper_bits']:.3f} paper {row['stored_bits']:.3f} stored bits  "
-            f"{row['sqnr_db']:6.2f} ± {row['standard_error']:.2f} dB  {paired}"
-        )
+    for name, row in found["rows"].items():
+        text = f"  {name:26s} {row['paper_bits']:.3f} paper {row['stored_bits']:.3f} stored bits  "
+        text += f"{row['sqnr_db']:6.2f} ± {row['standard_error']:.2f} dB"
+        for method in ("combined", "jacobian", "ablation"):
+            d = found["differences"].get(method, {}).get(name)
+            text += f"  {method} - it {d['mean_db']:+6.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" if d else ""
+        print(text, flush=True)
 
 
-def checks(bench: Bench, bank, tables, bits: float) -> dict[str, object]:
-    """Additivity on 30 random recipes, and the scaling of the ablation on 24 pairs that were not probed."""
+def additivity(bench: Bench, bank, tables, bits: float) -> dict[str, object]:
+    """Predicted against measured noise of 30 random recipes."""
     trials = measure_random_recipes(bench.pipe, bank, bench.study, bits, (bench.search, bench.progress))
-    found: dict[str, object] = {}
-    for name, table in tables.items():
-        agreed = check_additivity(table, trials)
-        found[name] = {k: getattr(agreed, k) for k in AGREEMENT}
-    pairs = plan_checks(bank.space, bank.candidates, (), n=24)
-    probes = measure_probes(bench.pipe, bank, bench.study, pairs, (bench.search, bench.progress))
-    scaled = check_scaling(tables["ablation"], probes)
-    found["scaling of the ablation"] = {
-        k: to_plain(scaled)[k] for k in ("n", "slope", "slope_standard_error", "ratio", "srcc")
-    }
-    return found
+    agreed = {name: check_additivity(table, trials) for name, table in tables.items()}
+    return {name: {k: getattr(one, k) for k in AGREEMENT} for name, one in agreed.items()}
+
+
+def scaling(bench: Bench, bank, table, probes) -> dict[str, object]:
+    """Measured noise of 24 pairs that the ablation did not probe, against what it was scaled to."""
+    pairs = plan_checks(bank.space, bank.candidates, probes, n=24)
+    agreed = check_scaling(table, measure_probes(bench.pipe, bank, bench.study, pairs, (bench.search, bench.progress)))
+    return {k: getattr(agreed, k) for k in AGREEMENT}
 
 
 def distributions(bench: Bench, bank, recipe, n_images: int) -> dict[str, object]:
@@ -158,37 +181,67 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipes.json"))
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--wide-bits", default="3.3,3.5,4.0,4.5,5.0,6.0")
+    parser.add_argument("--wide-bits", type=float, nargs="*", default=[3.5, 4.0], help="all methods, formats wide")
+    parser.add_argument("--jacobian-bits", type=float, nargs="*", default=[3.3, 4.5, 5.0, 6.0], help="formats wide")
     parser.add_argument("--images", type=int, default=0)
     arguments = parser.parse_args()
     pipe = sedimo.load(arguments.source)
-    search = pipe.default_sampling(range(8), 10)
-    fresh = pipe.default_sampling(range(1000, 1000 + arguments.seeds), arguments.steps)
+    plans = {
+        "search": pipe.default_sampling(range(8), 10),
+        "selection": pipe.default_sampling(range(3000, 3016), arguments.steps),
+        "fresh": pipe.default_sampling(range(1000, 1000 + arguments.seeds), arguments.steps),
+    }
     arguments.run.mkdir(parents=True, exist_ok=True)
     with Study(arguments.run) as study:
-        bench = Bench(
-            arguments.source, pipe, sedimo.trace(pipe), arguments.run, study, search, fresh, ConsoleProgress()
-        )
-        paper = bank_of(bench, "paper")
-        tables = tables_of(bench, paper, 3.5)
-        results = {"paper 3.5": compare(bench, paper, tables, 3.5, rivals=True)}
-        show("formats paper, 3.5 paper bits", results["paper 3.5"])
-        results["checks paper 3.5"] = checks(bench, paper, tables, 3.5)
-        print(json.dumps(results["checks paper 3.5"], indent=1))
-        results["paper 4.0"] = compare(bench, paper, tables_of(bench, paper, 4.0), 4.0, rivals=False)
-        show("formats paper, 4.0 paper bits", results["paper 4.0"])
-        wide = bank_of(bench, "wide")
-        for bits in map(float, arguments.wide_bits.split(",")):
-            key = f"wide {bits}"
-            results[key] = compare(bench, wide, tables_of(bench, wide, bits), bits, rivals=False)
-            show(f"formats wide, {bits} paper bits", results[key])
-            arguments.out.write_text(json.dumps(results, indent=1))
+        graph = sedimo.trace(pipe)
+        bench = Bench(arguments.source, pipe, graph, arguments.run, study, **plans, progress=ConsoleProgress())
+        results = Results(arguments.out)
+        recipe = measure_paper(bench, results)
+        measure_wide(bench, results, arguments)
         if arguments.images:
-            recipe = sedimo.allocate(tables["ablation"], bits=3.5).recipe
-            results["distributions"] = distributions(bench, paper, recipe, arguments.images)
-            print(json.dumps(results["distributions"], indent=1))
-    arguments.out.write_text(json.dumps(results, indent=1))
+            results.put("distributions", distributions(bench, bank_of(bench, "paper"), recipe, arguments.images))
     print(f"\nwritten to {arguments.out}", file=sys.stderr)
+
+
+class Results:
+    """What was found so far, written after each part."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._found = path, {}
+
+    def put(self, name: str, found: dict[str, object]) -> None:
+        """Adds a part and shows it."""
+        self._found[name] = found
+        self._path.write_text(json.dumps(self._found, indent=1))
+        if "rows" in found:
+            show(name, found)
+        else:
+            print(f"\n{name}\n{json.dumps(found, indent=1)}", flush=True)
+
+
+def measure_paper(bench: Bench, results: Results):
+    """Formats `paper` at 3.5 and 4.0 bits; the recipe of the ablation at 3.5."""
+    bank = bank_of(bench, "paper")
+    tables, _ = tables_of(bench, bank, 3.5)
+    results.put("formats paper, 3.5 bits", compare(bench, bank, tables, 3.5, rivals_of(bench, bank, 3.5)))
+    results.put("additivity, formats paper, 3.5 bits", additivity(bench, bank, tables, 3.5))
+    results.put("formats paper, 4.0 bits", compare(bench, bank, tables_of(bench, bank, 4.0)[0], 4.0))
+    return sedimo.allocate(tables["ablation"], bits=3.5).recipe
+
+
+def measure_wide(bench: Bench, results: Results, arguments: argparse.Namespace) -> None:
+    """Formats `wide`, and beside them the same methods with formats `paper` at 4.0 bits."""
+    bank, paper = bank_of(bench, "wide"), bank_of(bench, "paper")
+    for bits in arguments.wide_bits:
+        tables, probes = tables_of(bench, bank, bits)
+        narrow = {
+            f"{n}, formats paper": sedimo.allocate(t, bits=bits).recipe
+            for n, t in tables_of(bench, paper, bits)[0].items()
+        }
+        results.put(f"formats wide, {bits} bits", compare(bench, bank, tables, bits, narrow))
+        results.put(f"scaling of the ablation, wide, {bits} bits", scaling(bench, bank, tables["ablation"], probes))
+    for bits in arguments.jacobian_bits:
+        results.put(f"formats wide, {bits} bits", compare(bench, bank, {"jacobian": jacobian_of(bench, bank)}, bits))
 
 
 if __name__ == "__main__":

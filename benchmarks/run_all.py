@@ -19,6 +19,7 @@ COMMANDS = (
     ("bank", ["bank.py", "--out", "runs/bank.json"]),
     ("trace", ["trace.py"]),
     ("allocation", ["allocation.py"]),
+    ("size", ["size.py"]),
     ("recipes", ["recipes.py", "--out", "runs/recipes.json", "--images", "5000"]),
     ("peers", ["peers.py", "--out", "runs/peers.json"]),
 )

@@ -1,0 +1,57 @@
+"""How small a checkpoint really is, and what the rest of its file consists of.
+
+python benchmarks/size.py [--source zoo:cifar-dit] [--bits 3.5] [--formats paper]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from sedimo.api import job
+from sedimo.api.order import BudgetOrder, Order
+from sedimo.cli.console import ConsoleProgress
+from sedimo.pipelines.weights import denoiser_folder
+from sedimo.pipelines.zoo import zoo_path
+from sedimo.runtime.card import operation_of
+from sedimo.runtime.checkpoint import open_checkpoint
+from sedimo.runtime.layout import LayerEntry, packed_tensors
+
+N_SHOWN = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--source", default="zoo:cifar-dit")
+    parser.add_argument("--bits", type=float, default=3.5)
+    parser.add_argument("--formats", default="paper")
+    arguments = parser.parse_args()
+    source = zoo_path(arguments.source.removeprefix("zoo:")) if ":" in arguments.source else Path(arguments.source)
+    before = sum(f.stat().st_size for f in denoiser_folder(source).glob("*.safetensors"))
+    with tempfile.TemporaryDirectory() as scratch:
+        budget = BudgetOrder(bits=arguments.bits)
+        order = Order(arguments.source, Path(scratch) / "out", budget, "jacobian", arguments.formats, check=False)
+        job.run(order, ConsoleProgress())
+        checkpoint = open_checkpoint(denoiser_folder(Path(scratch) / "out"))
+    entries = [e for e in checkpoint.layers.values() if isinstance(e, LayerEntry)]
+    halves = 2 * sum(math.prod(e.shape) for e in entries)
+    print(f"packed layers {checkpoint.stored_bytes} of {halves} bytes at fp16: {checkpoint.stored_bytes / halves:.4f}")
+    print(f"denoiser file {checkpoint.file_bytes} of {before} bytes: {checkpoint.file_bytes / before:.4f}; it holds")
+    packed, rest = packed_tensors(checkpoint.layers), Counter()
+    for header in checkpoint.headers:
+        rest.update({operation_of(n): 0 for n in header.tensors})
+        for name, spec in header.tensors.items():
+            if name not in packed:
+                rest[operation_of(name)] += spec.n_bytes
+    header_bytes = checkpoint.file_bytes - checkpoint.stored_bytes - checkpoint.plain_bytes
+    parts = [("packed layers", checkpoint.stored_bytes), *rest.most_common(N_SHOWN), ("header", header_bytes)]
+    parts.append(("other", checkpoint.file_bytes - sum(size for _, size in parts)))
+    for name, size in parts:
+        print(f"  {size:10d}  {size / checkpoint.file_bytes:6.1%}  {name}")
+
+
+if __name__ == "__main__":
+    main()
