@@ -65,7 +65,6 @@ def test_groups_of_pixart_are_the_published_ones(pixart: DenoiserGraph) -> None:
     assert "adaln_single.linear" in group_of(pixart, "adaln_single.emb.timestep_embedder.linear_1").layers
 
 
-@pytest.mark.slow
 def test_number_of_groups_of_pixart_xl_is_the_published_one() -> None:
     graph = traced("PixArt-XL")
     n_split = sum(g.kind == "cross_attention" for g in graph.groups)  # cut in two by the authors

@@ -41,13 +41,7 @@ def test_published_denoisers_have_their_number_of_layers(name: str) -> None:
     assert len(weight_layers(published(name))) == PUBLISHED[name][2]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(n for n in PUBLISHED if n in ("DiT-XL/2", "SD 1.5")),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("PixArt-XL", "SDXL")),
-    ],
-)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_denoisers_trace_with_every_layer_in_use(name: str) -> None:
     graph = traced(name)
     assert len(graph.layers) == PUBLISHED[name][2]

@@ -76,7 +76,6 @@ def test_share_memory_fails(packed_dit):
         packed_dit.share_memory()
 
 
-@pytest.mark.slow
 def test_compiles_without_a_graph_break(packed_dit):
     torch._dynamo.reset()
     compiled = torch.compile(packed_dit, fullgraph=True, backend="aot_eager")
