@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import sedimo
 from sedimo.api.additivity import whole_recipes
+from sedimo.api.inspection import read_recipe
 from sedimo.errors import InputError, StateError
 from sedimo.measurement.exploration import random_recipe
 
@@ -96,6 +97,8 @@ def test_the_way_of_the_readme(pipe, tmp_path):
     assert "<svg" in report.read_text()
     sedimo.quantize(pipe, choice.recipe, bank=bank)
     pipe.save_pretrained(tmp_path / "small")
+    assert f"{pipe.name}, quantized by Sedimo" in (tmp_path / "small" / "README.md").read_text()
+    assert read_recipe(str(tmp_path / "small" / "sedimo_recipe.json")) == read_recipe(str(tmp_path / "small"))
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "small").transformer
     for name, entry in choice.recipe.layers.items():
         weight = loaded.get_submodule(name).weight

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from packed_weights import OWNER, TIED, denoise, random_packed
 from sedimo.errors import InputError, StateError
-from sedimo.runtime import folder as folder_module
+from sedimo.pipelines import folder as folder_module
+from sedimo.pipelines.folder import new_folder, place_file
 from sedimo.runtime.card import Origin, operation_of
 from sedimo.runtime.checkpoint import check_checkpoint, read_packed
 from sedimo.runtime.contents import packed_layers
-from sedimo.runtime.folder import new_folder, place_file
 from sedimo.runtime.weights import replace_weights
 from sedimo.runtime.writing import WriteOptions, replace_layer_format, write_checkpoint
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sedimo.api import verbs
+from sedimo.api.describing import owners_of, recipe_of
 from sedimo.errors import InputError
 from sedimo.graph.summary import inspect_summary
 from sedimo.pipelines.loading import load_architecture, load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
 from sedimo.quant.formats import FP16, Format
 from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
-from sedimo.runtime.layout import LayerEntry, TiedEntry
 from sedimo.space import PartFormat, Recipe
 
 
@@ -41,7 +41,7 @@ def inspect_source(source: str, variant: str | None = None) -> dict[str, object]
         return dict(inspect_summary(verbs.trace(load_pipeline(inner, device="cpu", dtype=dtype, variant=variant))))
     checkpoint = open_checkpoint(inner, variant=variant)
     graph = replace(verbs.trace(load_architecture(inner)), ties=_ties(checkpoint))
-    formats = {name: _text(entry) for name, entry in _recipe(checkpoint).layers.items()}
+    formats = {name: _text(entry) for name, entry in recipe_of(checkpoint).layers.items()}
     sizes = {"file_bytes": checkpoint.file_bytes, "stored_bytes": checkpoint.stored_bytes}
     return {**inspect_summary(graph, formats), **sizes}
 
@@ -58,7 +58,7 @@ def read_recipe(path: str) -> Recipe:
         return Recipe.from_json(place.read_bytes(), place=str(place))
     if not place.is_dir():
         raise InputError(f"there is no recipe file and no checkpoint at {place}")
-    return _recipe(open_checkpoint(denoiser_folder(place)))
+    return recipe_of(open_checkpoint(denoiser_folder(place)))
 
 
 def differences(first: Recipe, second: Recipe) -> tuple[LayerDifference, ...]:
@@ -68,28 +68,12 @@ def differences(first: Recipe, second: Recipe) -> tuple[LayerDifference, ...]:
     return tuple(LayerDifference(*pair) for pair in pairs if pair[1] != pair[2])
 
 
-def _recipe(checkpoint: Checkpoint) -> Recipe:
-    entries = {name: e for name, e in checkpoint.layers.items() if isinstance(e, LayerEntry)}
-    return Recipe({name: _formats(entries[owner]) for name, owner in _owners(checkpoint).items()})
-
-
 def _ties(checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
     """The sets of layers that are stored once."""
     sets: dict[str, list[str]] = {}
-    for name, owner in _owners(checkpoint).items():
+    for name, owner in owners_of(checkpoint).items():
         sets.setdefault(owner, []).append(name)
     return tuple(tuple(members) for members in sets.values() if len(members) > 1)
-
-
-def _owners(checkpoint: Checkpoint) -> dict[str, str]:
-    """Layers to the ones whose tensors they use."""
-    return {name: e.same_as if isinstance(e, TiedEntry) else name for name, e in checkpoint.layers.items()}
-
-
-def _formats(entry: LayerEntry) -> Format | tuple[PartFormat, ...]:
-    if len(entry.parts) == 1:
-        return entry.parts[0].format
-    return tuple(PartFormat(p.start, p.stop, p.format) for p in entry.parts)
 
 
 def _text(entry: Format | tuple[PartFormat, ...]) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
 from sedimo.api.additivity import check_additivity, whole_recipes
+from sedimo.api.describing import card_writer
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
@@ -26,6 +27,7 @@ from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import Source, load_pipeline
+from sedimo.pipelines.sources import is_hub_id
 from sedimo.pipelines.trajectory import record
 from sedimo.pipelines.weights import FileWeights, ModuleWeights, denoiser_folder, refuse_adapters, refuse_changed
 from sedimo.quant import memory
@@ -62,7 +64,9 @@ def load(
     Example:
         >>> pipe = sedimo.load("zoo:cifar-dit")
     """
-    return load_pipeline(source, device=device, dtype=dtype, variant=variant)
+    loaded = load_pipeline(source, device=device, dtype=dtype, variant=variant)
+    loaded.finish_saving = card_writer(str(source) if isinstance(source, str) and is_hub_id(source) else loaded.name)
+    return loaded
 
 
 def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | None = None) -> DenoiserGraph:

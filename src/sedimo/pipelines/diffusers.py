@@ -18,7 +18,7 @@ from sedimo.pipelines.decoding import decode_latents
 from sedimo.pipelines.identity import pipeline_identity
 from sedimo.pipelines.objects import PipelineObject
 from sedimo.pipelines.sampling import sample_batch
-from sedimo.pipelines.saving import LoadedFrom, save_denoiser_only, save_pipeline
+from sedimo.pipelines.saving import Finish, LoadedFrom, save_denoiser_only, save_pipeline
 
 DENOISER_NAMES = ("transformer", "unet")
 _MAX_BATCH = 64
@@ -28,8 +28,8 @@ _LATENT_PIXELS_PER_BATCH = 65536  # 64 samples of 32 x 32, 4 of 128 x 128 (SDXL 
 class DiffusersPipeline:
     """A diffusers pipeline that can be sampled from seeds, watched, decoded and saved.
 
-    `name` is what records call it (the class name by default); `folder` is where its files are, if anywhere, and
-    `variant` which of the weights there were loaded.
+    `name` is what people call it (the class name by default); `folder` is where its files are, if anywhere, and
+    `variant` which of the weights there were loaded. `finish_saving` may add files to a folder that is being saved.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class DiffusersPipeline:
             InputError: it has no component `transformer` or `unet`, or no scheduler.
         """
         self.pipeline = pipeline
+        self.finish_saving: Finish | None = None
         self.folder = folder
         self.variant = variant
         self.denoiser_name = _denoiser_name(pipeline)
@@ -118,7 +119,9 @@ class DiffusersPipeline:
         Raises:
             InputError: `out` exists and is not an empty folder.
         """
-        return save_pipeline(self.pipeline, self.denoiser_name, Path(out), source=self._source)
+        return save_pipeline(
+            self.pipeline, self.denoiser_name, Path(out), source=self._source, finish=self.finish_saving
+        )
 
 
 class BareDenoiser:
@@ -134,6 +137,7 @@ class BareDenoiser:
     ) -> None:
         """Wraps `denoiser` as it is; `folder` and `variant` tell which files it came from, if any."""
         self._denoiser = denoiser
+        self.finish_saving: Finish | None = None
         self._name = name or type(denoiser).__name__
         self.folder = folder
         self.variant = variant
@@ -185,7 +189,7 @@ class BareDenoiser:
         Raises:
             InputError: `out` exists and is not an empty folder, or the network has no `save_pretrained`.
         """
-        return save_denoiser_only(self._denoiser, Path(out))
+        return save_denoiser_only(self._denoiser, Path(out), finish=self.finish_saving)
 
     def _refusal(self, action: str) -> InputError:
         return InputError(

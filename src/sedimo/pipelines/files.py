@@ -59,6 +59,22 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> WeightFiles:
     return WeightFiles(tuple(folder / n for n in sorted(set(weight_map.values()))), index, weight_map, chosen)
 
 
+def component_files(folder: Path, variant: str | None) -> dict[str, Path]:
+    """A component's files by their new names; of its weights one variant, safetensors where there are any."""
+    every = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    stems = [stem for stem in WEIGHTS_STEMS if variants(folder, stem)]
+    if not stems:
+        return every
+    found = {name: path for name, path in every.items() if not is_weight_file(path.name)}
+    for stem in stems:
+        weights = find_weights(folder, stem, variant if variant in variants(folder, stem) else None)
+        if weights.index is None:
+            found[f"{stem}.safetensors"] = weights.files[0]
+        else:
+            found |= {f"{stem}.safetensors.index.json": weights.index, **{file.name: file for file in weights.files}}
+    return found
+
+
 def is_weight_file(name: str) -> bool:
     """Whether a file of a component holds weights, in any form, or is an index of them."""
     suffix = Path(name).suffix

@@ -12,12 +12,12 @@ from torch import nn
 
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
-from sedimo.pipelines.files import WEIGHTS_STEMS, find_weights, is_weight_file, variants
+from sedimo.pipelines.files import component_files
+from sedimo.pipelines.folder import new_folder, place_file
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.card import Origin, model_card
 from sedimo.runtime.checkpoint import Checkpoint, change_layers, open_checkpoint
 from sedimo.runtime.diffusers_plugin import MADE_BY
-from sedimo.runtime.folder import new_folder, place_file
 from sedimo.runtime.weights import MAX_SHARD_SIZE, save_denoiser
 
 INDEX_NAME, CARD_NAME, RECIPE_NAME = "model_index.json", "README.md", "sedimo_recipe.json"
@@ -130,6 +130,20 @@ def replace_layer_format(
     return _record(out, component, checkpoint, linked, copied)
 
 
+def write_card(folder: Path, origin: Origin, checkpoint: Checkpoint, placed: str) -> None:
+    """Puts the model card and the recipe into a folder; `placed` says how other components' files came there."""
+    card = model_card(
+        origin,
+        checkpoint.layers,
+        is_pipeline=(folder / INDEX_NAME).is_file(),
+        denoiser_class=str(checkpoint.config.get("_class_name", "the denoiser's class")),
+        placed=f"files of other components: {placed}",
+    )
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    if origin.recipe_json is not None:
+        (folder / RECIPE_NAME).write_text(origin.recipe_json, encoding="utf-8")
+
+
 def _check_places(source: Path, out: Path, component: str | None) -> None:
     home = source / component if component else source
     if not (home / "config.json").is_file():
@@ -150,7 +164,7 @@ def _place_rest(
         files[INDEX_NAME] = source / INDEX_NAME
         for name in _read_index(source / INDEX_NAME):
             if name != component and _COMPONENT.fullmatch(name) and (source / name).is_dir():
-                inner = _component_files(source / name, options.variant)
+                inner = component_files(source / name, options.variant)
                 files |= {f"{name}/{path}": file for path, file in inner.items()}
     linkable = {name for name in files if options.link and name != INDEX_NAME}
     done = {name: place_file(path, folder / name, link=name in linkable) for name, path in files.items()}
@@ -164,22 +178,6 @@ def _read_index(path: Path) -> dict[str, object]:
     return plain
 
 
-def _component_files(folder: Path, variant: str | None) -> dict[str, Path]:
-    """A component's files by their new names; of its weights one variant, safetensors where there are any."""
-    every = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    stems = [stem for stem in WEIGHTS_STEMS if variants(folder, stem)]
-    if not stems:
-        return every
-    found = {name: path for name, path in every.items() if not is_weight_file(path.name)}
-    for stem in stems:
-        weights = find_weights(folder, stem, variant if variant in variants(folder, stem) else None)
-        if weights.index is None:
-            found[f"{stem}.safetensors"] = weights.files[0]
-        else:
-            found |= {f"{stem}.safetensors.index.json": weights.index, **{file.name: file for file in weights.files}}
-    return found
-
-
 def _write_texts(
     folder: Path,
     source: Path,
@@ -189,16 +187,7 @@ def _write_texts(
     linked: tuple[str, ...],
     copied: tuple[str, ...],
 ) -> None:
-    card = model_card(
-        origin,
-        checkpoint.layers,
-        is_pipeline=(folder / INDEX_NAME).is_file(),
-        denoiser_class=str(checkpoint.config.get("_class_name", "the denoiser's class")),
-        placed=f"files of other components: {len(linked)} linked to the source folder, {len(copied)} copied",
-    )
-    (folder / CARD_NAME).write_text(card, encoding="utf-8")
-    if origin.recipe_json is not None:
-        (folder / RECIPE_NAME).write_text(origin.recipe_json, encoding="utf-8")
+    write_card(folder, origin, checkpoint, f"{len(linked)} linked to the source folder, {len(copied)} copied")
     if (source / CARD_NAME).is_file():
         place_file(source / CARD_NAME, folder / "README.base.md", link=False)
 

@@ -1,0 +1,44 @@
+"""The recipe of a packed checkpoint, and the texts that are saved beside one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sedimo.pipelines.saving import Finish
+from sedimo.pipelines.weights import denoiser_folder
+from sedimo.quant.formats import Format
+from sedimo.runtime.card import Origin
+from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
+from sedimo.runtime.layout import LayerEntry, TiedEntry
+from sedimo.runtime.writing import write_card
+from sedimo.space import PartFormat, Recipe
+
+
+def recipe_of(checkpoint: Checkpoint) -> Recipe:
+    """The formats of all packed layers, those that share a weight included."""
+    entries = {name: e for name, e in checkpoint.layers.items() if isinstance(e, LayerEntry)}
+    return Recipe({name: _formats(entries[owner]) for name, owner in owners_of(checkpoint).items()})
+
+
+def owners_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Packed layers to the ones whose tensors they use."""
+    return {name: e.same_as if isinstance(e, TiedEntry) else name for name, e in checkpoint.layers.items()}
+
+
+def card_writer(base_model: str) -> Finish:
+    """Adds model card and recipe to a folder that is being saved, if its denoiser is packed."""
+
+    def finish(folder: Path) -> None:
+        home = denoiser_folder(folder)
+        if is_packed(home):
+            checkpoint = open_checkpoint(home)
+            origin = Origin(base_model, recipe_json=recipe_of(checkpoint).to_json())
+            write_card(folder, origin, checkpoint, "copied")
+
+    return finish
+
+
+def _formats(entry: LayerEntry) -> Format | tuple[PartFormat, ...]:
+    if len(entry.parts) == 1:
+        return entry.parts[0].format
+    return tuple(PartFormat(p.start, p.stop, p.format) for p in entry.parts)
