@@ -10,19 +10,20 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jvp
-from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
+from toy_pipeline import GUIDANCE, ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
 from sedimo.bank import fit_bank
 from sedimo.errors import Interrupted, UnsupportedError
+from sedimo.measurement import jacobian
 from sedimo.measurement.jacobian import JacobianOptions, count_passes, probe_jacobian
 from sedimo.measurement.objective import batches_of
 from sedimo.measurement.study import Study
 from sedimo.measurement.taps import Changes, InputChangedError, Taps
-from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import record
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)
-MANY = JacobianOptions(n_directions=150)
+LONGER = Sampling(seeds=(1, 2, 3), n_steps=4, batch_size=2)
 
 
 def linear_noise(denoiser, decision, packed, inputs):
@@ -72,7 +73,7 @@ def delta(bank, decision, number_format):
 
 def test_random_directions_give_the_first_order_noise_on_average():
     adapter, bank = made(guided=True)
-    probe = probe_jacobian(adapter, bank, SAMPLING, options=MANY)
+    probe = probe_jacobian(adapter, bank, SAMPLING, options=JacobianOptions(n_directions=120))
     assert len(probe.noise) == len(bank.space.decisions) == 7
     calls = list(batches_of(SAMPLING, record(adapter, SAMPLING).calls))
     for name in ("time", "first", "grouped"):
@@ -83,11 +84,68 @@ def test_random_directions_give_the_first_order_noise_on_average():
             rows = noise.flatten(1).square().sum(1) / call.output.flatten(1).square().sum(1)
             total[samples.start : samples.stop] += rows.detach().reshape(-1, len(samples)).mean(0) / SAMPLING.n_steps
         got = torch.tensor(probe.noise[name][str(bank.space.decision_index[name].formats[0])])
-        assert float(got.mean()) == pytest.approx(float(total.mean()), rel=0.25)  # 600 squared normals or more: 6 %
+        assert float(got.mean()) == pytest.approx(float(total.mean()), rel=0.25)  # 480 squared normals or more: 6 %
         if name == "time":  # shared by the batch: each sample is given the mean
             assert len(set(got[:2].tolist())) == 1
         else:
             assert torch.allclose(got, total, rtol=0.5)
+
+
+def test_with_guidance_noise_is_that_of_the_combined_prediction():
+    adapter, bank = made(guided=True)
+    probe = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions(n_directions=60, combine_rows=True))
+    assert probe.row_weights == pytest.approx((GUIDANCE, 1 - GUIDANCE), rel=1e-3)
+    for name in ("time", "first", "twice"):
+        decision = bank.space.decision_index[name]
+        packed = bank.quantized(name, decision.formats[0]).dequantize()
+        total = torch.zeros(3)
+        for call, samples in batches_of(LONGER, record(adapter, LONGER).calls):
+            noise = linear_noise(adapter.denoiser, decision, packed, call.inputs)
+            pair = [GUIDANCE * t[: len(samples)] + (1 - GUIDANCE) * t[len(samples) :] for t in (noise, call.output)]
+            powers = [t.detach().flatten(1).square().sum(1) for t in pair]
+            total[samples.start : samples.stop] += powers[0] / powers[1] / LONGER.n_steps
+        got = torch.tensor(probe.noise[name][str(decision.formats[0])])
+        assert float(got.mean()) == pytest.approx(float(total.mean()), rel=0.25)  # 480 squared normals or more: 6 %
+        if name != "time":
+            assert torch.allclose(got, total, rtol=0.4)
+
+
+def test_rows_that_stay_apart_are_averaged_by_sample(monkeypatch):
+    adapter, bank = made(guided=True)
+
+    def squares(self, plan, directions):
+        values = torch.arange(plan.n_units, dtype=torch.float64)[:, None].expand(-1, 3)
+        return {"first": values}, ()
+
+    monkeypatch.setattr(jacobian._Pass, "_squares", squares)
+    probe = probe_jacobian(adapter, bank, SAMPLING)
+    assert probe.row_weights == (1.0,)
+    assert probe.noise["first"]["uaq3"] == (1.0, 2.0, 0.5)  # rows 0 and 2, 1 and 3 of the first batch; 0 and 1
+
+
+def test_directions_are_relative_to_the_power_of_each_output():
+    output = torch.randn(4, 2, 50, 50) * torch.tensor([1.0, 10.0, 0.1, 3.0]).reshape(4, 1, 1, 1)
+    call = DenoiserCall(0, 1.0, {}, output)
+    options = JacobianOptions(n_directions=2)
+    first, second = jacobian._directions(jacobian._RowPlan(call, (1.0,)), 0, options)
+    products = first.flatten(1).norm(dim=1) * output.flatten(1).norm(dim=1)
+    assert torch.allclose(products, torch.tensor(5000.0).sqrt(), rtol=0.05)
+    assert abs(float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1])) < 0.1
+    plan = jacobian._RowPlan(call, (4.0, -3.0))
+    combined = 4 * output[:2] - 3 * output[2:]
+    assert torch.allclose(plan.combined(), combined, atol=1e-4)
+    spread = jacobian._directions(plan, 0, options)[0]
+    assert torch.allclose(spread[:2] / 4, spread[2:] / -3)
+    products = spread[:2].flatten(1).norm(dim=1) / 4 * combined.flatten(1).norm(dim=1)
+    assert torch.allclose(products, torch.tensor(5000.0).sqrt(), rtol=0.05)
+
+
+def test_slices_keep_the_rows_of_a_sample_together():
+    adapter, bank = made(guided=True)
+    whole = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions(combine_rows=True))
+    pieces = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions(combine_rows=True, max_rows=2))
+    for decision in whole.noise.keys() - {"time"}:
+        assert pieces.noise[decision]["uaq3"] == pytest.approx(whole.noise[decision]["uaq3"], rel=1e-4)
 
 
 def test_a_layer_that_is_never_called_makes_no_noise():

@@ -9,6 +9,8 @@ from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.pipelines.adapter import DenoiserCall, WeightInfo
 from sedimo.space import search_space
 
+GUIDANCE = 3.0
+
 
 class ToyDenoiser(nn.Module):
     """Linear layers and convolutions, a broadcast embedding, a tied pair, a layer called twice, one never called."""
@@ -72,7 +74,7 @@ class ToyAdapter:
             output = self.denoiser(**inputs)["sample"]
             if observer is not None:
                 observer(DenoiserCall(step, float(timestep), inputs, output.clone()))
-            prediction = output[: len(x)] if self.guided else output
+            prediction = GUIDANCE * output[: len(x)] + (1 - GUIDANCE) * output[len(x) :] if self.guided else output
             x = x - 0.3 * prediction
         return x
 

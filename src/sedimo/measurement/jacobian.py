@@ -5,7 +5,8 @@ a weight, for that sample alone. The mean over u of <G, dW>^2 is exactly ||J dW|
 are averaged over steps and a few u. All decisions and formats come from one recorded trajectory.
 
 Each row of a denoiser call counts as a sample of its own, relative to the power of its own output; where guidance
-runs the batch twice, a sample's value is the mean over its two rows.
+computes a sample in several rows, its value is the mean over them. With `combine_rows`, u is put on the prediction
+that the scheduler makes of the rows instead, if the trajectory shows how (see `guidance.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
 from sedimo.errors import UnsupportedError
+from sedimo.measurement.guidance import find_row_weights
 from sedimo.measurement.interrupt import StopRequest, graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
 from sedimo.measurement.study import Study
@@ -45,13 +47,15 @@ class JacobianOptions:
     """How precisely, and in how much memory.
 
     `n_directions` random directions per call from `seed`; weight changes of as many decisions at a time as fit in
-    `memory_bytes`; `max_rows` of a call at a time.
+    `memory_bytes`; `max_rows` of a call at a time. `combine_rows` looks at guided rows as the
+    sampler does, together; else each counts for itself.
     """
 
     n_directions: int = 4
     seed: int = 0
     memory_bytes: int = 2 << 30
     max_rows: int = 64
+    combine_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +70,14 @@ class JacobianPart:
 class JacobianProbe:
     """Relative noise power per sample, averaged over steps and directions, by decision and format text.
 
-    `unused` decisions were never called by the denoiser on this trajectory; their noise is 0.
+    `unused` decisions were never called by the denoiser on this trajectory; their noise is 0. `row_weights` say how
+    a sample's rows were combined; `(1.0,)` when each counted for itself.
     """
 
     setting: Setting
     n_directions: int
     seed: int
+    row_weights: tuple[float, ...]
     noise: Noise
     unused: tuple[str, ...]
     execution: Execution
@@ -98,19 +104,20 @@ def probe_jacobian(
     setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step")
     trajectory = record(adapter, sampling)
     calls = tuple(batches_of(sampling, trajectory.calls))
+    weights = (find_row_weights(trajectory) if options.combine_rows else None) or (1.0,)
     passes = _passes(bank.space, options)
     totals = _Totals(len(sampling.seeds))
     progress.start(len(passes) * len(calls), "first-order noise")
     with graceful_interrupt() as stop:
         for decisions in passes:
-            work = _Pass(adapter.denoiser, bank, decisions, options)
+            work = _Pass(adapter.denoiser, bank, decisions, (options, weights))
             for index, (call, samples) in enumerate(calls):
                 totals.add(_saved_part(study, work, (setting, index), (call, samples)), samples)
                 progress.advance(1)
                 _check(stop, study)
     progress.done()
     execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
-    return JacobianProbe(setting, options.n_directions, options.seed, totals.noise(), totals.unused, execution)
+    return JacobianProbe(setting, options.n_directions, options.seed, weights, totals.noise(), totals.unused, execution)
 
 
 def count_passes(space: SearchSpace, options: JacobianOptions | None = None) -> int:
@@ -121,8 +128,14 @@ def count_passes(space: SearchSpace, options: JacobianOptions | None = None) -> 
 class _Pass:
     """The decisions whose weight changes are in memory together; they are loaded when first needed."""
 
-    def __init__(self, denoiser: nn.Module, bank: Bank, decisions: Sequence[str], options: JacobianOptions) -> None:
-        self.denoiser, self.options = denoiser, options
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        bank: Bank,
+        decisions: Sequence[str],
+        how: tuple[JacobianOptions, tuple[float, ...]],
+    ) -> None:
+        self.denoiser, (self.options, self._weights) = denoiser, how
         self.formats = {d: _formats(bank.space, d) for d in decisions}
         self._bank = bank
         self._changes: dict[str, Changes] | None = None
@@ -136,46 +149,74 @@ class _Pass:
                 "call": index,
                 "n_directions": self.options.n_directions,
                 "seed": self.options.seed,
+                **({} if self._weights == (1.0,) else {"row_weights": [f"{w:.3f}" for w in self._weights]}),
                 "formats": {d: [str(f) for f in formats] for d, formats in self.formats.items()},
             }
         )
 
     def measure(self, call: DenoiserCall, index: int, n_samples: int) -> JacobianPart:
         """The part of one call."""
-        directions = _directions(call, index, self.options)
+        plan = _RowPlan(call, self._weights)
+        directions = _directions(plan, index, self.options)
         try:
-            squares, unused = self._squares(call, directions)
+            squares, unused = self._squares(plan, directions)
         except InputChangedError as error:
             logger.info("%s; inputs are copied from now on", error)
             self._copies_inputs = True
-            squares, unused = self._squares(call, directions)
+            squares, unused = self._squares(plan, directions)
         noise = {}
         for decision, formats in self.formats.items():
-            rows = squares.get(decision, torch.zeros(call.output.shape[0], len(formats), dtype=torch.float64))
-            means = rows.reshape(-1, n_samples, len(formats)).mean(0).T.tolist()
+            found = squares.get(decision, torch.zeros(plan.n_units, len(formats), dtype=torch.float64))
+            means = found.reshape(-1, n_samples, len(formats)).mean(0).T.tolist()
             noise[decision] = {str(f): tuple(_rounded(v) for v in m) for f, m in zip(formats, means, strict=True)}
         return JacobianPart(noise, unused)
 
     def _squares(
-        self, call: DenoiserCall, directions: Sequence[torch.Tensor]
+        self, plan: _RowPlan, directions: Sequence[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-        """Mean over directions of the squared inner products, `[R, F]` by decision."""
+        """Mean over directions of the squared inner products, `[units, F]` by decision."""
         found: dict[str, list[torch.Tensor]] = {}
-        n_rows = call.output.shape[0]
         unused: tuple[str, ...] = ()
         if self._changes is None:
             self._changes = {d: _changes(self._bank, self.denoiser, d) for d in self.formats}
         with Taps(self.denoiser, self._changes, copy_inputs=self._copies_inputs) as taps:
-            for first in range(0, n_rows, self.options.max_rows):
-                rows = slice(first, min(first + self.options.max_rows, n_rows))
-                taps.begin(call.output.device)
+            for units in plan.slices(self.options.max_rows):
+                taps.begin(plan.call.output.device)
+                rows = plan.rows(units)
                 with torch.enable_grad():
-                    output = output_tensor(self.denoiser(**rows_of(call, rows)))
+                    output = output_tensor(self.denoiser(**rows_of(plan.call, rows)))
                 unused = taps.unused
-                for decision, squares in _mean_squares(taps, output, [d[rows] for d in directions]).items():
+                for decision, squares in _mean_squares(taps, output, [d[rows] for d in directions], len(units)).items():
                     found.setdefault(decision, []).append(squares)
-        _refuse_hidden_use(self.denoiser, call, [layer for d in unused for layer in self._changes[d].layers])
+        _refuse_hidden_use(self.denoiser, plan.call, [layer for d in unused for layer in self._changes[d].layers])
         return {d: torch.cat(parts) for d, parts in found.items()}, unused
+
+
+class _RowPlan:
+    """Which rows of a call are measured together: the units are samples, or rows when they stay apart."""
+
+    def __init__(self, call: DenoiserCall, weights: tuple[float, ...]) -> None:
+        self.call, self.weights = call, weights
+        self.n_units = call.output.shape[0] // len(weights)
+
+    def slices(self, max_rows: int) -> list[range]:
+        """Units at a time."""
+        step = max(1, max_rows // len(self.weights))
+        return [range(i, min(i + step, self.n_units)) for i in range(0, self.n_units, step)]
+
+    def rows(self, units: range) -> torch.Tensor:
+        """Positions of the rows of some units, first rows first."""
+        first = torch.arange(units.start, units.stop, device=self.call.output.device)
+        return torch.cat([first + j * self.n_units for j in range(len(self.weights))])
+
+    def combined(self) -> torch.Tensor:
+        """The prediction of each unit, float32 `[units, ...]`."""
+        rows = self.call.output.float().reshape(len(self.weights), self.n_units, *self.call.output.shape[1:])
+        return torch.einsum("k,ku...->u...", torch.tensor(self.weights, device=rows.device), rows)
+
+    def spread(self, direction: torch.Tensor) -> torch.Tensor:
+        """A direction on the predictions as one on the rows."""
+        return torch.cat([weight * direction for weight in self.weights])
 
 
 class _Totals:
@@ -257,24 +298,28 @@ def _changes(bank: Bank, denoiser: nn.Module, decision: str) -> Changes:
     return Changes(known.layers, deltas.flatten(2))
 
 
-def _directions(call: DenoiserCall, index: int, options: JacobianOptions) -> list[torch.Tensor]:
-    """Random u `[R, ...]`, each row divided by the norm of its output: squared products are relative to its power."""
-    output = call.output.float()
-    norms = output.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+def _directions(plan: _RowPlan, index: int, options: JacobianOptions) -> list[torch.Tensor]:
+    """Random u on the predictions, divided by their norms and spread over the rows, `[R, ...]` each."""
+    prediction = plan.combined()
+    norms = prediction.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     found = []
     for number in range(options.n_directions):
         words = f"sedimo direction {options.seed} {index} {number}"
         generator = torch.Generator().manual_seed(int(content_key(words)[:12], 16))
-        direction = torch.randn(output.shape, generator=generator).to(output.device)
-        found.append(direction / norms.reshape(-1, *[1] * (output.ndim - 1)))
+        direction = torch.randn(prediction.shape, generator=generator).to(prediction.device)
+        found.append(plan.spread(direction / norms.reshape(-1, *[1] * (prediction.ndim - 1))))
     return found
 
 
-def _mean_squares(taps: Taps, output: torch.Tensor, directions: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _mean_squares(
+    taps: Taps, output: torch.Tensor, directions: Sequence[torch.Tensor], n_units: int
+) -> dict[str, torch.Tensor]:
     total: dict[str, torch.Tensor] = {}
     boost = output[0].numel() ** 0.5  # keeps gradients near 1, within the range of half precision
     for direction in directions:
-        for decision, squares in taps.squared_products(output, (direction * boost).to(output.dtype)).items():
+        for decision, squares in taps.squared_products(
+            output, (direction * boost).to(output.dtype), n_samples=n_units
+        ).items():
             mean = squares.cpu() / (output[0].numel() * len(directions))
             total[decision] = total[decision] + mean if decision in total else mean
     return total
@@ -285,7 +330,7 @@ def _refuse_hidden_use(denoiser: nn.Module, call: DenoiserCall, layers: Sequence
     if not layers:
         return
     weights = [denoiser.get_submodule(layer).get_parameter("weight") for layer in layers]
-    first = rows_of(call, slice(0, 1))
+    first = rows_of(call, torch.arange(1, device=call.output.device))
     wanting = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)

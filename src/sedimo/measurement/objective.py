@@ -73,8 +73,8 @@ def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[
         yield call, samples
 
 
-def rows_of(call: DenoiserCall, rows: slice) -> dict[str, object]:
-    """The inputs of some rows of a recorded call, copied: a denoiser may overwrite what it is given.
+def rows_of(call: DenoiserCall, rows: slice | torch.Tensor) -> dict[str, object]:
+    """The inputs of some rows (a slice or positions) of a recorded call, copied: a denoiser may overwrite them.
 
     Tensors whose first axis has the length of the batch are cut, all others are whole.
     """
@@ -82,7 +82,7 @@ def rows_of(call: DenoiserCall, rows: slice) -> dict[str, object]:
     return {name: _cut(value, rows, n_rows) for name, value in call.inputs.items()}
 
 
-def _cut(value: object, rows: slice, n_rows: int) -> object:
+def _cut(value: object, rows: slice | torch.Tensor, n_rows: int) -> object:
     if isinstance(value, torch.Tensor):
         return (value[rows] if value.ndim and value.shape[0] == n_rows else value).clone()
     if isinstance(value, Mapping):

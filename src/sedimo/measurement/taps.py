@@ -44,13 +44,13 @@ class _Sums:
             total = products.sum(0)
             self.pooled = total if self.pooled is None else self.pooled + total
 
-    def squares(self, n_rows: int) -> torch.Tensor:
-        """Squared inner products `[R, F]`; where rows cannot be told apart, their mean for each."""
-        if self.pooled is None and self.rows is not None:
-            return self.rows.double().square()
-        total = torch.zeros(()) if self.rows is None else self.rows.sum(0)
-        pooled = total if self.pooled is None else total.to(self.pooled.device) + self.pooled
-        return (pooled.double().square() / n_rows).expand(n_rows, -1)
+    def squares(self, n_samples: int) -> torch.Tensor:
+        """Squared inner products `[n, F]`, a sample's rows added first; the mean where samples mix."""
+        rows = None if self.rows is None else self.rows.double().reshape(-1, n_samples, self.rows.shape[1]).sum(0)
+        if self.pooled is None:
+            return torch.zeros(()) if rows is None else rows.square()
+        total = self.pooled.double() if rows is None else self.pooled.double() + rows.sum(0)
+        return (total.square() / n_samples).expand(n_samples, -1)
 
 
 @dataclass
@@ -116,15 +116,19 @@ class Taps:
         """Decisions none of whose layers was called since `begin`."""
         return tuple(n for n, c in self._changes.items() if not self._state.uses.intersection(c.layers))
 
-    def squared_products(self, output: torch.Tensor, direction: torch.Tensor) -> dict[str, torch.Tensor]:
-        """<G_b, delta_f>^2 `[R, F]` float64 by decision, G_b the gradient of <direction_b, output_b>.
+    def squared_products(
+        self, output: torch.Tensor, direction: torch.Tensor, *, n_samples: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """<G_s, delta_f>^2 `[n, F]` float64 by decision, G_s the gradient of <direction_s, output_s>.
 
-        The graph is kept for further directions. Decisions that were not used are absent.
+        Row r belongs to sample `r mod n_samples` (to a sample of its own by default); the products of a sample's
+        rows are added before they are squared. The graph is kept for further directions. Decisions that were not
+        used are absent.
         """
         self._state.sums, self._n_rows = {}, output.shape[0]
         if output.requires_grad:
             torch.autograd.grad(output, self._anchor, direction, retain_graph=True, allow_unused=True)
-        return {name: sums.squares(self._n_rows) for name, sums in self._state.sums.items()}
+        return {name: sums.squares(n_samples or self._n_rows) for name, sums in self._state.sums.items()}
 
     def _tap(self, layer: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         inputs = args[0].detach()
