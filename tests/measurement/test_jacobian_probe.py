@@ -73,7 +73,7 @@ def delta(bank, decision, number_format):
 
 def test_random_directions_give_the_first_order_noise_on_average():
     adapter, bank = made(guided=True)
-    probe = probe_jacobian(adapter, bank, SAMPLING, options=JacobianOptions(n_directions=120))
+    probe = probe_jacobian(adapter, bank, SAMPLING, options=JacobianOptions(n_directions=120, combine_rows=False))
     assert len(probe.noise) == len(bank.space.decisions) == 7
     calls = list(batches_of(SAMPLING, record(adapter, SAMPLING).calls))
     for name in ("time", "first", "grouped"):
@@ -93,7 +93,7 @@ def test_random_directions_give_the_first_order_noise_on_average():
 
 def test_with_guidance_noise_is_that_of_the_combined_prediction():
     adapter, bank = made(guided=True)
-    probe = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions(n_directions=60, combine_rows=True))
+    probe = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions(n_directions=60))
     assert probe.row_weights == pytest.approx((GUIDANCE, 1 - GUIDANCE), rel=1e-3)
     for name in ("time", "first", "twice"):
         decision = bank.space.decision_index[name]
@@ -118,7 +118,7 @@ def test_rows_that_stay_apart_are_averaged_by_sample(monkeypatch):
         return {"first": values}, ()
 
     monkeypatch.setattr(jacobian._Pass, "_squares", squares)
-    probe = probe_jacobian(adapter, bank, SAMPLING)
+    probe = probe_jacobian(adapter, bank, SAMPLING, options=JacobianOptions(combine_rows=False))
     assert probe.row_weights == (1.0,)
     assert probe.noise["first"]["uaq3"] == (1.0, 2.0, 0.5)  # rows 0 and 2, 1 and 3 of the first batch; 0 and 1
 
@@ -142,8 +142,8 @@ def test_directions_are_relative_to_the_power_of_each_output():
 
 def test_slices_keep_the_rows_of_a_sample_together():
     adapter, bank = made(guided=True)
-    whole = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions(combine_rows=True))
-    pieces = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions(combine_rows=True, max_rows=2))
+    whole = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions())
+    pieces = probe_jacobian(adapter, bank, LONGER, options=JacobianOptions(max_rows=2))
     for decision in whole.noise.keys() - {"time"}:
         assert pieces.noise[decision]["uaq3"] == pytest.approx(whole.noise[decision]["uaq3"], rel=1e-4)
 

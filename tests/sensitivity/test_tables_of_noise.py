@@ -122,7 +122,7 @@ def test_jacobian_costs_are_means_over_samples_with_their_error():
     assert (cost.cost, cost.n) == (6.0, 2)
     assert cost.standard_error == pytest.approx(stats.sem([3.0, 9.0]))
     assert table.index["a", FP16].cost == 0
-    assert table.settings["unused_decisions"] == "d"
+    assert (table.settings["unused_decisions"], table.settings["row_weights"]) == ("d", "1.00")
     del noise["b"][str(UAQ6)]
     with pytest.raises(InputError, match="no b at uaq6"):
         jacobian_table(SPACE, CANDIDATES, probe_of(noise))

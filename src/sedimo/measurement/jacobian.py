@@ -4,9 +4,9 @@ For sample s, step t and a random u ~ N(0, I) on the output, let G be the gradie
 a weight, for that sample alone. The mean over u of <G, dW>^2 is exactly ||J dW||^2, so the squared inner products
 are averaged over steps and a few u. All decisions and formats come from one recorded trajectory.
 
-Each row of a denoiser call counts as a sample of its own, relative to the power of its own output; where guidance
-computes a sample in several rows, its value is the mean over them. With `combine_rows`, u is put on the prediction
-that the scheduler makes of the rows instead, if the trajectory shows how (see `guidance.py`).
+Where guidance computes a sample in several rows, u is put on the prediction that the scheduler makes of them, if the
+trajectory shows how (see `guidance.py`). Else, and without `combine_rows`, each row counts as a sample of its own,
+relative to the power of its own output, and a sample's value is the mean over its rows.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class JacobianOptions:
     seed: int = 0
     memory_bytes: int = 2 << 30
     max_rows: int = 64
-    combine_rows: bool = False
+    combine_rows: bool = True
 
 
 @dataclass(frozen=True, slots=True)

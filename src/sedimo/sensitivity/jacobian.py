@@ -34,6 +34,7 @@ def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: J
         "n_samples": str(len(setting.seeds)),
         "n_steps": str(setting.n_steps),
         "n_directions": str(probe.n_directions),
+        "row_weights": ", ".join(f"{w:.2f}" for w in probe.row_weights),
         "unused_decisions": ", ".join(probe.unused) or "none",
     }
     return build_table("jacobian", space, candidates, estimate, settings)
