@@ -13,6 +13,7 @@ import pytest
 from report_examples import PROVENANCE, dit_summary, make_pictures, unet_summary
 
 from sedimo.errors import InputError
+from sedimo.pipelines import folder
 from sedimo.reporting import charts, html
 from sedimo.reporting.html import MAX_BYTES, render, write_report
 from sedimo.reporting.images import show_pictures
@@ -171,7 +172,7 @@ def test_a_theme_can_be_fixed():
 def test_writing_replaces_a_file_as_a_whole(tmp_path, monkeypatch):
     target = tmp_path / "report.html"
     target.write_text("old")
-    monkeypatch.setattr(html.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(folder.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(unet_summary(), target)
     assert target.read_text() == "old"

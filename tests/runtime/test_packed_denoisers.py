@@ -89,14 +89,14 @@ def test_compiles_with_the_default_compiler(packed_dit):
     torch.testing.assert_close(denoise(compiled), denoise(packed_dit), rtol=1e-4, atol=1e-5)  # fused sums
 
 
-def test_accelerate_offload_rebuilds_packed_parameters(packed_dit):
+def test_accelerate_offload_rebuilds_packed_parameters(packed_dit, tmp_path):
     expected = denoise(packed_dit)
     offloaded = copy.deepcopy(packed_dit)
     accelerate.cpu_offload(offloaded, execution_device=CPU)
     assert offloaded.get_submodule(OWNER).weight.device.type == "meta"
     assert torch.equal(denoise(offloaded), expected)
     with pytest.raises(StateError, match="offloaded"):
-        save_denoiser(offloaded, "never")
+        save_denoiser(offloaded, tmp_path)
     accelerate.dispatch_model(packed_dit, {"": "cpu"}, force_hooks=True)
     assert torch.equal(denoise(packed_dit), expected)
 
@@ -263,7 +263,7 @@ def test_shared_weights_follow_each_other(packed_dit):
         replace_weights(packed_dit, {OWNER: random_packed(shape), TIED: random_packed(shape)})
 
 
-def test_wrong_weights_are_refused(packed_dit):
+def test_wrong_weights_are_refused(packed_dit, tmp_path):
     with pytest.raises(InputError, match="no Linear or Conv1d or Conv2d or Conv3d layer 'nowhere'"):
         replace_weights(packed_dit, {"nowhere": random_packed((4, 4))})
     with pytest.raises(InputError, match=r"'proj_out_1' has a weight of shape \(64, 32\), the packed"):
@@ -271,7 +271,7 @@ def test_wrong_weights_are_refused(packed_dit):
     with pytest.raises(InputError, match="takes a QuantizedTensor"):
         replace_weights(packed_dit, {"proj_out_1": torch.zeros(64, 32)})
     with pytest.raises(InputError, match="no weight of the denoiser is packed"):
-        save_denoiser(reference(packed_dit), "never")
+        save_denoiser(reference(packed_dit), tmp_path)
 
 
 def test_dequantizing(packed_dit, tmp_path):

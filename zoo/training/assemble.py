@@ -41,6 +41,10 @@ def _write_pipeline(work: Path, autoencoder: AutoencoderKL, out: Path) -> None:
     )
     shutil.rmtree(out, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(out)
+    for config in out.glob("*/config.json"):
+        plain = json.loads(config.read_text())
+        plain.pop("_name_or_path", None)  # the folder of the one who trained it
+        config.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
     index = json.loads((out / "model_index.json").read_text())
     index["id2label"] = {str(number): name for number, name in enumerate(CLASS_NAMES)}  # diffusers forgets it
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

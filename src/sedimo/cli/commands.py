@@ -128,6 +128,24 @@ def diff(first: str, second: str, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.argument("changes", metavar="LAYER=FORMAT...", nargs=-1, required=True)
+@click.option("--source", required=True, metavar="SRC", help="What CHECKPOINT was made from.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@_json_option
+def change(checkpoint: str, changes: tuple[str, ...], source: str, out: Path, as_json: bool) -> None:
+    """Give single layers of a packed CHECKPOINT other formats; nothing else is fitted or changed.
+
+    Example: sedimo change small proj_out_2=uaq8 --source zoo:cifar-dit -o better
+    """
+    from sedimo.api.changing import change_formats
+    from sedimo.cli.orders import formats_of
+
+    found = change_formats(checkpoint, formats_of(changes), source=source, out=out)
+    console.print_json(found.as_json()) if as_json else show.change(found)
+
+
+@click.command()
 @click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
 @click.option("--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted.")
@@ -138,10 +156,11 @@ def allocate(run: Path, out: Path | None, as_json: bool, **budget: float | None)
     """Choose the recipe for another budget from the measurements in the study folder RUN."""
     from sedimo.api.rereport import allocate_again
     from sedimo.cli.orders import budget_of
+    from sedimo.pipelines.folder import write_file
 
     found = allocate_again(run, budget_of(budget))
     if out is not None:
-        out.write_text(found.recipe.to_json(), encoding="utf-8")
+        write_file(out, found.recipe.to_json().encode())
     console.print_json(show.allocation_json(found)) if as_json else show.allocation(found)
 
 
@@ -170,4 +189,4 @@ def demo(out: Path, bits: float, as_json: bool) -> None:
     console.print_json(result.as_json()) if as_json else show.result(result)
 
 
-ALL = (inspect, quantize, allocate, evaluate, diff, report, demo)
+ALL = (inspect, quantize, change, allocate, evaluate, diff, report, demo)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,18 @@ def sampling_of(options: Mapping[str, Any]) -> SamplingOrder:
 def compute_of(options: Mapping[str, Any]) -> Compute:
     """Dtype and device."""
     return Compute(options["dtype"], options["device"])
+
+
+def formats_of(changes: Iterable[str]) -> dict[str, str]:
+    """Formats by layer from texts such as `proj_out_2=uaq8`."""
+    found: dict[str, str] = {}
+    for text in changes:
+        layer, separator, number_format = text.partition("=")
+        if not (layer and separator and number_format):
+            raise InputError(f"a change is written LAYER=FORMAT, such as proj_out_2=uaq8; got {text!r}")
+        if found.setdefault(layer, number_format) != number_format:
+            raise InputError(f"layer {layer!r} is given two formats: {found[layer]} and {number_format}")
+    return found
 
 
 def _conditions(path: Path | None) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from sedimo.cli.console import print_table
 
 if TYPE_CHECKING:
     from sedimo.allocation.problem import Allocation
+    from sedimo.api.changing import Change
     from sedimo.api.comparison import Evaluation
     from sedimo.api.inspection import LayerDifference
     from sedimo.api.job import JobPlan, JobResult
@@ -115,6 +116,15 @@ def evaluation(found: Evaluation) -> None:
         click.echo(f"{found.n_exact} samples are exact, {found.n_decorrelated} have more noise than half the signal")
     if found.extractor:
         click.echo(f"features by {found.extractor}; FID falls with n, so compare only figures of equal n")
+
+
+def change(found: Change) -> None:
+    """What a changed checkpoint has instead of what."""
+    print_table("", ("layer", "before", "after"), [(n, found.before[n], f) for n, f in found.after.items()])
+    written = found.written
+    click.echo(
+        f"packed layers {size(written.stored_bytes)}, denoiser file {size(written.file_bytes)}: {written.folder}"
+    )
 
 
 def differences(found: Sequence[LayerDifference]) -> None:

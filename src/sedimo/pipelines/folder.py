@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, and files that get into it by link or by copy."""
+"""Folders and files that appear whole or not at all, and files that get into a folder by link or by copy."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Writes a file; an existing one is replaced at once or not at all."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def place_file(source: Path, target: Path, *, link: bool) -> bool:

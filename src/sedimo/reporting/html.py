@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -13,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from sedimo.errors import InputError
+from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting import charts, phrasing
 from sedimo.reporting.glossary import GLOSSARY
@@ -46,15 +46,7 @@ def write_report(summary: Summary, path: str | Path) -> Path:
         raise InputError(
             f"a report must stay under {MAX_BYTES} bytes, this one has {len(content)}; give fewer recipes."
         )
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(target, content)
     return target
 
 

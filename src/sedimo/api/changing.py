@@ -1,0 +1,116 @@
+"""Other formats for single layers of a packed checkpoint; nothing else is fitted or written differently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sedimo.api.describing import owners_of, recipe_of
+from sedimo.codec import to_plain
+from sedimo.errors import InputError
+from sedimo.pipelines.loading import locate
+from sedimo.pipelines.weights import FileWeights, denoiser_folder
+from sedimo.quant.fitting import fit
+from sedimo.quant.formats import Format
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.card import Origin
+from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
+from sedimo.runtime.writing import WrittenCheckpoint, replace_layer_format
+from sedimo.space import Recipe
+
+MOST_NOISE = 0.5  # of a packed weight relative to its source; more means another model
+
+
+@dataclass(frozen=True)
+class Change:
+    """A checkpoint that was written anew: by layer the formats before and after, and its sizes [bytes]."""
+
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    written: WrittenCheckpoint
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values by name."""
+        changed = {name: {"before": self.before[name], "after": f} for name, f in self.after.items()}
+        sizes = {"stored_bytes": self.written.stored_bytes, "file_bytes": self.written.file_bytes}
+        plain: dict[str, object] = to_plain({"changed": changed, **sizes, "out": str(self.written.folder)})
+        return plain
+
+
+def change_formats(
+    checkpoint: Path | str, formats: Mapping[str, str | Format], *, source: str, out: Path | str
+) -> Change:
+    """Writes a packed checkpoint anew with other formats for some layers; all other tensors keep their bytes.
+
+    `source` is what the checkpoint was made from: a diffusers folder, a hub id or `zoo:NAME`. Only the named layers
+    are read from it and fitted. A layer that shares its weight changes together with those that it shares it with.
+
+    Raises:
+        InputError: no packed checkpoint, an unknown layer, fp16, a source that does not fit, or `out` in use.
+        StateError: a damaged checkpoint.
+    """
+    place = Path(checkpoint).expanduser()
+    inner = denoiser_folder(place)
+    old = open_checkpoint(inner)
+    name, folder = locate(source, None)
+    weights = FileWeights(denoiser_folder(folder))
+    wanted = {layer: f if isinstance(f, Format) else Format.parse(f) for layer, f in formats.items()}
+    fresh = _fitted(old, weights, wanted)
+    before = recipe_of(old)
+    owners = owners_of(old)
+    changed = {layer: fresh[owner] for layer, owner in owners.items() if owner in fresh} | fresh
+    after = Recipe({**before.layers, **{layer: weight.format for layer, weight in changed.items()}})
+    written = replace_layer_format(
+        place,
+        Path(out),
+        fresh,
+        Origin(name, recipe_json=after.to_json()),
+        component=inner.name if inner != place else None,
+    )
+    return Change({n: _text(before, n) for n in changed}, {n: _text(after, n) for n in changed}, written)
+
+
+def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, Format]) -> dict[str, QuantizedTensor]:
+    """The packed weights by the layers that own them."""
+    owners, packed = owners_of(checkpoint), read_packed(checkpoint)
+    found: dict[str, QuantizedTensor] = {}
+    for layer, number_format in wanted.items():
+        owner = owners.get(layer, layer)
+        if not number_format.is_quantized:
+            raise InputError(
+                f"layer {layer!r} cannot be left alone again in a packed checkpoint: quantize the source with a recipe "
+                "that leaves it at fp16"
+            )
+        weight = weights.read(layer)
+        if owner in packed:
+            _check_source(layer, weight, packed[owner].dequantize())
+        fitted = fit(weight, number_format.weight_format, layer_name=layer)
+        tensor = QuantizedTensor.from_fitted(fitted, weight.dtype)
+        if owner in found and found[owner].format != tensor.format:
+            raise InputError(f"layer {layer!r} shares its weight with others and must get the same format as they")
+        tensor.layer_name = owner
+        found[owner] = tensor
+    return found
+
+
+def _check_source(layer: str, weight: torch.Tensor, packed: torch.Tensor) -> None:
+    if weight.shape != packed.shape:
+        raise InputError(
+            f"layer {layer!r} has a weight of shape {tuple(packed.shape)} in the checkpoint and "
+            f"{tuple(weight.shape)} in the source; give the source that the checkpoint was made from"
+        )
+    wide = weight.double()
+    noise = float((packed.double() - wide).square().sum() / wide.square().sum().clamp_min(1e-300))
+    if noise > MOST_NOISE:
+        raise InputError(
+            f"layer {layer!r} of the checkpoint differs from the source by {noise:.2g} of its power, more than any "
+            f"quantization leaves ({MOST_NOISE}); give the source that the checkpoint was made from"
+        )
+
+
+def _text(recipe: Recipe, layer: str) -> str:
+    entry = recipe.layers.get(layer, "fp16")
+    return str(entry) if isinstance(entry, Format | str) else " | ".join(str(p.format) for p in entry)
