@@ -25,12 +25,14 @@ from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.exploration import random_recipe_near
+from sedimo.measurement.jacobian import JacobianOptions, probe_jacobian
 from sedimo.measurement.probe import Prober
 from sedimo.measurement.study import Study
 from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.metrics.signal import paired_difference, summarize
 from sedimo.sensitivity.ablation import check_scaling, plan_checks
 from sedimo.sensitivity.combine import geometric_mean
+from sedimo.sensitivity.jacobian import jacobian_table
 
 N_RANDOM = 20
 FID_DTYPE = "bf16"  # both sides; three times as fast as float32 on processors that know it
@@ -73,20 +75,23 @@ def tables_of(bench: Bench, bank, bits: float):
     common = {"store": bench.study, "sampling": bench.search, "progress": bench.progress}
     probed = sedimo.probe(bench.pipe, bank, "ablation", ablation=ablation_near(bits), **common)
     ablation = sedimo.attribute(probed)
-    jacobian = jacobian_of(bench, bank)
+    jacobian, apart = jacobian_of(bench, bank), jacobian_of(bench, bank, combine_rows=False)
     tables = {
         "combined": geometric_mean(ablation, jacobian),
         "jacobian": jacobian,
         "ablation": ablation,
         "error": sedimo.attribute(bank),
+        "combined, rows apart": geometric_mean(ablation, apart),
+        "jacobian, rows apart": apart,
     }
     return tables, [one.probe for one in probed.ablation]
 
 
-def jacobian_of(bench: Bench, bank):
-    """The table of first-order noise."""
-    common = {"store": bench.study, "sampling": bench.search, "progress": bench.progress}
-    return sedimo.attribute(sedimo.probe(bench.pipe, bank, "jacobian", **common))
+def jacobian_of(bench: Bench, bank, *, combine_rows: bool = True):
+    """The table of first-order noise, guided rows taken together as the sampler does, or each for itself."""
+    options = JacobianOptions(combine_rows=combine_rows)
+    probe = probe_jacobian(bench.pipe, bank, bench.search, study=bench.study, options=options, progress=bench.progress)
+    return jacobian_table(bank.space, bank.candidates, probe)
 
 
 def bank_of(bench: Bench, formats: str):
