@@ -1,4 +1,4 @@
-"""Draws docs/pictures/samples.png, samples of the embedded model, one class per column: `python scripts/pictures.py`."""
+"""Draws docs/pictures/samples.png, the embedded model one class per column: `python scripts/pictures.py`."""
 
 from __future__ import annotations
 
