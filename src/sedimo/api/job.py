@@ -40,11 +40,12 @@ STORED_BYTES_PER_SOURCE_BYTE = 0.35  # a generous guess for the disk that the re
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What a job will do and take, told before it starts."""
+    """What a job will do and take, told before it starts; `unchecked` as in `MethodPlan`."""
 
     source: str
     method: str
     reason: str
+    unchecked: str
     budget: str
     n_decisions: int
     n_formats: int
@@ -92,9 +93,7 @@ class JobResult:
             "out": str(self.written.folder),
             "report": str(self.report),
         }
-        if self.check is not None:
-            found["check"] = self.check.as_json()
-        return found
+        return found | ({"unchecked": self.plan.unchecked} if self.check is None else {"check": self.check.as_json()})
 
 
 def plan(order: Order, progress: Progress = SILENT) -> JobPlan:
@@ -112,6 +111,7 @@ def plan(order: Order, progress: Progress = SILENT) -> JobPlan:
         source=opened.name,
         method=method.method,
         reason=method.reason,
+        unchecked=method.unchecked,
         budget=str(order.budget),
         n_decisions=len(opened.space.decisions),
         n_formats=len({f for d in opened.space.decisions for f in d.formats}),
