@@ -116,8 +116,8 @@ def _resort(obstacle: str) -> str:
     return f"{obstacle}, so weight error has to do"
 
 
-def _too_slow(what: str, seconds: float) -> str:
-    return f"{what} would take about {max(1, round(seconds / 60))} minutes"
+def _too_slow(what: str, seconds: float, how_sure: str = "about") -> str:
+    return f"{what} would take {how_sure} {max(1, round(seconds / 60))} minutes"
 
 
 def _sampled(opened: Opened, method: MeasuredMethod, timing: CallTiming, reason: str) -> MethodPlan:
@@ -162,7 +162,7 @@ def _why_too_slow(opened: Opened, n_rows: int, what: str) -> str | None:
     device = opened.order.compute.device or ("cuda" if torch.cuda.is_available() else "cpu")
     speed = FASTEST_MACS_PER_SECOND.get(device, FASTEST_MACS_PER_SECOND["other"])
     seconds = ROWS_PER_SAMPLE * n_rows * opened.graph.macs / speed
-    return _too_slow(what, seconds).replace("about", "at least") if seconds > PATIENCE_SECONDS else None
+    return _too_slow(what, seconds, "at least") if seconds > PATIENCE_SECONDS else None
 
 
 def _n_search_rows(opened: Opened) -> int:
