@@ -96,26 +96,32 @@ class SearchSpace:
             {layer: choice[d.name] for d in self.decisions if d.name in choice for layer in d.layers}
         )
 
+    def check(self, recipe: Recipe) -> None:
+        """Refuses a recipe that this denoiser cannot take.
+
+        Raises:
+            InputError: a layer is unknown, or differs from a layer that shares its weight.
+        """
+        known = {layer for d in self.decisions for layer in d.layers}
+        unknown = sorted(set(recipe.layers) - known)
+        if unknown:
+            raise InputError(f"the recipe names layers that {self.denoiser} does not have: {unknown[:5]}")
+        for decision in self.decisions:
+            entries = {recipe.layers.get(layer, FP16) for layer in decision.layers}
+            if len(entries) != 1:
+                found = ", ".join(sorted(str(recipe.layers.get(layer, FP16)) for layer in decision.layers))
+                raise InputError(
+                    f"layers with equal weights must have one format, got {found} for {', '.join(decision.layers[:3])}"
+                )
+
     def choice(self, recipe: Recipe) -> dict[str, Format]:
         """The format of every decision under a recipe of whole layers, fp16 where the recipe is silent.
 
         Raises:
             InputError: a layer is unknown, split in parts, or differs from a layer that shares its weight.
         """
-        known = {layer for d in self.decisions for layer in d.layers}
-        unknown = sorted(set(recipe.layers) - known)
-        if unknown:
-            raise InputError(f"the recipe names layers that {self.denoiser} does not have: {unknown[:5]}")
-        found = {}
-        for decision in self.decisions:
-            formats = {recipe.whole_format(layer) for layer in decision.layers}
-            if len(formats) != 1:
-                raise InputError(
-                    f"layers with equal weights must have one format, got {sorted(map(str, formats))} "
-                    f"for {', '.join(decision.layers[:3])}"
-                )
-            found[decision.name] = formats.pop()
-        return found
+        self.check(recipe)
+        return {decision.name: recipe.whole_format(decision.layers[0]) for decision in self.decisions}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +175,12 @@ class Recipe:
         if len(formats) != 1:
             raise InputError(f"layer {layer!r} is split in parts of formats {sorted(map(str, formats))}")
         return formats.pop()
+
+    @property
+    def formats(self) -> frozenset[Format]:
+        """All formats that it mentions."""
+        entries = self.layers.values()
+        return frozenset(f for e in entries for f in ((e,) if isinstance(e, Format) else (p.format for p in e)))
 
     @property
     def key(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 
 import sedimo
 from sedimo.api.additivity import whole_recipes
@@ -18,6 +21,7 @@ from sedimo.errors import InputError, StateError
 from sedimo.measurement.exploration import random_recipe
 
 LAYER = "transformer_blocks.0.attn1.to_q"
+TWINS = [f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1" for i in range(2)]
 
 
 @pytest.fixture
@@ -47,12 +51,29 @@ def test_a_plain_mapping_quantizes_a_pipeline_a_bare_denoiser_and_a_module(tiny_
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [({"nowhere": "kmc3"}, "does not have: 'nowhere'"), ({LAYER: "kmc1"}, "bits must lie in"), ({LAYER: "x"}, "x")],
+    [
+        ({"nowhere": "kmc3"}, r"does not have: \['nowhere'\]"),
+        ({LAYER: "kmc1"}, "bits must lie in"),
+        ({LAYER: "x"}, "x"),
+        ({LAYER: "kmc4a8"}, "kmc4a8 quantizes activations to 8 bits, which is not supported yet; use kmc4"),
+        ({TWINS[0]: "uaq4"}, "must have one format, got fp16, uaq4"),
+        ({TWINS[0]: "uaq4", TWINS[1]: "uaq5"}, "must have one format, got uaq4, uaq5"),
+    ],
 )
 def test_recipes_that_do_not_fit_are_refused_and_change_nothing(pipe, recipe, message):
     with pytest.raises(InputError, match=message):
         sedimo.quantize(pipe, recipe)
     assert not isinstance(pipe.denoiser.get_submodule(LAYER).weight, sedimo.QuantizedTensor)
+
+
+def test_a_bank_of_other_weights_is_refused(pipe):
+    space = sedimo.search_space(sedimo.trace(pipe), "uaq4,fp16")
+    other = sedimo.load(copy.deepcopy(pipe.denoiser))
+    with torch.no_grad():
+        other.denoiser.get_submodule(LAYER).weight.mul_(1.01)
+    with pytest.raises(InputError, match=f"layer '{LAYER}' is not the one of the bank"):
+        sedimo.quantize(pipe, {LAYER: "uaq4"}, bank=sedimo.fit(other, space))
+    sedimo.quantize(pipe, {LAYER: "uaq4"}, bank=sedimo.fit(pipe, space))
 
 
 def test_what_is_quantized_is_not_quantized_again(pipe):
@@ -71,7 +92,7 @@ def test_a_fused_adapter_is_not_lost_unseen(pipe):
     with pytest.raises(InputError, match="merged into layer"):
         sedimo.quantize(pipe, {LAYER: "uaq4"})
     recurse_remove_peft_layers(pipe.denoiser)  # what unload_lora_weights() does
-    with pytest.raises(InputError, match=r"to_q' is not the one in .*Save the pipeline"):
+    with pytest.raises(InputError, match=r"layer '.*' is not the one in .*Save the pipeline"):
         sedimo.fit(pipe, space)
     again = sedimo.load(pipe.pipeline)  # an object is what it holds
     sedimo.quantize(again, {LAYER: "uaq8"})
@@ -84,6 +105,28 @@ def test_a_folder_that_was_saved_with_an_adapter_is_named_as_such(pipe, tmp_path
     pipe.pipeline.transformer.save_pretrained(tmp_path / "adapted" / "transformer")
     for source in (tmp_path / "adapted", tmp_path / "adapted" / "transformer"):
         with pytest.raises(InputError, match="holds an adapter"):
+            sedimo.load(source)
+
+
+def test_a_damaged_component_is_named(tiny_pipeline_folder, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["decoder.conv_in.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(StateError, match=r"vae lack 1 tensors, such as 'decoder.conv_in.weight'"):
+        sedimo.load(folder)
+
+
+@pytest.mark.parametrize("value", ["sedimo", ["x"]])
+def test_a_quantization_that_is_no_object_is_refused(tiny_pipeline_folder, tmp_path, value):
+    folder = tmp_path / "strange"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": value}))
+    for source in (folder, folder / "transformer"):
+        with pytest.raises(StateError, match="quantization_config must be an object"):
             sedimo.load(source)
 
 

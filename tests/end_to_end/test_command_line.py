@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 import sedimo
 from sedimo.cli.main import main
+from sedimo.errors import InputError
 
 QUICK = ["--seeds", "2", "--steps", "2"]
 
@@ -248,6 +249,31 @@ def test_a_file_that_is_no_text_is_a_clear_error(tiny_pipeline_folder, tmp_path)
     (tmp_path / "prompts").write_bytes(bytes([255, 254, 0]))
     options = ("--bits", "4", "-o", tmp_path / "out", "--prompts", tmp_path / "prompts")
     assert "UnicodeDecodeError" in run("quantize", tiny_pipeline_folder, *options, code=3).stderr
+
+
+def test_what_cannot_be_done_yet_or_means_nothing_is_refused_at_once(tiny_pipeline_folder, tmp_path):
+    out = ("-o", tmp_path / "out")
+    for options in (("--method", "uniform:kma4a8"), ("--bits", "4", "--formats", "kma4a8,kma6")):
+        result = run("quantize", tiny_pipeline_folder, *options, *out, code=3)
+        assert "kma4a8 quantizes activations" in result.stderr
+    result = run("quantize", tiny_pipeline_folder, "--bits", "4", "--guidance", "nan", *out, code=3)
+    assert "guidance scale must be a finite number" in result.stderr
+
+
+def test_a_denoiser_with_arguments_of_unknown_names_is_traced_through_its_pipeline(tiny_pipeline_folder, monkeypatch):
+    from sedimo.api import opening, verbs
+
+    real, asked = verbs.trace, []
+
+    def trace(pipe, **options):
+        asked.append(type(pipe).__name__)
+        if len(asked) == 1:
+            raise InputError("it requires the arguments x, for which no example is known")
+        return real(pipe, **options)
+
+    monkeypatch.setattr(opening.verbs, "trace", trace)
+    run("quantize", tiny_pipeline_folder, "--bits", "4.5", "--method", "error", "--dry-run", "-o", "out")
+    assert asked == ["BareDenoiser", "DiffusersPipeline"]
 
 
 def test_a_resumed_job_keeps_the_method_that_it_began_with(tiny_pipeline_folder, tmp_path, monkeypatch):

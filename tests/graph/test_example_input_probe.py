@@ -77,6 +77,29 @@ def test_given_inputs_are_taken_as_they_are() -> None:
     assert inputs["sample"] == (2, 4, 16, 16)  # found, with the same number of samples
 
 
+def test_no_real_table_of_an_unknown_size_is_made():
+    asked = []
+
+    class Positional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text = nn.Linear(24, 8)
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, hidden_states, encoder_hidden_states):
+            width = encoder_hidden_states.shape[-1]
+            if width > 1000:
+                asked.append(width)
+            table = torch.arange(width).float().mean()  # on the CPU, whatever the inputs are
+            return self.proj(hidden_states) + self.text(encoder_hidden_states).mean() + float(table >= 0)
+
+    with torch.device("meta"):
+        denoiser = Positional()
+    with pytest.raises(InputError, match="a table of a size that is not known"):
+        find_inputs(denoiser, {})
+    assert asked, "the unknown size reached the table"
+
+
 def test_no_size_remains_unknown() -> None:
     for name in TINY:
         for value in found(name).values():

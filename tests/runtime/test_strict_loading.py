@@ -104,6 +104,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no version": (lambda f: edit_config(f, lambda c: c["quantization_config"].pop("format_version")), "version None"),
     "unknown field": (edit_quantization(bits=4), r"unknown fields \['bits'\]"),
     "layers are a list": (edit_quantization(layers=[]), "must be an object of layer names, got list"),
+    "recipe beside layers": (edit_quantization(recipe={"proj_out_1": "kma2"}), "recipe"),
     "unknown layer field": (edit_layer(KMC, group=4), r"unknown fields \['group'\]"),
     "unknown kind": (edit_layer(KMC, kind="Embedding"), "kind must be one of"),
     "wrong kind": (edit_layer(KMC, kind="Conv2d"), "a Conv2d weight has 4 positive sizes"),

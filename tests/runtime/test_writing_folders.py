@@ -201,6 +201,20 @@ def test_an_exchange_that_fails_restores_the_old_folder(tmp_path, monkeypatch):
     assert names(out) == {"old"}
 
 
+def test_what_another_one_wrote_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+
+    def write() -> None:
+        with new_folder(out) as folder:
+            (folder / "mine").write_text("x")
+            out.mkdir()
+            (out / "theirs").write_text("y")
+
+    with pytest.raises(InputError, match="exists already"):
+        write()
+    assert names(out) == {"theirs"}
+
+
 def test_folders_and_files_have_ordinary_permissions(tmp_path):
     (tmp_path / "usual").mkdir()
     (tmp_path / "usual" / "file").write_text("x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
 from sedimo.space import SearchSpace, search_space
+
+logger = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
 
@@ -88,8 +91,24 @@ def open_source(order: Order) -> Opened:
     weights = FileWeights(inner, order.variant)
     bare = load_pipeline(str(inner), device="cpu", dtype=stored_dtype(weights.files), variant=order.variant)
     denoiser = bare.denoiser
-    graph = verbs.trace(denoiser)
+    graph = _traced(bare, order)
     formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
     if order.recipe is not None:
-        formats = ",".join(sorted({str(f) for f in verbs.formats_of(order.recipe)} | {"fp16"}))
-    return Opened(order, name, folder, denoiser, graph, search_space(graph, formats), weights)
+        formats = ",".join(sorted({str(f) for f in order.recipe.formats} | {"fp16"}))
+    space = search_space(graph, formats)
+    if order.recipe is not None:
+        space.check(order.recipe)
+    return Opened(order, name, folder, denoiser, graph, space, weights)
+
+
+def _traced(bare: verbs.Loaded, order: Order) -> DenoiserGraph:
+    """The graph by the names of the denoiser's arguments, else by one call of its pipeline."""
+    try:
+        return verbs.trace(bare)
+    except InputError as error:
+        compute = order.compute
+        whole = load_pipeline(locate(order.source, order.variant)[1], device=compute.device, dtype=compute.dtype)
+        if isinstance(whole, BareDenoiser):
+            raise
+        logger.info("%s; its pipeline is called once", error)
+        return verbs.trace(whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -9,7 +11,7 @@ from typing import Literal
 from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.quant.formats import Format, parse_formats
+from sedimo.quant.formats import FULL_BITS, Format, parse_formats
 from sedimo.space import Recipe
 
 Method = Literal["auto", "error", "jacobian", "ablation", "combined"]
@@ -65,6 +67,11 @@ class SamplingOrder:
     guidance: float | None = None
     resolution: int | None = None
     n_check_seeds: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuses a guidance scale that is no number."""
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise InputError(f"the guidance scale must be a finite number, got {self.guidance}")
 
     def searching(self, pipe: DiffusersPipeline) -> Sampling:
         """The plan on which recipes are searched."""
@@ -126,6 +133,10 @@ class Order:
             Format.parse(self.method.removeprefix(UNIFORM))
         if not self.is_fixed and not self.budget.is_given:
             raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes)")
+        asked = parse_formats(self.formats) if not self.is_fixed else ()
+        refuse_activations([*asked, *([] if self.uniform_format is None else [self.uniform_format])])
+        if self.recipe is not None:
+            refuse_activations(self.recipe.formats)
         if self.recipe is not None and (self.budget.is_given or self.method != "auto"):
             raise InputError("a recipe decides everything: leave out --method and the budget")
 
@@ -163,3 +174,17 @@ class Order:
             inside = [other for other, outer in resolved.items() if other != name and path.is_relative_to(outer)]
             if inside:
                 raise InputError(f"{name} {places[name]} must not lie in {inside[0]} {places[inside[0]]}")
+
+
+def refuse_activations(formats: Iterable[Format]) -> None:
+    """Refuses formats with activation bits: weights alone are quantized.
+
+    Raises:
+        InputError: naming the format.
+    """
+    for number_format in formats:
+        if number_format.activation_bits < FULL_BITS:
+            raise InputError(
+                f"format {number_format} quantizes activations to {number_format.activation_bits} bits, which is not "
+                f"supported yet; use {number_format.weight_format}"
+            )

@@ -16,6 +16,7 @@ from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
 from sedimo.api.additivity import check_additivity, whole_recipes
 from sedimo.api.describing import card_writer
+from sedimo.api.order import refuse_activations
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
@@ -176,14 +177,19 @@ def quantize(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None 
     `recipe` is a `Recipe` or a plain mapping of layer name to format text. With a `bank`, its fits are used.
 
     Raises:
-        InputError: an unknown layer, a format that is none, a weight that is packed already or carries an adapter.
+        InputError: an unknown layer, a format that is none or has activation bits, layers with equal weights and
+            different formats, a bank of other weights, a weight that is packed already or carries an adapter.
     """
     wanted = recipe if isinstance(recipe, Recipe) else Recipe.from_mapping(recipe)
     denoiser = pipe if isinstance(pipe, nn.Module) else pipe.denoiser
     refuse_unfit_source(denoiser)
+    refuse_activations(wanted.formats)
     if bank is None:
-        space = search_space(trace(pipe), sorted({str(f) for f in formats_of(wanted)} | {"fp16"}))
+        space = search_space(trace(pipe), sorted({str(f) for f in wanted.formats} | {"fp16"}))
         bank = Bank(weights_of(pipe), space, candidates=())
+    else:
+        refuse_changed(bank.weights, denoiser, layers=wanted.layers)
+    bank.space.check(wanted)
     replace_weights(denoiser, bank.quantize(wanted))
     return pipe
 
@@ -191,12 +197,6 @@ def quantize(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None 
 def memory_bytes(model: nn.Module | Loaded) -> int:
     """The real memory of a model's parameters and buffers, packed ones as packed, shared ones once [bytes]."""
     return memory.memory_bytes(model if isinstance(model, nn.Module) else model.denoiser)
-
-
-def formats_of(recipe: Recipe) -> set[Format]:
-    """All formats that a recipe mentions."""
-    entries = recipe.layers.values()
-    return {f for e in entries for f in ((e,) if isinstance(e, Format) else (p.format for p in e))}
 
 
 def _captured_inputs(pipe: DiffusersPipeline) -> Mapping[str, object]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedimo.errors import InputError
 from sedimo.graph.inputs import ARGUMENTS, FIRST_UNKNOWN, Sizes
@@ -191,7 +193,7 @@ class _Search:
             failure: Exception | None = None
             try:
                 inputs = self._build(forms, sizes)
-                with torch.no_grad(), watch.on(self._twin):
+                with torch.no_grad(), watch.on(self._twin), _NoHugeTables():  # type: ignore[no-untyped-call]  # as above
                     self._twin(**inputs)
             except _SizeLearned:
                 continue
@@ -205,6 +207,29 @@ class _Search:
         unresolved = frozenset(sizes.unknown) - frozenset(sizes.learned)
         ran = frozenset(watch.layers_run)
         return _Attempt(forms, inputs, sizes.learned, unresolved, watch.n_modules_run, ran, failure)
+
+
+class _NoHugeTables(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
+    """Refuses real tensors of a size that is still unknown, such as tables of rotary positions."""
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        named = kwargs if isinstance(kwargs, dict) else {}
+        values = list(_leaves([*args, *named.values()]))
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        is_meta = any(v.is_meta for v in tensors) or str(named.get("device")) == "meta"
+        if not is_meta and any(isinstance(v, int | float) and v >= FIRST_UNKNOWN for v in values):
+            raise ValueError(f"{func} would make a table of a size that is not known")
+        return func(*args, **named)
+
+
+def _leaves(values: Iterable[object]) -> Iterator[object]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 class _Watch:

@@ -19,18 +19,23 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         InputError: `out` is a file, or a folder that is not empty and may not be overwritten.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise InputError(f"{out} exists already and is not an empty folder: choose another, or allow to overwrite it")
+    _refuse_used(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield folder
         _give_usual_permissions(folder)
         _sync(folder)
+        _refuse_used(out, overwrite=overwrite)  # another one may have written there meanwhile
         _exchange(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _refuse_used(out: Path, *, overwrite: bool) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise InputError(f"{out} exists already and is not an empty folder: choose another, or allow to overwrite it")
 
 
 def write_file(target: Path, content: bytes) -> None:

@@ -106,6 +106,7 @@ def _load_folder(
             f"the pipeline in {folder} has no denoiser: none of its components "
             f"({', '.join(_components(index))}) is called {' or '.join(DENOISER_NAMES)}"
         )
+    _check_quantization(folder / present[0], _read_object(folder / present[0] / "config.json"))
     chosen = _folder_variant(folder, present[0], variant)
     _refuse_adapters_in(folder / present[0], chosen)
     arguments: dict[str, object] = {
@@ -117,7 +118,9 @@ def _load_folder(
     with _loading(folder):
         pipeline = load(folder, use_safetensors=True, local_files_only=True, **arguments)
     adapter = DiffusersPipeline(pipeline, name=name, folder=folder, variant=chosen)
-    _refuse_incomplete(adapter.denoiser, folder)
+    for component, network in pipeline.components.items():
+        if isinstance(network, nn.Module):
+            _refuse_incomplete(network, folder / component)
     pipeline.to(device)
     return adapter
 
@@ -130,6 +133,7 @@ def _load_denoiser(
             f"{folder} is no diffusers folder: it has no model_index.json (a pipeline) and no config.json (a denoiser)"
         )
     config = _read_object(folder / "config.json")
+    _check_quantization(folder, config)
     kind = _model_class(folder, config.get("_class_name"))
     chosen = find_weights(folder, WEIGHTS_STEM, variant).variant
     _refuse_adapters_in(folder, chosen)
@@ -162,6 +166,12 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise StateError(f"{path} must hold an object, got {type(plain).__name__}")
     return plain
+
+
+def _check_quantization(denoiser: Path, config: dict[str, Any]) -> None:
+    quantization = config.get("quantization_config", {})
+    if not isinstance(quantization, dict):
+        raise StateError(f"{denoiser / 'config.json'}: quantization_config must be an object, got {quantization!r:.80}")
 
 
 def _labels(folder: Path, index: dict[str, Any]) -> dict[str, object]:

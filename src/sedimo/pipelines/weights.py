@@ -20,7 +20,7 @@ from torch import nn
 
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
-from sedimo.pipelines.adapter import WeightInfo
+from sedimo.pipelines.adapter import WeightInfo, WeightSource
 from sedimo.pipelines.files import WEIGHTS_STEM, find_weights
 
 _SUFFIX = ".weight"
@@ -160,20 +160,24 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     return _COMPUTE_DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
 
 
-def refuse_changed(weights: FileWeights, denoiser: nn.Module) -> None:
-    """Refuses a loaded denoiser whose weights are no longer those of its files: what is measured would not be packed.
+def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[str] | None = None) -> None:
+    """Refuses a denoiser whose weights are not those of a source: what was measured would not be what is packed.
+
+    `layers` limits the comparison; by default all weights are compared.
 
     Raises:
         InputError: naming the first layer that differs, or an adapter (LoRA).
     """
     live = ModuleWeights(denoiser)
-    for info in live.weights():
-        tensor = live.read(info.layer_name)
-        if not torch.equal(tensor, weights.read(info.layer_name).to(tensor.dtype)):
+    known = {info.layer_name for info in live.weights()}
+    for name in known if layers is None else known.intersection(layers):
+        tensor = live.read(name)
+        if not torch.equal(tensor, weights.read(name).to(tensor.dtype)):
+            place = f"the one in {weights.folder}" if isinstance(weights, FileWeights) else "the one of the bank"
             raise InputError(
-                f"the weight of layer {info.layer_name!r} is not the one in {weights.folder} any more (was an adapter "
-                "fused into it?). Save the pipeline to a folder of its own and load that one, or pass the pipeline "
-                "object itself to sedimo.load"
+                f"the weight of layer {name!r} is not {place} (was an adapter fused into it, or is it another "
+                "model's?). Save the pipeline to a folder of its own and load that one, or pass the pipeline object "
+                "itself to sedimo.load, and fit its own bank"
             )
 
 

@@ -66,6 +66,11 @@ class SedimoConfig(QuantizationConfigMixin):
         plain = configuration or plain_configuration({}, MADE_BY)
         self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
         self.layers, self.made_by = read_configuration(plain, place="quantization_config")
+        if recipe and self.layers:
+            raise StateError(
+                "quantization_config has packed layers and a recipe for more of them; a packed checkpoint takes none. "
+                "Remove the field 'recipe', or quantize the full-precision source"
+            )
         self.recipe = dict(recipe or {})
 
     @classmethod
