@@ -11,7 +11,7 @@ from sedimo.errors import InputError
 
 SOURCE = "zoo:cifar-dit"
 SAMPLING = SamplingOrder(n_seeds=8, n_steps=10, n_check_seeds=16)
-METHOD = "jacobian"  # named, so that a demo is the same on a slow machine; `combined` takes three times as long
+METHOD = "jacobian"  # named, so that a demo is the same on a slow machine
 MARK = ".sedimo-demo"
 
 

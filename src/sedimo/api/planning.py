@@ -31,7 +31,6 @@ PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
     "ablation": ("ablation",),
     "combined": ("ablation", "jacobian"),
 }
-COMBINED_BELOW_BITS = 3.75  # above it first-order noise alone was as good or better
 PATIENCE_SECONDS = 30 * 60
 SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
 N_SCALING_CHECKS = 12  # formats measured to see how well the others are scaled
@@ -101,14 +100,11 @@ def ablation_options(opened: Opened) -> AblationOptions:
 
 
 def _best(opened: Opened) -> MethodPlan:
+    """First-order noise, which no other method beat at any budget (docs/results.md), if that is quick enough."""
     timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
-    bits = _ordered_bits(opened)
-    is_coarse = bits is not None and bits < COMBINED_BELOW_BITS
-    methods: tuple[MeasuredMethod, ...] = ("combined", "jacobian") if is_coarse else ("jacobian",)
-    for method in methods:  # from the best on, by what was measured at this budget (docs/results.md)
-        cost = _search_cost(opened, method, timing)
-        if cost.seconds <= PATIENCE_SECONDS:
-            return _sampled(opened, method, timing, "the best at this budget that takes less than half an hour")
+    cost = _search_cost(opened, "jacobian", timing)
+    if cost.seconds <= PATIENCE_SECONDS:
+        return _sampled(opened, "jacobian", timing, "the best that takes less than half an hour")
     return _unsampled(opened, _error_cost(opened), _resort(_too_slow("measuring", cost.seconds)), timing)
 
 
