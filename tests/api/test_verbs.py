@@ -172,3 +172,26 @@ def test_the_report_checks_additivity_on_whole_recipes_of_one_setting(pipe, tmp_
     assert len({t.setting.key for t in found}) == 1
     path = sedimo.report(study, table, sedimo.allocate(table, bits=8.5), path=tmp_path / "report.html")
     assert path.is_file()
+
+
+def card_of(folder):
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_says_how_other_components_came_and_from_what(pipe, tiny_pipeline_folder, tmp_path):
+    sedimo.quantize(pipe, {LAYER: "kmc3"})
+    small = pipe.save_pretrained(tmp_path / "small")
+    assert "- base model: pipeline\n" in card_of(small)
+    assert "- files of other components: 3 copied from the source folder\n" in card_of(small)
+    again = sedimo.load(small)
+    again.pipeline.scheduler = copy.deepcopy(again.pipeline.scheduler)
+    card = card_of(again.save_pretrained(tmp_path / "again"))
+    assert 'base_model: "pipeline"\n' in card, "that of the packed source's card, not the packed source"
+    assert "2 copied from the source folder, those of scheduler written anew\n" in card
+    (small / "README.md").unlink()
+    assert "base_model:" not in card_of(sedimo.load(small).save_pretrained(tmp_path / "unknown"))
+    module = sedimo.load(tiny_pipeline_folder).denoiser
+    card = card_of(sedimo.load(sedimo.quantize(module, {LAYER: "kmc3"})).save_pretrained(tmp_path / "bare"))
+    assert "# DiTTransformer2DModel, quantized by Sedimo\n" in card
+    assert "base" not in card
+    assert "other components" not in card

@@ -247,6 +247,7 @@ def test_changing_one_layer_keeps_every_other_byte(source, packed_dit, tmp_path)
     loaded = DiffusionPipeline.from_pretrained(second).transformer
     assert str(packed_layers(loaded)["proj_out_1"].format) == "uaq3"
     assert written.stored_bytes == checkpoint.stored_bytes
+    assert (second / "README.base.md").read_text() == "the base model's card", "not that of the packed source"
     assert (second / "vae" / WEIGHTS).read_bytes() == (source / "vae" / WEIGHTS).read_bytes()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from sedimo.pipelines.saving import Finish
 from sedimo.pipelines.weights import denoiser_folder
 from sedimo.quant.formats import Format
-from sedimo.runtime.card import Origin
+from sedimo.runtime.card import CARD_NAME, Origin, base_model_of
 from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
 from sedimo.runtime.layout import LayerEntry, TiedEntry
 from sedimo.runtime.writing import write_card
@@ -25,17 +25,28 @@ def owners_of(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: e.same_as if isinstance(e, TiedEntry) else name for name, e in checkpoint.layers.items()}
 
 
-def card_writer(base_model: str) -> Finish:
-    """Adds model card and recipe to a folder that is being saved, if its denoiser is packed."""
+def card_writer(name: str, source: Path | None) -> Finish:
+    """Adds model card and recipe to a folder that is being saved, if its denoiser is packed.
 
-    def finish(folder: Path) -> None:
+    The base model is `name`; if `source` is packed itself, what its card says; and unknown without a source.
+    """
+    base_model = "" if source is None else _base_model(name, source)
+
+    def finish(folder: Path, placed: str) -> None:
         home = denoiser_folder(folder)
         if is_packed(home):
             checkpoint = open_checkpoint(home)
             origin = Origin(base_model, recipe_json=recipe_of(checkpoint).to_json())
-            write_card(folder, origin, checkpoint, "copied")
+            write_card(folder, origin, checkpoint, placed)
 
     return finish
+
+
+def _base_model(name: str, source: Path) -> str:
+    home = denoiser_folder(source)
+    if not is_packed(home):
+        return name
+    return base_model_of(source / CARD_NAME) or base_model_of(home / CARD_NAME)
 
 
 def _formats(entry: LayerEntry) -> Format | tuple[PartFormat, ...]:

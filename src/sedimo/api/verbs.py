@@ -66,7 +66,8 @@ def load(
         >>> pipe = sedimo.load("zoo:cifar-dit")
     """
     loaded = load_pipeline(source, device=device, dtype=dtype, variant=variant)
-    loaded.finish_saving = card_writer(str(source) if isinstance(source, str) and is_hub_id(source) else loaded.name)
+    name = str(source) if isinstance(source, str) and is_hub_id(source) else loaded.name
+    loaded.finish_saving = card_writer(name, loaded.folder)
     return loaded
 
 

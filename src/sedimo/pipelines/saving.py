@@ -9,7 +9,7 @@ whole or not at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from sedimo.pipelines.files import component_files
 from sedimo.pipelines.folder import new_folder, place_file
 from sedimo.pipelines.objects import PipelineObject
 
-Finish = Callable[[Path], None]
+Finish = Callable[[Path, str], None]  # the folder, and how files of other components came there (empty: none did)
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,17 @@ def save_pipeline(
     Raises:
         InputError: `out` exists and is not an empty folder.
     """
+    present = {name: component for name, component in pipeline.components.items() if component is not None}
+    loaded = source.components if source is not None else {}
+    kept = [name for name, c in present.items() if name != denoiser_name and loaded.get(name) is c]
     with new_folder(out) as folder:
-        for name, component in pipeline.components.items():
-            if component is None:
-                continue
-            if source is not None and name != denoiser_name and source.components.get(name) is component:
-                for path, file in component_files(source.folder / name, source.variant).items():
-                    place_file(file, folder / name / path, link=False)
-            else:
-                component.save_pretrained(folder / name)  # type: ignore[attr-defined]  # components of diffusers all have it
+        n_copied = 0 if source is None else sum(_copy_component(source, name, folder) for name in kept)
+        written = [name for name in present if name not in kept]
+        for name in written:
+            present[name].save_pretrained(folder / name)  # type: ignore[attr-defined]  # components of diffusers all have it
         _write_index(pipeline, folder)
         if finish is not None:
-            finish(folder)
+            finish(folder, _placed(n_copied, [name for name in written if name != denoiser_name]))
     return out
 
 
@@ -69,8 +68,23 @@ def save_denoiser_only(denoiser: nn.Module, out: Path, *, finish: Finish | None 
     with new_folder(out) as folder:
         denoiser.save_pretrained(folder)  # type: ignore[operator]  # diffusers has no types
         if finish is not None:
-            finish(folder)
+            finish(folder, "")
     return out
+
+
+def _copy_component(source: LoadedFrom, name: str, folder: Path) -> int:
+    """Copies a component's files and returns their number."""
+    files = component_files(source.folder / name, source.variant)
+    for path, file in files.items():
+        place_file(file, folder / name / path, link=False)
+    return len(files)
+
+
+def _placed(n_copied: int, written: Sequence[str]) -> str:
+    """How the files of other components came into a folder, for its card."""
+    copied = [f"{n_copied} copied from the source folder"] if n_copied else []
+    anew = [f"those of {', '.join(written)} written anew"] if written else []
+    return ", ".join(copied + anew)
 
 
 def _write_index(pipeline: PipelineObject, folder: Path) -> None:

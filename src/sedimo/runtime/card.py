@@ -7,16 +7,22 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from sedimo.codec import parse_json
 from sedimo.quant.formats import FULL_BITS
 from sedimo.runtime.layout import LayerEntry, TiedEntry, packed_tensors
+
+CARD_NAME, BASE_CARD_NAME = "README.md", "README.base.md"
+_OURS = re.compile(r"---\nlibrary_name: diffusers\n(?:base_model: (?P<base>\".*\")\n)?(?:.+\n)*?tags:\n- sedimo\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a checkpoint comes from: texts for its card, and the recipe file that goes with it.
 
-    `base_model` is a hub id or a name; `notes` are lines about quality, each with its n and error bar.
+    `base_model` is a hub id or a name, empty where nobody knows; `notes` are lines about quality, each with its n and
+    error bar.
     """
 
     base_model: str
@@ -34,17 +40,12 @@ def model_card(
     denoiser_class: str,
     placed: str,
 ) -> str:
-    """README.md of a checkpoint; `placed` says whether other components were linked or copied."""
+    """README.md of a checkpoint; `placed` says how other components' files came there, empty if there are none."""
     loader = "DiffusionPipeline" if is_pipeline else denoiser_class
+    base = [f"base_model: {json.dumps(origin.base_model)}", "base_model_relation: quantized"]
     lines = [
-        *(
-            "---",
-            "library_name: diffusers",
-            f"base_model: {json.dumps(origin.base_model)}",
-            "base_model_relation: quantized",
-        ),
-        *("tags:", "- sedimo", "- quantized", "---", ""),
-        *(f"# {origin.base_model}, quantized by Sedimo", ""),
+        *("---", "library_name: diffusers", *(base if origin.base_model else []), "tags:", "- sedimo", "- quantized"),
+        *("---", "", f"# {origin.base_model or denoiser_class}, quantized by Sedimo", ""),
         f"The weights of the denoiser ({denoiser_class}) are stored packed: {_summary(layers)}.",
         *("", "```python", "import sedimo  # teaches diffusers to read the packed weights"),
         *(f"from diffusers import {loader}", "", f'pipe = {loader}.from_pretrained("path/to/this/folder")', "```", ""),
@@ -55,6 +56,17 @@ def model_card(
         *(["", "## Notes", "", *(f"- {note}" for note in origin.notes)] if origin.notes else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card that Sedimo wrote."""
+    return _own_header(path) is not None
+
+
+def base_model_of(path: Path) -> str:
+    """The base model that a card of Sedimo names; empty if it names none, or the file is no such card."""
+    header = _own_header(path)
+    return str(parse_json(header["base"], place=str(path))) if header is not None and header["base"] else ""
 
 
 def operation_of(layer: str) -> str:
@@ -92,11 +104,15 @@ def _operation_row(operation: str, entries: Mapping[str, LayerEntry | TiedEntry]
 def _history(origin: Origin, placed: str) -> list[str]:
     recipe = "`sedimo_recipe.json` in this folder holds the recipe" if origin.recipe_json else ""
     lines = [
-        f"base model: {origin.base_model}",
+        f"base model: {origin.base_model}" if origin.base_model else "",
         f"method: {origin.method}" if origin.method else "",
         f"command: `{origin.command}`" if origin.command else "",
         recipe,
-        placed,
+        f"files of other components: {placed}" if placed else "",
         "the file format is specified in Sedimo's docs/formats.md, version 1",
     ]
     return [line for line in lines if line]
+
+
+def _own_header(path: Path) -> re.Match[str] | None:
+    return _OURS.match(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None

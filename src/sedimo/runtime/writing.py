@@ -15,12 +15,12 @@ from sedimo.errors import InputError, StateError
 from sedimo.pipelines.files import component_files
 from sedimo.pipelines.folder import new_folder, place_file
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.card import Origin, model_card
+from sedimo.runtime.card import BASE_CARD_NAME, CARD_NAME, Origin, is_card, model_card
 from sedimo.runtime.checkpoint import Checkpoint, change_layers, open_checkpoint
 from sedimo.runtime.diffusers_plugin import MADE_BY
 from sedimo.runtime.weights import MAX_SHARD_SIZE, save_denoiser
 
-INDEX_NAME, CARD_NAME, RECIPE_NAME = "model_index.json", "README.md", "sedimo_recipe.json"
+INDEX_NAME, RECIPE_NAME = "model_index.json", "sedimo_recipe.json"
 _COMPONENT = re.compile(r"\w[\w.-]*")
 _KEPT = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 
@@ -137,7 +137,7 @@ def write_card(folder: Path, origin: Origin, checkpoint: Checkpoint, placed: str
         checkpoint.layers,
         is_pipeline=(folder / INDEX_NAME).is_file(),
         denoiser_class=str(checkpoint.config.get("_class_name", "the denoiser's class")),
-        placed=f"files of other components: {placed}",
+        placed=placed,
     )
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
     if origin.recipe_json is not None:
@@ -188,8 +188,9 @@ def _write_texts(
     copied: tuple[str, ...],
 ) -> None:
     write_card(folder, origin, checkpoint, f"{len(linked)} linked to the source folder, {len(copied)} copied")
-    if (source / CARD_NAME).is_file():
-        place_file(source / CARD_NAME, folder / "README.base.md", link=False)
+    base_card = source / (BASE_CARD_NAME if is_card(source / CARD_NAME) else CARD_NAME)
+    if base_card.is_file():
+        place_file(base_card, folder / BASE_CARD_NAME, link=False)
 
 
 def _forget_path(config: Path) -> None:
