@@ -16,11 +16,13 @@ def frontier(
     *,
     accounting: Accounting = "paper",
     gap: float = GAP,
+    rule: str = "greedy",
 ) -> tuple[Allocation, ...]:
     """The allocation at each budget [bits per weight], in rising order of the budgets.
 
+    By exchanges unless `rule` is `milp`: a curve needs no proofs, and each point still carries its bound and gap.
     The objective never rises along the curve: every answer is offered to the next, larger budget, so that
-    the gap at which the solver stops cannot bend the curve upwards.
+    the gap at which a search stops cannot bend the curve upwards.
 
     Raises:
         InputError: no budgets, or one that no choice keeps.
@@ -30,7 +32,7 @@ def frontier(
     found: list[Allocation] = []
     for bits in sorted(set(budgets)):
         budget = Budget(bytes_for_bits(bits, table.total_params), accounting)
-        found.append(allocate_within(table, budget, gap=gap, known=found[-1] if found else None))
+        found.append(allocate_within(table, budget, rule=rule, gap=gap, known=found[-1] if found else None))
     return tuple(found)
 
 

@@ -25,7 +25,7 @@ from sedimo.allocation.problem import IntArray, Problem
 from sedimo.errors import SedimoError
 
 MAX_SOLVES = 4  # once, and thrice again
-NODE_LIMIT = 200_000  # a count, not seconds: the answer must not depend on the machine
+NODE_LIMIT = 20_000  # a count, not seconds: the answer must not depend on the machine
 # An excess below the solver's tolerance does not vanish when the limit is lowered by as much.
 _GROWTH = 100
 _OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2

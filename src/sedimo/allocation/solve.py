@@ -120,6 +120,8 @@ def _decide_exactly(problem: Problem, relaxed: Relaxation, known: Sequence[IntAr
     if known:
         best = _best(problem, known)
         objective = problem.total_cost(best)
+        if objective - relaxed.bound <= gap * (objective - least):
+            return _Decided(best, relaxed.bound)  # the relaxation proves it
         core = drop_superfluous(problem, relaxed, objective, best)
     unit = (objective - least) / len(problem.options)
     solved = solve_checked(core, unit if unit > 0 else _spread(problem), gap)
