@@ -44,6 +44,7 @@ def test_named_layers_and_their_twins_change_and_nothing_else(packed, tiny_pipel
     differences = json.loads(run("diff", packed, out, "--json").stdout)["differences"]
     assert {d["layer"] for d in differences} == set(found["changed"])
     assert json.loads(run("diff", out, out / "sedimo_recipe.json", "--json").stdout) == {"differences": []}
+    assert "| `proj_out_1` | 1 | 2,048 | kmc3 |" in (out / "README.md").read_text()
     before, after = load_file(packed / WEIGHTS), load_file(out / WEIGHTS)
     same = [n for n in before if not n.startswith(("proj_out_1.weight", TIED[0], TIED[1]))]
     assert len(same) > 20

@@ -39,7 +39,15 @@ def _refuse_used(out: Path, *, overwrite: bool) -> None:
 
 
 def write_file(target: Path, content: bytes) -> None:
-    """Writes a file; an existing one is replaced at once or not at all."""
+    """Writes a file; an existing one is replaced at once or not at all.
+
+    Raises:
+        InputError: the folder does not exist, or `target` is a folder itself.
+    """
+    if not target.parent.is_dir():
+        raise InputError(f"the folder of a file must exist, got {str(target)!r}: create {str(target.parent)!r} first")
+    if target.is_dir():
+        raise InputError(f"a file cannot take the place of a folder, got {str(target)!r}: name a file inside it")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
