@@ -41,7 +41,7 @@ def summary_of(
         agreement=additivity,
         agreement_of="random recipes of about this size" if additivity else "",
         scaling=scaling,
-        recipes=() if check is None else recipe_rows(check),
+        recipes=() if check is None else recipe_rows(check, table.method),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(
             frontier(table, even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND))
@@ -60,10 +60,9 @@ def summary_of(
     )
 
 
-def recipe_rows(check: Check) -> tuple[RecipeRow, ...]:
-    """The result and the uniform recipes with their measures."""
-    rows: list[tuple[RecipeKind, CheckedRecipe]] = [("this", check.this), *(("uniform", u) for u in check.uniform)]
-    return tuple(_row(kind, recipe) for kind, recipe in rows)
+def recipe_rows(check: Check, method: str) -> tuple[RecipeRow, ...]:
+    """The result, called by its method, and the uniform recipes with their measures."""
+    return _row(method, "this", check.this), *(_row(u.name, "uniform", u) for u in check.uniform)
 
 
 def difference_rows(check: Check) -> tuple[DifferenceRow, ...]:
@@ -90,9 +89,9 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
     )
 
 
-def _row(kind: RecipeKind, recipe: CheckedRecipe) -> RecipeRow:
+def _row(name: str, kind: RecipeKind, recipe: CheckedRecipe) -> RecipeRow:
     found = {"sqnr_db": sqnr_estimate(recipe.signals.sqnr), "psnr_db": recipe.signals.psnr}
-    return RecipeRow(recipe.name, kind, recipe.paper_bits, recipe.stored_bits, found)
+    return RecipeRow(name, kind, recipe.paper_bits, recipe.stored_bits, found)
 
 
 def _estimate(difference: PairedDifference) -> Estimate:
