@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sedimo.api.describing import owners_of, recipe_of
+from sedimo.api.order import refuse_activations
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.pipelines.loading import locate
@@ -49,7 +50,8 @@ def change_formats(
     are read from it and fitted. A layer that shares its weight changes together with those that it shares it with.
 
     Raises:
-        InputError: no packed checkpoint, an unknown layer, fp16, a source that does not fit, or `out` in use.
+        InputError: no packed checkpoint, an unknown layer, fp16, activation bits, a source that does not fit, or an
+            `out` in use.
         StateError: a damaged checkpoint.
     """
     place = Path(checkpoint).expanduser()
@@ -58,6 +60,7 @@ def change_formats(
     name, folder = locate(source, None)
     weights = FileWeights(denoiser_folder(folder))
     wanted = {layer: f if isinstance(f, Format) else Format.parse(f) for layer, f in formats.items()}
+    refuse_activations(wanted.values())
     fresh = _fitted(old, weights, wanted)
     before = recipe_of(old)
     owners = owners_of(old)
@@ -87,7 +90,7 @@ def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, F
         weight = weights.read(layer)
         if owner in packed:
             _check_source(layer, weight, packed[owner].dequantize())
-        fitted = fit(weight, number_format.weight_format, layer_name=layer)
+        fitted = fit(weight, number_format, layer_name=layer)
         tensor = QuantizedTensor.from_fitted(fitted, weight.dtype)
         if owner in found and found[owner].format != tensor.format:
             raise InputError(f"layer {layer!r} shares its weight with others and must get the same format as they")
