@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from sedimo._bank_cache import BankCache
 from sedimo.codec import content_key
-from sedimo.errors import InputError
+from sedimo.errors import InputError, UnfitFormatError
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.fitting import FittedParameters, FittedWeight, error_estimates, fit, fit_parameters, with_codes
 from sedimo.quant.formats import FP16, Format, stored_bytes
@@ -27,6 +27,7 @@ from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import narrowed
 from sedimo.space import Decision, PartFormat, Recipe, SearchSpace
 
+Made = TypeVar("Made")
 FIT_VERSION = 1  # raise it when a fit changes: cached parameters and errors are then made anew
 _PACKED_BYTES_KEPT = 1 << 30
 
@@ -218,18 +219,30 @@ def fit_bank(
 
     With `sample_channels`, errors are estimated from that many output channels of each weight, and nothing is
     fitted until it is used; else every format is fitted in full. With a `cache` folder the work is saved as it
-    goes, named by the weights and the format, and reused; a killed run goes on where it was.
+    goes, named by the weights and the format, and reused; a killed run goes on where it was. A format that cannot
+    hold a weight is dropped from the choices of that decision, with a note in the bank's space.
 
     Raises:
-        InputError: a weight is missing, has another shape, or holds infinity or NaN.
+        InputError: a weight is missing, has another shape, holds infinity or NaN, or fits into none of its formats.
     """
     store = BankCache(cache / f"{weights.digest[:32]}-v{FIT_VERSION}" if cache else None)
     candidates: list[Candidate] = []
+    decisions: list[Decision] = []
+    notes: list[str] = []
     progress.start(len(space.decisions), "fitting formats" if sample_channels is None else "estimating errors")
     for decision in space.decisions:
-        candidates += _candidates(weights, decision, sample_channels, store)
+        found = _candidates(weights, decision, sample_channels, store)
+        kept = tuple(candidate.format for candidate in found)
+        dropped = [str(f) for f in decision.formats if f not in kept]
+        if not kept:
+            raise InputError(f"layer {decision.name!r} can be held by none of {', '.join(dropped)}; add kmc4 or fp16")
+        if dropped:
+            notes.append(f"{decision.name}: {', '.join(dropped)} cannot hold its values and were dropped")
+        candidates += found
+        decisions.append(replace(decision, formats=kept))
         progress.advance(1)
     progress.done()
+    space = replace(space, decisions=tuple(decisions), notes=(*space.notes, *notes)) if notes else space
     return Bank(weights, space, candidates, cache=store)
 
 
@@ -260,11 +273,21 @@ def _candidates(
     if missing:
         weight = read_weight(weights, decision)
         measure = _fit_all if is_exact else _estimate
-        made = measure(weight, decision, [f for f in missing if f.is_quantized], store, n_channels)
+        quantized = [f for f in missing if f.is_quantized]
+        made = possible(lambda formats: measure(weight, decision, formats, store, n_channels), quantized)
         made |= {f: _unquantized(weight, decision, f) for f in missing if not f.is_quantized}
         store.put_candidates({keys[f]: candidate for f, candidate in made.items()})
         found |= made
-    return [replace(found[f.weight_format], format=f) for f in decision.formats]
+    return [replace(found[f.weight_format], format=f) for f in decision.formats if f.weight_format in found]
+
+
+def possible(make: Callable[[Sequence[Format]], dict[Format, Made]], formats: Sequence[Format]) -> dict[Format, Made]:
+    """What `make` gives for the formats that can hold a weight; the others are left out."""
+    try:
+        return make(formats)
+    except UnfitFormatError:
+        one_by_one = ([f] for f in formats if len(formats) > 1)
+        return {f: made for one in one_by_one for f, made in possible(make, one).items()}
 
 
 def _fit_all(

@@ -2,6 +2,7 @@
 
     SedimoError
     ├── InputError          the caller's fault: a wrong value, file, name or budget (also a ValueError)
+    │   └── UnfitFormatError  a number format whose parameters overflow for a weight
     ├── StateError          stored data contradicts itself: a damaged, foreign or outdated file
     ├── UnsupportedError    an operation that a packed weight refuses instead of doing it wrongly
     └── MissingExtraError   an optional dependency is not installed; names the extra
@@ -19,6 +20,10 @@ class SedimoError(Exception):
 
 class InputError(SedimoError, ValueError):
     """The caller passed something that cannot be used."""
+
+
+class UnfitFormatError(InputError):
+    """A number format cannot hold the values of a weight."""
 
 
 class StateError(SedimoError, RuntimeError):

@@ -72,13 +72,13 @@ def test_weight_changes_that_do_not_fit_at_once_cost_more_passes(tiny_pipeline_f
 
 
 def test_scaling_is_checked_where_formats_were_not_probed(tiny_pipeline_folder, tmp_path):
-    many = opened(tiny_pipeline_folder, "ablation", formats="uaq3,uaq4,uaq5,uaq6,fp16")
+    many = opened(tiny_pipeline_folder, "ablation", 6.0, formats="uaq3,uaq4,uaq5,uaq6,fp16")
     with Study(tmp_path / "many") as study:
         measured = measure_table(many, "ablation", study)
         assert measured.scaling is not None
         assert measured.scaling.n <= planning.N_SCALING_CHECKS
         unchecked = dataclasses.replace(many, order=dataclasses.replace(many.order, check=False))
         assert measure_table(unchecked, "ablation", study).scaling is None
-    few = opened(tiny_pipeline_folder, "ablation", formats="uaq4,fp16")
+    few = opened(tiny_pipeline_folder, "ablation", 6.0, formats="uaq4,fp16")
     with Study(tmp_path / "few") as study:
         assert measure_table(few, "ablation", study).scaling is None

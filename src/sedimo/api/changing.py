@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from sedimo.api.describing import owners_of, recipe_of
+from sedimo.api.describing import owners_of, recipe_of, refuse_other_source
 from sedimo.api.order import refuse_activations
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
@@ -21,8 +19,6 @@ from sedimo.runtime.card import Origin
 from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
 from sedimo.runtime.writing import WrittenCheckpoint, replace_layer_format
 from sedimo.space import Recipe
-
-MOST_NOISE = 0.5  # of a packed weight relative to its source; more means another model
 
 
 @dataclass(frozen=True)
@@ -42,11 +38,17 @@ class Change:
 
 
 def change_formats(
-    checkpoint: Path | str, formats: Mapping[str, str | Format], *, source: str, out: Path | str
+    checkpoint: Path | str,
+    formats: Mapping[str, str | Format],
+    *,
+    source: str,
+    out: Path | str,
+    variant: str | None = None,
 ) -> Change:
     """Writes a packed checkpoint anew with other formats for some layers; all other tensors keep their bytes.
 
-    `source` is what the checkpoint was made from: a diffusers folder, a hub id or `zoo:NAME`. Only the named layers
+    `source` is what the checkpoint was made from: a diffusers folder, a hub id or `zoo:NAME`, and `variant` which of
+    its weights. Only the named layers
     are read from it and fitted. A layer that shares its weight changes together with those that it shares it with.
 
     Raises:
@@ -57,8 +59,8 @@ def change_formats(
     place = Path(checkpoint).expanduser()
     inner = denoiser_folder(place)
     old = open_checkpoint(inner)
-    name, folder = locate(source, None)
-    weights = FileWeights(denoiser_folder(folder))
+    name, folder = locate(source, variant)
+    weights = FileWeights(denoiser_folder(folder), variant)
     wanted = {layer: f if isinstance(f, Format) else Format.parse(f) for layer, f in formats.items()}
     refuse_activations(wanted.values())
     fresh = _fitted(old, weights, wanted)
@@ -89,7 +91,7 @@ def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, F
             )
         weight = weights.read(layer)
         if owner in packed:
-            _check_source(layer, weight, packed[owner].dequantize())
+            refuse_other_source(layer, weight, packed[owner].dequantize())
         fitted = fit(weight, number_format, layer_name=layer)
         tensor = QuantizedTensor.from_fitted(fitted, weight.dtype)
         if owner in found and found[owner].format != tensor.format:
@@ -97,21 +99,6 @@ def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, F
         tensor.layer_name = owner
         found[owner] = tensor
     return found
-
-
-def _check_source(layer: str, weight: torch.Tensor, packed: torch.Tensor) -> None:
-    if weight.shape != packed.shape:
-        raise InputError(
-            f"layer {layer!r} has a weight of shape {tuple(packed.shape)} in the checkpoint and "
-            f"{tuple(weight.shape)} in the source; give the source that the checkpoint was made from"
-        )
-    wide = weight.double()
-    noise = float((packed.double() - wide).square().sum() / wide.square().sum().clamp_min(1e-300))
-    if noise > MOST_NOISE:
-        raise InputError(
-            f"layer {layer!r} of the checkpoint differs from the source by {noise:.2g} of its power, more than any "
-            f"quantization leaves ({MOST_NOISE}); give the source that the checkpoint was made from"
-        )
 
 
 def _text(recipe: Recipe, layer: str) -> str:

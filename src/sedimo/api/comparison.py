@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sedimo.api import verbs
+from sedimo.api.describing import refuse_other_source
 from sedimo.api.evaluation import compare_distributions, compare_signals, draw, draw_features, measures
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
 from sedimo.bank import SILENT, Progress
@@ -60,7 +61,7 @@ def evaluate(
     SQNR and PSNR use the order's seeds; FID and KID use `n_images` seeds from the first on (0: not measured).
 
     Raises:
-        InputError: they are pipelines of different classes, or fewer than twenty images.
+        InputError: they are pipelines of different classes or weights, or fewer than twenty images.
     """
     if against.pipeline.__class__ is not quantized.pipeline.__class__:
         raise InputError(
@@ -69,6 +70,7 @@ def evaluate(
         )
     if 0 < n_images < MIN_IMAGES:
         raise InputError(f"FID and KID need at least {MIN_IMAGES} images, got {n_images}; 0 leaves them out")
+    _refuse_strangers(quantized, against)
     pair = (against, quantized)
     plan = sampling.searching(against)
     signals = compare_signals(*(draw(p, plan, label=p.name, progress=progress) for p in pair))
@@ -94,15 +96,27 @@ def evaluate_sources(
     *,
     n_images: int = 0,
     compute: Compute = DEFAULT_COMPUTE,
+    variant: str | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """`evaluate` for two folders or hub ids.
+    """`evaluate` for two folders or hub ids; `variant` names the weights of `against`.
 
     Raises:
         InputError: one of them cannot be sampled, or as `evaluate`.
     """
-    full, small = _pipeline(against, compute), _pipeline(quantized, compute)
+    full, small = _pipeline(against, compute, variant), _pipeline(quantized, compute)
     return evaluate(small, full, sampling=sampling, n_images=n_images, progress=progress)
+
+
+def _refuse_strangers(quantized: DiffusersPipeline, against: DiffusersPipeline) -> None:
+    """Refuses a checkpoint whose packed weights cannot have been made from the other's."""
+    weights = dict(against.denoiser.named_parameters(remove_duplicate=False))
+    for name, packed in packed_layers(quantized.denoiser).items():
+        weight = weights.get(f"{name}.weight")
+        if weight is None:
+            raise InputError(f"{against.name} has no layer {name!r}; give the source that the checkpoint was made from")
+        if not isinstance(weight, QuantizedTensor):
+            refuse_other_source(name, weight.detach().cpu(), packed.dequantize().cpu())
 
 
 def _sizes(quantized: DiffusersPipeline, against: DiffusersPipeline) -> dict[str, int]:
@@ -130,8 +144,8 @@ def _layer_bops(macs: int, weight: QuantizedTensor | None) -> int:
     return sum(count_bops(macs * (stop - start), f) for start, stop, f, _ in parts) // parts[-1][1]
 
 
-def _pipeline(source: str, compute: Compute) -> DiffusersPipeline:
-    loaded = load_pipeline(source, device=compute.device, dtype=compute.dtype)
+def _pipeline(source: str, compute: Compute, variant: str | None = None) -> DiffusersPipeline:
+    loaded = load_pipeline(source, device=compute.device, dtype=compute.dtype, variant=variant)
     if not isinstance(loaded, DiffusersPipeline):
         raise InputError(f"{source} is a denoiser without its pipeline and cannot be sampled")
     return loaded

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from sedimo.errors import InputError
 from sedimo.pipelines.saving import Finish
 from sedimo.pipelines.weights import denoiser_folder
 from sedimo.quant.formats import Format
@@ -12,6 +15,8 @@ from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
 from sedimo.runtime.layout import LayerEntry, TiedEntry
 from sedimo.runtime.writing import write_card
 from sedimo.space import PartFormat, Recipe
+
+MOST_NOISE = 1.0  # of a packed weight relative to its source: what rounding everything to zero would leave
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:
@@ -23,6 +28,26 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
 def owners_of(checkpoint: Checkpoint) -> dict[str, str]:
     """Packed layers to the ones whose tensors they use."""
     return {name: e.same_as if isinstance(e, TiedEntry) else name for name, e in checkpoint.layers.items()}
+
+
+def refuse_other_source(layer: str, weight: torch.Tensor, packed: torch.Tensor) -> None:
+    """Refuses a full-precision weight that a packed one cannot have been made from.
+
+    Raises:
+        InputError: another shape, or a difference larger than any quantization leaves.
+    """
+    if weight.shape != packed.shape:
+        raise InputError(
+            f"layer {layer!r} has a weight of shape {tuple(packed.shape)} in the checkpoint and "
+            f"{tuple(weight.shape)} in the source; give the source that the checkpoint was made from"
+        )
+    wide = weight.double()
+    noise = float((packed.double() - wide).square().sum() / wide.square().sum().clamp_min(1e-300))
+    if noise > MOST_NOISE:
+        raise InputError(
+            f"layer {layer!r} of the checkpoint differs from the source by {noise:.2g} of its power, more than any "
+            f"quantization leaves ({MOST_NOISE}); give the source that the checkpoint was made from"
+        )
 
 
 def card_writer(name: str, source: Path | None) -> Finish:

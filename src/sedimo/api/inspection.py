@@ -64,6 +64,8 @@ def read_recipe(path: str) -> Recipe:
 def differences(first: Recipe, second: Recipe) -> tuple[LayerDifference, ...]:
     """Layers whose formats differ, in the order of the first recipe."""
     names = dict.fromkeys([*first.layers, *second.layers])
+    if first.layers and second.layers and not first.layers.keys() & second.layers.keys():
+        raise InputError("the two have no layer in common: they are of different denoisers")
     pairs = ((n, _text(first.layers.get(n, FP16)), _text(second.layers.get(n, FP16))) for n in names)
     return tuple(LayerDifference(*pair) for pair in pairs if pair[1] != pair[2])
 

@@ -138,6 +138,9 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
         method = _kept_plan(opened, study)
         measured, allocation = _decide(opened, method, study, progress)
         bank, table = measured.bank, measured.table
+        opened.space = bank.space  # without formats that a weight does not fit into
+        if not any(f.is_quantized for f in allocation.choice.values()):
+            raise InputError("every layer would stay as it is: there is nothing to write. Give a smaller budget")
         check = None if method.unchecked else check_recipe(opened, bank, allocation, progress)
         additivity = None if method.unchecked else _additivity(opened, bank, study, (table, allocation), progress)
 

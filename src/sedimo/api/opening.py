@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
-from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
-from sedimo.space import SearchSpace, search_space
+from sedimo.pipelines.weights import FileWeights, denoiser_folder, refuse_endless, stored_dtype
+from sedimo.space import Decision, SearchSpace, search_space
 
 logger = logging.getLogger(__name__)
 
+ROUNDING = 1e-9
 MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
 
 
@@ -83,7 +85,8 @@ def open_source(order: Order) -> Opened:
     """Loads the denoiser in the dtype that it is stored in, and traces it.
 
     Raises:
-        InputError: the source cannot be used, is quantized already, or its inputs are unknown.
+        InputError: the source cannot be used, is quantized already, holds NaN, or its inputs are unknown; a budget that
+            no recipe keeps.
         StateError: a damaged file.
     """
     name, folder = locate(order.source, order.variant)
@@ -91,6 +94,7 @@ def open_source(order: Order) -> Opened:
     weights = FileWeights(inner, order.variant)
     bare = load_pipeline(str(inner), device="cpu", dtype=stored_dtype(weights.files), variant=order.variant)
     denoiser = bare.denoiser
+    refuse_endless(denoiser)
     graph = _traced(bare, order)
     formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
     if order.recipe is not None:
@@ -98,7 +102,24 @@ def open_source(order: Order) -> Opened:
     space = search_space(graph, formats)
     if order.recipe is not None:
         space.check(order.recipe)
+    _check_budget(order, space)
     return Opened(order, name, folder, denoiser, graph, space, weights)
+
+
+def _check_budget(order: Order, space: SearchSpace) -> None:
+    """Refuses a budget below what the smallest formats take, before anything is measured."""
+    budget = order.budget
+    if not budget.is_given or order.is_fixed:
+        return
+    size_of = Decision.stored_bytes if budget.bits is None else Decision.paper_bytes
+    sizes = [[size_of(d, f) for f in d.formats] for d in space.decisions]
+    least, most = (8 * sum(bound(s) for s in sizes) / space.params for bound in (min, max))
+    if budget.in_bits(space.params) < least * (1 - ROUNDING):
+        kind = "stored" if budget.bits is None else "paper"
+        raise InputError(
+            f"{budget} cannot be kept: with these formats the least possible is {math.ceil(least * 1e4) / 1e4:.4f} "
+            f"{kind} bits per weight, the most {most:.4f}"
+        )
 
 
 def _traced(bare: verbs.Loaded, order: Order) -> DenoiserGraph:

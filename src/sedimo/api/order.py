@@ -44,6 +44,17 @@ class BudgetOrder:
         """Whether there is a budget at all."""
         return any(v is not None for v in (self.bits, self.stored_bits, self.n_bytes))
 
+    def in_bits(self, n_weights: int) -> float:
+        """The budget per weight [bits], in its own accounting.
+
+        Raises:
+            InputError: no budget.
+        """
+        bits = self.bits if self.stored_bits is None else self.stored_bits
+        if bits is None and self.n_bytes is None:
+            raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes)")
+        return bits if bits is not None else 8 * (self.n_bytes or 0) / n_weights
+
     def __str__(self) -> str:
         """For people."""
         if self.bits is not None:
@@ -134,6 +145,8 @@ class Order:
         if not self.is_fixed and not self.budget.is_given:
             raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes)")
         asked = parse_formats(self.formats) if not self.is_fixed else ()
+        if asked and not any(f.is_quantized for f in asked):
+            raise InputError(f"the formats {self.formats} leave every layer as it is; add one such as kmc4")
         refuse_activations([*asked, *([] if self.uniform_format is None else [self.uniform_format])])
         if self.recipe is not None:
             refuse_activations(self.recipe.formats)
@@ -155,7 +168,7 @@ class Order:
         """Where measurements are kept, so that an interrupted run goes on."""
         if self.store is not None:
             return self.store
-        return None if self.out is None else self.out.with_name(self.out.resolve().name + ".study")
+        return None if self.out is None else self.out.absolute().with_name(self.out.resolve().name + ".study")
 
     def check_places(self, source: Path) -> None:
         """Refuses outputs that could not be written, before anything is measured.
@@ -165,6 +178,8 @@ class Order:
         """
         if self.out is None or self.study_folder is None:
             raise InputError("an output folder is needed: -o OUT")
+        if self.out.resolve() == Path.cwd():
+            raise InputError("the output cannot be the working folder, which it would replace: name a folder with -o")
         is_used = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
         if is_used and not self.overwrite:
             raise InputError(f"{self.out} exists already and is not an empty folder; choose another or remove it")

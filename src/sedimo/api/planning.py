@@ -16,7 +16,7 @@ import torch
 from sedimo.api.additivity import N_RECIPES
 from sedimo.api.opening import Opened
 from sedimo.api.probing import AblationOptions, ProbeMethod
-from sedimo.bank import fit_bank, read_weight
+from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
@@ -90,8 +90,10 @@ def plan_job(opened: Opened) -> MethodPlan:
 
 def near_bits(opened: Opened) -> tuple[float, ...]:
     """Around which bits to probe: half a bit below and a bit above the budget."""
-    bits = _ordered_bits(opened)
-    return DEFAULT_BITS if bits is None else (max(2.2, bits - 0.5), bits + 1.0)
+    if not opened.order.budget.is_given:
+        return DEFAULT_BITS
+    bits = opened.order.budget.in_bits(opened.space.params)
+    return max(2.2, bits - 0.5), bits + 1.0
 
 
 def ablation_options(opened: Opened) -> AblationOptions:
@@ -234,17 +236,12 @@ def seconds_per_fit(opened: Opened) -> float:
         return 0.0
     weight = read_weight(opened.weights, decision)
     rows = weight[: max(1, TIMED_WEIGHTS * weight.shape[0] // weight.numel())]
-    fit_parameters(rows[:1], formats)  # compiles, or loads what was compiled
+    fitting = list(possible(lambda some: fit_parameters(rows, some), formats))  # compiles, or loads what was compiled
+    if not fitting:
+        return 0.0
     begin = time.perf_counter()
-    fit_parameters(rows, formats)
-    return (time.perf_counter() - begin) / (rows.numel() * len(formats))
-
-
-def _ordered_bits(opened: Opened) -> float | None:
-    order = opened.order.budget
-    if order.n_bytes is not None:
-        return 8 * order.n_bytes / opened.space.params
-    return order.stored_bits if order.bits is None else order.bits
+    fit_parameters(rows, fitting)
+    return (time.perf_counter() - begin) / (rows.numel() * len(fitting))
 
 
 def _known(method: str) -> MeasuredMethod:

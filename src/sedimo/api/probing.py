@@ -67,6 +67,10 @@ def probe(
         InputError: another method, or a pipeline that cannot be sampled.
         Interrupted: Ctrl-C; what was measured is kept.
     """
+    if not isinstance(pipe, DiffusersPipeline):
+        raise InputError(
+            "a denoiser without its pipeline cannot be sampled: load the whole pipeline, or attribute the bank"
+        )
     plan = sampling or pipe.default_sampling(range(8), 10)
     if isinstance(store, str | Path):
         with Study(store) as study:

@@ -99,17 +99,24 @@ def quantize(as_json: bool, **options: object) -> None:
 @click.command()
 @click.argument("out", metavar="OUT")
 @click.option("--against", required=True, metavar="SRC", help="The pipeline that OUT was made from.")
+@click.option("--variant", help="Variant of SRC's weights, such as fp16.")
 @click.option("--images", type=click.IntRange(0), default=0, help="Number of images for FID and KID; 0: not measured.")
 @_sampling_options
 @_json_option
-def evaluate(out: str, against: str, images: int, as_json: bool, **options: object) -> None:
+def evaluate(out: str, against: str, images: int, variant: str | None, as_json: bool, **options: object) -> None:
     """Compare the checkpoint OUT with its source on the same seeds: size, SQNR, PSNR, FID, KID."""
     from sedimo.api.comparison import evaluate_sources
     from sedimo.cli.orders import compute_of, sampling_of
 
     with console.progress() as progress:
         found = evaluate_sources(
-            out, against, sampling_of(options), n_images=images, compute=compute_of(options), progress=progress
+            out,
+            against,
+            sampling_of(options),
+            n_images=images,
+            compute=compute_of(options),
+            variant=variant,
+            progress=progress,
         )
     console.print_json(found.as_json()) if as_json else show.evaluation(found)
 
@@ -131,9 +138,12 @@ def diff(first: str, second: str, as_json: bool) -> None:
 @click.argument("checkpoint", metavar="CHECKPOINT")
 @click.argument("changes", metavar="LAYER=FORMAT...", nargs=-1, required=True)
 @click.option("--source", required=True, metavar="SRC", help="What CHECKPOINT was made from.")
+@click.option("--variant", help="Variant of SRC's weights, such as fp16.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @_json_option
-def change(checkpoint: str, changes: tuple[str, ...], source: str, out: Path, as_json: bool) -> None:
+def change(
+    checkpoint: str, changes: tuple[str, ...], source: str, variant: str | None, out: Path, as_json: bool
+) -> None:
     """Give single layers of a packed CHECKPOINT other formats; nothing else is fitted or changed.
 
     Example: sedimo change small proj_out_2=uaq8 --source zoo:cifar-dit -o better
@@ -141,7 +151,7 @@ def change(checkpoint: str, changes: tuple[str, ...], source: str, out: Path, as
     from sedimo.api.changing import change_formats
     from sedimo.cli.orders import formats_of
 
-    found = change_formats(checkpoint, formats_of(changes), source=source, out=out)
+    found = change_formats(checkpoint, formats_of(changes), source=source, out=out, variant=variant)
     console.print_json(found.as_json()) if as_json else show.change(found)
 
 

@@ -24,6 +24,7 @@ from sedimo.graph.inputs import ARGUMENTS, FIRST_UNKNOWN, Sizes
 _MAX_RUNS = 40  # of all modules, in all attempts together, before giving up
 _MAX_LEARNED = 64  # sizes in one attempt
 _SIZE_OF_NO_CONSEQUENCE = 64  # of an argument that no layer and no sum reads
+_NO_LIMIT = 1 << 62  # an open end of a slice is 2^63 - 1
 _SMALL_REST = 100_000  # known sizes that are added to an unknown one stay below
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WITH_BATCH = ("hidden_states", "sample", "encoder_hidden_states", "timestep")
@@ -219,7 +220,7 @@ class _NoHugeTables(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         values = list(_leaves([*args, *named.values()]))
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
         is_meta = any(v.is_meta for v in tensors) or str(named.get("device")) == "meta"
-        if not is_meta and any(isinstance(v, int | float) and v >= FIRST_UNKNOWN for v in values):
+        if not is_meta and any(isinstance(v, int | float) and FIRST_UNKNOWN <= v < _NO_LIMIT for v in values):
             raise ValueError(f"{func} would make a table of a size that is not known")
         return func(*args, **named)
 

@@ -74,6 +74,8 @@ def _weights_of_step(calls: Sequence[tuple[DenoiserCall, range]]) -> Matrix | No
 def _fit(basis: Sequence[Matrix], end: Matrix, n_rows: int) -> Matrix | None:
     """Coefficients of the first `n_rows` vectors, divided by their sum; None when the fit or the sum is poor."""
     matrix = np.stack(basis, axis=1)
+    if not (np.isfinite(matrix).all() and np.isfinite(end).all()):
+        return None  # a sample diverged
     coefficients, *_ = np.linalg.lstsq(matrix, end, rcond=None)
     change = max(float(np.linalg.norm(end - basis[n_rows])), _TINY)
     weights = np.asarray(coefficients[:n_rows], dtype=np.float64)

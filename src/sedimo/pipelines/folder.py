@@ -19,6 +19,7 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         InputError: `out` is a file, or a folder that is not empty and may not be overwritten.
     """
+    out = out.absolute()  # the working folder has no name otherwise
     _refuse_used(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

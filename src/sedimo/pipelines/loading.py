@@ -106,7 +106,10 @@ def _load_folder(
             f"the pipeline in {folder} has no denoiser: none of its components "
             f"({', '.join(_components(index))}) is called {' or '.join(DENOISER_NAMES)}"
         )
-    _check_quantization(folder / present[0], _read_object(folder / present[0] / "config.json"))
+    config = folder / present[0] / "config.json"
+    if not config.is_file():
+        raise StateError(f"{config} is missing; copy or download the folder again")
+    _check_quantization(folder / present[0], _read_object(config))
     chosen = _folder_variant(folder, present[0], variant)
     _refuse_adapters_in(folder / present[0], chosen)
     arguments: dict[str, object] = {

@@ -171,14 +171,33 @@ def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[
     live = ModuleWeights(denoiser)
     known = {info.layer_name for info in live.weights()}
     for name in known if layers is None else known.intersection(layers):
-        tensor = live.read(name)
-        if not torch.equal(tensor, weights.read(name).to(tensor.dtype)):
+        if not _is_same(live.read(name), weights.read(name)):
             place = f"the one in {weights.folder}" if isinstance(weights, FileWeights) else "the one of the bank"
             raise InputError(
                 f"the weight of layer {name!r} is not {place} (was an adapter fused into it, or is it another "
                 "model's?). Save the pipeline to a folder of its own and load that one, or pass the pipeline object "
                 "itself to sedimo.load, and fit its own bank"
             )
+
+
+def _is_same(live: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether all values are equal in the live dtype; a value that is no number equals another one."""
+    wanted = stored.to(live.dtype)
+    return torch.equal(live, wanted) or (
+        live.shape == wanted.shape and torch.allclose(live, wanted, 0, 0, equal_nan=True)
+    )
+
+
+def refuse_endless(denoiser: nn.Module) -> None:
+    """Refuses a denoiser with NaN or infinity anywhere: nothing that it computes could be measured.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers()):
+        if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum(dtype=torch.float64)):
+            continue
+        raise InputError(f"the tensor {name!r} of the denoiser holds NaN or infinity; repair the checkpoint first")
 
 
 def refuse_adapters(denoiser: nn.Module) -> None:

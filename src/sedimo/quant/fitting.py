@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sedimo.errors import InputError
+from sedimo.errors import InputError, UnfitFormatError
 from sedimo.quant import kmeans, uaq
 from sedimo.quant.formats import Format
 
@@ -276,8 +276,8 @@ def _fit_rows(
     found = {f: _Stored(None, c) for f, c in codebooks.items()}
     try:
         return found | {f: _Stored(uaq.fit_grid(rows, f), None) for f in formats if f.family == "uaq"}
-    except InputError as error:
-        raise InputError(f"{_name(layer_name)}: {error}") from error
+    except UnfitFormatError as error:
+        raise UnfitFormatError(f"{_name(layer_name)}: {error}") from error
 
 
 def _fit_all(weight: Tensor, rows: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, _Stored]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedimo.errors import InputError
+from sedimo.errors import UnfitFormatError
 from sedimo.quant._threads import over_rows
 from sedimo.quant.formats import Format
 
@@ -46,7 +46,7 @@ def fit_grid(rows: Tensor, number_format: Format) -> UniformGrid:
         number_format: a `uaq` format.
 
     Raises:
-        InputError: values so large that the scale overflows its type.
+        UnfitFormatError: values so large that the scale overflows its type.
     """
     from sedimo.quant._row_kernels import best_grids  # loaded here: importing compiles
 
@@ -79,7 +79,7 @@ def candidate_grids(rows: Tensor, number_format: Format) -> tuple[Tensor, Tensor
         scale, zero_point = _group_grids(low.clamp(max=0), high.clamp(min=0), factors, number_format.qmax)
         _make_constants_exact(scale, zero_point, low, high, number_format.qmax)
     if not torch.isfinite(scale).all():
-        raise InputError(
+        raise UnfitFormatError(
             f"{number_format} cannot hold values from {float(low.min()):.3g} to {float(high.max()):.3g}: "
             "the scale overflows. Choose kmc or kma, or fp16 to leave the layer alone."
         )
