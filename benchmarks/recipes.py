@@ -19,12 +19,12 @@ import numpy as np
 
 import sedimo
 from sedimo.api.additivity import check_additivity, measure_random_recipes
-from sedimo.api.evaluation import compare_distributions, draw_features
 from sedimo.api.probing import AblationOptions, measure_probes
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.exploration import random_recipe_near
+from sedimo.measurement.images import compare_distributions, draw_features
 from sedimo.measurement.jacobian import JacobianOptions, probe_jacobian
 from sedimo.measurement.probe import Prober
 from sedimo.measurement.study import Study

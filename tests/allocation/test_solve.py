@@ -217,6 +217,13 @@ def test_argmin_is_the_least_cost_of_each_decision():
     assert (found.rule, found.budget_bytes) == ("argmin", found.used_bytes)
 
 
+def test_the_bound_of_uniform_is_that_of_its_size():
+    table = random_table(30, seed=6)
+    found = allocate(table, rule="uniform:kmc4")
+    bound = relax(make_problem(table, Budget(found.used_bytes))).bound
+    assert found.bound == bound < allocate(table, bits=found.paper_bits).objective < found.objective
+
+
 def test_uniform_names_the_decisions_that_cannot_take_the_format():
     table = random_table(5, seed=6)
     table = replace(table, costs=tuple(c for c in table.costs if (c.decision, c.format) != ("layer2", KMC4)))

@@ -20,9 +20,9 @@ from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 from sedimo.bank import fit_bank
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError, Interrupted, StateError
-from sedimo.measurement.campaign import Exploration, explore, plan_campaign, run_trials
+from sedimo.measurement.campaign import explore, plan_campaign, run_trials
 from sedimo.measurement.executors import ProcessExecutor
-from sedimo.measurement.exploration import random_recipe, random_recipe_near
+from sedimo.measurement.exploration import Exploration, random_recipe, random_recipe_near
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting, Trial
@@ -203,7 +203,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_campaign import toy_worker
 from toy_pipeline import toy_space
-from sedimo.measurement.campaign import Exploration, explore
+from sedimo.measurement.campaign import explore
+from sedimo.measurement.exploration import Exploration
 from sedimo.measurement.study import Study
 
 worker = toy_worker()

@@ -10,9 +10,9 @@ from toy_pipeline import ToyAdapter
 from sedimo.errors import StateError
 from sedimo.measurement.objective import batches_of, measure, measure_reference, rows_of, trajectory_of
 from sedimo.measurement.probe import probed
-from sedimo.measurement.trial import OBJECTIVES
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 
+OBJECTIVES = ("final_latents", "path", "step")
 SAMPLING = Sampling(seeds=(5, 6, 7), n_steps=3, batch_size=2)
 
 
@@ -20,7 +20,7 @@ SAMPLING = Sampling(seeds=(5, 6, 7), n_steps=3, batch_size=2)
 @pytest.mark.parametrize("guided", [False, True])
 def test_an_unchanged_denoiser_makes_no_noise(objective, guided):
     adapter = ToyAdapter(guided=guided)
-    powers = measure(adapter, measure_reference(objective, adapter, SAMPLING))
+    powers = measure(adapter, measure_reference(objective, adapter, SAMPLING)).powers
     assert powers.n == 3
     assert powers.noise.tolist() == [0, 0, 0]
 
@@ -31,7 +31,7 @@ def test_noise_does_not_depend_on_batches(objective):
     for batch_size in (1, 3):
         reference = measure_reference(objective, adapter, Sampling((5, 6, 7), 3, batch_size=batch_size))
         with probed(adapter.denoiser, {"twice": adapter.denoiser.twice.weight.detach() * 0.8}):
-            found.append(measure(adapter, reference))
+            found.append(measure(adapter, reference).powers)
     assert np.allclose(found[0].ratio, found[1].ratio, rtol=1e-4)
     assert (found[0].ratio > 0).all()
 
@@ -45,10 +45,10 @@ def test_a_halved_output_layer_halves_each_step(guided):
     reference = measure_reference("step", adapter, SAMPLING)
     assert reference.n_calls == 6
     with probed(adapter.denoiser, half):
-        taught = measure(adapter, reference)
+        taught = measure(adapter, reference).powers
         assert np.allclose(taught.ratio, 0.25, rtol=1e-5)
         assert taught.signal.tolist() == [1, 1, 1]
-        own = measure(adapter, measure_reference("path", adapter, SAMPLING))
+        own = measure(adapter, measure_reference("path", adapter, SAMPLING)).powers
     assert own.noise.tolist() == [0, 0, 0]
 
 
@@ -59,7 +59,7 @@ def test_the_own_path_accumulates_what_single_steps_do_not():
         adapter.denoiser.out.weight *= 20
     references = {name: measure_reference(name, adapter, SAMPLING) for name in OBJECTIVES}
     with probed(adapter.denoiser, {"out": adapter.denoiser.out.weight.detach() / 2}):
-        found = {name: measure(adapter, reference) for name, reference in references.items()}
+        found = {name: measure(adapter, reference).powers for name, reference in references.items()}
         latents = adapter.sample(SAMPLING)
     assert np.allclose(found["step"].ratio, 0.25, rtol=1e-5)
     assert not np.allclose(found["path"].ratio, 0.25, rtol=0.05)

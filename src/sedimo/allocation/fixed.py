@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
-from sedimo.allocation.problem import Allocation, Budget, make_problem
-from sedimo.allocation.record import Outcome, least_cost, record
+from sedimo.allocation.problem import Allocation, Budget, Problem, make_problem
+from sedimo.allocation.record import Outcome, as_variant, least_cost, record
 from sedimo.allocation.relaxation import relax
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
 from sedimo.sensitivity.table import Cost, SensitivityTable
+from sedimo.sensitivity.variants import Variant, VariantTable
 
 ARGMIN, UNIFORM = "argmin", "uniform:"
 
@@ -34,19 +36,8 @@ def allocate_fixed(table: SensitivityTable, budget: Budget | None, rule: str) ->
         chosen = {d: least_cost(costs) for d, costs in table.by_decision.items()}
     else:
         chosen, notes = _uniform(table, Format.parse(rule.removeprefix(UNIFORM)))
-    size = Budget(0, "paper" if budget is None else budget.accounting)
-    used = sum(size.sizes(entry)[0] for entry in chosen.values())
-    bops = sum(entry.bops for entry in chosen.values())
-    if budget is not None and (used > budget.size_bytes or (budget.bops is not None and bops > budget.bops)):
-        raise InputError(
-            f"the rule {rule!r} takes {8 * used / table.total_params:.4f} {budget.accounting} bits per weight and "
-            f"{bops} bit operations, more than the budget of {8 * budget.size_bytes / table.total_params:.4f} bits"
-            f"{'' if budget.bops is None else f' and {budget.bops} operations'}. Leave the budget out, or choose "
-            "another rule."
-        )
-    own = budget or Budget(used, "paper")
-    bound = min(relax(make_problem(table, own)).bound, math.fsum(entry.cost for entry in chosen.values()))
-    return record(table, own, rule, Outcome(chosen, bound, is_heuristic=True, notes=notes))
+        _refuse_forbidden(rule, chosen)
+    return _judge_costs(table, chosen.values(), budget=budget, rule=rule, notes=notes)
 
 
 def allocate_given(table: SensitivityTable, choice: Mapping[str, Format]) -> Allocation:
@@ -59,9 +50,62 @@ def allocate_given(table: SensitivityTable, choice: Mapping[str, Format]) -> All
     if missing:
         raise InputError(f"the table has no cost of {choice.get(missing[0], 'any format')} for {missing[0]!r}.")
     chosen = {d: table.index[d, choice[d]] for d in table.by_decision}
-    own = Budget(sum(entry.paper_bytes for entry in chosen.values()), "paper")
-    bound = min(relax(make_problem(table, own)).bound, math.fsum(entry.cost for entry in chosen.values()))
-    return record(table, own, "given", Outcome(chosen, bound, is_heuristic=True))
+    _refuse_forbidden("given", chosen)
+    return _judge_costs(table, chosen.values(), rule="given")
+
+
+def judge(
+    table: SensitivityTable | VariantTable,
+    chosen: Sequence[Variant],
+    *,
+    make: Callable[[Budget], Problem[object]],
+    rule: str,
+    budget: Budget | None = None,
+    notes: tuple[str, ...] = (),
+) -> Allocation:
+    """The allocation of what was chosen without looking at a budget, with the bound of its size.
+
+    `make` gives the problem of a budget.
+
+    Raises:
+        InputError: the choice exceeds the budget that is given all the same.
+    """
+    if budget is not None:
+        _check_kept(chosen, budget, rule, table.total_params)
+    own = budget or Budget(sum(entry.paper_bytes for entry in chosen), "paper")
+    problem = make(own)
+    bound = relax(problem).bound
+    outcome = Outcome(tuple(chosen), problem.least_objective, bound, is_heuristic=True, notes=notes)
+    return record(table, own, rule, outcome)
+
+
+def _judge_costs(
+    table: SensitivityTable,
+    chosen: Iterable[Cost],
+    *,
+    rule: str,
+    budget: Budget | None = None,
+    notes: tuple[str, ...] = (),
+) -> Allocation:
+    entries = [as_variant(entry) for entry in chosen]
+    return judge(table, entries, make=partial(make_problem, table), rule=rule, budget=budget, notes=notes)
+
+
+def _check_kept(chosen: Sequence[Variant], budget: Budget, rule: str, n_weights: int) -> None:
+    used, bops = sum(budget.sizes(entry)[0] for entry in chosen), sum(entry.bops for entry in chosen)
+    if used > budget.size_bytes or (budget.bops is not None and bops > budget.bops):
+        raise InputError(
+            f"the rule {rule!r} takes {8 * used / n_weights:.4f} {budget.accounting} bits per weight and "
+            f"{bops} bit operations, more than the budget of {8 * budget.size_bytes / n_weights:.4f} bits"
+            f"{'' if budget.bops is None else f' and {budget.bops} operations'}. Leave the budget out, or choose "
+            "another rule."
+        )
+
+
+def _refuse_forbidden(rule: str, chosen: Mapping[str, Cost]) -> None:
+    for decision, entry in chosen.items():
+        if math.isinf(entry.cost):
+            raise InputError(f"rule {rule!r}: {entry.format} is forbidden for decision {decision!r} (infinite cost).")
 
 
 def _uniform(table: SensitivityTable, number_format: Format) -> tuple[dict[str, Cost], tuple[str, ...]]:

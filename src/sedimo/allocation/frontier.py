@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sedimo.allocation.decide import GAP
 from sedimo.allocation.problem import Accounting, Allocation, Budget, bits_range, bytes_for_bits
-from sedimo.allocation.solve import GAP, allocate_within
+from sedimo.allocation.solve import allocate_within
 from sedimo.errors import InputError
 from sedimo.sensitivity.table import SensitivityTable
 

@@ -13,7 +13,7 @@ from sedimo.allocation.problem import FloatArray, IntArray, Problem
 _FREE = 1e-15  # an exchange that takes no room counts as taking this share of a limit
 
 
-def repair(problem: Problem, choice: IntArray) -> IntArray | None:
+def repair(problem: Problem[object], choice: IntArray) -> IntArray | None:
     """Exchanges options until the choice keeps the limits, cheapest relief first.
 
     Returns None where no single exchange helps any more; with one limit that means that nothing fits.
@@ -34,7 +34,7 @@ def repair(problem: Problem, choice: IntArray) -> IntArray | None:
     return choice
 
 
-def fill(problem: Problem, choice: IntArray) -> IntArray:
+def fill(problem: Problem[object], choice: IntArray) -> IntArray:
     """Exchanges options for cheaper ones that still fit, most saved per room first, until none is left."""
     choice = choice.copy()
     rows = np.arange(len(choice))
@@ -52,7 +52,7 @@ def fill(problem: Problem, choice: IntArray) -> IntArray:
         choice[row] = column
 
 
-def _violation(problem: Problem, used: IntArray) -> FloatArray:
+def _violation(problem: Problem[object], used: IntArray) -> FloatArray:
     """By how much limits are exceeded, relative to them and summed; `used` is `[R, ...]`."""
     over = np.maximum(used - problem.limit.reshape(-1, *[1] * (used.ndim - 1)), 0)
     unit = np.maximum(problem.limit, 1).reshape(-1, *[1] * (used.ndim - 1))

@@ -7,22 +7,26 @@ bytes and, if asked, bit operations. Sizes stay integers; whoever answers is che
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sedimo.allocation.pareto import pareto
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
 from sedimo.sensitivity.table import Cost, SensitivityTable
+from sedimo.sensitivity.variants import Variant
 from sedimo.space import Recipe
 
 Accounting = Literal["paper", "stored"]
 Status = Literal["optimal", "feasible", "heuristic"]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+Option_co = TypeVar("Option_co", covariant=True)
 
 _ROUNDING = 1e-12  # relative; bits that were computed as 8 * bytes / weights must give the bytes back
 
@@ -33,7 +37,7 @@ class Allocation:
 
     `choice` is the format of each decision; `bits` the average per weight in `accounting` [bits];
     `budget_bytes` and `used_bytes` are in the same accounting [bytes]. `objective` is the sum of the
-    table's costs and `standard_error` that of the sum, decisions taken as independent; `bound` is a proven
+    table's costs and `standard_error` that of the sum, decisions (or groups) taken as independent; `bound` is a proven
     lower limit of the objective, `gap` their distance relative to what the budget costs (objective less the
     least objective without any budget). `status` is `optimal` (gap as asked for), `feasible` (the search
     ended before that, or its answer had to be mended) or
@@ -75,26 +79,36 @@ class Budget:
         """The limits of the resources, bytes first, [R]."""
         return np.array([self.size_bytes, *([] if self.bops is None else [self.bops])], dtype=np.int64)
 
-    def sizes(self, cost: Cost) -> tuple[int, ...]:
+    def sizes(self, cost: Cost | Variant) -> tuple[int, ...]:
         """What one option takes of each resource."""
         size = cost.paper_bytes if self.accounting == "paper" else cost.stored_bytes
         return (size,) if self.bops is None else (size, cost.bops)
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Options(Generic[Option_co]):
+    """What one decision may take: K entries with their `cost` `[K]` and `size` `[R, K]`."""
+
+    entries: tuple[Option_co, ...]
+    cost: FloatArray
+    size: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Problem(Generic[Option_co]):
     """Options of all decisions as padded arrays; decisions by name, options by size, then cost.
 
+    Who solves it looks at numbers only: a decision may be one of formats for a layer, or of variants for a group.
     Shapes: D decisions, K options at most, R resources (bytes, then bit operations if limited).
 
     Attributes:
-        options: the table's entries behind the columns, per decision.
+        options: what stands behind the columns, per decision.
         cost: `[D, K]`, infinite where there is no option.
         size: `[R, D, K]`, integers; 0 where there is no option.
         limit: `[R]`.
     """
 
-    options: tuple[tuple[Cost, ...], ...]
+    options: tuple[tuple[Option_co, ...], ...]
     cost: FloatArray
     size: IntArray
     limit: IntArray
@@ -123,49 +137,47 @@ class Problem:
         return np.asarray(self.least_size_each.sum(axis=1), dtype=np.int64)
 
     @property
+    def least_objective(self) -> float:
+        """The total cost of `cheapest`."""
+        return math.fsum(self.cost.min(axis=1))
+
+    @property
     def cheapest(self) -> IntArray:
         """The choice of least cost, whatever its size, [D]."""
         return np.asarray(self.cost.argmin(axis=1), dtype=np.int64)
 
 
-def make_problem(table: SensitivityTable, budget: Budget) -> Problem:
+def make_problem(table: SensitivityTable, budget: Budget) -> Problem[Cost]:
     """The problem of a table under a budget, with dominated options removed.
-
-    An option is removed if another of the same decision costs at most as much and takes at most as much of
-    each resource. That is exact: some best choice never needs it. (The convex hull would be smaller, and
-    loses best choices.) An infinite cost forbids an option.
 
     Raises:
         InputError: a decision has no option left, or a cost is minus infinity.
     """
-    options = tuple(_pareto(table.by_decision[name], budget) for name in sorted(table.by_decision))
-    n_columns = max((len(row) for row in options), default=0)
-    cost = np.full((len(options), n_columns), np.inf)
-    size = np.zeros((len(budget.limits), len(options), n_columns), dtype=np.int64)
-    for i, row in enumerate(options):
-        for j, entry in enumerate(row):
-            cost[i, j] = entry.cost
-            size[:, i, j] = budget.sizes(entry)
-    return Problem(options, cost, size, budget.limits)
+    return assemble([_pareto_options(table.by_decision[name], budget) for name in sorted(table.by_decision)], budget)
 
 
-def _pareto(entries: tuple[Cost, ...], budget: Budget) -> tuple[Cost, ...]:
+def assemble(rows: Sequence[Options[Option_co]], budget: Budget) -> Problem[Option_co]:
+    """The problem whose rows are the options of one decision (or group) each."""
+    n_columns = max((len(row.cost) for row in rows), default=0)
+    cost = np.full((len(rows), n_columns), np.inf)
+    size = np.zeros((len(budget.limits), len(rows), n_columns), dtype=np.int64)
+    for i, row in enumerate(rows):
+        cost[i, : len(row.cost)] = row.cost
+        size[:, i, : len(row.cost)] = row.size
+    return Problem(tuple(row.entries for row in rows), cost, size, budget.limits)
+
+
+def _pareto_options(entries: Sequence[Cost], budget: Budget) -> Options[Cost]:
     name = entries[0].decision
-    if any(entry.cost == -math.inf for entry in entries):
+    cost = np.array([entry.cost for entry in entries])
+    if (cost == -np.inf).any():
         raise InputError(f"costs must be finite, or inf for a forbidden format; decision {name!r} has -inf.")
-    allowed = [entry for entry in entries if entry.cost < math.inf]
-    if not allowed:
+    size = np.array([budget.sizes(entry) for entry in entries], dtype=np.int64).T
+    by_name = np.unique([str(entry.format) for entry in entries], return_inverse=True)[1]
+    kept = pareto(cost, size, by_name[None])
+    if not len(kept):
         raise InputError(f"decision {name!r} has no format of finite cost; add formats to the space.")
-    kept: list[Cost] = []
-    for entry in sorted(allowed, key=lambda e: (*budget.sizes(e), e.cost, str(e.format))):
-        if not any(_dominates(other, entry, budget) for other in kept):
-            kept.append(entry)
-    return tuple(kept)
-
-
-def _dominates(other: Cost, entry: Cost, budget: Budget) -> bool:
-    pairs = zip(budget.sizes(other), budget.sizes(entry), strict=True)
-    return other.cost <= entry.cost and all(mine <= yours for mine, yours in pairs)
+    return Options(tuple(entries[i] for i in kept), cost[kept], size[:, kept])
 
 
 def bytes_for_bits(bits: float, n_weights: int) -> int:
@@ -188,3 +200,35 @@ def bits_range(table: SensitivityTable, accounting: Accounting = "paper") -> tup
     rows = [[budget.sizes(c)[0] for c in costs if c.cost < math.inf] for costs in table.by_decision.values()]
     scale = 8 / table.total_params
     return scale * sum(min(row) for row in rows), scale * sum(max(row) for row in rows)
+
+
+def read_budget(
+    n_weights: int,
+    *,
+    bits: float | None,
+    stored_bits: float | None,
+    budget_bytes: int | None,
+    budget_bops: int | None,
+) -> Budget | None:
+    """The one budget that is given for so many weights; None when there is none.
+
+    Raises:
+        InputError: more than one size, a number that is no budget, or bit operations without a size.
+    """
+    given = {"bits": bits, "stored_bits": stored_bits, "budget_bytes": budget_bytes}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InputError(f"give one budget, got {' and '.join(names)}.")
+    if budget_bops is not None and budget_bops < 0:
+        raise InputError(f"budget_bops must not be negative, got {budget_bops}.")
+    if bits is not None:
+        return Budget(bytes_for_bits(bits, n_weights), "paper", budget_bops)
+    if stored_bits is not None:
+        return Budget(bytes_for_bits(stored_bits, n_weights), "stored", budget_bops)
+    if budget_bytes is not None:
+        if budget_bytes <= 0:
+            raise InputError(f"budget_bytes must be positive, got {budget_bytes}.")
+        return Budget(int(budget_bytes), "stored", budget_bops)
+    if budget_bops is not None:
+        raise InputError("budget_bops limits operations besides a size: give bits, stored_bits or budget_bytes too.")
+    return None

@@ -48,10 +48,10 @@ class Solved:
     n_solves: int
 
 
-Solver = Callable[[Problem, float, float], Answer]
+Solver = Callable[[Problem[object], float, float], Answer]
 
 
-def solve_checked(problem: Problem, unit: float, gap: float, solver: Solver | None = None) -> Solved:
+def solve_checked(problem: Problem[object], unit: float, gap: float, solver: Solver | None = None) -> Solved:
     """Solves until the answer fits in integers, at most four times.
 
     `unit` is the cost that becomes 1, `gap` the relative distance from the optimum at which to stop. The
@@ -68,7 +68,7 @@ def solve_checked(problem: Problem, unit: float, gap: float, solver: Solver | No
     return Solved(choice, first.bound, n_solves)
 
 
-def solve_highs(problem: Problem, unit: float, gap: float) -> Answer:
+def solve_highs(problem: Problem[object], unit: float, gap: float) -> Answer:
     """The integer programme by HiGHS (`scipy.optimize.milp`).
 
     Raises:

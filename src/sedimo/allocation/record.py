@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sedimo.allocation.problem import Allocation, Budget, Status, bits_range
+from sedimo.allocation.problem import Allocation, Budget, IntArray, Status
 from sedimo.errors import InputError
 from sedimo.sensitivity.table import Cost, SensitivityTable
+from sedimo.sensitivity.variants import Variant, VariantTable
 from sedimo.space import Recipe
 
 _ROUNDING = 1e-6  # the solver's absolute tolerance, in units of the mean cost of a decision
@@ -16,9 +17,13 @@ _ROUNDING = 1e-6  # the solver's absolute tolerance, in units of the mean cost o
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The table's entry chosen for each decision, a lower bound of the best objective, and how it came about."""
+    """What was chosen for each group (a decision alone is a group of one), and how that came about.
 
-    chosen: Mapping[str, Cost]
+    `least` is the least objective without any budget, `bound` a lower bound of the best one within it.
+    """
+
+    chosen: tuple[Variant, ...]
+    least: float
     bound: float
     n_solves: int = 0
     is_heuristic: bool = False
@@ -30,22 +35,28 @@ def least_cost(costs: Sequence[Cost]) -> Cost:
     return min(costs, key=lambda c: (c.cost, c.paper_bytes, c.stored_bytes, str(c.format)))
 
 
-def record(table: SensitivityTable, budget: Budget, rule: str, outcome: Outcome, *, gap: float = 0.0) -> Allocation:
-    """The allocation of an outcome; `gap` is the distance at which it may call itself optimal.
+def as_variant(cost: Cost) -> Variant:
+    """The cost of a decision as that of a group of one."""
+    return Variant(
+        {cost.decision: cost.format},
+        cost.cost,
+        cost.standard_error,
+        cost.paper_bytes,
+        cost.stored_bytes,
+        cost.bops,
+    )
 
-    Raises:
-        InputError: the outcome contains a forbidden format.
-    """
+
+def record(
+    table: SensitivityTable | VariantTable, budget: Budget, rule: str, outcome: Outcome, *, gap: float = 0.0
+) -> Allocation:
+    """The allocation of an outcome; `gap` is the distance at which it may call itself optimal."""
     chosen = outcome.chosen
-    choice = {name: entry.format for name, entry in chosen.items()}
-    objective = math.fsum(entry.cost for entry in chosen.values())
-    if math.isinf(objective):
-        bad = next(entry for entry in chosen.values() if math.isinf(entry.cost))
-        raise InputError(f"rule {rule!r}: {bad.format} is forbidden for decision {bad.decision!r} (infinite cost).")
-    least = math.fsum(least_cost(costs).cost for costs in table.by_decision.values())
-    bound = max(least, min(outcome.bound, objective))
-    distance = 0.0 if objective <= bound else (objective - bound) / (objective - least)
-    paper, stored = (sum(b) for b in zip(*((e.paper_bytes, e.stored_bytes) for e in chosen.values()), strict=True))
+    choice = {name: number_format for entry in chosen for name, number_format in entry.choice.items()}
+    objective = math.fsum(entry.cost for entry in chosen)
+    bound = max(outcome.least, min(outcome.bound, objective))
+    distance = 0.0 if objective <= bound else (objective - bound) / (objective - outcome.least)
+    paper, stored = sum(entry.paper_bytes for entry in chosen), sum(entry.stored_bytes for entry in chosen)
     used = paper if budget.accounting == "paper" else stored
     status: Status = "heuristic" if outcome.is_heuristic else "optimal" if distance <= gap + _ROUNDING else "feasible"
     return Allocation(
@@ -55,7 +66,7 @@ def record(table: SensitivityTable, budget: Budget, rule: str, outcome: Outcome,
         budget_bytes=budget.size_bytes,
         used_bytes=used,
         objective=objective,
-        standard_error=math.sqrt(math.fsum(entry.standard_error**2 for entry in chosen.values())),
+        standard_error=math.sqrt(math.fsum(entry.standard_error**2 for entry in chosen)),
         bound=bound,
         gap=distance,
         status=status,
@@ -64,26 +75,30 @@ def record(table: SensitivityTable, budget: Budget, rule: str, outcome: Outcome,
         accounting=budget.accounting,
         paper_bits=8 * paper / table.total_params,
         stored_bits=8 * stored / table.total_params,
-        bops=sum(entry.bops for entry in chosen.values()),
+        bops=sum(entry.bops for entry in chosen),
         budget_bops=budget.bops,
         n_solves=outcome.n_solves,
         notes=outcome.notes,
     )
 
 
-def infeasible(table: SensitivityTable, budget: Budget) -> InputError:
-    """The error that says what is possible instead of a budget that cannot be kept."""
-    low, high = bits_range(table, budget.accounting)
-    wanted = 8 * budget.size_bytes / table.total_params
+def infeasible(budget: Budget, n_weights: int, sizes: Iterable[IntArray]) -> InputError:
+    """The error that says what is possible instead of a budget that cannot be kept.
+
+    `sizes` is what the allowed options of each decision or group take, `[R, V]` each.
+    """
+    ends = [(size.min(axis=1), int(size[0].max())) for size in sizes]
+    scale = 8 / n_weights
+    low, high = scale * sum(int(least[0]) for least, _ in ends), scale * sum(most for _, most in ends)
     text = (
-        f"no choice of formats keeps the budget of {budget.size_bytes} bytes ({wanted:.4f} {budget.accounting} bits "
-        f"per weight): with these formats the least possible is {math.ceil(low * 1e4) / 1e4:.4f} bits and the most "
-        f"{math.floor(high * 1e4) / 1e4:.4f}."
+        f"no choice of formats keeps the budget of {budget.size_bytes} bytes ({scale * budget.size_bytes:.4f} "
+        f"{budget.accounting} bits per weight): with these formats the least possible is "
+        f"{math.ceil(low * 1e4) / 1e4:.4f} bits and the most {math.floor(high * 1e4) / 1e4:.4f}."
     )
     if budget.bops is None:
         return InputError(f"{text} Raise the budget, or allow formats with fewer bits.")
-    least = sum(min(c.bops for c in costs if c.cost < math.inf) for costs in table.by_decision.values())
     return InputError(
-        f"{text} The budget of bit operations is {budget.bops}, the least possible {least}; "
+        f"{text} The budget of bit operations is {budget.bops}, the least possible "
+        f"{sum(int(least[1]) for least, _ in ends)}; "
         f"both must hold at once. Raise one of them, or allow formats with fewer bits."
     )

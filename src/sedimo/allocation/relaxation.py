@@ -35,7 +35,7 @@ class Relaxation:
     excess: FloatArray
 
 
-def relax(problem: Problem) -> Relaxation:
+def relax(problem: Problem[object]) -> Relaxation:
     """The best Lagrangian bound of a problem that has at least one choice within each single limit.
 
     `choice` may break the limits; it is where heuristics start.
@@ -45,7 +45,9 @@ def relax(problem: Problem) -> Relaxation:
     return scaled.evaluate(prices)
 
 
-def drop_superfluous(problem: Problem, relaxation: Relaxation, objective: float, keep: IntArray) -> Problem:
+def drop_superfluous(
+    problem: Problem[object], relaxation: Relaxation, objective: float, keep: IntArray
+) -> Problem[object]:
     """The problem without the options that no choice better than `objective` can contain.
 
     The options of `keep` `[D]` stay in any case.
@@ -60,13 +62,13 @@ def drop_superfluous(problem: Problem, relaxation: Relaxation, objective: float,
 class _Scaled:
     """Sizes above the least possible, in units of what the limits leave above it."""
 
-    problem: Problem
+    problem: Problem[object]
     size: FloatArray  # [R, D, K]
     limit: FloatArray  # [R]
     scale: float
 
     @classmethod
-    def of(cls, problem: Problem) -> _Scaled:
+    def of(cls, problem: Problem[object]) -> _Scaled:
         present = np.isfinite(problem.cost)
         least = problem.least_size_each
         room = np.maximum(problem.limit - least.sum(axis=1), 1).astype(np.float64)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from sedimo.allocation.problem import Allocation
-from sedimo.api.evaluation import Samples, SignalEvaluation, compare_signals, draw, measures
+from sedimo.api.evaluation import SignalEvaluation, compare_signals, measures
 from sedimo.api.opening import Opened
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import to_plain
+from sedimo.measurement.images import Samples, draw
 from sedimo.measurement.probe import Prober
 from sedimo.metrics.signal import PairedDifference, paired_difference
 from sedimo.quant.formats import Format

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from sedimo.api import verbs
 from sedimo.api.describing import refuse_other_source
-from sedimo.api.evaluation import compare_distributions, compare_signals, draw, draw_features, measures
+from sedimo.api.evaluation import compare_signals, measures
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
+from sedimo.measurement.images import compare_distributions, draw, draw_features
 from sedimo.metrics.distribution import N_PARTS
 from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline

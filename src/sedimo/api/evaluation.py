@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from sedimo.bank import SILENT, Progress
-from sedimo.errors import InputError
-from sedimo.metrics.distribution import FeatureStatistics, fid_difference, fid_jackknife, kid, kid_difference
+from sedimo.measurement.images import DistributionEvaluation, Samples
 from sedimo.metrics.estimate import Estimate, mean_estimate, with_interval
 from sedimo.metrics.signal import NoisePowers, SignalSummary, psnr_db, relative_noise, summarize
-from sedimo.pipelines.adapter import PipelineAdapter, Sampling
-from sedimo.pipelines.zoo import feature_extractor, reference_statistics
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Final latents `[n, C, H, W]` and images `[n, 3, H, W]` in [0, 1] of one pipeline under one plan."""
-
-    latents: torch.Tensor
-    images: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """Features `[n, D]` float32 of images, by the network named `extractor`."""
-
-    extractor: str
-    values: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -43,55 +21,6 @@ class SignalEvaluation:
     psnr: Estimate
 
 
-@dataclass(frozen=True)
-class DistributionEvaluation:
-    """FID and KID of both pipelines to real images, and their paired differences (quantized minus reference).
-
-    `extractor` names the network behind the features; `n_images` were made by each pipeline from the same seeds.
-    """
-
-    extractor: str
-    n_images: int
-    fid: Estimate
-    reference_fid: Estimate
-    fid_difference: Estimate
-    kid: Estimate
-    reference_kid: Estimate
-    kid_difference: Estimate
-
-
-def draw(adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT) -> Samples:
-    """Latents and images of a plan, all in memory."""
-    batches = list(_drawn(adapter, sampling, f"sampling {label or adapter.name}", progress))
-    return Samples(torch.cat([latents for latents, _ in batches]), torch.cat([images for _, images in batches]))
-
-
-def draw_features(
-    adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT
-) -> Features:
-    """Features of the images of a plan; no more than a batch of images is in memory.
-
-    Raises:
-        MissingExtraError: the embedded extractor is not installed.
-    """
-    extractor, extract = feature_extractor()
-    drawn = _drawn(adapter, sampling, f"images of {label or adapter.name}", progress)
-    return Features(extractor, np.concatenate([extract(images).numpy() for _, images in drawn]))
-
-
-def _drawn(
-    adapter: PipelineAdapter, sampling: Sampling, label: str, progress: Progress
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Latents and images, batch by batch."""
-    n, size = len(sampling.seeds), sampling.batch_size
-    progress.start(n, label)
-    for first in range(0, n, size):
-        latents = adapter.sample(_part(sampling, first, min(first + size, n)))
-        yield latents, adapter.decode(latents)
-        progress.advance(len(latents))
-    progress.done()
-
-
 def compare_signals(reference: Samples, quantized: Samples) -> SignalEvaluation:
     """SQNR of the latents and PSNR of the images, each with its error."""
     powers = relative_noise(reference.latents, quantized.latents)
@@ -99,30 +28,6 @@ def compare_signals(reference: Samples, quantized: Samples) -> SignalEvaluation:
     finite = ratios[np.isfinite(ratios)]
     exact = Estimate(float("inf"), 0.0, float("inf"), float("inf"), len(ratios))
     return SignalEvaluation(powers, summarize(powers), mean_estimate(finite) if finite.size else exact)
-
-
-def compare_distributions(reference: Features, quantized: Features) -> DistributionEvaluation:
-    """FID and KID of two sets of features of images from the same seeds.
-
-    Raises:
-        InputError: fewer than twenty images, or features of different extractors.
-    """
-    real = reference_statistics()
-    names = {reference.extractor, quantized.extractor, real.extractor}
-    if len(names) > 1:
-        raise InputError(f"features of different extractors do not compare: {', '.join(sorted(names))}")
-    target = FeatureStatistics(real.mean, real.covariance, real.n_images)
-    ours, theirs = quantized.values, reference.values
-    return DistributionEvaluation(
-        extractor=real.extractor,
-        n_images=len(ours),
-        fid=fid_jackknife(ours, target),
-        reference_fid=fid_jackknife(theirs, target),
-        fid_difference=fid_difference(ours, theirs, target),
-        kid=kid(ours, real.features),
-        reference_kid=kid(theirs, real.features),
-        kid_difference=kid_difference(ours, theirs, real.features),
-    )
 
 
 def sqnr_estimate(summary: SignalSummary) -> Estimate:
@@ -140,16 +45,3 @@ def measures(signals: SignalEvaluation, distributions: DistributionEvaluation | 
         names = ("fid", "reference_fid", "fid_difference", "kid", "reference_kid", "kid_difference")
         found |= {name: getattr(distributions, name) for name in names}
     return found
-
-
-def _part(sampling: Sampling, first: int, stop: int) -> Sampling:
-    """Samples `first` to `stop` of a plan, with the conditions that they have there."""
-    conditions = tuple(sampling.condition(i) or "" for i in range(first, stop)) if sampling.conditions else ()
-    return Sampling(
-        sampling.seeds[first:stop],
-        sampling.n_steps,
-        conditions,
-        guidance=sampling.guidance,
-        resolution=sampling.resolution,
-        batch_size=sampling.batch_size,
-    )

@@ -14,11 +14,11 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate
 from sedimo.api.additivity import check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
-from sedimo.api.measuring import MeasuredTable, make_bank, measure_table
+from sedimo.api.measuring import MeasuredTable, make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import BudgetOrder, Order
 from sedimo.api.planning import MethodPlan, plan_job
-from sedimo.api.publishing import summary_of
+from sedimo.api.publishing import Found, summary_of
 from sedimo.api.rereport import keep_report
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key, to_plain
@@ -146,7 +146,7 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
 
         def finish(folder: Path, written: WrittenCheckpoint) -> None:
             facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
-            evidence = (check, additivity, measured.scaling)
+            evidence = Found(check, additivity, measured.scaling, measured.explanation)
             summary = summary_of(opened, (table, allocation), written, evidence, facts)
             keep_report(study, table, summary)
             write_report(summary, folder / REPORT_NAME)
@@ -177,7 +177,7 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    asked = (order.method, order.formats, str(order.budget), order.check)
+    asked = (order.method, order.formats, str(order.budget), order.check, to_plain(order.search))
     facts = (*asked, to_plain(order.sampling), to_plain(order.compute))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
@@ -187,6 +187,8 @@ def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
 
 def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress) -> tuple[MeasuredTable, Allocation]:
     order = opened.order
+    if method.method == "gnn":
+        return search_recipe(opened, study, progress)
     if not order.is_fixed:
         measured = measure_table(opened, method.method, study, progress)
         return measured, _allocate(measured.table, order.budget)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sedimo.allocation.problem import Allocation
+from sedimo.api.explaining import Seeds, explain
 from sedimo.api.opening import Opened
 from sedimo.api.planning import N_SCALING_CHECKS, PARTS, SAMPLE_CHANNELS, MeasuredMethod, ablation_options
+from sedimo.api.predicting import know
 from sedimo.api.probing import Probe, ProbeMethod, attribute, measure_probes, probe
+from sedimo.api.searching import Measuring, search
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.measurement.study import Study
+from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.reporting.explanation import Explanation
 from sedimo.sensitivity.ablation import check_scaling, plan_checks
 from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.combine import geometric_mean
@@ -24,12 +32,13 @@ class MeasuredTable:
     """A table with the bank that it is about.
 
     `scaling` compares measured with predicted noise of formats that the ablation did not probe; None when it probed
-    all of them, or was not part of the method.
+    all of them, or was not part of the method. `explanation` tells what a search by measured recipes has learned.
     """
 
     bank: Bank
     table: SensitivityTable
     scaling: Agreement | None = None
+    explanation: Explanation | None = None
 
 
 def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT) -> MeasuredTable:
@@ -48,6 +57,28 @@ def make_bank(opened: Opened, *, is_exact: bool, cache: Path | None = None, prog
     """All candidates: fitted in full, or with errors estimated from some output channels."""
     channels = None if is_exact else SAMPLE_CHANNELS
     return fit_bank(opened.weights, opened.space, sample_channels=channels, cache=cache, progress=progress)
+
+
+def search_recipe(opened: Opened, study: Study, progress: Progress = SILENT) -> tuple[MeasuredTable, Allocation]:
+    """The recipe that a search by measured recipes finds, and what it has learned. Resumes in the study."""
+    order, pipe = opened.order, opened.pipe
+    bank = make_bank(opened, is_exact=True, cache=study.path.parent, progress=progress)
+    plan = order.sampling.searching(pipe)
+    known = know(pipe, opened.graph, bank, study, prior=order.search.prior, sampling=plan, progress=progress)
+    on_search = _measuring(pipe, bank, study, plan, progress)
+    found = search(known, on_search, order.search, order.budget)
+    if not order.check:
+        return MeasuredTable(bank, found.table), found.allocation
+    seeds = Seeds(on_search, _measuring(pipe, bank, study, order.sampling.checking(pipe), progress))
+    explanation = explain(known, found, seeds, target=order.search.target)
+    return MeasuredTable(bank, found.table, explanation=explanation), found.allocation
+
+
+def _measuring(pipe: DiffusersPipeline, bank: Bank, study: Study, plan: Sampling, progress: Progress) -> Measuring:
+    setting = setting_of(pipe, plan, weights_digest=bank.weights_digest)
+    return Measuring(
+        study, setting, lambda: TrialWorker(pipe, bank, plan, objective="final_latents"), progress=progress
+    )
 
 
 def _probe(opened: Opened, bank: Bank, method: ProbeMethod, study: Study, progress: Progress) -> Probe:

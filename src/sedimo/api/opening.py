@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from sedimo.api import verbs
-from sedimo.api.order import Order
+from sedimo.api.order import Compute, Order
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
@@ -25,17 +25,18 @@ ROUNDING = 1e-9
 MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
 
 
-@dataclass
-class Opened:
+@dataclass(kw_only=True)
+class OpenedSource:
     """A source made ready. The whole pipeline is loaded when it is first needed."""
 
-    order: Order
     name: str
     folder: Path
     denoiser: torch.nn.Module
     graph: DenoiserGraph
     space: SearchSpace
     weights: FileWeights
+    compute: Compute
+    variant: str | None
     _pipe: DiffusersPipeline | None = field(default=None)
 
     @property
@@ -61,24 +62,36 @@ class Opened:
             InputError: the source is a denoiser alone.
         """
         if self._pipe is None:
-            compute, variant = self.order.compute, self.order.variant
-            loaded = load_pipeline(str(self.folder), device=compute.device, dtype=compute.dtype, variant=variant)
+            device, dtype = self.compute.device, self.compute.dtype
+            loaded = load_pipeline(str(self.folder), device=device, dtype=dtype, variant=self.variant)
             if isinstance(loaded, BareDenoiser):
                 raise InputError(f"{self.name} is a denoiser without its pipeline and cannot be sampled")
             self._pipe = loaded
         return self._pipe
 
-    def why_not_sampled(self) -> str | None:
-        """Why the pipeline cannot run here, or None when it can."""
+    @property
+    def loaded_bytes(self) -> int:
+        """About what the loaded pipeline takes [bytes]."""
+        files = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
+        on_cpu = self.compute.device in (None, "cpu") and not torch.cuda.is_available()
+        return files * (2 if on_cpu and self.compute.dtype in (None, "fp32") else 1)
+
+    def why_not_sampled(self, n_copies: int = 1) -> str | None:
+        """Why so many copies of the pipeline cannot run here, or None when they can."""
         if not self.is_pipeline:
             return "the source is a denoiser without its pipeline"
-        files = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
-        on_cpu = self.order.compute.device in (None, "cpu") and not torch.cuda.is_available()
-        needed = files * (2 if on_cpu and self.order.compute.dtype in (None, "fp32") else 1)
-        free = psutil.virtual_memory().available
+        needed, free = n_copies * self.loaded_bytes, psutil.virtual_memory().available
         if needed > MEMORY_SHARE * free:
-            return f"the pipeline needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            what = "the pipeline needs" if n_copies == 1 else f"{n_copies} copies of the pipeline need"
+            return f"{what} about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         return None
+
+
+@dataclass(kw_only=True)
+class Opened(OpenedSource):
+    """A source made ready for an order of the main job."""
+
+    order: Order
 
 
 def open_source(order: Order) -> Opened:
@@ -89,21 +102,39 @@ def open_source(order: Order) -> Opened:
             no recipe keeps.
         StateError: a damaged file.
     """
-    name, folder = locate(order.source, order.variant)
-    inner = denoiser_folder(folder)
-    weights = FileWeights(inner, order.variant)
-    bare = load_pipeline(str(inner), device="cpu", dtype=stored_dtype(weights.files), variant=order.variant)
-    denoiser = bare.denoiser
-    refuse_endless(denoiser)
-    graph = _traced(bare, order)
     formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
     if order.recipe is not None:
         formats = ",".join(sorted({str(f) for f in order.recipe.formats} | {"fp16"}))
-    space = search_space(graph, formats)
+    found = open_pipeline(order.source, formats, compute=order.compute, variant=order.variant)
     if order.recipe is not None:
-        space.check(order.recipe)
-    _check_budget(order, space)
-    return Opened(order, name, folder, denoiser, graph, space, weights)
+        found.space.check(order.recipe)
+    _check_budget(order, found.space)
+    return Opened(order=order, **vars(found))
+
+
+def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str | None = None) -> OpenedSource:
+    """Loads the denoiser in the dtype that it is stored in, and traces it; no budget is needed.
+
+    Raises:
+        InputError: the source cannot be used, is quantized already, holds NaN, or its inputs are unknown.
+        StateError: a damaged file.
+    """
+    name, folder = locate(source, variant)
+    inner = denoiser_folder(folder)
+    weights = FileWeights(inner, variant)
+    bare = load_pipeline(str(inner), device="cpu", dtype=stored_dtype(weights.files), variant=variant)
+    refuse_endless(bare.denoiser)
+    graph = _traced(bare, folder, compute=compute, variant=variant)
+    return OpenedSource(
+        name=name,
+        folder=folder,
+        denoiser=bare.denoiser,
+        graph=graph,
+        space=search_space(graph, formats),
+        weights=weights,
+        compute=compute,
+        variant=variant,
+    )
 
 
 def _check_budget(order: Order, space: SearchSpace) -> None:
@@ -122,13 +153,12 @@ def _check_budget(order: Order, space: SearchSpace) -> None:
         )
 
 
-def _traced(bare: verbs.Loaded, order: Order) -> DenoiserGraph:
+def _traced(bare: verbs.Loaded, folder: Path, *, compute: Compute, variant: str | None) -> DenoiserGraph:
     """The graph by the names of the denoiser's arguments, else by one call of its pipeline."""
     try:
         return verbs.trace(bare)
     except InputError as error:
-        compute = order.compute
-        whole = load_pipeline(locate(order.source, order.variant)[1], device=compute.device, dtype=compute.dtype)
+        whole = load_pipeline(folder, device=compute.device, dtype=compute.dtype, variant=variant)
         if isinstance(whole, BareDenoiser):
             raise
         logger.info("%s; its pipeline is called once", error)

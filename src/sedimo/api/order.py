@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.formats import FULL_BITS, Format, parse_formats
 from sedimo.space import Recipe
 
-Method = Literal["auto", "error", "jacobian", "ablation", "combined"]
-METHODS: tuple[Method, ...] = ("auto", "error", "jacobian", "ablation", "combined")
+Method = Literal["auto", "error", "jacobian", "ablation", "combined", "gnn"]
+METHODS: tuple[Method, ...] = get_args(Method)
 UNIFORM = "uniform:"
 MAX_BITS = 32
 MAX_BYTES = 1 << 50
@@ -110,11 +111,12 @@ class Compute:
 
 DEFAULT_COMPUTE = Compute()
 DEFAULT_SAMPLING = SamplingOrder()
+DEFAULT_SEARCH = SearchOrder()
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One run of the main job. `recipe` and `method="uniform:kmc4"` need no budget."""
+    """One run of the main job. `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`."""
 
     source: str
     out: Path | None
@@ -130,6 +132,7 @@ class Order:
     check: bool = True
     probe_groups: bool = False
     overwrite: bool = False
+    search: SearchOrder = DEFAULT_SEARCH
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.

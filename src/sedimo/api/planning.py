@@ -14,7 +14,7 @@ from typing import Literal, cast, get_args
 import torch
 
 from sedimo.api.additivity import N_RECIPES
-from sedimo.api.opening import Opened
+from sedimo.api.opening import Opened, OpenedSource
 from sedimo.api.probing import AblationOptions, ProbeMethod
 from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
@@ -24,13 +24,15 @@ from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
 
-MeasuredMethod = Literal["error", "jacobian", "ablation", "combined"]
+MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "gnn"]
 PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
     "error": (),
     "jacobian": ("jacobian",),
     "ablation": ("ablation",),
     "combined": ("ablation", "jacobian"),
+    "gnn": ("jacobian",),
 }
+TRAINING_FACTOR = 3e-3  # seconds per trial and node, of training a predictor in five folds
 PATIENCE_SECONDS = 30 * 60
 SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
 N_SCALING_CHECKS = 12  # formats measured to see how well the others are scaled
@@ -39,6 +41,7 @@ JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all direct
 JACOBIAN_MEMORY_BYTES = 2 << 30
 TIMED_WEIGHTS = 1 << 18
 ROWS_PER_SAMPLE = 2  # with guidance
+TRIAL_BYTES = 6_000  # of a trial's row
 FASTEST_MACS_PER_SECOND = {"cpu": 5e11, "other": 1e15}  # of any such device: a lower bound of time
 
 
@@ -183,12 +186,22 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
         costs.append(_jacobian_cost(opened, timing))
     if "ablation" in parts:
         costs.append(_ablation_cost(opened, timing, is_fitted="jacobian" in parts))
+    if method == "gnn":
+        costs.append(_trials_cost(opened, timing))
     return _Cost(
         sum(c.seconds for c in costs),
         sum(c.n_calls for c in costs),
         max(c.memory_bytes for c in costs),
         sum(c.disk_bytes for c in costs),
     )
+
+
+def _trials_cost(opened: Opened, timing: CallTiming) -> _Cost:
+    """The recipes that a search measures, and the training of its predictor."""
+    n_trials = opened.order.search.n_trials
+    calls = (n_trials + 1) * timing.n_calls
+    seconds = calls * timing.seconds_per_call + TRAINING_FACTOR * n_trials * len(opened.graph.nodes)
+    return _Cost(seconds, calls, 8 * opened.space.params, n_trials * TRIAL_BYTES)
 
 
 def _jacobian_cost(opened: Opened, timing: CallTiming) -> _Cost:
@@ -228,7 +241,7 @@ def _error_cost(opened: Opened) -> _Cost:
     return _Cost(seconds, memory_bytes=16 * max(d.params for d in decisions))
 
 
-def seconds_per_fit(opened: Opened) -> float:
+def seconds_per_fit(opened: OpenedSource) -> float:
     """Seconds that one weight in one format takes here, timed on some rows of the largest weight."""
     decision = max(opened.space.decisions, key=lambda d: d.params)
     formats = [f for f in decision.formats if f.is_quantized]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -19,6 +20,7 @@ from sedimo.measurement.worker import versions
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import PairedDifference
 from sedimo.reporting.building import frontier_points, summarize
+from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeKind, RecipeRow, Summary
 from sedimo.runtime.writing import WrittenCheckpoint
 from sedimo.sensitivity.agreement import Agreement
@@ -27,20 +29,31 @@ from sedimo.sensitivity.table import SensitivityTable
 FRONTIER_BITS_BEYOND = 3.0
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a job has found out about its result besides the result; each may be None."""
+
+    check: Check | None
+    additivity: Agreement | None = None
+    scaling: Agreement | None = None
+    explanation: Explanation | None = None
+
+
 def summary_of(
     opened: Opened,
     decided: tuple[SensitivityTable, Allocation],
     written: WrittenCheckpoint,
-    evidence: tuple[Check | None, Agreement | None, Agreement | None],
+    evidence: Found,
     facts: Mapping[str, str],
 ) -> Summary:
-    """The numbers of a job's report: `evidence` are check, additivity and scaling, `facts` `command` and `seconds`."""
-    check, additivity, scaling = evidence
+    """The numbers of a job's report; `facts` are `command` and `seconds`."""
+    check, additivity = evidence.check, evidence.additivity
     table, allocation = decided
     found = Evidence(
         agreement=additivity,
         agreement_of="random recipes of about this size" if additivity else "",
-        scaling=scaling,
+        scaling=evidence.scaling,
+        explanation=evidence.explanation,
         recipes=() if check is None else recipe_rows(check, table.method),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(

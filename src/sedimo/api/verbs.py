@@ -22,6 +22,7 @@ from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.graph.trace import trace_denoiser
 from sedimo.measurement import campaign
+from sedimo.measurement.exploration import Exploration
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import ObjectiveName
 from sedimo.measurement.worker import TrialWorker, setting_of
@@ -145,7 +146,7 @@ def explore(
     study = Study(store)
     campaign.explore(
         study,
-        campaign.Exploration(seed, bank.space),
+        Exploration(seed, bank.space),
         n_trials=trials,
         setting=setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=objective),
         make_worker=lambda: TrialWorker(pipe, bank, plan, objective=objective),

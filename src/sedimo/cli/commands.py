@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import click
 
 from sedimo.cli import console, show
-
-Command = TypeVar("Command", bound=Callable[..., object])
+from sedimo.cli.options import json_option, run_argument, sampling_options
 
 METHODS = "auto, error, jacobian, ablation, combined, or uniform:FORMAT"
-
-
-def _sampling_options(command: Command) -> Command:
-    """What determines a sample besides the weights; part of every trial's key."""
-    for option in (
-        click.option("--resolution", type=click.IntRange(8), help="Image size [pixels]; default: the pipeline's."),
-        click.option("--guidance", type=float, help="Guidance scale; default: the pipeline's."),
-        click.option(
-            "--prompts",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Text file, a prompt or class per line; default: the pipeline's classes, or built-in prompts.",
-        ),
-        click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Denoising steps."),
-        click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Number of samples."),
-        click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First seed."),
-        click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute dtype."),
-        click.option("--device", help="cpu, cuda, cuda:1, mps; default: the GPU if there is one."),
-    ):
-        command = option(command)
-    return command
-
-
-def _json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
 
 
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.option("--variant", help="Variant of the source's weights, such as fp16.")
-@_json_option
+@json_option
 def inspect(source: str, variant: str | None, as_json: bool) -> None:
     """Show layers, operation types, blocks, groups, sizes and MACs of a denoiser."""
     from sedimo.api import inspection
@@ -74,8 +47,8 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 @click.option("--link", is_flag=True, help="Hard-link the other components instead of copying them.")
 @click.option("--no-check", is_flag=True, help="Skip the sampled comparison and the additivity check.")
 @click.option("--dry-run", is_flag=True, help="Tell seconds, denoiser calls, memory and disk, and stop.")
-@_sampling_options
-@_json_option
+@sampling_options
+@json_option
 def quantize(as_json: bool, **options: object) -> None:
     """Write a smaller checkpoint of SRC under a budget, with a report that says why.
 
@@ -101,8 +74,8 @@ def quantize(as_json: bool, **options: object) -> None:
 @click.option("--against", required=True, metavar="SRC", help="The pipeline that OUT was made from.")
 @click.option("--variant", help="Variant of SRC's weights, such as fp16.")
 @click.option("--images", type=click.IntRange(0), default=0, help="Number of images for FID and KID; 0: not measured.")
-@_sampling_options
-@_json_option
+@sampling_options
+@json_option
 def evaluate(out: str, against: str, images: int, variant: str | None, as_json: bool, **options: object) -> None:
     """Compare the checkpoint OUT with its source on the same seeds: size, SQNR, PSNR, FID, KID."""
     from sedimo.api.comparison import evaluate_sources
@@ -124,7 +97,7 @@ def evaluate(out: str, against: str, images: int, variant: str | None, as_json: 
 @click.command()
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
-@_json_option
+@json_option
 def diff(first: str, second: str, as_json: bool) -> None:
     """Show, layer by layer, where two recipes or checkpoints differ."""
     from sedimo.api.inspection import differences, read_recipe
@@ -140,7 +113,7 @@ def diff(first: str, second: str, as_json: bool) -> None:
 @click.option("--source", required=True, metavar="SRC", help="What CHECKPOINT was made from.")
 @click.option("--variant", help="Variant of SRC's weights, such as fp16.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@_json_option
+@json_option
 def change(
     checkpoint: str, changes: tuple[str, ...], source: str, variant: str | None, out: Path, as_json: bool
 ) -> None:
@@ -156,12 +129,12 @@ def change(
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@run_argument
 @click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
 @click.option("--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted.")
 @click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the recipe to this file.")
-@_json_option
+@json_option
 def allocate(run: Path, out: Path | None, as_json: bool, **budget: float | None) -> None:
     """Choose the recipe for another budget from the measurements in the study folder RUN."""
     from sedimo.api.rereport import allocate_again
@@ -175,9 +148,9 @@ def allocate(run: Path, out: Path | None, as_json: bool, **budget: float | None)
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@run_argument
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to write; default: report.html in RUN.")
-@_json_option
+@json_option
 def report(run: Path, out: Path | None, as_json: bool) -> None:
     """Write the report of a finished job again from its study folder RUN."""
     from sedimo.api.rereport import report_again
@@ -189,7 +162,7 @@ def report(run: Path, out: Path | None, as_json: bool) -> None:
 @click.command()
 @click.option("-o", "--out", type=click.Path(path_type=Path), default="demo-out", show_default=True)
 @click.option("--bits", type=float, default=3.5, show_default=True)
-@_json_option
+@json_option
 def demo(out: Path, bits: float, as_json: bool) -> None:
     """Do the main job on the embedded model and say where the report is."""
     from sedimo.api.demo import run_demo

@@ -15,6 +15,7 @@ import click
 
 from sedimo.errors import InputError, MissingExtraError, SedimoError
 
+_SPEED_SECONDS = 1800.0  # how far back to look for the time left: a step may take minutes
 EXIT_UNEXPECTED, EXIT_INPUT, EXIT_STATE, EXIT_EXTRA, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
 
 
@@ -75,6 +76,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     console.print(table)
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    Example:
+        >>> duration(3700)
+        '1 h 02 min'
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 @contextmanager
 def progress() -> Iterator[ConsoleProgress]:
     """A progress display that is taken away however the work ends."""
@@ -86,18 +100,20 @@ def progress() -> Iterator[ConsoleProgress]:
 
 
 class ConsoleProgress:
-    """Progress bars on standard error when it is a terminal, else a line every ten seconds."""
+    """Progress on standard error, with the time left: a bar on a terminal, else a line every ten seconds."""
 
     QUIET_SECONDS = 10.0
 
     def __init__(self) -> None:
         self._bar: object | None = None
-        self._label, self._total, self._done, self._last = "", 0, 0, 0.0
+        self._label, self._total, self._done = "", 0, 0
+        self._begin = self._last = 0.0
 
     def start(self, total: int, label: str) -> None:
         """Begins a stage of `total` steps."""
         self.done()
-        self._label, self._total, self._done, self._last = label, total, 0, time.monotonic()
+        self._label, self._total, self._done = label, total, 0
+        self._begin = self._last = time.monotonic()
         if sys.stderr.isatty():
             self._bar = _rich_bar(total, label)
         else:
@@ -110,7 +126,8 @@ class ConsoleProgress:
             self._bar.advance(self._bar.task_ids[0], n)  # type: ignore[attr-defined]  # rich is loaded lazily
         elif time.monotonic() - self._last > self.QUIET_SECONDS:
             self._last = time.monotonic()
-            click.echo(f"{self._label}: {self._done} of {self._total}", err=True)
+            left = (self._last - self._begin) / self._done * (self._total - self._done)
+            click.echo(f"{self._label}: {self._done} of {self._total}, about {duration(left)} left", err=True)
 
     def done(self) -> None:
         """Ends the stage."""
@@ -140,6 +157,7 @@ def _rich_bar(total: int, label: str) -> object:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
+        speed_estimate_period=_SPEED_SECONDS,
     )
     bar.add_task(label, total=total)
     bar.start()

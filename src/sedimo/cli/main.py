@@ -11,7 +11,7 @@ import sys
 import click
 
 from sedimo import __version__
-from sedimo.cli import commands
+from sedimo.cli import commands, search_commands, study_commands
 from sedimo.cli.console import run_guarded
 
 EXIT_CODES = """\b
@@ -51,5 +51,5 @@ def main(verbose: bool) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
 
 
-for _command in commands.ALL:
+for _command in (*commands.ALL, *study_commands.ALL, *search_commands.ALL):
     main.add_command(_command)

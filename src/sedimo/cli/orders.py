@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from sedimo.api.explore_order import ExploreOrder
 from sedimo.api.inspection import read_recipe
-from sedimo.api.order import BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.api.order import DEFAULT_SEARCH, BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
+from sedimo.measurement.trial import ObjectiveName
 
 
 def order_of(options: Mapping[str, Any]) -> Order:
-    """The order of `sedimo quantize`."""
+    """The order of `sedimo quantize` and `sedimo run`."""
     recipe = options["recipe"]
     return Order(
         source=options["source"],
@@ -27,6 +30,33 @@ def order_of(options: Mapping[str, Any]) -> Order:
         compute=compute_of(options),
         link=options["link"],
         check=not options["no_check"],
+        search=search_of(options) if "trials" in options else DEFAULT_SEARCH,
+    )
+
+
+def search_of(options: Mapping[str, Any]) -> SearchOrder:
+    """How recipes are searched by measuring."""
+    return SearchOrder(
+        n_trials=options["trials"],
+        n_rounds=options["refine"],
+        seed=options["study_seed"],
+        target=options["target"],
+        prior=options["prior"],
+        confidence=options["confidence"],
+    )
+
+
+def explore_order_of(options: Mapping[str, Any]) -> ExploreOrder:
+    """The order of `sedimo explore`."""
+    names = ("source", "store", "trials", "formats", "sampler", "low_bits", "high_bits", "study_seed")
+    return ExploreOrder(
+        **{name: options[name] for name in names},
+        objectives=cast("tuple[ObjectiveName, ...]", tuple(part.strip() for part in options["objective"].split(","))),
+        sampling=sampling_of(options),
+        compute=compute_of(options),
+        variant=options["variant"],
+        executor=options["executor"],
+        workers=options["workers"],
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sedimo.cli.console import print_table
+from sedimo.cli.console import duration, print_table
 
 if TYPE_CHECKING:
     from sedimo.allocation.problem import Allocation
@@ -161,19 +161,6 @@ def count(number: object) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g} T"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people.
-
-    Example:
-        >>> duration(3700)
-        '1 h 02 min'
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _decibels(sqnr: SignalSummary) -> str:

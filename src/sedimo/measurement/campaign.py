@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from sedimo.bank import SILENT, Progress
 from sedimo.errors import StateError
 from sedimo.measurement.executors import Executor, MakeWorker, SerialExecutor
-from sedimo.measurement.exploration import random_recipe
+from sedimo.measurement.exploration import Exploration
 from sedimo.measurement.interrupt import StopRequest, graceful_interrupt
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Setting, Trial
 from sedimo.measurement.worker import CallTiming
-from sedimo.space import Recipe, SearchSpace
+from sedimo.space import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +84,6 @@ def run_trials(
     return tuple(_saved(study, key) for key in keys)
 
 
-@dataclass(frozen=True, slots=True)
-class Exploration:
-    """What the random recipes of a study are a function of, besides their number."""
-
-    seed: int
-    space: SearchSpace
-
-
 def explore(
     study: Study,
     exploration: Exploration,
@@ -109,7 +101,7 @@ def explore(
         StateError: the study was begun with another seed or space.
     """
     study.claim("exploration", exploration)
-    recipes = [random_recipe(exploration.space, exploration.seed, index) for index in range(n_trials)]
+    recipes = [exploration.recipe(index) for index in range(n_trials)]
     return run_trials(study, recipes, setting=setting, make_worker=make_worker, executor=executor, progress=progress)
 
 
@@ -122,7 +114,7 @@ def _measure(
 ) -> None:
     (executor, make_worker), (progress, stop) = work, control
     n_done = 0
-    progress.start(len(missing), "measuring recipes")
+    progress.start(len(missing), f"measuring recipes by {setting.objective}")
     try:
         for trial in executor.run(make_worker, missing, stop):
             if trial.setting != setting:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from typing import Protocol
 
 import torch
 
-from sedimo.errors import InputError
+from sedimo.errors import InputError, StateError
 from sedimo.measurement.interrupt import StopRequest
 from sedimo.measurement.trial import Trial
 from sedimo.space import Recipe
@@ -72,7 +73,11 @@ class ProcessExecutor:
         self._n_workers = n_workers
 
     def run(self, make_worker: MakeWorker, recipes: Sequence[Recipe], stop: StopRequest) -> Iterator[Trial]:
-        """Trials as they are finished."""
+        """Trials as they are finished.
+
+        Raises:
+            StateError: a worker died.
+        """
         n_workers = min(self._n_workers, len(recipes))
         if n_workers == 0:
             return
@@ -86,6 +91,11 @@ class ProcessExecutor:
                     running.add(pool.submit(_measure, waiting.pop()))
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in finished)
+        except BrokenExecutor as error:
+            if not stop.is_set:  # else Ctrl-C reached a worker that had not begun yet
+                raise StateError(
+                    "a worker process died, perhaps for lack of memory; finished trials are saved. Take fewer workers"
+                ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -95,8 +105,17 @@ _workers: list[Worker] = []  # the one worker of a started process; stays empty 
 
 def _begin(make_worker: MakeWorker, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides when to stop
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     torch.set_num_threads(threads)
     _workers.append(make_worker())
+
+
+def _end_with_driver() -> None:
+    """Ends this process once the driver is gone: one that was killed cannot say so, and a pool would wait for ever."""
+    driver = multiprocessing.parent_process()
+    if driver is not None:
+        driver.join()
+        os._exit(1)
 
 
 def _measure(recipe: Recipe) -> Trial:

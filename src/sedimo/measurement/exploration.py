@@ -1,17 +1,77 @@
-"""Random recipes: recipe i of a study is a function of (study seed, i) and of nothing else."""
+"""Random recipes: recipe i of a study is a function of (study seed, i) and of nothing else.
+
+Two samplers. `paper` draws the share of low bits, so that recipes differ mostly in how many bits they have.
+`stratified` spreads recipes evenly over bands of bits and lets the *placement* of the bits differ as much as it can:
+whole operations and whole blocks are favoured or starved together, so that few trials tell them apart.
+"""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, TypeVar, get_args
 
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
 from sedimo.space import Decision, Recipe, SearchSpace
 
 Item = TypeVar("Item")
+SamplerName = Literal["paper", "stratified"]
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+TOLERANCE_BITS = 0.02
+MOST_BITS = 5.0  # beyond it nearly nothing is lost, and nothing is learned
 _MAX_MOVES = 20
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, mod 1, fill an interval evenly at every length
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, slots=True)
+class Exploration:
+    """What the random recipes of a study are a function of, besides their number.
+
+    `low_bits` to `high_bits` is the range of `stratified`, in paper bits; None: all that the formats allow, up to 5.
+
+    Raises:
+        InputError: an unknown sampler, or a range that is empty or given to the sampler `paper`.
+    """
+
+    seed: int
+    space: SearchSpace
+    sampler: SamplerName = "paper"
+    low_bits: float | None = None
+    high_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks sampler and range."""
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if self.sampler == "paper" and (self.low_bits is not None or self.high_bits is not None):
+            raise InputError("the sampler 'paper' spreads bits by itself: leave the range of bits out")
+        if self.sampler == "stratified" and not self.range_bits[0] <= self.range_bits[1]:
+            low, high = self.range_bits
+            raise InputError(f"a range of bits must rise, within what the formats allow; got {low:.3f} to {high:.3f}")
+
+    @property
+    def range_bits(self) -> tuple[float, float]:
+        """Least and most average bits that are drawn."""
+        least, most = possible_bits(self.space)
+        low = least if self.low_bits is None else max(least, self.low_bits)
+        return low, min(most, max(low, MOST_BITS) if self.high_bits is None else self.high_bits)
+
+    def recipe(self, index: int) -> Recipe:
+        """Recipe `index`."""
+        if self.sampler == "paper":
+            return random_recipe(self.space, self.seed, index)
+        return stratified_recipe(self.space, self.range_bits, self.seed, index)
+
+
+def possible_bits(space: SearchSpace) -> tuple[float, float]:
+    """The least and the most paper bits of any recipe of a space."""
+    sizes = [[decision.paper_bytes(f) for f in decision.formats] for decision in space.decisions]
+    return _bits(space, sum(map(min, sizes))), _bits(space, sum(map(max, sizes)))
 
 
 def random_recipe(space: SearchSpace, seed: int, index: int) -> Recipe:
@@ -28,7 +88,9 @@ def random_recipe(space: SearchSpace, seed: int, index: int) -> Recipe:
     return space.recipe(_draw(space, uniform, uniform.random()))
 
 
-def random_recipe_near(space: SearchSpace, bits: float, seed: int, index: int, *, tolerance: float = 0.02) -> Recipe:
+def random_recipe_near(
+    space: SearchSpace, bits: float, seed: int, index: int, *, tolerance: float = TOLERANCE_BITS
+) -> Recipe:
     """A random recipe whose paper bits are within `tolerance` of `bits`.
 
     It is drawn like `random_recipe`, then random decisions are drawn again as long as that brings the average
@@ -39,19 +101,106 @@ def random_recipe_near(space: SearchSpace, bits: float, seed: int, index: int, *
     """
     uniform = _uniform(seed, index)
     choice = _draw(space, uniform, uniform.random())
+    if not _approach(space, choice, bits, tolerance, uniform):
+        raise InputError(f"found no random recipe of {bits} +- {tolerance} bits; the last has {_size(space, choice):g}")
+    return space.recipe(choice)
+
+
+def stratified_recipe(space: SearchSpace, range_bits: tuple[float, float], seed: int, index: int) -> Recipe:
+    """Recipe `index` of a study that spreads average bits evenly over a range and varies their placement.
+
+    Each operation type, each block and each decision draws a preference from N(0, 1); a decision's place is their
+    sum, and widths are given out by place so that the average meets the recipe's goal. Each operation type prefers a
+    method, more or less strongly. Goals of successive recipes fill the range evenly, whatever their number.
+    """
+    uniform = _uniform(seed, index)
+    goal = range_bits[0] + (range_bits[1] - range_bits[0]) * ((0.5 + _GOLDEN * index) % 1.0)
+    preferences = _Preferences(uniform)
+    places = {d.name: preferences.place(d) for d in space.decisions}
+    ranked = {d.name: preferences.ranked(d) for d in space.decisions}
+    low, high = min(places.values()) - 1.0, max(places.values()) + 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        is_large = _size(space, _placed(ranked, places, middle)) > goal
+        low, high = (middle, high) if is_large else (low, middle)
+    choice = _placed(ranked, places, high)
+    _approach(space, choice, goal, TOLERANCE_BITS, uniform)  # where formats are coarse, as near as they allow
+    return space.recipe(choice)
+
+
+_BISECTIONS = 30
+_STEP = 0.7  # between two widths, in standard deviations of one preference
+_METHOD_STRENGTH = 1.5
+
+
+class _Preferences:
+    """Normal draws by name: of operation types, blocks and decisions."""
+
+    def __init__(self, uniform: random.Random) -> None:
+        self._uniform = uniform
+        self._drawn: dict[str, float] = {}
+
+    def place(self, decision: Decision) -> float:
+        own = self._normal(f"decision {decision.name}")
+        return self._normal(f"operation {decision.operation}") + self._normal(f"block {decision.block}") + own
+
+    def ranked(self, decision: Decision) -> list[Format]:
+        """One format per width, by rising width."""
+        widths = sorted({f.bits for f in decision.formats})
+        return [self._preferred(decision, [f for f in decision.formats if f.bits == width]) for width in widths]
+
+    def _preferred(self, decision: Decision, formats: Sequence[Format]) -> Format:
+        drawn = [self._liking(decision, f) for f in formats]
+        return formats[drawn.index(max(drawn))]
+
+    def _liking(self, decision: Decision, number_format: Format) -> float:
+        method = f"{number_format.family} {number_format.group_size}"
+        shared = self._normal(f"method {method} of {decision.operation}")
+        return _METHOD_STRENGTH * shared + _gumbel(self._uniform)
+
+    def _normal(self, name: str) -> float:
+        if name not in self._drawn:
+            self._drawn[name] = _NORMAL.inv_cdf(_open_unit(self._uniform))
+        return self._drawn[name]
+
+
+def _placed(ranked: Mapping[str, Sequence[Format]], places: Mapping[str, float], threshold: float) -> dict[str, Format]:
+    """Widths by place: the higher a decision stands above the threshold, the more bits it has."""
+    found = {}
+    for name, formats in ranked.items():
+        middle = (len(formats) - 1) / 2
+        step = math.floor((places[name] - threshold) / _STEP + middle + 0.5)
+        found[name] = formats[min(max(step, 0), len(formats) - 1)]
+    return found
+
+
+def _approach(
+    space: SearchSpace, choice: dict[str, Format], bits: float, tolerance: float, uniform: random.Random
+) -> bool:
+    """Draws decisions of `choice` again while that brings the average nearer; whether it came near enough."""
     total = sum(d.paper_bytes(choice[d.name]) for d in space.decisions)
     goal, allowed = bits * space.params / 8, tolerance * space.params / 8
     for _ in range(_MAX_MOVES * max(50, len(space.decisions))):
         if abs(total - goal) <= allowed:
-            return space.recipe(choice)
+            return True
         decision = _pick(uniform, space.decisions)
         other = _pick(uniform, decision.formats)
         moved = total + decision.paper_bytes(other) - decision.paper_bytes(choice[decision.name])
         if abs(moved - goal) < abs(total - goal):
             choice[decision.name], total = other, moved
-    raise InputError(
-        f"found no random recipe of {bits} +- {tolerance} bits; the last one has {_bits(space, total):.3f}"
-    )
+    return False
+
+
+def _size(space: SearchSpace, choice: Mapping[str, Format]) -> float:
+    return _bits(space, sum(d.paper_bytes(choice[d.name]) for d in space.decisions))
+
+
+def _open_unit(uniform: random.Random) -> float:
+    return max(uniform.random(), 2**-60)
+
+
+def _gumbel(uniform: random.Random) -> float:
+    return -math.log(-math.log(min(_open_unit(uniform), 1 - 2**-53)))
 
 
 def _uniform(seed: int, index: int) -> random.Random:

@@ -1,31 +1,37 @@
-"""What a recipe's quality is measured on: final latents, the denoiser's own path, or single steps.
+"""What a recipe's quality is measured on: final latents, the denoiser's own path, single steps, or images.
 
-All three give a noise and a signal power per sample. For `path` and `step` the powers are those of the
+All give a noise and a signal power per sample. For `path` and `step` the powers are those of the
 denoiser's outputs, each relative to its own signal and averaged over the calls, so that every step counts
-equally; the signal is then 1.
+equally; the signal is then 1. `fid` looks at final latents and at the images as a set besides.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedimo.errors import StateError
+from sedimo.errors import InputError, StateError
+from sedimo.measurement.images import Features, compare_distributions, draw_latents_and_features
 from sedimo.measurement.trial import ObjectiveName
+from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import NoisePowers, relative_noise
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import Trajectory, output_tensor, record
+
+MIN_IMAGES = 20  # of which a jackknife can leave parts out
 
 
 @dataclass(frozen=True)
 class Reference:
     """What the full-precision pipeline gives under a sampling plan: the other side of every comparison.
 
-    `calls` are the recorded denoiser calls, empty for `final_latents`, which needs only `latents`.
+    `calls` are the recorded denoiser calls, empty for `final_latents` and `fid`, which need only `latents`; `features`
+    are those of the images, for `fid`.
     """
 
     objective: ObjectiveName
@@ -33,6 +39,15 @@ class Reference:
     latents: torch.Tensor  # [n, ...]
     calls: tuple[DenoiserCall, ...]
     n_calls: int
+    features: Features | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Noise and signal power per sample, and what the samples are as a set."""
+
+    powers: NoisePowers
+    measures: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 def measure_reference(objective: ObjectiveName, adapter: PipelineAdapter, sampling: Sampling) -> Reference:
@@ -41,17 +56,47 @@ def measure_reference(objective: ObjectiveName, adapter: PipelineAdapter, sampli
         counted: list[int] = []
         latents = adapter.sample(sampling, observer=lambda call: counted.append(call.step))
         return Reference(objective, sampling, latents, (), len(counted))
+    if objective == "fid":
+        if len(sampling.seeds) < MIN_IMAGES:
+            raise InputError(f"the objective 'fid' needs at least {MIN_IMAGES} samples, got {len(sampling.seeds)}")
+        with _counted_calls(adapter) as calls:
+            latents, features = draw_latents_and_features(adapter, sampling, label="full precision")
+        return Reference(objective, sampling, latents, (), len(calls), features)
     trajectory = record(adapter, sampling)
     return Reference(objective, sampling, trajectory.latents, trajectory.calls, trajectory.n_calls)
 
 
-def measure(adapter: PipelineAdapter, reference: Reference) -> NoisePowers:
-    """Noise and signal power per sample of the denoiser as it is now, against the reference."""
+def measure(adapter: PipelineAdapter, reference: Reference) -> Measurement:
+    """The denoiser as it is now, against the reference."""
     if reference.objective == "final_latents":
-        return relative_noise(reference.latents.numpy(), adapter.sample(reference.sampling).numpy())
+        return Measurement(_noise(reference, adapter.sample(reference.sampling)))
+    if reference.features is not None:
+        latents, features = draw_latents_and_features(adapter, reference.sampling)
+        return Measurement(_noise(reference, latents), _set_measures(reference.features, features))
     if reference.objective == "path":
-        return _measure_path(adapter, reference)
-    return _measure_steps(adapter, reference)
+        return Measurement(_measure_path(adapter, reference))
+    return Measurement(_measure_steps(adapter, reference))
+
+
+def _noise(reference: Reference, latents: torch.Tensor) -> NoisePowers:
+    return relative_noise(reference.latents.numpy(), latents.numpy())
+
+
+def _set_measures(reference: Features, features: Features) -> dict[str, Estimate]:
+    found = compare_distributions(reference, features)
+    names = ("fid", "fid_difference", "kid", "kid_difference")
+    return {name: getattr(found, name) for name in names}
+
+
+@contextlib.contextmanager
+def _counted_calls(adapter: PipelineAdapter) -> Iterator[list[int]]:
+    """Grows by one with each call of the denoiser."""
+    calls: list[int] = []
+    hook = adapter.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[tuple[DenoiserCall, range]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from sedimo.codec import content_key
+from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError, StateError
+from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import NoisePowers
 from sedimo.space import Recipe
 
-ObjectiveName = Literal["final_latents", "path", "step"]
-OBJECTIVES: tuple[ObjectiveName, ...] = ("final_latents", "path", "step")
+ObjectiveName = Literal["final_latents", "path", "step", "fid"]
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 TRIAL_VERSION = 1
 
 
@@ -22,7 +23,8 @@ class Setting:
 
     `weights_digest` names the full-precision weights, `pipeline` what else draws the sample (class, scheduler,
     text encoders); `dtype` and `device` (kind only, `cpu` or `cuda`) are those the denoiser computes in. The batch
-    size is not part of it: a sample does not depend on its batch.
+    size is not part of it: a sample does not depend on its batch. `extractor` names the network behind `fid`, and is
+    None for objectives that look at no image.
     """
 
     weights_digest: str
@@ -36,6 +38,7 @@ class Setting:
     dtype: str
     device: str
     version: int = TRIAL_VERSION
+    extractor: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses another version's numbers and an unknown objective."""
@@ -47,11 +50,16 @@ class Setting:
     @property
     def key(self) -> str:
         """Content key of the setting."""
-        return content_key(self)
+        return content_key(self._named())
 
     def trial_key(self, recipe: Recipe) -> str:
         """The name of the trial of a recipe under this setting: sha256 of all that determines its number."""
-        return content_key({"setting": self, "recipe": recipe.key})
+        return content_key({"setting": self._named(), "recipe": recipe.key})
+
+    def _named(self) -> Mapping[str, object]:
+        """What names it. An absent extractor is left out, so that older trials keep their names."""
+        plain: dict[str, object] = to_plain(self)
+        return {name: value for name, value in plain.items() if name != "extractor" or value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +79,15 @@ class Execution:
 class Trial:
     """A recipe with its noise and signal power per sample, in the order of the setting's seeds.
 
-    The powers themselves are kept, so that two trials can be paired and jackknifed later.
+    The powers themselves are kept, so that two trials can be paired and jackknifed later. `measures` holds what is
+    known of the samples as a set: `fid` and `kid` to real images, and their differences to full precision.
     """
 
     setting: Setting
     recipe: Recipe
     powers: NoisePowers
     execution: Execution
+    measures: Mapping[str, Estimate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that there is one pair of powers per seed.

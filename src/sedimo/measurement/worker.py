@@ -15,6 +15,7 @@ from sedimo.measurement.objective import Reference, measure, measure_reference
 from sedimo.measurement.probe import Prober
 from sedimo.measurement.trial import Execution, ObjectiveName, Setting, Trial
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
+from sedimo.pipelines.zoo import feature_extractor
 from sedimo.space import Recipe
 
 
@@ -34,6 +35,7 @@ def setting_of(
         resolution=sampling.resolution,
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=parameter.device.type,
+        extractor=feature_extractor()[0] if objective == "fid" else None,
     )
 
 
@@ -59,14 +61,14 @@ class TrialWorker:
         reference = self.reference
         begin = time.perf_counter()
         self._prober.switch(recipe)
-        powers = measure(self._adapter, reference)
+        found = measure(self._adapter, reference)
         execution = Execution(
             seconds=time.perf_counter() - begin,
             n_calls=reference.n_calls,
             threads=torch.get_num_threads(),
             versions=versions(),
         )
-        return Trial(self.setting, recipe, powers, execution)
+        return Trial(self.setting, recipe, found.powers, execution, found.measures)
 
     def close(self) -> None:
         """Gives the denoiser back at full precision."""

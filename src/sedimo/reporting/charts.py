@@ -32,7 +32,7 @@ def operations_chart(summary: Summary) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         _points(axes, [g.reference_cost for g in rows], list(range(len(rows))), rows, horizontal=True)
-        axes.set_yticks(range(len(rows)), [_short(g.name, 40) for g in rows])
+        axes.set_yticks(range(len(rows)), [short(g.name, 40) for g in rows])
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
@@ -214,7 +214,7 @@ def _recipe_point(axes: Axes, row: RecipeRow, y: float) -> None:
     if not math.isfinite(estimate.value):
         return
     colour = {"this": ACCENT, "random": SOFT}.get(row.kind, OTHER)
-    if row.kind != "random" and _has_interval(estimate):
+    if row.kind != "random" and has_interval(estimate):
         axes.plot([estimate.low, estimate.high], [y, y], color=colour, linewidth=2)
     axes.plot(
         estimate.value,
@@ -232,7 +232,7 @@ def _line_label(line: Sequence[RecipeRow]) -> str:
     if first.kind == "random":
         low, high = min(r.paper_bits for r in line), max(r.paper_bits for r in line)
         return f"{len(line)} random recipes ({low:.2f}\N{EN DASH}{high:.2f} bits)"
-    text = f"{_short(first.name, 36)} ({first.paper_bits:.2f} bits)"
+    text = f"{short(first.name, 36)} ({first.paper_bits:.2f} bits)"
     return f"this recipe: {text}" if first.kind == "this" else text
 
 
@@ -240,7 +240,8 @@ def _best(line: Sequence[RecipeRow]) -> float:
     return max(r.measures["sqnr_db"].value for r in line)
 
 
-def _has_interval(estimate: Estimate) -> bool:
+def has_interval(estimate: Estimate) -> bool:
+    """Whether an interval can be drawn."""
     return math.isfinite(estimate.low) and math.isfinite(estimate.high)
 
 
@@ -251,5 +252,6 @@ def _cost_label(summary: Summary, *, is_short: bool = False) -> str:
     return f"{what} if all its layers were at {summary.reference_format} (logarithmic; bars: 95 % interval)"
 
 
-def _short(text: str, n: int) -> str:
+def short(text: str, n: int) -> str:
+    """At most `n` characters of a text, its end: names differ there."""
     return text if len(text) <= n else f"\N{HORIZONTAL ELLIPSIS}{text[-(n - 1) :]}"

@@ -57,3 +57,59 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "The cost of giving one layer a certain format, while all others stay as they are.",
     ),
 )
+
+EXPLANATION_GLOSSARY: tuple[tuple[str, str], ...] = (
+    (
+        "Trial",
+        "One recipe that was really run and compared with full precision.",
+    ),
+    (
+        "Predictor and baseline",
+        "A predictor tells the quality of a recipe without running it. A baseline is a simpler rule for the same "
+        "task, such as the average bits or the sum of weight errors. A predictor that is no better than its baselines "
+        "has learned nothing that they do not say already.",
+    ),
+    (
+        "Score",
+        "What the predictor thinks of one choice, a layer at a format, with regard to the quality of the whole. Higher "
+        "is better. Scores are for comparing choices with each other.",
+    ),
+    (
+        "Operation and block",
+        "An operation is the part that a layer plays, such as the query of an attention. A denoiser repeats the same "
+        "operations in many blocks, one after the other.",
+    ),
+    (
+        "Held-out recipes, fold",
+        "Recipes that were kept from the predictor while it learned, so that it cannot know their quality by heart. "
+        "The trials are divided into folds, and each fold is held out once.",
+    ),
+    (
+        "Band",
+        "Recipes of nearly the same size. Within a band, bits tell nothing about quality any more; the choice of "
+        "layers does.",
+    ),
+    (
+        "Rank correlation (SRCC)",
+        "Spearman's: 1 if the predicted order of recipes is the measured one, 0 for guessing, negative for an order "
+        "that is rather the reverse.",
+    ),
+    (
+        "Kendall's tau",
+        "Another measure of order: the share of pairs of recipes in the right order less that in the wrong one.",
+    ),
+    (
+        "NDCG@10",
+        "Whether the ten recipes predicted to be best are really good ones, the first counting most; 1 is perfect.",
+    ),
+    (
+        "Hop",
+        "How far the graph network looks around a layer: 0 is the layer alone, 1 its direct neighbours as well, and so "
+        "on, up to whole blocks.",
+    ),
+    (
+        "Confirmed, refuted, open",
+        "A prediction is confirmed if the measured change goes the same way and its 95 % interval does not hold zero, "
+        "refuted if it goes the other way, open if the interval holds zero.",
+    ),
+)

@@ -8,14 +8,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sedimo.errors import InputError
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting import charts, phrasing
-from sedimo.reporting.glossary import GLOSSARY
+from sedimo.reporting.explanation_page import explanation_view
+from sedimo.reporting.glossary import EXPLANATION_GLOSSARY, GLOSSARY
 from sedimo.reporting.images import AMPLIFICATION, SMALL_PIXELS, show_pictures
 from sedimo.reporting.map_chart import mark_svg, panel_svg
 from sedimo.reporting.palette import DARK, LIGHT, properties
@@ -52,10 +53,16 @@ def write_report(summary: Summary, path: str | Path) -> Path:
 
 def render(summary: Summary, *, theme: Theme | None = None) -> str:
     """The report as HTML text; `theme` fixes light or dark, which is otherwise the reader's setting."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(_resource),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["prose"] = _prose
     environment.filters["breakable"] = _breakable
-    template = environment.from_string(_resource("report.html.j2"))
+    template = environment.get_template("report.html.j2")
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", template.render(_context(summary, theme)))
 
 
@@ -64,10 +71,12 @@ def _context(summary: Summary, theme: Theme | None) -> dict[str, object]:
     pictures = show_pictures(summary.evidence.pictures, budget_bytes=_PICTURE_BYTES)
     compared = comparison(summary)
     is_tiny = bool(pictures) and pictures[0].is_small
+    found = summary.evidence.explanation
     return {
         "s": summary,
+        "x": explanation_view(found, here=summary.sizes.paper_bits) if found else None,
         "theme": theme,
-        "style": Markup(_style()),  # our own constants
+        "style": Markup(_style() + ("\n" + _resource("explanation.css") if found else "")),  # our own constants
         "headline": phrasing.headline(summary),
         "tiles": phrasing.tiles(summary),
         "decided": phrasing.decision_sentences(summary),
@@ -88,7 +97,7 @@ def _context(summary: Summary, theme: Theme | None) -> dict[str, object]:
         "card_width": 18 if is_tiny else 24,
         "facts": _facts(summary),
         "notes": [*summary.choice.notes, *summary.provenance.notes],
-        "glossary": GLOSSARY,
+        "glossary": (*GLOSSARY, *EXPLANATION_GLOSSARY) if found else GLOSSARY,
         "footer": _footer(summary),
         "small_pixels": SMALL_PIXELS,
     }

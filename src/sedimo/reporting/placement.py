@@ -110,6 +110,28 @@ def stage_labels(stages: Sequence[str]) -> tuple[list[str], str]:
     return labels, containers.pop() if len(containers) == 1 else ""
 
 
+def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
+    """Short labels of blocks, nested ones too (equal ones name their kind), and what is common to all of them.
+
+    Example:
+        >>> block_labels(["transformer_blocks.0", "transformer_blocks.1"])
+        (['0', '1'], 'transformer_blocks')
+        >>> block_labels(["down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "mid_block.resnets.1"])
+        (['down 1.0 resnets', 'down 1.0 attentions', 'mid 1'], '')
+    """
+    named = [OUTSIDE if block in ("", OUTSIDE) else block for block in blocks]
+    if all("." not in _without_numbers(block) for block in named):
+        labels, common = stage_labels(named)
+    else:
+        labels, common = ["outside" if b == OUTSIDE else place("", b).label for b in named], ""
+    labels = [label or block for label, block in zip(labels, named, strict=True)]
+    is_alone = [labels.count(label) == 1 for label in labels]
+    return [
+        label if alone else f"{label} {place('', block).kind}"
+        for label, alone, block in zip(labels, is_alone, named, strict=True)
+    ], common
+
+
 def kinds(decisions: Sequence[DecisionRow]) -> tuple[str, ...]:
     """The kinds of blocks in the order in which they occur."""
     return tuple(dict.fromkeys(place(d.operation, d.block).kind for d in decisions))

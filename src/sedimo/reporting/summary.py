@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sedimo.allocation.problem import Accounting, Status
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
+from sedimo.reporting.explanation import Explanation
 from sedimo.sensitivity.agreement import Agreement
 
 RecipeKind = Literal["this", "uniform", "random", "method", "peer"]
@@ -207,7 +208,7 @@ class Evidence:
     """What was measured about a recipe; all of it may be absent.
 
     `agreement` compares predicted with measured noise of `agreement_of` (in words, "30 random recipes"), `scaling`
-    that of single formats which were not probed.
+    that of single formats which were not probed, `explanation` tells what a predictor learned from measured recipes.
     """
 
     recipes: tuple[RecipeRow, ...] = ()
@@ -220,6 +221,7 @@ class Evidence:
     pictures: tuple[Picture, ...] = ()
     file_bytes: int | None = None
     source_file_bytes: int | None = None
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,11 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 BIT_LEVELS = (2, 3, 4, 5, 6, 7, 8, 16)
-ROLES = ("ink", "muted", "grid", "surface", "accent", "accent-soft", "other", *(f"b{n}" for n in BIT_LEVELS))
+ROLES = (
+    *("ink", "muted", "grid", "surface", "accent", "accent-soft", "other"),
+    *(f"b{n}" for n in BIT_LEVELS),
+    *(f"on{n}" for n in BIT_LEVELS),
+)
 PLACEHOLDER = {role: f"#fe01{i:02x}" for i, role in enumerate(ROLES)}
 POINTS_PER_INCH = 72
 
@@ -59,6 +63,11 @@ def bit_level(bits: float) -> int:
 def bit_colour(bits: float) -> str:
     """The placeholder of a number of bits."""
     return PLACEHOLDER[f"b{bit_level(bits)}"]
+
+
+def bit_ink(bits: float) -> str:
+    """The placeholder of the ink that is read on the colour of a number of bits."""
+    return PLACEHOLDER[f"on{bit_level(bits)}"]
 
 
 def themed_svg(

@@ -1,0 +1,171 @@
+"""The explanation of a search, for the report: scores, rivals, the measured curve, verified sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sedimo.api.insights import insights
+from sedimo.api.order import BudgetOrder
+from sedimo.api.predicting import BAND_HALF_WIDTH, Known, PredictorReport, judge
+from sedimo.api.searching import Measuring, Search, allocated
+from sedimo.errors import InputError
+from sedimo.graph.groups import split_groups
+from sedimo.measurement.trial import Trial
+from sedimo.metrics.estimate import Estimate, mean_estimate
+from sedimo.reporting.explanation import (
+    OVERALL,
+    CurveKind,
+    CurvePoint,
+    Explanation,
+    FoldRow,
+    FormatShare,
+    PredictorRow,
+    RefineRound,
+    score_boxes,
+)
+from sedimo.sensitivity.gnn.scoring import disjoint_groups, group_scores, hop_qualities, option_scores
+from sedimo.sensitivity.quality import prediction_quality
+from sedimo.space import Decision
+
+CURVE_STEPS = (-0.4, -0.2, 0.2, 0.4, 0.7)  # bits beside the budget at which the curve is measured
+MAX_VARIANTS = 8_000
+N_BOOTSTRAP_OF_FOLD = 200
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where trials are measured: on the seeds of the search, and on fresh ones for what is stated."""
+
+    search: Measuring
+    fresh: Measuring
+
+
+def explain(known: Known, search: Search, seeds: Seeds, *, target: str) -> Explanation:
+    """All that the report tells of a search. Measures the curve on the search's seeds, the sentences on fresh ones."""
+    bits = search.allocation.paper_bits
+    band = (bits - BAND_HALF_WIDTH, bits + BAND_HALF_WIDTH)
+    report = judge(search.predictor, search.data, known, band=band)
+    operations, blocks, notes = score_distributions(known, search)
+    preset = search.predictor.options.preset
+    return Explanation(
+        predictor=f"graph network, preset {preset}",
+        target=target,
+        n_trials=len(search.trials),
+        objective=seeds.search.setting.objective,
+        operation_boxes=score_boxes(operations),
+        block_boxes=score_boxes(blocks),
+        format_shares=format_shares(search),
+        predictors=predictor_rows(report),
+        folds=fold_rows(search),
+        curve=curve(known, search, seeds.search),
+        insights=insights(search, seeds.fresh),
+        rounds=tuple(
+            RefineRound(r.index + 1, r.n_trials, mean_estimate(r.best.powers.sqnr_db), r.predicted)
+            for r in search.rounds
+        ),
+        notes=notes,
+    )
+
+
+def score_distributions(
+    known: Known, search: Search
+) -> tuple[dict[str, list[float]], dict[str, list[float]], tuple[str, ...]]:
+    """Scores of options by operation, scores of group variants by block, and notes about hops without worth."""
+    qualities = hop_qualities(search.predictor, search.data.codes)
+    options, _ = option_scores(search.predictor, qualities)
+    operations: dict[str, list[float]] = {}
+    for row, decision in zip(options, known.bank.space.decisions, strict=True):
+        operations.setdefault(decision.operation, []).extend(row[np.isfinite(row)].tolist())
+    blocks: dict[str, list[float]] = {}
+    groups = split_groups(known.graph, n_options=known.choices.n_options, max_variants=MAX_VARIANTS)
+    for group in disjoint_groups(search.predictor, known.graph, groups):
+        found = group_scores(search.predictor, known.graph, group, qualities)
+        blocks.setdefault(found.block or "outside blocks", []).extend(found.scores.mean.tolist())
+    useless = [
+        f"hop {hop} of fold {fold} ranked its test recipes worse than chance ({q.srcc:+.2f}) and has no weight"
+        for fold, row in enumerate(qualities)
+        for hop, q in enumerate(row)
+        if q.srcc < 0
+    ]
+    return operations, blocks, tuple(useless)
+
+
+def predictor_rows(report: PredictorReport) -> tuple[PredictorRow, ...]:
+    """The predictor and its rivals, with what the predictor is ahead of each."""
+    found = []
+    for name, subset, quality in report.rows:
+        found.append(
+            PredictorRow(
+                predictor=name,
+                subset=OVERALL if subset == "all" else subset,
+                n=quality.n,
+                srcc=quality.srcc,
+                kendall_tau=quality.kendall_tau,
+                ndcg_at_10=quality.ndcg_at_10,
+                mae=quality.mae,
+                is_used=name == "this predictor",
+                advantage=report.differences.get((name, subset)),
+            )
+        )
+    return tuple(found)
+
+
+def fold_rows(search: Search) -> tuple[FoldRow, ...]:
+    """Quality per fold and hop on the fold's own test recipes."""
+    truth = search.data.target if search.predictor.has_sizes else search.data.quality
+    found = []
+    for index, fold in enumerate(search.predictor.folds):
+        for hop, scores in enumerate(fold.hop_scores):
+            q = prediction_quality(scores, truth[fold.test], n_bootstrap=N_BOOTSTRAP_OF_FOLD)
+            values = (q.srcc.value, q.kendall_tau.value, q.ndcg_at_10.value, q.mae.value)
+            found.append(FoldRow(index, hop, *values))
+    return tuple(found)
+
+
+def format_shares(search: Search) -> tuple[FormatShare, ...]:
+    """The chosen formats by operation."""
+    choice = search.allocation.choice
+    found = []
+    for name, members in _by(search, lambda d: d.operation).items():
+        counts: dict[str, int] = {}
+        for decision in members:
+            text = str(choice[decision.name])
+            counts[text] = counts.get(text, 0) + len(decision.layers)
+        params = sum(d.params for d in members)
+        bits = 8 * sum(d.paper_bytes(choice[d.name]) for d in members) / params
+        found.append(FormatShare(name, counts, params, bits))
+    return tuple(found)
+
+
+def curve(known: Known, search: Search, measuring: Measuring) -> tuple[CurvePoint, ...]:
+    """Measured quality against bits: the predictor's recipes at several budgets, random and uniform recipes."""
+    space, bits = known.bank.space, search.allocation.paper_bits
+    mine = [search.allocation.recipe]
+    for step in CURVE_STEPS:
+        try:
+            mine.append(allocated(search.table, BudgetOrder(bits=bits + step)).recipe)
+        except InputError:
+            continue  # below what the formats can make
+    common = set.intersection(*(set(d.formats) for d in space.decisions))
+    uniform = {f"uniform {f}": space.uniform(f) for f in sorted(common, key=str) if f.is_quantized}
+    trials = measuring.trials([*mine, *uniform.values()])
+    points = [_point(known, "this method", t, "this") for t in trials[: len(mine)]]
+    points += [_point(known, n, t, "uniform") for n, t in zip(uniform, trials[len(mine) :], strict=True)]
+    points += [_point(known, "random", t, "random") for t in search.trials[: search.n_random]]
+    return tuple({(p.name, p.bits): p for p in points}.values())
+
+
+def _point(known: Known, name: str, trial: Trial, kind: CurveKind) -> CurvePoint:
+    values = trial.powers.sqnr_db
+    measured = mean_estimate(values) if np.isfinite(values).all() else Estimate(-np.inf, np.nan, -np.inf, np.inf, 0)
+    return CurvePoint(name, kind, known.bank.space.paper_bits(trial.recipe), measured)
+
+
+def _by(search: Search, key: Callable[[Decision], str]) -> Mapping[str, list[Decision]]:
+    found: dict[str, list[Decision]] = {}
+    for decision in search.data.choices.space.decisions:
+        found.setdefault(key(decision), []).append(decision)
+    return found

@@ -1,0 +1,174 @@
+"""From a study to a predictor: which trials count, what the target is, and how good the predictor is beside rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sedimo.api.probing import ProbeMethod, attribute, probe
+from sedimo.api.search_order import PRIORS
+from sedimo.bank import SILENT, Bank, Progress
+from sedimo.errors import InputError
+from sedimo.graph.model import DenoiserGraph
+from sedimo.measurement.study import Study
+from sedimo.measurement.target import Target
+from sedimo.measurement.trial import ObjectiveName, Trial
+from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.signal import NoisePowers
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.sensitivity.baselines import Held, run_baselines
+from sedimo.sensitivity.choices import Choices, Codes, Values
+from sedimo.sensitivity.gnn.features import graph_features
+from sedimo.sensitivity.gnn.training import Predictor, TrainingSet
+from sedimo.sensitivity.quality import PredictionQuality, prediction_quality, quality_difference
+from sedimo.sensitivity.table import SensitivityTable
+from sedimo.space import SearchSpace
+
+DEFAULT_TARGETS: Mapping[ObjectiveName, str] = {
+    "final_latents": "sqnr_db",
+    "path": "sqnr_db",
+    "step": "sqnr_db",
+    "fid": "-fid",
+}
+WORST_NOISE, LEAST_NOISE = 1e6, 1e-12  # of a sample that diverged, of one without noise
+BAND_HALF_WIDTH = 0.25  # bits
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model before recipes are measured: graph, bank, and tables by name, the prior's first."""
+
+    graph: DenoiserGraph
+    bank: Bank
+    tables: Mapping[str, SensitivityTable]
+
+    @property
+    def choices(self) -> Choices:
+        """The options of the bank's space."""
+        return Choices(self.bank.space)
+
+    def prior(self) -> Values:
+        """Costs that the noise model starts from, `[D, K]`."""
+        name = next(iter(self.tables))
+        return self.choices.costs(self.tables[name])
+
+
+@dataclass(frozen=True)
+class PredictorReport:
+    """A predictor beside its rivals, on recipes that none of them was trained on.
+
+    `rows` are (name, subset, quality); `differences` the SRCC of the predictor minus that of a rival, paired, per
+    (rival, subset).
+    """
+
+    rows: tuple[tuple[str, str, PredictionQuality], ...]
+    differences: Mapping[tuple[str, str], Estimate]
+
+
+def know(
+    pipe: DiffusersPipeline,
+    graph: DenoiserGraph,
+    bank: Bank,
+    study: Study,
+    *,
+    prior: str = "jacobian",
+    sampling: Sampling | None = None,
+    progress: Progress = SILENT,
+) -> Known:
+    """Measures the prior (kept in the study) and puts it beside weight errors.
+
+    Raises:
+        InputError: an unknown prior.
+    """
+    error = attribute(bank)
+    if prior == "error":
+        return Known(graph, bank, {"error": error})
+    if prior not in ("jacobian", "ablation"):
+        raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+    name: ProbeMethod = "jacobian" if prior == "jacobian" else "ablation"
+    found = attribute(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
+    return Known(graph, bank, {name: found, "error": error})
+
+
+def measures_of(trial: Trial, space: SearchSpace) -> dict[str, float]:
+    """All that a target may speak of, by name."""
+    ratio = np.clip(trial.powers.ratio, LEAST_NOISE, WORST_NOISE)
+    found = {
+        "sqnr_db": float(-10 * np.log10(ratio).mean()),
+        "sqnr_pooled_db": float(-10 * np.log10(_pooled(trial.powers))),
+        "noise": float(ratio.mean()),
+        "avg_bits": space.paper_bits(trial.recipe),
+        "paper_bits": space.paper_bits(trial.recipe),
+        "stored_bits": 8 * space.stored_bytes(trial.recipe) / space.params,
+    }
+    return found | {name: estimate.value for name, estimate in trial.measures.items()}
+
+
+def training_set(known: Known, trials: Sequence[Trial], target: Target) -> TrainingSet:
+    """The trials as numbers.
+
+    Raises:
+        InputError: a target that speaks of a measure which these trials do not have.
+    """
+    choices, space = known.choices, known.bank.space
+    without_bits, _ = target.split_bits()
+    measures = [measures_of(trial, space) for trial in trials]
+    return TrainingSet(
+        features=graph_features(known.graph, choices, known.bank.index),
+        choices=choices,
+        prior=known.prior(),
+        codes=choices.codes(trial.recipe for trial in trials),
+        quality=np.array([without_bits.value(m) for m in measures]),
+        target=np.array([target.value(m) for m in measures]),
+    )
+
+
+def fits_space(trial: Trial, space: SearchSpace) -> bool:
+    """Whether a trial is a whole recipe of a space: every decision at a format that the space offers."""
+    offered = ((d, trial.recipe.layers.get(d.layers[0])) for d in space.decisions)
+    return all(entry in d.formats for d, entry in offered)
+
+
+def judge(
+    predictor: Predictor,
+    data: TrainingSet,
+    known: Known,
+    *,
+    extra: tuple[Codes, Values] | None = None,
+    band: tuple[float, float] | None = None,
+) -> PredictorReport:
+    """The predictor and all rivals on the same held-out recipes: all, those in a band of bits, and extra ones."""
+    truth = data.target if predictor.has_sizes else data.quality
+    codes, measured = (data.codes[:0], data.quality[:0]) if extra is None else extra
+    mine = Held(
+        "this predictor", predictor.cross_validated(data.n), predictor.predict(codes) if len(codes) else measured
+    )
+    costs = {name: data.choices.costs(table) for name, table in known.tables.items() if name != "error"}
+    errors = data.choices.errors(known.bank.index)
+    tests = [fold.test for fold in predictor.folds]
+    rivals = run_baselines(data, codes, tests=tests, costs=costs, errors=errors)
+    bits = data.choices.paper_bits(data.codes)
+    subsets: dict[str, tuple[Values, Mapping[str, Values]]] = {
+        "all": (truth, {h.name: h.folds for h in (mine, *rivals)})
+    }
+    if band is not None:
+        inside = (bits >= band[0]) & (bits <= band[1])
+        if inside.sum() >= 8:
+            name = f"{band[0]:.2f} to {band[1]:.2f} bits"
+            subsets[name] = (truth[inside], {h.name: h.folds[inside] for h in (mine, *rivals)})
+    if len(codes):
+        subsets["extra recipes in the band"] = (measured, {h.name: h.extra for h in (mine, *rivals)})
+    rows, differences = [], {}
+    for subset, (y, predictions) in subsets.items():
+        rows += [(name, subset, prediction_quality(p, y)) for name, p in predictions.items()]
+        for rival in rivals:
+            differences[rival.name, subset] = quality_difference(predictions[mine.name], predictions[rival.name], y)
+    return PredictorReport(tuple(rows), differences)
+
+
+def _pooled(powers: NoisePowers) -> float:
+    noise = float(np.minimum(powers.noise, WORST_NOISE * powers.signal).sum())
+    return max(noise / float(powers.signal.sum()), LEAST_NOISE)

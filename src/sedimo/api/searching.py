@@ -1,0 +1,192 @@
+"""The search of a recipe by measured recipes: explore, predict, build, and refine by measuring what is proposed.
+
+A high rank correlation on random recipes does not certify an optimum: an optimiser goes where the predictor errs. So
+costs carry a margin for what the trials do not know, and rounds of refinement measure recipes that are optimal
+under costs drawn from the posterior (Thompson sampling), which is where the next trial says most about the optimum.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import allocate
+from sedimo.api.order import BudgetOrder
+from sedimo.api.predicting import Known, training_set
+from sedimo.api.search_order import SearchOrder
+from sedimo.bank import SILENT, Progress
+from sedimo.measurement.campaign import explore, run_trials
+from sedimo.measurement.executors import Executor, MakeWorker
+from sedimo.measurement.exploration import Exploration, possible_bits
+from sedimo.measurement.study import Study
+from sedimo.measurement.target import Target
+from sedimo.measurement.trial import Setting, Trial
+from sedimo.sensitivity.choices import Choices, Codes, Values
+from sedimo.sensitivity.gnn.costs import noise_table, options_table
+from sedimo.sensitivity.gnn.training import Predictor, TrainingSet, train_predictor
+from sedimo.sensitivity.noise_model import NoiseModel, fit_noise_model
+from sedimo.sensitivity.table import SensitivityTable
+from sedimo.space import Recipe
+
+logger = logging.getLogger(__name__)
+
+RANGE_BITS = 0.75  # on both sides of the budget
+N_TABLE_ROUNDS = 3  # costs depend on the recipe that they are taken around
+MAX_DRAWS = 6  # per proposal that is wanted
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Where trials are measured and kept."""
+
+    study: Study
+    setting: Setting
+    make_worker: MakeWorker
+    executor: Executor | None = None
+    progress: Progress = SILENT
+
+    def trials(self, recipes: Sequence[Recipe]) -> tuple[Trial, ...]:
+        """The trials of recipes, measured where the study lacks them."""
+        return run_trials(
+            self.study,
+            recipes,
+            setting=self.setting,
+            make_worker=self.make_worker,
+            executor=self.executor,
+            progress=self.progress,
+        )
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of refinement: how many recipes it measured, the best so far within the budget, what was predicted."""
+
+    index: int
+    n_trials: int
+    best: Trial
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found: the table behind the choice, the choice, the predictor, and all trials in their order."""
+
+    table: SensitivityTable
+    allocation: Allocation
+    predictor: Predictor
+    data: TrainingSet
+    trials: tuple[Trial, ...]
+    rounds: tuple[Round, ...]
+    n_random: int
+
+
+def search(known: Known, measuring: Measuring, order: SearchOrder, budget: BudgetOrder) -> Search:
+    """Explores, refines, trains the predictor on all trials, and allocates by its costs.
+
+    Raises:
+        InputError: a budget that cannot be kept, or a target that the trials do not know.
+        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
+    """
+    target = Target.parse(order.target)
+    trials = list(explore_around(known, measuring, order, budget))
+    rounds = []
+    for index in range(order.n_rounds):
+        data = training_set(known, trials, target)
+        model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
+        proposed = propose(known, model, budget, order.per_round, known_recipes=trials, seed=order.seed * 1000 + index)
+        trials += measuring.trials(proposed)
+        rounds.append(_round(known, budget, trials, model, (index, len(proposed))))
+    data = training_set(known, trials, target)
+    predictor = train_predictor(data, order.training, progress=measuring.progress)
+    table, allocation = build(known, predictor, data, budget, confidence=order.confidence)
+    return Search(table, allocation, predictor, data, tuple(trials), tuple(rounds), order.n_random)
+
+
+def explore_around(known: Known, measuring: Measuring, order: SearchOrder, budget: BudgetOrder) -> tuple[Trial, ...]:
+    """The random recipes of a search: stratified, around the budget."""
+    space = known.bank.space
+    least, most = possible_bits(space)
+    bits = min(max(budget.in_bits(space.params), least), most)
+    exploration = Exploration(
+        order.seed, space, "stratified", max(least, bits - RANGE_BITS), min(most, bits + RANGE_BITS)
+    )
+    return explore(
+        measuring.study,
+        exploration,
+        n_trials=order.n_random,
+        setting=measuring.setting,
+        make_worker=measuring.make_worker,
+        executor=measuring.executor,
+        progress=measuring.progress,
+    )
+
+
+def propose(
+    known: Known, model: NoiseModel, budget: BudgetOrder, n: int, *, known_recipes: Sequence[Trial], seed: int
+) -> list[Recipe]:
+    """Recipes that are best under costs drawn from the posterior, none of them measured already."""
+    generator = np.random.default_rng([seed, n])
+    seen = {trial.recipe.key for trial in known_recipes}
+    found: list[Recipe] = []
+    for _ in range(MAX_DRAWS * n):
+        if len(found) == n:
+            break
+        recipe = allocated(model_table(known, model.draw(generator)), budget, rule="greedy").recipe
+        if recipe.key not in seen:
+            seen.add(recipe.key)
+            found.append(recipe)
+    return found
+
+
+def build(
+    known: Known, predictor: Predictor, data: TrainingSet, budget: BudgetOrder, *, confidence: float
+) -> tuple[SensitivityTable, Allocation]:
+    """Costs around the recipe that they lead to: allocated, taken again around the result, allocated again."""
+    reference = _start(known, data, budget, confidence)
+    for _ in range(N_TABLE_ROUNDS):
+        table = noise_table(predictor, known.bank.index, reference, confidence=confidence)
+        allocation = allocated(table, budget)
+        found = data.choices.codes([allocation.recipe])[0]
+        if (found == reference).all():
+            break
+        reference = found
+    return table, allocation
+
+
+def model_table(known: Known, log_costs: Values, *, errors: Values | None = None) -> SensitivityTable:
+    """A table of the noise model's costs."""
+    costs = np.exp(np.where(np.isfinite(log_costs), log_costs, -700.0))
+    spread = np.zeros_like(costs) if errors is None else errors * costs
+    return options_table(known.choices, known.bank.index, costs, errors=spread, settings={}, method="noise model")
+
+
+def allocated(table: SensitivityTable, budget: BudgetOrder, *, rule: str = "milp") -> Allocation:
+    """The recipe of a table under a budget in any accounting."""
+    return allocate(table, bits=budget.bits, stored_bits=budget.stored_bits, budget_bytes=budget.n_bytes, rule=rule)
+
+
+def keeps(known: Known, recipe: Recipe, budget: BudgetOrder) -> bool:
+    """Whether a recipe is within a budget."""
+    space = known.bank.space
+    used = 8 * (space.paper_bytes(recipe) if budget.bits is not None else known.bank.stored_bytes(recipe))
+    return used <= budget.in_bits(space.params) * space.params * (1 + 1e-9)
+
+
+def _start(known: Known, data: TrainingSet, budget: BudgetOrder, confidence: float) -> Codes:
+    model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
+    log_costs = model.log_costs + confidence * np.where(np.isfinite(model.deviation), model.deviation, 0.0)
+    first: Codes = data.choices.codes([allocated(model_table(known, log_costs), budget).recipe])[0]
+    return first
+
+
+def _round(
+    known: Known, budget: BudgetOrder, trials: Sequence[Trial], model: NoiseModel, done: tuple[int, int]
+) -> Round:
+    within = [t for t in trials if keeps(known, t.recipe, budget)] or list(trials)
+    best = max(within, key=lambda t: float(t.powers.sqnr_db.mean()))
+    predicted = float(model.predict(Choices(known.bank.space).codes([best.recipe]))[0])
+    return Round(*done, best, predicted)

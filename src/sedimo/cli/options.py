@@ -1,0 +1,67 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def sampling_options(command: Command) -> Command:
+    """What determines a sample besides the weights; part of every trial's key."""
+    for option in (
+        click.option("--resolution", type=click.IntRange(8), help="Image size [pixels]; default: the pipeline's."),
+        click.option("--guidance", type=float, help="Guidance scale; default: the pipeline's."),
+        click.option(
+            "--prompts",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Text file, a prompt or class per line; default: the pipeline's classes, or built-in prompts.",
+        ),
+        click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Denoising steps."),
+        click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Number of samples."),
+        click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First seed."),
+        click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute dtype."),
+        click.option("--device", help="cpu, cuda, cuda:1, mps; default: the GPU if there is one."),
+    ):
+        command = option(command)
+    return command
+
+
+def json_option(command: Command) -> Command:
+    """JSON instead of tables."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)
+
+
+def run_argument(command: Command) -> Command:
+    """The folder of a study."""
+    kind = click.Path(exists=True, file_okay=False, path_type=Path)
+    return click.argument("run", metavar="RUN", type=kind)(command)
+
+
+def search_options(command: Command) -> Command:
+    """How recipes are searched by measuring."""
+    for option in (
+        click.option("--study-seed", type=int, default=0, show_default=True, help="Which random recipes."),
+        click.option(
+            "--confidence",
+            type=float,
+            default=0.5,
+            show_default=True,
+            help="Margin of costs, in standard deviations of what the trials leave unknown.",
+        ),
+        click.option("--target", default="sqnr_db", show_default=True, help="What to predict, such as sqnr_db."),
+        click.option(
+            "--prior",
+            default="jacobian",
+            show_default=True,
+            help="What the predictor starts from: jacobian, ablation, or error.",
+        ),
+        click.option("--refine", type=int, default=3, show_default=True, help="Rounds of measuring what is proposed."),
+        click.option("--trials", type=int, default=300, show_default=True, help="Number of measured recipes."),
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,59 @@
+"""Tables of studies for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from sedimo.cli.console import duration, print_table
+from sedimo.cli.show import size
+
+if TYPE_CHECKING:
+    from sedimo.api.exploring import ExplorationPlan, ExploreResult
+    from sedimo.api.listing import TrialRow
+    from sedimo.metrics.estimate import Estimate
+
+
+def exploration_plan(found: ExplorationPlan) -> None:
+    """What an exploration would take."""
+    click.echo(f"{found.source}: {found.n_decisions} decisions, {found.n_formats} formats")
+    click.echo(f"trials    {found.trials}, of which {found.missing} are not measured yet")
+    click.echo(f"time      about {duration(found.seconds)} in one process, {found.denoiser_calls} denoiser calls")
+    click.echo(f"memory    about {size(found.memory_bytes)}, loaded pipelines included")
+    click.echo(f"disk      about {size(found.disk_bytes)}")
+
+
+def exploration(found: ExploreResult) -> None:
+    """What an exploration did."""
+    speed = found.trials_per_hour
+    click.echo(f"{found.trials} trials, {found.measured} of them measured now: {found.study}")
+    if speed is not None:
+        click.echo(f"{speed:.3g} trials an hour; took {duration(found.seconds)}")
+
+
+def trials(found: Sequence[TrialRow]) -> None:
+    """One line per trial."""
+    has_fid = any(row.fid is not None for row in found)
+    columns = ("trial", "objective", "paper bits", "SQNR [dB] ± standard error", *(["FID"] if has_fid else []))
+    rows = [
+        (
+            row.key[:12],
+            row.objective,
+            "" if row.paper_bits is None else f"{row.paper_bits:.3f}",
+            _with_error(row.sqnr_db),
+            *([""] if has_fid and row.fid is None else []),
+            *([] if row.fid is None else [_with_error(row.fid)]),
+        )
+        for row in found
+    ]
+    print_table("", columns, rows)
+    click.echo(f"{len(found)} trials")
+
+
+def _with_error(value: Estimate) -> str:
+    if math.isinf(value.value):
+        return "exact" if value.value > 0 else "diverged"
+    return f"{value.value:.2f} ± {value.standard_error:.2f}"

@@ -1,0 +1,138 @@
+"""The lines of the explanation's tables, as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sedimo.metrics.estimate import Estimate
+from sedimo.reporting.explanation import OVERALL, Explanation, FoldRow, Insight, PredictorRow, RefineRound, Verdict
+from sedimo.reporting.explanation_phrasing import MARKS, change, decibels, predicted, subsets
+from sedimo.reporting.rounding import duration, interval, number
+
+
+@dataclass(frozen=True, slots=True)
+class InsightLine:
+    """One finding: its verdict with a mark, the sentence, the change behind it, both figures."""
+
+    verdict: Verdict
+    mark: str
+    sentence: str
+    change: str
+    predicted: str
+    measured: str
+    n: int
+
+    @property
+    def style(self) -> str:
+        """The verdict as the name of a style."""
+        return self.verdict.replace(" ", "-")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure and its interval, both as text; the interval may be empty."""
+
+    text: str
+    interval: str
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorLine:
+    """One predictor or baseline on one subset."""
+
+    predictor: str
+    subset: str
+    n: int
+    figures: tuple[Figure, ...]
+    time: str
+    is_used: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoldLine:
+    """One fold at one hop."""
+
+    fold: int
+    hop: int
+    figures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundLine:
+    """One round of refinement."""
+
+    round: int
+    n_trials: str
+    best: Figure
+    predicted: str
+
+
+def insight_lines(insights: Sequence[Insight]) -> tuple[InsightLine, ...]:
+    """The findings in their order."""
+    return tuple(
+        InsightLine(
+            verdict=insight.verdict,
+            mark=MARKS[insight.verdict],
+            sentence=insight.sentence,
+            change=change(insight),
+            predicted=predicted(insight),
+            measured="" if insight.measured is None else decibels(insight.measured),
+            n=0 if insight.measured is None else insight.measured.n,
+        )
+        for insight in insights
+    )
+
+
+def predictor_lines(rows: Sequence[PredictorRow]) -> tuple[PredictorLine, ...]:
+    """Subset by subset, all recipes first; in each the best rank correlation on top."""
+    order = subsets(rows)
+    ordered = sorted(rows, key=lambda row: (order.index(row.subset), *_rank(row.srcc.value)))
+    return tuple(
+        PredictorLine(
+            predictor=row.predictor,
+            subset="all recipes" if row.subset == OVERALL else row.subset,
+            n=row.n,
+            figures=tuple(_figure(e) for e in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)),
+            time="" if row.seconds is None else duration(row.seconds),
+            is_used=row.is_used,
+        )
+        for row in ordered
+    )
+
+
+def fold_lines(rows: Sequence[FoldRow]) -> tuple[FoldLine, ...]:
+    """Fold by fold, hop by hop."""
+    ordered = sorted(rows, key=lambda row: (row.fold, row.hop))
+    return tuple(
+        FoldLine(row.fold, row.hop, tuple(_plain(v) for v in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)))
+        for row in ordered
+    )
+
+
+def round_lines(rounds: Sequence[RefineRound]) -> tuple[RoundLine, ...]:
+    """Round by round."""
+    return tuple(
+        RoundLine(r.round, f"{r.n_trials:,}", _figure(r.best_db), _plain(r.predicted_db))
+        for r in sorted(rounds, key=lambda r: r.round)
+    )
+
+
+def has_times(explanation: Explanation) -> bool:
+    """Whether the time of fitting is known of any predictor."""
+    return any(row.seconds is not None for row in explanation.predictors)
+
+
+def _figure(estimate: Estimate) -> Figure:
+    if math.isnan(estimate.value):
+        return Figure("\N{EN DASH}", "")
+    return Figure(number(estimate.value, estimate.standard_error), interval(estimate))
+
+
+def _plain(value: float) -> str:
+    return "\N{EN DASH}" if math.isnan(value) else number(value)
+
+
+def _rank(value: float) -> tuple[bool, float]:
+    return math.isnan(value), -value

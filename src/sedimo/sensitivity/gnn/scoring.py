@@ -1,0 +1,266 @@
+"""What a trained predictor says of single options and of the variants of a group.
+
+A score is higher = better and has no unit: per hop the nodes' scores are standardised by the moments of the nodes that
+they are used on, weighted by how well the hop ranked recipes it had not seen, and averaged over folds; the spread
+over folds is its uncertainty. A hop that ranks worse than chance has weight 0 and is named.
+
+A group's variants are fed to the network either in isolation (its own layers and what lies between them) or in
+context: every other node stands as in a reference recipe. An embedding after m hops depends on what is at most m
+edges upstream, so only that part of the graph is computed.
+
+Source:
+    Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), scores of operations and blocks; moments over the roots only and
+    scores in context are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sedimo.errors import InputError
+from sedimo.graph.model import DenoiserGraph, Group
+from sedimo.sensitivity.choices import Codes, Values
+from sedimo.sensitivity.gnn.attention import SharedGATv2, make_topology
+from sedimo.sensitivity.gnn.features import GraphFeatures
+from sedimo.sensitivity.gnn.model import PaperNetwork, network_input
+from sedimo.sensitivity.gnn.training import FoldModel, Network, Predictor
+from sedimo.sensitivity.variants import enumerate_variants
+
+_MOMENT_RECIPES = 64  # of the training recipes give the moments
+_VARIANT_ROWS = 20_000  # nodes times variants computed at once
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean and spread over folds of scores of V variants, `[V]` each."""
+
+    mean: Values
+    spread: Values
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """All variants of a group: `choice` `[V, w]` are options of its `decisions`, with the scores of each."""
+
+    group: str
+    kind: str
+    block: str
+    hop: int
+    decisions: tuple[int, ...]
+    choice: npt.NDArray[np.int64]
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class HopQuality:
+    """How a hop of a fold ranks its test recipes, and the moments of its root nodes' scores."""
+
+    srcc: float
+    mean: float
+    deviation: float
+
+
+def hop_qualities(predictor: Predictor, codes: Codes) -> tuple[tuple[HopQuality, ...], ...]:
+    """Per fold and hop; moments are those of the hop's roots over (some of) the recipes `[T, D]`."""
+    some = codes[:: max(1, len(codes) // _MOMENT_RECIPES)]
+    found = []
+    for fold in predictor.folds:
+        embeddings = _whole(fold.network, predictor.features, some)
+        row = []
+        for hop, scores in enumerate(_node_scores(fold.network, predictor.features, embeddings, some)):
+            used = scores[:, predictor.features.roots[hop]]
+            used = used[np.isfinite(used)]
+            row.append(HopQuality(float(fold.hop_srcc[hop]), float(used.mean()), max(float(used.std()), 1e-12)))
+        found.append(tuple(row))
+    return tuple(found)
+
+
+def option_scores(predictor: Predictor, qualities: Sequence[Sequence[HopQuality]]) -> tuple[Values, Values]:
+    """Score and spread of each option of each decision by hop 0, `[D, K]`; not a number where there is no option.
+
+    Hop 0 sees no neighbour, so that isolation and context are the same.
+    """
+    choices, features = predictor.choices, predictor.features
+    rows = features.row_options(choices.n_decisions, choices.n_options)
+    each = []
+    for fold, quality in zip(predictor.folds, qualities, strict=True):
+        raw = _row_scores(fold.network, features)[rows]
+        each.append(_weighted(raw, quality[0]))
+    stacked = np.where(choices.exists[None], np.stack(each), np.nan)
+    return stacked.mean(axis=0), stacked.std(axis=0, ddof=1)
+
+
+def group_scores(
+    predictor: Predictor,
+    graph: DenoiserGraph,
+    group: Group,
+    qualities: Sequence[Sequence[HopQuality]],
+    *,
+    reference: Codes | None = None,
+) -> GroupScores:
+    """Scores of all variants of a group at its root, by the hop of the group (at most the network's last).
+
+    With `reference`, one row of codes `[D]`, the rest of the graph stands as there; without, the group is alone.
+
+    Raises:
+        InputError: more variants than can be enumerated, or a group of no decision.
+    """
+    members = _decisions(predictor, graph, [group])
+    if not members:
+        raise InputError(f"group {group.name!r} has no decision of its own")
+    choice = enumerate_variants([predictor.choices.space.decisions[d] for d in members]).astype(np.int64)
+    hop = min(group.hop, len(qualities[0]) - 1)
+    part = _part(predictor.features, graph, group, hop, is_alone=reference is None)
+    codes = _codes(predictor, members, choice, reference)
+    each = []
+    for fold, quality in zip(predictor.folds, qualities, strict=True):
+        each.append(_weighted(_root_scores(fold, predictor.features, part, codes, hop), quality[hop]))
+    stacked = np.stack(each)
+    scores = Scores(stacked.mean(axis=0), stacked.std(axis=0, ddof=1))
+    block = graph.layer_index[group.layers[0]].block
+    return GroupScores(group.name, group.kind, block, hop, members, choice, scores)
+
+
+def disjoint_groups(predictor: Predictor, graph: DenoiserGraph, groups: Iterable[Group]) -> tuple[Group, ...]:
+    """The groups that have a decision which no earlier one has: tied layers are varied once."""
+    taken: set[int] = set()
+    found = []
+    for group in groups:
+        members = set(_decisions(predictor, graph, [group]))
+        if members and not members & taken:
+            found.append(group)
+            taken |= members
+    return tuple(found)
+
+
+def most_common(codes: Codes, quality: Values, *, share: float = 0.25) -> Codes:
+    """The option that each decision takes most often among the best `share` of recipes `[T, D]`, `[D]`."""
+    best = np.argsort(-quality)[: max(1, round(share * len(quality)))]
+    return np.array([np.bincount(column).argmax() for column in codes[best].T], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the graph: `nodes` in order, edges between them by place, the places of the root and of the layers."""
+
+    nodes: npt.NDArray[np.int64]
+    edges: tuple[tuple[int, int], ...]
+    root: int
+    layers: tuple[int, ...]
+
+
+def _part(features: GraphFeatures, graph: DenoiserGraph, group: Group, hop: int, *, is_alone: bool) -> _Part:
+    place = {node.name: i for i, node in enumerate(graph.nodes)}
+    root, members = place[group.root], [place[name] for name in group.layers]
+    upstream = edge = {root, *members}
+    for _ in range(hop):
+        edge = {a for a, b in graph.edges if b in edge}
+        upstream = upstream | edge
+    if is_alone:
+        upstream = {n for n in upstream if n in members or features.decision[n] < 0} | {root}
+    nodes = sorted(upstream)
+    local = {n: i for i, n in enumerate(nodes)}
+    edges = tuple((local[a], local[b]) for a, b in graph.edges if a in local and b in local)
+    return _Part(np.array(nodes), edges, local[root], tuple(local[n] for n in members))
+
+
+def _decisions(predictor: Predictor, graph: DenoiserGraph, groups: Iterable[Group]) -> tuple[int, ...]:
+    place = {node.name: i for i, node in enumerate(graph.nodes)}
+    decisions = predictor.features.decision
+    return tuple(dict.fromkeys(int(decisions[place[layer]]) for group in groups for layer in group.layers))
+
+
+def _codes(predictor: Predictor, members: Sequence[int], choice: Codes, reference: Codes | None) -> Codes:
+    base = np.zeros(predictor.choices.n_decisions, dtype=np.int64) if reference is None else reference
+    codes = np.repeat(base[None], len(choice), axis=0)
+    codes[:, list(members)] = choice
+    return codes
+
+
+def _weighted(raw: Values, quality: HopQuality) -> Values:
+    found: Values = (raw - quality.mean) / quality.deviation * max(quality.srcc, 0.0)
+    return found
+
+
+@torch.no_grad()
+def _table(network: Network, features: GraphFeatures) -> torch.Tensor:
+    """Hop 0 of every row, `[R, C]`."""
+    network.eval()
+    found: torch.Tensor = network.embedding(torch.ones(features.n_rows))
+    return found
+
+
+@torch.no_grad()
+def _whole(network: Network, features: GraphFeatures, codes: Codes) -> tuple[torch.Tensor, ...]:
+    network.eval()
+    found: tuple[torch.Tensor, ...] = network(network_input(features, codes)).embeddings
+    return found
+
+
+@torch.no_grad()
+def _node_scores(
+    network: Network, features: GraphFeatures, embeddings: Sequence[torch.Tensor], codes: Codes
+) -> tuple[Values, ...]:
+    """Score of each node per hop, `[G, N]`."""
+    rows = torch.from_numpy(features.rows(codes))
+    return tuple(_scores_of(network, h, rows, hop) for hop, h in enumerate(embeddings))
+
+
+@torch.no_grad()
+def _scores_of(network: Network, h: torch.Tensor, rows: torch.Tensor, hop: int) -> Values:
+    """Scores of nodes `[G, n]` from their embeddings `[G, n, C]` and rows."""
+    if isinstance(network, PaperNetwork):
+        norms: Values = h.abs().sum(dim=2).double().numpy()
+        return norms
+    found: Values = (-network.log_contributions(rows, h, hop)).double().numpy()
+    return found
+
+
+def _row_scores(network: Network, features: GraphFeatures) -> Values:
+    rows = torch.arange(features.n_rows)[None]
+    found: Values = _scores_of(network, _table(network, features)[rows], rows, 0)[0]
+    return found
+
+
+@torch.no_grad()
+def _root_scores(fold: FoldModel, features: GraphFeatures, part: _Part, codes: Codes, hop: int) -> Values:
+    """Score of every variant `[V]`: the norm of the root's embedding, or what the group's layers add to the noise."""
+    network = fold.network
+    table = _table(network, features)
+    layers = _on(network, part, hop)
+    size = max(1, _VARIANT_ROWS // len(part.nodes))
+    found = []
+    for first in range(0, len(codes), size):
+        rows = torch.from_numpy(features.rows(codes[first : first + size])[:, part.nodes])
+        h = table[rows]
+        for attention, norm in layers:
+            x = attention(h)
+            x = torch.relu(norm(x.flatten(0, 1))).view_as(x)
+            h = x + h if h.shape == x.shape else x
+        found.append(_part_scores(network, h, rows, part, hop))
+    return np.concatenate(found)
+
+
+def _part_scores(network: Network, h: torch.Tensor, rows: torch.Tensor, part: _Part, hop: int) -> Values:
+    scores = _scores_of(network, h, rows, hop)
+    if isinstance(network, PaperNetwork):
+        return np.asarray(scores[:, part.root])
+    found: Values = -np.log(np.exp(-scores[:, list(part.layers)]).sum(axis=1))
+    return found
+
+
+def _on(network: Network, part: _Part, hop: int) -> list[tuple[SharedGATv2, torch.nn.Module]]:
+    """The network's first layers, on a part of the graph."""
+    topology = make_topology(len(part.nodes), part.edges)
+    found = []
+    for attention, norm in list(zip(network.hops.attentions, network.hops.norms, strict=True))[:hop]:
+        state = attention.state_dict()
+        layer = SharedGATv2(state["projection.weight"].shape[1], len(state["attention"]), topology)
+        layer.load_state_dict(state)
+        found.append((layer, norm))
+    return found

@@ -1,0 +1,312 @@
+"""Training a predictor in folds: each test fold is untouched, early stopping looks at a part of the other folds.
+
+Preset `paper` is the published network, loss and schedule. Preset `fast` starts each fold's network from a noise model
+of the same recipes, and needs a few dozen epochs. Both are stopped when a validation part of the training recipes is
+predicted no better any more.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import stats
+
+from sedimo.bank import SILENT, Progress
+from sedimo.errors import InputError
+from sedimo.sensitivity.choices import Choices, Codes, Values
+from sedimo.sensitivity.gnn.features import GraphFeatures
+from sedimo.sensitivity.gnn.losses import RankingLoss, ranking_loss
+from sedimo.sensitivity.gnn.model import NetworkInput, NoiseNetwork, Output, PaperNetwork, network_input
+from sedimo.sensitivity.noise_model import NoiseModel, fit_noise_model
+
+logger = logging.getLogger(__name__)
+
+Preset = Literal["fast", "paper"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+Network = NoiseNetwork | PaperNetwork
+MIN_RECIPES = 20
+RELEVANCE = 50.0  # of the best recipe, as published
+LOWEST_SHARE = 0.2  # of the recipes have relevance 0, as published
+_PREDICT_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """How a predictor is trained.
+
+    `n_epochs` is the most; training ends when `patience` epochs have brought nothing on the validation part, which is
+    `validation_share` of each fold's training recipes. `ranking` is the loss on the order, weighted by
+    `ranking_weight` and averaged over hops; `gain` and `truncation` are those of LambdaRank. `lambda_bits` is added to
+    the quality per average bit where the preset predicts the whole target.
+    """
+
+    preset: Preset = "fast"
+    n_folds: int = 5
+    seed: int = 12345
+    n_hops: int = 2
+    n_epochs: int = 80
+    patience: int = 15
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    validation_share: float = 0.15
+    ranking: RankingLoss = "srcc"
+    ranking_weight: float = 0.1
+    truncation: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown preset and fewer than two folds."""
+        if self.preset not in PRESETS:
+            raise InputError(f"the preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.n_folds < 2 or self.n_epochs < 1 or self.patience < 1 or self.batch_size < 2:
+            raise InputError("at least two folds, one epoch, patience of one and batches of two are needed")
+
+
+FAST = TrainingOptions()
+PAPER = TrainingOptions(
+    preset="paper",
+    n_hops=4,
+    n_epochs=10_000,
+    patience=300,
+    batch_size=128,
+    learning_rate=1e-3,
+    weight_decay=1e-6,
+    clip=5.0,
+    ranking="hybrid",
+    ranking_weight=1.0,
+)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Measured recipes as numbers.
+
+    `codes` `[T, D]`; `quality` `[T]` without any term for size, `target` `[T]` the whole target (both higher =
+    better); `prior` `[D, K]` costs of all options that the noise model starts from.
+    """
+
+    features: GraphFeatures
+    choices: Choices
+    prior: Values
+    codes: Codes
+    quality: Values
+    target: Values
+
+    @property
+    def n(self) -> int:
+        """Number of recipes, T."""
+        return len(self.codes)
+
+
+@dataclass(frozen=True)
+class FoldModel:
+    """The network of one fold with what it starts from, and what it says of its test recipes.
+
+    `predicted` `[n]` is in units of what the preset predicts; `hop_scores` `[M + 1, n]` rank recipes by each hop.
+    `n_epochs` were trained to the best validation loss.
+    """
+
+    network: Network
+    noise: NoiseModel | None
+    test: npt.NDArray[np.int64]
+    predicted: Values
+    hop_scores: Values
+    hop_srcc: Values
+    n_epochs: int
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The networks of all folds; what they say together is their mean."""
+
+    options: TrainingOptions
+    features: GraphFeatures
+    choices: Choices
+    folds: tuple[FoldModel, ...]
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether its predictions include the target's term for size."""
+        return self.options.preset == "paper"
+
+    def predict(self, codes: Codes) -> Values:
+        """Mean prediction of recipes `[T, D]`, `[T]`."""
+        found: Values = self.predict_each(codes).mean(axis=0)
+        return found
+
+    def predict_each(self, codes: Codes) -> Values:
+        """Prediction of every fold, `[F, T]`."""
+        return np.stack([run(fold.network, self.features, codes)[0] for fold in self.folds])
+
+    def cross_validated(self, n: int) -> Values:
+        """For each of the `n` training recipes the prediction by the fold that has not seen it, `[n]`."""
+        found = np.full(n, np.nan)
+        for fold in self.folds:
+            found[fold.test] = fold.predicted
+        return found
+
+
+def train_predictor(data: TrainingSet, options: TrainingOptions = FAST, *, progress: Progress = SILENT) -> Predictor:
+    """One network per fold; recipes are shuffled by the options' seed.
+
+    Raises:
+        InputError: fewer than twenty recipes, or targets that are not finite or all equal.
+    """
+    if data.n < MIN_RECIPES:
+        raise InputError(f"a predictor needs at least {MIN_RECIPES} measured recipes, got {data.n}: explore more")
+    if not np.isfinite(data.target).all() or np.ptp(data.target) == 0:
+        raise InputError("the targets of the recipes must be finite and not all equal")
+    shuffled = np.random.default_rng(options.seed).permutation(data.n)
+    progress.start(options.n_folds, "training the predictor")
+    folds = []
+    for index, test in enumerate(np.array_split(shuffled, options.n_folds)):
+        folds.append(_train_fold(data, options, index, np.sort(test)))
+        progress.advance(1)
+    progress.done()
+    return Predictor(options, data.features, data.choices, tuple(folds))
+
+
+@torch.no_grad()
+def run(network: Network, features: GraphFeatures, codes: Codes) -> tuple[Values, Values]:
+    """Predictions `[T]` and hop scores `[M + 1, T]` of a trained network."""
+    network.eval()
+    outputs: list[Output] = [
+        network(network_input(features, codes[first : first + _PREDICT_BATCH]))
+        for first in range(0, len(codes), _PREDICT_BATCH)
+    ]
+    prediction = torch.cat([o.prediction for o in outputs]).double().numpy()
+    return prediction, torch.cat([torch.stack(o.hop_scores) for o in outputs], dim=1).double().numpy()
+
+
+def relevance(target: Values, reference: Values) -> Values:
+    """Targets as relevances 0 to 50 by the reference's 20 % quantile and maximum.
+
+    Source: Mills et al. 2024, released code: the worst fifth counts nothing, the best 50.
+    """
+    low, high = float(np.quantile(reference, LOWEST_SHARE)), float(reference.max())
+    found: Values = RELEVANCE * np.clip((target - low) / max(high - low, 1e-12), 0.0, 1.0)
+    return found
+
+
+def _train_fold(data: TrainingSet, options: TrainingOptions, index: int, test: npt.NDArray[np.int64]) -> FoldModel:
+    generator = np.random.default_rng([options.seed, index])
+    others = generator.permutation(np.setdiff1d(np.arange(data.n), test))
+    n_validation = max(3, round(options.validation_share * len(others)))
+    validation, training = others[:n_validation], others[n_validation:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed + index)
+        noise, network = _start(data, options, training)
+        n_epochs = _Training(data, options, network, training, validation).run(generator)
+    predicted, hop_scores = run(network, data.features, data.codes[test])
+    truth = data.target[test] if options.preset == "paper" else data.quality[test]
+    hop_srcc = np.array([_srcc(scores, truth) for scores in hop_scores])
+    return FoldModel(network, noise, test, predicted, hop_scores, hop_srcc, n_epochs)
+
+
+def _start(
+    data: TrainingSet, options: TrainingOptions, training: npt.NDArray[np.int64]
+) -> tuple[NoiseModel | None, Network]:
+    if options.preset == "paper":
+        return None, PaperNetwork(data.features, n_hops=options.n_hops)
+    noise = fit_noise_model(data.choices, data.prior, data.codes[training], data.quality[training])
+    return noise, NoiseNetwork(data.features, noise.log_costs, noise.link, n_hops=options.n_hops)
+
+
+class _Training:
+    """The epochs of one fold: the network ends as it was where the validation loss was least."""
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        options: TrainingOptions,
+        network: Network,
+        training: npt.NDArray[np.int64],
+        validation: npt.NDArray[np.int64],
+    ) -> None:
+        self._options, self._network, self._n = options, network, len(training)
+        if options.preset == "paper":
+            wanted = relevance(data.target, data.target[training])
+            self._scale = 1.0
+        else:
+            wanted, self._scale = data.quality, float(data.quality[training].std())
+        self._batches = [(data.codes[part], wanted[part]) for part in (training, validation)]
+        self._features = data.features
+        self._optimiser = torch.optim.AdamW(
+            network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, options.n_epochs)
+
+    def run(self, generator: np.random.Generator) -> int:
+        """Trains; returns the number of epochs to the best one."""
+        codes, wanted = self._batches[1]
+        check = network_input(self._features, codes), torch.from_numpy(wanted).float()
+        best, best_epoch, best_state = self._check(*check), 0, copy.deepcopy(self._network.state_dict())
+        for epoch in range(1, self._options.n_epochs + 1):
+            self._epoch(generator)
+            loss = self._check(*check)
+            if loss < best:
+                best, best_epoch, best_state = loss, epoch, copy.deepcopy(self._network.state_dict())
+            elif epoch - best_epoch >= self._options.patience:
+                break
+        self._network.load_state_dict(best_state)
+        logger.info("best of the epochs: %d, validation loss %.4g", best_epoch, best)
+        return best_epoch
+
+    def _epoch(self, generator: np.random.Generator) -> None:
+        self._network.train()
+        codes, wanted = self._batches[0]
+        for batch in _batches(generator.permutation(self._n), self._options.batch_size):
+            found = self._network(network_input(self._features, codes[batch]))
+            loss = self._loss(found, torch.from_numpy(wanted[batch]).float())
+            self._optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._options.clip)
+            self._optimiser.step()
+        self._schedule.step()
+
+    @torch.no_grad()
+    def _check(self, batch: NetworkInput, wanted: torch.Tensor) -> float:
+        self._network.eval()
+        found = self._network(batch)
+        if self._options.preset == "paper":
+            return float((found.prediction - wanted).square().mean())
+        return float(torch.stack([(s - wanted).square().mean() for s in found.hop_scores[1:]]).mean())
+
+    def _loss(self, found: Output, wanted: torch.Tensor) -> torch.Tensor:
+        """Squared error plus the mean over hops of the ranking loss.
+
+        Source: Mills et al. 2024, Qua2SeDiMo, loss of the predictor. With `fast` every hop predicts the quality, so
+        that every hop has a squared error.
+        """
+        options = self._options
+        predictions = (found.prediction,) if options.preset == "paper" else found.hop_scores
+        squared = torch.stack([((p - wanted) / self._scale).square().mean() for p in predictions]).mean()
+        if options.ranking == "none":
+            return squared
+        ranks = partial(ranking_loss, options.ranking, truncation=options.truncation)
+        ranked = [ranks(scores, self._ranked(wanted)) for scores in found.hop_scores]
+        return squared + options.ranking_weight * torch.stack(ranked).mean()
+
+    def _ranked(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Targets of the ranking loss: relevances of at most 4 where gains are exponential."""
+        return wanted / RELEVANCE * 4 if self._options.preset == "paper" else wanted - wanted.min()
+
+
+def _batches(shuffled: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Parts of about one size: batch normalisation needs more than one graph, ranks more than a few."""
+    yield from np.array_split(shuffled, max(1, round(len(shuffled) / size)))
+
+
+def _srcc(scores: Values, truth: Values) -> float:
+    if np.ptp(scores) == 0 or np.ptp(truth) == 0 or len(truth) < 3:
+        return 0.0
+    return float(stats.spearmanr(scores, truth).statistic)

@@ -1,0 +1,219 @@
+"""How good are predictions of a recipe's quality? Rank correlations, NDCG@10 and error, each with its uncertainty.
+
+Higher predicted and measured values mean better recipes. The uncertainty is that of the choice of recipes: they
+are drawn again with replacement. A resample is kept as the number of times that each recipe was drawn, so that all
+resamples are computed at once and nothing is sorted twice. What a model learned is not drawn again: the interval
+says nothing of another training run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from sedimo.errors import InputError
+from sedimo.metrics.estimate import CONFIDENCE, Estimate
+
+Gain = Literal["exponential", "linear"]
+
+LEAST_RECIPES = 3
+LEAST_RESAMPLES = 40  # 2.5 % of them is one: fewer have nothing beyond the ends of a 95 % interval
+NDCG_PLACES = 10
+TOP_GRADE = 4  # web search grades relevance by 0 to 4; the exponential gain of the best recipe is then 15
+_BLOCK_ROWS = 512  # of the matrix of pairs: 4 kB of memory per recipe, whatever their number
+
+_Array: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionQuality:
+    """How well predictions order and hit the measurements of `n` recipes.
+
+    `srcc` is Spearman's rank correlation, `kendall_tau` Kendall's tau-b, both 1 for the same order and 0 where one
+    side is constant. `ndcg_at_10` is 1 when the ten recipes predicted to be best are the ten best in their order.
+    `mae` is the mean absolute error in the unit of the measurements; it means something only where the predictions
+    have that unit. Lower is better for `mae`, higher for all others.
+    """
+
+    srcc: Estimate
+    kendall_tau: Estimate
+    ndcg_at_10: Estimate
+    mae: Estimate
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Ties:
+    """Recipes sorted by a value, those of equal value together: `codes` `[n]` are the groups, lowest value first."""
+
+    codes: npt.NDArray[np.intp]  # [n]
+    order: npt.NDArray[np.intp]  # [n]
+    starts: npt.NDArray[np.intp]  # [K]
+
+    def totals(self, weights: _Array) -> _Array:
+        """Sum of the weights `[B, n]` in each group, as `[B, K]`."""
+        return np.add.reduceat(weights[:, self.order], self.starts, axis=1)
+
+
+def prediction_quality(
+    predicted: npt.ArrayLike,
+    measured: npt.ArrayLike,
+    *,
+    gain: Gain = "linear",
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> PredictionQuality:
+    """Quality of the predictions `[n]` of measurements `[n]`, with percentile bootstrap intervals over recipes.
+
+    NDCG@10 takes the predicted order, with the mean gain for recipes of equal prediction, against the measured
+    order. A recipe's relevance is its measurement, shifted and scaled so that the worst of all has 0 and the best 1;
+    its gain is the relevance r (`linear`) or 2^(4 r) - 1 (`exponential`: only the best count). Gains belong to the
+    recipes and stay the same in all resamples. Where no order is better than another, correlations and NDCG are 0.
+
+    Example:
+        >>> prediction_quality([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]).srcc.value
+        0.8
+
+    Raises:
+        InputError: fewer than three recipes, unequal numbers, a number that is not finite, or too few resamples.
+
+    Source: Järvelin and Kekäläinen 2002, "Cumulated gain-based evaluation of IR techniques" (NDCG, with discount
+    1 / log2(1 + place)); Efron 1979, "Bootstrap methods: another look at the jackknife".
+    """
+    x, y = _finite(predicted, "predictions"), _finite(measured, "measurements")
+    _check_equal(x, y)
+    counts = _resamples(len(y), n_bootstrap, seed)
+    x_ties, y_ties = _ties(x), _ties(y)
+    return PredictionQuality(
+        srcc=_estimate(_srcc(counts, x_ties, y_ties), n=len(y)),
+        kendall_tau=_estimate(_kendall_tau(counts, x_ties, y_ties), n=len(y)),
+        ndcg_at_10=_estimate(_ndcg(counts, _ties(-x), _ties(-y), _gains(y, gain)), n=len(y)),
+        mae=_estimate(counts @ np.abs(x - y) / len(y), n=len(y)),
+        n=len(y),
+    )
+
+
+def quality_difference(
+    predicted_a: npt.ArrayLike,
+    predicted_b: npt.ArrayLike,
+    measured: npt.ArrayLike,
+    *,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Rank correlation (SRCC) of predictions a minus that of b, over the same resamples of the recipes.
+
+    a is better where the interval lies above 0. Pairing removes what both owe to the choice of recipes.
+
+    Raises:
+        InputError: as `prediction_quality`.
+    """
+    a, b = _finite(predicted_a, "predictions a"), _finite(predicted_b, "predictions b")
+    y = _finite(measured, "measurements")
+    _check_equal(a, y)
+    _check_equal(b, y)
+    counts, y_ties = _resamples(len(y), n_bootstrap, seed), _ties(y)
+    return _estimate(_srcc(counts, _ties(a), y_ties) - _srcc(counts, _ties(b), y_ties), n=len(y))
+
+
+def _finite(values: npt.ArrayLike, role: str) -> _Array:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size < LEAST_RECIPES:
+        raise InputError(
+            f"the quality of predictions needs one number for each of at least {LEAST_RECIPES} recipes, "
+            f"got {role} of shape {array.shape}. Measure more recipes."
+        )
+    wrong = np.flatnonzero(~np.isfinite(array))
+    if wrong.size:
+        raise InputError(
+            f"{role} must be finite, got {array[wrong[0]]} for recipe {wrong[0]}. Leave diverged recipes out."
+        )
+    return array
+
+
+def _check_equal(predicted: _Array, measured: _Array) -> None:
+    if predicted.shape != measured.shape:
+        raise InputError(
+            f"each recipe needs a prediction and a measurement, got {predicted.size} and {measured.size}. "
+            "Pass both for the same recipes, in the same order."
+        )
+
+
+def _resamples(n: int, n_bootstrap: int, seed: int) -> _Array:
+    """How often each recipe is drawn, `[1 + n_bootstrap, n]`; row 0 is the sample itself."""
+    if n_bootstrap < LEAST_RESAMPLES:
+        raise InputError(f"a 95 % interval needs at least {LEAST_RESAMPLES} resamples, got n_bootstrap={n_bootstrap}")
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
+    return np.vstack([np.ones(n), drawn])
+
+
+def _estimate(values: _Array, *, n: int) -> Estimate:
+    """From the value of the sample, in row 0, and those of its resamples."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(values[1:], [tail, 100 - tail])
+    return Estimate(float(values[0]), float(values[1:].std(ddof=1)), float(low), float(high), n)
+
+
+def _ties(values: _Array) -> _Ties:
+    _, codes = np.unique(values, return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    return _Ties(codes, order, np.flatnonzero(np.diff(codes[order], prepend=-1)))
+
+
+def _centred_ranks(counts: _Array, ties: _Ties) -> _Array:
+    """Average ranks of all recipes within each resample, less their mean, `[B, n]`."""
+    groups = ties.totals(counts)
+    ranks: _Array = np.cumsum(groups, axis=1) - (groups - 1) / 2 - (counts.shape[1] + 1) / 2
+    return ranks[:, ties.codes]
+
+
+def _srcc(counts: _Array, x: _Ties, y: _Ties) -> _Array:
+    x_ranks, y_ranks = _centred_ranks(counts, x), _centred_ranks(counts, y)
+    weighted = counts * x_ranks
+    x_power, y_power = (weighted * x_ranks).sum(1), (counts * np.square(y_ranks)).sum(1)
+    return _ratio((weighted * y_ranks).sum(1), np.sqrt(x_power * y_power))
+
+
+def _kendall_tau(counts: _Array, x: _Ties, y: _Ties) -> _Array:
+    """Concordant less discordant pairs over the geometric mean of the pairs that x and y each tell apart."""
+    n = counts.shape[1]
+    concordance = np.zeros(len(counts))
+    for start in range(0, n, _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        signs = np.sign(x.codes[rows, None] - x.codes) * np.sign(y.codes[rows, None] - y.codes)  # [rows, n]
+        concordance += (counts[:, rows] * (counts @ signs.T.astype(np.float64))).sum(1)
+    x_pairs, y_pairs = (n**2 - np.square(ties.totals(counts)).sum(1) for ties in (x, y))
+    return _ratio(concordance, np.sqrt(x_pairs * y_pairs))
+
+
+def _gains(measured: _Array, gain: Gain) -> _Array:
+    if gain not in ("exponential", "linear"):
+        raise InputError(f"gain must be 'linear' or 'exponential', got {gain!r}")
+    spread = np.ptp(measured)
+    relevance = (measured - measured.min()) / spread if spread > 0 else np.zeros_like(measured)
+    return relevance if gain == "linear" else np.exp2(TOP_GRADE * relevance) - 1
+
+
+def _ndcg(counts: _Array, predicted: _Ties, measured: _Ties, gains: _Array) -> _Array:
+    """NDCG@10 of each resample; both orders have the best recipe first."""
+    return _ratio(_dcg(counts, predicted, gains), _dcg(counts, measured, gains))
+
+
+def _dcg(counts: _Array, best_first: _Ties, gains: _Array) -> _Array:
+    """Discounted gains of the first ten places; equal recipes share their places, so each gets the mean discount."""
+    places = np.arange(1, counts.shape[1] + 1)
+    discounts = np.where(places <= NDCG_PLACES, 1 / np.log2(places + 1), 0)
+    reached = np.concatenate([[0.0], np.cumsum(discounts)])  # [n + 1], the discounts of the first p places
+    groups = best_first.totals(counts)
+    ends = np.cumsum(groups, axis=1).astype(np.intp)
+    span = reached[ends] - reached[ends - groups.astype(np.intp)]
+    found: _Array = (best_first.totals(counts * gains) * _ratio(span, groups)).sum(1)
+    return found
+
+
+def _ratio(numerator: _Array, denominator: _Array) -> _Array:
+    """Quotients, and 0 where the denominator is 0: nothing was told apart."""
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)

@@ -1,0 +1,99 @@
+"""Tables of group variants for the tests of allocation: made from tables of decisions, and as large as SDXL's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from allocation_tables import tiny_tables
+from hypothesis import strategies as st
+
+from sedimo.quant.formats import PAPER_FORMATS
+from sedimo.sensitivity.table import SensitivityTable
+from sedimo.sensitivity.variants import GroupVariants, VariantTable, build_variant_table, variant_sizes
+from sedimo.space import Decision, SearchSpace
+
+# groups of SDXL by number of decisions, as Qua2SeDiMo counts them: 243 groups, 343,458 variants of six formats
+SDXL_GROUPS = {4: 59 + 70 + 1, 5: 11 + 11, 2: 70, 3: 6, 1: 15}
+SHAPES = ((1280, 1280), (1280, 2048), (640, 640, 3, 3), (5120, 640), (1280, 320))
+
+
+def columns_of(counts: Sequence[int]) -> np.ndarray:
+    return np.array(list(itertools.product(*map(range, counts))), dtype=np.int8)
+
+
+def grouped(
+    table: SensitivityTable, widths: Sequence[int], change: Callable[[np.ndarray], np.ndarray] = lambda cost: cost
+) -> VariantTable:
+    """Consecutive decisions in groups of the widths given; costs are sums over decisions, then changed."""
+    names, groups = iter(table.by_decision), []
+    for width in widths:
+        decisions = tuple(itertools.islice(names, width))
+        entries = [table.by_decision[d] for d in decisions]
+        choice = columns_of([len(row) for row in entries])
+
+        def total(field, entries=entries, choice=choice):
+            rows = [np.array([getattr(e, field) for e in row]) for row in entries]
+            return sum(row[column] for row, column in zip(rows, choice.T, strict=True))
+
+        formats = tuple(tuple(e.format for e in row) for row in entries)
+        arrays = [total(field) for field in ("standard_error", "paper_bytes", "stored_bytes", "bops")]
+        groups.append(GroupVariants("+".join(decisions), decisions, formats, choice, change(total("cost")), *arrays))
+    return VariantTable(table.method, table.denoiser, tuple(groups), table.layers, table.params)
+
+
+@st.composite
+def tiny_variant_tables(draw: st.DrawFn) -> VariantTable:
+    """Up to five decisions in groups of one to three; costs are no sums, many are equal, some forbid a variant."""
+    table = draw(tiny_tables(5))
+    n_left, widths = len(table.by_decision), []
+    while n_left:
+        widths.append(draw(st.integers(1, min(3, n_left))))
+        n_left -= widths[-1]
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    step, forbidden = draw(st.sampled_from([1.0, 0.01])), draw(st.sampled_from([0.0, 0.3]))
+
+    def change(cost):
+        new = np.round(rng.uniform(-2, 5, len(cost)) / step) * step
+        new[rng.random(len(cost)) < forbidden] = np.inf
+        new[rng.integers(len(cost))] = 1.0
+        return new
+
+    return grouped(table, widths, change)
+
+
+def brute_force(table: VariantTable, size_bytes: int, bops: int | None = None) -> float | None:
+    """The least total cost over all choices of at most so many paper bytes; None when none fits."""
+    totals = np.zeros((3, 1))
+    for group in table.groups:
+        rows = np.array([group.cost, group.paper_bytes, group.bops])[:, np.isfinite(group.cost)]
+        totals = np.unique((totals[:, :, None] + rows[:, None, :]).reshape(3, -1), axis=1)
+    fits = (totals[1] <= size_bytes) & (totals[2] <= (math.inf if bops is None else bops))
+    return float(totals[0, fits].min()) if fits.any() else None
+
+
+def sdxl_variants(seed: int = 0) -> VariantTable:
+    """Costs that fall by about 6 dB per bit, times noise of each variant, in [1e-9, 1]."""
+    rng = np.random.default_rng(seed)
+    decisions, groups = [], []
+    for width, n_groups in SDXL_GROUPS.items():
+        choice = columns_of([len(PAPER_FORMATS)] * width)
+        for i in range(n_groups):
+            shapes = [SHAPES[j] for j in rng.integers(len(SHAPES), size=width)]
+            own = [
+                Decision(f"w{width}.{i}.{j}", (f"w{width}.{i}.{j}",), "op", "block", s, math.prod(s), PAPER_FORMATS)
+                for j, s in enumerate(shapes)
+            ]
+            alone = [
+                10 ** rng.normal(-4, 1) * np.array([4.0**-f.bits for f in PAPER_FORMATS]) * rng.lognormal(0, 0.3, 6)
+                for _ in own
+            ]
+            cost = sum(row[column] for row, column in zip(alone, choice.T, strict=True))
+            cost = np.clip(cost * rng.lognormal(0, 0.3, len(choice)), 1e-9, 1.0)
+            names, formats = tuple(d.name for d in own), tuple(d.formats for d in own)
+            sizes = variant_sizes(own, choice)
+            groups.append(GroupVariants(f"w{width}.{i}", names, formats, choice, cost, 0.1 * cost, *sizes))
+            decisions += own
+    return build_variant_table("gnn", SearchSpace("SDXL", "", tuple(decisions)), groups)
