@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-
 from killed_explorer import dying_worker
+
 from sedimo.errors import StateError
 from sedimo.measurement.executors import ProcessExecutor
 from sedimo.measurement.export import export_trials
 from sedimo.measurement.interrupt import StopRequest
 from sedimo.measurement.study import FILE_NAME, Study
+from sedimo.space import Recipe
 
 N_KILLS = 20
 N_TRIALS = 400

@@ -155,6 +155,7 @@ def test_a_page_is_made_of_odd_numbers_too(kind):
 
 def test_endless_measurements_have_no_chart():
     assert curve_charts.curve_chart(odd("endless").curve, here=3.5) == ""
+    assert curve_charts.predictors_chart(odd("endless").predictors) == ""
 
 
 def test_untrusted_text_stays_text():

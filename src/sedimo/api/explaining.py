@@ -77,7 +77,7 @@ def score_distributions(
     qualities = hop_qualities(search.predictor, search.data.codes)
     options, _ = option_scores(search.predictor, qualities)
     operations: dict[str, list[float]] = {}
-    for row, decision in zip(options, known.bank.space.decisions, strict=True):
+    for row, decision in zip(options, known.space.decisions, strict=True):
         operations.setdefault(decision.operation, []).extend(row[np.isfinite(row)].tolist())
     blocks: dict[str, list[float]] = {}
     groups = split_groups(known.graph, n_options=known.choices.n_options, max_variants=MAX_VARIANTS)
@@ -142,7 +142,7 @@ def format_shares(search: Search) -> tuple[FormatShare, ...]:
 
 def curve(known: Known, search: Search, measuring: Measuring) -> tuple[CurvePoint, ...]:
     """Measured quality against bits: the predictor's recipes at several budgets, random and uniform recipes."""
-    space, bits = known.bank.space, search.allocation.paper_bits
+    space, bits = known.space, search.allocation.paper_bits
     mine = [search.allocation.recipe]
     for step in CURVE_STEPS:
         try:
@@ -161,7 +161,7 @@ def curve(known: Known, search: Search, measuring: Measuring) -> tuple[CurvePoin
 def _point(known: Known, name: str, trial: Trial, kind: CurveKind) -> CurvePoint:
     values = trial.powers.sqnr_db
     measured = mean_estimate(values) if np.isfinite(values).all() else Estimate(-np.inf, np.nan, -np.inf, np.inf, 0)
-    return CurvePoint(name, kind, known.bank.space.paper_bits(trial.recipe), measured)
+    return CurvePoint(name, kind, known.space.paper_bits(trial.recipe), measured)
 
 
 def _by(search: Search, key: Callable[[Decision], str]) -> Mapping[str, list[Decision]]:

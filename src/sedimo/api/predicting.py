@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sedimo.api.explore_order import GRAPH, SPACE
 from sedimo.api.probing import ProbeMethod, attribute, probe
 from sedimo.api.search_order import PRIORS
-from sedimo.bank import SILENT, Bank, Progress
+from sedimo.bank import SILENT, Bank, Candidate, Progress
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.measurement.study import Study
@@ -19,13 +20,15 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.quant.formats import Format
 from sedimo.sensitivity.baselines import Held, run_baselines
 from sedimo.sensitivity.choices import Choices, Codes, Values
+from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.gnn.features import graph_features
 from sedimo.sensitivity.gnn.training import Predictor, TrainingSet
 from sedimo.sensitivity.quality import PredictionQuality, prediction_quality, quality_difference
 from sedimo.sensitivity.table import SensitivityTable
-from sedimo.space import SearchSpace
+from sedimo.space import Recipe, SearchSpace
 
 DEFAULT_TARGETS: Mapping[ObjectiveName, str] = {
     "final_latents": "sqnr_db",
@@ -33,27 +36,44 @@ DEFAULT_TARGETS: Mapping[ObjectiveName, str] = {
     "step": "sqnr_db",
     "fid": "-fid",
 }
+CANDIDATES, PRIOR = "candidates", "prior"
 WORST_NOISE, LEAST_NOISE = 1e6, 1e-12  # of a sample that diverged, of one without noise
 BAND_HALF_WIDTH = 0.25  # bits
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model before recipes are measured: graph, bank, and tables by name, the prior's first."""
+    """What is known of a model before recipes are measured.
+
+    `candidates` are those of a bank by (decision, format); `tables` sensitivities by method, that of the prior first.
+    """
 
     graph: DenoiserGraph
-    bank: Bank
+    space: SearchSpace
+    candidates: Mapping[tuple[str, Format], Candidate]
     tables: Mapping[str, SensitivityTable]
 
     @property
     def choices(self) -> Choices:
-        """The options of the bank's space."""
-        return Choices(self.bank.space)
+        """The options of the space."""
+        return Choices(self.space)
 
     def prior(self) -> Values:
         """Costs that the noise model starts from, `[D, K]`."""
         name = next(iter(self.tables))
         return self.choices.costs(self.tables[name])
+
+    def stored_bytes(self, recipe: Recipe) -> int:
+        """Bytes of the tensors of all weights under a recipe [bytes]."""
+        choice = self.space.choice(recipe)
+        return sum(self.candidates[key].stored_bytes for key in choice.items())
+
+
+@dataclass(frozen=True)
+class KeptCandidates:
+    """The candidates of a bank as a record of a study."""
+
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -78,19 +98,36 @@ def know(
     sampling: Sampling | None = None,
     progress: Progress = SILENT,
 ) -> Known:
-    """Measures the prior (kept in the study) and puts it beside weight errors.
+    """Measures the prior, puts it beside weight errors, and keeps all of it in the study for `recall`.
 
     Raises:
         InputError: an unknown prior.
     """
-    error = attribute(bank)
-    if prior == "error":
-        return Known(graph, bank, {"error": error})
-    if prior not in ("jacobian", "ablation"):
+    if prior not in PRIORS:
         raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {prior!r}")
-    name: ProbeMethod = "jacobian" if prior == "jacobian" else "ablation"
-    found = attribute(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
-    return Known(graph, bank, {name: found, "error": error})
+    tables = {"error": attribute(bank)}
+    if prior != "error":
+        name: ProbeMethod = "jacobian" if prior == "jacobian" else "ablation"
+        found = attribute(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
+        tables = {name: found, **tables}
+    study.put_record(GRAPH, graph)
+    study.put_record(SPACE, bank.space)
+    study.put_record(CANDIDATES, KeptCandidates(bank.candidates))
+    study.put_record(PRIOR, tables[prior])
+    return Known(graph, bank.space, bank.index, tables)
+
+
+def recall(study: Study) -> Known:
+    """What an exploration or a search has kept in its study; nothing is measured.
+
+    Raises:
+        InputError: the study has no such records: it was not made by `sedimo explore` or `sedimo run`.
+    """
+    graph, space = study.record(DenoiserGraph, GRAPH), study.record(SearchSpace, SPACE)
+    candidates = {(c.decision, c.format): c for c in study.record(KeptCandidates, CANDIDATES).candidates}
+    prior = study.record(SensitivityTable, PRIOR)
+    error = error_table(space, candidates.values())
+    return Known(graph, space, candidates, {prior.method: prior, "error": error})
 
 
 def measures_of(trial: Trial, space: SearchSpace) -> dict[str, float]:
@@ -113,11 +150,11 @@ def training_set(known: Known, trials: Sequence[Trial], target: Target) -> Train
     Raises:
         InputError: a target that speaks of a measure which these trials do not have.
     """
-    choices, space = known.choices, known.bank.space
+    choices, space = known.choices, known.space
     without_bits, _ = target.split_bits()
     measures = [measures_of(trial, space) for trial in trials]
     return TrainingSet(
-        features=graph_features(known.graph, choices, known.bank.index),
+        features=graph_features(known.graph, choices, known.candidates),
         choices=choices,
         prior=known.prior(),
         codes=choices.codes(trial.recipe for trial in trials),
@@ -147,7 +184,7 @@ def judge(
         "this predictor", predictor.cross_validated(data.n), predictor.predict(codes) if len(codes) else measured
     )
     costs = {name: data.choices.costs(table) for name, table in known.tables.items() if name != "error"}
-    errors = data.choices.errors(known.bank.index)
+    errors = data.choices.errors(known.candidates)
     tests = [fold.test for fold in predictor.folds]
     rivals = run_baselines(data, codes, tests=tests, costs=costs, errors=errors)
     bits = data.choices.paper_bits(data.codes)

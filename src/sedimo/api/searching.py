@@ -19,7 +19,7 @@ from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import Known, training_set
 from sedimo.api.search_order import SearchOrder
 from sedimo.bank import SILENT, Progress
-from sedimo.measurement.campaign import explore, run_trials
+from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.executors import Executor, MakeWorker
 from sedimo.measurement.exploration import Exploration, possible_bits
 from sedimo.measurement.study import Study
@@ -108,21 +108,12 @@ def search(known: Known, measuring: Measuring, order: SearchOrder, budget: Budge
 
 def explore_around(known: Known, measuring: Measuring, order: SearchOrder, budget: BudgetOrder) -> tuple[Trial, ...]:
     """The random recipes of a search: stratified, around the budget."""
-    space = known.bank.space
+    space = known.space
     least, most = possible_bits(space)
     bits = min(max(budget.in_bits(space.params), least), most)
-    exploration = Exploration(
-        order.seed, space, "stratified", max(least, bits - RANGE_BITS), min(most, bits + RANGE_BITS)
-    )
-    return explore(
-        measuring.study,
-        exploration,
-        n_trials=order.n_random,
-        setting=measuring.setting,
-        make_worker=measuring.make_worker,
-        executor=measuring.executor,
-        progress=measuring.progress,
-    )
+    low, high = max(least, bits - RANGE_BITS), min(most, bits + RANGE_BITS)
+    exploration = Exploration(order.seed, space, "stratified", low, high)
+    return measuring.trials([exploration.recipe(index) for index in range(order.n_random)])
 
 
 def propose(
@@ -148,7 +139,7 @@ def build(
     """Costs around the recipe that they lead to: allocated, taken again around the result, allocated again."""
     reference = _start(known, data, budget, confidence)
     for _ in range(N_TABLE_ROUNDS):
-        table = noise_table(predictor, known.bank.index, reference, confidence=confidence)
+        table = noise_table(predictor, known.candidates, reference, confidence=confidence)
         allocation = allocated(table, budget)
         found = data.choices.codes([allocation.recipe])[0]
         if (found == reference).all():
@@ -161,7 +152,7 @@ def model_table(known: Known, log_costs: Values, *, errors: Values | None = None
     """A table of the noise model's costs."""
     costs = np.exp(np.where(np.isfinite(log_costs), log_costs, -700.0))
     spread = np.zeros_like(costs) if errors is None else errors * costs
-    return options_table(known.choices, known.bank.index, costs, errors=spread, settings={}, method="noise model")
+    return options_table(known.choices, known.candidates, costs, errors=spread, settings={}, method="noise model")
 
 
 def allocated(table: SensitivityTable, budget: BudgetOrder, *, rule: str = "milp") -> Allocation:
@@ -171,8 +162,8 @@ def allocated(table: SensitivityTable, budget: BudgetOrder, *, rule: str = "milp
 
 def keeps(known: Known, recipe: Recipe, budget: BudgetOrder) -> bool:
     """Whether a recipe is within a budget."""
-    space = known.bank.space
-    used = 8 * (space.paper_bytes(recipe) if budget.bits is not None else known.bank.stored_bytes(recipe))
+    space = known.space
+    used = 8 * (space.paper_bytes(recipe) if budget.bits is not None else known.stored_bytes(recipe))
     return used <= budget.in_bits(space.params) * space.params * (1 + 1e-9)
 
 
@@ -188,5 +179,5 @@ def _round(
 ) -> Round:
     within = [t for t in trials if keeps(known, t.recipe, budget)] or list(trials)
     best = max(within, key=lambda t: float(t.powers.sqnr_db.mean()))
-    predicted = float(model.predict(Choices(known.bank.space).codes([best.recipe]))[0])
+    predicted = float(model.predict(Choices(known.space).codes([best.recipe]))[0])
     return Round(*done, best, predicted)

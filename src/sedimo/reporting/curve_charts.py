@@ -60,13 +60,16 @@ def curve_chart(points: Sequence[CurvePoint], *, here: float) -> str:
 
 
 def predictors_chart(rows: Sequence[PredictorRow]) -> str:
-    """Rank correlation of the predictor and its baselines with 95 % intervals, the best on top."""
+    """Rank correlation of the predictor and its baselines with 95 % intervals, the best on top; none, no chart."""
+    shown = [row for row in rows if math.isfinite(row.srcc.value)]
+    if not shown:
+        return ""
     order, used = subsets(rows), {row.predictor for row in rows if row.is_used}
     names = _by_rank(rows, order)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for row in [row for row in rows if math.isfinite(row.srcc.value)]:
+        for row in shown:
             i = order.index(row.subset)
             shift = 0.7 * (i - (len(order) - 1) / 2) / len(order)
             _predictor_dot(axes, names.index(row.predictor) + shift, row, _MARKERS[i % len(_MARKERS)])

@@ -72,7 +72,7 @@ def block_scores_chart(boxes: Sequence[ScoreBox]) -> str:
         axes.set_xlim(-0.8, len(boxes) - 0.2)
         axes.set_ylim(*ends)
         axes.grid(axis="y")
-        axes.set_xlabel(common or "block, from input to output")
+        axes.set_xlabel(common if common and common not in names else "block, from input to output")
         axes.set_ylabel("score, higher is better")
 
     return themed_svg(
@@ -145,9 +145,9 @@ def _box(axes: Axes, place: float, box: ScoreBox, ends: tuple[float, float], *, 
     axes.add_patch(Rectangle(corner, *size, facecolor=GRID, edgecolor=OTHER, linewidth=1, zorder=2))
     if math.isfinite(box.median):
         line((median, median), (place - _HALF, place + _HALF), ACCENT, 2.4)
-    for end in (end for value, end in ((box.low, ends[0]), (box.high, ends[1])) if math.isinf(value)):
-        x, y = (place, end) if is_upright else (end, place)
-        axes.plot(x, y, marker=_ARROWS[is_upright][end == ends[1]], color=MUTED, markersize=5, clip_on=False)
+    for is_above in {value > 0 for value in (box.low, box.high) if math.isinf(value)}:
+        x, y = (place, ends[is_above]) if is_upright else (ends[is_above], place)
+        axes.plot(x, y, marker=_ARROWS[is_upright][is_above], color=MUTED, markersize=5, clip_on=False)
 
 
 def _medians(boxes: Sequence[ScoreBox]) -> str:

@@ -49,10 +49,7 @@ def test_its_uncertainty_covers_its_errors():
 
 
 def test_more_trials_leave_less_unknown():
-    few, many = (
-        fit_noise_model(d.choices, d.prior, d.codes, d.quality)
-        for d in (planted_set(30), planted_set(200))
-    )
+    few, many = (fit_noise_model(d.choices, d.prior, d.codes, d.quality) for d in (planted_set(30), planted_set(200)))
     assert many.deviation.mean() < few.deviation.mean()
 
 
