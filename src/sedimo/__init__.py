@@ -29,7 +29,7 @@ _HOME = {
     "Study": "sedimo.measurement.study",
     "UnsupportedError": "sedimo.errors",
     "allocate": "sedimo.allocation.solve",
-    "attribute": "sedimo.api.probing",
+    "attribute": "sedimo.api.attributing",
     "evaluate": "sedimo.api.comparison",
     "explore": "sedimo.api.verbs",
     "fit": "sedimo.api.verbs",

@@ -18,7 +18,7 @@ import sedimo
 from sedimo.api.additivity import whole_recipes
 from sedimo.api.inspection import read_recipe
 from sedimo.errors import InputError, StateError
-from sedimo.measurement.exploration import random_recipe
+from sedimo.measurement.exploration import Exploration
 
 LAYER = "transformer_blocks.0.attn1.to_q"
 TWINS = [f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1" for i in range(2)]
@@ -154,7 +154,8 @@ def test_a_study_is_explored_on_and_never_mixed(pipe, tmp_path):
     first = {trial.key: trial for trial in study.trials()}
     study = sedimo.explore(pipe, bank, store=tmp_path, trials=4, sampling=quick(pipe))
     assert {key: trial for trial in study.trials() if (key := trial.key) in first} == first
-    assert {t.recipe.key for t in study.trials()} == {random_recipe(bank.space, 0, i).key for i in range(4)}
+    stratified = Exploration(0, bank.space, "stratified")
+    assert {t.recipe.key for t in study.trials()} == {stratified.recipe(i).key for i in range(4)}
     with pytest.raises(StateError, match="another exploration"):
         sedimo.explore(pipe, bank, store=tmp_path, trials=1, seed=1, sampling=quick(pipe))
 

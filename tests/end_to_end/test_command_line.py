@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 import sedimo
 from sedimo.cli.main import main
 from sedimo.errors import InputError
+from sedimo.sensitivity.gnn.training import FAST
 
 QUICK = ["--seeds", "2", "--steps", "2"]
 
@@ -292,6 +294,8 @@ def test_the_demo_replaces_only_what_a_demo_wrote(tmp_path, tiny_pipeline_folder
 
     monkeypatch.setattr(demo, "SOURCE", str(tiny_pipeline_folder))
     monkeypatch.setattr(demo, "SAMPLING", demo.SamplingOrder(n_seeds=2, n_steps=2, n_check_seeds=2))
+    quick = replace(FAST, n_folds=2, n_epochs=2, patience=1)
+    monkeypatch.setattr(demo, "SEARCH", replace(demo.SEARCH, n_trials=24, n_rounds=0, training=quick))
     run("demo", "-o", tmp_path / "demo", "--bits", "4.5")
     found = run_json("demo", "-o", tmp_path / "demo", "--bits", "5")
     assert found["paper_bits"] <= 5

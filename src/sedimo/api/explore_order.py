@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder, refuse_activations
+from sedimo.api.search_order import PRIORS
 from sedimo.errors import InputError
 from sedimo.measurement.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
 from sedimo.measurement.objective import MIN_IMAGES
@@ -26,7 +27,8 @@ class ExploreOrder:
     """Which random recipes of a source to measure, on what, where to keep them, and who does it.
 
     Recipe i is a function of (`study_seed`, i), of the formats and the sampler; the seeds of `sampling` are those of
-    the samples. Every recipe is measured by each of the `objectives`. `workers` is for the executor `process`.
+    the samples. Every recipe is measured by each of the `objectives`. `workers` is for the executor `process`. The
+    `prior` is measured first, for the predictors that are trained on the study.
     """
 
     source: str
@@ -43,6 +45,7 @@ class ExploreOrder:
     variant: str | None = None
     executor: ExecutorName = "serial"
     workers: int | None = None
+    prior: str = "jacobian"
 
     def __post_init__(self) -> None:
         """Refuses what can be seen to be senseless before the source is opened.
@@ -62,6 +65,8 @@ class ExploreOrder:
             raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.executor not in EXECUTORS:
             raise InputError(f"the executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
+        if self.prior not in PRIORS:
+            raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
         if self.workers is not None and self.executor != "process":
             raise InputError("a number of workers is for --executor process")
         if self.workers is not None and self.workers < 1:

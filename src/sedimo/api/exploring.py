@@ -18,6 +18,7 @@ from sedimo.api.explore_order import EXPLORATION, GRAPH, SOURCE, SPACE, ExploreO
 from sedimo.api.opening import OpenedSource, open_pipeline
 from sedimo.api.order import Compute
 from sedimo.api.planning import seconds_per_fit
+from sedimo.api.predicting import know
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.codec import to_plain
 from sedimo.errors import InputError, StateError
@@ -142,6 +143,7 @@ def explore_source(order: ExploreOrder, progress: Progress = SILENT) -> ExploreR
         refuse_other_study(study, opened, order)
         bank = fit_bank(opened.weights, opened.space, cache=study.path.parent, progress=progress)
         _keep_records(study, opened, bank.space, order)
+        know(opened.pipe, opened.graph, bank, study, prior=order.prior, sampling=sampling, progress=progress)
         n_before, measuring = len(study.trial_keys()), time.monotonic()
         trials: list[Trial] = []
         for objective, setting in settings.items():

@@ -66,11 +66,12 @@ def insights(search: Search, measuring: Measuring) -> tuple[Insight, ...]:
 def telling_changes(search: Search) -> tuple[Change, ...]:
     """Changes whose predicted effect is largest: bits taken from an operation or block, given to one, other methods."""
     space = search.data.choices.space
-    operations, blocks = _grouped(space, lambda d: d.operation), _grouped(space, lambda d: d.block or "outside blocks")
-    taken = [_changed(search, f"all {name}", members, _smaller) for name, members in operations.items()]
-    given = [_changed(search, f"all {name}", members, _larger) for name, members in operations.items()]
-    blocks_taken = [_changed(search, f"block {name}", members, _smaller) for name, members in blocks.items()]
-    methods = [_changed(search, f"all {name}", members, _other_method) for name, members in operations.items()]
+    operations, blocks = _grouped(space, lambda d: d.operation), _grouped(space, _place)
+    layers = {f"every `{name}` layer": members for name, members in operations.items()}
+    taken = [_changed(search, f"Fewer bits for {what}", members, _smaller) for what, members in layers.items()]
+    given = [_changed(search, f"More bits for {what}", members, _larger) for what, members in layers.items()]
+    blocks_taken = [_changed(search, f"Fewer bits for {what}", members, _smaller) for what, members in blocks.items()]
+    methods = [_changed(search, f"Another method for {what}", m, _other_method) for what, m in layers.items()]
     found: list[Change] = []
     for kind, n in ((taken, 3), (given, 2), (blocks_taken, 2), (methods, 1)):
         known = [change for change in kind if change is not None and abs(change.predicted_db) >= _LEAST_DB]
@@ -93,7 +94,7 @@ def _changed(search: Search, what: str, members: Sequence[Decision], other: _Oth
     effects = each[:, 1] - each[:, 0]
     predicted, error = float(effects.mean()), _error(search, before, choices.codes([recipe]), effects)
     olds = [allocation.choice[name] for name in moves]
-    sentence = _sentence(what, (olds, list(moves.values())), predicted, _bits(allocation, members, choices))
+    sentence = _sentence(what, predicted, _bits(allocation, members, choices))
     return Change(sentence, tuple(moves), _texts(olds), _texts(moves.values()), recipe, predicted, error)
 
 
@@ -129,16 +130,19 @@ def _error(search: Search, before: Codes, after: Codes, effects: np.ndarray) -> 
     return math.hypot(spread, unknown)
 
 
-def _sentence(what: str, formats: tuple[Sequence[Format], Sequence[Format]], predicted: float, bits: str) -> str:
-    olds, news = formats
+def _sentence(what: str, predicted: float, bits: str) -> str:
     verb = "costs" if predicted < 0 else "gains"
-    return f"{what} ({bits}): {_texts(olds)} to {_texts(news)} {verb} about {abs(predicted):.1f} dB."
+    return f"{what} ({bits}) {verb} about {abs(predicted):.1f} dB."
 
 
 def _bits(allocation: Allocation, members: Sequence[Decision], choices: Choices) -> str:
     mine = 8 * sum(d.paper_bytes(allocation.choice[d.name]) for d in members) / sum(d.params for d in members)
     share = 100 * sum(d.params for d in members) / choices.space.params
-    return f"{mine:.2f} bits per weight against {allocation.paper_bits:.2f} overall, {share:.1f} % of the weights"
+    return f"{mine:.2f} bits per weight now, {allocation.paper_bits:.2f} overall; {share:.1f} % of the weights"
+
+
+def _place(decision: Decision) -> str:
+    return f"block `{decision.block}`" if decision.block else "the layers outside all blocks"
 
 
 def _texts(formats: Iterable[Format]) -> str:

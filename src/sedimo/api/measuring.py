@@ -10,7 +10,7 @@ from sedimo.api.explaining import Seeds, explain
 from sedimo.api.opening import Opened
 from sedimo.api.planning import N_SCALING_CHECKS, PARTS, SAMPLE_CHANNELS, MeasuredMethod, ablation_options
 from sedimo.api.predicting import know
-from sedimo.api.probing import Probe, ProbeMethod, attribute, measure_probes, probe
+from sedimo.api.probing import Probe, ProbeMethod, attribute_measured, measure_probes, probe
 from sedimo.api.searching import Measuring, search
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.measurement.study import Study
@@ -48,7 +48,7 @@ def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress
     if not parts:
         return MeasuredTable(bank, error_table(bank.space, bank.candidates))
     probes = [_probe(opened, bank, name, study, progress) for name in parts]
-    tables = [attribute(one) for one in probes]
+    tables = [attribute_measured(one) for one in probes]
     scaling = _scaling(opened, probes[0], tables[0], study, progress) if parts[0] == "ablation" else None
     return MeasuredTable(bank, tables[0] if len(tables) == 1 else geometric_mean(*tables), scaling)
 

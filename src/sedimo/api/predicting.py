@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sedimo.api.explore_order import GRAPH, SPACE
-from sedimo.api.probing import ProbeMethod, attribute, probe
+from sedimo.api.probing import ProbeMethod, attribute_measured, probe
 from sedimo.api.search_order import PRIORS
 from sedimo.bank import SILENT, Bank, Candidate, Progress
 from sedimo.errors import InputError
@@ -105,10 +105,10 @@ def know(
     """
     if prior not in PRIORS:
         raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {prior!r}")
-    tables = {"error": attribute(bank)}
+    tables = {"error": attribute_measured(bank)}
     if prior != "error":
         name: ProbeMethod = "jacobian" if prior == "jacobian" else "ablation"
-        found = attribute(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
+        found = attribute_measured(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
         tables = {name: found, **tables}
     study.put_record(GRAPH, graph)
     study.put_record(SPACE, bank.space)

@@ -1,4 +1,4 @@
-"""Measuring single decisions, and the tables that follow: the verbs `probe` and `attribute`."""
+"""Measuring single decisions, and the tables that follow: the verb `probe`."""
 
 from __future__ import annotations
 
@@ -102,19 +102,12 @@ def measure_probes(
     return tuple(Measured(one, trial.powers) for one, trial in zip(probes, trials, strict=True))
 
 
-def attribute(source: Bank | Probe | Study, method: str = "") -> SensitivityTable:
+def attribute_measured(source: Bank | Probe, method: str = "") -> SensitivityTable:
     """The cost of every choice: by `error` from a bank, by `jacobian` or `ablation` from a probe.
 
-    `method` may be left out; when given it must be one that the source can answer.
-
     Raises:
-        InputError: the source cannot give that method.
-
-    Example:
-        >>> table = sedimo.attribute(sedimo.probe(pipe, bank, "jacobian", store="runs/alpha"))
+        InputError: `method` is given and the source cannot give it.
     """
-    if isinstance(source, Study):
-        raise InputError("a study of whole recipes does not tell single decisions apart; give a bank or a probe")
     known = "error" if isinstance(source, Bank) else source.method
     if method not in ("", known):
         remedy = "sedimo.probe measures jacobian and ablation, a bank gives error"

@@ -24,7 +24,7 @@ class SearchOrder:
     seed: int = 0
     target: str = "sqnr_db"
     prior: str = "jacobian"
-    confidence: float = 0.5
+    confidence: float = 1.0
     training: TrainingOptions = FAST
 
     def __post_init__(self) -> None:

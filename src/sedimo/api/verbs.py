@@ -17,6 +17,7 @@ from sedimo.allocation.problem import Allocation
 from sedimo.api.additivity import check_additivity, whole_recipes
 from sedimo.api.describing import card_writer
 from sedimo.api.order import refuse_activations
+from sedimo.api.predicting import know
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
@@ -135,7 +136,8 @@ def explore(
 ) -> Study:
     """Measures random recipes and keeps them in a study; what is there already is not measured again.
 
-    Recipe i is a function of (`seed`, i). Safe to interrupt: the same call goes on where it was.
+    Recipe i is a function of (`seed`, i), stratified over bits. First-order noise, which predictors start from, is
+    measured first. Safe to interrupt: the same call goes on where it was.
 
     Raises:
         InputError: a pipeline that cannot be sampled.
@@ -144,9 +146,10 @@ def explore(
     """
     plan = sampling or pipe.default_sampling(range(8), 10)
     study = Study(store)
+    know(pipe, trace(pipe), bank, study, sampling=plan)
     campaign.explore(
         study,
-        Exploration(seed, bank.space),
+        Exploration(seed, bank.space, "stratified"),
         n_trials=trials,
         setting=setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=objective),
         make_worker=lambda: TrialWorker(pipe, bank, plan, objective=objective),

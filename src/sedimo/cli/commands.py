@@ -9,7 +9,7 @@ import click
 from sedimo.cli import console, show
 from sedimo.cli.options import json_option, run_argument, sampling_options
 
-METHODS = "auto, error, jacobian, ablation, combined, or uniform:FORMAT"
+METHODS = "auto, error, jacobian, ablation, combined, gnn (see sedimo run), or uniform:FORMAT"
 
 
 @click.command()

@@ -49,7 +49,7 @@ def search_options(command: Command) -> Command:
         click.option(
             "--confidence",
             type=float,
-            default=0.5,
+            default=1.0,
             show_default=True,
             help="Margin of costs, in standard deviations of what the trials leave unknown.",
         ),

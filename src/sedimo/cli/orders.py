@@ -48,7 +48,7 @@ def search_of(options: Mapping[str, Any]) -> SearchOrder:
 
 def explore_order_of(options: Mapping[str, Any]) -> ExploreOrder:
     """The order of `sedimo explore`."""
-    names = ("source", "store", "trials", "formats", "sampler", "low_bits", "high_bits", "study_seed")
+    names = ("source", "store", "trials", "formats", "sampler", "low_bits", "high_bits", "study_seed", "prior")
     return ExploreOrder(
         **{name: options[name] for name in names},
         objectives=cast("tuple[ObjectiveName, ...]", tuple(part.strip() for part in options["objective"].split(","))),

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sedimo.cli import console, show
-from sedimo.cli.options import json_option, sampling_options, search_options
+from sedimo.cli.options import json_option, run_argument, sampling_options, search_options
 
 
 @click.command()
@@ -49,4 +49,30 @@ def run(as_json: bool, **options: object) -> None:
         console.print_json(result.as_json()) if as_json else show.result(result)
 
 
-ALL = (run,)
+@click.command()
+@run_argument
+@click.option("--method", type=click.Choice(["gnn"]), default="gnn", show_default=True, help="What to train.")
+@click.option(
+    "--preset",
+    default="fast",
+    show_default=True,
+    help="fast: starts from a noise model, contributions add; paper: as published (hours).",
+)
+@click.option("--objective", default="", help="Whose trials; default: the objective that has most.")
+@click.option("--target", default="", help='What to predict, such as "-fid - 150*avg_bits"; default: by the objective.')
+@click.option("--confidence", type=float, default=1.0, show_default=True, help="Margin of costs, in deviations.")
+@json_option
+def attribute(run: Path, as_json: bool, method: str, **options: object) -> None:
+    """Train a predictor on the study RUN, say how good it is, and keep its table for `sedimo allocate`.
+
+    Example: sedimo attribute runs/alpha && sedimo allocate runs/alpha --bits 3.7
+    """
+    from sedimo.api.attributing import AttributeOrder, attribute_run
+    from sedimo.cli import show_study
+
+    with console.progress() as progress:
+        found = attribute_run(run, AttributeOrder(**options), progress)  # type: ignore[arg-type]  # click checked them
+    console.print_json(found.as_json()) if as_json else show_study.attribution(found)
+
+
+ALL = (run, attribute)

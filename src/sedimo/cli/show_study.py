@@ -12,6 +12,7 @@ from sedimo.cli.console import duration, print_table
 from sedimo.cli.show import size
 
 if TYPE_CHECKING:
+    from sedimo.api.attributing import Attribution
     from sedimo.api.exploring import ExplorationPlan, ExploreResult
     from sedimo.api.listing import TrialRow
     from sedimo.metrics.estimate import Estimate
@@ -51,6 +52,29 @@ def trials(found: Sequence[TrialRow]) -> None:
     ]
     print_table("", columns, rows)
     click.echo(f"{len(found)} trials")
+
+
+def attribution(found: Attribution) -> None:
+    """How good the predictor is, beside its rivals, and which operations cost most."""
+    columns = ("predictor", "recipes", "n", "SRCC [95 % interval]", "Kendall's tau", "NDCG@10", "mean error")
+    rows = [
+        (
+            name,
+            subset,
+            q.n,
+            _with_interval(q.srcc),
+            f"{q.kendall_tau.value:.2f}",
+            f"{q.ndcg_at_10.value:.2f}",
+            f"{q.mae.value:.2f}",
+        )
+        for name, subset, q in found.report.rows
+    ]
+    print_table(f"{found.target} of held-out recipes, {found.n_trials} trials", columns, rows)
+    click.echo("The table is kept in the study: sedimo allocate RUN --bits 3.7 chooses a recipe by it.")
+
+
+def _with_interval(value: Estimate) -> str:
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
 def _with_error(value: Estimate) -> str:

@@ -30,6 +30,12 @@ from sedimo.cli.options import json_option, run_argument, sampling_options
 @click.option("--low-bits", type=float, help="Least paper bits of stratified; default: what the formats allow.")
 @click.option("--high-bits", type=float, help="Most paper bits of stratified; default: what they allow, up to 5.")
 @click.option("--study-seed", type=int, default=0, show_default=True, help="Which random recipes.")
+@click.option(
+    "--prior",
+    default="jacobian",
+    show_default=True,
+    help="What predictors of this study start from: jacobian, ablation, or error.",
+)
 @click.option("--executor", default="serial", show_default=True, help="serial, or process: several pipelines at once.")
 @click.option("--workers", type=int, help="Number of processes of --executor process.")
 @click.option("--variant", help="Variant of the source's weights, such as fp16.")

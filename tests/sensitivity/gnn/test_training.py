@@ -111,6 +111,23 @@ def replace_srcc(quality, srcc):
     return HopQuality(srcc, quality.mean, quality.deviation)
 
 
+def test_what_costs_nothing_has_the_highest_score():
+    free = planted_set(60, formats="uaq3,kmc4,fp16")
+    prior = np.where(free.choices.array(lambda _d, f: float(f.is_quantized)) > 0, free.prior, 0.0)
+    codes = free.codes[(picked(prior, free.codes) > 0).any(axis=1)]
+    quality = -10 * np.log10(picked(prior, codes).sum(axis=1) + 1e-3)
+    data = replace(free, prior=prior, codes=codes, quality=quality, target=quality)
+    predictor = train_predictor(data, QUICK)
+    qualities = hop_qualities(predictor, codes)
+    scores, spread = option_scores(predictor, qualities)
+    assert np.isfinite(scores).all()
+    assert np.isfinite(spread).all()
+    fp16 = [str(f) for f in data.choices.space.decisions[0].formats].index("fp16")
+    assert (scores.argmax(axis=1) == fp16).all()
+    graph = planted_graph()
+    assert np.isfinite(group_scores(predictor, graph, graph.groups[0], qualities).scores.mean).all()
+
+
 @pytest.mark.parametrize("preset", ["fast", "paper"])
 def test_a_part_of_the_graph_gives_what_the_whole_gives(data, fast, paper, preset):
     """Scores in context from the upstream part alone equal those of the whole graph with all variants put in."""

@@ -1,0 +1,255 @@
+"""How well does the predictor rank recipes, and does its system find better ones? Paired, on fresh seeds.
+
+    python benchmarks/predictor.py [--source zoo:cifar-dit] [--run runs/predictor] [--out results.json] [--seeds 0 1 2]
+
+Per formats and seed of the method: 300 stratified recipes and 60 more at 3.5 bits (`paper`) or 4.0 (`wide`), the
+predictor beside its rivals on recipes that none has seen, the noise ceiling (the same recipes on other seeds), the
+learning curve; then recipes at several budgets, one shot from 300 trials, and refined at equal cost (150 random, three
+rounds of 50), against uniform, best random, error, jacobian and ablation on 64 fresh seeds x 20 steps. Every trial
+is kept in the study under --run: a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+import sedimo
+from sedimo.api.order import BudgetOrder
+from sedimo.api.predicting import Known, judge, know, measures_of, training_set
+from sedimo.api.probing import AblationOptions, attribute_measured, probe
+from sedimo.api.search_order import SearchOrder
+from sedimo.api.searching import Measuring, allocated, build, keeps, search
+from sedimo.cli.console import ConsoleProgress
+from sedimo.codec import to_plain
+from sedimo.measurement.exploration import Exploration, random_recipe_near
+from sedimo.measurement.study import Study
+from sedimo.measurement.target import Target
+from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.metrics.signal import paired_difference, summarize
+from sedimo.sensitivity.gnn.training import FAST, train_predictor
+
+BUDGETS = {"paper": (3.3, 3.5, 3.7, 4.0), "wide": (3.5, 4.0, 4.5, 5.0)}
+RANGES = {"paper": (3.0, 4.5), "wide": (3.0, 5.0)}
+BAND = {"paper": 3.5, "wide": 4.0}
+N_TRIALS, N_EXTRA, N_ROUNDS = 300, 60, 3
+CURVE = (50, 100, 200, 300, 500)
+QUALITIES = ("srcc", "kendall_tau", "ndcg_at_10", "mae")
+TARGET = Target.parse("sqnr_db")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One set of formats."""
+
+    pipe: object
+    bank: object
+    known: Known
+    study: Study
+    formats: str
+    progress: ConsoleProgress
+
+    def on(self, first: int, n: int, n_steps: int) -> Measuring:
+        """Measuring on seeds `first` to `first + n`."""
+        plan = self.pipe.default_sampling(range(first, first + n), n_steps)
+        setting = setting_of(self.pipe, plan, weights_digest=self.bank.weights_digest)
+        worker = TrialWorker(self.pipe, self.bank, plan, objective="final_latents")
+        return Measuring(self.study, setting, lambda: worker, progress=self.progress)
+
+
+def open_bench(pipe, formats: str, run: Path, progress: ConsoleProgress, study: Study) -> Bench:
+    """Bank and prior."""
+    graph = sedimo.trace(pipe)
+    bank = sedimo.fit(pipe, sedimo.search_space(graph, formats), cache=run / "bank", progress=progress)
+    plan = pipe.default_sampling(range(8), 10)
+    known = know(pipe, graph, bank, study, sampling=plan, progress=progress)
+    return Bench(pipe, bank, known, study, formats, progress)
+
+
+def exploration_of(bench: Bench, seed: int) -> Exploration:
+    """The random recipes of a seed of the method."""
+    low, high = RANGES[bench.formats]
+    return Exploration(seed, bench.known.space, "stratified", low, high)
+
+
+def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], object, object]:
+    """The predictor beside its rivals; returns it and its training set."""
+    begin = time.perf_counter()
+    on_search = bench.on(0, 8, 10)
+    exploration = exploration_of(bench, seed)
+    trials = on_search.trials([exploration.recipe(i) for i in range(N_TRIALS)])
+    measured_seconds = time.perf_counter() - begin
+    near = [random_recipe_near(bench.known.space, BAND[bench.formats], 99, i, tolerance=0.05) for i in range(N_EXTRA)]
+    extra = on_search.trials(near)
+    data = training_set(bench.known, trials, TARGET)
+    begin = time.perf_counter()
+    predictor = train_predictor(data, FAST, progress=bench.progress)
+    seconds = time.perf_counter() - begin
+    codes, truth = extra_set(bench, extra)
+    bits = BAND[bench.formats]
+    report = judge(predictor, data, bench.known, extra=(codes, truth), band=(bits - 0.25, bits + 0.25))
+    other = [measures_of(t, bench.known.space)["sqnr_db"] for t in bench.on(500, 8, 10).trials(near)]
+    found = {
+        "measured_seconds_if_new": measured_seconds,
+        "training_seconds": seconds,
+        "epochs": [fold.n_epochs for fold in predictor.folds],
+        "hop_srcc": np.mean([fold.hop_srcc for fold in predictor.folds], axis=0).tolist(),
+        "noise_ceiling_srcc": float(stats.spearmanr(truth, other).statistic),
+        "rows": [
+            {
+                "predictor": n,
+                "subset": s,
+                **{k: to_plain(getattr(q, k)) for k in ("srcc", "kendall_tau", "ndcg_at_10", "mae")},
+            }
+            for n, s, q in report.rows
+        ],
+        "ahead_of": {f"{n} | {s}": to_plain(d) for (n, s), d in report.differences.items()},
+    }
+    return found, predictor, data
+
+
+def extra_set(bench: Bench, trials) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and SQNR of further recipes."""
+    space = bench.known.space
+    return (
+        bench.known.choices.codes([t.recipe for t in trials]),
+        np.array([measures_of(t, space)["sqnr_db"] for t in trials]),
+    )
+
+
+def learning_curve(bench: Bench, seed: int) -> list[dict[str, float]]:
+    """SRCC on the extra recipes by number of trials."""
+    on_search, exploration = bench.on(0, 8, 10), exploration_of(bench, seed)
+    trials = on_search.trials([exploration.recipe(i) for i in range(max(CURVE))])
+    near = [random_recipe_near(bench.known.space, BAND[bench.formats], 99, i, tolerance=0.05) for i in range(N_EXTRA)]
+    codes, truth = extra_set(bench, on_search.trials(near))
+    found = []
+    for n in CURVE:
+        data = training_set(bench.known, trials[:n], TARGET)
+        predictor = train_predictor(data, FAST)
+        base = np.mean([fold.noise.predict(codes) for fold in predictor.folds], axis=0)
+        srcc = float(stats.spearmanr(predictor.predict(codes), truth).statistic)
+        found.append({"trials": n, "srcc": srcc, "srcc_without_graph": float(stats.spearmanr(base, truth).statistic)})
+        print(found[-1], flush=True)
+    return found
+
+
+def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[str, object]:
+    """One shot, refined, and what needs no search, at one budget."""
+    budget = BudgetOrder(bits=bits)
+    on_search = bench.on(0, 8, 10)
+    refined = search(bench.known, on_search, SearchOrder(N_TRIALS, N_ROUNDS, seed), budget)
+    near = (max(2.2, bits - 0.5), bits + 1.0)
+    plan = bench.pipe.default_sampling(range(8), 10)
+    probed = probe(
+        bench.pipe,
+        bench.bank,
+        "ablation",
+        store=bench.study,
+        sampling=plan,
+        ablation=AblationOptions(near_bits=near),
+        progress=bench.progress,
+    )
+    space = bench.known.space
+    common = set.intersection(*(set(d.formats) for d in space.decisions))
+    uniform = [space.uniform(f) for f in sorted(common, key=str) if f.is_quantized]
+    exploration = exploration_of(bench, seed)
+    random = on_search.trials([exploration.recipe(i) for i in range(N_TRIALS)])
+    within = [t for t in random if keeps(bench.known, t.recipe, budget)]
+    within.sort(key=lambda t: float(t.powers.sqnr_db.mean()))
+    selection = bench.on(3000, 16, 20)
+    return {
+        "gnn, one shot": build(bench.known, predictor, data, budget, confidence=1.0)[1].recipe,
+        "gnn, refined": refined.allocation.recipe,
+        "jacobian": allocated(bench.known.tables["jacobian"], budget).recipe,
+        "ablation": allocated(attribute_measured(probed), budget).recipe,
+        "error": allocated(bench.known.tables["error"], budget).recipe,
+        "best uniform": best_of(selection, [u for u in uniform if space.paper_bits(u) <= bits + 0.1]),
+        "best random": best_of(
+            selection, [t.recipe for t in sorted(within, key=lambda t: -t.powers.sqnr_db.mean())[:5]]
+        ),
+    }
+
+
+def best_of(measuring: Measuring, recipes):
+    """The best on seeds that the figures do not use."""
+    return max(measuring.trials(recipes), key=lambda t: float(t.powers.sqnr_db.mean())).recipe
+
+
+def compare(bench: Bench, recipes: dict[str, object]) -> dict[str, object]:
+    """SQNR on fresh seeds, and the refined recipe minus each other one, paired."""
+    trials = dict(zip(recipes, bench.on(1000, 64, 20).trials(list(recipes.values())), strict=True))
+    space = bench.known.space
+    rows = {
+        n: {
+            "paper_bits": space.paper_bits(recipes[n]),
+            "stored_bits": 8 * bench.bank.stored_bytes(recipes[n]) / space.params,
+            **to_plain(summarize(t.powers)),
+        }
+        for n, t in trials.items()
+    }
+    differences = {
+        mine: {n: to_plain(paired_difference(trials[mine].powers, t.powers)) for n, t in trials.items() if n != mine}
+        for mine in ("gnn, one shot", "gnn, refined")
+    }
+    return {"rows": rows, "differences": differences}
+
+
+def show(title: str, found: dict[str, object]) -> None:
+    """A table on the screen."""
+    print(f"\n{title}")
+    for name, row in found["rows"].items():
+        text = f"  {name:16s} {row['paper_bits']:.3f} bits {row['sqnr_db']:6.2f} ± {row['standard_error']:.2f} dB"
+        for mine, others in found["differences"].items():
+            d = others.get(name)
+            text += f"   {mine} - it {d['mean_db']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" if d else ""
+        print(text, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--source", default="zoo:cifar-dit")
+    parser.add_argument("--run", type=Path, default=Path("runs/predictor"))
+    parser.add_argument("--out", type=Path, default=Path("runs/predictor.json"))
+    parser.add_argument("--formats", nargs="*", default=["paper", "wide"])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--bits", type=float, nargs="*", help="budgets; default: those of the formats")
+    parser.add_argument("--no-curve", action="store_true")
+    arguments = parser.parse_args()
+    pipe, progress = sedimo.load(arguments.source), ConsoleProgress()
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    results: dict[str, object] = {}
+
+    def put(name: str, found: object) -> None:
+        results[name] = found
+        arguments.out.write_text(json.dumps(results, indent=1))
+
+    for formats in arguments.formats:
+        with Study(arguments.run / formats) as study:
+            bench = open_bench(pipe, formats, arguments.run, progress, study)
+            for seed in arguments.seeds:
+                found, predictor, data = quality_of_predictor(bench, seed)
+                put(f"predictor, {formats}, seed {seed}", found)
+                print(json.dumps({k: v for k, v in found.items() if k not in ("rows", "ahead_of")}), flush=True)
+                for row in found["rows"]:
+                    print(
+                        f"  {row['subset']:26s} {row['predictor']:26s} SRCC {row['srcc']['value']:.3f} "
+                        f"[{row['srcc']['low']:.3f}, {row['srcc']['high']:.3f}]",
+                        flush=True,
+                    )
+                for bits in arguments.bits or BUDGETS[formats]:
+                    title = f"recipes, {formats}, {bits} bits, seed {seed}"
+                    put(title, compare(bench, recipes_at(bench, seed, bits, predictor, data)))
+                    show(title, results[title])
+            if not arguments.no_curve:
+                put(f"learning curve, {formats}", learning_curve(bench, arguments.seeds[0]))
+
+
+if __name__ == "__main__":
+    main()
