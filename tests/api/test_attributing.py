@@ -62,6 +62,8 @@ def test_the_command_keeps_the_table_for_allocate(study):
     assert found["trials"] == 24
     result = CliRunner().invoke(main, ["allocate", run, "--bits", "5", "--json"])
     assert json.loads(result.stdout)["bits"] <= 5
+    result = CliRunner().invoke(main, ["allocate", run, "--rule", "argmin", "--json"])
+    assert result.exit_code == 0, result.output
     shown = CliRunner().invoke(main, ["attribute", run])
     assert "ridge on one-hot choices" in shown.output
 

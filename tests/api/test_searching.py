@@ -14,7 +14,7 @@ from sedimo.api.insights import telling_changes
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import fits_space, know, measures_of, training_set
 from sedimo.api.search_order import SearchOrder
-from sedimo.api.searching import Measuring, keeps, propose, search
+from sedimo.api.searching import Measuring, build_by_groups, keeps, propose, search
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
@@ -81,6 +81,13 @@ def test_the_same_search_measures_nothing_again(done):
     assert [t.key for t in again.trials] == [t.key for t in done.found.trials]
 
 
+def test_groups_can_be_decided_as_a_whole(done):
+    found = build_by_groups(done.known, done.found.predictor, done.found.allocation, BUDGET, confidence=1.0)
+    assert found.paper_bits <= 5.0
+    assert found.method == "gnn"
+    assert set(found.choice) == {d.name for d in done.bank.space.decisions}
+
+
 def test_proposals_are_new_and_differ_by_seed(done):
     data = done.found.data
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
@@ -140,6 +147,7 @@ def test_measures_and_targets_of_trials(done):
         ({"n_trials": 5}, "at least 20 trials"),
         ({"n_trials": 25, "n_rounds": 2}, "too few for 2 rounds"),
         ({"prior": "guess"}, "prior must be one of jacobian, ablation, error"),
+        ({"level": "blocks"}, "level must be one of decisions, groups"),
         ({"confidence": -1.0}, "standard deviations from 0 to 10"),
         ({"target": "sqnr_db +"}, "."),
     ],

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from sedimo.api.insights import insights
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import BAND_HALF_WIDTH, Known, PredictorReport, judge
-from sedimo.api.searching import Measuring, Search, allocated
+from sedimo.api.searching import MAX_VARIANTS, Measuring, Search, allocated
 from sedimo.errors import InputError
 from sedimo.graph.groups import split_groups
 from sedimo.measurement.trial import Trial
@@ -26,12 +27,18 @@ from sedimo.reporting.explanation import (
     RefineRound,
     score_boxes,
 )
-from sedimo.sensitivity.gnn.scoring import disjoint_groups, group_scores, hop_qualities, option_scores
+from sedimo.sensitivity.choices import Values
+from sedimo.sensitivity.gnn.scoring import (
+    disjoint_groups,
+    group_scores,
+    hop_qualities,
+    most_common,
+    option_scores,
+)
 from sedimo.sensitivity.quality import prediction_quality
 from sedimo.space import Decision
 
 CURVE_STEPS = (-0.4, -0.2, 0.2, 0.4, 0.7)  # bits beside the budget at which the curve is measured
-MAX_VARIANTS = 8_000
 N_BOOTSTRAP_OF_FOLD = 200
 
 
@@ -80,9 +87,12 @@ def score_distributions(
     for row, decision in zip(options, known.space.decisions, strict=True):
         operations.setdefault(decision.operation, []).extend(row[np.isfinite(row)].tolist())
     blocks: dict[str, list[float]] = {}
+    reference, agreed = most_common(search.data.codes, search.data.quality), list[float]()
     groups = split_groups(known.graph, n_options=known.choices.n_options, max_variants=MAX_VARIANTS)
     for group in disjoint_groups(search.predictor, known.graph, groups):
-        found = group_scores(search.predictor, known.graph, group, qualities)
+        found = group_scores(search.predictor, known.graph, group, qualities, reference=reference)
+        alone = group_scores(search.predictor, known.graph, group, qualities)
+        agreed.append(_rank_correlation(found.scores.mean, alone.scores.mean))
         blocks.setdefault(found.block or "outside blocks", []).extend(found.scores.mean.tolist())
     useless = [
         f"hop {hop} of fold {fold} ranked its test recipes worse than chance ({q.srcc:+.2f}) and has no weight"
@@ -90,7 +100,13 @@ def score_distributions(
         for hop, q in enumerate(row)
         if q.srcc < 0
     ]
-    return operations, blocks, tuple(useless)
+    least = min(agreed, default=1.0)
+    compared = f"scores of group variants in isolation and in context agree: least rank correlation {least:.3f}"
+    return operations, blocks, (compared, *useless)
+
+
+def _rank_correlation(first: Values, second: Values) -> float:
+    return 1.0 if np.ptp(first) == 0 or np.ptp(second) == 0 else float(stats.spearmanr(first, second).statistic)
 
 
 def predictor_rows(report: PredictorReport) -> tuple[PredictorRow, ...]:

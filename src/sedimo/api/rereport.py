@@ -61,15 +61,15 @@ def report_again(run: Path, out: Path | None = None) -> Path:
     return write_report(summary, out or run / "report.html")
 
 
-def allocate_again(run: Path, budget: BudgetOrder) -> Allocation:
-    """The best recipe for another budget, from the table that a job has kept.
+def allocate_again(run: Path, budget: BudgetOrder, rule: str = "milp") -> Allocation:
+    """The best recipe for another budget, or by another rule, from the table that a job has kept.
 
     Raises:
         InputError: no study, no table in it, or a budget that cannot be kept.
     """
     with Study(run, create=False) as study:
         table = study.record(SensitivityTable, TABLE)
-    return allocate(table, bits=budget.bits, stored_bits=budget.stored_bits, budget_bytes=budget.n_bytes)
+    return allocate(table, bits=budget.bits, stored_bits=budget.stored_bits, budget_bytes=budget.n_bytes, rule=rule)
 
 
 def _png(pixels: np.ndarray) -> str:

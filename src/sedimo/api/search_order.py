@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from sedimo.errors import InputError
 from sedimo.measurement.target import Target
 from sedimo.sensitivity.gnn.training import FAST, MIN_RECIPES, TrainingOptions
 
+Level = Literal["decisions", "groups"]
 PRIORS = ("jacobian", "ablation", "error")
 
 
@@ -17,6 +19,7 @@ class SearchOrder:
 
     Of `n_trials`, those of the `n_rounds` of refinement are half; none without rounds. `confidence` is the margin of
     costs in standard deviations. `seed` names the random recipes, `prior` what is measured before them.
+    `level` says what the allocation decides on: single `decisions`, or variants of whole `groups`.
     """
 
     n_trials: int = 300
@@ -25,6 +28,7 @@ class SearchOrder:
     target: str = "sqnr_db"
     prior: str = "jacobian"
     confidence: float = 1.0
+    level: Level = "decisions"
     training: TrainingOptions = FAST
 
     def __post_init__(self) -> None:
@@ -40,6 +44,8 @@ class SearchOrder:
             raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
         if not 0 <= self.confidence <= 10:
             raise InputError(f"the confidence is a number of standard deviations from 0 to 10, got {self.confidence}")
+        if self.level not in get_args(Level):
+            raise InputError(f"the level must be one of {', '.join(get_args(Level))}, got {self.level!r}")
         Target.parse(self.target)
 
     @property

@@ -15,10 +15,12 @@ import numpy as np
 
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate
+from sedimo.allocation.variants import allocate_variants
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import Known, training_set
 from sedimo.api.search_order import SearchOrder
 from sedimo.bank import SILENT, Progress
+from sedimo.graph.groups import split_groups
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.executors import Executor, MakeWorker
 from sedimo.measurement.exploration import Exploration, possible_bits
@@ -26,7 +28,8 @@ from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
 from sedimo.measurement.trial import Setting, Trial
 from sedimo.sensitivity.choices import Choices, Codes, Values
-from sedimo.sensitivity.gnn.costs import noise_table, options_table
+from sedimo.sensitivity.gnn.costs import noise_table, noise_variant_table, options_table
+from sedimo.sensitivity.gnn.scoring import disjoint_groups, group_contributions
 from sedimo.sensitivity.gnn.training import Predictor, TrainingSet, train_predictor
 from sedimo.sensitivity.noise_model import NoiseModel, fit_noise_model
 from sedimo.sensitivity.table import SensitivityTable
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 RANGE_BITS = 0.75  # on both sides of the budget
 N_TABLE_ROUNDS = 3  # costs depend on the recipe that they are taken around
+MAX_VARIANTS = 8_000  # of a group; larger ones are split
 MAX_DRAWS = 6  # per proposal that is wanted
 
 
@@ -103,6 +107,8 @@ def search(known: Known, measuring: Measuring, order: SearchOrder, budget: Budge
     data = training_set(known, trials, target)
     predictor = train_predictor(data, order.training, progress=measuring.progress)
     table, allocation = build(known, predictor, data, budget, confidence=order.confidence)
+    if order.level == "groups":
+        allocation = build_by_groups(known, predictor, allocation, budget, confidence=order.confidence)
     return Search(table, allocation, predictor, data, tuple(trials), tuple(rounds), order.n_random)
 
 
@@ -146,6 +152,21 @@ def build(
             break
         reference = found
     return table, allocation
+
+
+def build_by_groups(
+    known: Known, predictor: Predictor, around: Allocation, budget: BudgetOrder, *, confidence: float
+) -> Allocation:
+    """The best variants of all groups, each with the others as in the recipe of `around`."""
+    reference = predictor.choices.codes([around.recipe])[0]
+    groups = split_groups(known.graph, n_options=predictor.choices.n_options, max_variants=MAX_VARIANTS)
+    noise = [
+        group_contributions(predictor, known.graph, group, reference)
+        for group in disjoint_groups(predictor, known.graph, groups)
+    ]
+    table = noise_variant_table(predictor, noise, known.candidates, confidence=confidence)
+    bits, stored_bits, n_bytes = budget.bits, budget.stored_bits, budget.n_bytes
+    return allocate_variants(table, bits=bits, stored_bits=stored_bits, budget_bytes=n_bytes)
 
 
 def model_table(known: Known, log_costs: Values, *, errors: Values | None = None) -> SensitivityTable:

@@ -133,15 +133,21 @@ def change(
 @click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
 @click.option("--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted.")
 @click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights.")
+@click.option(
+    "--rule",
+    default="milp",
+    show_default=True,
+    help="milp (exact), greedy, lp, or argmin: the papers' own, each decision for itself, without a budget.",
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the recipe to this file.")
 @json_option
-def allocate(run: Path, out: Path | None, as_json: bool, **budget: float | None) -> None:
+def allocate(run: Path, out: Path | None, as_json: bool, rule: str, **budget: float | None) -> None:
     """Choose the recipe for another budget from the measurements in the study folder RUN."""
     from sedimo.api.rereport import allocate_again
     from sedimo.cli.orders import budget_of
     from sedimo.pipelines.folder import write_file
 
-    found = allocate_again(run, budget_of(budget))
+    found = allocate_again(run, budget_of(budget), rule)
     if out is not None:
         write_file(out, found.recipe.to_json().encode())
     console.print_json(show.allocation_json(found)) if as_json else show.allocation(found)

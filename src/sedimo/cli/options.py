@@ -53,6 +53,13 @@ def search_options(command: Command) -> Command:
             show_default=True,
             help="Margin of costs, in standard deviations of what the trials leave unknown.",
         ),
+        click.option(
+            "--level",
+            type=click.Choice(["decisions", "groups"]),
+            default="decisions",
+            show_default=True,
+            help="Decide on single layers, or on all variants of attention and feed-forward groups.",
+        ),
         click.option("--target", default="sqnr_db", show_default=True, help="What to predict, such as sqnr_db."),
         click.option(
             "--prior",

@@ -43,6 +43,7 @@ def search_of(options: Mapping[str, Any]) -> SearchOrder:
         target=options["target"],
         prior=options["prior"],
         confidence=options["confidence"],
+        level=options["level"],
     )
 
 

@@ -10,15 +10,25 @@ import torch
 from planted import IMPORTANCE, candidates_of, planted_graph, planted_set, quality_of, random_codes, true_costs
 from scipy import stats
 
+from sedimo.allocation.solve import allocate
+from sedimo.allocation.variants import allocate_variants
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
 from sedimo.sensitivity.baselines import run_baselines
 from sedimo.sensitivity.choices import picked
-from sedimo.sensitivity.gnn.costs import calibrate, noise_table, score_table, sum_of_variant_scores, variant_table
+from sedimo.sensitivity.gnn.costs import (
+    calibrate,
+    noise_table,
+    noise_variant_table,
+    score_table,
+    sum_of_variant_scores,
+    variant_table,
+)
 from sedimo.sensitivity.gnn.model import network_input
 from sedimo.sensitivity.gnn.scoring import (
     HopQuality,
     disjoint_groups,
+    group_contributions,
     group_scores,
     hop_qualities,
     most_common,
@@ -217,6 +227,33 @@ def test_variants_add_up_over_groups(data, fast):
         candidates_of(data.choices),
     )
     assert sum(g.n_variants for g in found.groups) == 3 * 64 + 4
+
+
+def test_a_group_adds_what_its_layers_add_in_the_whole_network(data, fast, paper):
+    graph, reference = planted_graph(), most_common(data.codes, data.quality)
+    found = group_contributions(fast, graph, graph.groups[1], reference)
+    row = np.flatnonzero((found.choice == reference[list(found.decisions)]).all(axis=1))[0]
+    for fold, noise in zip(fast.folds, found.noise, strict=True):
+        batch = network_input(data.features, reference[None])
+        with torch.no_grad():
+            network = fold.network.eval()
+            whole = network.contributions(batch.rows, network(batch).embeddings[-1], 2)
+        assert noise[row] == pytest.approx(float(whole[0, list(found.decisions)].sum()), rel=1e-4)
+    with pytest.raises(InputError, match="scores, not noise"):
+        group_contributions(paper, graph, graph.groups[1], reference)
+
+
+def test_groups_are_allocated_by_their_noise(data, fast):
+    graph, reference = planted_graph(), most_common(data.codes, data.quality)
+    noise = [group_contributions(fast, graph, g, reference) for g in graph.groups]
+    plain, careful = (noise_variant_table(fast, noise, candidates_of(data.choices), confidence=c) for c in (0.0, 1.0))
+    assert all((b.cost > a.cost).all() for a, b in zip(plain.groups, careful.groups, strict=True))
+    single = allocate(noise_table(fast, candidates_of(data.choices), reference), bits=4.5)
+    grouped = allocate_variants(plain, bits=4.5)
+    assert grouped.paper_bits <= 4.5
+    codes = data.choices.codes([single.recipe, grouped.recipe])
+    truth = quality_of(data.choices, codes)
+    assert abs(truth[0] - truth[1]) < 1.0  # of a planted model whose costs add, both find what is best
 
 
 def test_rivals_see_the_same_folds(data, fast):

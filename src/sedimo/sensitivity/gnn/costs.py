@@ -21,7 +21,7 @@ from sedimo.quant.formats import Format
 from sedimo.sensitivity.choices import Choices, Codes, Values, picked
 from sedimo.sensitivity.costs import CostEstimate, build_table
 from sedimo.sensitivity.gnn.model import NoiseNetwork, network_input
-from sedimo.sensitivity.gnn.scoring import GroupScores
+from sedimo.sensitivity.gnn.scoring import GroupNoise, GroupScores
 from sedimo.sensitivity.gnn.training import FoldModel, Predictor
 from sedimo.sensitivity.noise_model import NoiseModel
 from sedimo.sensitivity.table import SensitivityTable
@@ -138,7 +138,38 @@ def variant_table(
 ) -> VariantTable:
     """Costs of all variants of all groups: the quality that a variant loses against the group's best."""
     slope = max(calibration.slope, 0.0)
-    return build_variant_table("gnn", choices.space, [_variants(choices, g, slope, candidates) for g in groups])
+    rows = [
+        _variants(choices, g, candidates, slope * (g.scores.mean.max() - g.scores.mean), slope * g.scores.spread)
+        for g in groups
+    ]
+    return build_variant_table("gnn", choices.space, rows)
+
+
+def noise_variant_table(
+    predictor: Predictor, groups: Sequence[GroupNoise], candidates: Candidates, *, confidence: float = 0.0
+) -> VariantTable:
+    """Costs of all variants of all groups: what their layers add to the noise, in the network's unit.
+
+    With `confidence` k, a cost is what it may be k standard deviations above: the spread over folds, and what the
+    noise models do not know of the variant's options, taken as independent.
+    """
+    choices = predictor.choices
+    deviation = np.stack([_noise(fold).deviation for fold in predictor.folds]).mean(axis=0)
+    rows = []
+    for group in groups:
+        mean = group.noise.mean(axis=0)
+        relative = np.sqrt(
+            (group.noise.std(axis=0, ddof=1) / np.maximum(mean, 1e-300)) ** 2 + _unknown(group, deviation) ** 2
+        )
+        rows.append(_variants(choices, group, candidates, mean * np.exp(confidence * relative), mean * relative))
+    return build_variant_table("gnn", choices.space, rows)
+
+
+def _unknown(group: GroupNoise, deviation: Values) -> Values:
+    """Mean deviation of the options of each variant, `[V]`."""
+    options = deviation[np.array(group.decisions)[None], group.choice]
+    found: Values = np.where(np.isfinite(options), options, 0.0).mean(axis=1)
+    return found
 
 
 def sum_of_variant_scores(groups: Sequence[GroupScores], codes: Codes) -> Values:
@@ -151,7 +182,9 @@ def sum_of_variant_scores(groups: Sequence[GroupScores], codes: Codes) -> Values
     return total
 
 
-def _variants(choices: Choices, group: GroupScores, slope: float, candidates: Candidates) -> GroupVariants:
+def _variants(
+    choices: Choices, group: GroupScores | GroupNoise, candidates: Candidates, cost: Values, error: Values
+) -> GroupVariants:
     decisions = [choices.space.decisions[d] for d in group.decisions]
     paper, stored, bops = variant_sizes(decisions, group.choice.astype(np.int8), candidates=candidates)
     return GroupVariants(
@@ -159,8 +192,8 @@ def _variants(choices: Choices, group: GroupScores, slope: float, candidates: Ca
         decisions=tuple(d.name for d in decisions),
         formats=tuple(d.formats for d in decisions),
         choice=group.choice.astype(np.int8),
-        cost=slope * (group.scores.mean.max() - group.scores.mean),
-        standard_error=slope * group.scores.spread,
+        cost=cost,
+        standard_error=error,
         paper_bytes=paper,
         stored_bytes=stored,
         bops=bops,

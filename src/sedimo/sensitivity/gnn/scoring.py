@@ -27,7 +27,7 @@ from sedimo.graph.model import DenoiserGraph, Group
 from sedimo.sensitivity.choices import Codes, Values
 from sedimo.sensitivity.gnn.attention import SharedGATv2, make_topology
 from sedimo.sensitivity.gnn.features import GraphFeatures
-from sedimo.sensitivity.gnn.model import PaperNetwork, network_input
+from sedimo.sensitivity.gnn.model import NoiseNetwork, PaperNetwork, network_input
 from sedimo.sensitivity.gnn.training import FoldModel, Network, Predictor
 from sedimo.sensitivity.variants import enumerate_variants
 
@@ -55,6 +55,16 @@ class GroupScores:
     decisions: tuple[int, ...]
     choice: npt.NDArray[np.int64]
     scores: Scores
+
+
+@dataclass(frozen=True)
+class GroupNoise:
+    """All variants of a group: `choice` `[V, w]` are options of its `decisions`, `noise` `[F, V]` by each fold."""
+
+    group: str
+    decisions: tuple[int, ...]
+    choice: npt.NDArray[np.int64]
+    noise: Values
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,25 @@ def group_scores(
     scores = Scores(stacked.mean(axis=0), stacked.std(axis=0, ddof=1))
     block = graph.layer_index[group.layers[0]].block
     return GroupScores(group.name, group.kind, block, hop, members, choice, scores)
+
+
+def group_contributions(predictor: Predictor, graph: DenoiserGraph, group: Group, reference: Codes) -> GroupNoise:
+    """What all variants of a group add to the noise by the last hop, the rest of the graph as in `reference` `[D]`.
+
+    Raises:
+        InputError: a predictor of the preset `paper`, more variants than can be enumerated.
+    """
+    members = _decisions(predictor, graph, [group])
+    choice = enumerate_variants([predictor.choices.space.decisions[d] for d in members]).astype(np.int64)
+    codes = _codes(predictor, members, choice, reference)
+    each = []
+    for fold in predictor.folds:
+        if not isinstance(fold.network, NoiseNetwork):
+            raise InputError("the preset 'paper' has scores, not noise: use its variant table")
+        hop = len(fold.network.hops.attentions)
+        part = _part(predictor.features, graph, group, hop, is_alone=False)
+        each.append(np.exp(-_root_scores(fold, predictor.features, part, codes, hop)))
+    return GroupNoise(group.name, members, choice, np.stack(each))
 
 
 def disjoint_groups(predictor: Predictor, graph: DenoiserGraph, groups: Iterable[Group]) -> tuple[Group, ...]:
