@@ -1,6 +1,6 @@
 """Runs every benchmark that docs/results.md quotes, one after the other, and keeps their output under runs/.
 
-    python benchmarks/run_all.py            # about an hour and a half on two cores; a killed run goes on
+    python benchmarks/run_all.py            # about five hours on two cores; a killed run goes on
 
 `peers.py` needs the extra `peers`; it is left out, with a note, when that is not installed.
 """
@@ -21,6 +21,9 @@ COMMANDS = (
     ("allocation", ["allocation.py"]),
     ("size", ["size.py"]),
     ("recipes", ["recipes.py", "--out", "runs/recipes.json", "--images", "5000"]),
+    ("gnn", ["gnn.py"]),
+    ("gnn_scale", ["gnn_scale.py", "--json", "runs/gnn_scale.json"]),
+    ("predictor", ["predictor.py", "--out", "runs/predictor.json"]),
     ("peers", ["peers.py", "--out", "runs/peers.json"]),
 )
 

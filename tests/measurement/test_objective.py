@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from toy_pipeline import ToyAdapter
 
-from sedimo.errors import StateError
+import sedimo
+from sedimo.codec import content_key, to_plain
+from sedimo.errors import InputError, StateError
 from sedimo.measurement.objective import batches_of, measure, measure_reference, rows_of, trajectory_of
 from sedimo.measurement.probe import probed
+from sedimo.measurement.trial import Setting
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 
 OBJECTIVES = ("final_latents", "path", "step")
@@ -89,3 +94,28 @@ def test_inputs_are_cut_by_rows_and_copied():
     assert (float(cut["t"]), cut["scale"], cut["none"]) == (3.0, 2.0, None)
     cut["a"].zero_()
     assert state[1, 0] == 2
+
+
+def test_images_are_measured_as_a_set_beside_their_latents(tiny_pipeline_folder):
+    pipe = sedimo.load(tiny_pipeline_folder)
+    plan = pipe.default_sampling(range(24), 1)
+    reference = measure_reference("fid", pipe, plan)
+    assert reference.n_calls == 1
+    same = measure(pipe, reference)
+    assert same.powers.noise.max() == 0
+    assert same.measures["fid_difference"].value == pytest.approx(0, abs=1e-9)
+    weight = pipe.denoiser.proj_out_2.weight.detach()
+    with probed(pipe.denoiser, {"proj_out_2": weight * 0.2}):
+        other = measure(pipe, reference)
+    assert other.powers.noise.min() > 0
+    assert other.measures["fid"].value != same.measures["fid"].value
+    assert other.measures["fid"].n == 24
+    assert {"fid", "fid_difference", "kid", "kid_difference"} == set(other.measures)
+    with pytest.raises(InputError, match="at least 20 samples, got 3"):
+        measure_reference("fid", pipe, pipe.default_sampling(range(3), 1))
+
+
+def test_only_a_trial_that_looks_at_images_is_named_by_the_extractor():
+    setting = Setting("w", "Toy", "final_latents", (1, 2), 4, (), None, None, "float32", "cpu")
+    assert dataclasses.replace(setting, extractor="e").key != setting.key
+    assert setting.key == content_key({k: v for k, v in to_plain(setting).items() if k != "extractor"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,10 +12,10 @@ import torch
 
 from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
-from sedimo.metrics.distribution import FeatureStatistics, fid_difference, fid_jackknife, kid, kid_difference
+from sedimo.metrics.distribution import FeatureStatistics, Replicated, fid_replicates, kid_replicates
 from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
-from sedimo.pipelines.zoo import feature_extractor, reference_statistics
+from sedimo.pipelines.zoo import ReferenceStatistics, feature_extractor, reference_statistics
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Features:
 
     extractor: str
     values: npt.NDArray[np.float32]
+
+    @functools.cached_property
+    def distances(self) -> tuple[Replicated, Replicated]:
+        """FID and KID to real images; computed once, because full precision is compared with every recipe."""
+        real = _real()
+        target = FeatureStatistics(real.mean, real.covariance, real.n_images)
+        return fid_replicates(self.values, target), kid_replicates(self.values, real.features)
 
 
 @dataclass(frozen=True)
@@ -101,22 +109,29 @@ def compare_distributions(reference: Features, quantized: Features) -> Distribut
     Raises:
         InputError: fewer than twenty images, or features of different extractors.
     """
-    real = reference_statistics()
+    real = _real()
     names = {reference.extractor, quantized.extractor, real.extractor}
     if len(names) > 1:
         raise InputError(f"features of different extractors do not compare: {', '.join(sorted(names))}")
-    target = FeatureStatistics(real.mean, real.covariance, real.n_images)
-    ours, theirs = quantized.values, reference.values
+    if reference.values.shape != quantized.values.shape:
+        raise InputError(f"sets must be of one size, got {reference.values.shape} and {quantized.values.shape}")
+    (fid, kid), (reference_fid, reference_kid) = quantized.distances, reference.distances
     return DistributionEvaluation(
         extractor=real.extractor,
-        n_images=len(ours),
-        fid=fid_jackknife(ours, target),
-        reference_fid=fid_jackknife(theirs, target),
-        fid_difference=fid_difference(ours, theirs, target),
-        kid=kid(ours, real.features),
-        reference_kid=kid(theirs, real.features),
-        kid_difference=kid_difference(ours, theirs, real.features),
+        n_images=len(quantized.values),
+        fid=fid.estimate(),
+        reference_fid=reference_fid.estimate(),
+        fid_difference=fid.minus(reference_fid),
+        kid=kid.estimate(),
+        reference_kid=reference_kid.estimate(),
+        kid_difference=kid.minus(reference_kid),
     )
+
+
+@functools.cache
+def _real() -> ReferenceStatistics:
+    """Real images, read once."""
+    return reference_statistics()
 
 
 def _part(sampling: Sampling, first: int, stop: int) -> Sampling:

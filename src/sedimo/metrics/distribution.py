@@ -46,6 +46,23 @@ class FeatureStatistics:
             raise InputError("a covariance must be symmetric")
 
 
+@dataclass(frozen=True, eq=False)
+class Replicated:
+    """A statistic of `n` samples, and its values with each part of them left out `[k]`."""
+
+    value: float
+    replicates: Matrix
+    n: int
+
+    def estimate(self) -> Estimate:
+        """The statistic with its jackknife error."""
+        return jackknife_estimate(self.value, self.replicates, self.n)
+
+    def minus(self, other: Replicated) -> Estimate:
+        """The difference to a statistic of as many paired samples, whose parts are the same."""
+        return jackknife_estimate(self.value - other.value, self.replicates - other.replicates, self.n)
+
+
 def feature_statistics(features: npt.ArrayLike) -> FeatureStatistics:
     """Mean and covariance of features `[n, D]`.
 
@@ -80,9 +97,18 @@ def fid_jackknife(features: npt.ArrayLike, reference: FeatureStatistics, *, n_pa
     Raises:
         InputError: fewer than two rows remain when a part is left out, or dimensions differ.
     """
+    return fid_replicates(features, reference, n_parts=n_parts).estimate()
+
+
+def fid_replicates(features: npt.ArrayLike, reference: FeatureStatistics, *, n_parts: int = N_PARTS) -> Replicated:
+    """FID as by `fid_jackknife`, with its values when parts are left out.
+
+    Raises:
+        InputError: as `fid_jackknife`.
+    """
     whole, left_out = _leave_out_statistics(_features(features, "features"), n_parts)
     distance = _distance_to(reference)
-    return jackknife_estimate(distance(whole), [distance(s) for s in left_out], whole.n)
+    return Replicated(distance(whole), np.array([distance(s) for s in left_out]), whole.n)
 
 
 def fid_difference(
@@ -93,12 +119,8 @@ def fid_difference(
     Raises:
         InputError: the sets differ in shape, or as for `fid_jackknife`.
     """
-    ours, theirs = _paired(first, second)
-    distance = _distance_to(reference)
-    whole_1, parts_1 = _leave_out_statistics(ours, n_parts)
-    whole_2, parts_2 = _leave_out_statistics(theirs, n_parts)
-    replicates = [distance(a) - distance(b) for a, b in zip(parts_1, parts_2, strict=True)]
-    return jackknife_estimate(distance(whole_1) - distance(whole_2), replicates, whole_1.n)
+    ours, theirs = (fid_replicates(rows, reference, n_parts=n_parts) for rows in _paired(first, second))
+    return ours.minus(theirs)
 
 
 def kid(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_PARTS) -> Estimate:
@@ -112,9 +134,18 @@ def kid(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_P
     Raises:
         InputError: fewer than two rows remain when a part is left out, or dimensions differ.
     """
+    return kid_replicates(features, reference, n_parts=n_parts).estimate()
+
+
+def kid_replicates(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_PARTS) -> Replicated:
+    """KID as by `kid`, with its values when parts are left out.
+
+    Raises:
+        InputError: as `kid`.
+    """
     ours, theirs = _features(features, "features"), _features(reference, "reference features")
     sums = _KernelSums.of(ours, theirs, n_parts)
-    return jackknife_estimate(sums.whole(), sums.replicates(), len(ours))
+    return Replicated(sums.whole(), sums.replicates(), len(ours))
 
 
 def kid_difference(
@@ -125,10 +156,8 @@ def kid_difference(
     Raises:
         InputError: the sets differ in shape, or as for `kid`.
     """
-    ours, theirs = _paired(first, second)
-    target = _features(reference, "reference features")
-    sums_1, sums_2 = (_KernelSums.of(rows, target, n_parts) for rows in (ours, theirs))
-    return jackknife_estimate(sums_1.whole() - sums_2.whole(), sums_1.replicates() - sums_2.replicates(), len(ours))
+    ours, theirs = (kid_replicates(rows, reference, n_parts=n_parts) for rows in _paired(first, second))
+    return ours.minus(theirs)
 
 
 def kid_subsets(
