@@ -150,6 +150,7 @@ def test_measures_and_targets_of_trials(done):
         ({"level": "blocks"}, "level must be one of decisions, groups"),
         ({"confidence": -1.0}, "standard deviations from 0 to 10"),
         ({"target": "sqnr_db +"}, "."),
+        ({"target": "-fid"}, "can predict sqnr_db or sqnr_pooled_db"),
     ],
 )
 def test_orders_that_make_no_sense_are_refused(change, message):

@@ -312,3 +312,63 @@ def test_help_answers_without_loading_anything_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]")
+
+
+def test_run_learns_from_measured_recipes_and_explains(tmp_path, tiny_pipeline_folder):
+    common = (
+        "--bits",
+        "5",
+        "--formats",
+        "uaq3,uaq4,uaq6",
+        "--trials",
+        "40",
+        "--refine",
+        "1",
+        "--seeds",
+        "2",
+        "--steps",
+        "2",
+    )
+    out = tmp_path / "small"
+    planned = run_json("run", tiny_pipeline_folder, *common, "-o", out, "--dry-run")
+    assert planned["method"] == "gnn"
+    assert planned["denoiser_calls"] > 40 * 2
+    assert not out.exists()
+    found = run_json("run", tiny_pipeline_folder, *common, "-o", out, "--level", "groups")
+    assert found["method"] == "gnn"
+    assert found["paper_bits"] <= 5
+    page = (out / "report.html").read_text()
+    assert "What matters here" in page
+    assert "ridge on one-hot choices" in page
+    loaded = DiffusionPipeline.from_pretrained(out)
+    assert any(isinstance(p, sedimo.QuantizedTensor) for p in loaded.transformer.parameters())
+    trials = run_json("trials", tmp_path / "small.study")["trials"]
+    again = run_json(
+        "run",
+        tiny_pipeline_folder,
+        *common,
+        "-o",
+        tmp_path / "again",
+        "--store",
+        tmp_path / "small.study",
+        "--level",
+        "groups",
+    )
+    assert again["recipe"] == found["recipe"]
+    assert len(run_json("trials", tmp_path / "small.study")["trials"]) == len(trials)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--trials", "5"), "at least 20 trials"),
+        (("--trials", "30", "--refine", "3"), "too few for 3 rounds"),
+        (("--target", "__import__('os')"), "target"),
+        (("--target", "beauty"), "can predict sqnr_db"),
+        (("--prior", "guess"), "prior must be one of"),
+    ],
+)
+def test_run_refuses_nonsense_before_it_measures(tmp_path, tiny_pipeline_folder, arguments, message):
+    result = run("run", tiny_pipeline_folder, "--bits", "5", *arguments, "-o", tmp_path / "small", code=3)
+    assert message in result.stderr
+    assert not (tmp_path / "small").exists()

@@ -10,6 +10,7 @@ from sedimo.measurement.target import Target
 from sedimo.sensitivity.gnn.training import FAST, MIN_RECIPES, TrainingOptions
 
 Level = Literal["decisions", "groups"]
+TARGETS = ("sqnr_db", "sqnr_pooled_db")
 PRIORS = ("jacobian", "ablation", "error")
 
 
@@ -46,7 +47,11 @@ class SearchOrder:
             raise InputError(f"the confidence is a number of standard deviations from 0 to 10, got {self.confidence}")
         if self.level not in get_args(Level):
             raise InputError(f"the level must be one of {', '.join(get_args(Level))}, got {self.level!r}")
-        Target.parse(self.target)
+        if str(Target.parse(self.target).split_bits()[0]) not in TARGETS:
+            raise InputError(
+                f"a search measures final latents and can predict {' or '.join(TARGETS)}, with a term of avg_bits or "
+                f"without; got {self.target!r}. Other targets: sedimo explore, sedimo attribute"
+            )
 
     @property
     def per_round(self) -> int:
