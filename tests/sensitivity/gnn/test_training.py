@@ -243,6 +243,14 @@ def test_a_group_adds_what_its_layers_add_in_the_whole_network(data, fast, paper
         group_contributions(paper, graph, graph.groups[1], reference)
 
 
+def test_layers_that_are_varied_already_leave_their_group(data, fast):
+    graph = planted_graph()
+    overlapping = replace(graph.groups[1], name="again", layers=("blocks.0.query", *graph.groups[1].layers))
+    found = disjoint_groups(fast, graph, [graph.groups[0], overlapping, graph.groups[0]])
+    assert [g.name for g in found] == ["blocks.0.attention", "again"]
+    assert found[1].layers == graph.groups[1].layers
+
+
 def test_groups_are_allocated_by_their_noise(data, fast):
     graph, reference = planted_graph(), most_common(data.codes, data.quality)
     noise = [group_contributions(fast, graph, g, reference) for g in graph.groups]

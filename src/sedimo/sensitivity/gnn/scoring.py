@@ -16,7 +16,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -119,11 +119,9 @@ def group_scores(
     With `reference`, one row of codes `[D]`, the rest of the graph stands as there; without, the group is alone.
 
     Raises:
-        InputError: more variants than can be enumerated, or a group of no decision.
+        InputError: more variants than can be enumerated.
     """
-    members = _decisions(predictor, graph, [group])
-    if not members:
-        raise InputError(f"group {group.name!r} has no decision of its own")
+    members = _decisions(predictor, graph, group)
     choice = enumerate_variants([predictor.choices.space.decisions[d] for d in members]).astype(np.int64)
     hop = min(group.hop, len(qualities[0]) - 1)
     part = _part(predictor.features, graph, group, hop, is_alone=reference is None)
@@ -143,7 +141,7 @@ def group_contributions(predictor: Predictor, graph: DenoiserGraph, group: Group
     Raises:
         InputError: a predictor of the preset `paper`, more variants than can be enumerated.
     """
-    members = _decisions(predictor, graph, [group])
+    members = _decisions(predictor, graph, group)
     choice = enumerate_variants([predictor.choices.space.decisions[d] for d in members]).astype(np.int64)
     codes = _codes(predictor, members, choice, reference)
     each = []
@@ -157,14 +155,15 @@ def group_contributions(predictor: Predictor, graph: DenoiserGraph, group: Group
 
 
 def disjoint_groups(predictor: Predictor, graph: DenoiserGraph, groups: Iterable[Group]) -> tuple[Group, ...]:
-    """The groups that have a decision which no earlier one has: tied layers are varied once."""
+    """The groups, each without the layers whose decision an earlier one has: tied layers are varied once."""
     taken: set[int] = set()
     found = []
     for group in groups:
-        members = set(_decisions(predictor, graph, [group]))
-        if members and not members & taken:
-            found.append(group)
-            taken |= members
+        decisions = dict(zip(group.layers, _decisions_of_layers(predictor, graph, group), strict=True))
+        layers = tuple(layer for layer, decision in decisions.items() if decision not in taken)
+        taken |= set(decisions.values())
+        if layers:
+            found.append(group if layers == group.layers else replace(group, layers=layers))
     return tuple(found)
 
 
@@ -199,10 +198,14 @@ def _part(features: GraphFeatures, graph: DenoiserGraph, group: Group, hop: int,
     return _Part(np.array(nodes), edges, local[root], tuple(local[n] for n in members))
 
 
-def _decisions(predictor: Predictor, graph: DenoiserGraph, groups: Iterable[Group]) -> tuple[int, ...]:
+def _decisions(predictor: Predictor, graph: DenoiserGraph, group: Group) -> tuple[int, ...]:
+    """The decisions of a group, each once."""
+    return tuple(dict.fromkeys(_decisions_of_layers(predictor, graph, group)))
+
+
+def _decisions_of_layers(predictor: Predictor, graph: DenoiserGraph, group: Group) -> tuple[int, ...]:
     place = {node.name: i for i, node in enumerate(graph.nodes)}
-    decisions = predictor.features.decision
-    return tuple(dict.fromkeys(int(decisions[place[layer]]) for group in groups for layer in group.layers))
+    return tuple(int(predictor.features.decision[place[layer]]) for layer in group.layers)
 
 
 def _codes(predictor: Predictor, members: Sequence[int], choice: Codes, reference: Codes | None) -> Codes:
