@@ -340,6 +340,8 @@ def test_run_learns_from_measured_recipes_and_explains(tmp_path, tiny_pipeline_f
     page = (out / "report.html").read_text()
     assert "What matters here" in page
     assert "ridge on one-hot choices" in page
+    assert found["explanation"]["insights"][0]["verdict"] in ("confirmed", "refuted", "open")
+    assert run_json("report", tmp_path / "small.study")["explanation"] == found["explanation"]
     loaded = DiffusionPipeline.from_pretrained(out)
     assert any(isinstance(p, sedimo.QuantizedTensor) for p in loaded.transformer.parameters())
     trials = run_json("trials", tmp_path / "small.study")["trials"]

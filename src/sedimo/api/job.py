@@ -26,6 +26,7 @@ from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.pipelines.sources import is_hub_id
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.html import write_report
 from sedimo.runtime.card import Origin
 from sedimo.runtime.weights import replace_weights
@@ -72,6 +73,7 @@ class JobResult:
     plan: MethodPlan
     seconds: float
     peak_rss_bytes: int
+    explanation: Explanation | None = None
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -93,6 +95,8 @@ class JobResult:
             "out": str(self.written.folder),
             "report": str(self.report),
         }
+        if self.explanation is not None:
+            found["explanation"] = self.explanation.as_json()
         return found | ({"unchecked": self.plan.unchecked} if self.check is None else {"check": self.check.as_json()})
 
 
@@ -154,7 +158,8 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
         written = _write(opened, bank, allocation, finish)
     report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
-    return JobResult(allocation, table, written, report, check, method, seconds, peak_rss_bytes())
+    memory = peak_rss_bytes()
+    return JobResult(allocation, table, written, report, check, method, seconds, memory, measured.explanation)
 
 
 def peak_rss_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def report_again(run: Path, out: Path | None = None) -> Path:
     pictures = tuple(Picture(p.label, _pixels(p.reference), _pixels(p.quantized)) for p in saved.pictures)
     summary = replace(saved.summary, evidence=replace(saved.summary.evidence, pictures=pictures))
     return write_report(summary, out or run / "report.html")
+
+
+def explanation_of(run: Path) -> Mapping[str, object] | None:
+    """The explanation of a finished job as plain values; None if its method explains nothing.
+
+    Raises:
+        InputError: the folder holds no study, or its job was not finished.
+    """
+    with Study(run, create=False) as study:
+        found = study.record(SavedReport, REPORT).summary.evidence.explanation
+    return None if found is None else found.as_json()
 
 
 def allocate_again(run: Path, budget: BudgetOrder, rule: str = "milp") -> Allocation:

@@ -159,10 +159,14 @@ def allocate(run: Path, out: Path | None, as_json: bool, rule: str, **budget: fl
 @json_option
 def report(run: Path, out: Path | None, as_json: bool) -> None:
     """Write the report of a finished job again from its study folder RUN."""
-    from sedimo.api.rereport import report_again
+    from sedimo.api.rereport import explanation_of, report_again
 
     written = str(report_again(run, out))
-    console.print_json({"report": written}) if as_json else click.echo(written)
+    if not as_json:
+        click.echo(written)
+        return
+    explanation = explanation_of(run)
+    console.print_json({"report": written} | ({} if explanation is None else {"explanation": explanation}))
 
 
 @click.command()
