@@ -42,6 +42,8 @@ def test_a_study_gives_a_table_and_the_quality_behind_it(study, preset):
     assert found.target == "sqnr_db"
     assert {name for name, _, _ in found.report.rows} >= {"this predictor", "average bits", "jacobian costs, summed"}
     assert 0 <= found.calibration.r2 <= 1
+    assert set(found.argmax) == {"operations", "groups"}
+    assert all(len(recipe.layers) == 21 for recipe in found.argmax.values())
     chosen = sedimo.allocate(found.table, bits=5.0)
     assert chosen.paper_bits <= 5.0
     assert chosen.method == "gnn"

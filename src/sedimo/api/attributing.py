@@ -14,15 +14,23 @@ from sedimo.api.explaining import predictor_rows
 from sedimo.api.predicting import DEFAULT_TARGETS, Known, PredictorReport, fits_space, judge, recall, training_set
 from sedimo.api.probing import Probe, attribute_measured
 from sedimo.api.rereport import TABLE
+from sedimo.api.searching import MAX_VARIANTS
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
+from sedimo.graph.groups import split_groups
 from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
 from sedimo.measurement.trial import ObjectiveName, Trial
-from sedimo.sensitivity.choices import picked
+from sedimo.sensitivity.choices import Values, picked
 from sedimo.sensitivity.gnn.costs import Calibration, calibrate, noise_table, score_table
-from sedimo.sensitivity.gnn.scoring import hop_qualities, option_scores
+from sedimo.sensitivity.gnn.scoring import (
+    HopQuality,
+    disjoint_groups,
+    group_scores,
+    hop_qualities,
+    option_scores,
+)
 from sedimo.sensitivity.gnn.training import (
     FAST,
     MIN_RECIPES,
@@ -34,6 +42,7 @@ from sedimo.sensitivity.gnn.training import (
     train_predictor,
 )
 from sedimo.sensitivity.table import SensitivityTable
+from sedimo.space import Recipe
 
 OPTIONS: Mapping[str, TrainingOptions] = {"fast": FAST, "paper": PAPER}
 
@@ -65,7 +74,11 @@ class AttributeOrder:
 
 @dataclass(frozen=True)
 class Attribution:
-    """A table with the predictor behind it, its quality beside its rivals, and how its scores were calibrated."""
+    """A table with the predictor behind it, its quality beside its rivals, and how its scores were calibrated.
+
+    `argmax` are the published recipes without a budget: the best-scored option of each layer (`operations`), the
+    best-scored variant of each group in isolation (`groups`).
+    """
 
     table: SensitivityTable
     predictor: Predictor
@@ -73,6 +86,7 @@ class Attribution:
     calibration: Calibration
     target: str
     n_trials: int
+    argmax: Mapping[str, Recipe]
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -84,6 +98,7 @@ class Attribution:
                 "predictors": predictor_rows(self.report),
                 "calibration": self.calibration,
                 "costs": self.table.costs,
+                "argmax": {name: recipe.layers for name, recipe in self.argmax.items()},
             }
         )
         return plain
@@ -113,10 +128,14 @@ def attribute_study(study: Study, order: AttributeOrder | None = None, progress:
     text = order.target or DEFAULT_TARGETS[trials[0].setting.objective]
     data = training_set(known, trials, Target.parse(text))
     predictor = train_predictor(data, OPTIONS[order.preset], progress=progress)
-    table, calibration = table_of(known, predictor, data, order.confidence, is_decibel=text == "sqnr_db")
+    qualities = hop_qualities(predictor, data.codes)
+    scores = option_scores(predictor, qualities)
+    table, calibration = _table(known, predictor, data, scores, (order.confidence, text == "sqnr_db"))
     bits = data.choices.paper_bits(data.codes)
     middle = order.band or (float(np.median(bits)) - 0.25, float(np.median(bits)) + 0.25)
-    return Attribution(table, predictor, judge(predictor, data, known, band=middle), calibration, text, len(trials))
+    report = judge(predictor, data, known, band=middle)
+    argmax = argmax_recipes(known, predictor, scores[0], qualities)
+    return Attribution(table, predictor, report, calibration, text, len(trials), argmax)
 
 
 def attribute(source: Bank | Probe | Study, method: str = "") -> SensitivityTable:
@@ -157,11 +176,35 @@ def trials_of(study: Study, known: Known, objective: str = "") -> tuple[Trial, .
     return tuple(largest)
 
 
-def table_of(
-    known: Known, predictor: Predictor, data: TrainingSet, confidence: float, *, is_decibel: bool
+def argmax_recipes(
+    known: Known, predictor: Predictor, scores: Values, qualities: Sequence[Sequence[HopQuality]]
+) -> dict[str, Recipe]:
+    """The recipes of best scores `[D, K]` of single options, and of the variants of groups in isolation.
+
+    Source: Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628): argmax per operation and per block, without a budget.
+    """
+    choices = predictor.choices
+    operations = np.where(choices.exists, scores, -np.inf).argmax(axis=1)
+    grouped = operations.copy()
+    groups = split_groups(known.graph, n_options=choices.n_options, max_variants=MAX_VARIANTS)
+    for group in disjoint_groups(predictor, known.graph, groups):
+        found = group_scores(predictor, known.graph, group, qualities)
+        grouped[list(found.decisions)] = found.choice[found.scores.mean.argmax()]
+    return {"operations": choices.recipe(operations), "groups": choices.recipe(grouped)}
+
+
+def _table(
+    known: Known,
+    predictor: Predictor,
+    data: TrainingSet,
+    scores: tuple[Values, Values],
+    how: tuple[float, bool],
 ) -> tuple[SensitivityTable, Calibration]:
-    """The table of a predictor, around the best training recipe, and the calibration of its scores by option."""
-    scores = option_scores(predictor, hop_qualities(predictor, data.codes))
+    """The table of a predictor, around the best training recipe, and the calibration of its scores by option.
+
+    `how` is the confidence, and whether the target is in decibels.
+    """
+    confidence, is_decibel = how
     sums = picked(np.nan_to_num(scores[0]), data.codes).sum(axis=1)
     calibration = calibrate(sums, data.choices.paper_bits(data.codes), data.quality)
     if predictor.options.preset == "paper":
