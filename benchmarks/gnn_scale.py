@@ -90,7 +90,7 @@ def measure(name: str, n_trials: int, paper_epochs: int) -> dict[str, object]:
     }
     print(json.dumps(found), flush=True)
     begin = time.perf_counter()
-    qualities = hop_qualities(predictor, data.codes)
+    qualities = hop_qualities(predictor, graph, data.codes)
     reference = most_common(data.codes, data.quality)
     groups = split_groups(graph, n_options=data.choices.n_options, max_variants=MAX_VARIANTS)
     n_variants = 0

@@ -92,7 +92,7 @@ def test_proposals_are_new_and_differ_by_seed(done):
     data = done.found.data
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
     known = done.found.trials
-    one, same, other = (propose(done.known, model, BUDGET, 4, known_recipes=known, seed=seed) for seed in (5, 5, 6))
+    one, same, other = (propose(done.known, model, BUDGET, 4, known_recipes=known, seed=(seed,)) for seed in (5, 5, 6))
     assert [r.key for r in one] == [r.key for r in same]
     assert {r.key for r in one} != {r.key for r in other}
     assert not {r.key for r in one} & {t.recipe.key for t in known}

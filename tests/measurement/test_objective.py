@@ -119,3 +119,13 @@ def test_only_a_trial_that_looks_at_images_is_named_by_the_extractor():
     setting = Setting("w", "Toy", "final_latents", (1, 2), 4, (), None, None, "float32", "cpu")
     assert dataclasses.replace(setting, extractor="e").key != setting.key
     assert setting.key == content_key({k: v for k, v in to_plain(setting).items() if k != "extractor"})
+
+
+def test_a_recipe_that_diverges_has_endless_fid_and_ends_no_campaign(tiny_pipeline_folder):
+    pipe = sedimo.load(tiny_pipeline_folder)
+    reference = measure_reference("fid", pipe, pipe.default_sampling(range(20), 1))
+    weight = torch.full_like(pipe.denoiser.proj_out_2.weight, float("nan"))
+    with probed(pipe.denoiser, {"proj_out_2": weight}):
+        found = measure(pipe, reference)
+    assert found.measures["fid"].value == np.inf
+    assert np.isinf(found.powers.noise).all()

@@ -68,6 +68,8 @@ class AttributeOrder:
         if self.objective and self.objective not in get_args(ObjectiveName):
             known = ", ".join(get_args(ObjectiveName))
             raise InputError(f"the objective must be one of {known}, got {self.objective!r}")
+        if not 0 <= self.confidence <= 10:
+            raise InputError(f"the confidence is a number of standard deviations from 0 to 10, got {self.confidence}")
         if self.target:
             Target.parse(self.target)
 
@@ -128,7 +130,7 @@ def attribute_study(study: Study, order: AttributeOrder | None = None, progress:
     text = order.target or DEFAULT_TARGETS[trials[0].setting.objective]
     data = training_set(known, trials, Target.parse(text))
     predictor = train_predictor(data, OPTIONS[order.preset], progress=progress)
-    qualities = hop_qualities(predictor, data.codes)
+    qualities = hop_qualities(predictor, known.graph, data.codes)
     scores = option_scores(predictor, qualities)
     table, calibration = _table(known, predictor, data, scores, (order.confidence, text == "sqnr_db"))
     bits = data.choices.paper_bits(data.codes)
@@ -201,6 +203,8 @@ def _table(
     how: tuple[float, bool],
 ) -> tuple[SensitivityTable, Calibration]:
     """The table of a predictor, around the best training recipe, and the calibration of its scores by option.
+
+    Costs depend on the recipe around which they are taken; a search takes them again around its own result.
 
     `how` is the confidence, and whether the target is in decibels.
     """

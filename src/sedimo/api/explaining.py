@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from sedimo.api.evaluation import sqnr_estimate
 from sedimo.api.insights import insights
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import BAND_HALF_WIDTH, Known, PredictorReport, judge
@@ -15,7 +16,8 @@ from sedimo.api.searching import MAX_VARIANTS, Measuring, Search, allocated
 from sedimo.errors import InputError
 from sedimo.graph.groups import split_groups
 from sedimo.measurement.trial import Trial
-from sedimo.metrics.estimate import Estimate, mean_estimate
+from sedimo.metrics.estimate import mean_estimate
+from sedimo.metrics.signal import summarize
 from sedimo.reporting.explanation import (
     OVERALL,
     CurveKind,
@@ -81,7 +83,7 @@ def score_distributions(
     known: Known, search: Search
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], tuple[str, ...]]:
     """Scores of options by operation, scores of group variants by block, and notes about hops without worth."""
-    qualities = hop_qualities(search.predictor, search.data.codes)
+    qualities = hop_qualities(search.predictor, known.graph, search.data.codes)
     options, _ = option_scores(search.predictor, qualities)
     operations: dict[str, list[float]] = {}
     for row, decision in zip(options, known.space.decisions, strict=True):
@@ -95,10 +97,10 @@ def score_distributions(
         agreed.append(_rank_correlation(found.scores.mean, alone.scores.mean))
         blocks.setdefault(found.block or "outside blocks", []).extend(found.scores.mean.tolist())
     useless = [
-        f"hop {hop} of fold {fold} ranked its test recipes worse than chance ({q.srcc:+.2f}) and has no weight"
+        f"hop {hop} of fold {fold} ranked its test recipes no better than chance ({q.srcc:+.2f}) and has no weight"
         for fold, row in enumerate(qualities)
         for hop, q in enumerate(row)
-        if q.srcc < 0
+        if q.srcc <= 0
     ]
     least = min(agreed, default=1.0)
     compared = f"scores of group variants in isolation and in context agree: least rank correlation {least:.3f}"
@@ -170,13 +172,13 @@ def curve(known: Known, search: Search, measuring: Measuring) -> tuple[CurvePoin
     trials = measuring.trials([*mine, *uniform.values()])
     points = [_point(known, "this method", t, "this") for t in trials[: len(mine)]]
     points += [_point(known, n, t, "uniform") for n, t in zip(uniform, trials[len(mine) :], strict=True)]
-    points += [_point(known, "random", t, "random") for t in search.trials[: search.n_random]]
-    return tuple({(p.name, p.bits): p for p in points}.values())
+    random = {t.key: t for t in search.trials[: search.n_random]}
+    points += [_point(known, "random", t, "random") for t in random.values()]
+    return tuple(points)
 
 
 def _point(known: Known, name: str, trial: Trial, kind: CurveKind) -> CurvePoint:
-    values = trial.powers.sqnr_db
-    measured = mean_estimate(values) if np.isfinite(values).all() else Estimate(-np.inf, np.nan, -np.inf, np.inf, 0)
+    measured = sqnr_estimate(summarize(trial.powers))
     return CurvePoint(name, kind, known.space.paper_bits(trial.recipe), measured)
 
 

@@ -65,6 +65,8 @@ class ExploreOrder:
             raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.executor not in EXECUTORS:
             raise InputError(f"the executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
+        if self.study_seed < 0:
+            raise InputError(f"the seed of a study must not be negative, got {self.study_seed}")
         if self.prior not in PRIORS:
             raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
         if self.workers is not None and self.executor != "process":

@@ -17,8 +17,8 @@ import numpy as np
 from sedimo.api.explore_order import EXPLORATION, GRAPH, SOURCE, SPACE, ExploreOrder
 from sedimo.api.opening import OpenedSource, open_pipeline
 from sedimo.api.order import Compute
-from sedimo.api.planning import seconds_per_fit
-from sedimo.api.predicting import know
+from sedimo.api.planning import cost_of_prior, seconds_per_fit
+from sedimo.api.predicting import PRIOR, know
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.codec import to_plain
 from sedimo.errors import InputError, StateError
@@ -207,6 +207,9 @@ def _plan(opened: OpenedSource, order: ExploreOrder, study: Study | None) -> Exp
     seconds = sum(plan.seconds for plan in campaigns.values())
     if "fid" in campaigns and campaigns["fid"].n_missing:
         seconds += (campaigns["fid"].n_missing + 1) * _seconds_of_images(opened.pipe, sampling, timing)
+    is_known = study is not None and PRIOR in study.record_names()
+    prior_seconds, prior_calls = (0.0, 0) if is_known else cost_of_prior(order.prior, space, timing)
+    seconds += prior_seconds
     memory = order.n_workers * max(plan.memory_bytes for plan in campaigns.values())
     disk = sum(plan.disk_bytes for plan in campaigns.values())
     if not is_fitted:
@@ -219,7 +222,7 @@ def _plan(opened: OpenedSource, order: ExploreOrder, study: Study | None) -> Exp
         n_formats=len({f for d in space.decisions for f in d.formats}),
         trials=len({recipe.key for recipe in recipes}) * len(settings),
         missing=sum(plan.n_missing for plan in campaigns.values()),
-        denoiser_calls=sum(plan.n_calls for plan in campaigns.values()),
+        denoiser_calls=sum(plan.n_calls for plan in campaigns.values()) + prior_calls,
         seconds=seconds,
         memory_bytes=memory + order.n_copies * opened.loaded_bytes,
         disk_bytes=disk,

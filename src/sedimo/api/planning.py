@@ -23,6 +23,7 @@ from sedimo.measurement.jacobian import count_passes
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
+from sedimo.space import SearchSpace
 
 MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "gnn"]
 PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
@@ -41,6 +42,7 @@ JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all direct
 JACOBIAN_MEMORY_BYTES = 2 << 30
 TIMED_WEIGHTS = 1 << 18
 ROWS_PER_SAMPLE = 2  # with guidance
+N_EXPLAINED = 12  # recipes of the measured curve, and about as many changes on the seeds of the check
 TRIAL_BYTES = 6_000  # of a trial's row
 FASTEST_MACS_PER_SECOND = {"cpu": 5e11, "other": 1e15}  # of any such device: a lower bound of time
 
@@ -198,18 +200,38 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
 
 def _trials_cost(opened: Opened, timing: CallTiming) -> _Cost:
     """The recipes that a search measures, and the training of its predictor."""
-    n_trials = opened.order.search.n_trials
-    calls = (n_trials + 1) * timing.n_calls
-    seconds = calls * timing.seconds_per_call + TRAINING_FACTOR * n_trials * len(opened.graph.nodes)
+    order = opened.order.search
+    n_trials = order.n_trials
+    prior_seconds, prior_calls = cost_of_prior(order.prior, opened.space, timing)
+    if order.prior == "jacobian":  # counted with the fits
+        prior_seconds, prior_calls = 0.0, 0
+    explained = N_EXPLAINED * (1 + opened.order.sampling.n_check_seeds / opened.order.sampling.n_seeds)
+    calls = round((n_trials + 1 + opened.order.check * explained) * timing.n_calls) + prior_calls
+    seconds = (
+        (calls - prior_calls) * timing.seconds_per_call
+        + prior_seconds
+        + TRAINING_FACTOR * n_trials * len(opened.graph.nodes)
+    )
     return _Cost(seconds, calls, 8 * opened.space.params, n_trials * TRIAL_BYTES)
 
 
 def _jacobian_cost(opened: Opened, timing: CallTiming) -> _Cost:
     """Every format fitted in full, and the trajectory gone through as often as memory demands."""
-    n_calls = timing.n_calls * (1 + count_passes(opened.space))
     fitted = sum(d.params * len(d.formats) for d in opened.space.decisions)
-    seconds = timing.seconds_per_call * (timing.n_calls + JACOBIAN_FACTOR * (n_calls - timing.n_calls))
+    seconds, n_calls = cost_of_prior("jacobian", opened.space, timing)
     return _Cost(seconds + fitted * seconds_per_fit(opened), n_calls, JACOBIAN_MEMORY_BYTES)
+
+
+def cost_of_prior(prior: str, space: SearchSpace, timing: CallTiming) -> tuple[float, int]:
+    """Seconds and denoiser calls of measuring a prior whose formats are fitted; an ablation's are an upper limit."""
+    if prior == "jacobian":
+        n_calls = timing.n_calls * (1 + count_passes(space))
+        return timing.seconds_per_call * (timing.n_calls + JACOBIAN_FACTOR * (n_calls - timing.n_calls)), n_calls
+    if prior == "ablation":
+        families = [len({(f.family, f.group_size) for f in d.formats if f.is_quantized}) for d in space.decisions]
+        n_calls = timing.n_calls * (1 + len(DEFAULT_BITS) * sum(families))
+        return timing.seconds_per_call * n_calls, n_calls
+    return 0.0, 0
 
 
 def _ablation_cost(opened: Opened, timing: CallTiming, *, is_fitted: bool) -> _Cost:

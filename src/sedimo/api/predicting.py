@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from sedimo.sensitivity.gnn.training import Predictor, TrainingSet
 from sedimo.sensitivity.quality import PredictionQuality, prediction_quality, quality_difference
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe, SearchSpace
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TARGETS: Mapping[ObjectiveName, str] = {
     "final_latents": "sqnr_db",
@@ -111,7 +114,7 @@ def know(
         found = attribute_measured(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
         tables = {name: found, **tables}
     study.put_record(GRAPH, graph)
-    study.put_record(SPACE, bank.space)
+    study.claim(SPACE, bank.space)
     study.put_record(CANDIDATES, KeptCandidates(bank.candidates))
     study.put_record(PRIOR, tables[prior])
     return Known(graph, bank.space, bank.index, tables)
@@ -152,7 +155,11 @@ def training_set(known: Known, trials: Sequence[Trial], target: Target) -> Train
     """
     choices, space = known.choices, known.space
     without_bits, _ = target.split_bits()
-    measures = [measures_of(trial, space) for trial in trials]
+    named = [(trial, measures_of(trial, space)) for trial in trials]
+    usable = [(trial, m) for trial, m in named if all(np.isfinite(m.get(name, 0.0)) for name in target.names)]
+    if len(usable) < len(named):
+        logger.info("%d trials have no finite %s and are left out", len(named) - len(usable), target)
+    trials, measures = [trial for trial, _ in usable], [m for _, m in usable]
     return TrainingSet(
         features=graph_features(known.graph, choices, known.candidates),
         choices=choices,
@@ -177,7 +184,10 @@ def judge(
     extra: tuple[Codes, Values] | None = None,
     band: tuple[float, float] | None = None,
 ) -> PredictorReport:
-    """The predictor and all rivals on the same held-out recipes: all, those in a band of bits, and extra ones."""
+    """The predictor and all rivals on the same held-out recipes: all, those in a band of bits, and extra ones.
+
+    What is predicted is the quality, or the whole target if the predictor's preset does; of `extra` recipes, too.
+    """
     truth = data.target if predictor.has_sizes else data.quality
     codes, measured = (data.codes[:0], data.quality[:0]) if extra is None else extra
     mine = Held(
@@ -186,7 +196,7 @@ def judge(
     costs = {name: data.choices.costs(table) for name, table in known.tables.items() if name != "error"}
     errors = data.choices.errors(known.candidates)
     tests = [fold.test for fold in predictor.folds]
-    rivals = run_baselines(data, codes, tests=tests, costs=costs, errors=errors)
+    rivals = run_baselines(replace(data, quality=truth), codes, tests=tests, costs=costs, errors=errors)
     bits = data.choices.paper_bits(data.codes)
     subsets: dict[str, tuple[Values, Mapping[str, Values]]] = {
         "all": (truth, {h.name: h.folds for h in (mine, *rivals)})

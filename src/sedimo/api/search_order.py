@@ -41,6 +41,8 @@ class SearchOrder:
             )
         if self.n_rounds and (self.per_round < 1 or self.n_random < MIN_RECIPES):
             raise InputError(f"{self.n_trials} trials are too few for {self.n_rounds} rounds: half of them are random")
+        if self.seed < 0:
+            raise InputError(f"the seed of a study must not be negative, got {self.seed}")
         if self.prior not in PRIORS:
             raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
         if not 0 <= self.confidence <= 10:

@@ -20,6 +20,7 @@ from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import Known, training_set
 from sedimo.api.search_order import SearchOrder
 from sedimo.bank import SILENT, Progress
+from sedimo.errors import InputError
 from sedimo.graph.groups import split_groups
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.executors import Executor, MakeWorker
@@ -30,7 +31,7 @@ from sedimo.measurement.trial import Setting, Trial
 from sedimo.sensitivity.choices import Choices, Codes, Values
 from sedimo.sensitivity.gnn.costs import noise_table, noise_variant_table, options_table
 from sedimo.sensitivity.gnn.scoring import disjoint_groups, group_contributions
-from sedimo.sensitivity.gnn.training import Predictor, TrainingSet, train_predictor
+from sedimo.sensitivity.gnn.training import MIN_RECIPES, Predictor, TrainingSet, train_predictor
 from sedimo.sensitivity.noise_model import NoiseModel, fit_noise_model
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe
@@ -67,7 +68,10 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Round:
-    """A round of refinement: how many recipes it measured, the best so far within the budget, what was predicted."""
+    """A round of refinement: how many recipes it measured, the best measured so far, what was predicted of it.
+
+    The best is one within the budget if there is any.
+    """
 
     index: int
     n_trials: int
@@ -101,7 +105,7 @@ def search(known: Known, measuring: Measuring, order: SearchOrder, budget: Budge
     for index in range(order.n_rounds):
         data = training_set(known, trials, target)
         model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
-        proposed = propose(known, model, budget, order.per_round, known_recipes=trials, seed=order.seed * 1000 + index)
+        proposed = propose(known, model, budget, order.per_round, known_recipes=trials, seed=(order.seed, index))
         trials += measuring.trials(proposed)
         rounds.append(_round(known, budget, trials, model, (index, len(proposed))))
     data = training_set(known, trials, target)
@@ -109,7 +113,8 @@ def search(known: Known, measuring: Measuring, order: SearchOrder, budget: Budge
     table, allocation = build(known, predictor, data, budget, confidence=order.confidence)
     if order.level == "groups":
         allocation = build_by_groups(known, predictor, allocation, budget, confidence=order.confidence)
-    return Search(table, allocation, predictor, data, tuple(trials), tuple(rounds), order.n_random)
+    n_random = min(order.n_random, len(trials))
+    return Search(table, allocation, predictor, data, tuple(trials), tuple(rounds), n_random)
 
 
 def explore_around(known: Known, measuring: Measuring, order: SearchOrder, budget: BudgetOrder) -> tuple[Trial, ...]:
@@ -119,14 +124,27 @@ def explore_around(known: Known, measuring: Measuring, order: SearchOrder, budge
     bits = min(max(budget.in_bits(space.params), least), most)
     low, high = max(least, bits - RANGE_BITS), min(most, bits + RANGE_BITS)
     exploration = Exploration(order.seed, space, "stratified", low, high)
-    return measuring.trials([exploration.recipe(index) for index in range(order.n_random)])
+    drawn = (exploration.recipe(index) for index in range(MAX_DRAWS * order.n_random))
+    distinct = {recipe.key: recipe for recipe in drawn}
+    if len(distinct) < MIN_RECIPES:
+        raise InputError(
+            f"these formats make only {len(distinct)} different recipes within {low:.2f} to {high:.2f} bits, too few "
+            "to learn from; add formats, or use --method jacobian"
+        )
+    return measuring.trials(list(distinct.values())[: order.n_random])
 
 
 def propose(
-    known: Known, model: NoiseModel, budget: BudgetOrder, n: int, *, known_recipes: Sequence[Trial], seed: int
+    known: Known,
+    model: NoiseModel,
+    budget: BudgetOrder,
+    n: int,
+    *,
+    known_recipes: Sequence[Trial],
+    seed: tuple[int, ...],
 ) -> list[Recipe]:
     """Recipes that are best under costs drawn from the posterior, none of them measured already."""
-    generator = np.random.default_rng([seed, n])
+    generator = np.random.default_rng([*seed, n])
     seen = {trial.recipe.key for trial in known_recipes}
     found: list[Recipe] = []
     for _ in range(MAX_DRAWS * n):

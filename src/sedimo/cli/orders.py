@@ -98,7 +98,13 @@ def formats_of(changes: Iterable[str]) -> dict[str, str]:
 def _conditions(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
-    lines = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise InputError(f"{path} holds no prompt: one per line is expected")
     return lines

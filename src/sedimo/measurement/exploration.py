@@ -59,7 +59,8 @@ class Exploration:
         """Least and most average bits that are drawn."""
         least, most = possible_bits(self.space)
         low = least if self.low_bits is None else max(least, self.low_bits)
-        return low, min(most, max(low, MOST_BITS) if self.high_bits is None else self.high_bits)
+        usual = MOST_BITS if low < MOST_BITS else most
+        return low, min(most, usual if self.high_bits is None else self.high_bits)
 
     def recipe(self, index: int) -> Recipe:
         """Recipe `index`."""
@@ -118,7 +119,8 @@ def stratified_recipe(space: SearchSpace, range_bits: tuple[float, float], seed:
     preferences = _Preferences(uniform)
     places = {d.name: preferences.place(d) for d in space.decisions}
     ranked = {d.name: preferences.ranked(d) for d in space.decisions}
-    low, high = min(places.values()) - 1.0, max(places.values()) + 1.0
+    reach = _STEP * max(len(formats) for formats in ranked.values())
+    low, high = min(places.values()) - reach, max(places.values()) + reach
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         is_large = _size(space, _placed(ranked, places, middle)) > goal

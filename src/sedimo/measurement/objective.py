@@ -83,8 +83,11 @@ def _noise(reference: Reference, latents: torch.Tensor) -> NoisePowers:
 
 
 def _set_measures(reference: Features, features: Features) -> dict[str, Estimate]:
-    found = compare_distributions(reference, features)
+    """FID and KID, and their differences; endless for a set that diverged."""
     names = ("fid", "fid_difference", "kid", "kid_difference")
+    if not np.isfinite(features.values).all():
+        return dict.fromkeys(names, Estimate(np.inf, np.nan, np.inf, np.inf, len(features.values)))
+    found = compare_distributions(reference, features)
     return {name: getattr(found, name) for name in names}
 
 

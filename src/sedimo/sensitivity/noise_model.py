@@ -113,6 +113,8 @@ def fit_noise_model(choices: Choices, prior: Values, codes: Codes, target: Value
         raise InputError(f"a predictor needs at least {MIN_TRIALS} measured recipes, got {len(target)}")
     if not np.isfinite(target).all() or np.ptp(target) == 0:
         raise InputError("the targets of the recipes must be finite and not all equal")
+    if not (np.isfinite(prior[choices.exists]).all() and (prior[choices.exists] >= 0).all()):
+        raise InputError("the costs of a prior must be finite and not negative")
     problem = _Problem(choices, prior, codes, target)
     state, strengths, residual = problem.start(), dict(_START_DEVIATION), 0.3 * float(target.std())
     for _ in range(_N_EVIDENCE):
@@ -163,8 +165,9 @@ class _Problem:
         with np.errstate(divide="ignore"):
             log_prior = np.where(choices.exists, np.log(prior), -np.inf)
         start = np.exp(picked(log_prior, codes)).sum(axis=1)
-        if not (start > 0).all():
-            raise InputError("a recipe without any quantized decision cannot train a predictor")
+        if not (start > 0).any():
+            raise InputError("recipes without any quantized decision cannot train a predictor")
+        start = np.where(start > 0, start, start[start > 0].min())  # a recipe without noise stands at the floor
         self.unit = float(np.exp(np.log(start).mean()))
         self.log_prior = log_prior - math.log(self.unit)
         kinds = effects_of(choices)

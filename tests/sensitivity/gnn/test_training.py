@@ -103,7 +103,7 @@ def test_too_little_is_refused(data):
 
 
 def test_scores_of_options_follow_what_was_planted(data, fast):
-    scores, spread = option_scores(fast, hop_qualities(fast, data.codes))
+    scores, spread = option_scores(fast, hop_qualities(fast, planted_graph(), data.codes))
     exists = data.choices.exists
     assert np.isnan(scores[~exists]).all()
     assert stats.spearmanr(scores[exists], -np.log(true_costs(data.choices)[exists])).statistic > 0.8
@@ -111,7 +111,7 @@ def test_scores_of_options_follow_what_was_planted(data, fast):
 
 
 def test_a_hop_worse_than_chance_has_no_weight(data, fast):
-    qualities = hop_qualities(fast, data.codes)
+    qualities = hop_qualities(fast, planted_graph(), data.codes)
     bad = [[replace_srcc(q, -0.5) for q in row] for row in qualities]
     scores, _ = option_scores(fast, bad)
     assert (scores[data.choices.exists] == 0).all()
@@ -128,7 +128,7 @@ def test_what_costs_nothing_has_the_highest_score():
     quality = -10 * np.log10(picked(prior, codes).sum(axis=1) + 1e-3)
     data = replace(free, prior=prior, codes=codes, quality=quality, target=quality)
     predictor = train_predictor(data, QUICK)
-    qualities = hop_qualities(predictor, codes)
+    qualities = hop_qualities(predictor, planted_graph(), codes)
     scores, spread = option_scores(predictor, qualities)
     assert np.isfinite(scores).all()
     assert np.isfinite(spread).all()
@@ -143,7 +143,7 @@ def test_a_part_of_the_graph_gives_what_the_whole_gives(data, fast, paper, prese
     """Scores in context from the upstream part alone equal those of the whole graph with all variants put in."""
     predictor, graph = {"fast": fast, "paper": paper}[preset], planted_graph()
     group = graph.groups[1]
-    qualities = hop_qualities(predictor, data.codes)
+    qualities = hop_qualities(predictor, planted_graph(), data.codes)
     reference = most_common(data.codes, data.quality)
     found = group_scores(predictor, graph, group, qualities, reference=reference)
     assert len(found.choice) == 4**3
@@ -172,7 +172,7 @@ def test_a_part_of_the_graph_gives_what_the_whole_gives(data, fast, paper, prese
 
 def test_the_best_variant_is_the_planted_one(data, fast):
     graph = planted_graph()
-    found = group_scores(fast, graph, graph.groups[0], hop_qualities(fast, data.codes))
+    found = group_scores(fast, graph, graph.groups[0], hop_qualities(fast, planted_graph(), data.codes))
     best = found.choice[found.scores.mean.argmax()]
     formats = [data.choices.space.decisions[d].formats[k] for d, k in zip(found.decisions, best, strict=True)]
     assert formats == [Format("kmc", 4)] * 3
@@ -196,7 +196,7 @@ def test_scores_are_calibrated_without_the_term_for_bits(data, paper):
     found = calibrate(scores, bits, 2.0 + 0.5 * scores - 7.0 * bits)
     assert (found.offset, found.slope, found.per_bit) == pytest.approx((2.0, 0.5, -7.0))
     assert found.r2 == pytest.approx(1.0)
-    qualities = hop_qualities(paper, data.codes)
+    qualities = hop_qualities(paper, planted_graph(), data.codes)
     options = option_scores(paper, qualities)
     total = picked(np.nan_to_num(options[0]), data.codes).sum(axis=1)
     table = score_table(
@@ -212,7 +212,7 @@ def test_scores_are_calibrated_without_the_term_for_bits(data, paper):
 
 def test_variants_add_up_over_groups(data, fast):
     graph = planted_graph()
-    qualities = hop_qualities(fast, data.codes)
+    qualities = hop_qualities(fast, planted_graph(), data.codes)
     groups = [group_scores(fast, graph, g, qualities) for g in disjoint_groups(fast, graph, graph.groups)]
     total = sum_of_variant_scores(groups, data.codes)
     first = 0.0

@@ -81,18 +81,17 @@ def noise_table(
         InputError: a predictor of another preset.
     """
     each = np.stack([_changed_totals(fold, predictor, reference) for fold in predictor.folds])  # [F, D, K]
-    mean = each.mean(axis=0)
-    spread = each.std(axis=0, ddof=1) / np.maximum(np.abs(mean), 1e-300)
+    mean, spread = each.mean(axis=0), each.std(axis=0, ddof=1)
     fitted = np.stack([_noise(fold).deviation for fold in predictor.folds]).mean(axis=0)
-    relative = np.sqrt(spread**2 + np.where(np.isfinite(fitted), fitted, 0.0) ** 2)
+    fitted = np.where(np.isfinite(fitted), fitted, 0.0)
     scale = _scale(predictor, reference, float(picked(mean, reference[None]).sum())) if is_decibel else 1.0
-    least = 1e-6 * float(mean[predictor.choices.exists].max())
+    floored = np.maximum(mean, 1e-6 * float(mean[predictor.choices.exists].max()))
     known = {"n_recipes": str(_n_recipes(predictor)), "confidence": f"{confidence:g}", **(settings or {})}
     return options_table(
         predictor.choices,
         candidates,
-        scale * np.maximum(mean, least) * np.exp(confidence * relative),
-        errors=scale * np.maximum(mean, least) * relative,
+        scale * (floored + confidence * spread) * np.exp(confidence * fitted),
+        errors=scale * np.hypot(spread, floored * fitted),
         settings=known,
     )
 
@@ -151,7 +150,7 @@ def noise_variant_table(
     """Costs of all variants of all groups: what their layers add to the noise, in the network's unit.
 
     With `confidence` k, a cost is what it may be k standard deviations above: the spread over folds, and what the
-    noise models do not know of the variant's options, taken as independent.
+    noise models do not know of the variant's options on average.
     """
     choices = predictor.choices
     deviation = np.stack([_noise(fold).deviation for fold in predictor.folds]).mean(axis=0)

@@ -148,10 +148,6 @@ class PaperNetwork(nn.Module):
         prediction = self.head(pooled[-1]).squeeze(1)
         return Output(prediction, tuple(p.abs().sum(dim=1) for p in pooled), embeddings)
 
-    def node_scores(self, embeddings: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The L1 norm of each node's embedding per hop, `[G, N]`: higher = better."""
-        return tuple(h.abs().sum(dim=2) for h in embeddings)
-
 
 class NoiseNetwork(nn.Module):
     """Contributions of nodes add in power: y = link(sum over decisions of c exp(correction by its embedding)).
@@ -171,7 +167,6 @@ class NoiseNetwork(nn.Module):
         n_hops: int = 2,
     ) -> None:
         super().__init__()
-        width = 16
         n_decisions, n_options = log_costs.shape
         rows = features.row_options(n_decisions, n_options)
         table = np.full(features.n_rows, -np.inf)

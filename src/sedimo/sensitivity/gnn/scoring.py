@@ -76,15 +76,23 @@ class HopQuality:
     deviation: float
 
 
-def hop_qualities(predictor: Predictor, codes: Codes) -> tuple[tuple[HopQuality, ...], ...]:
-    """Per fold and hop; moments are those of the hop's roots over (some of) the recipes `[T, D]`."""
+def hop_qualities(predictor: Predictor, graph: DenoiserGraph, codes: Codes) -> tuple[tuple[HopQuality, ...], ...]:
+    """Per fold and hop; moments are those of what is scored: at hop 0 layers, beyond it groups of that hop.
+
+    They are taken over (some of) the recipes `[T, D]`. A hop that no group has gets the moments of all layers.
+    """
     some = codes[:: max(1, len(codes) // _MOMENT_RECIPES)]
+    last = len(predictor.folds[0].hop_srcc) - 1
+    groups = [(min(g.hop, last), g) for g in graph.groups]
     found = []
     for fold in predictor.folds:
         embeddings = _whole(fold.network, predictor.features, some)
+        layers = predictor.features.decision >= 0
         row = []
         for hop, scores in enumerate(_node_scores(fold.network, predictor.features, embeddings, some)):
-            used = scores[:, predictor.features.roots[hop]]
+            parts = [_part(predictor.features, graph, g, hop) for at, g in groups if at == hop and hop > 0]
+            each = [_root_scores(fold, predictor.features, part, some, hop) for part in parts]
+            used = np.concatenate(each) if each else scores[:, layers]
             used = used[np.isfinite(used)]
             row.append(HopQuality(float(fold.hop_srcc[hop]), float(used.mean()), max(float(used.std()), 1e-12)))
         found.append(tuple(row))
@@ -149,7 +157,7 @@ def group_contributions(predictor: Predictor, graph: DenoiserGraph, group: Group
         if not isinstance(fold.network, NoiseNetwork):
             raise InputError("the preset 'paper' has scores, not noise: use its variant table")
         hop = len(fold.network.hops.attentions)
-        part = _part(predictor.features, graph, group, hop, is_alone=False)
+        part = _part(predictor.features, graph, group, hop)
         each.append(np.exp(-_root_scores(fold, predictor.features, part, codes, hop)))
     return GroupNoise(group.name, members, choice, np.stack(each))
 
@@ -183,7 +191,7 @@ class _Part:
     layers: tuple[int, ...]
 
 
-def _part(features: GraphFeatures, graph: DenoiserGraph, group: Group, hop: int, *, is_alone: bool) -> _Part:
+def _part(features: GraphFeatures, graph: DenoiserGraph, group: Group, hop: int, *, is_alone: bool = False) -> _Part:
     place = {node.name: i for i, node in enumerate(graph.nodes)}
     root, members = place[group.root], [place[name] for name in group.layers]
     upstream = edge = {root, *members}

@@ -26,6 +26,7 @@ from sedimo.sensitivity.gnn.features import GraphFeatures
 from sedimo.sensitivity.gnn.losses import RankingLoss, ranking_loss
 from sedimo.sensitivity.gnn.model import NetworkInput, NoiseNetwork, Output, PaperNetwork, network_input
 from sedimo.sensitivity.noise_model import NoiseModel, fit_noise_model
+from sedimo.sensitivity.quality import Gain
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ class TrainingOptions:
 
     `n_epochs` is the most; training ends when `patience` epochs have brought nothing on the validation part, which is
     `validation_share` of each fold's training recipes. `ranking` is the loss on the order, weighted by
-    `ranking_weight` and averaged over hops; `gain` and `truncation` are those of LambdaRank. `lambda_bits` is added to
-    the quality per average bit where the preset predicts the whole target.
+    `ranking_weight` and averaged over hops; `gain` and `truncation` are those of LambdaRank.
     """
 
     preset: Preset = "fast"
@@ -61,12 +61,15 @@ class TrainingOptions:
     validation_share: float = 0.15
     ranking: RankingLoss = "srcc"
     ranking_weight: float = 0.1
+    gain: Gain = "linear"
     truncation: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses an unknown preset and fewer than two folds."""
         if self.preset not in PRESETS:
             raise InputError(f"the preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.n_hops < 1 or not 0 < self.validation_share < 1 or self.ranking not in get_args(RankingLoss):
+            raise InputError("one hop or more, a validation share between 0 and 1 and a known ranking loss are needed")
         if self.n_folds < 2 or self.n_epochs < 1 or self.patience < 1 or self.batch_size < 2:
             raise InputError("at least two folds, one epoch, patience of one and batches of two are needed")
 
@@ -83,6 +86,7 @@ PAPER = TrainingOptions(
     clip=5.0,
     ranking="hybrid",
     ranking_weight=1.0,
+    gain="exponential",
 )
 
 
@@ -111,8 +115,8 @@ class TrainingSet:
 class FoldModel:
     """The network of one fold with what it starts from, and what it says of its test recipes.
 
-    `predicted` `[n]` is in units of what the preset predicts; `hop_scores` `[M + 1, n]` rank recipes by each hop.
-    `n_epochs` were trained to the best validation loss.
+    `predicted` `[n]` is in the target's unit; `hop_scores` `[M + 1, n]` rank recipes by each hop. `n_epochs` were
+    trained to the best validation loss. `unit` is what the network's 0 and 1 stand for: offset and scale.
     """
 
     network: Network
@@ -122,6 +126,7 @@ class FoldModel:
     hop_scores: Values
     hop_srcc: Values
     n_epochs: int
+    unit: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class Predictor:
 
     def predict_each(self, codes: Codes) -> Values:
         """Prediction of every fold, `[F, T]`."""
-        return np.stack([run(fold.network, self.features, codes)[0] for fold in self.folds])
+        return np.stack([_in_unit(run(fold.network, self.features, codes)[0], fold.unit) for fold in self.folds])
 
     def cross_validated(self, n: int) -> Values:
         """For each of the `n` training recipes the prediction by the fold that has not seen it, `[n]`."""
@@ -209,7 +214,19 @@ def _train_fold(data: TrainingSet, options: TrainingOptions, index: int, test: n
     predicted, hop_scores = run(network, data.features, data.codes[test])
     truth = data.target[test] if options.preset == "paper" else data.quality[test]
     hop_srcc = np.array([_srcc(scores, truth) for scores in hop_scores])
-    return FoldModel(network, noise, test, predicted, hop_scores, hop_srcc, n_epochs)
+    unit = _unit(data.target[training]) if options.preset == "paper" else (0.0, 1.0)
+    return FoldModel(network, noise, test, _in_unit(predicted, unit), hop_scores, hop_srcc, n_epochs, unit)
+
+
+def _unit(target: Values) -> tuple[float, float]:
+    """Offset and scale that make a relevance a target."""
+    low, high = float(np.quantile(target, LOWEST_SHARE)), float(target.max())
+    return low, (high - low) / RELEVANCE
+
+
+def _in_unit(values: Values, unit: tuple[float, float]) -> Values:
+    found: Values = unit[0] + unit[1] * values
+    return found
 
 
 def _start(
@@ -292,7 +309,7 @@ class _Training:
         squared = torch.stack([((p - wanted) / self._scale).square().mean() for p in predictions]).mean()
         if options.ranking == "none":
             return squared
-        ranks = partial(ranking_loss, options.ranking, truncation=options.truncation)
+        ranks = partial(ranking_loss, options.ranking, truncation=options.truncation, gain=options.gain)
         ranked = [ranks(scores, self._ranked(wanted)) for scores in found.hop_scores]
         return squared + options.ranking_weight * torch.stack(ranked).mean()
 
