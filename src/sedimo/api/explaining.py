@@ -40,6 +40,7 @@ from sedimo.sensitivity.gnn.scoring import (
 from sedimo.sensitivity.quality import prediction_quality
 from sedimo.space import Decision
 
+TARGET_NAMES = {"sqnr_db": "SQNR [dB]", "sqnr_pooled_db": "pooled SQNR [dB]"}
 CURVE_STEPS = (-0.4, -0.2, 0.2, 0.4, 0.7)  # bits beside the budget at which the curve is measured
 N_BOOTSTRAP_OF_FOLD = 200
 
@@ -61,7 +62,7 @@ def explain(known: Known, search: Search, seeds: Seeds, *, target: str) -> Expla
     preset = search.predictor.options.preset
     return Explanation(
         predictor=f"graph network, preset {preset}",
-        target=target,
+        target=TARGET_NAMES.get(target, target),
         n_trials=len(search.trials),
         objective=seeds.search.setting.objective,
         operation_boxes=score_boxes(operations),

@@ -213,8 +213,8 @@ def _additivity(
     opened: Opened, bank: Bank, study: Study, decided: tuple[SensitivityTable, Allocation], progress: Progress
 ) -> Agreement | None:
     table, allocation = decided
-    if table.method == "error":
-        return None  # its costs are no predictions of noise
+    if table.method in ("error", "gnn"):
+        return None  # weight errors predict no noise; what a predictor is worth is told by recipes it has not seen
     plan = (opened.order.sampling.searching(opened.pipe), progress)
     return check_additivity(table, measure_random_recipes(opened.pipe, bank, study, allocation.paper_bits, plan))
 
