@@ -10,25 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from diffusers import DiffusionPipeline
+from running import run, run_json
 
 import sedimo
-from sedimo.cli.main import main
 from sedimo.errors import InputError
 from sedimo.sensitivity.gnn.training import FAST
 
 QUICK = ["--seeds", "2", "--steps", "2"]
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
-    return result
-
-
-def run_json(*arguments):
-    return json.loads(run(*arguments, "--json").stdout)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ import sys
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from running import run, run_json
 from safetensors.torch import load_file, save_file
 
 from sedimo.api import exploring
-from sedimo.cli.main import main
 from sedimo.graph.model import DenoiserGraph
 from sedimo.measurement import worker
 from sedimo.measurement.exploration import Exploration
@@ -24,16 +23,6 @@ from sedimo.space import SearchSpace
 
 PRIOR_CALLS = 4  # first-order noise: two steps recorded, two gone through
 QUICK = ["--seeds", "2", "--steps", "2", "--formats", "kmc3,uaq4,uaq6,fp16"]
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
-    return result
-
-
-def run_json(*arguments):
-    return json.loads(run(*arguments, "--json").stdout)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,19 @@ from typing import get_args
 import numpy as np
 
 from sedimo.api.explaining import predictor_rows
-from sedimo.api.predicting import DEFAULT_TARGETS, Known, PredictorReport, fits_space, judge, recall, training_set
+from sedimo.api.predicting import (
+    BAND_HALF_WIDTH,
+    DEFAULT_TARGETS,
+    Known,
+    PredictorReport,
+    fits_space,
+    judge,
+    recall,
+    training_set,
+)
 from sedimo.api.probing import Probe, attribute_measured
 from sedimo.api.rereport import TABLE
+from sedimo.api.search_order import check_confidence
 from sedimo.api.searching import MAX_VARIANTS
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import to_plain
@@ -68,8 +78,7 @@ class AttributeOrder:
         if self.objective and self.objective not in get_args(ObjectiveName):
             known = ", ".join(get_args(ObjectiveName))
             raise InputError(f"the objective must be one of {known}, got {self.objective!r}")
-        if not 0 <= self.confidence <= 10:
-            raise InputError(f"the confidence is a number of standard deviations from 0 to 10, got {self.confidence}")
+        check_confidence(self.confidence)
         if self.target:
             Target.parse(self.target)
 
@@ -134,8 +143,9 @@ def attribute_study(study: Study, order: AttributeOrder | None = None, progress:
     scores = option_scores(predictor, qualities)
     table, calibration = _table(known, predictor, data, scores, (order.confidence, text == "sqnr_db"))
     bits = data.choices.paper_bits(data.codes)
-    middle = order.band or (float(np.median(bits)) - 0.25, float(np.median(bits)) + 0.25)
-    report = judge(predictor, data, known, band=middle)
+    middle = float(np.median(bits))
+    band = order.band or (middle - BAND_HALF_WIDTH, middle + BAND_HALF_WIDTH)
+    report = judge(predictor, data, known, band=band)
     argmax = argmax_recipes(known, predictor, scores[0], qualities)
     return Attribution(table, predictor, report, calibration, text, len(trials), argmax)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sedimo.measurement.images import DistributionEvaluation, Samples
-from sedimo.metrics.estimate import Estimate, mean_estimate, with_interval
-from sedimo.metrics.signal import NoisePowers, SignalSummary, psnr_db, relative_noise, summarize
+from sedimo.metrics.estimate import Estimate, mean_estimate
+from sedimo.metrics.signal import NoisePowers, SignalSummary, psnr_db, relative_noise, sqnr_estimates, summarize
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,9 @@ def compare_signals(reference: Samples, quantized: Samples) -> SignalEvaluation:
     return SignalEvaluation(powers, summarize(powers), mean_estimate(finite) if finite.size else exact)
 
 
-def sqnr_estimate(summary: SignalSummary) -> Estimate:
-    """The SQNR of a summary as value, error and interval [dB]; `n` counts the samples with noise (all if none has)."""
-    n = summary.n - summary.n_exact or summary.n
-    return Estimate(summary.sqnr_db, summary.standard_error, summary.interval_low, summary.interval_high, n)
-
-
 def measures(signals: SignalEvaluation, distributions: DistributionEvaluation | None) -> Mapping[str, Estimate]:
     """Every measure by name, each with value, standard error, interval and n."""
-    sqnr = signals.sqnr
-    pooled = with_interval(sqnr.sqnr_pooled_db, sqnr.pooled_standard_error, sqnr.n, n_replicates=sqnr.n)
-    found = {"sqnr_db": sqnr_estimate(sqnr), "sqnr_pooled_db": pooled, "psnr_db": signals.psnr}
+    found = {**sqnr_estimates(signals.sqnr), "psnr_db": signals.psnr}
     if distributions is not None:
         names = ("fid", "reference_fid", "fid_difference", "kid", "reference_kid", "kid_difference")
         found |= {name: getattr(distributions, name) for name in names}

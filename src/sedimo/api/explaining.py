@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
-from sedimo.api.evaluation import sqnr_estimate
-from sedimo.api.insights import insights
+from sedimo.api.insights import bits_of, grouped, insights
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import BAND_HALF_WIDTH, Known, PredictorReport, judge
 from sedimo.api.searching import MAX_VARIANTS, Measuring, Search, allocated
@@ -17,7 +15,7 @@ from sedimo.errors import InputError
 from sedimo.graph.groups import split_groups
 from sedimo.measurement.trial import Trial
 from sedimo.metrics.estimate import mean_estimate
-from sedimo.metrics.signal import summarize
+from sedimo.metrics.signal import sqnr_estimates, summarize
 from sedimo.reporting.explanation import (
     OVERALL,
     CurveKind,
@@ -38,7 +36,6 @@ from sedimo.sensitivity.gnn.scoring import (
     option_scores,
 )
 from sedimo.sensitivity.quality import prediction_quality
-from sedimo.space import Decision
 
 TARGET_NAMES = {"sqnr_db": "SQNR [dB]", "sqnr_pooled_db": "pooled SQNR [dB]"}
 CURVE_STEPS = (-0.4, -0.2, 0.2, 0.4, 0.7)  # bits beside the budget at which the curve is measured
@@ -148,14 +145,13 @@ def format_shares(search: Search) -> tuple[FormatShare, ...]:
     """The chosen formats by operation."""
     choice = search.allocation.choice
     found = []
-    for name, members in _by(search, lambda d: d.operation).items():
+    for name, members in grouped(search.data.choices.space, lambda d: d.operation).items():
         counts: dict[str, int] = {}
         for decision in members:
             text = str(choice[decision.name])
             counts[text] = counts.get(text, 0) + len(decision.layers)
         params = sum(d.params for d in members)
-        bits = 8 * sum(d.paper_bytes(choice[d.name]) for d in members) / params
-        found.append(FormatShare(name, counts, params, bits))
+        found.append(FormatShare(name, counts, params, bits_of(members, choice)))
     return tuple(found)
 
 
@@ -179,12 +175,5 @@ def curve(known: Known, search: Search, measuring: Measuring) -> tuple[CurvePoin
 
 
 def _point(known: Known, name: str, trial: Trial, kind: CurveKind) -> CurvePoint:
-    measured = sqnr_estimate(summarize(trial.powers))
+    measured = sqnr_estimates(summarize(trial.powers))["sqnr_db"]
     return CurvePoint(name, kind, known.space.paper_bits(trial.recipe), measured)
-
-
-def _by(search: Search, key: Callable[[Decision], str]) -> Mapping[str, list[Decision]]:
-    found: dict[str, list[Decision]] = {}
-    for decision in search.data.choices.space.decisions:
-        found.setdefault(key(decision), []).append(decision)
-    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder, refuse_activations
-from sedimo.api.search_order import PRIORS
+from sedimo.api.search_order import check_study
 from sedimo.errors import InputError
 from sedimo.measurement.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
 from sedimo.measurement.objective import MIN_IMAGES
@@ -65,10 +65,7 @@ class ExploreOrder:
             raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.executor not in EXECUTORS:
             raise InputError(f"the executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
-        if self.study_seed < 0:
-            raise InputError(f"the seed of a study must not be negative, got {self.study_seed}")
-        if self.prior not in PRIORS:
-            raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
+        check_study(self.study_seed, self.prior)
         if self.workers is not None and self.executor != "process":
             raise InputError("a number of workers is for --executor process")
         if self.workers is not None and self.workers < 1:

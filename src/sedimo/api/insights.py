@@ -66,7 +66,7 @@ def insights(search: Search, measuring: Measuring) -> tuple[Insight, ...]:
 def telling_changes(search: Search) -> tuple[Change, ...]:
     """Changes whose predicted effect is largest: bits taken from an operation or block, given to one, other methods."""
     space = search.data.choices.space
-    operations, blocks = _grouped(space, lambda d: d.operation), _grouped(space, _place)
+    operations, blocks = grouped(space, lambda d: d.operation), grouped(space, _place)
     layers = {f"every `{name}` layer": members for name, members in operations.items()}
     taken = [_changed(search, f"Fewer bits for {what}", members, _smaller) for what, members in layers.items()]
     given = [_changed(search, f"More bits for {what}", members, _larger) for what, members in layers.items()]
@@ -136,7 +136,7 @@ def _sentence(what: str, predicted: float, bits: str) -> str:
 
 
 def _bits(allocation: Allocation, members: Sequence[Decision], choices: Choices) -> str:
-    mine = 8 * sum(d.paper_bytes(allocation.choice[d.name]) for d in members) / sum(d.params for d in members)
+    mine = bits_of(members, allocation.choice)
     share = 100 * sum(d.params for d in members) / choices.space.params
     return f"{mine:.2f} bits per weight now, {allocation.paper_bits:.2f} overall; {share:.1f} % of the weights"
 
@@ -150,7 +150,13 @@ def _texts(formats: Iterable[Format]) -> str:
     return found[0] if len(found) == 1 else f"{', '.join(found[:3])}{' ...' if len(found) > 3 else ''}"
 
 
-def _grouped(space: SearchSpace, key: Callable[[Decision], str]) -> Mapping[str, list[Decision]]:
+def bits_of(members: Sequence[Decision], choice: Mapping[str, Format]) -> float:
+    """Average paper bits of some decisions [bits]."""
+    return 8 * sum(d.paper_bytes(choice[d.name]) for d in members) / sum(d.params for d in members)
+
+
+def grouped(space: SearchSpace, key: Callable[[Decision], str]) -> Mapping[str, list[Decision]]:
+    """Decisions by a name, in the space's order."""
     found: dict[str, list[Decision]] = {}
     for decision in space.decisions:
         found.setdefault(key(decision), []).append(decision)

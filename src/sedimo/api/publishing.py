@@ -13,12 +13,11 @@ import torch
 from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
 from sedimo.api.checking import Check, CheckedRecipe, pictures_of
-from sedimo.api.evaluation import sqnr_estimate
 from sedimo.api.opening import Opened
 from sedimo.api.verbs import N_FRONTIER_POINTS
 from sedimo.measurement.worker import versions
 from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.signal import PairedDifference
+from sedimo.metrics.signal import PairedDifference, sqnr_estimates
 from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeKind, RecipeRow, Summary
@@ -103,7 +102,7 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
 
 
 def _row(name: str, kind: RecipeKind, recipe: CheckedRecipe) -> RecipeRow:
-    found = {"sqnr_db": sqnr_estimate(recipe.signals.sqnr), "psnr_db": recipe.signals.psnr}
+    found = {"sqnr_db": sqnr_estimates(recipe.signals.sqnr)["sqnr_db"], "psnr_db": recipe.signals.psnr}
     return RecipeRow(name, kind, recipe.paper_bits, recipe.stored_bits, found)
 
 

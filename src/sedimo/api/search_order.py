@@ -41,12 +41,8 @@ class SearchOrder:
             )
         if self.n_rounds and (self.per_round < 1 or self.n_random < MIN_RECIPES):
             raise InputError(f"{self.n_trials} trials are too few for {self.n_rounds} rounds: half of them are random")
-        if self.seed < 0:
-            raise InputError(f"the seed of a study must not be negative, got {self.seed}")
-        if self.prior not in PRIORS:
-            raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {self.prior!r}")
-        if not 0 <= self.confidence <= 10:
-            raise InputError(f"the confidence is a number of standard deviations from 0 to 10, got {self.confidence}")
+        check_study(self.seed, self.prior)
+        check_confidence(self.confidence)
         if self.level not in get_args(Level):
             raise InputError(f"the level must be one of {', '.join(get_args(Level))}, got {self.level!r}")
         if str(Target.parse(self.target).split_bits()[0]) not in TARGETS:
@@ -64,3 +60,25 @@ class SearchOrder:
     def n_random(self) -> int:
         """Random recipes to begin with."""
         return self.n_trials - self.n_rounds * self.per_round
+
+
+def check_study(seed: int, prior: str) -> None:
+    """Refuses a seed or a prior that no study has.
+
+    Raises:
+        InputError: a negative seed, an unknown prior.
+    """
+    if seed < 0:
+        raise InputError(f"the seed of a study must not be negative, got {seed}")
+    if prior not in PRIORS:
+        raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuses a margin that is no sensible number of standard deviations.
+
+    Raises:
+        InputError: below 0, above 10, or no number.
+    """
+    if not 0 <= confidence <= 10:
+        raise InputError(f"the confidence is a number of standard deviations from 0 to 10, got {confidence}")

@@ -187,11 +187,11 @@ def build_by_groups(
     return allocate_variants(table, bits=bits, stored_bits=stored_bits, budget_bytes=n_bytes)
 
 
-def model_table(known: Known, log_costs: Values, *, errors: Values | None = None) -> SensitivityTable:
+def model_table(known: Known, log_costs: Values) -> SensitivityTable:
     """A table of the noise model's costs."""
     costs = np.exp(np.where(np.isfinite(log_costs), log_costs, -700.0))
-    spread = np.zeros_like(costs) if errors is None else errors * costs
-    return options_table(known.choices, known.candidates, costs, errors=spread, settings={}, method="noise model")
+    exact = np.zeros_like(costs)
+    return options_table(known.choices, known.candidates, costs, errors=exact, settings={}, method="noise model")
 
 
 def allocated(table: SensitivityTable, budget: BudgetOrder, *, rule: str = "milp") -> Allocation:

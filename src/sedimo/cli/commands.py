@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sedimo.cli import console, show
-from sedimo.cli.options import json_option, run_argument, sampling_options
+from sedimo.cli.options import budget_options, job_options, json_option, run_argument, sampling_options
 
 METHODS = "auto, error, jacobian, ablation, combined, gnn (see sedimo run), or uniform:FORMAT"
 
@@ -29,24 +29,14 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("source", metavar="SRC")
-@click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
-@click.option("--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted.")
-@click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights.")
+@budget_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--method", default="auto", show_default=True, help=f"How to find out what matters: {METHODS}.")
 @click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
 @click.option(
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )
-@click.option(
-    "--store",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for measurements; default: OUT.study beside OUT.",
-)
-@click.option("--variant", help="Variant of the source's weights, such as fp16.")
-@click.option("--link", is_flag=True, help="Hard-link the other components instead of copying them.")
-@click.option("--no-check", is_flag=True, help="Skip the sampled comparison and the additivity check.")
-@click.option("--dry-run", is_flag=True, help="Tell seconds, denoiser calls, memory and disk, and stop.")
+@job_options
 @sampling_options
 @json_option
 def quantize(as_json: bool, **options: object) -> None:
@@ -54,19 +44,10 @@ def quantize(as_json: bool, **options: object) -> None:
 
     Example: sedimo quantize zoo:cifar-dit --bits 3.5 -o small
     """
-    from sedimo.api import job
+    from sedimo.cli.jobs import carry_out
     from sedimo.cli.orders import order_of
 
-    order = order_of(options)
-    with console.progress() as progress:
-        if options["dry_run"]:
-            plan = job.plan(order, progress)
-        else:
-            result = job.run(order, progress, command=console.command_line())
-    if options["dry_run"]:
-        console.print_json(plan.as_json()) if as_json else show.plan(plan)
-    else:
-        console.print_json(result.as_json()) if as_json else show.result(result)
+    carry_out(order_of(options), is_dry=bool(options["dry_run"]), as_json=as_json)
 
 
 @click.command()
@@ -130,9 +111,7 @@ def change(
 
 @click.command()
 @run_argument
-@click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting.")
-@click.option("--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted.")
-@click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights.")
+@budget_options
 @click.option(
     "--rule",
     default="milp",

@@ -31,6 +31,36 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+def budget_options(command: Command) -> Command:
+    """At most one budget."""
+    for option in (
+        click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights."),
+        click.option(
+            "--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted."
+        ),
+        click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting."),
+    ):
+        command = option(command)
+    return command
+
+
+def job_options(command: Command) -> Command:
+    """Where the main job keeps what it measures, and what it leaves out."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Tell seconds, denoiser calls, memory and disk, and stop."),
+        click.option("--no-check", is_flag=True, help="Skip the sampled comparison and what else explains the result."),
+        click.option("--link", is_flag=True, help="Hard-link the other components instead of copying them."),
+        click.option("--variant", help="Variant of the source's weights, such as fp16."),
+        click.option(
+            "--store",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder for measurements; default: OUT.study beside OUT.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def json_option(command: Command) -> Command:
     """JSON instead of tables."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)

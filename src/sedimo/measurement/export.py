@@ -9,8 +9,8 @@ from __future__ import annotations
 from sedimo.codec import to_json
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
-from sedimo.metrics.estimate import Estimate, with_interval
-from sedimo.metrics.signal import summarize
+from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.signal import sqnr_estimates, summarize
 
 EXPORT_VERSION = 1
 
@@ -31,13 +31,7 @@ def export_trials(study: Study) -> str:
 
 def measures_of(trial: Trial) -> dict[str, Estimate]:
     """All measures of a trial by name; SQNR [dB] by the mean over samples and pooled."""
-    sqnr = summarize(trial.powers)
-    n = sqnr.n - sqnr.n_exact or sqnr.n
-    return {
-        "sqnr_db": Estimate(sqnr.sqnr_db, sqnr.standard_error, sqnr.interval_low, sqnr.interval_high, n),
-        "sqnr_pooled_db": with_interval(sqnr.sqnr_pooled_db, sqnr.pooled_standard_error, sqnr.n, n_replicates=sqnr.n),
-        **trial.measures,
-    }
+    return {**sqnr_estimates(summarize(trial.powers)), **trial.measures}
 
 
 def _exported(trial: Trial) -> dict[str, object]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from sedimo.codec import from_plain, to_plain
 from sedimo.errors import InputError
-from sedimo.metrics.estimate import jackknife_estimate, mean_estimate
+from sedimo.metrics.estimate import Estimate, jackknife_estimate, mean_estimate, with_interval
 
 Vector = npt.NDArray[np.float64]
 
@@ -234,3 +234,15 @@ def _endless_difference(first: NoisePowers, second: NoisePowers) -> PairedDiffer
     signs = {0.0 if math.isnan(d) else d for d in differences.tolist()}
     value = signs.pop() if len(signs) == 1 else math.nan
     return PairedDifference(value, 0.0 if value == value else math.nan, value, value, 0, first.n)
+
+
+def sqnr_estimates(summary: SignalSummary) -> dict[str, Estimate]:
+    """`sqnr_db` and `sqnr_pooled_db` as value, error and interval [dB].
+
+    The `n` of the first counts the samples with noise (all if none has).
+    """
+    s, n = summary, summary.n - summary.n_exact or summary.n
+    return {
+        "sqnr_db": Estimate(s.sqnr_db, s.standard_error, s.interval_low, s.interval_high, n),
+        "sqnr_pooled_db": with_interval(s.sqnr_pooled_db, s.pooled_standard_error, s.n, n_replicates=s.n),
+    }

@@ -46,7 +46,7 @@ class Link:
 
     def value(self, total: Values) -> Values:
         """The target at total contributions `[T]` (without the floor)."""
-        return self.offset - self.slope * self._curve((total + self.floor) / self.unit)
+        return self.offset - self.slope * _curve(np.log((total + self.floor) / self.unit), self.power)
 
     def total(self, target: float) -> float:
         """Total contributions, floor included, at which the target has this value; the inverse of `value`."""
@@ -54,11 +54,6 @@ class Link:
         if abs(self.power) < _TINY:
             return self.unit * math.exp(min(curve / DECIBEL, 700.0))
         return float(self.unit * max(1 + self.power * curve / DECIBEL, _TINY) ** (1 / self.power))
-
-    def _curve(self, ratio: Values) -> Values:
-        log = np.log(ratio)
-        found: Values = DECIBEL * (log if abs(self.power) < _TINY else np.expm1(self.power * log) / self.power)
-        return found
 
 
 @dataclass(frozen=True)
@@ -201,7 +196,7 @@ class _Problem:
         total = powers.sum(axis=1) + n0
         log = np.log(total)
         slope = -b * DECIBEL * np.exp(p * log)  # derivative by log S
-        curve = DECIBEL * (log if abs(p) < _TINY else np.expm1(p * log) / p)
+        curve = _curve(log, p)
         by_power = DECIBEL * (log**2 / 2 if abs(p) < 1e-6 else (log * np.exp(p * log) - np.expm1(p * log) / p) / p)
         found = np.zeros((len(codes), self.n_effects + 4))
         shares = powers / total[:, None] * slope[:, None]
@@ -290,7 +285,7 @@ class _Posterior:
         self._problem, self._state = problem, state
         self._variance = problem.prior_variance(strengths)
         self._scaled = problem.jacobian(state, problem.codes)[1] / residual
-        self._factor = np.linalg.inv(np.linalg.cholesky(_inner(self._scaled, self._variance)))
+        self._factor = _whitener(self._scaled, self._variance)
         self.log_costs = problem.log_costs(state.effects) + math.log(problem.unit)
         self.deviation = self._deviations()
 
@@ -328,10 +323,20 @@ class _Posterior:
 
 def posterior_variance(scaled: Values, variance: Values) -> Values:
     """Variance of each parameter `[P]` given derivatives `[T, P]` in units of the residual."""
-    factor = np.linalg.inv(np.linalg.cholesky(_inner(scaled, variance)))
-    whitened = (factor @ scaled) * variance
+    whitened = (_whitener(scaled, variance) @ scaled) * variance
     found: Values = np.maximum(variance - (whitened**2).sum(axis=0), _TINY)
     return found
+
+
+def _curve(log: Values, power: float) -> Values:
+    """The curve g at a total whose logarithm is given, in decibels."""
+    found: Values = DECIBEL * (log if abs(power) < _TINY else np.expm1(power * log) / power)
+    return found
+
+
+def _whitener(scaled: Values, variance: Values) -> Values:
+    """Inverse of the Cholesky factor of the trials' covariance, `[T, T]`."""
+    return np.linalg.inv(np.linalg.cholesky(_inner(scaled, variance)))
 
 
 def _inner(scaled: Values, variance: Values) -> Values:

@@ -70,7 +70,6 @@ def noise_table(
     *,
     confidence: float = 0.0,
     is_decibel: bool = True,
-    settings: Mapping[str, str] | None = None,
 ) -> SensitivityTable:
     """Costs of all options around a reference recipe `[D]`, by the noise network.
 
@@ -86,7 +85,7 @@ def noise_table(
     fitted = np.where(np.isfinite(fitted), fitted, 0.0)
     scale = _scale(predictor, reference, float(picked(mean, reference[None]).sum())) if is_decibel else 1.0
     floored = np.maximum(mean, 1e-6 * float(mean[predictor.choices.exists].max()))
-    known = {"n_recipes": str(_n_recipes(predictor)), "confidence": f"{confidence:g}", **(settings or {})}
+    known = {"n_recipes": str(_n_recipes(predictor)), "confidence": f"{confidence:g}"}
     return options_table(
         predictor.choices,
         candidates,
@@ -121,14 +120,12 @@ def score_table(
     candidates: Candidates,
     scores: tuple[Values, Values],
     calibration: Calibration,
-    *,
-    settings: Mapping[str, str] | None = None,
 ) -> SensitivityTable:
     """Costs from scores `[D, K]` and their spread: the quality that an option loses against the decision's best."""
     mean, spread = (np.where(choices.exists, values, 0.0) for values in scores)
     slope = max(calibration.slope, 0.0)
     best = np.where(choices.exists, mean, -np.inf).max(axis=1, keepdims=True)
-    known = {"n_recipes": str(calibration.n), "r2": f"{calibration.r2:.3f}", **(settings or {})}
+    known = {"n_recipes": str(calibration.n), "r2": f"{calibration.r2:.3f}"}
     return options_table(choices, candidates, slope * (best - mean), errors=slope * spread, settings=known)
 
 

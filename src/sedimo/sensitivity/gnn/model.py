@@ -116,11 +116,16 @@ class Hops(nn.Module):
         """Embeddings after 0, 1, ... hops, `[G, N, C]` each."""
         found = [h]
         for attention, norm in zip(self.attentions, self.norms, strict=True):
-            x = attention(h)
-            x = torch.relu(norm(x.flatten(0, 1))).view_as(x)
-            h = x + h if h.shape == x.shape else x
+            h = one_hop(attention, norm, h)
             found.append(h)
         return tuple(found)
+
+
+def one_hop(attention: nn.Module, norm: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    """Embeddings `[G, N, C]` one hop further."""
+    x: torch.Tensor = attention(h)
+    x = torch.relu(norm(x.flatten(0, 1))).view_as(x)
+    return x + h if h.shape == x.shape else x
 
 
 class PaperNetwork(nn.Module):

@@ -27,7 +27,7 @@ from sedimo.graph.model import DenoiserGraph, Group
 from sedimo.sensitivity.choices import Codes, Values
 from sedimo.sensitivity.gnn.attention import SharedGATv2, make_topology
 from sedimo.sensitivity.gnn.features import GraphFeatures
-from sedimo.sensitivity.gnn.model import NoiseNetwork, PaperNetwork, network_input
+from sedimo.sensitivity.gnn.model import NoiseNetwork, PaperNetwork, network_input, one_hop
 from sedimo.sensitivity.gnn.training import FoldModel, Network, Predictor
 from sedimo.sensitivity.variants import enumerate_variants
 
@@ -49,7 +49,6 @@ class GroupScores:
     """All variants of a group: `choice` `[V, w]` are options of its `decisions`, with the scores of each."""
 
     group: str
-    kind: str
     block: str
     hop: int
     decisions: tuple[int, ...]
@@ -83,15 +82,18 @@ def hop_qualities(predictor: Predictor, graph: DenoiserGraph, codes: Codes) -> t
     """
     some = codes[:: max(1, len(codes) // _MOMENT_RECIPES)]
     last = len(predictor.folds[0].hop_srcc) - 1
-    groups = [(min(g.hop, last), g) for g in graph.groups]
+    layers = predictor.features.decision >= 0
+    parts: dict[int, list[_Part]] = {hop: [] for hop in range(last + 1)}
+    for group in graph.groups:
+        hop = min(group.hop, last)
+        if hop > 0:
+            parts[hop].append(_part(predictor.features, graph, group, hop))
     found = []
     for fold in predictor.folds:
         embeddings = _whole(fold.network, predictor.features, some)
-        layers = predictor.features.decision >= 0
         row = []
         for hop, scores in enumerate(_node_scores(fold.network, predictor.features, embeddings, some)):
-            parts = [_part(predictor.features, graph, g, hop) for at, g in groups if at == hop and hop > 0]
-            each = [_root_scores(fold, predictor.features, part, some, hop) for part in parts]
+            each = [_root_scores(fold, predictor.features, part, some, hop) for part in parts[hop]]
             used = np.concatenate(each) if each else scores[:, layers]
             used = used[np.isfinite(used)]
             row.append(HopQuality(float(fold.hop_srcc[hop]), float(used.mean()), max(float(used.std()), 1e-12)))
@@ -129,18 +131,16 @@ def group_scores(
     Raises:
         InputError: more variants than can be enumerated.
     """
-    members = _decisions(predictor, graph, group)
-    choice = enumerate_variants([predictor.choices.space.decisions[d] for d in members]).astype(np.int64)
+    members, choice, codes = _variants(predictor, graph, group, reference)
     hop = min(group.hop, len(qualities[0]) - 1)
     part = _part(predictor.features, graph, group, hop, is_alone=reference is None)
-    codes = _codes(predictor, members, choice, reference)
     each = []
     for fold, quality in zip(predictor.folds, qualities, strict=True):
         each.append(_weighted(_root_scores(fold, predictor.features, part, codes, hop), quality[hop]))
     stacked = np.stack(each)
     scores = Scores(stacked.mean(axis=0), stacked.std(axis=0, ddof=1))
     block = graph.layer_index[group.layers[0]].block
-    return GroupScores(group.name, group.kind, block, hop, members, choice, scores)
+    return GroupScores(group.name, block, hop, members, choice, scores)
 
 
 def group_contributions(predictor: Predictor, graph: DenoiserGraph, group: Group, reference: Codes) -> GroupNoise:
@@ -149,16 +149,12 @@ def group_contributions(predictor: Predictor, graph: DenoiserGraph, group: Group
     Raises:
         InputError: a predictor of the preset `paper`, more variants than can be enumerated.
     """
-    members = _decisions(predictor, graph, group)
-    choice = enumerate_variants([predictor.choices.space.decisions[d] for d in members]).astype(np.int64)
-    codes = _codes(predictor, members, choice, reference)
-    each = []
-    for fold in predictor.folds:
-        if not isinstance(fold.network, NoiseNetwork):
-            raise InputError("the preset 'paper' has scores, not noise: use its variant table")
-        hop = len(fold.network.hops.attentions)
-        part = _part(predictor.features, graph, group, hop)
-        each.append(np.exp(-_root_scores(fold, predictor.features, part, codes, hop)))
+    if not all(isinstance(fold.network, NoiseNetwork) for fold in predictor.folds):
+        raise InputError("the preset 'paper' has scores, not noise: use its variant table")
+    members, choice, codes = _variants(predictor, graph, group, reference)
+    hop = predictor.options.n_hops
+    part = _part(predictor.features, graph, group, hop)
+    each = [np.exp(-_root_scores(fold, predictor.features, part, codes, hop)) for fold in predictor.folds]
     return GroupNoise(group.name, members, choice, np.stack(each))
 
 
@@ -206,21 +202,21 @@ def _part(features: GraphFeatures, graph: DenoiserGraph, group: Group, hop: int,
     return _Part(np.array(nodes), edges, local[root], tuple(local[n] for n in members))
 
 
-def _decisions(predictor: Predictor, graph: DenoiserGraph, group: Group) -> tuple[int, ...]:
-    """The decisions of a group, each once."""
-    return tuple(dict.fromkeys(_decisions_of_layers(predictor, graph, group)))
-
-
 def _decisions_of_layers(predictor: Predictor, graph: DenoiserGraph, group: Group) -> tuple[int, ...]:
     place = {node.name: i for i, node in enumerate(graph.nodes)}
     return tuple(int(predictor.features.decision[place[layer]]) for layer in group.layers)
 
 
-def _codes(predictor: Predictor, members: Sequence[int], choice: Codes, reference: Codes | None) -> Codes:
+def _variants(
+    predictor: Predictor, graph: DenoiserGraph, group: Group, reference: Codes | None
+) -> tuple[tuple[int, ...], Codes, Codes]:
+    """A group's decisions, their options in every variant `[V, w]`, and the whole recipes `[V, D]`."""
+    members = tuple(dict.fromkeys(_decisions_of_layers(predictor, graph, group)))
+    choice = enumerate_variants([predictor.choices.space.decisions[d] for d in members]).astype(np.int64)
     base = np.zeros(predictor.choices.n_decisions, dtype=np.int64) if reference is None else reference
     codes = np.repeat(base[None], len(choice), axis=0)
     codes[:, list(members)] = choice
-    return codes
+    return members, choice, codes
 
 
 def _weighted(raw: Values, quality: HopQuality) -> Values:
@@ -281,9 +277,7 @@ def _root_scores(fold: FoldModel, features: GraphFeatures, part: _Part, codes: C
         rows = torch.from_numpy(features.rows(codes[first : first + size])[:, part.nodes])
         h = table[rows]
         for attention, norm in layers:
-            x = attention(h)
-            x = torch.relu(norm(x.flatten(0, 1))).view_as(x)
-            h = x + h if h.shape == x.shape else x
+            h = one_hop(attention, norm, h)
         found.append(_part_scores(network, h, rows, part, hop))
     return np.concatenate(found)
 

@@ -197,7 +197,7 @@ def relevance(target: Values, reference: Values) -> Values:
 
     Source: Mills et al. 2024, released code: the worst fifth counts nothing, the best 50.
     """
-    low, high = float(np.quantile(reference, LOWEST_SHARE)), float(reference.max())
+    low, high = _ends(reference)
     found: Values = RELEVANCE * np.clip((target - low) / max(high - low, 1e-12), 0.0, 1.0)
     return found
 
@@ -218,9 +218,14 @@ def _train_fold(data: TrainingSet, options: TrainingOptions, index: int, test: n
     return FoldModel(network, noise, test, _in_unit(predicted, unit), hop_scores, hop_srcc, n_epochs, unit)
 
 
+def _ends(target: Values) -> tuple[float, float]:
+    """The targets that have the least and the greatest relevance."""
+    return float(np.quantile(target, LOWEST_SHARE)), float(target.max())
+
+
 def _unit(target: Values) -> tuple[float, float]:
     """Offset and scale that make a relevance a target."""
-    low, high = float(np.quantile(target, LOWEST_SHARE)), float(target.max())
+    low, high = _ends(target)
     return low, (high - low) / RELEVANCE
 
 
