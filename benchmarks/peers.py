@@ -41,7 +41,7 @@ STORED_BITS = (3.5, 4.0, 4.5, 5.0, 5.3, 6.0)
 PEERS = {"sdnq": sdnq_adapter, "quanto": quanto_adapter, "modelopt": modelopt_adapter}
 TOOLS = (*PEERS, tables.SEDIMO)
 MATCHED = ("modelopt", "quanto")  # peers at whose exact bytes Sedimo makes a recipe too
-METHODS = ("error", "jacobian", "ablation", "combined")
+METHODS = ("error", "jacobian", "ablation", "combined", sedimo_adapter.SEARCH)
 
 
 def main() -> int:

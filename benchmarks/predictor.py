@@ -5,8 +5,10 @@
 Per formats and seed of the method: 300 stratified recipes and 60 more at 3.5 bits (`paper`) or 4.0 (`wide`), the
 predictor beside its rivals on recipes that none has seen, the noise ceiling (the same recipes on other seeds), the
 learning curve; then recipes at several budgets, one shot from 300 trials, and refined at equal cost (150 random, three
-rounds of 50), against uniform, best random, error, jacobian and ablation on 64 fresh seeds x 20 steps. Every trial
-is kept in the study under --run: a killed run goes on.
+rounds of 50), each with a final of up to five recipes on 16 other seeds, against uniform, best random, error, jacobian
+and ablation on 64 fresh seeds x 20 steps. Formats are fitted and the prior is taken in float32; trials are sampled in
+--dtype. With --images N, FID of the first seed's recipes on N images x 10 steps, beside that of full precision from
+the same seeds. Every trial is kept in the study under --run: a killed run goes on.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ import numpy as np
 from scipy import stats
 
 import sedimo
+from sedimo.api.finals import hold_finals
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import Known, judge, know, measures_of, training_set
 from sedimo.api.probing import AblationOptions, attribute_measured, probe
 from sedimo.api.search_order import SearchOrder
-from sedimo.api.searching import Measuring, allocated, build, keeps, search
+from sedimo.api.searching import Measuring, Search, allocated, build, keeps, search
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
 from sedimo.measurement.exploration import Exploration, random_recipe_near
@@ -49,27 +52,29 @@ class Bench:
     """One set of formats."""
 
     pipe: object
+    sampled: object  # the same pipeline in the dtype of the trials
     bank: object
     known: Known
     study: Study
     formats: str
     progress: ConsoleProgress
 
-    def on(self, first: int, n: int, n_steps: int) -> Measuring:
+    def on(self, first: int, n: int, n_steps: int, objective: str = "final_latents") -> Measuring:
         """Measuring on seeds `first` to `first + n`."""
-        plan = self.pipe.default_sampling(range(first, first + n), n_steps)
-        setting = setting_of(self.pipe, plan, weights_digest=self.bank.weights_digest)
-        worker = TrialWorker(self.pipe, self.bank, plan, objective="final_latents")
+        plan = self.sampled.default_sampling(range(first, first + n), n_steps)
+        setting = setting_of(self.sampled, plan, weights_digest=self.bank.weights_digest, objective=objective)
+        worker = TrialWorker(self.sampled, self.bank, plan, objective=objective)
         return Measuring(self.study, setting, lambda: worker, progress=self.progress)
 
 
-def open_bench(pipe, formats: str, run: Path, progress: ConsoleProgress, study: Study) -> Bench:
-    """Bank and prior."""
+def open_bench(pipes, formats: str, run: Path, progress: ConsoleProgress, study: Study) -> Bench:
+    """Bank and prior, of a pipeline in float32 and in the dtype of the trials."""
+    pipe, sampled = pipes
     graph = sedimo.trace(pipe)
     bank = sedimo.fit(pipe, sedimo.search_space(graph, formats), cache=run / "bank", progress=progress)
     plan = pipe.default_sampling(range(8), 10)
     known = know(pipe, graph, bank, study, sampling=plan, progress=progress)
-    return Bench(pipe, bank, known, study, formats, progress)
+    return Bench(pipe, sampled, bank, known, study, formats, progress)
 
 
 def exploration_of(bench: Bench, seed: int) -> Exploration:
@@ -105,7 +110,7 @@ def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], ob
             {
                 "predictor": n,
                 "subset": s,
-                **{k: to_plain(getattr(q, k)) for k in ("srcc", "kendall_tau", "ndcg_at_10", "mae")},
+                **{k: to_plain(getattr(q, k)) for k in QUALITIES},
             }
             for n, s, q in report.rows
         ],
@@ -141,14 +146,18 @@ def learning_curve(bench: Bench, seed: int) -> list[dict[str, float]]:
 
 
 def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[str, object]:
-    """One shot, refined, and what needs no search, at one budget."""
+    """One shot, refined, and what needs no search, at one budget; the seeds of the finals are those of selection."""
     budget = BudgetOrder(bits=bits)
-    on_search = bench.on(0, 8, 10)
+    on_search, selection = bench.on(0, 8, 10), bench.on(3000, 16, 20)
     refined = search(bench.known, on_search, SearchOrder(N_TRIALS, N_ROUNDS, seed), budget)
+    table, allocation = build(bench.known, predictor, data, budget, confidence=1.0)
+    random = on_search.trials([exploration_of(bench, seed).recipe(i) for i in range(N_TRIALS)])
+    one_shot = Search(table, allocation, predictor, data, random, (), N_TRIALS)
+    final, first = (hold_finals(bench.known, found, budget, selection) for found in (refined, one_shot))
     near = (max(2.2, bits - 0.5), bits + 1.0)
     plan = bench.pipe.default_sampling(range(8), 10)
     probed = probe(
-        bench.pipe,
+        bench.sampled,
         bench.bank,
         "ablation",
         store=bench.study,
@@ -159,14 +168,13 @@ def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[st
     space = bench.known.space
     common = set.intersection(*(set(d.formats) for d in space.decisions))
     uniform = [space.uniform(f) for f in sorted(common, key=str) if f.is_quantized]
-    exploration = exploration_of(bench, seed)
-    random = on_search.trials([exploration.recipe(i) for i in range(N_TRIALS)])
     within = [t for t in random if keeps(bench.known, t.recipe, budget)]
     within.sort(key=lambda t: float(t.powers.sqnr_db.mean()))
-    selection = bench.on(3000, 16, 20)
     return {
-        "gnn, one shot": build(bench.known, predictor, data, budget, confidence=1.0)[1].recipe,
-        "gnn, refined": refined.allocation.recipe,
+        "gnn, one shot": first.allocation.recipe,
+        "gnn, refined": final.allocation.recipe,
+        "one shot, no final": allocation.recipe,
+        "refined, no final": refined.allocation.recipe,
         "jacobian": allocated(bench.known.tables["jacobian"], budget).recipe,
         "ablation": allocated(attribute_measured(probed), budget).recipe,
         "error": allocated(bench.known.tables["error"], budget).recipe,
@@ -201,6 +209,23 @@ def compare(bench: Bench, recipes: dict[str, object]) -> dict[str, object]:
     return {"rows": rows, "differences": differences}
 
 
+def show_quality(found: dict[str, object]) -> None:
+    """What the predictor reaches beside its rivals, on the screen."""
+    print(json.dumps({k: v for k, v in found.items() if k not in ("rows", "ahead_of")}), flush=True)
+    for row in found["rows"]:
+        interval = f"[{row['srcc']['low']:.3f}, {row['srcc']['high']:.3f}]"
+        print(f"  {row['subset']:26s} {row['predictor']:26s} SRCC {row['srcc']['value']:.3f} {interval}", flush=True)
+
+
+def distances(bench: Bench, recipes: dict[str, object], n_images: int) -> dict[str, object]:
+    """FID of recipes, and their difference to full precision on the same seeds."""
+    trials = bench.on(100_000, n_images, 10, "fid").trials(list(recipes.values()))
+    return {
+        name: {"sqnr_db": summarize(trial.powers).sqnr_db, **{k: to_plain(v) for k, v in trial.measures.items()}}
+        for name, trial in zip(recipes, trials, strict=True)
+    }
+
+
 def show(title: str, found: dict[str, object]) -> None:
     """A table on the screen."""
     print(f"\n{title}")
@@ -213,16 +238,9 @@ def show(title: str, found: dict[str, object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--source", default="zoo:cifar-dit")
-    parser.add_argument("--run", type=Path, default=Path("runs/predictor"))
-    parser.add_argument("--out", type=Path, default=Path("runs/predictor.json"))
-    parser.add_argument("--formats", nargs="*", default=["paper", "wide"])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--bits", type=float, nargs="*", help="budgets; default: those of the formats")
-    parser.add_argument("--no-curve", action="store_true")
-    arguments = parser.parse_args()
-    pipe, progress = sedimo.load(arguments.source), ConsoleProgress()
+    arguments = parse()
+    progress = ConsoleProgress()
+    pipes = (sedimo.load(arguments.source), sedimo.load(arguments.source, dtype=arguments.dtype))
     arguments.run.mkdir(parents=True, exist_ok=True)
     results: dict[str, object] = {}
 
@@ -232,23 +250,39 @@ def main() -> None:
 
     for formats in arguments.formats:
         with Study(arguments.run / formats) as study:
-            bench = open_bench(pipe, formats, arguments.run, progress, study)
+            bench = open_bench(pipes, formats, arguments.run, progress, study)
+            first = {}
             for seed in arguments.seeds:
                 found, predictor, data = quality_of_predictor(bench, seed)
                 put(f"predictor, {formats}, seed {seed}", found)
-                print(json.dumps({k: v for k, v in found.items() if k not in ("rows", "ahead_of")}), flush=True)
-                for row in found["rows"]:
-                    print(
-                        f"  {row['subset']:26s} {row['predictor']:26s} SRCC {row['srcc']['value']:.3f} "
-                        f"[{row['srcc']['low']:.3f}, {row['srcc']['high']:.3f}]",
-                        flush=True,
-                    )
+                show_quality(found)
                 for bits in arguments.bits or BUDGETS[formats]:
                     title = f"recipes, {formats}, {bits} bits, seed {seed}"
-                    put(title, compare(bench, recipes_at(bench, seed, bits, predictor, data)))
+                    recipes = recipes_at(bench, seed, bits, predictor, data)
+                    put(title, compare(bench, recipes))
                     show(title, results[title])
+                    first.setdefault(bits, recipes)
             if not arguments.no_curve:
                 put(f"learning curve, {formats}", learning_curve(bench, arguments.seeds[0]))
+            for bits, recipes in first.items() if arguments.images else ():
+                title = f"FID, {formats}, {bits} bits, seed {arguments.seeds[0]}"
+                put(title, distances(bench, recipes, arguments.images))
+                print(title, json.dumps(results[title]), flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--source", default="zoo:cifar-dit")
+    parser.add_argument("--run", type=Path, default=Path("runs/predictor"))
+    parser.add_argument("--out", type=Path, default=Path("runs/predictor.json"))
+    parser.add_argument("--formats", nargs="*", default=["paper", "wide"])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--bits", type=float, nargs="*", help="budgets; default: those of the formats")
+    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--images", type=int, default=0)
+    parser.add_argument("--no-curve", action="store_true")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

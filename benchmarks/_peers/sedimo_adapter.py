@@ -18,19 +18,28 @@ import sedimo
 from _peers.weights import Layers, Quantized, QuantizedLayer
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate
+from sedimo.api.finals import hold_finals
 from sedimo.api.measuring import measure_table
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.api.planning import MeasuredMethod
+from sedimo.api.predicting import know
+from sedimo.api.search_order import SearchOrder
+from sedimo.api.searching import Measuring, search
 from sedimo.bank import Bank
 from sedimo.cli.console import ConsoleProgress
 from sedimo.measurement.study import Study
+from sedimo.measurement.worker import TrialWorker
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.weights import replace_weights
 from sedimo.sensitivity.table import SensitivityTable
 
 PACKAGE = "sedimo"
 SINGLE_TABLE_METHODS = ("error", "jacobian")  # do not depend on the budget
+SEARCH, SEARCH_DTYPE = "gnn", "bf16"
+N_TRIALS, N_ROUNDS = 300, 3
 _MEASURING_SOURCES = ("quant", "pipelines", "measurement", "sensitivity", "bank.py", "space.py")
 
 
@@ -55,10 +64,36 @@ class Searches:
         self._folder = folder / f"sedimo-{_source_digest()[:16]}"
         self._tables: dict[tuple[str, int], tuple[Bank, SensitivityTable]] = {}
 
-    def allocation(self, method: MeasuredMethod, goal: Goal) -> tuple[Bank, Allocation]:
-        """The recipe of least cost in at most the goal's bytes."""
+    def allocation(self, method: MeasuredMethod | str, goal: Goal) -> tuple[Bank, Allocation]:
+        """The recipe of least cost in at most the goal's bytes, or what the search by measured recipes finds there."""
+        if method == SEARCH:
+            return self._searched(goal)
         bank, table = self._table(method, goal)
         return bank, allocate(table, budget_bytes=goal.n_bytes)
+
+    def _searched(self, goal: Goal) -> tuple[Bank, Allocation]:
+        with Study(self._folder) as study:
+            bank, _ = self._table("jacobian", goal)
+            known = know(
+                self._first.pipe, self._first.graph, bank, study, sampling=self._plan, progress=ConsoleProgress()
+            )
+            measuring = self._measuring(study, bank, self._plan)
+            finals = self._measuring(study, bank, SamplingOrder().deciding(self._sampled))
+            order = SearchOrder(N_TRIALS, N_ROUNDS)
+            budget = BudgetOrder(n_bytes=goal.n_bytes)
+            return bank, hold_finals(known, search(known, measuring, order, budget), budget, finals).allocation
+
+    def _measuring(self, study: Study, bank: Bank, plan: Sampling) -> Measuring:
+        worker = TrialWorker(self._sampled, bank, plan, objective="final_latents")
+        return Measuring(study, worker.setting, lambda: worker, progress=ConsoleProgress())
+
+    @cached_property
+    def _sampled(self) -> DiffusersPipeline:
+        return sedimo.load(self.source, dtype=SEARCH_DTYPE)
+
+    @cached_property
+    def _plan(self) -> Sampling:
+        return self._sampled.default_sampling(range(self.sampling.n_seeds), self.sampling.n_steps)
 
     def _table(self, method: MeasuredMethod, goal: Goal) -> tuple[Bank, SensitivityTable]:
         key = (method, 0 if method in SINGLE_TABLE_METHODS else goal.n_bytes)

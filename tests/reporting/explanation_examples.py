@@ -13,6 +13,7 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.explanation import (
     CurvePoint,
     Explanation,
+    FinalistRow,
     FoldRow,
     FormatShare,
     Insight,
@@ -153,6 +154,10 @@ def dit_explanation() -> Explanation:
         rounds=tuple(
             RefineRound(i, 480 + 40 * i, estimate(v, 0.28, 64), p)
             for i, (v, p) in enumerate(((9.1, 9.9), (9.8, 10.4), (10.2, 10.3)), start=1)
+        ),
+        finalists=(
+            FinalistRow("built by the predictor", 3.49, estimate(10.3, 0.28, 16), None),
+            FinalistRow("by jacobian alone", 3.5, estimate(9.9, 0.3, 16), estimate(0.4, 0.12, 16)),
         ),
         notes=("12 of 492 trials diverged and were left out.",),
     )

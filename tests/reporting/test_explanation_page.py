@@ -28,7 +28,8 @@ from sedimo.reporting.theme import PLACEHOLDER
 
 INF, NAN = math.inf, math.nan
 PARTS = (
-    "operation_boxes", "block_boxes", "format_shares", "predictors", "folds", "curve", "insights", "rounds", "notes",
+    "operation_boxes", "block_boxes", "format_shares", "predictors", "folds", "curve", "insights", "rounds",
+    "finalists", "notes",
 )  # fmt: skip
 EMPTY = Explanation("graph network", "SQNR [dB]", 480, "final_latents")
 NOTHING = Estimate(NAN, NAN, NAN, NAN, 0)
@@ -78,6 +79,8 @@ def test_the_page_holds_the_numbers(page):
     assert text.count("? open") == 1
     assert "graph network (used here)all recipes480 0.950 (0.938 to 0.962)" in text
     assert "10.20 (9.64 to 10.76)10.3" in text
+    assert "built by the predictor3.4910.30 (9.70 to 10.90)chosen" in text
+    assert "by jacobian alone3.509.9" in text
     assert "Quality in each of the 4 folds" in text
     assert "12 of 492 trials diverged" in text
     for prefix in ("operation-scores", "block-scores", "format-shares", "curve", "predictors"):

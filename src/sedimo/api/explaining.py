@@ -15,12 +15,13 @@ from sedimo.errors import InputError
 from sedimo.graph.groups import split_groups
 from sedimo.measurement.trial import Trial
 from sedimo.metrics.estimate import mean_estimate
-from sedimo.metrics.signal import sqnr_estimates, summarize
+from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
 from sedimo.reporting.explanation import (
     OVERALL,
     CurveKind,
     CurvePoint,
     Explanation,
+    FinalistRow,
     FoldRow,
     FormatShare,
     PredictorRow,
@@ -73,7 +74,25 @@ def explain(known: Known, search: Search, seeds: Seeds, *, target: str) -> Expla
             RefineRound(r.index + 1, r.n_trials, mean_estimate(r.best.powers.sqnr_db), r.predicted)
             for r in search.rounds
         ),
+        finalists=finalist_rows(search),
         notes=notes,
+    )
+
+
+def finalist_rows(search: Search) -> tuple[FinalistRow, ...]:
+    """The finalists, and what the chosen one is ahead of each, paired on the seeds of the final."""
+    chosen = next((f.trial.powers for f in search.finalists if f.trial.recipe == search.allocation.recipe), None)
+    if chosen is None:
+        return ()
+    space = search.data.choices.space
+    return tuple(
+        FinalistRow(
+            f.name,
+            space.paper_bits(f.trial.recipe),
+            sqnr_estimates(summarize(f.trial.powers))["sqnr_db"],
+            None if f.trial.powers is chosen else paired_difference(chosen, f.trial.powers).estimate,
+        )
+        for f in search.finalists
     )
 
 

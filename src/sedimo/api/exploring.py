@@ -36,6 +36,7 @@ from sedimo.pipelines.weights import FileWeights, denoiser_folder
 from sedimo.quant.memory import memory_bytes
 from sedimo.space import SearchSpace
 
+MAX_PRIOR_SAMPLES = 16  # of a plan of many more for sets of images; gradients are costly
 _BYTES_OF_A_FIT = 1_000  # names, sums and a row
 
 
@@ -143,7 +144,8 @@ def explore_source(order: ExploreOrder, progress: Progress = SILENT) -> ExploreR
         refuse_other_study(study, opened, order)
         bank = fit_bank(opened.weights, opened.space, cache=study.path.parent, progress=progress)
         _keep_records(study, opened, bank.space, order)
-        know(opened.pipe, opened.graph, bank, study, prior=order.prior, sampling=sampling, progress=progress)
+        on_prior = sampling.first(MAX_PRIOR_SAMPLES)
+        know(opened.pipe, opened.graph, bank, study, prior=order.prior, sampling=on_prior, progress=progress)
         n_before, measuring = len(study.trial_keys()), time.monotonic()
         trials: list[Trial] = []
         for objective, setting in settings.items():
@@ -208,7 +210,9 @@ def _plan(opened: OpenedSource, order: ExploreOrder, study: Study | None) -> Exp
     if "fid" in campaigns and campaigns["fid"].n_missing:
         seconds += (campaigns["fid"].n_missing + 1) * _seconds_of_images(opened.pipe, sampling, timing)
     is_known = study is not None and PRIOR in study.record_names()
-    prior_seconds, prior_calls = (0.0, 0) if is_known else cost_of_prior(order.prior, space, timing)
+    on_prior = sampling.first(MAX_PRIOR_SAMPLES)
+    prior_timing = timing if on_prior == sampling or is_known else time_calls(opened.pipe, on_prior)
+    prior_seconds, prior_calls = (0.0, 0) if is_known else cost_of_prior(order.prior, space, prior_timing)
     seconds += prior_seconds
     memory = order.n_workers * max(plan.memory_bytes for plan in campaigns.values())
     disk = sum(plan.disk_bytes for plan in campaigns.values())

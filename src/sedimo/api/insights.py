@@ -10,7 +10,6 @@ import numpy as np
 
 from sedimo.allocation.problem import Allocation
 from sedimo.api.searching import Measuring, Search
-from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import paired_difference
 from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Insight, verdict_of
@@ -44,8 +43,7 @@ def insights(search: Search, measuring: Measuring) -> tuple[Insight, ...]:
     base = trials[0]
     found = []
     for change, trial in zip(changes, trials[1:], strict=True):
-        d = paired_difference(trial.powers, base.powers)
-        measured = Estimate(d.mean_db, d.standard_error, d.low, d.high, d.n)
+        measured = paired_difference(trial.powers, base.powers).estimate
         half = _NORMAL_95 * change.error_db
         found.append(
             Insight(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sedimo.allocation.problem import Allocation
 from sedimo.api.explaining import Seeds, explain
+from sedimo.api.finals import hold_finals
 from sedimo.api.opening import Opened
 from sedimo.api.planning import N_SCALING_CHECKS, PARTS, SAMPLE_CHANNELS, MeasuredMethod, ablation_options
 from sedimo.api.predicting import know
@@ -66,7 +67,8 @@ def search_recipe(opened: Opened, study: Study, progress: Progress = SILENT) -> 
     plan = order.sampling.searching(pipe)
     known = know(pipe, opened.graph, bank, study, prior=order.search.prior, sampling=plan, progress=progress)
     on_search = _measuring(pipe, bank, study, plan, progress)
-    found = search(known, on_search, order.search, order.budget)
+    on_finals = _measuring(pipe, bank, study, order.sampling.deciding(pipe), progress)
+    found = hold_finals(known, search(known, on_search, order.search, order.budget), order.budget, on_finals)
     if not order.check:
         return MeasuredTable(bank, found.table), found.allocation
     seeds = Seeds(on_search, _measuring(pipe, bank, study, order.sampling.checking(pipe), progress))

@@ -65,6 +65,9 @@ class BudgetOrder:
         return f"{self.n_bytes} bytes" if self.n_bytes is not None else "no budget"
 
 
+FINAL_FACTOR = 2  # seeds of the final per seed of the search
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingOrder:
     """How to sample while searching: `n_seeds` samples from `first_seed` on, `n_steps` each.
@@ -93,6 +96,11 @@ class SamplingOrder:
         """The plan on which the result is checked: seeds that the search has not seen."""
         first = self.first_seed + self.n_seeds
         return self.plan(pipe, range(first, first + self.n_check_seeds))
+
+    def deciding(self, pipe: DiffusersPipeline) -> Sampling:
+        """The plan on which a search decides among finalists: seeds that neither searching nor checking has seen."""
+        first = self.first_seed + self.n_seeds + self.n_check_seeds
+        return self.plan(pipe, range(first, first + FINAL_FACTOR * self.n_seeds))
 
     def plan(self, pipe: DiffusersPipeline, seeds: range) -> Sampling:
         """A plan for some seeds, with the pipeline's defaults where nothing was ordered."""

@@ -15,6 +15,7 @@ import torch
 
 from sedimo.api.additivity import N_RECIPES
 from sedimo.api.opening import Opened, OpenedSource
+from sedimo.api.order import FINAL_FACTOR
 from sedimo.api.probing import AblationOptions, ProbeMethod
 from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
@@ -43,6 +44,7 @@ JACOBIAN_MEMORY_BYTES = 2 << 30
 TIMED_WEIGHTS = 1 << 18
 ROWS_PER_SAMPLE = 2  # with guidance
 N_EXPLAINED = 12  # recipes of the measured curve, and about as many changes on the seeds of the check
+N_FINALISTS = 5  # at most
 TRIAL_BYTES = 6_000  # of a trial's row
 FASTEST_MACS_PER_SECOND = {"cpu": 5e11, "other": 1e15}  # of any such device: a lower bound of time
 
@@ -206,7 +208,8 @@ def _trials_cost(opened: Opened, timing: CallTiming) -> _Cost:
     if order.prior == "jacobian":  # counted with the fits
         prior_seconds, prior_calls = 0.0, 0
     explained = N_EXPLAINED * (1 + opened.order.sampling.n_check_seeds / opened.order.sampling.n_seeds)
-    calls = round((n_trials + 1 + opened.order.check * explained) * timing.n_calls) + prior_calls
+    final = FINAL_FACTOR * (1 + N_FINALISTS)
+    calls = round((n_trials + 1 + final + opened.order.check * explained) * timing.n_calls) + prior_calls
     seconds = (
         (calls - prior_calls) * timing.seconds_per_call
         + prior_seconds

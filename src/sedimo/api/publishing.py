@@ -16,8 +16,7 @@ from sedimo.api.checking import Check, CheckedRecipe, pictures_of
 from sedimo.api.opening import Opened
 from sedimo.api.verbs import N_FRONTIER_POINTS
 from sedimo.measurement.worker import versions
-from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.signal import PairedDifference, sqnr_estimates
+from sedimo.metrics.signal import sqnr_estimates
 from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeKind, RecipeRow, Summary
@@ -79,7 +78,7 @@ def recipe_rows(check: Check, method: str) -> tuple[RecipeRow, ...]:
 
 def difference_rows(check: Check) -> tuple[DifferenceRow, ...]:
     """The paired differences as estimates."""
-    return tuple(DifferenceRow(name, "sqnr_db", _estimate(d)) for name, d in check.differences.items())
+    return tuple(DifferenceRow(name, "sqnr_db", d.estimate) for name, d in check.differences.items())
 
 
 def provenance(opened: Opened, table: SensitivityTable, check: Check | None, facts: Mapping[str, str]) -> Provenance:
@@ -104,11 +103,6 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
 def _row(name: str, kind: RecipeKind, recipe: CheckedRecipe) -> RecipeRow:
     found = {"sqnr_db": sqnr_estimates(recipe.signals.sqnr)["sqnr_db"], "psnr_db": recipe.signals.psnr}
     return RecipeRow(name, kind, recipe.paper_bits, recipe.stored_bits, found)
-
-
-def _estimate(difference: PairedDifference) -> Estimate:
-    d = difference
-    return Estimate(d.mean_db, d.standard_error, d.low, d.high, d.n)
 
 
 def _sorted(facts: Mapping[str, str]) -> dict[str, str]:

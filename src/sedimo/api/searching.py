@@ -80,8 +80,19 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Finalist:
+    """A recipe that could be the result, and its trial on seeds that nothing was searched on."""
+
+    name: str
+    trial: Trial
+
+
+@dataclass(frozen=True)
 class Search:
-    """What was found: the table behind the choice, the choice, the predictor, and all trials in their order."""
+    """What was found: the predictor's table, the choice, the predictor, and all trials in their order.
+
+    `finalists` are those that the choice was made among; empty when it is the predictor's own.
+    """
 
     table: SensitivityTable
     allocation: Allocation
@@ -90,6 +101,7 @@ class Search:
     trials: tuple[Trial, ...]
     rounds: tuple[Round, ...]
     n_random: int
+    finalists: tuple[Finalist, ...] = ()
 
 
 def search(known: Known, measuring: Measuring, order: SearchOrder, budget: BudgetOrder) -> Search:

@@ -130,6 +130,11 @@ class PairedDifference:
         """Whether the first is better beyond the interval."""
         return self.low > 0
 
+    @property
+    def estimate(self) -> Estimate:
+        """The mean with its error and interval [dB], of the `n` common samples."""
+        return Estimate(self.mean_db, self.standard_error, self.low, self.high, self.n)
+
 
 def relative_noise(reference: npt.ArrayLike, test: npt.ArrayLike) -> NoisePowers:
     """Noise and signal power of `test` `[n, ...]` against `reference` `[n, ...]`, sample by sample.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -37,6 +37,10 @@ class Sampling:
             raise InputError(f"seeds must be a non-empty list without duplicates, got {len(self.seeds)} seeds")
         if self.n_steps < 1 or self.batch_size < 1:
             raise InputError(f"steps and batch size must be positive, got {self.n_steps=}, {self.batch_size=}")
+
+    def first(self, n: int) -> Sampling:
+        """The first `n` samples of this plan, or all of them."""
+        return replace(self, seeds=self.seeds[:n])
 
     def condition(self, index: int) -> str | None:
         """The condition of sample `index`."""

@@ -158,6 +158,19 @@ class RefineRound:
 
 
 @dataclass(frozen=True, slots=True)
+class FinalistRow:
+    """A recipe that could have been chosen, measured on the seeds of the final [dB].
+
+    `behind` is what the chosen one is ahead of it, paired; None for the chosen one itself.
+    """
+
+    name: str
+    paper_bits: float
+    measured: Estimate
+    behind: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """All that the report's explanation tells.
 
@@ -178,6 +191,7 @@ class Explanation:
     curve: tuple[CurvePoint, ...] = ()
     insights: tuple[Insight, ...] = ()
     rounds: tuple[RefineRound, ...] = ()
+    finalists: tuple[FinalistRow, ...] = ()
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:

@@ -21,10 +21,12 @@ from sedimo.reporting.explanation_charts import (
 )
 from sedimo.reporting.explanation_phrasing import statement, tally
 from sedimo.reporting.explanation_tables import (
+    FinalistLine,
     FoldLine,
     InsightLine,
     PredictorLine,
     RoundLine,
+    finalist_lines,
     fold_lines,
     has_times,
     insight_lines,
@@ -62,6 +64,7 @@ class ExplanationView:
     has_times: bool
     folds: tuple[FoldLine, ...]
     rounds: tuple[RoundLine, ...]
+    finalists: tuple[FinalistLine, ...]
     notes: tuple[str, ...]
     json_uri: str
 
@@ -81,6 +84,7 @@ def explanation_view(explanation: Explanation, *, here: float) -> ExplanationVie
         has_times=has_times(e),
         folds=fold_lines(e.folds),
         rounds=round_lines(e.rounds),
+        finalists=finalist_lines(e.finalists),
         notes=e.notes,
         json_uri=f"data:application/json;base64,{base64.b64encode(to_json(e).encode()).decode()}",
     )

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sedimo.metrics.estimate import Estimate
-from sedimo.reporting.explanation import OVERALL, Explanation, FoldRow, Insight, PredictorRow, RefineRound, Verdict
+from sedimo.reporting.explanation import (
+    OVERALL,
+    Explanation,
+    FinalistRow,
+    FoldRow,
+    Insight,
+    PredictorRow,
+    RefineRound,
+    Verdict,
+)
 from sedimo.reporting.explanation_phrasing import MARKS, change, decibels, predicted, subsets
 from sedimo.reporting.rounding import duration, interval, number
 
@@ -69,6 +78,16 @@ class RoundLine:
     predicted: str
 
 
+@dataclass(frozen=True, slots=True)
+class FinalistLine:
+    """One finalist; `behind` is None for the chosen one."""
+
+    name: str
+    bits: str
+    measured: Figure
+    behind: Figure | None
+
+
 def insight_lines(insights: Sequence[Insight]) -> tuple[InsightLine, ...]:
     """The findings in their order."""
     return tuple(
@@ -116,6 +135,19 @@ def round_lines(rounds: Sequence[RefineRound]) -> tuple[RoundLine, ...]:
     return tuple(
         RoundLine(r.round, f"{r.n_trials:,}", _figure(r.best_db), _plain(r.predicted_db))
         for r in sorted(rounds, key=lambda r: r.round)
+    )
+
+
+def finalist_lines(finalists: Sequence[FinalistRow]) -> tuple[FinalistLine, ...]:
+    """The finalists, best first."""
+    return tuple(
+        FinalistLine(
+            f.name,
+            number(f.paper_bits),
+            _figure(f.measured),
+            None if f.behind is None else _figure(f.behind),
+        )
+        for f in sorted(finalists, key=lambda f: _rank(f.measured.value))
     )
 
 

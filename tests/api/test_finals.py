@@ -1,0 +1,73 @@
+"""The last choice of a search: the finalists, and that the best of them on fresh seeds becomes the result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.api.test_searching import BUDGET, Setup
+
+from sedimo.api.explaining import finalist_rows
+from sedimo.api.finals import BUILT, finalists, hold_finals
+from sedimo.api.searching import keeps
+from sedimo.metrics.signal import NoisePowers
+
+
+@pytest.fixture(scope="module")
+def done(tiny_pipeline_folder, tmp_path_factory):
+    torch.set_num_threads(2)
+    setup = Setup(tiny_pipeline_folder, tmp_path_factory.mktemp("finals"))
+    yield setup
+    setup.study.close()
+
+
+class Scored:
+    """Measuring that gives the recipe of a name the least noise."""
+
+    def __init__(self, setup, winner):
+        self.fresh, self.winner = setup.fresh, winner
+
+    def trials(self, recipes):
+        found = self.fresh.trials(recipes)
+        return tuple(
+            replace(t, powers=NoisePowers(t.powers.signal * (1e-4 if i == self.winner else 1e-2), t.powers.signal))
+            for i, t in enumerate(found)
+        )
+
+
+def test_finalists_keep_the_budget_and_are_all_different(done):
+    field = finalists(done.known, done.found, BUDGET)
+    assert next(iter(field)) == BUILT
+    assert field[BUILT] == done.found.allocation.recipe
+    assert len({recipe.key for recipe in field.values()}) == len(field) >= 3
+    assert all(keeps(done.known, recipe, BUDGET) for recipe in field.values())
+    assert "best of the trials" in field
+
+
+def test_the_best_of_the_trials_is_the_best_within_the_budget(done):
+    field = finalists(done.known, done.found, BUDGET)
+    within = [t for t in done.found.trials if keeps(done.known, t.recipe, BUDGET)]
+    best = max(within, key=lambda t: float(np.mean(t.powers.sqnr_db)))
+    assert field["best of the trials"] == best.recipe
+
+
+def test_the_winner_on_fresh_seeds_becomes_the_result(done):
+    field = finalists(done.known, done.found, BUDGET)
+    for index, (name, recipe) in enumerate(field.items()):
+        won = hold_finals(done.known, done.found, BUDGET, Scored(done, index))
+        assert won.allocation.recipe == recipe, name
+        assert won.table is done.found.table
+        assert [f.name for f in won.finalists] == list(field)
+
+
+def test_finalists_are_told_with_what_the_chosen_one_is_ahead(done):
+    rows = finalist_rows(hold_finals(done.known, done.found, BUDGET, done.fresh))
+    chosen = [row for row in rows if row.behind is None]
+    assert len(chosen) == 1
+    assert all(row.measured.n == 4 for row in rows)  # fresh seeds
+    others = [row for row in rows if row.behind is not None]
+    assert all(row.behind.value >= 0 for row in others)
+    assert chosen[0].measured.value == max(row.measured.value for row in rows)
+    assert finalist_rows(done.found) == ()
