@@ -182,8 +182,15 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    asked = (order.method, order.formats, str(order.budget), order.check, to_plain(order.search))
-    facts = (*asked, to_plain(order.sampling), to_plain(order.compute))
+    asked = (
+        order.method,
+        order.formats,
+        str(order.budget),
+        order.check,
+        to_plain(order.search),
+        to_plain(order.importance),
+    )
+    facts = (*asked, *(to_plain(part) for part in (order.importance, order.sampling, order.compute)))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
         study.put_record(name, plan_job(opened))
@@ -213,8 +220,8 @@ def _additivity(
     opened: Opened, bank: Bank, study: Study, decided: tuple[SensitivityTable, Allocation], progress: Progress
 ) -> Agreement | None:
     table, allocation = decided
-    if table.method in ("error", "gnn"):
-        return None  # weight errors predict no noise; what a predictor is worth is told by recipes it has not seen
+    if table.method in ("error", "orthogonality", "gnn"):
+        return None  # two of them predict no noise; what a predictor is worth is told by recipes it has not seen
     plan = (opened.order.sampling.searching(opened.pipe), progress)
     return check_additivity(table, measure_random_recipes(opened.pipe, bank, study, allocation.paper_bits, plan))
 

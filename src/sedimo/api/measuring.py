@@ -49,7 +49,7 @@ def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress
     if not parts:
         return MeasuredTable(bank, error_table(bank.space, bank.candidates))
     probes = [_probe(opened, bank, name, study, progress) for name in parts]
-    tables = [attribute_measured(one) for one in probes]
+    tables = [attribute_measured(one, importance=opened.order.importance) for one in probes]
     scaling = _scaling(opened, probes[0], tables[0], study, progress) if parts[0] == "ablation" else None
     return MeasuredTable(bank, tables[0] if len(tables) == 1 else geometric_mean(*tables), scaling)
 
@@ -84,7 +84,8 @@ def _measuring(pipe: DiffusersPipeline, bank: Bank, study: Study, plan: Sampling
 
 
 def _probe(opened: Opened, bank: Bank, method: ProbeMethod, study: Study, progress: Progress) -> Probe:
-    sampling = opened.order.sampling.searching(opened.pipe)
+    how = opened.order.sampling
+    sampling = how.correlating(opened.pipe) if method == "orthogonality" else how.searching(opened.pipe)
     options = ablation_options(opened)
     return probe(opened.pipe, bank, method, store=study, sampling=sampling, ablation=options, progress=progress)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,9 +13,10 @@ from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.formats import FULL_BITS, Format, parse_formats
+from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 from sedimo.space import Recipe
 
-Method = Literal["auto", "error", "jacobian", "ablation", "combined", "gnn"]
+Method = Literal["auto", "error", "jacobian", "ablation", "combined", "orthogonality", "gnn"]
 METHODS: tuple[Method, ...] = get_args(Method)
 UNIFORM = "uniform:"
 MAX_BITS = 32
@@ -65,6 +66,7 @@ class BudgetOrder:
         return f"{self.n_bytes} bytes" if self.n_bytes is not None else "no budget"
 
 
+MIN_CORRELATED = 32  # samples of a batch in which layers are compared
 FINAL_FACTOR = 2  # seeds of the final per seed of the search
 
 
@@ -102,7 +104,13 @@ class SamplingOrder:
         first = self.first_seed + self.n_seeds + self.n_check_seeds
         return self.plan(pipe, range(first, first + FINAL_FACTOR * self.n_seeds))
 
-    def plan(self, pipe: DiffusersPipeline, seeds: range) -> Sampling:
+    def correlating(self, pipe: DiffusersPipeline) -> Sampling:
+        """The plan for what is seen only between many samples: the searched seeds, and more past all other plans'."""
+        first, n_more = self.first_seed + (1 + FINAL_FACTOR) * self.n_seeds + self.n_check_seeds, MIN_CORRELATED
+        more = range(first, first + max(0, n_more - self.n_seeds))
+        return self.plan(pipe, (*range(self.first_seed, self.first_seed + self.n_seeds), *more))
+
+    def plan(self, pipe: DiffusersPipeline, seeds: Sequence[int]) -> Sampling:
         """A plan for some seeds, with the pipeline's defaults where nothing was ordered."""
         default = pipe.default_sampling(seeds, self.n_steps)
         conditions = self.conditions or default.conditions
@@ -124,7 +132,10 @@ DEFAULT_SEARCH = SearchOrder()
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One run of the main job. `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`."""
+    """One run of the main job.
+
+    `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
+    """
 
     source: str
     out: Path | None
@@ -141,6 +152,7 @@ class Order:
     probe_groups: bool = False
     overwrite: bool = False
     search: SearchOrder = DEFAULT_SEARCH
+    importance: ImportanceOptions = DEFAULT_IMPORTANCE
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.

@@ -15,23 +15,25 @@ import torch
 
 from sedimo.api.additivity import N_RECIPES
 from sedimo.api.opening import Opened, OpenedSource
-from sedimo.api.order import FINAL_FACTOR
+from sedimo.api.order import FINAL_FACTOR, MIN_CORRELATED
 from sedimo.api.probing import AblationOptions, ProbeMethod
 from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
+from sedimo.measurement.orthogonality import OrthogonalityOptions
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
 from sedimo.space import SearchSpace
 
-MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "gnn"]
+MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "orthogonality", "gnn"]
 PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
     "error": (),
     "jacobian": ("jacobian",),
     "ablation": ("ablation",),
     "combined": ("ablation", "jacobian"),
+    "orthogonality": ("orthogonality",),
     "gnn": ("jacobian",),
 }
 TRAINING_FACTOR = 3e-3  # seconds per trial and node, of training a predictor in five folds
@@ -190,6 +192,8 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
         costs.append(_jacobian_cost(opened, timing))
     if "ablation" in parts:
         costs.append(_ablation_cost(opened, timing, is_fitted="jacobian" in parts))
+    if "orthogonality" in parts:
+        costs.append(_orthogonality_cost(opened, timing))
     if method == "gnn":
         costs.append(_trials_cost(opened, timing))
     return _Cost(
@@ -198,6 +202,16 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
         max(c.memory_bytes for c in costs),
         sum(c.disk_bytes for c in costs),
     )
+
+
+def _orthogonality_cost(opened: Opened, timing: CallTiming) -> _Cost:
+    """One trajectory of more samples, some of its calls run again in pairs of parts, and errors that are estimated."""
+    n_rows = ROWS_PER_SAMPLE * MIN_CORRELATED
+    share = max(1.0, MIN_CORRELATED / opened.order.sampling.n_seeds)
+    again = OrthogonalityOptions().n_timesteps * max(1.0, 2 * n_rows / OrthogonalityOptions().max_rows)
+    calls = round(share * timing.n_calls)
+    seconds = (calls + share * again) * timing.seconds_per_call + _error_cost(opened).seconds
+    return _Cost(seconds, calls + round(again), 8 * len(opened.graph.layers) * MIN_CORRELATED**2)
 
 
 def _trials_cost(opened: Opened, timing: CallTiming) -> _Cost:

@@ -12,6 +12,7 @@ from sedimo.errors import InputError
 from sedimo.graph.model import Group
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.jacobian import JacobianProbe, probe_jacobian
+from sedimo.measurement.orthogonality import OrthogonalityProbe, probe_orthogonality
 from sedimo.measurement.study import Study
 from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.pipelines.adapter import Sampling
@@ -19,22 +20,24 @@ from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.sensitivity.ablation import DEFAULT_BITS, AblationProbe, Measured, ablation_table, plan_probes
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.jacobian import jacobian_table
+from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions, orthogonality_table
 from sedimo.sensitivity.table import SensitivityTable
 
-ProbeMethod = Literal["jacobian", "ablation"]
+ProbeMethod = Literal["jacobian", "ablation", "orthogonality"]
 
 
 @dataclass(frozen=True)
 class Probe:
     """What was measured about single decisions, with the bank that it is about.
 
-    `jacobian` or `ablation` is filled, by method.
+    `jacobian`, `ablation` or `orthogonality` is filled, by method.
     """
 
     method: ProbeMethod
     bank: Bank
     jacobian: JacobianProbe | None = None
     ablation: tuple[Measured, ...] = ()
+    orthogonality: OrthogonalityProbe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,8 @@ def probe(
     """Measures what each decision does to the denoiser, and keeps it in the study `store`; resumes there.
 
     `jacobian` takes the first-order noise of all formats at once from one trajectory; `ablation` quantizes each
-    decision alone at a few formats and samples.
+    decision alone at a few formats and samples; `orthogonality` compares the outputs of all layers between at least
+    four samples, 32 unless `sampling` says otherwise.
 
     Raises:
         InputError: another method, or a pipeline that cannot be sampled.
@@ -71,16 +75,25 @@ def probe(
         raise InputError(
             "a denoiser without its pipeline cannot be sampled: load the whole pipeline, or attribute the bank"
         )
-    plan = sampling or pipe.default_sampling(range(8), 10)
+    plan = sampling or pipe.default_sampling(range(32 if method == "orthogonality" else 8), 10)
     if isinstance(store, str | Path):
         with Study(store) as study:
             return probe(pipe, bank, method, store=study, sampling=plan, ablation=ablation, progress=progress)
     if method == "jacobian":
         return Probe(method, bank, jacobian=probe_jacobian(pipe, bank, plan, study=store, progress=progress))
+    if method == "orthogonality":
+        return Probe(method, bank, orthogonality=_probe_orthogonality(pipe, bank, plan, store, progress))
     if method != "ablation":
-        raise InputError(f"a probe is by 'jacobian' or 'ablation', got {method!r}")
+        raise InputError(f"a probe is by 'jacobian', 'ablation' or 'orthogonality', got {method!r}")
     probes = plan_probes(bank.space, bank.candidates, near_bits=ablation.near_bits, groups=ablation.groups)
     return Probe(method, bank, ablation=measure_probes(pipe, bank, store, probes, (plan, progress)))
+
+
+def _probe_orthogonality(
+    pipe: DiffusersPipeline, bank: Bank, plan: Sampling, study: Study, progress: Progress
+) -> OrthogonalityProbe:
+    layers = [layer for decision in bank.space.decisions for layer in decision.layers]
+    return probe_orthogonality(pipe, layers, plan, weights_digest=bank.weights_digest, study=study, progress=progress)
 
 
 def measure_probes(
@@ -102,19 +115,25 @@ def measure_probes(
     return tuple(Measured(one, trial.powers) for one, trial in zip(probes, trials, strict=True))
 
 
-def attribute_measured(source: Bank | Probe, method: str = "") -> SensitivityTable:
-    """The cost of every choice: by `error` from a bank, by `jacobian` or `ablation` from a probe.
+def attribute_measured(
+    source: Bank | Probe, method: str = "", *, importance: ImportanceOptions = DEFAULT_IMPORTANCE
+) -> SensitivityTable:
+    """The cost of every choice: by `error` from a bank, by the method of a probe from a probe.
+
+    `importance` holds the knobs of `orthogonality`.
 
     Raises:
         InputError: `method` is given and the source cannot give it.
     """
     known = "error" if isinstance(source, Bank) else source.method
     if method not in ("", known):
-        remedy = "sedimo.probe measures jacobian and ablation, a bank gives error"
+        remedy = "sedimo.probe measures jacobian, ablation and orthogonality, a bank gives error"
         raise InputError(f"method {method!r} cannot be had from this {type(source).__name__.lower()}: {remedy}")
     if isinstance(source, Bank):
         return error_table(source.space, source.candidates)
     space, candidates = source.bank.space, source.bank.candidates
     if source.jacobian is not None:
         return jacobian_table(space, candidates, source.jacobian)
+    if source.orthogonality is not None:
+        return orthogonality_table(space, candidates, source.orthogonality, importance)
     return ablation_table(space, candidates, source.ablation)

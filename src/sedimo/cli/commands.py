@@ -7,9 +7,16 @@ from pathlib import Path
 import click
 
 from sedimo.cli import console, show
-from sedimo.cli.options import budget_options, job_options, json_option, run_argument, sampling_options
+from sedimo.cli.options import (
+    budget_options,
+    importance_options,
+    job_options,
+    json_option,
+    run_argument,
+    sampling_options,
+)
 
-METHODS = "auto, error, jacobian, ablation, combined, gnn (see sedimo run), or uniform:FORMAT"
+METHODS = "auto, error, jacobian, ablation, combined, orthogonality, gnn (see sedimo run), or uniform:FORMAT"
 
 
 @click.command()
@@ -36,6 +43,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 @click.option(
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )
+@importance_options
 @job_options
 @sampling_options
 @json_option

@@ -61,6 +61,27 @@ def job_options(command: Command) -> Command:
     return command
 
 
+def importance_options(command: Command) -> Command:
+    """Knobs of the method orthogonality."""
+    for option in (
+        click.option(
+            "--importance-of",
+            type=click.Choice(["bits", "noise"]),
+            default="bits",
+            show_default=True,
+            help="orthogonality: weigh missing bits, as published, or weight noise.",
+        ),
+        click.option(
+            "--tau", type=float, default=0.0, show_default=True, help="orthogonality: how much more early steps count."
+        ),
+        click.option(
+            "--beta", type=float, default=10.0, show_default=True, help="orthogonality: how sharply repetition counts."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def json_option(command: Command) -> Command:
     """JSON instead of tables."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)

@@ -12,6 +12,7 @@ from sedimo.api.order import DEFAULT_SEARCH, BudgetOrder, Compute, Order, Sampli
 from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
 from sedimo.measurement.trial import ObjectiveName
+from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 
 
 def order_of(options: Mapping[str, Any]) -> Order:
@@ -31,7 +32,13 @@ def order_of(options: Mapping[str, Any]) -> Order:
         link=options["link"],
         check=not options["no_check"],
         search=search_of(options) if "trials" in options else DEFAULT_SEARCH,
+        importance=importance_of(options) if "beta" in options else DEFAULT_IMPORTANCE,
     )
+
+
+def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:
+    """Knobs of the method orthogonality."""
+    return ImportanceOptions(beta=options["beta"], tau=options["tau"], objective=options["importance_of"])
 
 
 def search_of(options: Mapping[str, Any]) -> SearchOrder:

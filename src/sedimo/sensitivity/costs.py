@@ -35,6 +35,8 @@ def build_table(
     candidates: Iterable[Candidate],
     estimate: Callable[[Candidate], CostEstimate],
     settings: Mapping[str, str],
+    *,
+    unit: str = UNIT,
 ) -> SensitivityTable:
     """The table of one method; fp16 costs nothing."""
     costs = tuple(
@@ -44,7 +46,7 @@ def build_table(
     decisions = space.decisions
     return SensitivityTable(
         method=method,
-        unit=UNIT,
+        unit=unit,
         denoiser=space.denoiser,
         costs=costs,
         layers={d.name: d.layers for d in decisions},

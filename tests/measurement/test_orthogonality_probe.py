@@ -1,0 +1,140 @@
+"""The matrix of network orthogonality against linear CKA by its other formula, on outputs that are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sedimo
+from sedimo.errors import InputError
+from sedimo.measurement.orthogonality import (
+    OrthogonalityOptions,
+    measure_part,
+    probe_orthogonality,
+    row_sums,
+)
+from sedimo.measurement.study import Study
+from sedimo.pipelines.adapter import DenoiserCall
+from sedimo.pipelines.trajectory import record
+
+
+class Branches(nn.Module):
+    """Three layers on the same input, one that repeats the first, one that gives the same for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other, self.repeated = (nn.Linear(6, 5) for _ in range(3))
+        self.fixed = nn.Linear(3, 4)
+        self.repeated.weight.data = 3 * self.one.weight.data
+        self.repeated.bias.data = self.one.bias.data + 2
+
+    def forward(self, x):
+        self.fixed(torch.ones(len(x), 3))
+        return (self.one(x) + self.other(x) * self.repeated(x),)
+
+
+LAYERS = ("one", "other", "repeated", "fixed")
+
+
+def call_of(n_rows):
+    denoiser, inputs = Branches(), {"x": torch.randn(n_rows, 7, 6, generator=torch.Generator().manual_seed(1))}
+    return denoiser, DenoiserCall(0, 500.0, inputs, denoiser(**inputs)[0])
+
+
+def features_cka(first, second):
+    """|Y^T X|^2 / (|X^T X| |Y^T Y|) of column-centred features, in float64."""
+    x, y = (t.double().flatten(1) for t in (first, second))
+    x, y = x - x.mean(0), y - y.mean(0)
+    return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def outputs_of(denoiser, call):
+    kept = {}
+    handles = [
+        denoiser.get_submodule(n).register_forward_hook(lambda _m, _i, o, n=n: kept.update({n: o.detach()}))
+        for n in LAYERS
+    ]
+    denoiser(**call.inputs)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def upper(part):
+    found = np.eye(len(LAYERS))
+    found[np.triu_indices(len(LAYERS), 1)] = part.upper
+    return found
+
+
+def test_entries_are_linear_cka_of_the_outputs():
+    denoiser, call = call_of(12)
+    found, kept = upper(measure_part(denoiser, LAYERS, call, 12)), outputs_of(denoiser, call)
+    assert found[0, 1] == pytest.approx(features_cka(kept["one"], kept["other"]), rel=1e-4)
+    assert found[1, 2] == pytest.approx(features_cka(kept["other"], kept["repeated"]), rel=1e-4)
+    assert found[0, 2] == pytest.approx(1.0, abs=1e-5)  # scaled and shifted, but the same
+    assert 0 < found[0, 1] < 1
+
+
+def test_layers_that_do_not_differ_between_samples_are_told_apart():
+    denoiser, call = call_of(12)
+    part = measure_part(denoiser, LAYERS, call, 12)
+    assert part.constant == ("fixed",)
+    assert upper(part)[:3, 3].tolist() == [0, 0, 0]
+
+
+def test_rows_of_a_sample_are_features_of_that_sample():
+    denoiser, call = call_of(12)
+    found, kept = upper(measure_part(denoiser, LAYERS, call, 6)), outputs_of(denoiser, call)
+    together = [torch.cat([kept[n][:6], kept[n][6:]], dim=1) for n in ("one", "other")]
+    assert found[0, 1] == pytest.approx(features_cka(*together), rel=1e-4)
+
+
+@pytest.mark.parametrize(("n_samples", "max_rows"), [(12, 4), (12, 10), (12, 11), (6, 8)])
+def test_samples_in_parts_give_the_same_matrix(n_samples, max_rows):
+    denoiser, call = call_of(12)
+    whole, parts = (measure_part(denoiser, LAYERS, call, n_samples, rows) for rows in (64, max_rows))
+    assert np.allclose(upper(parts), upper(whole), rtol=1e-4)
+    assert np.allclose(parts.replicates, whole.replicates, rtol=1e-4)
+
+
+def test_replicates_leave_samples_out():
+    denoiser, call = call_of(12)
+    part, kept = measure_part(denoiser, LAYERS, call, 12), outputs_of(denoiser, call)
+    assert len(part.replicates) == 12
+    without_first = {n: kept[n][1:] for n in LAYERS[:3]}
+    expected = sum(features_cka(without_first["one"], without_first[n]) for n in ("other", "repeated"))
+    assert part.replicates[0][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_hooks_are_gone_afterwards():
+    denoiser, call = call_of(4)
+    measure_part(denoiser, LAYERS, call, 4)
+    assert not any(module._forward_hooks for module in denoiser.modules())
+
+
+def test_a_pipeline_is_probed_at_uniform_timesteps_and_resumes(tiny_pipeline_folder, tmp_path, monkeypatch):
+    pipe = sedimo.load(tiny_pipeline_folder)
+    plan = pipe.default_sampling(range(6), 5)
+    layers = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "proj_out_2")
+    how = {"weights_digest": "0" * 64, "options": OrthogonalityOptions(n_timesteps=3)}
+    with Study(tmp_path) as study:
+        found = probe_orthogonality(pipe, layers, plan, study=study, **how)
+        calls = record(pipe, plan).calls
+        assert [part.timestep for part in found.parts] == [calls[i].timestep for i in (0, 2, 4)]
+        assert found.matrices.shape == (3, 3, 3)
+        assert np.allclose(found.matrices, found.matrices.transpose(0, 2, 1))
+        sums = row_sums(found)["proj_out_2"]
+        assert sums == pytest.approx((found.matrices[:, 2].sum(axis=1) - 1).tolist())
+        monkeypatch.setattr("sedimo.measurement.orthogonality.measure_part", None)  # would fail if it were called
+        assert probe_orthogonality(pipe, layers, plan, study=study, **how).parts == found.parts
+
+
+def test_too_few_samples_are_refused(tiny_pipeline_folder):
+    pipe = sedimo.load(tiny_pipeline_folder)
+    with pytest.raises(InputError, match="at least 4, got 3"):
+        probe_orthogonality(pipe, ("proj_out_2",), pipe.default_sampling(range(3), 2), weights_digest="0" * 64)
+    with pytest.raises(InputError, match="needs a timestep"):
+        OrthogonalityOptions(n_timesteps=0)

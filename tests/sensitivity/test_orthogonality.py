@@ -1,0 +1,154 @@
+"""From matrices of orthogonality to importances and costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tables_of_noise import NAMES, make_space, relative_error
+
+from sedimo.allocation.solve import allocate
+from sedimo.bank import Candidate
+from sedimo.errors import InputError
+from sedimo.measurement.orthogonality import OrthogonalityPart, OrthogonalityProbe
+from sedimo.measurement.trial import Execution, Setting
+from sedimo.quant.formats import FP16
+from sedimo.sensitivity.orthogonality import ImportanceOptions, converged, importance, orthogonality_table
+
+SETTING = Setting("0" * 64, "toy", "step", tuple(range(8)), 4, (), None, None, "float32", "cpu")
+EXECUTION = Execution(1.0, 4, 1, {})
+
+
+def part_of(matrix, constant=(), timestep=500.0):
+    n = len(matrix)
+    sums = np.asarray(matrix).sum(axis=1) - 1
+    replicates = tuple(tuple((sums * f).tolist()) for f in (0.9, 1.0, 1.1, 1.0))
+    upper = np.asarray(matrix, dtype=float)[np.triu_indices(n, 1)]
+    return OrthogonalityPart(timestep, tuple(upper.tolist()), replicates, constant)
+
+
+def matrix_of(*entries):
+    found = np.eye(4)
+    found[np.triu_indices(4, 1)] = entries
+    return found + found.T - np.eye(4)
+
+
+ALIKE = matrix_of(0.9, 0.9, 0.1, 0.9, 0.1, 0.1)  # a, b and c repeat each other, d does not
+EARLY, LATE = matrix_of(0.9, 0.9, 0.9, 0.1, 0.1, 0.1), matrix_of(0.1, 0.1, 0.9, 0.1, 0.9, 0.9)
+
+
+def probe_of(*parts):
+    return OrthogonalityProbe(SETTING, NAMES, parts, EXECUTION)
+
+
+def candidates_of(space):
+    return [
+        Candidate(d.name, f, relative_error(d.name, f), 0.0, 0, d.paper_bytes(f), d.stored_bytes(f))
+        for d in space.decisions
+        for f in d.formats
+    ]
+
+
+def table_of(probe, options=None):
+    space = make_space()
+    return orthogonality_table(space, candidates_of(space), probe, options or ImportanceOptions())
+
+
+def test_layers_that_repeat_others_least_are_most_important():
+    found = importance(probe_of(part_of(ALIKE)))
+    gamma = (ALIKE.sum(axis=1) - 1) / 3
+    assert found.theta == pytest.approx(np.exp(-10 * (gamma - gamma.min())))
+    assert found.theta.argmax() == 3
+    assert (found.standard_error[:3] > 0).all()
+    assert found.standard_error[3] == 0  # the largest is the unit
+
+
+def test_beta_zero_makes_all_alike():
+    assert importance(probe_of(part_of(ALIKE)), ImportanceOptions(beta=0)).theta.tolist() == [1, 1, 1, 1]
+
+
+def test_tau_turns_the_view_to_early_or_late_timesteps():
+    probe = probe_of(part_of(EARLY), part_of(LATE))
+    early, late = (importance(probe, ImportanceOptions(tau=tau)).theta for tau in (20.0, -20.0))
+    assert early == pytest.approx(importance(probe_of(part_of(EARLY))).theta, rel=1e-6)
+    assert late == pytest.approx(importance(probe_of(part_of(LATE))).theta, rel=1e-6)
+    weights = importance(probe, ImportanceOptions(tau=1.0)).step_weights
+    assert weights[0] / weights[1] == pytest.approx(math.e)
+
+
+def test_the_published_programme_takes_the_mean_of_what_comes_after():
+    theta = importance(probe_of(part_of(ALIKE)), ImportanceOptions(beta=1.0)).theta
+    tail = importance(probe_of(part_of(ALIKE)), ImportanceOptions(beta=1.0, tail_mean=True)).theta
+    means = np.array([theta[i:].mean() for i in range(4)])
+    assert tail == pytest.approx(means / means.max())
+
+
+def test_layers_that_nothing_is_known_of_count_as_the_mean():
+    matrix = matrix_of(0.9, 0.1, 0.0, 0.1, 0.0, 0.0)
+    found = importance(probe_of(part_of(matrix, constant=("d",))), ImportanceOptions(beta=1.0))
+    assert found.constant == ("d",)
+    alone = np.exp(-np.array([0.5, 0.5, 0.1]))  # mean over the two others that are known
+    assert found.theta == pytest.approx(np.array([*alone, alone.mean()]) / alone.max())
+    assert math.isnan(found.per_step[0, 3])
+    with pytest.raises(InputError, match="fewer than two"):
+        importance(probe_of(part_of(matrix, constant=("b", "c", "d"))))
+
+
+def test_costs_of_one_family_are_the_published_objective():
+    table, theta = table_of(probe_of(part_of(ALIKE))), importance(probe_of(part_of(ALIKE))).theta
+    for cost in table.costs:
+        if str(cost.format) == "uaq6":
+            assert cost.cost == pytest.approx(theta[NAMES.index(cost.decision)] * 10)
+        if cost.format == FP16:
+            assert cost.cost == 0
+    assert table.unit == "missing bits, weighted by importance"
+
+
+def test_the_better_family_of_equal_bits_is_preferred_but_not_to_a_bit_more():
+    table = table_of(probe_of(part_of(ALIKE)))
+    by_format = {str(c.format): c.cost for c in table.by_decision["a"]}
+    assert by_format["kmc3"] < by_format["uaq3"] < by_format["kmc3"] * 14 / 13
+    assert by_format["uaq4"] < by_format["kmc3"]
+
+
+def test_the_objective_noise_weights_weight_errors():
+    table = table_of(probe_of(part_of(ALIKE)), ImportanceOptions(objective="noise"))
+    theta = importance(probe_of(part_of(ALIKE))).theta
+    for cost in table.costs:
+        expected = theta[NAMES.index(cost.decision)] * relative_error(cost.decision, cost.format)
+        assert cost.cost == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    entries=st.lists(st.floats(0.01, 0.99), min_size=6, max_size=6),
+    bits=st.floats(3.6, 6.9),
+    objective=st.sampled_from(["bits", "noise"]),
+)
+def test_the_exact_choice_is_never_worse_than_the_rounded_programme_nor_over_the_budget(entries, bits, objective):
+    table = table_of(probe_of(part_of(matrix_of(*entries))), ImportanceOptions(objective=objective))
+    exact, rounded = (allocate(table, bits=bits, rule=rule) for rule in ("milp", "lp"))
+    assert exact.objective <= rounded.objective + 1e-9
+    for found in (exact, rounded):
+        used = sum(table.index[d, f].paper_bytes for d, f in found.choice.items())
+        assert 8 * used <= bits * table.total_params
+
+
+def test_more_timesteps_change_little_once_there_are_enough():
+    probe = probe_of(*(part_of(EARLY) for _ in range(4)))
+    assert converged(probe) == {
+        1: pytest.approx(1.0),
+        2: pytest.approx(1.0),
+        3: pytest.approx(1.0),
+        4: pytest.approx(1),
+    }
+
+
+@pytest.mark.parametrize("change", [{"beta": -1.0}, {"tau": math.inf}, {"beta": math.nan}, {"objective": "guess"}])
+def test_knobs_that_mean_nothing_are_refused(change):
+    with pytest.raises(InputError):
+        replace(ImportanceOptions(), **change)
