@@ -9,9 +9,9 @@ from sedimo.allocation.problem import Allocation
 from sedimo.api.explaining import Seeds, explain
 from sedimo.api.finals import hold_finals
 from sedimo.api.opening import Opened
-from sedimo.api.planning import N_SCALING_CHECKS, PARTS, SAMPLE_CHANNELS, MeasuredMethod, ablation_options
+from sedimo.api.planning import FITTED, N_SCALING_CHECKS, PARTS, SAMPLE_CHANNELS, MeasuredMethod, ablation_options
 from sedimo.api.predicting import know
-from sedimo.api.probing import Probe, ProbeMethod, attribute_measured, measure_probes, probe
+from sedimo.api.probing import LEAST_SAMPLES, Probe, ProbeMethod, attribute_measured, measure_probes, probe
 from sedimo.api.searching import Measuring, search
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.measurement.study import Study
@@ -45,7 +45,7 @@ class MeasuredTable:
 def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT) -> MeasuredTable:
     """The bank and the table of a method. What the study holds already is not measured again."""
     parts = PARTS[method]
-    bank = make_bank(opened, is_exact="jacobian" in parts, cache=study.path.parent, progress=progress)
+    bank = make_bank(opened, is_exact=not FITTED.isdisjoint(parts), cache=study.path.parent, progress=progress)
     if not parts:
         return MeasuredTable(bank, error_table(bank.space, bank.candidates))
     probes = [_probe(opened, bank, name, study, progress) for name in parts]
@@ -84,8 +84,7 @@ def _measuring(pipe: DiffusersPipeline, bank: Bank, study: Study, plan: Sampling
 
 
 def _probe(opened: Opened, bank: Bank, method: ProbeMethod, study: Study, progress: Progress) -> Probe:
-    how = opened.order.sampling
-    sampling = how.correlating(opened.pipe) if method == "orthogonality" else how.searching(opened.pipe)
+    sampling = opened.order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES.get(method, 0))
     options = ablation_options(opened)
     return probe(opened.pipe, bank, method, store=study, sampling=sampling, ablation=options, progress=progress)
 

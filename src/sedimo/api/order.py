@@ -16,7 +16,7 @@ from sedimo.quant.formats import FULL_BITS, Format, parse_formats
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 from sedimo.space import Recipe
 
-Method = Literal["auto", "error", "jacobian", "ablation", "combined", "orthogonality", "gnn"]
+Method = Literal["auto", "error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn"]
 METHODS: tuple[Method, ...] = get_args(Method)
 UNIFORM = "uniform:"
 MAX_BITS = 32
@@ -66,7 +66,6 @@ class BudgetOrder:
         return f"{self.n_bytes} bytes" if self.n_bytes is not None else "no budget"
 
 
-MIN_CORRELATED = 32  # samples of a batch in which layers are compared
 FINAL_FACTOR = 2  # seeds of the final per seed of the search
 
 
@@ -104,10 +103,10 @@ class SamplingOrder:
         first = self.first_seed + self.n_seeds + self.n_check_seeds
         return self.plan(pipe, range(first, first + FINAL_FACTOR * self.n_seeds))
 
-    def correlating(self, pipe: DiffusersPipeline) -> Sampling:
-        """The plan for what is seen only between many samples: the searched seeds, and more past all other plans'."""
-        first, n_more = self.first_seed + (1 + FINAL_FACTOR) * self.n_seeds + self.n_check_seeds, MIN_CORRELATED
-        more = range(first, first + max(0, n_more - self.n_seeds))
+    def sampling_many(self, pipe: DiffusersPipeline, n_samples: int) -> Sampling:
+        """The plan for what takes at least `n_samples`: the searched seeds, and more past those of all other plans."""
+        first = self.first_seed + (1 + FINAL_FACTOR) * self.n_seeds + self.n_check_seeds
+        more = range(first, first + max(0, n_samples - self.n_seeds))
         return self.plan(pipe, (*range(self.first_seed, self.first_seed + self.n_seeds), *more))
 
     def plan(self, pipe: DiffusersPipeline, seeds: Sequence[int]) -> Sampling:

@@ -15,8 +15,8 @@ import torch
 
 from sedimo.api.additivity import N_RECIPES
 from sedimo.api.opening import Opened, OpenedSource
-from sedimo.api.order import FINAL_FACTOR, MIN_CORRELATED
-from sedimo.api.probing import AblationOptions, ProbeMethod
+from sedimo.api.order import FINAL_FACTOR
+from sedimo.api.probing import LEAST_SAMPLES, AblationOptions, ProbeMethod
 from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
 from sedimo.measurement.campaign import plan_campaign
@@ -27,15 +27,17 @@ from sedimo.quant.fitting import fit_parameters
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
 from sedimo.space import SearchSpace
 
-MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "orthogonality", "gnn"]
+MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn"]
 PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
     "error": (),
     "jacobian": ("jacobian",),
     "ablation": ("ablation",),
     "combined": ("ablation", "jacobian"),
+    "sqnr": ("sqnr",),
     "orthogonality": ("orthogonality",),
     "gnn": ("jacobian",),
 }
+FITTED = frozenset({"jacobian", "sqnr"})  # probes that look at the weight changes of all formats
 TRAINING_FACTOR = 3e-3  # seconds per trial and node, of training a predictor in five folds
 PATIENCE_SECONDS = 30 * 60
 SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
@@ -192,8 +194,7 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
         costs.append(_jacobian_cost(opened, timing))
     if "ablation" in parts:
         costs.append(_ablation_cost(opened, timing, is_fitted="jacobian" in parts))
-    if "orthogonality" in parts:
-        costs.append(_orthogonality_cost(opened, timing))
+    costs += [_outputs_cost(opened, part, timing) for part in parts if part in LEAST_SAMPLES]
     if method == "gnn":
         costs.append(_trials_cost(opened, timing))
     return _Cost(
@@ -204,14 +205,20 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
     )
 
 
-def _orthogonality_cost(opened: Opened, timing: CallTiming) -> _Cost:
-    """One trajectory of more samples, some of its calls run again in pairs of parts, and errors that are estimated."""
-    n_rows = ROWS_PER_SAMPLE * MIN_CORRELATED
-    share = max(1.0, MIN_CORRELATED / opened.order.sampling.n_seeds)
-    again = OrthogonalityOptions().n_timesteps * max(1.0, 2 * n_rows / OrthogonalityOptions().max_rows)
+def _outputs_cost(opened: Opened, method: ProbeMethod, timing: CallTiming) -> _Cost:
+    """A trajectory of more samples; some calls again in pairs of parts, or all again with all formats."""
+    share = max(1.0, LEAST_SAMPLES[method] / opened.order.sampling.n_seeds)
+    if method == "sqnr":
+        fitted = sum(d.params * len(d.formats) for d in opened.space.decisions)
+        n_formats = max(len(d.formats) for d in opened.space.decisions)
+        calls = round(share * timing.n_calls * (1 + count_passes(opened.space)))
+        seconds = share * timing.n_calls * (1 + n_formats) * timing.seconds_per_call + fitted * seconds_per_fit(opened)
+        return _Cost(seconds, calls, JACOBIAN_MEMORY_BYTES)
+    options, n_rows = OrthogonalityOptions(), ROWS_PER_SAMPLE * LEAST_SAMPLES[method]
+    again = options.n_timesteps * max(1.0, 2 * n_rows / options.max_rows)
     calls = round(share * timing.n_calls)
     seconds = (calls + share * again) * timing.seconds_per_call + _error_cost(opened).seconds
-    return _Cost(seconds, calls + round(again), 8 * len(opened.graph.layers) * MIN_CORRELATED**2)
+    return _Cost(seconds, calls + round(again), 8 * len(opened.graph.layers) * LEAST_SAMPLES[method] ** 2)
 
 
 def _trials_cost(opened: Opened, timing: CallTiming) -> _Cost:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from sedimo.graph.model import Group
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.jacobian import JacobianProbe, probe_jacobian
 from sedimo.measurement.orthogonality import OrthogonalityProbe, probe_orthogonality
+from sedimo.measurement.sqnr import SqnrProbe, probe_sqnr
 from sedimo.measurement.study import Study
 from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.pipelines.adapter import Sampling
@@ -21,22 +22,24 @@ from sedimo.sensitivity.ablation import DEFAULT_BITS, AblationProbe, Measured, a
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.jacobian import jacobian_table
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions, orthogonality_table
+from sedimo.sensitivity.sqnr import sqnr_table
 from sedimo.sensitivity.table import SensitivityTable
 
-ProbeMethod = Literal["jacobian", "ablation", "orthogonality"]
+ProbeMethod = Literal["jacobian", "ablation", "sqnr", "orthogonality"]
 
 
 @dataclass(frozen=True)
 class Probe:
     """What was measured about single decisions, with the bank that it is about.
 
-    `jacobian`, `ablation` or `orthogonality` is filled, by method.
+    The field of the method is filled.
     """
 
     method: ProbeMethod
     bank: Bank
     jacobian: JacobianProbe | None = None
     ablation: tuple[Measured, ...] = ()
+    sqnr: SqnrProbe | None = None
     orthogonality: OrthogonalityProbe | None = None
 
 
@@ -48,6 +51,8 @@ class AblationOptions:
     groups: tuple[Group, ...] = ()
 
 
+N_SAMPLES = 8
+LEAST_SAMPLES: Mapping[str, int] = {"sqnr": 64, "orthogonality": 32}  # of methods that need more
 DEFAULT_ABLATION = AblationOptions()
 
 
@@ -64,8 +69,9 @@ def probe(
     """Measures what each decision does to the denoiser, and keeps it in the study `store`; resumes there.
 
     `jacobian` takes the first-order noise of all formats at once from one trajectory; `ablation` quantizes each
-    decision alone at a few formats and samples; `orthogonality` compares the outputs of all layers between at least
-    four samples, 32 unless `sampling` says otherwise.
+    decision alone at a few formats and samples; `sqnr` takes the noise of all formats at the layers' own outputs;
+    `orthogonality` compares the outputs of all layers between at least four samples. Without `sampling`, there are
+    8 samples, 64 for `sqnr`, 32 for `orthogonality`.
 
     Raises:
         InputError: another method, or a pipeline that cannot be sampled.
@@ -75,16 +81,18 @@ def probe(
         raise InputError(
             "a denoiser without its pipeline cannot be sampled: load the whole pipeline, or attribute the bank"
         )
-    plan = sampling or pipe.default_sampling(range(32 if method == "orthogonality" else 8), 10)
+    plan = sampling or pipe.default_sampling(range(LEAST_SAMPLES.get(method, N_SAMPLES)), 10)
     if isinstance(store, str | Path):
         with Study(store) as study:
             return probe(pipe, bank, method, store=study, sampling=plan, ablation=ablation, progress=progress)
     if method == "jacobian":
         return Probe(method, bank, jacobian=probe_jacobian(pipe, bank, plan, study=store, progress=progress))
+    if method == "sqnr":
+        return Probe(method, bank, sqnr=probe_sqnr(pipe, bank, plan, study=store, progress=progress))
     if method == "orthogonality":
         return Probe(method, bank, orthogonality=_probe_orthogonality(pipe, bank, plan, store, progress))
     if method != "ablation":
-        raise InputError(f"a probe is by 'jacobian', 'ablation' or 'orthogonality', got {method!r}")
+        raise InputError(f"a probe is by 'jacobian', 'ablation', 'sqnr' or 'orthogonality', got {method!r}")
     probes = plan_probes(bank.space, bank.candidates, near_bits=ablation.near_bits, groups=ablation.groups)
     return Probe(method, bank, ablation=measure_probes(pipe, bank, store, probes, (plan, progress)))
 
@@ -127,13 +135,15 @@ def attribute_measured(
     """
     known = "error" if isinstance(source, Bank) else source.method
     if method not in ("", known):
-        remedy = "sedimo.probe measures jacobian, ablation and orthogonality, a bank gives error"
+        remedy = "sedimo.probe measures jacobian, ablation, sqnr and orthogonality, a bank gives error"
         raise InputError(f"method {method!r} cannot be had from this {type(source).__name__.lower()}: {remedy}")
     if isinstance(source, Bank):
         return error_table(source.space, source.candidates)
     space, candidates = source.bank.space, source.bank.candidates
     if source.jacobian is not None:
         return jacobian_table(space, candidates, source.jacobian)
+    if source.sqnr is not None:
+        return sqnr_table(space, candidates, source.sqnr)
     if source.orthogonality is not None:
         return orthogonality_table(space, candidates, source.orthogonality, importance)
     return ablation_table(space, candidates, source.ablation)

@@ -16,7 +16,7 @@ from sedimo.cli.options import (
     sampling_options,
 )
 
-METHODS = "auto, error, jacobian, ablation, combined, orthogonality, gnn (see sedimo run), or uniform:FORMAT"
+METHODS = "auto, error, jacobian, ablation, combined, sqnr, orthogonality, gnn (see sedimo run), or uniform:FORMAT"
 
 
 @click.command()

@@ -26,13 +26,13 @@ from sedimo.errors import UnsupportedError
 from sedimo.measurement.guidance import find_row_weights
 from sedimo.measurement.interrupt import StopRequest, graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
+from sedimo.measurement.passes import MEMORY_BYTES, passes, weight_changes, weight_formats
 from sedimo.measurement.study import Study
 from sedimo.measurement.taps import Changes, InputChangedError, Taps
 from sedimo.measurement.trial import Execution, Setting
 from sedimo.measurement.worker import setting_of, versions
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import output_tensor, record
-from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class JacobianOptions:
 
     n_directions: int = 4
     seed: int = 0
-    memory_bytes: int = 2 << 30
+    memory_bytes: int = MEMORY_BYTES
     max_rows: int = 64
     combine_rows: bool = True
 
@@ -105,11 +105,11 @@ def probe_jacobian(
     trajectory = record(adapter, sampling)
     calls = tuple(batches_of(sampling, trajectory.calls))
     weights = (find_row_weights(trajectory) if options.combine_rows else None) or (1.0,)
-    passes = _passes(bank.space, options)
+    parts = passes(bank.space, options.memory_bytes)
     totals = _Totals(len(sampling.seeds))
-    progress.start(len(passes) * len(calls), "first-order noise")
+    progress.start(len(parts) * len(calls), "first-order noise")
     with graceful_interrupt() as stop:
-        for decisions in passes:
+        for decisions in parts:
             work = _Pass(adapter.denoiser, bank, decisions, (options, weights))
             for index, (call, samples) in enumerate(calls):
                 totals.add(_saved_part(study, work, (setting, index), (call, samples)), samples)
@@ -122,7 +122,7 @@ def probe_jacobian(
 
 def count_passes(space: SearchSpace, options: JacobianOptions | None = None) -> int:
     """How often the trajectory is gone through because weight changes do not fit in memory at once."""
-    return len(_passes(space, options or JacobianOptions()))
+    return len(passes(space, (options or JacobianOptions()).memory_bytes))
 
 
 class _Pass:
@@ -136,7 +136,7 @@ class _Pass:
         how: tuple[JacobianOptions, tuple[float, ...]],
     ) -> None:
         self.denoiser, (self.options, self._weights) = denoiser, how
-        self.formats = {d: _formats(bank.space, d) for d in decisions}
+        self.formats = {d: weight_formats(bank.space, d) for d in decisions}
         self._bank = bank
         self._changes: dict[str, Changes] | None = None
         self._copies_inputs = False
@@ -178,7 +178,7 @@ class _Pass:
         found: dict[str, list[torch.Tensor]] = {}
         unused: tuple[str, ...] = ()
         if self._changes is None:
-            self._changes = {d: _changes(self._bank, self.denoiser, d) for d in self.formats}
+            self._changes = {d: self._loaded(d) for d in self.formats}
         with Taps(self.denoiser, self._changes, copy_inputs=self._copies_inputs) as taps:
             for units in plan.slices(self.options.max_rows):
                 taps.begin(plan.call.output.device)
@@ -190,6 +190,10 @@ class _Pass:
                     found.setdefault(decision, []).append(squares)
         _refuse_hidden_use(self.denoiser, plan.call, [layer for d in unused for layer in self._changes[d].layers])
         return {d: torch.cat(parts) for d, parts in found.items()}, unused
+
+    def _loaded(self, decision: str) -> Changes:
+        deltas = weight_changes(self._bank, self.denoiser, decision)
+        return Changes(self._bank.space.decision_index[decision].layers, deltas.flatten(2))
 
 
 class _RowPlan:
@@ -265,37 +269,6 @@ def _saved_part(
 def _check(stop: StopRequest, study: Study | None) -> None:
     where = f"saved in {study.path}; run the same command again to go on" if study else "lost; give a study to keep it"
     stop.check(f"interrupted: what was measured is {where}")
-
-
-def _passes(space: SearchSpace, options: JacobianOptions) -> list[list[str]]:
-    """Decisions in groups whose weight changes fit in memory; at least one decision each."""
-    found: list[list[str]] = []
-    free = 0
-    for decision in space.decisions:
-        formats = _formats(space, decision.name)
-        size = 4 * decision.params * len(formats)
-        if not formats:
-            continue
-        if not found or size > free:
-            found.append([])
-            free = options.memory_bytes
-        found[-1].append(decision.name)
-        free -= size
-    return found
-
-
-def _formats(space: SearchSpace, decision: str) -> tuple[Format, ...]:
-    formats = space.decision_index[decision].formats
-    return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
-
-
-def _changes(bank: Bank, denoiser: nn.Module, decision: str) -> Changes:
-    known, formats = bank.space.decision_index[decision], _formats(bank.space, decision)
-    device = next(denoiser.parameters()).device
-    deltas = torch.empty(len(formats), *known.shape, device=device)
-    for target, (_, change) in zip(deltas, bank.changes(decision), strict=True):
-        target.copy_(change)
-    return Changes(known.layers, deltas.flatten(2))
 
 
 def _directions(plan: _RowPlan, index: int, options: JacobianOptions) -> list[torch.Tensor]:

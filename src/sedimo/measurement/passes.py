@@ -1,0 +1,44 @@
+"""Weight changes of many formats in memory: which, and of how many decisions at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sedimo.bank import Bank
+from sedimo.quant.formats import Format
+from sedimo.space import SearchSpace
+
+MEMORY_BYTES = 2 << 30
+
+
+def weight_formats(space: SearchSpace, decision: str) -> tuple[Format, ...]:
+    """The different weight formats of a decision, full precision left out."""
+    formats = space.decision_index[decision].formats
+    return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
+
+
+def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[str]]:
+    """Decisions in groups whose weight changes fit in memory; at least one decision each."""
+    found: list[list[str]] = []
+    free = 0
+    for decision in space.decisions:
+        size = 4 * decision.params * len(weight_formats(space, decision.name))
+        if not size:
+            continue
+        if not found or size > free:
+            found.append([])
+            free = memory_bytes
+        found[-1].append(decision.name)
+        free -= size
+    return found
+
+
+def weight_changes(bank: Bank, denoiser: nn.Module, decision: str) -> torch.Tensor:
+    """What each weight format changes, `[F, out, in, ...]` float32 on the denoiser's device."""
+    shape = bank.space.decision_index[decision].shape
+    device = next(denoiser.parameters()).device
+    deltas = torch.empty(len(weight_formats(bank.space, decision)), *shape, device=device)
+    for target, (_, change) in zip(deltas, bank.changes(decision), strict=True):
+        target.copy_(change)
+    return deltas

@@ -1,0 +1,42 @@
+"""Local noise as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sedimo.bank import Candidate
+from sedimo.errors import InputError
+from sedimo.measurement.sqnr import SqnrProbe
+from sedimo.sensitivity.costs import CostEstimate, build_table
+from sedimo.sensitivity.table import SensitivityTable
+from sedimo.space import SearchSpace
+
+
+def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrProbe) -> SensitivityTable:
+    """Cost = relative noise power at the decision's own outputs, averaged over samples and timesteps.
+
+    A sum of such costs treats noise at all layers alike, wherever it goes from there.
+
+    Raises:
+        InputError: the probe was made for other decisions or formats.
+
+    Source:
+        Efficient Quantization Strategies for Latent Diffusion Models (arXiv 2312.05431), time-averaged local SQNR.
+    """
+    known = {(d, text) for part in probe.parts for d, formats in part.noise.items() for text in formats}
+    called = {d for d, _ in known}
+
+    def estimate(candidate: Candidate) -> CostEstimate:
+        text = str(candidate.format.weight_format)
+        if candidate.decision in called and (candidate.decision, text) not in known:
+            raise InputError(f"the probe has no {candidate.decision} at {text}; measure it again for this space")
+        found = probe.over_time(candidate.decision, candidate.format)
+        return CostEstimate(found.mean, found.standard_error, probe.n_samples)
+
+    unused = sorted({d.name for d in space.decisions} - called)
+    settings = {
+        "n_samples": str(probe.n_samples),
+        "n_steps": str(len(probe.parts)),
+        "unused_decisions": ", ".join(unused) or "none",
+    }
+    return build_table("sqnr", space, candidates, estimate, settings)
