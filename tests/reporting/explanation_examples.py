@@ -135,7 +135,10 @@ def dit_explanation() -> Explanation:
     operations = {g.name: means.get(g.name, float(rng.normal(0.2, 0.25))) for g in summary.operations}
     blocks = {f"transformer_blocks.{i}": m for i, m in enumerate((-0.9, -0.2, 0.1, -0.6, 0.2, -0.1))}
     folds = tuple(
-        FoldRow(f, h, *(float(v) for v in rng.normal((0.9 - 0.05 * h, 0.7, 0.9, 0.4), 0.03)))
+        FoldRow(
+            f, h, subset, *(estimate(float(v), 0.03, 96) for v in rng.normal((0.9 - 0.05 * h, 0.7, 0.9, 0.4), 0.03))
+        )
+        for subset in ("all", "3.25 to 3.75 bits")
         for f in range(4)
         for h in range(5)
     )

@@ -144,7 +144,7 @@ def odd(kind: str) -> Explanation:
         )
         insights = (Insight("x", (), "kmc3", "kmc4", 0.0, measured=ENDLESS, verdict="open"),)
         rounds = tuple(replace(r, best_db=NOTHING, predicted_db=NAN) for r in e.rounds)
-    folds = tuple(replace(f, srcc=NAN) for f in e.folds)
+    folds = tuple(replace(f, srcc=NOTHING) for f in e.folds)
     parts = {"operation_boxes": boxes, "block_boxes": boxes, "predictors": rows, "folds": folds, "curve": curve}
     return replace(e, **parts, insights=insights, rounds=rounds)
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from sedimo.api.insights import bits_of, grouped, insights
 from sedimo.api.order import BudgetOrder
-from sedimo.api.predicting import BAND_HALF_WIDTH, Known, PredictorReport, judge
+from sedimo.api.predicting import BAND_HALF_WIDTH, MIN_IN_BAND, Known, PredictorReport, band_name, judge
 from sedimo.api.searching import MAX_VARIANTS, Measuring, Search, allocated
 from sedimo.errors import InputError
 from sedimo.graph.groups import split_groups
@@ -67,7 +67,7 @@ def explain(known: Known, search: Search, seeds: Seeds, *, target: str) -> Expla
         block_boxes=score_boxes(blocks),
         format_shares=format_shares(search),
         predictors=predictor_rows(report),
-        folds=fold_rows(search),
+        folds=fold_rows(search, band),
         curve=curve(known, search, seeds.search),
         insights=insights(search, seeds.fresh),
         rounds=tuple(
@@ -148,15 +148,20 @@ def predictor_rows(report: PredictorReport) -> tuple[PredictorRow, ...]:
     return tuple(found)
 
 
-def fold_rows(search: Search) -> tuple[FoldRow, ...]:
-    """Quality per fold and hop on the fold's own test recipes."""
+def fold_rows(search: Search, band: tuple[float, float]) -> tuple[FoldRow, ...]:
+    """Quality per fold and hop on the fold's own test recipes, and on those of them within a band of bits."""
     truth = search.data.target if search.predictor.has_sizes else search.data.quality
+    bits = search.data.choices.paper_bits(search.data.codes)
     found = []
     for index, fold in enumerate(search.predictor.folds):
-        for hop, scores in enumerate(fold.hop_scores):
-            q = prediction_quality(scores, truth[fold.test], n_bootstrap=N_BOOTSTRAP_OF_FOLD)
-            values = (q.srcc.value, q.kendall_tau.value, q.ndcg_at_10.value, q.mae.value)
-            found.append(FoldRow(index, hop, *values))
+        everything = np.ones(len(fold.test), dtype=bool)
+        inside = (bits[fold.test] >= band[0]) & (bits[fold.test] <= band[1])
+        for subset, chosen in ((OVERALL, everything), (band_name(band), inside)):
+            if chosen.sum() < MIN_IN_BAND:
+                continue
+            for hop, scores in enumerate(fold.hop_scores):
+                q = prediction_quality(scores[chosen], truth[fold.test][chosen], n_bootstrap=N_BOOTSTRAP_OF_FOLD)
+                found.append(FoldRow(index, hop, subset, q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae))
     return tuple(found)
 
 

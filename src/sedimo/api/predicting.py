@@ -42,6 +42,7 @@ DEFAULT_TARGETS: Mapping[ObjectiveName, str] = {
 CANDIDATES, PRIOR = "candidates", "prior"
 WORST_NOISE, LEAST_NOISE = 1e6, 1e-12  # of a sample that diverged, of one without noise
 BAND_HALF_WIDTH = 0.25  # bits
+MIN_IN_BAND = 8  # recipes that a rank correlation in a band needs
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,8 @@ def judge(
     }
     if band is not None:
         inside = (bits >= band[0]) & (bits <= band[1])
-        if inside.sum() >= 8:
-            name = f"{band[0]:.2f} to {band[1]:.2f} bits"
-            subsets[name] = (truth[inside], {h.name: h.folds[inside] for h in (mine, *rivals)})
+        if inside.sum() >= MIN_IN_BAND:
+            subsets[band_name(band)] = (truth[inside], {h.name: h.folds[inside] for h in (mine, *rivals)})
     if len(codes):
         subsets["extra recipes in the band"] = (measured, {h.name: h.extra for h in (mine, *rivals)})
     rows, differences = [], {}
@@ -214,6 +214,11 @@ def judge(
         for rival in rivals:
             differences[rival.name, subset] = quality_difference(predictions[mine.name], predictions[rival.name], y)
     return PredictorReport(tuple(rows), differences)
+
+
+def band_name(band: tuple[float, float]) -> str:
+    """A band of average bits, for people."""
+    return f"{band[0]:.2f} to {band[1]:.2f} bits"
 
 
 def _pooled(powers: NoisePowers) -> float:

@@ -97,14 +97,18 @@ class PredictorRow:
 
 @dataclass(frozen=True, slots=True)
 class FoldRow:
-    """Quality of the used predictor on one held-out part of the trials, read out after `hop` steps of the graph."""
+    """Quality of the used predictor on one held-out part of the trials, read out after `hop` steps of the graph.
+
+    `subset` says which recipes of that part: all, or those in a band of bits.
+    """
 
     fold: int
     hop: int
-    srcc: float
-    kendall_tau: float
-    ndcg_at_10: float
-    mae: float
+    subset: str
+    srcc: Estimate
+    kendall_tau: Estimate
+    ndcg_at_10: Estimate
+    mae: Estimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,11 +61,13 @@ class PredictorLine:
 
 @dataclass(frozen=True, slots=True)
 class FoldLine:
-    """One fold at one hop."""
+    """One fold at one hop, on one subset of its recipes."""
 
     fold: int
     hop: int
-    figures: tuple[str, ...]
+    subset: str
+    n: int
+    figures: tuple[Figure, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def predictor_lines(rows: Sequence[PredictorRow]) -> tuple[PredictorLine, ...]:
     return tuple(
         PredictorLine(
             predictor=row.predictor,
-            subset="all recipes" if row.subset == OVERALL else row.subset,
+            subset=_subset(row.subset),
             n=row.n,
             figures=tuple(_figure(e) for e in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)),
             time="" if row.seconds is None else duration(row.seconds),
@@ -123,9 +125,15 @@ def predictor_lines(rows: Sequence[PredictorRow]) -> tuple[PredictorLine, ...]:
 
 def fold_lines(rows: Sequence[FoldRow]) -> tuple[FoldLine, ...]:
     """Fold by fold, hop by hop."""
-    ordered = sorted(rows, key=lambda row: (row.fold, row.hop))
+    ordered = sorted(rows, key=lambda row: (row.subset != OVERALL, row.subset, row.fold, row.hop))
     return tuple(
-        FoldLine(row.fold, row.hop, tuple(_plain(v) for v in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)))
+        FoldLine(
+            fold=row.fold,
+            hop=row.hop,
+            subset=_subset(row.subset),
+            n=row.srcc.n,
+            figures=tuple(_figure(e) for e in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)),
+        )
         for row in ordered
     )
 
@@ -154,6 +162,10 @@ def finalist_lines(finalists: Sequence[FinalistRow]) -> tuple[FinalistLine, ...]
 def has_times(explanation: Explanation) -> bool:
     """Whether the time of fitting is known of any predictor."""
     return any(row.seconds is not None for row in explanation.predictors)
+
+
+def _subset(name: str) -> str:
+    return "all recipes" if name == OVERALL else name
 
 
 def _figure(estimate: Estimate) -> Figure:
