@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from sedimo.api.blocks import BlocksOrder
 from sedimo.api.explore_order import ExploreOrder
 from sedimo.api.inspection import read_recipe
 from sedimo.api.order import DEFAULT_SEARCH, BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
 from sedimo.measurement.trial import ObjectiveName
+from sedimo.quant.formats import Format
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 
 
@@ -65,6 +67,17 @@ def explore_order_of(options: Mapping[str, Any]) -> ExploreOrder:
         variant=options["variant"],
         executor=options["executor"],
         workers=options["workers"],
+    )
+
+
+def blocks_order_of(options: Mapping[str, Any]) -> BlocksOrder:
+    """The order of `sedimo blocks`."""
+    names = ("source", "store", "objective", "keep_db", "keep", "bits", "variant")
+    return BlocksOrder(
+        **{name: options[name] for name in names},
+        number_format=Format.parse(options["number_format"]),
+        sampling=sampling_of(options),
+        compute=compute_of(options),
     )
 
 

@@ -64,4 +64,33 @@ def attribute(run: Path, as_json: bool, method: str, **options: object) -> None:
     console.print_json(found.as_json()) if as_json else show_study.attribution(found)
 
 
-ALL = (run, attribute)
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.option("--format", "number_format", required=True, help="The format of quantized blocks, such as uaq4.")
+@click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
+@click.option("--objective", default="final_latents", show_default=True, help="final_latents, path or step.")
+@click.option("--keep-db", type=float, help="Keep blocks at 16 bits whose protection gains so much [dB].")
+@click.option("--keep", type=click.IntRange(0), help="Keep so many blocks at 16 bits, those that gain most.")
+@click.option("--bits", type=float, help="Keep as many blocks at 16 bits as so many paper bits per weight allow.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the recipe.")
+@click.option("--variant", help="Variant of the source's weights, such as fp16.")
+@sampling_options
+@json_option
+def blocks(as_json: bool, out: Path | None, **options: object) -> None:
+    """Which blocks of SRC noise enters through: the first N quantized, all but one; and a hybrid recipe.
+
+    Example: sedimo blocks zoo:cifar-dit --format uaq4 --store runs/blocks --keep 1 -o hybrid.json
+    """
+    from sedimo.api.blocks import measure_blocks
+    from sedimo.cli import show_study
+    from sedimo.cli.orders import blocks_order_of
+    from sedimo.pipelines.folder import write_file
+
+    with console.progress() as progress:
+        found = measure_blocks(blocks_order_of(options), progress)
+    if out is not None:
+        write_file(out, found.recipe.to_json().encode())
+    console.print_json(found.as_json()) if as_json else show_study.blocks(found)
+
+
+ALL = (run, attribute, blocks)

@@ -13,6 +13,7 @@ from sedimo.cli.show import size
 
 if TYPE_CHECKING:
     from sedimo.api.attributing import Attribution
+    from sedimo.api.blocks import BlocksResult
     from sedimo.api.exploring import ExplorationPlan, ExploreResult
     from sedimo.api.listing import TrialRow
     from sedimo.metrics.estimate import Estimate
@@ -52,6 +53,29 @@ def trials(found: Sequence[TrialRow]) -> None:
     ]
     print_table("", columns, rows)
     click.echo(f"{len(found)} trials")
+
+
+def blocks(found: BlocksResult) -> None:
+    """Both curves, block by block, and what staying at 16 bits gains."""
+    columns = ("block", "weights", "this and all before [dB]", "gained by keeping it [dB, 95 % interval]", "kept")
+    rows = [
+        (
+            row.block,
+            f"{row.params:,}",
+            _with_error(row.up_to),
+            f"{row.alone_kept.value:+.2f} [{row.alone_kept.low:+.2f}, {row.alone_kept.high:+.2f}]",
+            "16 bits" if row.block in found.kept else "",
+        )
+        for row in found.rows
+    ]
+    print_table(f"{found.number_format}, SQNR of blocks", columns, rows)
+    click.echo(f"all blocks at {found.number_format}: {_with_error(found.everything)} dB")
+    if found.hybrid is not None and found.hybrid_gain is not None:
+        gain = found.hybrid_gain
+        click.echo(
+            f"hybrid, {found.paper_bits:.3f} paper bits: {_with_error(found.hybrid)} dB on fresh seeds, "
+            f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] against all blocks at {found.number_format}"
+        )
 
 
 def attribution(found: Attribution) -> None:

@@ -1,0 +1,157 @@
+"""Block curves of a source, and the recipe of hybrid precision that follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sedimo.api.opening import open_pipeline
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder, refuse_activations
+from sedimo.api.searching import Measuring
+from sedimo.bank import SILENT, Progress, fit_bank
+from sedimo.codec import to_plain
+from sedimo.errors import InputError
+from sedimo.measurement.study import Study
+from sedimo.measurement.trial import ObjectiveName, Trial
+from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
+from sedimo.quant.formats import Format
+from sedimo.sensitivity.blocks import (
+    BlockRow,
+    all_but_one,
+    blocks_of,
+    extra_bytes_of,
+    first_blocks,
+    hybrid_recipe,
+    sensitive_blocks,
+)
+from sedimo.space import Recipe, SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksOrder:
+    """What to measure block by block, and by which one rule blocks stay at 16 bits; without a rule none do.
+
+    `keep_db` keeps those whose protection gains so much [dB], `keep` so many, `bits` as many as the average paper bits
+    allow.
+    """
+
+    source: str
+    store: Path
+    number_format: Format
+    objective: ObjectiveName = "final_latents"
+    keep_db: float | None = None
+    keep: int | None = None
+    bits: float | None = None
+    variant: str | None = None
+    sampling: SamplingOrder = DEFAULT_SAMPLING
+    compute: Compute = DEFAULT_COMPUTE
+
+    def __post_init__(self) -> None:
+        """Refuses formats that change no weight, objectives without curves, and several rules."""
+        if not self.number_format.is_quantized:
+            raise InputError(f"block curves need a format that changes weights, got {self.number_format}")
+        refuse_activations([self.number_format])
+        if self.objective not in ("final_latents", "path", "step"):
+            raise InputError(f"block curves are measured by final_latents, path or step, got {self.objective!r}")
+        if sum(rule is not None for rule in (self.keep_db, self.keep, self.bits)) > 1:
+            raise InputError("give one rule for the blocks that stay at 16 bits: --keep-db, --keep or --bits")
+
+
+@dataclass(frozen=True)
+class BlocksResult:
+    """The curves, all blocks at the format, and the hybrid recipe measured on fresh seeds, when a rule was given.
+
+    `hybrid_gain` is what it gains against all blocks at the format there, paired [dB].
+    """
+
+    number_format: Format
+    rows: tuple[BlockRow, ...]
+    everything: Estimate
+    kept: tuple[str, ...]
+    recipe: Recipe
+    paper_bits: float
+    hybrid: Estimate | None
+    hybrid_gain: Estimate | None
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        plain: dict[str, object] = to_plain(self)
+        plain["recipe"] = {name: str(entry) for name, entry in self.recipe.layers.items()}
+        return plain
+
+
+def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksResult:
+    """Both curves of a format, and the hybrid recipe of the order's rule. Resumes in the study.
+
+    Raises:
+        InputError: the source cannot be sampled, no layer can take the format, or a budget below all quantized.
+        Interrupted: Ctrl-C; what was measured is kept.
+    """
+    opened = open_pipeline(order.source, f"{order.number_format},fp16", compute=order.compute, variant=order.variant)
+    with Study(order.store) as study:
+        bank = fit_bank(opened.weights, opened.space, cache=study.path.parent, progress=progress)
+        pipe = opened.pipe
+
+        def on(fresh: bool) -> Measuring:
+            plan = order.sampling.checking(pipe) if fresh else order.sampling.searching(pipe)
+            setting = setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=order.objective)
+            return Measuring(
+                study, setting, lambda: TrialWorker(pipe, bank, plan, objective=order.objective), progress=progress
+            )
+
+        free = _free_bytes(order, bank.space)  # refuses a budget that is too small before anything is measured
+        rows, everything = _curves(bank.space, order.number_format, on(fresh=False))
+        kept = _kept(order, rows, free)
+        recipe = hybrid_recipe(bank.space, order.number_format, kept)
+        hybrid = gain = None
+        if kept:
+            uniform = hybrid_recipe(bank.space, order.number_format, [])
+            mine, plain = on(fresh=True).trials([recipe, uniform])
+            hybrid, gain = _sqnr(mine), paired_difference(mine.powers, plain.powers).estimate
+    bits = bank.space.paper_bits(recipe)
+    return BlocksResult(order.number_format, rows, everything, kept, recipe, bits, hybrid, gain)
+
+
+def _curves(space: SearchSpace, number_format: Format, measuring: Measuring) -> tuple[tuple[BlockRow, ...], Estimate]:
+    blocks, first = blocks_of(space), first_blocks(space, number_format)
+    trials = measuring.trials([*first, *all_but_one(space, number_format)])
+    everything = trials[len(first) - 1]
+    rows = tuple(
+        BlockRow(
+            block=name,
+            decisions=tuple(d.name for d in members),
+            params=sum(d.params for d in members),
+            extra_bytes=extra_bytes_of(members, number_format),
+            up_to=_sqnr(up_to),
+            alone_kept=paired_difference(without.powers, everything.powers).estimate,
+        )
+        for (name, members), up_to, without in zip(blocks.items(), trials, trials[len(first) :], strict=False)
+    )
+    return rows, _sqnr(everything)
+
+
+def _kept(order: BlocksOrder, rows: tuple[BlockRow, ...], free: int | None) -> tuple[str, ...]:
+    if order.keep_db is None and order.keep is None and free is None:
+        return ()
+    return sensitive_blocks(rows, gain_db=order.keep_db, count=order.keep, extra_bytes=free)
+
+
+def _free_bytes(order: BlocksOrder, space: SearchSpace) -> int | None:
+    """What a budget in bits leaves for blocks at 16 bits; None without one."""
+    if order.bits is None:
+        return None
+    least = space.paper_bytes(hybrid_recipe(space, order.number_format, []))
+    free = int(order.bits * space.params / 8) - least
+    if free < 0:
+        raise InputError(
+            f"all blocks at {order.number_format} take {8 * least / space.params:.3f} bits per weight, more than the "
+            f"budget of {order.bits:g}; raise it, or take a smaller format"
+        )
+    return free
+
+
+def _sqnr(trial: Trial) -> Estimate:
+    return sqnr_estimates(summarize(trial.powers))["sqnr_db"]

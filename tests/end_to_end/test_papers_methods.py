@@ -1,0 +1,66 @@
+"""The methods of MPQ-Diff and of local SQNR, and block curves, as a person types them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from running import run, run_json
+
+from sedimo.space import Recipe
+
+QUICK = ("--seeds", "2", "--steps", "2")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("sqnr", (), "the noise at its own output"),
+        ("orthogonality", ("--beta", "3", "--tau", "1"), "how little its output repeats that of other layers"),
+        ("orthogonality", ("--importance-of", "noise"), "how little its output repeats that of other layers"),
+    ],
+)
+def test_a_method_goes_from_source_to_checkpoint(tiny_pipeline_folder, tmp_path, method, options, words):
+    out = tmp_path / "small"
+    found = run_json(
+        "quantize", tiny_pipeline_folder, "--bits", "5", "-o", out, "--method", method, "--formats", "uaq3,uaq4,uaq6",
+        *options, *QUICK,
+    )  # fmt: skip
+    assert found["method"] == method
+    assert 4.5 < found["paper_bits"] <= 5
+    assert "this recipe" in found["check"]["recipes"]
+    kept = json.loads(run("allocate", f"{out}.study", "--bits", "5", "--rule", "lp", "--json").stdout)
+    assert kept["bits"] <= 5
+    assert kept["objective"] >= found["objective"] - 1e-9  # the published rule is never better on its own objective
+    assert words in (out / "report.html").read_text()
+
+
+def test_block_curves_and_the_hybrid_recipe(tiny_pipeline_folder, tmp_path):
+    store, file = tmp_path / "study", tmp_path / "hybrid.json"
+    arguments = ("blocks", tiny_pipeline_folder, "--format", "uaq3", "--store", store, *QUICK)
+    found = run_json(*arguments, "--keep", "2", "-o", file)
+    assert [row["block"] for row in found["rows"]][1:3] == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert found["rows"][-1]["up_to"]["value"] == found["everything"]["value"]  # all blocks are quantized there
+    assert len(found["kept"]) == 2
+    assert found["hybrid_gain"]["n"] == 16  # fresh seeds
+    recipe = Recipe.from_json(file.read_text())
+    assert {name: str(entry) for name, entry in recipe.layers.items()} == found["recipe"]
+    text = run(*arguments).stdout
+    assert "gained by keeping it" in text
+    assert "hybrid" not in text  # no rule, nothing kept
+    assert (
+        run_json("quantize", tiny_pipeline_folder, "--recipe", file, "-o", tmp_path / "out", *QUICK)["paper_bits"] < 16
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--keep", "1", "--bits", "5"), "give one rule"),
+        (("--bits", "1"), "more than the budget of 1"),
+        (("--objective", "fid"), "final_latents, path or step"),
+    ],
+)
+def test_block_orders_that_make_no_sense_are_refused(tiny_pipeline_folder, tmp_path, options, message):
+    store = ("--store", tmp_path / "study")
+    assert message in run("blocks", tiny_pipeline_folder, "--format", "uaq3", *store, *options, *QUICK, code=3).output
