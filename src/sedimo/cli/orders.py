@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sedimo.api.blocks import BlocksOrder
+from sedimo.api.comparing import COMPARED, CompareOrder
 from sedimo.api.explore_order import ExploreOrder
 from sedimo.api.inspection import read_recipe
 from sedimo.api.order import DEFAULT_SEARCH, BudgetOrder, Compute, Order, SamplingOrder
@@ -61,7 +62,7 @@ def explore_order_of(options: Mapping[str, Any]) -> ExploreOrder:
     names = ("source", "store", "trials", "formats", "sampler", "low_bits", "high_bits", "study_seed", "prior")
     return ExploreOrder(
         **{name: options[name] for name in names},
-        objectives=cast("tuple[ObjectiveName, ...]", tuple(part.strip() for part in options["objective"].split(","))),
+        objectives=cast("tuple[ObjectiveName, ...]", tuple(_parts(options["objective"]))),
         sampling=sampling_of(options),
         compute=compute_of(options),
         variant=options["variant"],
@@ -76,6 +77,19 @@ def blocks_order_of(options: Mapping[str, Any]) -> BlocksOrder:
     return BlocksOrder(
         **{name: options[name] for name in names},
         number_format=Format.parse(options["number_format"]),
+        sampling=sampling_of(options),
+        compute=compute_of(options),
+    )
+
+
+def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
+    """The order of `sedimo compare`."""
+    names = ("source", "store", "formats", "variant", "n_fresh", "n_trials")
+    methods = COMPARED if options["methods"] == "all" else tuple(_parts(options["methods"]))
+    return CompareOrder(
+        **{name: options[name] for name in names},
+        bits=_numbers(options["bits"]),
+        methods=methods,
         sampling=sampling_of(options),
         compute=compute_of(options),
     )
@@ -113,6 +127,17 @@ def formats_of(changes: Iterable[str]) -> dict[str, str]:
         if found.setdefault(layer, number_format) != number_format:
             raise InputError(f"layer {layer!r} is given two formats: {found[layer]} and {number_format}")
     return found
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _parts(text))
+    except ValueError as error:
+        raise InputError(f"bits are numbers separated by commas, such as 3.0,3.5,4.0; got {text!r}") from error
 
 
 def _conditions(path: Path | None) -> tuple[str, ...]:

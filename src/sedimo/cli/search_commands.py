@@ -93,4 +93,33 @@ def blocks(as_json: bool, out: Path | None, **options: object) -> None:
     console.print_json(found.as_json()) if as_json else show_study.blocks(found)
 
 
-ALL = (run, attribute, blocks)
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.option("--bits", required=True, help="Budgets in paper bits, such as 3.0,3.5,4.0.")
+@click.option("--methods", default="all", show_default=True, help="all, or some of them, separated by commas.")
+@click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
+@click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
+@click.option("--fresh", "n_fresh", default=64, show_default=True, help="Fresh seeds that every recipe is measured on.")
+@click.option("--trials", "n_trials", default=120, show_default=True, help="Measured recipes of gnn, per budget.")
+@click.option("--variant", help="Variant of the source's weights, such as fp16.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the page.")
+@sampling_options
+@json_option
+def compare(as_json: bool, out: Path | None, **options: object) -> None:
+    """All methods side by side on SRC: same formats, same budgets, same fresh seeds, paired.
+
+    Example: sedimo compare zoo:cifar-dit --bits 3.5,4.0 --store runs/compare -o compare.html
+    """
+    from sedimo.api.comparing import compare_methods
+    from sedimo.cli import show_study
+    from sedimo.cli.orders import compare_order_of
+    from sedimo.reporting.comparison import write_comparison
+
+    with console.progress() as progress:
+        found = compare_methods(compare_order_of(options), progress)
+    if out is not None:
+        write_comparison(found.as_page(), out)
+    console.print_json(found.as_json()) if as_json else show_study.comparison(found)
+
+
+ALL = (run, attribute, blocks, compare)

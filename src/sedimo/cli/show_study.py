@@ -14,6 +14,7 @@ from sedimo.cli.show import size
 if TYPE_CHECKING:
     from sedimo.api.attributing import Attribution
     from sedimo.api.blocks import BlocksResult
+    from sedimo.api.comparing import Comparison
     from sedimo.api.exploring import ExplorationPlan, ExploreResult
     from sedimo.api.listing import TrialRow
     from sedimo.metrics.estimate import Estimate
@@ -76,6 +77,35 @@ def blocks(found: BlocksResult) -> None:
             f"hybrid, {found.paper_bits:.3f} paper bits: {_with_error(found.hybrid)} dB on fresh seeds, "
             f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] against all blocks at {found.number_format}"
         )
+
+
+def comparison(found: Comparison) -> None:
+    """All recipes of all methods, best first at each budget, and what the methods took."""
+    columns = ("method", "budget", "paper bits", "stored bits", "SQNR [dB]", f"ahead of {found.reference} [dB, 95 %]")
+    rows = [
+        (
+            row.method,
+            f"{row.bits:g}",
+            f"{row.paper_bits:.3f}" + ("" if row.is_full else " (not full)"),
+            f"{row.stored_bits:.3f}",
+            _with_error(row.sqnr_db),
+            "" if row.ahead is None else f"{row.ahead.value:+.2f} [{row.ahead.low:+.2f}, {row.ahead.high:+.2f}]",
+        )
+        for row in sorted(found.rows, key=lambda r: (r.bits, -r.sqnr_db.value))
+    ]
+    print_table(f"{found.source}, fresh seeds {found.seeds}, {found.n_steps} steps", columns, rows)
+    click.echo(f"{found.n_comparisons} paired comparisons, each with its own interval")
+    costs = [
+        (
+            method,
+            duration(cost.seconds),
+            f"{cost.denoiser_calls:,}",
+            "" if tau is None else f"{tau.value:+.2f} [{tau.low:+.2f}, {tau.high:+.2f}]",
+        )
+        for method, cost in found.costs.items()
+        for tau in [found.agreement.get(method)]
+    ]
+    print_table("", ("method", "time", "denoiser calls", "Kendall's tau with ablation, by operation"), costs)
 
 
 def attribution(found: Attribution) -> None:

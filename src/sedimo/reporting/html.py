@@ -53,6 +53,11 @@ def write_report(summary: Summary, path: str | Path) -> Path:
 
 def render(summary: Summary, *, theme: Theme | None = None) -> str:
     """The report as HTML text; `theme` fixes light or dark, which is otherwise the reader's setting."""
+    return page("report.html.j2", _context(summary, theme))
+
+
+def page(template: str, context: Mapping[str, object]) -> str:
+    """A template of this package, filled; the style is the report's unless the context has its own."""
     environment = Environment(
         loader=FunctionLoader(_resource),
         autoescape=True,
@@ -62,8 +67,8 @@ def render(summary: Summary, *, theme: Theme | None = None) -> str:
     )
     environment.filters["prose"] = _prose
     environment.filters["breakable"] = _breakable
-    template = environment.get_template("report.html.j2")
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", template.render(_context(summary, theme)))
+    filled = environment.get_template(template).render({"theme": None, "style": Markup(_style()), **context})
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", filled)
 
 
 def _context(summary: Summary, theme: Theme | None) -> dict[str, object]:

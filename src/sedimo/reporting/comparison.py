@@ -1,0 +1,102 @@
+"""The page of a comparison of methods: quality against bits, the same as a table, what each cost, how they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from sedimo.metrics.estimate import Estimate
+from sedimo.pipelines.folder import write_file
+from sedimo.reporting.curve_charts import curve_chart
+from sedimo.reporting.explanation import CurvePoint
+from sedimo.reporting.html import page
+from sedimo.reporting.rounding import duration, interval, number
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonLine:
+    """A method at a budget; `ahead` is None for the reference."""
+
+    method: str
+    budget: float
+    paper_bits: float
+    stored_bits: float
+    measured: Estimate
+    ahead: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
+class CostLine:
+    """What a method took at all budgets, and its rank correlation with the measured ablation, if known."""
+
+    method: str
+    seconds: float
+    denoiser_calls: int
+    agreement: Estimate | None
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """All that the page tells; `seeds` and `n_steps` say on what recipes were measured."""
+
+    source: str
+    reference: str
+    seeds: str
+    n_steps: int
+    n_comparisons: int
+    lines: Sequence[ComparisonLine]
+    costs: Sequence[CostLine]
+
+
+def write_comparison(comparison: ComparisonPage, path: Path) -> None:
+    """Writes the page; an existing file is replaced at once or not at all."""
+    write_file(path, render_comparison(comparison).encode())
+
+
+def render_comparison(comparison: ComparisonPage) -> str:
+    """The page as HTML text."""
+    c = comparison
+    points = [CurvePoint(line.method, "method", line.paper_bits, line.measured) for line in c.lines]
+    return page(
+        "comparison.html.j2",
+        {
+            "c": c,
+            "chart": Markup(curve_chart(points, here=float("nan"))),  # texts in it are escaped
+            "rows": [
+                (
+                    line.method,
+                    f"{line.budget:g}",
+                    f"{line.paper_bits:.3f}",
+                    f"{line.stored_bits:.3f}",
+                    _figure(line.measured),
+                    None if line.ahead is None else _figure(line.ahead),
+                    _verdict(line.ahead),
+                )
+                for line in sorted(c.lines, key=lambda x: (x.budget, -x.measured.value))
+            ],
+            "costs": [
+                (
+                    line.method,
+                    duration(line.seconds),
+                    f"{line.denoiser_calls:,}",
+                    None if line.agreement is None else _figure(line.agreement),
+                )
+                for line in c.costs
+            ],
+        },
+    )
+
+
+def _figure(estimate: Estimate) -> tuple[str, str]:
+    return number(estimate.value, estimate.standard_error), interval(estimate)
+
+
+def _verdict(ahead: Estimate | None) -> str:
+    if ahead is None:
+        return "reference"
+    if ahead.low > 0:
+        return "better"
+    return "worse" if ahead.high < 0 else "no difference shown"

@@ -1,0 +1,118 @@
+"""All methods side by side on a tiny pipeline, as a person types it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from running import run, run_json
+
+from sedimo.api.comparing import COMPARED, agreement
+from sedimo.sensitivity.table import Cost, SensitivityTable
+
+QUICK = ("--seeds", "2", "--steps", "2", "--fresh", "4", "--formats", "uaq2,uaq3,uaq4,uaq6,kmc3,kmc4")
+FEW = "uniform,error,jacobian,ablation,combined,sqnr,orthogonality,orthogonality-lp,orthogonality-noise"
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_pipeline_folder, tmp_path_factory):
+    """A comparison without a search, done twice in one study, and its page."""
+    folder = tmp_path_factory.mktemp("compare")
+    arguments = ("compare", tiny_pipeline_folder, "--bits", "5,6", "--store", folder / "study", *QUICK)
+    found = run_json(*arguments, "--methods", FEW, "-o", folder / "page.html")
+    return found, arguments, folder
+
+
+def test_every_method_is_measured_at_every_budget_on_the_same_fresh_seeds(compared):
+    found, _, _ = compared
+    assert [(row["method"], row["bits"]) for row in found["rows"]] == [(m, b) for b in (5, 6) for m in FEW.split(",")]
+    assert all(row["sqnr_db"]["n"] == 4 for row in found["rows"])
+    assert all(row["paper_bits"] <= row["bits"] for row in found["rows"] if row["method"] != "uniform")
+    assert found["seeds"] == "2 to 5"  # the search had 0 and 1
+    assert found["reference"] == "jacobian"
+    assert [row["ahead"] for row in found["rows"] if row["method"] == "jacobian"] == [None, None]
+    assert found["n_comparisons"] == 16
+    by_name = {(r["method"], r["bits"]): r for r in found["rows"]}
+    difference = by_name["sqnr", 5]["sqnr_db"]["value"] - by_name["jacobian", 5]["sqnr_db"]["value"]
+    assert by_name["sqnr", 5]["ahead"]["value"] == pytest.approx(difference)
+
+
+def test_methods_that_build_on_others_count_what_those_took(compared):
+    costs = compared[0]["costs"]
+    assert costs["error"]["denoiser_calls"] == 0
+    assert costs["combined"]["denoiser_calls"] >= (
+        costs["jacobian"]["denoiser_calls"] + costs["ablation"]["denoiser_calls"]
+    )
+    assert costs["orthogonality-lp"]["denoiser_calls"] >= costs["orthogonality"]["denoiser_calls"] > 0
+
+
+def test_agreement_with_the_ablation_is_told_with_an_interval(compared):
+    found = compared[0]["agreement"]
+    assert set(found) == set(FEW.split(",")) - {"uniform", "ablation"}
+    assert all(-1 <= tau["low"] <= tau["value"] <= tau["high"] <= 1 for tau in found.values())
+
+
+def test_a_second_run_measures_nothing_and_says_the_same(compared):
+    found, arguments, _ = compared
+    assert run_json(*arguments, "--methods", FEW) == found
+    text = run(*arguments, "--methods", "jacobian,error").stdout
+    assert "2 paired comparisons" in text
+
+
+def test_the_page_stands_alone(compared):
+    page = (compared[2] / "page.html").read_text()
+    assert "<script" not in page
+    for method in FEW.split(","):
+        assert f"<td>{method}</td>" in page
+    assert "16 paired differences" in page
+    assert 'id="curve-' in page
+
+
+def test_the_search_is_one_of_the_methods(tiny_pipeline_folder, tmp_path):
+    arguments = ("compare", tiny_pipeline_folder, "--bits", "5", "--store", tmp_path / "study", *QUICK)
+    found = run_json(*arguments, "--methods", "gnn,jacobian", "--trials", "48")
+    assert [row["method"] for row in found["rows"]] == ["jacobian", "gnn"]
+    assert found["costs"]["gnn"]["denoiser_calls"] > found["costs"]["jacobian"]["denoiser_calls"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bits", "5", "--methods", "guess"), "methods to compare are uniform, error"),
+        (("--bits", "x"), "numbers separated by commas"),
+        (("--bits", ""), "at least one budget"),
+        (("--bits", "5", "--fresh", "1"), "two fresh seeds"),
+        (("--bits", "1"), "least possible"),
+    ],
+)
+def test_comparisons_that_make_no_sense_are_refused(tiny_pipeline_folder, tmp_path, options, message):
+    store = ("--store", tmp_path / "study")
+    done = run("compare", tiny_pipeline_folder, *store, "--methods", "error", *QUICK, *options, code=3)
+    assert message in done.output
+
+
+def table_of(method, costs):
+    entries = tuple(Cost(n, f, c, 0.0, 0, 100, 100, 0) for n, f, c in costs)
+    names = {n: (n,) for n, _, _ in costs}
+    operations, blocks = {n: n[0] for n in names}, dict.fromkeys(names, "")
+    return SensitivityTable(method, "", "Toy", entries, names, operations, blocks, dict.fromkeys(names, 200), {})
+
+
+def test_agreement_is_kendalls_tau_of_operations():
+    from sedimo.quant.formats import Format
+
+    uaq4 = Format.parse("uaq4")
+    truth = [("a1", 1.0), ("a2", 3.0), ("b1", 4.0), ("c1", 8.0), ("d1", 16.0)]
+    tables = {
+        name: table_of(name, [(n, uaq4, sign * c) for n, c in truth])
+        for name, sign in (("ablation", 1.0), ("same", 2.0), ("opposite", -1.0))
+    }
+    found = agreement(tables, 4.0)
+    assert found["same"].value == 1.0
+    assert found["opposite"].value == -1.0
+    assert found["same"].n == 4  # a1 and a2 are one operation
+    assert np.isfinite(found["same"].standard_error)
+    assert agreement({"same": tables["same"]}, 4.0) == {}
+
+
+def test_all_methods_have_a_name():
+    assert len(set(COMPARED)) == len(COMPARED) == 10
