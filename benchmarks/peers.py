@@ -73,6 +73,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["jacobian"], help="Sedimo's methods")
     parser.add_argument("--ablation", action="store_true", help="Sedimo's ablation too (many more minutes)")
     parser.add_argument("--match-all", action="store_true", help="a Sedimo recipe at the bits of every peer")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only peers' rows whose label has one of these texts")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--cache", type=Path, default=Path("runs/peers"), help="where finished rows are kept")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
@@ -94,7 +95,7 @@ def _all_rows(arguments: argparse.Namespace, evaluation: Evaluation) -> tuple[li
     with tempfile.TemporaryDirectory() as scratch:
         for name in PEERS:
             if name in arguments.tools:
-                rows += _attempts(name, _peer_rows(name, evaluation, Path(scratch)), failures)
+                rows += _attempts(name, _peer_rows(name, evaluation, Path(scratch), arguments.rows), failures)
     if tables.SEDIMO in arguments.tools:
         rows += _attempts(tables.SEDIMO, _sedimo_rows(arguments, evaluation, rows), failures)
     return rows, failures
@@ -120,10 +121,10 @@ def _attempts(tool: str, rows: Iterator[Row], failures: dict[str, str]) -> list[
     return done
 
 
-def _peer_rows(name: str, evaluation: Evaluation, scratch: Path) -> Iterator[Row]:
+def _peer_rows(name: str, evaluation: Evaluation, scratch: Path, wanted: list[str]) -> Iterator[Row]:
     adapter = PEERS[name]
     version = importlib.metadata.version(adapter.PACKAGE)
-    for options in adapter.ROWS:
+    for options in (row for row in adapter.ROWS if any(text in row.label for text in wanted)):
 
         def make(options: object = options) -> Quantized:
             denoiser = copy.deepcopy(evaluation.adapter.denoiser)

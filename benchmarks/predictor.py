@@ -5,7 +5,7 @@
 Per formats and seed of the method: 300 stratified recipes and 60 more at 3.5 bits (`paper`) or 4.0 (`wide`), the
 predictor beside its rivals on recipes that none has seen, the noise ceiling (the same recipes on other seeds), the
 learning curve; then recipes at several budgets, one shot from 300 trials, and refined at equal cost (150 random, three
-rounds of 50), each with a final of up to five recipes on 16 other seeds, against uniform, best random, error, jacobian
+rounds of 50), each with a final of up to five recipes on 32 other seeds, against uniform, best random, error, jacobian
 and ablation on 64 fresh seeds x 20 steps. Formats are fitted and the prior is taken in float32; trials are sampled in
 --dtype. With --images N, FID of the first seed's recipes on N images x 10 steps, beside that of full precision from
 the same seeds. Every trial is kept in the study under --run: a killed run goes on.
@@ -36,7 +36,10 @@ from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
 from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.metrics.signal import paired_difference, summarize
-from sedimo.sensitivity.gnn.training import FAST, train_predictor
+from sedimo.sensitivity.choices import picked
+from sedimo.sensitivity.gnn.costs import calibrate, score_table
+from sedimo.sensitivity.gnn.scoring import hop_qualities, option_scores
+from sedimo.sensitivity.gnn.training import FAST, PAPER, train_predictor
 
 BUDGETS = {"paper": (3.3, 3.5, 3.7, 4.0), "wide": (3.5, 4.0, 4.5, 5.0)}
 RANGES = {"paper": (3.0, 4.5), "wide": (3.0, 5.0)}
@@ -83,6 +86,12 @@ def exploration_of(bench: Bench, seed: int) -> Exploration:
     return Exploration(seed, bench.known.space, "stratified", low, high)
 
 
+def near_recipes(bench: Bench) -> list[object]:
+    """The further recipes in the band, which no predictor is trained on."""
+    space = bench.known.space
+    return [random_recipe_near(space, BAND[bench.formats], 99, i, tolerance=0.05) for i in range(N_EXTRA)]
+
+
 def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], object, object]:
     """The predictor beside its rivals; returns it and its training set."""
     begin = time.perf_counter()
@@ -90,7 +99,7 @@ def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], ob
     exploration = exploration_of(bench, seed)
     trials = on_search.trials([exploration.recipe(i) for i in range(N_TRIALS)])
     measured_seconds = time.perf_counter() - begin
-    near = [random_recipe_near(bench.known.space, BAND[bench.formats], 99, i, tolerance=0.05) for i in range(N_EXTRA)]
+    near = near_recipes(bench)
     extra = on_search.trials(near)
     data = training_set(bench.known, trials, TARGET)
     begin = time.perf_counter()
@@ -132,7 +141,7 @@ def learning_curve(bench: Bench, seed: int) -> list[dict[str, float]]:
     """SRCC on the extra recipes by number of trials."""
     on_search, exploration = bench.on(0, 8, 10), exploration_of(bench, seed)
     trials = on_search.trials([exploration.recipe(i) for i in range(max(CURVE))])
-    near = [random_recipe_near(bench.known.space, BAND[bench.formats], 99, i, tolerance=0.05) for i in range(N_EXTRA)]
+    near = near_recipes(bench)
     codes, truth = extra_set(bench, on_search.trials(near))
     found = []
     for n in CURVE:
@@ -145,15 +154,39 @@ def learning_curve(bench: Bench, seed: int) -> list[dict[str, float]]:
     return found
 
 
+def published(bench: Bench, seed: int) -> dict[str, object]:
+    """The preset `paper` on the same recipes: how it ranks, and its recipe by calibrated scores, measured."""
+    on_search, known, bits = bench.on(0, 8, 10), bench.known, BAND[bench.formats]
+    trials = on_search.trials([exploration_of(bench, seed).recipe(i) for i in range(N_TRIALS)])
+    data, extra = training_set(known, trials, TARGET), extra_set(bench, on_search.trials(near_recipes(bench)))
+    begin = time.perf_counter()
+    predictor = train_predictor(data, PAPER, progress=bench.progress)
+    seconds = time.perf_counter() - begin
+    scores = option_scores(predictor, hop_qualities(predictor, known.graph, data.codes))
+    sums = picked(np.nan_to_num(scores[0]), data.codes).sum(axis=1)
+    table = score_table(
+        data.choices, known.candidates, scores, calibrate(sums, data.choices.paper_bits(data.codes), data.quality)
+    )
+    recipe = allocated(table, BudgetOrder(bits=bits)).recipe
+    report = judge(predictor, data, known, extra=extra)
+    rows = {s: to_plain(q.srcc) for n, s, q in report.rows if n == "this predictor"}
+    return {
+        "training_seconds": seconds,
+        "epochs": [fold.n_epochs for fold in predictor.folds],
+        "srcc": rows,
+        "recipe": to_plain(summarize(bench.on(1000, 64, 20).trials([recipe])[0].powers)),
+    }
+
+
 def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[str, object]:
-    """One shot, refined, and what needs no search, at one budget; the seeds of the finals are those of selection."""
+    """One shot, refined, and what needs no search, at one budget."""
     budget = BudgetOrder(bits=bits)
-    on_search, selection = bench.on(0, 8, 10), bench.on(3000, 16, 20)
+    on_search, on_finals, selection = bench.on(0, 8, 10), bench.on(4000, 32, 10), bench.on(3000, 16, 20)
     refined = search(bench.known, on_search, SearchOrder(N_TRIALS, N_ROUNDS, seed), budget)
     table, allocation = build(bench.known, predictor, data, budget, confidence=1.0)
     random = on_search.trials([exploration_of(bench, seed).recipe(i) for i in range(N_TRIALS)])
     one_shot = Search(table, allocation, predictor, data, random, (), N_TRIALS)
-    final, first = (hold_finals(bench.known, found, budget, selection) for found in (refined, one_shot))
+    final, first = (hold_finals(bench.known, found, budget, on_finals) for found in (refined, one_shot))
     near = (max(2.2, bits - 0.5), bits + 1.0)
     plan = bench.pipe.default_sampling(range(8), 10)
     probed = probe(
@@ -219,6 +252,7 @@ def show_quality(found: dict[str, object]) -> None:
 
 def distances(bench: Bench, recipes: dict[str, object], n_images: int) -> dict[str, object]:
     """FID of recipes, and their difference to full precision on the same seeds."""
+    recipes = {name: recipe for name, recipe in recipes.items() if not name.endswith("no final")}
     trials = bench.on(100_000, n_images, 10, "fid").trials(list(recipes.values()))
     return {
         name: {"sqnr_db": summarize(trial.powers).sqnr_db, **{k: to_plain(v) for k, v in trial.measures.items()}}
@@ -251,6 +285,10 @@ def main() -> None:
     for formats in arguments.formats:
         with Study(arguments.run / formats) as study:
             bench = open_bench(pipes, formats, arguments.run, progress, study)
+            if arguments.published:
+                put(f"published preset, {formats}", published(bench, arguments.seeds[0]))
+                print(json.dumps(results[f"published preset, {formats}"]), flush=True)
+                continue
             first = {}
             for seed in arguments.seeds:
                 found, predictor, data = quality_of_predictor(bench, seed)
@@ -281,6 +319,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, nargs="*", help="budgets; default: those of the formats")
     parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--images", type=int, default=0)
+    parser.add_argument("--published", action="store_true", help="only the preset paper on the same recipes")
     parser.add_argument("--no-curve", action="store_true")
     return parser.parse_args()
 

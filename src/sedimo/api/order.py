@@ -66,7 +66,7 @@ class BudgetOrder:
         return f"{self.n_bytes} bytes" if self.n_bytes is not None else "no budget"
 
 
-FINAL_FACTOR = 2  # seeds of the final per seed of the search
+FINAL_FACTOR = 4  # seeds of the final per seed of the search
 
 
 @dataclass(frozen=True, slots=True)
