@@ -65,6 +65,11 @@ def test_the_page_stands_alone(compared):
         assert f"<td>{method}</td>" in page
     assert "16 paired differences" in page
     assert 'id="curve-' in page
+    best = {
+        b: max((r for r in compared[0]["rows"] if r["bits"] == b), key=lambda r: r["sqnr_db"]["value"]) for b in (5, 6)
+    }
+    headline = page[page.index("Highest quality") :][:300]
+    assert all(f"<code>{row['method']}</code>" in headline for row in best.values())
 
 
 def test_the_search_is_one_of_the_methods(tiny_pipeline_folder, tmp_path):

@@ -64,6 +64,7 @@ def render_comparison(comparison: ComparisonPage) -> str:
         "comparison.html.j2",
         {
             "c": c,
+            "headline": _headline(c.lines),
             "chart": Markup(curve_chart(points, here=float("nan"))),  # texts in it are escaped
             "rows": [
                 (
@@ -88,6 +89,16 @@ def render_comparison(comparison: ComparisonPage) -> str:
             ],
         },
     )
+
+
+def _headline(lines: Sequence[ComparisonLine]) -> str:
+    """Which method is highest at which budgets."""
+    best: dict[str, list[float]] = {}
+    for budget in sorted({line.budget for line in lines}):
+        first = max((line for line in lines if line.budget == budget), key=lambda line: line.measured.value)
+        best.setdefault(first.method, []).append(budget)
+    places = (f"`{method}` at {' and '.join(f'{b:g}' for b in budgets)} bits" for method, budgets in best.items())
+    return f"Highest quality: {', '.join(places)}."
 
 
 def _figure(estimate: Estimate) -> tuple[str, str]:
