@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.api.test_searching import BUDGET, Setup
+from test_searching import BUDGET, Setup
 
 from sedimo.api.explaining import finalist_rows
 from sedimo.api.finals import BUILT, finalists, hold_finals
