@@ -11,6 +11,7 @@ from test_searching import BUDGET, Setup
 
 from sedimo.api.explaining import finalist_rows
 from sedimo.api.finals import BUILT, finalists, hold_finals
+from sedimo.api.order import BudgetOrder
 from sedimo.api.searching import keeps
 from sedimo.metrics.signal import NoisePowers
 
@@ -60,6 +61,15 @@ def test_the_winner_on_fresh_seeds_becomes_the_result(done):
         assert won.allocation.recipe == recipe, name
         assert won.table is done.found.table
         assert [f.name for f in won.finalists] == list(field)
+
+
+def test_the_result_keeps_the_accounting_of_its_budget(done):
+    stored = BudgetOrder(stored_bits=5.6)
+    field = finalists(done.known, done.found, stored)
+    for index in range(1, len(field)):
+        won = hold_finals(done.known, done.found, stored, Scored(done, index)).allocation
+        assert won.accounting == "stored"
+        assert won.used_bytes == done.bank.stored_bytes(won.recipe) <= 5.6 * done.bank.space.params / 8
 
 
 def test_finalists_are_told_with_what_the_chosen_one_is_ahead(done):

@@ -40,18 +40,18 @@ def allocate_fixed(table: SensitivityTable, budget: Budget | None, rule: str) ->
     return _judge_costs(table, chosen.values(), budget=budget, rule=rule, notes=notes)
 
 
-def allocate_given(table: SensitivityTable, choice: Mapping[str, Format]) -> Allocation:
-    """The allocation of a choice that was made elsewhere, with its costs and the bound of its size.
+def allocate_given(table: SensitivityTable, choice: Mapping[str, Format], budget: Budget | None = None) -> Allocation:
+    """The allocation of a choice that was made elsewhere, with its costs, and the bound of its size or of a budget.
 
     Raises:
-        InputError: a decision without a format, or a format that the table has no cost of.
+        InputError: a decision without a format, a format that the table has no cost of, or a choice beyond the budget.
     """
     missing = [d for d in table.by_decision if d not in choice or (d, choice[d]) not in table.index]
     if missing:
         raise InputError(f"the table has no cost of {choice.get(missing[0], 'any format')} for {missing[0]!r}.")
     chosen = {d: table.index[d, choice[d]] for d in table.by_decision}
     _refuse_forbidden("given", chosen)
-    return _judge_costs(table, chosen.values(), rule="given")
+    return _judge_costs(table, chosen.values(), rule="given", budget=budget)
 
 
 def judge(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sedimo.allocation.fixed import allocate_given
+from sedimo.allocation.problem import read_budget
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import Known
 from sedimo.api.searching import Finalist, Measuring, Search, allocated, keeps
@@ -33,8 +34,15 @@ def hold_finals(known: Known, found: Search, budget: BudgetOrder, measuring: Mea
     best = max(field, key=lambda f: float(f.trial.powers.sqnr_db.mean()))
     if best.name == BUILT:
         return replace(found, finalists=field)
-    choice = known.space.choice(best.trial.recipe)
-    return replace(found, allocation=allocate_given(found.table, choice), finalists=field)
+    own = read_budget(
+        known.space.params,
+        bits=budget.bits,
+        stored_bits=budget.stored_bits,
+        budget_bytes=budget.n_bytes,
+        budget_bops=None,
+    )
+    chosen = allocate_given(found.table, known.space.choice(best.trial.recipe), own)
+    return replace(found, allocation=chosen, finalists=field)
 
 
 def finalists(known: Known, found: Search, budget: BudgetOrder) -> Mapping[str, Recipe]:
