@@ -67,6 +67,11 @@ def test_layers_that_repeat_others_least_are_most_important():
     assert found.standard_error[3] == 0  # the largest is the unit
 
 
+def test_a_huge_beta_leaves_numbers():
+    found = importance(probe_of(part_of(ALIKE)), ImportanceOptions(beta=1e6)).theta
+    assert found.tolist() == [0, 0, 0, 1]
+
+
 def test_beta_zero_makes_all_alike():
     assert importance(probe_of(part_of(ALIKE)), ImportanceOptions(beta=0)).theta.tolist() == [1, 1, 1, 1]
 

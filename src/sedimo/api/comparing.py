@@ -108,7 +108,11 @@ class CompareOrder:
 
 @dataclass(frozen=True, slots=True)
 class MethodCost:
-    """Seconds and denoiser calls of finding a method's recipes at all budgets, when that was first done."""
+    """Seconds and denoiser calls of finding a method's recipes at all budgets, beyond what the study already held.
+
+    The fits of all formats, which every method shares, come before. After an interruption, or in a study that
+    others have filled, it is less than the method takes from nothing.
+    """
 
     seconds: float
     denoiser_calls: int
@@ -133,7 +137,9 @@ class ComparedRow:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All rows; `n_comparisons` paired differences were looked at. `costs` hold what a method builds on, too.
+    """All rows; `n_comparisons` paired differences were looked at.
+
+    `costs` hold what a method builds on, too, if that was part of the comparison.
 
     `agreement` is Kendall's tau between operations' costs by each method's table and by the measured ablation, at the
     formats nearest to the middle budget.

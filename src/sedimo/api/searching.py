@@ -91,7 +91,8 @@ class Finalist:
 class Search:
     """What was found: the predictor's table, the choice, the predictor, and all trials in their order.
 
-    `finalists` are those that the choice was made among; empty when it is the predictor's own.
+    `finalists` are those that the choice was made among; empty where no final was held. When another than the
+    predictor's own recipe won it, the allocation's gap is that of the predictor's costs and certifies nothing.
     """
 
     table: SensitivityTable

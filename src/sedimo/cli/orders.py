@@ -88,7 +88,7 @@ def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
     methods = COMPARED if options["methods"] == "all" else tuple(_parts(options["methods"]))
     return CompareOrder(
         **{name: options[name] for name in names},
-        bits=_numbers(options["bits"]),
+        bits=tuple(sorted(set(_numbers(options["bits"])))),
         methods=methods,
         sampling=sampling_of(options),
         compute=compute_of(options),

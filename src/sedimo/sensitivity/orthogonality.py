@@ -177,7 +177,8 @@ def _gamma(sums: Values, known: npt.NDArray[np.bool_]) -> Values:
 
 
 def _theta(sums: Values, known: npt.NDArray[np.bool_], weights: Values, options: ImportanceOptions) -> Values:
-    each = np.exp(-options.beta * _gamma(sums, known)) * known
+    gamma = _gamma(sums, known)
+    each = np.exp(-options.beta * (gamma - gamma[known].min())) * known  # the least one keeps exponentials in range
     shares = weights[:, None] * known
     total = np.maximum(shares.sum(axis=0), 1e-300)
     theta = (shares * each).sum(axis=0) / total
