@@ -34,7 +34,6 @@ from sedimo.codec import to_plain
 from sedimo.measurement.exploration import Exploration, random_recipe_near
 from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
-from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.metrics.signal import paired_difference, summarize
 from sedimo.sensitivity.choices import picked
 from sedimo.sensitivity.gnn.costs import calibrate, score_table
@@ -65,9 +64,7 @@ class Bench:
     def on(self, first: int, n: int, n_steps: int, objective: str = "final_latents") -> Measuring:
         """Measuring on seeds `first` to `first + n`."""
         plan = self.sampled.default_sampling(range(first, first + n), n_steps)
-        setting = setting_of(self.sampled, plan, weights_digest=self.bank.weights_digest, objective=objective)
-        worker = TrialWorker(self.sampled, self.bank, plan, objective=objective)
-        return Measuring(self.study, setting, lambda: worker, progress=self.progress)
+        return Measuring.on(self.sampled, self.bank, self.study, plan, objective=objective, progress=self.progress)
 
 
 def open_bench(pipes, formats: str, run: Path, progress: ConsoleProgress, study: Study) -> Bench:
@@ -199,8 +196,7 @@ def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[st
         progress=bench.progress,
     )
     space = bench.known.space
-    common = set.intersection(*(set(d.formats) for d in space.decisions))
-    uniform = [space.uniform(f) for f in sorted(common, key=str) if f.is_quantized]
+    uniform = [space.uniform(f) for f in space.common_formats]
     within = [t for t in random if keeps(bench.known, t.recipe, budget)]
     within.sort(key=lambda t: float(t.powers.sqnr_db.mean()))
     return {

@@ -106,8 +106,7 @@ def rivals_of(bench: Bench, bank, bits: float) -> dict[str, object]:
     Which ones are the best is decided on seeds that the figures do not use.
     """
     space = bank.space
-    common = set.intersection(*(set(d.formats) for d in space.decisions))
-    every = {f"uniform {f}": space.uniform(f) for f in sorted(common, key=str) if f.is_quantized}
+    every = {f"uniform {f}": space.uniform(f) for f in space.common_formats}
     uniform = {n: r for n, r in every.items() if space.paper_bits(r) <= bits + 0.1}
     random = {f"random {i}": random_recipe_near(space, bits, seed=1, index=i) for i in range(N_RANDOM)}
     drawn = {**uniform, **random}

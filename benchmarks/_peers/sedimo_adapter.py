@@ -29,7 +29,6 @@ from sedimo.api.searching import Measuring, search
 from sedimo.bank import Bank
 from sedimo.cli.console import ConsoleProgress
 from sedimo.measurement.study import Study
-from sedimo.measurement.worker import TrialWorker
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.tensor import QuantizedTensor
@@ -77,15 +76,13 @@ class Searches:
             known = know(
                 self._first.pipe, self._first.graph, bank, study, sampling=self._plan, progress=ConsoleProgress()
             )
-            measuring = self._measuring(study, bank, self._plan)
-            finals = self._measuring(study, bank, SamplingOrder().deciding(self._sampled))
+            measuring = Measuring.on(self._sampled, bank, study, self._plan, progress=ConsoleProgress())
+            finals = Measuring.on(
+                self._sampled, bank, study, SamplingOrder().deciding(self._sampled), progress=ConsoleProgress()
+            )
             order = SearchOrder(N_TRIALS, N_ROUNDS)
             budget = BudgetOrder(n_bytes=goal.n_bytes)
             return bank, hold_finals(known, search(known, measuring, order, budget), budget, finals).allocation
-
-    def _measuring(self, study: Study, bank: Bank, plan: Sampling) -> Measuring:
-        worker = TrialWorker(self._sampled, bank, plan, objective="final_latents")
-        return Measuring(study, worker.setting, lambda: worker, progress=ConsoleProgress())
 
     @cached_property
     def _sampled(self) -> DiffusersPipeline:

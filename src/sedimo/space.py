@@ -63,6 +63,12 @@ class SearchSpace:
         return {d.name: d for d in self.decisions}
 
     @property
+    def common_formats(self) -> tuple[Format, ...]:
+        """The formats, fp16 left out, that every decision can take, by their texts."""
+        common = set.intersection(*(set(d.formats) for d in self.decisions))
+        return tuple(f for f in sorted(common, key=str) if f.is_quantized)
+
+    @property
     def params(self) -> int:
         """Number of weights that recipes are about, shared ones once."""
         return sum(d.params for d in self.decisions)

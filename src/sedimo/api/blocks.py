@@ -14,7 +14,6 @@ from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import ObjectiveName, Trial
-from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
 from sedimo.quant.formats import Format
@@ -93,23 +92,18 @@ def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksRes
     opened = open_pipeline(order.source, f"{order.number_format},fp16", compute=order.compute, variant=order.variant)
     with Study(order.store) as study:
         bank = fit_bank(opened.weights, opened.space, cache=study.path.parent, progress=progress)
-        pipe = opened.pipe
-
-        def on(fresh: bool) -> Measuring:
-            plan = order.sampling.checking(pipe) if fresh else order.sampling.searching(pipe)
-            setting = setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=order.objective)
-            return Measuring(
-                study, setting, lambda: TrialWorker(pipe, bank, plan, objective=order.objective), progress=progress
-            )
-
+        searched, fresh = (
+            Measuring.on(opened.pipe, bank, study, plan, objective=order.objective, progress=progress)
+            for plan in (order.sampling.searching(opened.pipe), order.sampling.checking(opened.pipe))
+        )
         free = _free_bytes(order, bank.space)  # refuses a budget that is too small before anything is measured
-        rows, everything = _curves(bank.space, order.number_format, on(fresh=False))
+        rows, everything = _curves(bank.space, order.number_format, searched)
         kept = _kept(order, rows, free)
         recipe = hybrid_recipe(bank.space, order.number_format, kept)
         hybrid = gain = None
         if kept:
             uniform = hybrid_recipe(bank.space, order.number_format, [])
-            mine, plain = on(fresh=True).trials([recipe, uniform])
+            mine, plain = fresh.trials([recipe, uniform])
             hybrid, gain = _sqnr(mine), paired_difference(mine.powers, plain.powers).estimate
     bits = bank.space.paper_bits(recipe)
     return BlocksResult(order.number_format, rows, everything, kept, recipe, bits, hybrid, gain)

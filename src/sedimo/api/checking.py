@@ -80,8 +80,7 @@ def check_recipe(opened: Opened, bank: Bank, allocation: Allocation, progress: P
 def uniform_rivals(bank: Bank, paper_bits: float, *, n: int = 3) -> tuple[Format, ...]:
     """Of the formats that every decision can take at up to `paper_bits`, the largest of each family."""
     space = bank.space
-    common = set.intersection(*(set(d.formats) for d in space.decisions))
-    sizes = {f: space.paper_bits(space.uniform(f)) for f in common if f.is_quantized}
+    sizes = {f: space.paper_bits(space.uniform(f)) for f in space.common_formats}
     fitting = sorted((f for f, bits in sizes.items() if bits <= paper_bits), key=lambda f: -sizes[f])
     best: dict[tuple[str, bool], Format] = {}
     for number_format in fitting:

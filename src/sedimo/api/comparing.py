@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
+from sedimo.api.checking import UNIFORM_SLACK_BITS
 from sedimo.api.measuring import make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, Order, SamplingOrder
@@ -20,14 +20,14 @@ from sedimo.api.searching import Measuring, allocated
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
+from sedimo.measurement.objective import counted_calls
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
-from sedimo.measurement.worker import TrialWorker, setting_of
-from sedimo.metrics.estimate import CONFIDENCE, Estimate
+from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
-from sedimo.pipelines.adapter import Sampling
 from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine
 from sedimo.sensitivity.orthogonality import ImportanceOptions, Objective
+from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe
 
@@ -52,9 +52,7 @@ BUILDS_ON = {
     "orthogonality-noise": ("orthogonality",),
     "gnn": ("jacobian",),
 }
-UNIFORM_SLACK_BITS = 0.1
 LEAST_USED = 0.995  # of a budget, for a recipe to count as of equal size
-N_BOOTSTRAP = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +179,8 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
     with Study(order.store) as study:
         bank = make_bank(opened, is_exact=True, cache=study.path.parent, progress=progress)
         opened.space = bank.space
-        fresh = _on(opened, bank, study, opened.order.sampling.checking(opened.pipe), progress)
+        plan = opened.order.sampling.checking(opened.pipe)  # the same for all methods and budgets
+        fresh = Measuring.on(opened.pipe, bank, study, plan, progress=progress)
         rows: list[ComparedRow] = []
         own: dict[str, list[MethodCost]] = {}
         for bits in order.bits:
@@ -192,7 +191,6 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
                     found[method] = _recipe(opened, bank, study, method, tables, progress)
                 own.setdefault(method, []).append(cost())
             rows += _rows(bank, bits, found, fresh)
-        plan = opened.order.sampling.checking(opened.pipe)
     middle = sorted(order.bits)[len(order.bits) // 2]
     return Comparison(
         source=opened.name,
@@ -209,27 +207,17 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
 def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, Estimate]:
     """Kendall's tau between operations' costs by each method and by the ablation, with bootstrap intervals.
 
-    An operation's cost is the mean over its decisions, at each one's format nearest to `bits`.
+    An operation's cost is the mean over its decisions, at each one's format nearest to `bits`. Fewer than three
+    operations have no order worth a number.
     """
     if "ablation" not in tables:
         return {}
-    truth = _of_operations(tables["ablation"], bits)
-    names, found = sorted(truth), {}
-    generator = np.random.default_rng(0)
-    picks = generator.integers(0, len(names), (N_BOOTSTRAP, len(names)))
+    truth, found = _of_operations(tables["ablation"], bits), {}
     for method, table in tables.items():
-        if method == "ablation":
-            continue
         costs = _of_operations(table, bits)
-        x, y = (np.array([values[n] for n in names]) for values in (costs, truth))
-        replicates = np.array([_tau(x[p], y[p]) for p in picks])
-        low, high = np.nanquantile(replicates, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        found[method] = Estimate(_tau(x, y), float(np.nanstd(replicates)), float(low), float(high), len(names))
+        if method != "ablation" and len(truth) >= LEAST_RECIPES:
+            found[method] = prediction_quality([costs[name] for name in truth], list(truth.values())).kendall_tau
     return found
-
-
-def _tau(x: np.ndarray, y: np.ndarray) -> float:
-    return float(stats.kendalltau(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else float("nan")
 
 
 def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
@@ -260,20 +248,13 @@ def _recipe(
 def _best_uniform(opened: Opened, bank: Bank, study: Study, bits: float, progress: Progress) -> Recipe:
     """The uniform recipe of about the budget that is best on the searched seeds."""
     space = bank.space
-    common = set.intersection(*(set(d.formats) for d in space.decisions))
-    uniform = [space.uniform(f) for f in sorted(common, key=str) if f.is_quantized]
+    uniform = (space.uniform(f) for f in space.common_formats)
     fitting = [r for r in uniform if space.paper_bits(r) <= bits + UNIFORM_SLACK_BITS]
     if not fitting:
         raise InputError(f"no uniform format takes at most {bits + UNIFORM_SLACK_BITS:.2f} bits per weight")
-    trials = _on(opened, bank, study, opened.order.sampling.searching(opened.pipe), progress).trials(fitting)
+    plan = opened.order.sampling.searching(opened.pipe)
+    trials = Measuring.on(opened.pipe, bank, study, plan, progress=progress).trials(fitting)
     return max(trials, key=lambda t: float(t.powers.sqnr_db.mean())).recipe
-
-
-def _on(opened: Opened, bank: Bank, study: Study, plan: Sampling, progress: Progress) -> Measuring:
-    setting = setting_of(opened.pipe, plan, weights_digest=bank.weights_digest)
-    return Measuring(
-        study, setting, lambda: TrialWorker(opened.pipe, bank, plan, objective="final_latents"), progress=progress
-    )
 
 
 def _rows(bank: Bank, bits: float, found: Mapping[str, Recipe], fresh: Measuring) -> Iterator[ComparedRow]:
@@ -309,12 +290,8 @@ def _total(own: Mapping[str, Sequence[MethodCost]], method: str) -> MethodCost:
 def _counted(opened: Opened, study: Study, method: str) -> Iterator[Callable[[], MethodCost]]:
     """Seconds and denoiser calls of what is done inside; those of the first time, when the study knows it."""
     name = f"cost:{content_key([method, to_plain(opened.order)])[:16]}"
-    calls: list[int] = []
-    hook = opened.pipe.denoiser.register_forward_hook(lambda *_: calls.append(1))
     begin = time.monotonic()
-    try:
+    with counted_calls(opened.pipe) as calls:
         yield lambda: study.record(MethodCost, name)
-        if name not in study.record_names():
-            study.put_record(name, MethodCost(time.monotonic() - begin, len(calls)))
-    finally:
-        hook.remove()
+    if name not in study.record_names():
+        study.put_record(name, MethodCost(time.monotonic() - begin, len(calls)))

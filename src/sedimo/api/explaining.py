@@ -188,8 +188,7 @@ def curve(known: Known, search: Search, measuring: Measuring) -> tuple[CurvePoin
             mine.append(allocated(search.table, BudgetOrder(bits=bits + step)).recipe)
         except InputError:
             continue  # below what the formats can make
-    common = set.intersection(*(set(d.formats) for d in space.decisions))
-    uniform = {f"uniform {f}": space.uniform(f) for f in sorted(common, key=str) if f.is_quantized}
+    uniform = {f"uniform {f}": space.uniform(f) for f in space.common_formats}
     trials = measuring.trials([*mine, *uniform.values()])
     points = [_point(known, "this method", t, "this") for t in trials[: len(mine)]]
     points += [_point(known, n, t, "uniform") for n, t in zip(uniform, trials[len(mine) :], strict=True)]

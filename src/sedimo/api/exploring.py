@@ -210,9 +210,11 @@ def _plan(opened: OpenedSource, order: ExploreOrder, study: Study | None) -> Exp
     if "fid" in campaigns and campaigns["fid"].n_missing:
         seconds += (campaigns["fid"].n_missing + 1) * _seconds_of_images(opened.pipe, sampling, timing)
     is_known = study is not None and PRIOR in study.record_names()
-    on_prior = sampling.first(MAX_PRIOR_SAMPLES)
-    prior_timing = timing if on_prior == sampling or is_known else time_calls(opened.pipe, on_prior)
-    prior_seconds, prior_calls = (0.0, 0) if is_known else cost_of_prior(order.prior, space, prior_timing)
+    prior_seconds, prior_calls = 0.0, 0
+    if not is_known:
+        on_prior = sampling.first(MAX_PRIOR_SAMPLES)
+        prior_timing = timing if on_prior == sampling else time_calls(opened.pipe, on_prior)
+        prior_seconds, prior_calls = cost_of_prior(order.prior, space, prior_timing)
     seconds += prior_seconds
     memory = order.n_workers * max(plan.memory_bytes for plan in campaigns.values())
     disk = sum(plan.disk_bytes for plan in campaigns.values())

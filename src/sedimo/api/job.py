@@ -11,15 +11,15 @@ import psutil
 
 from sedimo.allocation.fixed import allocate_given
 from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import allocate
 from sedimo.api.additivity import check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
 from sedimo.api.measuring import MeasuredTable, make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
-from sedimo.api.order import BudgetOrder, Order
+from sedimo.api.order import Order
 from sedimo.api.planning import MethodPlan, plan_job
 from sedimo.api.publishing import Found, summary_of
 from sedimo.api.rereport import keep_report
+from sedimo.api.searching import allocated
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
@@ -182,15 +182,8 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    asked = (
-        order.method,
-        order.formats,
-        str(order.budget),
-        order.check,
-        to_plain(order.search),
-        to_plain(order.importance),
-    )
-    facts = (*asked, *(to_plain(part) for part in (order.importance, order.sampling, order.compute)))
+    asked = (order.method, order.formats, str(order.budget), order.check)
+    facts = (*asked, *(to_plain(part) for part in (order.search, order.importance, order.sampling, order.compute)))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
         study.put_record(name, plan_job(opened))
@@ -203,17 +196,12 @@ def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress
         return search_recipe(opened, study, progress)
     if not order.is_fixed:
         measured = measure_table(opened, method.method, study, progress)
-        return measured, _allocate(measured.table, order.budget)
+        return measured, allocated(measured.table, order.budget)
     bank = make_bank(opened, is_exact=False, cache=study.path.parent, progress=progress)
     table = error_table(bank.space, bank.candidates)
     if order.recipe is not None:
         return MeasuredTable(bank, table), allocate_given(table, bank.space.choice(order.recipe))
-    return MeasuredTable(bank, table), _allocate(table, order.budget, rule=order.method)
-
-
-def _allocate(table: SensitivityTable, budget: BudgetOrder, rule: str = "milp") -> Allocation:
-    bits, stored_bits, n_bytes = budget.bits, budget.stored_bits, budget.n_bytes
-    return allocate(table, bits=bits, stored_bits=stored_bits, budget_bytes=n_bytes, rule=rule)
+    return MeasuredTable(bank, table), allocated(table, order.budget, rule=order.method)
 
 
 def _additivity(

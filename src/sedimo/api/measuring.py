@@ -15,9 +15,6 @@ from sedimo.api.probing import LEAST_SAMPLES, Probe, ProbeMethod, attribute_meas
 from sedimo.api.searching import Measuring, search
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.measurement.study import Study
-from sedimo.measurement.worker import TrialWorker, setting_of
-from sedimo.pipelines.adapter import Sampling
-from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.reporting.explanation import Explanation
 from sedimo.sensitivity.ablation import check_scaling, plan_checks
 from sedimo.sensitivity.agreement import Agreement
@@ -66,21 +63,14 @@ def search_recipe(opened: Opened, study: Study, progress: Progress = SILENT) -> 
     bank = make_bank(opened, is_exact=True, cache=study.path.parent, progress=progress)
     plan = order.sampling.searching(pipe)
     known = know(pipe, opened.graph, bank, study, prior=order.search.prior, sampling=plan, progress=progress)
-    on_search = _measuring(pipe, bank, study, plan, progress)
-    on_finals = _measuring(pipe, bank, study, order.sampling.deciding(pipe), progress)
+    on_search = Measuring.on(pipe, bank, study, plan, progress=progress)
+    on_finals = Measuring.on(pipe, bank, study, order.sampling.deciding(pipe), progress=progress)
     found = hold_finals(known, search(known, on_search, order.search, order.budget), order.budget, on_finals)
     if not order.check:
         return MeasuredTable(bank, found.table), found.allocation
-    seeds = Seeds(on_search, _measuring(pipe, bank, study, order.sampling.checking(pipe), progress))
+    seeds = Seeds(on_search, Measuring.on(pipe, bank, study, order.sampling.checking(pipe), progress=progress))
     explanation = explain(known, found, seeds, target=order.search.target)
     return MeasuredTable(bank, found.table, explanation=explanation), found.allocation
-
-
-def _measuring(pipe: DiffusersPipeline, bank: Bank, study: Study, plan: Sampling, progress: Progress) -> Measuring:
-    setting = setting_of(pipe, plan, weights_digest=bank.weights_digest)
-    return Measuring(
-        study, setting, lambda: TrialWorker(pipe, bank, plan, objective="final_latents"), progress=progress
-    )
 
 
 def _probe(opened: Opened, bank: Bank, method: ProbeMethod, study: Study, progress: Progress) -> Probe:

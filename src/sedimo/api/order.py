@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
@@ -21,6 +21,14 @@ METHODS: tuple[Method, ...] = get_args(Method)
 UNIFORM = "uniform:"
 MAX_BITS = 32
 MAX_BYTES = 1 << 50
+
+
+class BudgetNames(TypedDict):
+    """A budget as keywords of allocation."""
+
+    bits: float | None
+    stored_bits: float | None
+    budget_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,11 @@ class BudgetOrder:
     def is_given(self) -> bool:
         """Whether there is a budget at all."""
         return any(v is not None for v in (self.bits, self.stored_bits, self.n_bytes))
+
+    @property
+    def named(self) -> BudgetNames:
+        """The three, by the names that allocation has for them."""
+        return {"bits": self.bits, "stored_bits": self.stored_bits, "budget_bytes": self.n_bytes}
 
     def in_bits(self, n_weights: int) -> float:
         """The budget per weight [bits], in its own accounting.

@@ -194,7 +194,10 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
         costs.append(_jacobian_cost(opened, timing))
     if "ablation" in parts:
         costs.append(_ablation_cost(opened, timing, is_fitted="jacobian" in parts))
-    costs += [_outputs_cost(opened, part, timing) for part in parts if part in LEAST_SAMPLES]
+    if "sqnr" in parts:
+        costs.append(_sqnr_cost(opened, timing))
+    if "orthogonality" in parts:
+        costs.append(_orthogonality_cost(opened, timing))
     if method == "gnn":
         costs.append(_trials_cost(opened, timing))
     return _Cost(
@@ -205,20 +208,32 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
     )
 
 
-def _outputs_cost(opened: Opened, method: ProbeMethod, timing: CallTiming) -> _Cost:
-    """A trajectory of more samples; some calls again in pairs of parts, or all again with all formats."""
-    share = max(1.0, LEAST_SAMPLES[method] / opened.order.sampling.n_seeds)
-    if method == "sqnr":
-        fitted = sum(d.params * len(d.formats) for d in opened.space.decisions)
-        n_formats = max(len(d.formats) for d in opened.space.decisions)
-        calls = round(share * timing.n_calls * (1 + count_passes(opened.space)))
-        seconds = share * timing.n_calls * (1 + n_formats) * timing.seconds_per_call + fitted * seconds_per_fit(opened)
-        return _Cost(seconds, calls, JACOBIAN_MEMORY_BYTES)
-    options, n_rows = OrthogonalityOptions(), ROWS_PER_SAMPLE * LEAST_SAMPLES[method]
-    again = options.n_timesteps * max(1.0, 2 * n_rows / options.max_rows)
+def _sqnr_cost(opened: Opened, timing: CallTiming) -> _Cost:
+    """A trajectory of more samples, all its calls again with all formats, which are fitted in full."""
+    n_calls = _share_of(opened, "sqnr") * timing.n_calls
+    n_formats = max(len(d.formats) for d in opened.space.decisions)
+    seconds = n_calls * (1 + n_formats) * timing.seconds_per_call + _full_fits(opened)
+    return _Cost(seconds, round(n_calls * (1 + count_passes(opened.space))), JACOBIAN_MEMORY_BYTES)
+
+
+def _orthogonality_cost(opened: Opened, timing: CallTiming) -> _Cost:
+    """A trajectory of more samples, some of its calls again in pairs of parts, and errors that are estimated."""
+    options, n_samples = OrthogonalityOptions(), LEAST_SAMPLES["orthogonality"]
+    share = _share_of(opened, "orthogonality")
+    again = options.n_timesteps * max(1.0, 2 * ROWS_PER_SAMPLE * n_samples / options.max_rows)
     calls = round(share * timing.n_calls)
     seconds = (calls + share * again) * timing.seconds_per_call + _error_cost(opened).seconds
-    return _Cost(seconds, calls + round(again), 8 * len(opened.graph.layers) * LEAST_SAMPLES[method] ** 2)
+    return _Cost(seconds, calls + round(again), 8 * len(opened.graph.layers) * n_samples**2)
+
+
+def _share_of(opened: Opened, method: ProbeMethod) -> float:
+    """How many times the searched samples a method takes."""
+    return max(1.0, LEAST_SAMPLES[method] / opened.order.sampling.n_seeds)
+
+
+def _full_fits(opened: Opened) -> float:
+    """Seconds of fitting every format in full."""
+    return sum(d.params * len(d.formats) for d in opened.space.decisions) * seconds_per_fit(opened)
 
 
 def _trials_cost(opened: Opened, timing: CallTiming) -> _Cost:
@@ -241,9 +256,8 @@ def _trials_cost(opened: Opened, timing: CallTiming) -> _Cost:
 
 def _jacobian_cost(opened: Opened, timing: CallTiming) -> _Cost:
     """Every format fitted in full, and the trajectory gone through as often as memory demands."""
-    fitted = sum(d.params * len(d.formats) for d in opened.space.decisions)
     seconds, n_calls = cost_of_prior("jacobian", opened.space, timing)
-    return _Cost(seconds + fitted * seconds_per_fit(opened), n_calls, JACOBIAN_MEMORY_BYTES)
+    return _Cost(seconds + _full_fits(opened), n_calls, JACOBIAN_MEMORY_BYTES)
 
 
 def cost_of_prior(prior: str, space: SearchSpace, timing: CallTiming) -> tuple[float, int]:

@@ -7,6 +7,7 @@ under costs drawn from the posterior (Thompson sampling), which is where the nex
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sedimo.allocation.variants import allocate_variants
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import Known, training_set
 from sedimo.api.search_order import SearchOrder
-from sedimo.bank import SILENT, Progress
+from sedimo.bank import SILENT, Bank, Progress
 from sedimo.errors import InputError
 from sedimo.graph.groups import split_groups
 from sedimo.measurement.campaign import run_trials
@@ -27,7 +28,10 @@ from sedimo.measurement.executors import Executor, MakeWorker
 from sedimo.measurement.exploration import Exploration, possible_bits
 from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
-from sedimo.measurement.trial import Setting, Trial
+from sedimo.measurement.trial import ObjectiveName, Setting, Trial
+from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.sensitivity.choices import Choices, Codes, Values
 from sedimo.sensitivity.gnn.costs import noise_table, noise_variant_table, options_table
 from sedimo.sensitivity.gnn.scoring import disjoint_groups, group_contributions
@@ -53,6 +57,22 @@ class Measuring:
     make_worker: MakeWorker
     executor: Executor | None = None
     progress: Progress = SILENT
+
+    @classmethod
+    def on(
+        cls,
+        pipe: DiffusersPipeline,
+        bank: Bank,
+        study: Study,
+        plan: Sampling,
+        *,
+        objective: ObjectiveName = "final_latents",
+        progress: Progress = SILENT,
+    ) -> Measuring:
+        """Measuring recipes of a bank on a pipeline under a plan; one worker, which samples full precision once."""
+        setting = setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=objective)
+        make = functools.cache(lambda: TrialWorker(pipe, bank, plan, objective=objective))
+        return cls(study, setting, make, progress=progress)
 
     def trials(self, recipes: Sequence[Recipe]) -> tuple[Trial, ...]:
         """The trials of recipes, measured where the study lacks them."""
@@ -196,8 +216,7 @@ def build_by_groups(
         for group in disjoint_groups(predictor, known.graph, groups)
     ]
     table = noise_variant_table(predictor, noise, known.candidates, confidence=confidence)
-    bits, stored_bits, n_bytes = budget.bits, budget.stored_bits, budget.n_bytes
-    return allocate_variants(table, bits=bits, stored_bits=stored_bits, budget_bytes=n_bytes)
+    return allocate_variants(table, **budget.named)
 
 
 def model_table(known: Known, log_costs: Values) -> SensitivityTable:
@@ -209,7 +228,7 @@ def model_table(known: Known, log_costs: Values) -> SensitivityTable:
 
 def allocated(table: SensitivityTable, budget: BudgetOrder, *, rule: str = "milp") -> Allocation:
     """The recipe of a table under a budget in any accounting."""
-    return allocate(table, bits=budget.bits, stored_bits=budget.stored_bits, budget_bytes=budget.n_bytes, rule=rule)
+    return allocate(table, **budget.named, rule=rule)
 
 
 def keeps(known: Known, recipe: Recipe, budget: BudgetOrder) -> bool:

@@ -64,7 +64,7 @@ def blocks(found: BlocksResult) -> None:
             row.block,
             f"{row.params:,}",
             _with_error(row.up_to),
-            f"{row.alone_kept.value:+.2f} [{row.alone_kept.low:+.2f}, {row.alone_kept.high:+.2f}]",
+            _signed(row.alone_kept),
             "16 bits" if row.block in found.kept else "",
         )
         for row in found.rows
@@ -72,10 +72,9 @@ def blocks(found: BlocksResult) -> None:
     print_table(f"{found.number_format}, SQNR of blocks", columns, rows)
     click.echo(f"all blocks at {found.number_format}: {_with_error(found.everything)} dB")
     if found.hybrid is not None and found.hybrid_gain is not None:
-        gain = found.hybrid_gain
         click.echo(
             f"hybrid, {found.paper_bits:.3f} paper bits: {_with_error(found.hybrid)} dB on fresh seeds, "
-            f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] against all blocks at {found.number_format}"
+            f"{_signed(found.hybrid_gain)} against all blocks at {found.number_format}"
         )
 
 
@@ -89,7 +88,7 @@ def comparison(found: Comparison) -> None:
             f"{row.paper_bits:.3f}" + ("" if row.is_full else " (not full)"),
             f"{row.stored_bits:.3f}",
             _with_error(row.sqnr_db),
-            "" if row.ahead is None else f"{row.ahead.value:+.2f} [{row.ahead.low:+.2f}, {row.ahead.high:+.2f}]",
+            "" if row.ahead is None else _signed(row.ahead),
         )
         for row in sorted(found.rows, key=lambda r: (r.bits, -r.sqnr_db.value))
     ]
@@ -100,7 +99,7 @@ def comparison(found: Comparison) -> None:
             method,
             duration(cost.seconds),
             f"{cost.denoiser_calls:,}",
-            "" if tau is None else f"{tau.value:+.2f} [{tau.low:+.2f}, {tau.high:+.2f}]",
+            "" if tau is None else _signed(tau),
         )
         for method, cost in found.costs.items()
         for tau in [found.agreement.get(method)]
@@ -129,6 +128,10 @@ def attribution(found: Attribution) -> None:
 
 def _with_interval(value: Estimate) -> str:
     return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def _signed(value: Estimate) -> str:
+    return f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
 
 
 def _with_error(value: Estimate) -> str:

@@ -11,6 +11,7 @@ relative to the power of its own output, and a sample's value is the mean over i
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,9 @@ from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
 from sedimo.errors import UnsupportedError
 from sedimo.measurement.guidance import find_row_weights
-from sedimo.measurement.interrupt import StopRequest, graceful_interrupt
+from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
+from sedimo.measurement.parts import check_stop, saved_part
 from sedimo.measurement.passes import MEMORY_BYTES, passes, weight_changes, weight_formats
 from sedimo.measurement.study import Study
 from sedimo.measurement.taps import Changes, InputChangedError, Taps
@@ -112,9 +114,10 @@ def probe_jacobian(
         for decisions in parts:
             work = _Pass(adapter.denoiser, bank, decisions, (options, weights))
             for index, (call, samples) in enumerate(calls):
-                totals.add(_saved_part(study, work, (setting, index), (call, samples)), samples)
+                measure = functools.partial(work.measure, call, index, len(samples))
+                totals.add(saved_part(study, JacobianPart, work.key(setting, index), measure), samples)
                 progress.advance(1)
-                _check(stop, study)
+                check_stop(stop, study)
     progress.done()
     execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
     return JacobianProbe(setting, options.n_directions, options.seed, weights, totals.noise(), totals.unused, execution)
@@ -251,24 +254,6 @@ class _Totals:
     @property
     def unused(self) -> tuple[str, ...]:
         return tuple(sorted({d for d, _ in self._sums} - self._used))
-
-
-def _saved_part(
-    study: Study | None, work: _Pass, place: tuple[Setting, int], what: tuple[DenoiserCall, range]
-) -> JacobianPart:
-    (setting, index), (call, samples) = place, what
-    key = work.key(setting, index)
-    part = study.probe(JacobianPart, key) if study else None
-    if part is None:
-        part = work.measure(call, index, len(samples))
-        if study:
-            study.put_probe(key, part)
-    return part
-
-
-def _check(stop: StopRequest, study: Study | None) -> None:
-    where = f"saved in {study.path}; run the same command again to go on" if study else "lost; give a study to keep it"
-    stop.check(f"interrupted: what was measured is {where}")
 
 
 def _directions(plan: _RowPlan, index: int, options: JacobianOptions) -> list[torch.Tensor]:

@@ -59,7 +59,7 @@ def measure_reference(objective: ObjectiveName, adapter: PipelineAdapter, sampli
     if objective == "fid":
         if len(sampling.seeds) < MIN_IMAGES:
             raise InputError(f"the objective 'fid' needs at least {MIN_IMAGES} samples, got {len(sampling.seeds)}")
-        with _counted_calls(adapter) as calls:
+        with counted_calls(adapter) as calls:
             latents, features = draw_latents_and_features(adapter, sampling, label="full precision")
         return Reference(objective, sampling, latents, (), len(calls), features)
     trajectory = record(adapter, sampling)
@@ -92,7 +92,7 @@ def _set_measures(reference: Features, features: Features) -> dict[str, Estimate
 
 
 @contextlib.contextmanager
-def _counted_calls(adapter: PipelineAdapter) -> Iterator[list[int]]:
+def counted_calls(adapter: PipelineAdapter) -> Iterator[list[int]]:
     """Grows by one with each call of the denoiser."""
     calls: list[int] = []
     hook = adapter.denoiser.register_forward_hook(lambda *_: calls.append(1))

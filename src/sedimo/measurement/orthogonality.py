@@ -16,7 +16,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,10 @@ from torch import nn
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import content_key
 from sedimo.errors import InputError
+from sedimo.measurement.hooks import hooked
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import rows_of
+from sedimo.measurement.parts import check_stop, saved_part
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting
 from sedimo.measurement.worker import setting_of, versions
@@ -97,6 +99,12 @@ class OrthogonalityProbe:
             matrix += matrix.T + np.eye(n)
         return found
 
+    @property
+    def sums(self) -> Matrix:
+        """How much each layer repeats the others: its row's sum without the diagonal, `[T, L]`."""
+        found: Matrix = self.matrices.sum(axis=2) - 1.0
+        return found
+
 
 def probe_orthogonality(
     adapter: PipelineAdapter,
@@ -122,21 +130,21 @@ def probe_orthogonality(
     setting = setting_of(adapter, sampling, weights_digest=weights_digest, objective="step")
     calls = record(adapter, replace(sampling, batch_size=n)).calls
     chosen = sorted({round(i) for i in np.linspace(0, len(calls) - 1, min(options.n_timesteps, len(calls)))})
+    named = {"orthogonality": ORTHOGONALITY_VERSION, "setting": setting, "layers": tuple(layers)}
+
+    def part(index: int) -> OrthogonalityPart:
+        def measure() -> OrthogonalityPart:
+            return measure_part(adapter.denoiser, layers, calls[index], n, options.max_rows)
+
+        return saved_part(study, OrthogonalityPart, content_key({**named, "call": index}), measure)
+
     parts: list[OrthogonalityPart] = []
     progress.start(len(chosen), "orthogonality of layers")
     with graceful_interrupt() as stop:
         for index in chosen:
-            key = content_key(
-                {"orthogonality": ORTHOGONALITY_VERSION, "setting": setting, "call": index, "layers": tuple(layers)}
-            )
-            part = study.probe(OrthogonalityPart, key) if study else None
-            if part is None:
-                part = measure_part(adapter.denoiser, layers, calls[index], n, options.max_rows)
-                if study:
-                    study.put_probe(key, part)
-            parts.append(part)
+            parts.append(part(index))
             progress.advance(1)
-            stop.check("interrupted: what was measured is " + (f"saved in {study.path}" if study else "lost"))
+            check_stop(stop, study)
     progress.done()
     execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
     return OrthogonalityProbe(setting, tuple(layers), tuple(parts), execution)
@@ -146,9 +154,8 @@ def measure_part(
     denoiser: nn.Module, layers: Sequence[str], call: DenoiserCall, n_samples: int, max_rows: int = 64
 ) -> OrthogonalityPart:
     """The part of one recorded call, whose row r belongs to sample r mod `n_samples`."""
-    grams = _Grams(denoiser, layers, n_samples)
-    n_sets = call.output.shape[0] // n_samples
-    with torch.no_grad(), grams:
+    grams, n_sets = _Grams(n_samples), call.output.shape[0] // n_samples
+    with torch.no_grad(), hooked(denoiser, {name: functools.partial(grams.add, name) for name in layers}):
         for samples in _runs(n_samples, max(4, max_rows // n_sets)):
             rows = torch.cat([samples + k * n_samples for k in range(n_sets)])
             grams.begin(samples, n_sets)
@@ -166,25 +173,12 @@ def orthogonality(grams: Sequence[Matrix | None]) -> Matrix:
     return found
 
 
-@dataclass
 class _Grams:
-    """Hooks that add up the Gram matrix of each layer's output; a context manager that removes them."""
+    """Adds up the Gram matrix of each layer's output, pair of samples by pair of samples."""
 
-    denoiser: nn.Module
-    layers: Sequence[str]
-    n_samples: int
-    found: dict[str, Matrix] = field(default_factory=dict)
-
-    def __enter__(self) -> None:
-        self._handles = [
-            self.denoiser.get_submodule(name).register_forward_hook(functools.partial(self._add, name))
-            for name in self.layers
-        ]
-        self._done = np.zeros((self.n_samples, self.n_samples), dtype=bool)
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def __init__(self, n_samples: int) -> None:
+        self.found: dict[str, Matrix] = {}
+        self._n_samples, self._done = n_samples, np.zeros((n_samples, n_samples), dtype=bool)
 
     def begin(self, samples: torch.Tensor, n_sets: int) -> None:
         """Tells which samples the next run is of; every sample has `n_sets` rows."""
@@ -193,11 +187,12 @@ class _Grams:
         self._wanted = ~self._done[self._place]
         self._done[self._place] = True
 
-    def _add(self, name: str, _module: nn.Module, _args: object, output: torch.Tensor) -> None:
+    def add(self, name: str, _module: nn.Module, _args: object, output: torch.Tensor) -> None:
+        """The hook of a layer."""
         n_units = len(self._wanted)
         if not isinstance(output, torch.Tensor) or output.shape[0] != self._n_sets * n_units:
             return  # the same for all samples
-        gram = self.found.setdefault(name, np.zeros((self.n_samples, self.n_samples)))
+        gram = self.found.setdefault(name, np.zeros((self._n_samples, self._n_samples)))
         total = sum(_gram(rows) for rows in output.detach().reshape(self._n_sets, n_units, -1))
         gram[self._place] += np.where(self._wanted, np.asarray(total), 0.0)
 
@@ -258,5 +253,5 @@ def _rounded(value: float) -> float:
 
 def row_sums(probe: OrthogonalityProbe) -> Mapping[str, tuple[float, ...]]:
     """gamma: how much each layer repeats the others, its row's sum without the diagonal, per timestep."""
-    sums = probe.matrices.sum(axis=2) - 1.0
+    sums = probe.sums
     return {name: tuple(sums[:, i].tolist()) for i, name in enumerate(probe.layers)}

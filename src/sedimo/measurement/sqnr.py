@@ -17,7 +17,7 @@ import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -26,8 +26,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
+from sedimo.measurement.hooks import Hook, hooked
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
+from sedimo.measurement.parts import check_stop, saved_part
 from sedimo.measurement.passes import passes, weight_changes, weight_formats
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting
@@ -107,14 +109,9 @@ def probe_sqnr(
             work = _Pass(adapter.denoiser, bank, decisions)
             for index, batches in enumerate(calls):
                 key = content_key({"sqnr": SQNR_VERSION, "setting": setting, "call": index, "formats": work.named})
-                part = study.probe(SqnrPart, key) if study else None
-                if part is None:
-                    part = work.measure(batches)
-                    if study:
-                        study.put_probe(key, part)
-                found[index] |= part.noise
+                found[index] |= saved_part(study, SqnrPart, key, functools.partial(work.measure, batches)).noise
                 progress.advance(1)
-                stop.check("interrupted: what was measured is " + (f"saved in {study.path}" if study else "lost"))
+                check_stop(stop, study)
     progress.done()
     parts = tuple(SqnrPart(batches[0][0].timestep, noise) for batches, noise in zip(calls, found, strict=True))
     execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
@@ -163,40 +160,36 @@ class _Pass:
             for first in range(0, n_samples, step):
                 units = torch.arange(first, min(first + step, n_samples))
                 rows = torch.cat([units + k * n_samples for k in range(n_sets)])
-                taps = _Taps(self._denoiser, self._bank, self._changes or {}, (n_sets, len(units)))
-                with taps:
+                powers = _Powers(n_sets, len(units))
+                with hooked(self._denoiser, self._hooks(powers)):
                     self._denoiser(**rows_of(call, rows.to(call.output.device)))
-                for name, (noise, signal) in taps.found.items():
+                for name, (noise, signal) in powers.found.items():
                     sums.setdefault(name, []).append(noise / signal.clamp_min(torch.finfo(torch.float64).tiny))
         return {name: torch.cat(parts, dim=1) for name, parts in sums.items()}
+
+    def _hooks(self, powers: _Powers) -> dict[str, Hook]:
+        return {
+            layer: functools.partial(powers.add, name, deltas)
+            for name, deltas in (self._changes or {}).items()
+            for layer in self._bank.space.decision_index[name].layers
+        }
 
     def _loaded(self, decision: str) -> torch.Tensor:
         return weight_changes(self._bank, self._denoiser, decision).to(next(self._denoiser.parameters()).dtype)
 
 
-@dataclass
-class _Taps:
-    """Hooks that add up noise and signal powers of the samples of one run; a context manager that removes them."""
+class _Powers:
+    """Noise `[F, n]` and signal `[n]` powers of the samples of one run, added up over the layers of each decision."""
 
-    denoiser: nn.Module
-    bank: Bank
-    changes: Mapping[str, torch.Tensor]
-    shape: tuple[int, int]  # row sets, samples
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    def __init__(self, n_sets: int, n_samples: int) -> None:
+        self.found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shape = n_sets, n_samples
 
-    def __enter__(self) -> None:
-        self._handles = [
-            self.denoiser.get_submodule(layer).register_forward_hook(functools.partial(self._add, name))
-            for name in self.changes
-            for layer in self.bank.space.decision_index[name].layers
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _add(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        noise = torch.stack([self._per_sample(_changed(module, args[0], delta)) for delta in self.changes[name]])
+    def add(
+        self, name: str, deltas: torch.Tensor, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
+        """The hook of a layer of a decision whose weight changes are `deltas` `[F, out, in, ...]`."""
+        noise = torch.stack([self._per_sample(_changed(module, args[0], delta)) for delta in deltas])
         signal = self._per_sample(output.detach())
         if name in self.found:
             noise, signal = noise + self.found[name][0], signal + self.found[name][1]
@@ -204,7 +197,7 @@ class _Taps:
 
     def _per_sample(self, output: torch.Tensor) -> torch.Tensor:
         """Sums of squares `[n]` float64; what is the same for all samples is counted for each."""
-        n_sets, n = self.shape
+        n_sets, n = self._shape
         if output.shape[0] != n_sets * n:
             return output.double().square().sum().expand(n).cpu()
         return output.flatten(1).double().square().sum(1).reshape(n_sets, n).sum(0).cpu()

@@ -12,8 +12,9 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.folder import write_file
 from sedimo.reporting.curve_charts import curve_chart
 from sedimo.reporting.explanation import CurvePoint
+from sedimo.reporting.explanation_tables import figure
 from sedimo.reporting.html import page
-from sedimo.reporting.rounding import duration, interval, number
+from sedimo.reporting.rounding import duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,8 @@ def render_comparison(comparison: ComparisonPage) -> str:
                     f"{line.budget:g}",
                     f"{line.paper_bits:.3f}",
                     f"{line.stored_bits:.3f}",
-                    _figure(line.measured),
-                    None if line.ahead is None else _figure(line.ahead),
+                    figure(line.measured),
+                    None if line.ahead is None else figure(line.ahead),
                     _verdict(line.ahead),
                 )
                 for line in sorted(c.lines, key=lambda x: (x.budget, -x.measured.value))
@@ -83,7 +84,7 @@ def render_comparison(comparison: ComparisonPage) -> str:
                     line.method,
                     duration(line.seconds),
                     f"{line.denoiser_calls:,}",
-                    None if line.agreement is None else _figure(line.agreement),
+                    None if line.agreement is None else figure(line.agreement),
                 )
                 for line in c.costs
             ],
@@ -99,10 +100,6 @@ def _headline(lines: Sequence[ComparisonLine]) -> str:
         best.setdefault(first.method, []).append(budget)
     places = (f"`{method}` at {' and '.join(f'{b:g}' for b in budgets)} bits" for method, budgets in best.items())
     return f"Highest quality: {', '.join(places)}."
-
-
-def _figure(estimate: Estimate) -> tuple[str, str]:
-    return number(estimate.value, estimate.standard_error), interval(estimate)
 
 
 def _verdict(ahead: Estimate | None) -> str:

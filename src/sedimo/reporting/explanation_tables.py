@@ -115,7 +115,7 @@ def predictor_lines(rows: Sequence[PredictorRow]) -> tuple[PredictorLine, ...]:
             predictor=row.predictor,
             subset=_subset(row.subset),
             n=row.n,
-            figures=tuple(_figure(e) for e in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)),
+            figures=tuple(figure(e) for e in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)),
             time="" if row.seconds is None else duration(row.seconds),
             is_used=row.is_used,
         )
@@ -132,7 +132,7 @@ def fold_lines(rows: Sequence[FoldRow]) -> tuple[FoldLine, ...]:
             hop=row.hop,
             subset=_subset(row.subset),
             n=row.srcc.n,
-            figures=tuple(_figure(e) for e in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)),
+            figures=tuple(figure(e) for e in (row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)),
         )
         for row in ordered
     )
@@ -141,7 +141,7 @@ def fold_lines(rows: Sequence[FoldRow]) -> tuple[FoldLine, ...]:
 def round_lines(rounds: Sequence[RefineRound]) -> tuple[RoundLine, ...]:
     """Round by round."""
     return tuple(
-        RoundLine(r.round, f"{r.n_trials:,}", _figure(r.best_db), _plain(r.predicted_db))
+        RoundLine(r.round, f"{r.n_trials:,}", figure(r.best_db), _plain(r.predicted_db))
         for r in sorted(rounds, key=lambda r: r.round)
     )
 
@@ -152,8 +152,8 @@ def finalist_lines(finalists: Sequence[FinalistRow]) -> tuple[FinalistLine, ...]
         FinalistLine(
             f.name,
             number(f.paper_bits),
-            _figure(f.measured),
-            None if f.behind is None else _figure(f.behind),
+            figure(f.measured),
+            None if f.behind is None else figure(f.behind),
         )
         for f in sorted(finalists, key=lambda f: _rank(f.measured.value))
     )
@@ -168,7 +168,8 @@ def _subset(name: str) -> str:
     return "all recipes" if name == OVERALL else name
 
 
-def _figure(estimate: Estimate) -> Figure:
+def figure(estimate: Estimate) -> Figure:
+    """An estimate as text; a dash where there is none."""
     if math.isnan(estimate.value):
         return Figure("\N{EN DASH}", "")
     return Figure(number(estimate.value, estimate.standard_error), interval(estimate))

@@ -94,11 +94,12 @@ def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_I
         raise InputError("orthogonality compares layers, but fewer than two of them differ between samples")
     weights = _step_weights(len(probe.parts), options.tau)
     replicates = np.array([part.replicates for part in probe.parts])  # [T, R, L]
-    theta = _theta(probe.matrices.sum(axis=2) - 1.0, known, weights, options)
+    sums = probe.sums
+    theta = _theta(sums, known, weights, options)
     thetas = np.stack([_theta(replicates[:, r], known, weights, options) for r in range(replicates.shape[1])])
     n = len(thetas)
     error = np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0))
-    per_step = np.exp(-options.beta * _gamma(probe.matrices.sum(axis=2) - 1.0, known))
+    per_step = np.exp(-options.beta * _gamma(sums, known))
     return Importance(probe.layers, theta, error, np.where(known, per_step, np.nan), weights, constant)
 
 
