@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sedimo.api.opening import open_pipeline
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder, refuse_activations
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
 from sedimo.api.searching import Measuring
 from sedimo.bank import SILENT, Progress, fit_bank
 from sedimo.codec import to_plain
@@ -52,7 +52,6 @@ class BlocksOrder:
         """Refuses formats that change no weight, objectives without curves, and several rules."""
         if not self.number_format.is_quantized:
             raise InputError(f"block curves need a format that changes weights, got {self.number_format}")
-        refuse_activations([self.number_format])
         if self.objective not in ("final_latents", "path", "step"):
             raise InputError(f"block curves are measured by final_latents, path or step, got {self.objective!r}")
         if sum(rule is not None for rule in (self.keep_db, self.keep, self.bits)) > 1:

@@ -235,7 +235,7 @@ def _write(opened: Opened, bank: Bank, allocation: Allocation, finish: Finish) -
     order = opened.order
     packed = bank.quantize(allocation.recipe)
     _keep_budget(bank, allocation, packed)
-    replace_weights(opened.denoiser, packed)
+    replace_weights(opened.denoiser, packed, inputs=bank.input_quantizers(allocation.recipe))
     origin = Origin(
         base_model=order.source if is_hub_id(order.source) else opened.name,
         method=f"{allocation.method}, {allocation.rule}",

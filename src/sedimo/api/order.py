@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
@@ -12,7 +12,7 @@ from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.quant.formats import FULL_BITS, Format, parse_formats
+from sedimo.quant.formats import Format, parse_formats
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 from sedimo.space import Recipe
 
@@ -182,9 +182,6 @@ class Order:
         asked = parse_formats(self.formats) if not self.is_fixed else ()
         if asked and not any(f.is_quantized for f in asked):
             raise InputError(f"the formats {self.formats} leave every layer as it is; add one such as kmc4")
-        refuse_activations([*asked, *([] if self.uniform_format is None else [self.uniform_format])])
-        if self.recipe is not None:
-            refuse_activations(self.recipe.formats)
         if self.recipe is not None and (self.budget.is_given or self.method != "auto"):
             raise InputError("a recipe decides everything: leave out --method and the budget")
 
@@ -224,17 +221,3 @@ class Order:
             inside = [other for other, outer in resolved.items() if other != name and path.is_relative_to(outer)]
             if inside:
                 raise InputError(f"{name} {places[name]} must not lie in {inside[0]} {places[inside[0]]}")
-
-
-def refuse_activations(formats: Iterable[Format]) -> None:
-    """Refuses formats with activation bits: weights alone are quantized.
-
-    Raises:
-        InputError: naming the format.
-    """
-    for number_format in formats:
-        if number_format.activation_bits < FULL_BITS:
-            raise InputError(
-                f"format {number_format} quantizes activations to {number_format.activation_bits} bits, which is not "
-                f"supported yet; use {number_format.weight_format}"
-            )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -41,6 +41,13 @@ class Sampling:
     def first(self, n: int) -> Sampling:
         """The first `n` samples of this plan, or all of them."""
         return replace(self, seeds=self.seeds[:n])
+
+    def batches(self) -> Iterator[Sampling]:
+        """The plan cut into plans of one batch each, the same samples in the same order."""
+        for first in range(0, len(self.seeds), self.batch_size):
+            positions = range(first, min(first + self.batch_size, len(self.seeds)))
+            conditions = tuple(self.conditions[i % len(self.conditions)] for i in positions) if self.conditions else ()
+            yield replace(self, seeds=tuple(self.seeds[i] for i in positions), conditions=conditions)
 
     def condition(self, index: int) -> str | None:
         """The condition of sample `index`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
+from sedimo.pipelines.adapter import DenoiserCall, Observer, PipelineAdapter, Sampling
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 
@@ -42,6 +43,23 @@ def record(adapter: PipelineAdapter, sampling: Sampling, *, steps: Sequence[int]
 
     latents = adapter.sample(sampling, observer=keep)
     return Trajectory(sampling, tuple(calls), latents)
+
+
+class _Enough(Exception):  # noqa: N818  # no error: ends a sampling run whose later steps nobody wants
+    pass
+
+
+def sample_until(adapter: PipelineAdapter, sampling: Sampling, last_step: int, observer: Observer) -> None:
+    """Shows the denoiser's calls, batch after batch, up to a step; nothing is sampled past it."""
+
+    def show(call: DenoiserCall) -> None:
+        observer(call)
+        if call.step >= last_step:
+            raise _Enough
+
+    for batch in sampling.batches():
+        with contextlib.suppress(_Enough):
+            adapter.sample(batch, observer=show)
 
 
 def replay(denoiser: nn.Module, call: DenoiserCall) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import TIMESTEP_NAMES, timestep_of
@@ -43,7 +44,7 @@ class _Rounding:
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         group = 0 if self.clock is None else self.clock.group
-        return (self.quantizer(module, args[0], group), *args[1:])
+        return (self.quantizer(args[0], is_image=isinstance(module, _ConvNd), group=group), *args[1:])
 
 
 class _Hook(NamedTuple):
@@ -69,9 +70,9 @@ def round_inputs(denoiser: nn.Module, quantizers: InputQuantizers) -> None:
     if quantizers.timesteps and quantizers.layers:
         clock = _Clock(quantizers.timesteps, inspect.signature(denoiser.forward))
         denoiser.register_forward_pre_hook(clock, with_kwargs=True, prepend=True)
-    by_module = {id(modules[name]): name for name in reversed(quantizers.layers)}  # a module may have two names
-    for name in by_module.values():
-        modules[name].register_forward_pre_hook(_Rounding(quantizers.layers[name], clock))
+    by_module = {id(module): (module, quantizers.layers[name]) for name, module in modules.items()}
+    for module, quantizer in by_module.values():  # a module may have two names, and is hooked once
+        module.register_forward_pre_hook(_Rounding(quantizer, clock))
 
 
 def unround_inputs(denoiser: nn.Module) -> None:
