@@ -177,7 +177,7 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
     opened = open_source(order.job(REFERENCE, order.bits[0]))
     tables: dict[str, SensitivityTable] = {}
     with Study(order.store) as study:
-        bank = make_bank(opened, is_exact=True, cache=study.path.parent, progress=progress)
+        bank = make_bank(opened, study, is_exact=True, progress=progress)
         opened.space = bank.space
         plan = opened.order.sampling.checking(opened.pipe)  # the same for all methods and budgets
         fresh = Measuring.on(opened.pipe, bank, study, plan, progress=progress)

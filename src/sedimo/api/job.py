@@ -183,7 +183,8 @@ def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
     asked = (order.method, order.formats, str(order.budget), order.check)
-    facts = (*asked, *(to_plain(part) for part in (order.search, order.importance, order.sampling, order.compute)))
+    parts = (order.search, order.importance, order.activations, order.sampling, order.compute)
+    facts = (*asked, *(to_plain(part) for part in parts))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
         study.put_record(name, plan_job(opened))
@@ -197,7 +198,7 @@ def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress
     if not order.is_fixed:
         measured = measure_table(opened, method.method, study, progress)
         return measured, allocated(measured.table, order.budget)
-    bank = make_bank(opened, is_exact=False, cache=study.path.parent, progress=progress)
+    bank = make_bank(opened, study, is_exact=False, progress=progress)
     table = error_table(bank.space, bank.candidates)
     if order.recipe is not None:
         return MeasuredTable(bank, table), allocate_given(table, bank.space.choice(order.recipe))

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict, get_args
 
 from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
+from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.formats import Format, parse_formats
@@ -137,7 +138,29 @@ class Compute:
     device: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ActivationOrder:
+    """How the inputs of layers are rounded whose format asks for it.
+
+    By the range of each token or image (dynamic), symmetric or not; or, with a `calibration`, by static ranges that are
+    calibrated on `n_samples` of the model's own trajectories.
+
+    Raises:
+        InputError: no samples.
+    """
+
+    symmetric: bool = False
+    calibration: CalibrationOptions | None = None
+    n_samples: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuses calibration on nothing."""
+        if self.n_samples < 1:
+            raise InputError(f"ranges are calibrated on at least one sample, got {self.n_samples}")
+
+
 DEFAULT_COMPUTE = Compute()
+DYNAMIC_ACTIVATIONS = ActivationOrder()
 DEFAULT_SAMPLING = SamplingOrder()
 DEFAULT_SEARCH = SearchOrder()
 
@@ -165,6 +188,7 @@ class Order:
     overwrite: bool = False
     search: SearchOrder = DEFAULT_SEARCH
     importance: ImportanceOptions = DEFAULT_IMPORTANCE
+    activations: ActivationOrder = DYNAMIC_ACTIVATIONS
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.

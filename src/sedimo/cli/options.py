@@ -82,6 +82,32 @@ def importance_options(command: Command) -> Command:
     return command
 
 
+def activation_options(command: Command) -> Command:
+    """How activations are rounded, where formats such as uaq4a8 ask for it."""
+    for option in (
+        click.option(
+            "--act-by-timestep", is_flag=True, help="Static ranges of their own for each calibrated timestep."
+        ),
+        click.option(
+            "--act-steps",
+            type=click.IntRange(0),
+            default=1,
+            show_default=True,
+            help="Steps to calibrate static ranges at, from the first (most noise) on; 0: all.",
+        ),
+        click.option("--act-symmetric", is_flag=True, help="Round activations without a zero point."),
+        click.option(
+            "--act-ranges",
+            type=click.Choice(["dynamic", "min-max", "percentile", "mse"]),
+            default="dynamic",
+            show_default=True,
+            help="Range of each token or image, or static ranges calibrated this way.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def json_option(command: Command) -> Command:
     """JSON instead of tables."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
@@ -28,13 +30,14 @@ from sedimo.measurement.guidance import find_row_weights
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
 from sedimo.measurement.parts import check_stop, saved_part
-from sedimo.measurement.passes import MEMORY_BYTES, passes, weight_changes, weight_formats
+from sedimo.measurement.passes import MEMORY_BYTES, change_names, input_roundings, passes, weight_changes
 from sedimo.measurement.study import Study
-from sedimo.measurement.taps import Changes, InputChangedError, Taps
+from sedimo.measurement.taps import Changes, InputChangedError, Rounding, Taps
 from sedimo.measurement.trial import Execution, Setting
 from sedimo.measurement.worker import setting_of, versions
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import output_tensor, record
+from sedimo.quant.activations import InputQuantizers
 from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -139,8 +142,9 @@ class _Pass:
         how: tuple[JacobianOptions, tuple[float, ...]],
     ) -> None:
         self.denoiser, (self.options, self._weights) = denoiser, how
-        self.formats = {d: weight_formats(bank.space, d) for d in decisions}
+        self.formats = {d: change_names(bank.space, d) for d in decisions}
         self._bank = bank
+        self._timestep = math.nan
         self._changes: dict[str, Changes] | None = None
         self._copies_inputs = False
 
@@ -153,7 +157,7 @@ class _Pass:
                 "n_directions": self.options.n_directions,
                 "seed": self.options.seed,
                 **({} if self._weights == (1.0,) else {"row_weights": [f"{w:.3f}" for w in self._weights]}),
-                "formats": {d: [str(f) for f in formats] for d, formats in self.formats.items()},
+                "formats": self.formats,
             }
         )
 
@@ -161,6 +165,7 @@ class _Pass:
         """The part of one call."""
         plan = _RowPlan(call, self._weights)
         directions = _directions(plan, index, self.options)
+        self._timestep = call.timestep
         try:
             squares, unused = self._squares(plan, directions)
         except InputChangedError as error:
@@ -171,7 +176,7 @@ class _Pass:
         for decision, formats in self.formats.items():
             found = squares.get(decision, torch.zeros(plan.n_units, len(formats), dtype=torch.float64))
             means = found.reshape(-1, n_samples, len(formats)).mean(0).T.tolist()
-            noise[decision] = {str(f): tuple(_rounded(v) for v in m) for f, m in zip(formats, means, strict=True)}
+            noise[decision] = {f: tuple(_rounded(v) for v in m) for f, m in zip(formats, means, strict=True)}
         return JacobianPart(noise, unused)
 
     def _squares(
@@ -196,7 +201,18 @@ class _Pass:
 
     def _loaded(self, decision: str) -> Changes:
         deltas = weight_changes(self._bank, self.denoiser, decision)
-        return Changes(self._bank.space.decision_index[decision].layers, deltas.flatten(2))
+        known = self._bank.space.decision_index[decision]
+        roundings = {
+            layer: tuple(map(self._rounding, input_roundings(self._bank, known, layer))) for layer in known.layers
+        }
+        return Changes(known.layers, deltas.flatten(2), roundings)
+
+    def _rounding(self, quantizers: InputQuantizers) -> Rounding:
+        """The rounding of a layer's inputs at the timestep of the call that is being measured."""
+        (quantizer,) = quantizers.layers.values()
+        return lambda module, inputs: quantizer(
+            inputs, is_image=isinstance(module, _ConvNd), group=quantizers.group(self._timestep)
+        )
 
 
 class _RowPlan:

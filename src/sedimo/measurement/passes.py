@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from sedimo.bank import Bank
-from sedimo.quant.formats import Format
-from sedimo.space import SearchSpace
+from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.formats import FULL_BITS, Format
+from sedimo.space import Decision, SearchSpace
 
 MEMORY_BYTES = 2 << 30
 
@@ -16,6 +17,22 @@ def weight_formats(space: SearchSpace, decision: str) -> tuple[Format, ...]:
     """The different weight formats of a decision, full precision left out."""
     formats = space.decision_index[decision].formats
     return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
+
+
+def activation_bits(decision: Decision) -> tuple[int, ...]:
+    """The bits below 16 that a decision's inputs may take, ascending."""
+    return tuple(sorted({f.activation_bits for f in decision.formats} - {FULL_BITS}))
+
+
+def change_names(space: SearchSpace, decision: str) -> list[str]:
+    """What can change at a decision, each by itself: its weight formats (`uaq4`), then its activations (`a8`)."""
+    widths = activation_bits(space.decision_index[decision])
+    return [*map(str, weight_formats(space, decision)), *(f"a{bits}" for bits in widths)]
+
+
+def input_roundings(bank: Bank, decision: Decision, layer: str) -> tuple[InputQuantizers, ...]:
+    """How a layer's inputs are rounded at each width that its decision may take, ascending."""
+    return tuple(bank.activations.quantizers({layer: bits}) for bits in activation_bits(decision))
 
 
 def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[str]]:

@@ -1,5 +1,7 @@
 """Inner products of per-sample weight gradients with given weight changes, taken during one backward pass.
 
+Rounded activations are one more change: of the layer's output, which the output gradient is multiplied with directly.
+
 For a layer with inputs X_b and output gradients D_b, the gradient of sample b with respect to the weight is
 G_b = D_b^T X_b. It is formed for one layer at a time (in slices of output channels), multiplied with the layer's
 weight changes, and dropped: the gradients of all layers never exist together.
@@ -8,7 +10,7 @@ weight changes, and dropped: the gradients of all layers never exist together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -22,12 +24,18 @@ from sedimo.errors import StateError, UnsupportedError
 _GRADIENT_BYTES = 64 << 20  # of the slice of G that exists at a time
 
 
+Rounding = Callable[[nn.Module, torch.Tensor], torch.Tensor]  # a layer's inputs, rounded
+
+
 @dataclass(frozen=True)
 class Changes:
-    """Weight changes of one decision: its layers, and `deltas` `[F, out, in * kernel size]`, one per format."""
+    """Changes of one decision: its layers, `deltas` of the weight `[F, out, in * kernel size]`, one per format, and
+    `roundings` of the inputs by layer, A of them. Products are `[..., F + A]`.
+    """
 
     layers: tuple[str, ...]
     deltas: torch.Tensor
+    roundings: Mapping[str, tuple[Rounding, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,7 +150,7 @@ class Taps:
         if use.inputs._version != use.version and not self._copy_inputs:
             raise InputChangedError(f"the input of layer {use.name!r} was overwritten before the backward pass")
         decision = self._decision_of[use.name]
-        deltas = self._changes[decision].deltas
+        deltas, roundings = self._changes[decision].deltas, self._changes[decision].roundings.get(use.name, ())
         per_row = gradient.shape[0] == use.inputs.shape[0] == self._n_rows and gradient.ndim > 1
         with torch.no_grad():
             if isinstance(module, _ConvNd):
@@ -150,12 +158,32 @@ class Taps:
             else:
                 n = self._n_rows if per_row else 1
                 products = _linear_products(_matrices(use.inputs, n), _matrices(gradient, n), deltas)
+            rounded = [_rounding_products(module, use.inputs, gradient, rounding) for rounding in roundings]
+            products = torch.cat(
+                [products, *(found if per_row else found.sum(0, keepdim=True) for found in rounded)], 1
+            )
         self._state.sums.setdefault(decision, _Sums()).add(products, per_row=per_row)
 
 
 def _matrices(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
     """`[B, ..., K]` as `[B, N, K]`."""
     return tensor.reshape(n_rows, -1, tensor.shape[-1])
+
+
+def _rounding_products(
+    module: nn.Module, inputs: torch.Tensor, gradient: torch.Tensor, rounding: Rounding
+) -> torch.Tensor:
+    """<D_b, layer(rounded X_b) - layer(X_b)> `[B, 1]`; a layer without its bias is linear in its inputs."""
+    change = linear_part(module, rounding(module, inputs) - inputs)
+    return (change.float() * gradient.float()).flatten(1).sum(1, keepdim=True)
+
+
+def linear_part(module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """What a Linear or Conv layer makes of inputs without its bias, with another weight if one is given."""
+    used: torch.Tensor = module.weight if weight is None else weight  # type: ignore[assignment]  # of such a layer
+    if isinstance(module, _ConvNd):
+        return module._conv_forward(inputs, used, None)
+    return F.linear(inputs, used)
 
 
 def _linear_products(inputs: torch.Tensor, gradient: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:

@@ -146,6 +146,10 @@ class InputQuantizers:
             if n_ranges not in (1, len(self.timesteps)):
                 raise InputError(f"layer {layer!r} has {n_ranges} static ranges for {len(self.timesteps)} timesteps")
 
+    def group(self, timestep: float) -> int:
+        """Which of the ranges a call at this noise level takes: those of the nearest timestep, 0 if all are alike."""
+        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep), default=0)
+
 
 @dataclass(frozen=True)
 class Activations:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.bank import Candidate
-from sedimo.quant.formats import FULL_BITS, Format
+from sedimo.quant.formats import FP16, FULL_BITS, Format
 from sedimo.sensitivity.table import Cost, SensitivityTable
 from sedimo.space import Decision, SearchSpace
 
@@ -40,7 +40,7 @@ def build_table(
 ) -> SensitivityTable:
     """The table of one method; fp16 costs nothing."""
     costs = tuple(
-        _cost(space.decision_index[c.decision], c, estimate(c) if c.format.is_quantized else EXACTLY_NOTHING)
+        _cost(space.decision_index[c.decision], c, estimate(c) if c.format != FP16 else EXACTLY_NOTHING)
         for c in candidates
     )
     decisions = space.decisions
@@ -67,6 +67,13 @@ def count_bops(macs: int, number_format: Format) -> int:
     """
     weight_bits = number_format.bits if number_format.family == "uaq" else FULL_BITS
     return macs * weight_bits * number_format.activation_bits
+
+
+def parts_of(number_format: Format) -> tuple[str, ...]:
+    """What a format changes, by the names that probes have for it: the weight (`uaq4`), the activations (`a8`)."""
+    weight = (str(number_format.weight_format),) if number_format.is_quantized else ()
+    is_rounded = number_format.activation_bits != FULL_BITS
+    return (*weight, *((f"a{number_format.activation_bits}",) if is_rounded else ()))
 
 
 def mean_cost(values: npt.ArrayLike) -> CostEstimate:

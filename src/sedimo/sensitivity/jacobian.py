@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.measurement.jacobian import JacobianProbe
-from sedimo.sensitivity.costs import CostEstimate, build_table, mean_cost
+from sedimo.sensitivity.costs import CostEstimate, build_table, mean_cost, parts_of
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import SearchSpace
 
 
 def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: JacobianProbe) -> SensitivityTable:
     """Cost = mean over samples of the noise relative to the output's power, averaged over steps and directions.
+
+    Rounded activations add their own noise to that of the weight: the two errors are independent to first order.
 
     The standard error comes from the variation between samples.
 
@@ -22,12 +26,12 @@ def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: J
     """
 
     def estimate(candidate: Candidate) -> CostEstimate:
-        values = probe.noise.get(candidate.decision, {}).get(str(candidate.format.weight_format))
-        if values is None:
+        noise, names = probe.noise.get(candidate.decision, {}), parts_of(candidate.format)
+        if not noise.keys() >= set(names):
             raise InputError(
                 f"the probe has no {candidate.decision} at {candidate.format}; measure it again for this space"
             )
-        return mean_cost(values)
+        return mean_cost(np.sum([noise[name] for name in names], axis=0))
 
     setting = probe.setting
     settings = {
