@@ -198,7 +198,7 @@ def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[st
     space = bench.known.space
     uniform = [space.uniform(f) for f in space.common_formats]
     within = [t for t in random if keeps(bench.known, t.recipe, budget)]
-    within.sort(key=lambda t: float(t.powers.sqnr_db.mean()))
+    within.sort(key=lambda t: -t.score)
     return {
         "gnn, one shot": first.allocation.recipe,
         "gnn, refined": final.allocation.recipe,
@@ -208,15 +208,13 @@ def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[st
         "ablation": allocated(attribute_measured(probed), budget).recipe,
         "error": allocated(bench.known.tables["error"], budget).recipe,
         "best uniform": best_of(selection, [u for u in uniform if space.paper_bits(u) <= bits + 0.1]),
-        "best random": best_of(
-            selection, [t.recipe for t in sorted(within, key=lambda t: -t.powers.sqnr_db.mean())[:5]]
-        ),
+        "best random": best_of(selection, [t.recipe for t in within[:5]]),
     }
 
 
 def best_of(measuring: Measuring, recipes):
     """The best on seeds that the figures do not use."""
-    return max(measuring.trials(recipes), key=lambda t: float(t.powers.sqnr_db.mean())).recipe
+    return max(measuring.trials(recipes), key=lambda t: t.score).recipe
 
 
 def compare(bench: Bench, recipes: dict[str, object]) -> dict[str, object]:

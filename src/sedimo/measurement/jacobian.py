@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,14 +26,14 @@ from sedimo.errors import UnsupportedError
 from sedimo.measurement.guidance import find_row_weights
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
-from sedimo.measurement.parts import check_stop, saved_part
+from sedimo.measurement.parts import Parts
 from sedimo.measurement.passes import MEMORY_BYTES, passes, weight_changes, weight_formats
 from sedimo.measurement.study import Study
 from sedimo.measurement.taps import Changes, InputChangedError, Taps
 from sedimo.measurement.trial import Execution, Setting
-from sedimo.measurement.worker import setting_of, versions
+from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import output_tensor, record
+from sedimo.pipelines.trajectory import output_tensor
 from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -102,25 +101,25 @@ def probe_jacobian(
         Interrupted: the user stopped it (with a study, calling again goes on).
         UnsupportedError: a weight is used in a way that hooks on its layer do not see.
     """
-    options, begin = options or JacobianOptions(), time.perf_counter()
+    options, kept = options or JacobianOptions(), Parts(adapter, study)
     setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step")
-    trajectory = record(adapter, sampling)
+    trajectory = kept.trajectory(sampling, setting)
     calls = tuple(batches_of(sampling, trajectory.calls))
     weights = (find_row_weights(trajectory) if options.combine_rows else None) or (1.0,)
-    parts = passes(bank.space, options.memory_bytes)
+    groups = passes(bank.space, options.memory_bytes)
     totals = _Totals(len(sampling.seeds))
-    progress.start(len(parts) * len(calls), "first-order noise")
+    progress.start(len(groups) * len(calls), "first-order noise")
     with graceful_interrupt() as stop:
-        for decisions in parts:
+        for decisions in groups:
             work = _Pass(adapter.denoiser, bank, decisions, (options, weights))
             for index, (call, samples) in enumerate(calls):
                 measure = functools.partial(work.measure, call, index, len(samples))
-                totals.add(saved_part(study, JacobianPart, work.key(setting, index), measure), samples)
+                totals.add(kept.part(JacobianPart, work.key(setting, index), measure), samples)
                 progress.advance(1)
-                check_stop(stop, study)
+                kept.check(stop)
     progress.done()
-    execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
-    return JacobianProbe(setting, options.n_directions, options.seed, weights, totals.noise(), totals.unused, execution)
+    how = (options.n_directions, options.seed, weights)
+    return JacobianProbe(setting, *how, totals.noise(), totals.unused, kept.execution)
 
 
 def count_passes(space: SearchSpace, options: JacobianOptions | None = None) -> int:

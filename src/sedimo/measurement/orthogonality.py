@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,12 +28,11 @@ from sedimo.errors import InputError
 from sedimo.measurement.hooks import hooked
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import rows_of
-from sedimo.measurement.parts import check_stop, saved_part
+from sedimo.measurement.parts import Parts
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting
-from sedimo.measurement.worker import setting_of, versions
+from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import record
 
 ORTHOGONALITY_VERSION = 1
 MIN_SAMPLES = 4
@@ -124,11 +122,11 @@ def probe_orthogonality(
         InputError: fewer than four samples.
         Interrupted: the user stopped it (with a study, calling again goes on).
     """
-    options, begin, n = options or OrthogonalityOptions(), time.perf_counter(), len(sampling.seeds)
+    options, kept, n = options or OrthogonalityOptions(), Parts(adapter, study), len(sampling.seeds)
     if n < MIN_SAMPLES:
         raise InputError(f"orthogonality is measured between samples and needs at least {MIN_SAMPLES}, got {n}")
     setting = setting_of(adapter, sampling, weights_digest=weights_digest, objective="step")
-    calls = record(adapter, replace(sampling, batch_size=n)).calls
+    calls = kept.trajectory(replace(sampling, batch_size=n), setting).calls
     chosen = sorted({round(i) for i in np.linspace(0, len(calls) - 1, min(options.n_timesteps, len(calls)))})
     named = {"orthogonality": ORTHOGONALITY_VERSION, "setting": setting, "layers": tuple(layers)}
 
@@ -136,7 +134,7 @@ def probe_orthogonality(
         def measure() -> OrthogonalityPart:
             return measure_part(adapter.denoiser, layers, calls[index], n, options.max_rows)
 
-        return saved_part(study, OrthogonalityPart, content_key({**named, "call": index}), measure)
+        return kept.part(OrthogonalityPart, content_key({**named, "call": index}), measure)
 
     parts: list[OrthogonalityPart] = []
     progress.start(len(chosen), "orthogonality of layers")
@@ -144,10 +142,9 @@ def probe_orthogonality(
         for index in chosen:
             parts.append(part(index))
             progress.advance(1)
-            check_stop(stop, study)
+            kept.check(stop)
     progress.done()
-    execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
-    return OrthogonalityProbe(setting, tuple(layers), tuple(parts), execution)
+    return OrthogonalityProbe(setting, tuple(layers), tuple(parts), kept.execution)
 
 
 def measure_part(

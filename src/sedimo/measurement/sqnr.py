@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,13 +28,12 @@ from sedimo.codec import content_key
 from sedimo.measurement.hooks import Hook, hooked
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
-from sedimo.measurement.parts import check_stop, saved_part
+from sedimo.measurement.parts import Parts
 from sedimo.measurement.passes import passes, weight_changes, weight_formats
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting
-from sedimo.measurement.worker import setting_of, versions
+from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import record
 from sedimo.quant.formats import Format
 
 SQNR_VERSION = 1
@@ -98,9 +96,9 @@ def probe_sqnr(
     Raises:
         Interrupted: the user stopped it (with a study, calling again goes on).
     """
-    begin = time.perf_counter()
+    kept = Parts(adapter, study)
     setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step")
-    calls = _by_step(sampling, record(adapter, sampling).calls)
+    calls = _by_step(sampling, kept.trajectory(sampling, setting).calls)
     groups = passes(bank.space)
     found: list[dict[str, Mapping[str, LocalNoise]]] = [{} for _ in calls]
     progress.start(len(groups) * len(calls), "noise at the layers' own outputs")
@@ -109,13 +107,12 @@ def probe_sqnr(
             work = _Pass(adapter.denoiser, bank, decisions)
             for index, batches in enumerate(calls):
                 key = content_key({"sqnr": SQNR_VERSION, "setting": setting, "call": index, "formats": work.named})
-                found[index] |= saved_part(study, SqnrPart, key, functools.partial(work.measure, batches)).noise
+                found[index] |= kept.part(SqnrPart, key, functools.partial(work.measure, batches)).noise
                 progress.advance(1)
-                check_stop(stop, study)
+                kept.check(stop)
     progress.done()
     parts = tuple(SqnrPart(batches[0][0].timestep, noise) for batches, noise in zip(calls, found, strict=True))
-    execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
-    return SqnrProbe(setting, parts, execution)
+    return SqnrProbe(setting, parts, kept.execution)
 
 
 Batches = list[tuple[DenoiserCall, range]]
@@ -140,7 +137,7 @@ class _Pass:
     def measure(self, batches: Batches) -> SqnrPart:
         """The part of one step."""
         if self._changes is None:
-            self._changes = {d: self._loaded(d) for d in self.named}
+            self._changes = {d: weight_changes(self._bank, self._denoiser, d) for d in self.named}
         ratios: dict[str, list[torch.Tensor]] = {}
         for call, samples in batches:
             for name, powers in self._powers(call, len(samples)).items():
@@ -174,9 +171,6 @@ class _Pass:
             for layer in self._bank.space.decision_index[name].layers
         }
 
-    def _loaded(self, decision: str) -> torch.Tensor:
-        return weight_changes(self._bank, self._denoiser, decision).to(next(self._denoiser.parameters()).dtype)
-
 
 class _Powers:
     """Noise `[F, n]` and signal `[n]` powers of the samples of one run, added up over the layers of each decision."""
@@ -204,7 +198,9 @@ class _Powers:
 
 
 def _changed(module: nn.Module, inputs: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """What a weight change adds to the output of a layer."""
+    """What a weight change adds to the output of a layer, in float32 or better, whatever the layer computes in."""
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    inputs, delta = inputs.to(dtype), delta.to(dtype)
     if isinstance(module, _ConvNd):
         return module._conv_forward(inputs, delta, None)
     return F.linear(inputs, delta)
