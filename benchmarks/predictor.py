@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 import sedimo
+from sedimo.api.attributing import predictor_table
 from sedimo.api.finals import hold_finals
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import Known, judge, know, measures_of, training_set
@@ -35,8 +36,6 @@ from sedimo.measurement.exploration import Exploration, random_recipe_near
 from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
 from sedimo.metrics.signal import paired_difference, summarize
-from sedimo.sensitivity.choices import picked
-from sedimo.sensitivity.gnn.costs import calibrate, score_table
 from sedimo.sensitivity.gnn.scoring import hop_qualities, option_scores
 from sedimo.sensitivity.gnn.training import FAST, PAPER, train_predictor
 
@@ -160,10 +159,7 @@ def published(bench: Bench, seed: int) -> dict[str, object]:
     predictor = train_predictor(data, PAPER, progress=bench.progress)
     seconds = time.perf_counter() - begin
     scores = option_scores(predictor, hop_qualities(predictor, known.graph, data.codes))
-    sums = picked(np.nan_to_num(scores[0]), data.codes).sum(axis=1)
-    table = score_table(
-        data.choices, known.candidates, scores, calibrate(sums, data.choices.paper_bits(data.codes), data.quality)
-    )
+    table, _ = predictor_table(known, predictor, data, scores, (1.0, True))
     recipe = allocated(table, BudgetOrder(bits=bits)).recipe
     report = judge(predictor, data, known, extra=extra)
     rows = {s: to_plain(q.srcc) for n, s, q in report.rows if n == "this predictor"}

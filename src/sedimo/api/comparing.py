@@ -15,6 +15,7 @@ from sedimo.api.measuring import make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, check_budget, open_source
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.api.planning import MeasuredMethod
+from sedimo.api.predicting import refuse_other_space
 from sedimo.api.search_order import SearchOrder
 from sedimo.api.searching import Measuring, allocated, draw_around
 from sedimo.bank import SILENT, Bank, Progress
@@ -188,7 +189,7 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
     with Study(order.store) as study:
         bank = make_bank(opened, is_exact=True, cache=study.path.parent, progress=progress)
         opened.space = bank.space
-        _refuse_impossible(order, bank.space)
+        _refuse_impossible(order, bank.space, study)
         plan = opened.order.sampling.checking(opened.pipe)  # the same for all methods and budgets
         entries: dict[tuple[str, float], _Entry] = {}
         for bits, method in itertools.product(order.bits, order.in_order):
@@ -238,11 +239,12 @@ def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in sums.items()}
 
 
-def _refuse_impossible(order: CompareOrder, space: SearchSpace) -> None:
-    """Refuses budgets that the formats do not allow, before anything is measured."""
+def _refuse_impossible(order: CompareOrder, space: SearchSpace, study: Study) -> None:
+    """Refuses budgets that the formats do not allow, and a study of another space, before anything is measured."""
     for bits in order.bits:
         check_budget(order.job(REFERENCE, bits), space)
         if "gnn" in order.methods:
+            refuse_other_space(study, space)
             draw_around(space, order.search, BudgetOrder(bits=bits))
 
 
