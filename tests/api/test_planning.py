@@ -82,6 +82,12 @@ def test_passes_take_seconds_of_local_noise_too(tiny_pipeline_folder, monkeypatc
     assert often.seconds - once.seconds == pytest.approx(100 * (often.n_calls - once.n_calls), rel=0.01)
 
 
+def test_no_more_timesteps_are_planned_than_there_are_steps(tiny_pipeline_folder):
+    order = opened(tiny_pipeline_folder, "orthogonality", check=False)
+    plan = planning._orthogonality_cost(order, CallTiming(1.0, 2))
+    assert plan.n_calls == 16 * 2 + 2 * (1 + 1)  # 32 samples instead of 2; two steps again, of one sample and of all
+
+
 @pytest.mark.parametrize("method", ["orthogonality", "gnn"])
 def test_random_recipes_are_planned_only_for_tables_that_predict_noise(tiny_pipeline_folder, monkeypatch, method):
     monkeypatch.setattr(planning, "time_calls", lambda *_: CallTiming(1.0, 2))

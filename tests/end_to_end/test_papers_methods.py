@@ -18,6 +18,7 @@ QUICK = ("--seeds", "2", "--steps", "2")
         ("sqnr", (), "the noise at its own output"),
         ("orthogonality", ("--beta", "3", "--tau", "1"), "how little its output repeats that of other layers"),
         ("orthogonality", ("--importance-of", "noise"), "how little its output repeats that of other layers"),
+        ("orthogonality-lp", ("--tail-mean",), "how little its output repeats that of other layers"),
     ],
 )
 def test_a_method_goes_from_source_to_checkpoint(tiny_pipeline_folder, tmp_path, method, options, words):
@@ -26,7 +27,8 @@ def test_a_method_goes_from_source_to_checkpoint(tiny_pipeline_folder, tmp_path,
         "quantize", tiny_pipeline_folder, "--bits", "5", "-o", out, "--method", method, "--formats", "uaq3,uaq4,uaq6",
         *options, *QUICK,
     )  # fmt: skip
-    assert found["method"] == method
+    assert found["method"] == method.removesuffix("-lp")
+    assert (found["status"] == "heuristic") == method.endswith("-lp")
     assert 4.5 < found["paper_bits"] <= 5
     assert "this recipe" in found["check"]["recipes"]
     kept = json.loads(run("allocate", f"{out}.study", "--bits", "5", "--rule", "lp", "--json").stdout)

@@ -13,7 +13,7 @@ import numpy as np
 from sedimo.api.checking import UNIFORM_SLACK_BITS
 from sedimo.api.measuring import make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, check_budget, open_source
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, METHODS, BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.api.planning import MeasuredMethod
 from sedimo.api.predicting import refuse_other_space
 from sedimo.api.search_order import SearchOrder
@@ -95,7 +95,7 @@ class CompareOrder:
             self.source,
             None,
             BudgetOrder(bits=bits),
-            method="gnn" if method == "gnn" else MEASURED.get(method, "error"),
+            method=method if method in METHODS else MEASURED.get(method, "error"),
             formats=self.formats,
             variant=self.variant,
             sampling=replace(self.sampling, n_check_seeds=self.n_fresh),
@@ -266,8 +266,7 @@ def _decide(opened: Opened, bank: Bank, study: Study, method: str, progress: Pro
         measured, allocation = search_recipe(opened, study, progress)
         return _Decided(allocation.recipe, measured.table)
     table = measure_table(opened, MEASURED[method], study, progress).table
-    rule = "lp" if method.endswith("-lp") else "milp"
-    return _Decided(allocated(table, opened.order.budget, rule=rule).recipe, table)
+    return _Decided(allocated(table, opened.order.budget, rule=opened.order.rule).recipe, table)
 
 
 def _best_uniform(opened: Opened, bank: Bank, study: Study, progress: Progress) -> _Decided:

@@ -196,7 +196,7 @@ def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress
         return search_recipe(opened, study, progress)
     if not order.is_fixed:
         measured = measure_table(opened, method.method, study, progress)
-        return measured, allocated(measured.table, order.budget)
+        return measured, allocated(measured.table, order.budget, rule=order.rule)
     bank = make_bank(opened, is_exact=False, cache=study.path.parent, progress=progress)
     table = error_table(bank.space, bank.candidates)
     if order.recipe is not None:

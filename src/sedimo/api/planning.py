@@ -21,7 +21,7 @@ from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
-from sedimo.measurement.orthogonality import OrthogonalityOptions
+from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_runs
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
@@ -86,7 +86,7 @@ def plan_job(opened: Opened) -> MethodPlan:
     """
     if opened.order.is_fixed:
         return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
-    wanted = opened.order.method
+    wanted = opened.order.measured_method
     if wanted == "error":
         return _unsampled(opened, _error_cost(opened), "as ordered")
     obstacle = opened.why_not_sampled()
@@ -217,13 +217,18 @@ def _sqnr_cost(opened: Opened, timing: CallTiming) -> _Cost:
 
 
 def _orthogonality_cost(opened: Opened, timing: CallTiming) -> _Cost:
-    """A trajectory of more samples, some of its calls again in pairs of parts, and errors that are estimated."""
-    options, n_samples = OrthogonalityOptions(), LEAST_SAMPLES["orthogonality"]
+    """A trajectory of more samples, some of its calls again in pairs of halves of a batch, and errors estimated.
+
+    Fewer samples run at once where outputs are large, which is known only when they are there.
+    """
+    sampling = opened.order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES["orthogonality"])
+    n_timesteps, n = min(N_TIMESTEPS, sampling.n_steps), len(sampling.seeds)
+    runs = [len(samples) for samples in sample_runs(n, max(2, sampling.batch_size))]
     share = _share_of(opened, "orthogonality")
-    again = options.n_timesteps * max(1.0, 2 * ROWS_PER_SAMPLE * n_samples / options.max_rows)
     calls = round(share * timing.n_calls)
-    seconds = (calls + share * again) * timing.seconds_per_call + _error_cost(opened).seconds
-    return _Cost(seconds, calls + round(again), 8 * len(opened.graph.layers) * n_samples**2)
+    again = n_timesteps * share * timing.n_calls / sampling.n_steps * sum(runs) / n
+    seconds = (calls + again) * timing.seconds_per_call + _error_cost(opened).seconds
+    return _Cost(seconds, calls + n_timesteps * (1 + len(runs)), MEMORY_BYTES)
 
 
 def _share_of(opened: Opened, method: ProbeMethod) -> float:

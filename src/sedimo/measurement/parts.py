@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -29,10 +29,10 @@ class Parts:
         self._adapter, self._study = adapter, study
         self._taken: dict[str, Execution] = {}
 
-    def trajectory(self, sampling: Sampling, setting: Setting, *, steps: Sequence[int] | None = None) -> Trajectory:
+    def trajectory(self, sampling: Sampling, setting: Setting, *, at_most: int | None = None) -> Trajectory:
         """The recorded calls of a plan; they are too large to keep, but what the first time took is kept."""
         key = content_key({"trajectory": setting})
-        found, execution = self._timed(lambda: record(self._adapter, sampling, steps=steps))
+        found, execution = self._timed(lambda: record(self._adapter, sampling, at_most=at_most))
         kept = self._study.execution(key) if self._study else None
         if self._study and kept is None:
             self._study.put_execution(key, execution)
