@@ -17,9 +17,11 @@ from sedimo.quant.formats import Format, parse_formats
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 from sedimo.space import Recipe
 
-Method = Literal["auto", "error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn"]
+Method = Literal[
+    "auto", "error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "orthogonality-lp", "gnn"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
-UNIFORM = "uniform:"
+UNIFORM, BY_LP = "uniform:", "-lp"
 MAX_BITS = 32
 MAX_BYTES = 1 << 50
 
@@ -213,6 +215,16 @@ class Order:
     def is_fixed(self) -> bool:
         """Whether the recipe is given and nothing has to be found out."""
         return self.recipe is not None or self.method.startswith(UNIFORM)
+
+    @property
+    def measured_method(self) -> str:
+        """The method by which costs are found out."""
+        return self.method.removesuffix(BY_LP)
+
+    @property
+    def rule(self) -> str:
+        """The rule by which formats are chosen from the costs: exact, or the published linear programme."""
+        return "lp" if self.method.endswith(BY_LP) else "milp"
 
     @property
     def uniform_format(self) -> Format | None:

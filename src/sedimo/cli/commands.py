@@ -17,7 +17,10 @@ from sedimo.cli.options import (
     sampling_options,
 )
 
-METHODS = "auto, error, jacobian, ablation, combined, sqnr, orthogonality, gnn (see sedimo run), or uniform:FORMAT"
+METHODS = (
+    "auto, error, jacobian, ablation, combined, sqnr, orthogonality, orthogonality-lp (by the published programme), "
+    "gnn (see sedimo run), or uniform:FORMAT"
+)
 
 
 @click.command()

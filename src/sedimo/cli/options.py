@@ -72,6 +72,11 @@ def importance_options(command: Command) -> Command:
             help="orthogonality: weigh missing bits, as published, or weight noise.",
         ),
         click.option(
+            "--tail-mean",
+            is_flag=True,
+            help="orthogonality: importance is the mean from a layer to the last one, as published.",
+        ),
+        click.option(
             "--tau", type=float, default=0.0, show_default=True, help="orthogonality: how much more early steps count."
         ),
         click.option(

@@ -51,7 +51,8 @@ def order_of(options: Mapping[str, Any]) -> Order:
 
 def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:
     """Knobs of the method orthogonality."""
-    return ImportanceOptions(beta=options["beta"], tau=options["tau"], objective=options["importance_of"])
+    names = ("beta", "tau", "tail_mean")
+    return ImportanceOptions(**{name: options[name] for name in names}, objective=options["importance_of"])
 
 
 def activations_of(options: Mapping[str, Any]) -> ActivationOrder:

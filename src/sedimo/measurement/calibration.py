@@ -26,7 +26,7 @@ from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.measurement.hooks import Hook, hooked
 from sedimo.measurement.interrupt import graceful_interrupt
-from sedimo.measurement.parts import check_stop, saved_part
+from sedimo.measurement.parts import Parts
 from sedimo.measurement.study import Study
 from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
@@ -91,7 +91,7 @@ def calibrate(
         InputError: inputs that are not finite, or a layer of that name is never called.
         Interrupted: the user stopped it.
     """
-    options = options or CalibrationOptions()
+    options, kept = options or CalibrationOptions(), Parts(adapter, study)
     key = content_key(
         {
             "calibration": CALIBRATION_VERSION,
@@ -102,11 +102,11 @@ def calibrate(
     )
 
     def measure() -> Activations:
-        counts, timesteps = _count(adapter, tuple(widths), (sampling, options), study, progress)
+        counts, timesteps = _count(adapter, tuple(widths), (sampling, options), kept, progress)
         static = {layer: _ranges(layer, counts, bits, options) for layer, bits in widths.items()}
         return Activations(options.symmetric, static, timesteps if options.by_timestep else ())
 
-    return saved_part(study, Activations, key, measure)
+    return kept.part(Activations, key, measure)
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _count(
     adapter: PipelineAdapter,
     layers: tuple[str, ...],
     how: tuple[Sampling, CalibrationOptions],
-    study: Study | None,
+    kept: Parts,
     progress: Progress,
 ) -> tuple[Counts, tuple[float, ...]]:
     """The inputs of layers by layer and group of steps, and the timesteps of the groups."""
@@ -155,7 +155,7 @@ def _count(
         def see(call: DenoiserCall) -> None:
             if look.see(call):
                 progress.advance(1)
-            check_stop(stop, study)
+            kept.check(stop)
 
         sample_until(adapter, sampling, look.steps[-1], see)
     progress.done()

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
@@ -29,15 +26,14 @@ from sedimo.errors import UnsupportedError
 from sedimo.measurement.guidance import find_row_weights
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
-from sedimo.measurement.parts import check_stop, saved_part
+from sedimo.measurement.parts import Parts
 from sedimo.measurement.passes import MEMORY_BYTES, change_names, input_roundings, passes, weight_changes
 from sedimo.measurement.study import Study
-from sedimo.measurement.taps import Changes, InputChangedError, Rounding, Taps
+from sedimo.measurement.taps import Changes, InputChangedError, Taps
 from sedimo.measurement.trial import Execution, Setting
-from sedimo.measurement.worker import setting_of, versions
+from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import output_tensor, record
-from sedimo.quant.activations import InputQuantizers
+from sedimo.pipelines.trajectory import output_tensor
 from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -105,25 +101,25 @@ def probe_jacobian(
         Interrupted: the user stopped it (with a study, calling again goes on).
         UnsupportedError: a weight is used in a way that hooks on its layer do not see.
     """
-    options, begin = options or JacobianOptions(), time.perf_counter()
+    options, kept = options or JacobianOptions(), Parts(adapter, study)
     setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective="step")
-    trajectory = record(adapter, sampling)
+    trajectory = kept.trajectory(sampling, setting)
     calls = tuple(batches_of(sampling, trajectory.calls))
     weights = (find_row_weights(trajectory) if options.combine_rows else None) or (1.0,)
-    parts = passes(bank.space, options.memory_bytes)
+    groups = passes(bank.space, options.memory_bytes)
     totals = _Totals(len(sampling.seeds))
-    progress.start(len(parts) * len(calls), "first-order noise")
+    progress.start(len(groups) * len(calls), "first-order noise")
     with graceful_interrupt() as stop:
-        for decisions in parts:
+        for decisions in groups:
             work = _Pass(adapter.denoiser, bank, decisions, (options, weights))
             for index, (call, samples) in enumerate(calls):
                 measure = functools.partial(work.measure, call, index, len(samples))
-                totals.add(saved_part(study, JacobianPart, work.key(setting, index), measure), samples)
+                totals.add(kept.part(JacobianPart, work.key(setting, index), measure), samples)
                 progress.advance(1)
-                check_stop(stop, study)
+                kept.check(stop)
     progress.done()
-    execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
-    return JacobianProbe(setting, options.n_directions, options.seed, weights, totals.noise(), totals.unused, execution)
+    how = (options.n_directions, options.seed, weights)
+    return JacobianProbe(setting, *how, totals.noise(), totals.unused, kept.execution)
 
 
 def count_passes(space: SearchSpace, options: JacobianOptions | None = None) -> int:
@@ -144,7 +140,6 @@ class _Pass:
         self.denoiser, (self.options, self._weights) = denoiser, how
         self.formats = {d: change_names(bank.space, d) for d in decisions}
         self._bank = bank
-        self._timestep = math.nan
         self._changes: dict[str, Changes] | None = None
         self._copies_inputs = False
 
@@ -165,7 +160,6 @@ class _Pass:
         """The part of one call."""
         plan = _RowPlan(call, self._weights)
         directions = _directions(plan, index, self.options)
-        self._timestep = call.timestep
         try:
             squares, unused = self._squares(plan, directions)
         except InputChangedError as error:
@@ -189,7 +183,7 @@ class _Pass:
             self._changes = {d: self._loaded(d) for d in self.formats}
         with Taps(self.denoiser, self._changes, copy_inputs=self._copies_inputs) as taps:
             for units in plan.slices(self.options.max_rows):
-                taps.begin(plan.call.output.device)
+                taps.begin(plan.call.output.device, plan.call.timestep)
                 rows = plan.rows(units)
                 with torch.enable_grad():
                     output = output_tensor(self.denoiser(**rows_of(plan.call, rows)))
@@ -202,17 +196,7 @@ class _Pass:
     def _loaded(self, decision: str) -> Changes:
         deltas = weight_changes(self._bank, self.denoiser, decision)
         known = self._bank.space.decision_index[decision]
-        roundings = {
-            layer: tuple(map(self._rounding, input_roundings(self._bank, known, layer))) for layer in known.layers
-        }
-        return Changes(known.layers, deltas.flatten(2), roundings)
-
-    def _rounding(self, quantizers: InputQuantizers) -> Rounding:
-        """The rounding of a layer's inputs at the timestep of the call that is being measured."""
-        (quantizer,) = quantizers.layers.values()
-        return lambda module, inputs: quantizer(
-            inputs, is_image=isinstance(module, _ConvNd), group=quantizers.group(self._timestep)
-        )
+        return Changes(known.layers, deltas.flatten(2), input_roundings(self._bank, known))
 
 
 class _RowPlan:

@@ -30,9 +30,10 @@ def change_names(space: SearchSpace, decision: str) -> list[str]:
     return [*map(str, weight_formats(space, decision)), *(f"a{bits}" for bits in widths)]
 
 
-def input_roundings(bank: Bank, decision: Decision, layer: str) -> tuple[InputQuantizers, ...]:
-    """How a layer's inputs are rounded at each width that its decision may take, ascending."""
-    return tuple(bank.activations.quantizers({layer: bits}) for bits in activation_bits(decision))
+def input_roundings(bank: Bank, decision: Decision) -> dict[str, tuple[InputQuantizers, ...]]:
+    """How the inputs of a decision's layers are rounded, at each width that it may take, ascending."""
+    widths = activation_bits(decision)
+    return {name: tuple(bank.activations.quantizers({name: n}) for n in widths) for name in decision.layers}
 
 
 def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[str]]:
@@ -40,9 +41,9 @@ def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[st
     found: list[list[str]] = []
     free = 0
     for decision in space.decisions:
-        size = 4 * decision.params * len(weight_formats(space, decision.name))
-        if not size:
+        if not change_names(space, decision.name):
             continue
+        size = 4 * decision.params * len(weight_formats(space, decision.name))
         if not found or size > free:
             found.append([])
             free = memory_bytes

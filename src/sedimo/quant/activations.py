@@ -150,6 +150,10 @@ class InputQuantizers:
         """Which of the ranges a call at this noise level takes: those of the nearest timestep, 0 if all are alike."""
         return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep), default=0)
 
+    def round(self, layer: str, inputs: Tensor, *, is_image: bool, timestep: float) -> Tensor:
+        """A layer's inputs at a noise level, rounded: same shape and dtype."""
+        return self.layers[layer](inputs, is_image=is_image, group=self.group(timestep))
+
 
 @dataclass(frozen=True)
 class Activations:

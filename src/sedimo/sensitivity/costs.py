@@ -69,13 +69,6 @@ def count_bops(macs: int, number_format: Format) -> int:
     return macs * weight_bits * number_format.activation_bits
 
 
-def parts_of(number_format: Format) -> tuple[str, ...]:
-    """What a format changes, by the names that probes have for it: the weight (`uaq4`), the activations (`a8`)."""
-    weight = (str(number_format.weight_format),) if number_format.is_quantized else ()
-    is_rounded = number_format.activation_bits != FULL_BITS
-    return (*weight, *((f"a{number_format.activation_bits}",) if is_rounded else ()))
-
-
 def mean_cost(values: npt.ArrayLike) -> CostEstimate:
     """Arithmetic mean of samples, with its standard error (not a number for one sample)."""
     found = np.asarray(values, dtype=np.float64)

@@ -9,7 +9,7 @@ import numpy as np
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.measurement.jacobian import JacobianProbe
-from sedimo.sensitivity.costs import CostEstimate, build_table, mean_cost, parts_of
+from sedimo.sensitivity.costs import CostEstimate, build_table, mean_cost
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import SearchSpace
 
@@ -26,7 +26,7 @@ def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: J
     """
 
     def estimate(candidate: Candidate) -> CostEstimate:
-        noise, names = probe.noise.get(candidate.decision, {}), parts_of(candidate.format)
+        noise, names = probe.noise.get(candidate.decision, {}), candidate.format.changes
         if not noise.keys() >= set(names):
             raise InputError(
                 f"the probe has no {candidate.decision} at {candidate.format}; measure it again for this space"
