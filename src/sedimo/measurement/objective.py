@@ -170,7 +170,7 @@ def _joined(values: Sequence[object], rows: Sequence[int], n_sets: int) -> objec
     if isinstance(first, Mapping):
         return {k: _joined([v[k] for v in values if isinstance(v, Mapping)], rows, n_sets) for k in first}
     if isinstance(first, list | tuple):
-        return type(first)(_joined(group, rows, n_sets) for group in zip(*values, strict=True))  # type: ignore[arg-type]  # all are alike
+        return type(first)(_joined(group, rows, n_sets) for group in zip(*values, strict=True))
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     if not tensors or any(not t.ndim or t.shape[0] != n for t, n in zip(tensors, rows, strict=True)):
         return first
