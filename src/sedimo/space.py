@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from sedimo.codec import content_key, from_plain, parse_json, to_json
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph
-from sedimo.quant.formats import FP16, Format, paper_bytes, parse_formats, stored_bytes
+from sedimo.quant.formats import FP16, Format, count_bops, paper_bytes, parse_formats, stored_bytes
 
 RECIPE_VERSION = 1
 
@@ -50,12 +50,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The decisions of one denoiser, and notes on formats that were dropped."""
+    """The decisions of one denoiser, and notes on formats that were dropped.
+
+    `attention_macs` are those of the products of attention, which no recipe changes [MACs]. They follow from the
+    graph, so that spaces of one `graph_digest` are equal without them (spaces that older versions kept have none).
+    """
 
     denoiser: str
     graph_digest: str
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...] = ()
+    attention_macs: int = field(default=0, compare=False)
 
     @cached_property
     def decision_index(self) -> Mapping[str, Decision]:
@@ -84,6 +89,27 @@ class SearchSpace:
     def stored_bytes(self, recipe: Recipe) -> int:
         """Bytes of the tensors of all weights under a recipe, those at fp16 included [bytes]."""
         return sum(_bytes_of(stored_bytes, d, recipe) for d in self.decisions)
+
+    @property
+    def attention_bops(self) -> int:
+        """Bit operations of the products of attention, whose inputs stay at 16 bits [BOPs]."""
+        return count_bops(self.attention_macs, FP16)
+
+    @property
+    def full_bops(self) -> int:
+        """Bit operations of one sample and denoiser call at 16 bits, attention included [BOPs]."""
+        return self.bops(Recipe({}))
+
+    def bops(self, recipe: Recipe) -> int:
+        """Bit operations of one sample and denoiser call under a recipe, attention included [BOPs].
+
+        Each part of a layer's inputs has its share of the layer's MACs.
+        """
+        layers = (
+            sum(count_bops(d.macs * (p.stop - p.start), p.format) for p in _parts_of(d, recipe)) // d.shape[1]
+            for d in self.decisions
+        )
+        return sum(layers) + self.attention_bops
 
     def uniform(self, number_format: Format) -> Recipe:
         """Every decision at one format."""
@@ -237,7 +263,7 @@ def search_space(graph: DenoiserGraph, formats: str | Iterable[str | Format] = "
             notes.append(f"{node.name}: {', '.join(map(str, dropped))} would cost at least fp16 and were dropped")
         macs = sum(graph.layer_index[name].macs for name in layers)
         decisions.append(Decision(node.name, layers, node.operation, node.block, node.shape, macs, kept))
-    return SearchSpace(graph.denoiser, graph.digest, tuple(decisions), tuple(notes))
+    return SearchSpace(graph.denoiser, graph.digest, tuple(decisions), tuple(notes), graph.attention_macs)
 
 
 def _is_smaller(number_format: Format, shape: tuple[int, ...]) -> bool:
@@ -246,10 +272,15 @@ def _is_smaller(number_format: Format, shape: tuple[int, ...]) -> bool:
 
 
 def _bytes_of(size: Callable[[Format, Sequence[int]], int], decision: Decision, recipe: Recipe) -> int:
-    entry = recipe.layers.get(decision.layers[0], FP16)
-    parts = (PartFormat(0, decision.shape[1], entry),) if isinstance(entry, Format) else entry
     shape = decision.shape
+    parts = _parts_of(decision, recipe)
     return sum(size(p.format, (shape[0], p.stop - p.start, *shape[2:])) for p in parts)
+
+
+def _parts_of(decision: Decision, recipe: Recipe) -> tuple[PartFormat, ...]:
+    """The parts of a decision's layer under a recipe, fp16 where the recipe is silent."""
+    entry = recipe.layers.get(decision.layers[0], FP16)
+    return (PartFormat(0, decision.shape[1], entry),) if isinstance(entry, Format) else entry
 
 
 def _read_entry(value: object) -> Format | tuple[PartFormat, ...]:

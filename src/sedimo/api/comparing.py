@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sedimo.api.bops_order import BopsOrder
 from sedimo.api.checking import UNIFORM_SLACK_BITS
 from sedimo.api.measuring import make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
@@ -57,7 +58,10 @@ LEAST_USED = 0.995  # of a budget, for a recipe to count as of equal size
 
 @dataclass(frozen=True, slots=True)
 class CompareOrder:
-    """Which methods at which paper bits, measured on `n_fresh` seeds; `n_trials` in three rounds are for `gnn`."""
+    """Which methods at which paper bits, measured on `n_fresh` seeds; `n_trials` in three rounds are for `gnn`.
+
+    Every budget has the limit `bops` of bit operations besides, if there is one.
+    """
 
     source: str
     store: Path
@@ -69,6 +73,7 @@ class CompareOrder:
     compute: Compute = DEFAULT_COMPUTE
     n_fresh: int = 64
     n_trials: int = 120
+    bops: BopsOrder | None = None
 
     def __post_init__(self) -> None:
         """Refuses unknown methods, budgets that no weight has, and too few seeds for an error bar."""
@@ -92,7 +97,7 @@ class CompareOrder:
         return Order(
             self.source,
             None,
-            BudgetOrder(bits=bits),
+            BudgetOrder(bits=bits, bops=self.bops),
             method="gnn" if method == "gnn" else MEASURED.get(method, "error"),
             formats=self.formats,
             variant=self.variant,
@@ -120,6 +125,7 @@ class MethodCost:
 class ComparedRow:
     """A method at a budget: its recipe measured on the fresh seeds, and what it is ahead of the reference, paired.
 
+    `bops` are bit operations of one sample and denoiser call, attention included [BOPs].
     `is_full` tells whether it uses at least 99.5 % of the budget.
     """
 
@@ -127,6 +133,7 @@ class ComparedRow:
     bits: float
     paper_bits: float
     stored_bits: float
+    bops: int
     is_full: bool
     sqnr_db: Estimate
     ahead: Estimate | None
@@ -159,7 +166,9 @@ class Comparison:
 
     def as_page(self) -> ComparisonPage:
         """What the page tells."""
-        lines = [ComparisonLine(r.method, r.bits, r.paper_bits, r.stored_bits, r.sqnr_db, r.ahead) for r in self.rows]
+        lines = [
+            ComparisonLine(r.method, r.bits, r.paper_bits, r.stored_bits, r.bops, r.sqnr_db, r.ahead) for r in self.rows
+        ]
         costs = [
             CostLine(method, cost.seconds, cost.denoiser_calls, self.agreement.get(method))
             for method, cost in self.costs.items()
@@ -236,7 +245,7 @@ def _recipe(
 ) -> Recipe:
     budget = opened.order.budget
     if method == UNIFORM:
-        return _best_uniform(opened, bank, study, budget.in_bits(bank.space.params), progress)
+        return _best_uniform(opened, bank, study, progress)
     if method == "gnn":
         measured, allocation = search_recipe(opened, study, progress)
         tables[method] = measured.table
@@ -245,13 +254,15 @@ def _recipe(
     return allocated(tables[method], budget, rule="lp" if method.endswith("-lp") else "milp").recipe
 
 
-def _best_uniform(opened: Opened, bank: Bank, study: Study, bits: float, progress: Progress) -> Recipe:
-    """The uniform recipe of about the budget that is best on the searched seeds."""
-    space = bank.space
+def _best_uniform(opened: Opened, bank: Bank, study: Study, progress: Progress) -> Recipe:
+    """The uniform recipe of about the budget's size, within its bit operations, that is best on the searched seeds."""
+    space, budget = bank.space, opened.order.budget
+    bits = budget.in_bits(space.params) + UNIFORM_SLACK_BITS
+    most = space.full_bops if budget.bops is None else budget.bops.resolved(space.full_bops)
     uniform = (space.uniform(f) for f in space.common_formats)
-    fitting = [r for r in uniform if space.paper_bits(r) <= bits + UNIFORM_SLACK_BITS]
+    fitting = [r for r in uniform if space.paper_bits(r) <= bits and space.bops(r) <= most]
     if not fitting:
-        raise InputError(f"no uniform format takes at most {bits + UNIFORM_SLACK_BITS:.2f} bits per weight")
+        raise InputError(f"no uniform format takes at most {bits:.2f} bits per weight and {most} bit operations")
     plan = opened.order.sampling.searching(opened.pipe)
     trials = Measuring.on(opened.pipe, bank, study, plan, progress=progress).trials(fitting)
     return max(trials, key=lambda t: float(t.powers.sqnr_db.mean())).recipe
@@ -268,6 +279,7 @@ def _rows(bank: Bank, bits: float, found: Mapping[str, Recipe], fresh: Measuring
             bits=bits,
             paper_bits=paper_bits,
             stored_bits=8 * bank.stored_bytes(recipe) / space.params,
+            bops=space.bops(recipe),
             is_full=paper_bits >= LEAST_USED * bits,
             sqnr_db=sqnr_estimates(summarize(trials[method].powers))["sqnr_db"],
             ahead=None if method == reference else ahead,

@@ -84,6 +84,9 @@ class JobResult:
             "reason": self.plan.reason,
             "paper_bits": choice.paper_bits,
             "stored_bits": choice.stored_bits,
+            "bops": choice.bops,
+            "full_bops": self.table.full_bops,
+            "attention_bops": self.table.attention_bops,
             "stored_bytes": self.written.stored_bytes,
             "file_bytes": self.written.file_bytes,
             "objective": choice.objective,
@@ -216,7 +219,7 @@ def _additivity(
 
 def _keep_budget(bank: Bank, allocation: Allocation, packed: Mapping[str, QuantizedTensor]) -> None:
     """Refuses the rare weight whose stored form is larger than estimated (a codebook that float16 cannot hold)."""
-    if allocation.accounting != "stored":
+    if allocation.accounting != "stored" or allocation.budget_bytes is None:
         return
     stored = bank.stored_bytes(allocation.recipe)
     surplus = sum(

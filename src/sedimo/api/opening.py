@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 
+from sedimo.allocation.solve import allocate
 from sedimo.api import verbs
 from sedimo.api.order import Compute, Order
+from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, refuse_endless, stored_dtype
-from sedimo.space import Decision, SearchSpace, search_space
+from sedimo.sensitivity.costs import EXACTLY_NOTHING, build_table
+from sedimo.space import SearchSpace, search_space
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = 1e-9
 MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
 
 
@@ -138,19 +139,20 @@ def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str |
 
 
 def _check_budget(order: Order, space: SearchSpace) -> None:
-    """Refuses a budget below what the smallest formats take, before anything is measured."""
+    """Refuses a budget that no choice of formats keeps, before anything is measured: all formats cost nothing here."""
     budget = order.budget
     if not budget.is_given or order.is_fixed:
         return
-    size_of = Decision.stored_bytes if budget.bits is None else Decision.paper_bytes
-    sizes = [[size_of(d, f) for f in d.formats] for d in space.decisions]
-    least, most = (8 * sum(bound(s) for s in sizes) / space.params for bound in (min, max))
-    if budget.in_bits(space.params) < least * (1 - ROUNDING):
-        kind = "stored" if budget.bits is None else "paper"
-        raise InputError(
-            f"{budget} cannot be kept: with these formats the least possible is {math.ceil(least * 1e4) / 1e4:.4f} "
-            f"{kind} bits per weight, the most {most:.4f}"
-        )
+    candidates = [
+        Candidate(d.name, f, 0.0, 0.0, 0, d.paper_bytes(f), d.stored_bytes(f))
+        for d in space.decisions
+        for f in d.formats
+    ]
+    table = build_table("none", space, candidates, lambda _: EXACTLY_NOTHING, {})
+    try:
+        allocate(table, **budget.named(table.full_bops))
+    except InputError as error:
+        raise InputError(f"{budget} cannot be kept: {error}") from error
 
 
 def _traced(bare: verbs.Loaded, folder: Path, *, compute: Compute, variant: str | None) -> DenoiserGraph:

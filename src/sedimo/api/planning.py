@@ -100,8 +100,8 @@ def plan_job(opened: Opened) -> MethodPlan:
 
 
 def near_bits(opened: Opened) -> tuple[float, ...]:
-    """Around which bits to probe: half a bit below and a bit above the budget."""
-    if not opened.order.budget.is_given:
+    """Around which bits to probe: half a bit below and a bit above the budget, where it limits the size."""
+    if not opened.order.budget.has_size:
         return DEFAULT_BITS
     bits = opened.order.budget.in_bits(opened.space.params)
     return max(2.2, bits - 0.5), bits + 1.0

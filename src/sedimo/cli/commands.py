@@ -128,7 +128,7 @@ def change(
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the recipe to this file.")
 @json_option
-def allocate(run: Path, out: Path | None, as_json: bool, rule: str, **budget: float | None) -> None:
+def allocate(run: Path, out: Path | None, as_json: bool, rule: str, **budget: object) -> None:
     """Choose the recipe for another budget from the measurements in the study folder RUN."""
     from sedimo.api.rereport import allocate_again
     from sedimo.cli.orders import budget_of

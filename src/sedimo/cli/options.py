@@ -32,8 +32,12 @@ def sampling_options(command: Command) -> Command:
 
 
 def budget_options(command: Command) -> Command:
-    """At most one budget."""
+    """A size, bit operations, or both."""
     for option in (
+        click.option(
+            "--bops",
+            help="Budget: bit operations of a sample and call, attention too: 350G, 1.5T, 12.5% of those at 16 bits.",
+        ),
         click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights."),
         click.option(
             "--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted."

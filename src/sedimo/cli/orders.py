@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sedimo.api.blocks import BlocksOrder
+from sedimo.api.bops_order import BopsOrder
 from sedimo.api.comparing import COMPARED, CompareOrder
 from sedimo.api.explore_order import ExploreOrder
 from sedimo.api.inspection import read_recipe
@@ -89,6 +90,7 @@ def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
     return CompareOrder(
         **{name: options[name] for name in names},
         bits=tuple(sorted(set(_numbers(options["bits"])))),
+        bops=bops_of(options),
         methods=methods,
         sampling=sampling_of(options),
         compute=compute_of(options),
@@ -97,7 +99,12 @@ def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
 
 def budget_of(options: Mapping[str, Any]) -> BudgetOrder:
     """The budget."""
-    return BudgetOrder(options["bits"], options["stored_bits"], options["n_bytes"])
+    return BudgetOrder(options["bits"], options["stored_bits"], options["n_bytes"], bops_of(options))
+
+
+def bops_of(options: Mapping[str, Any]) -> BopsOrder | None:
+    """The limit of bit operations, if there is one."""
+    return None if options["bops"] is None else BopsOrder.parse(options["bops"])
 
 
 def sampling_of(options: Mapping[str, Any]) -> SamplingOrder:

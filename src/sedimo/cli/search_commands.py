@@ -96,6 +96,7 @@ def blocks(as_json: bool, out: Path | None, **options: object) -> None:
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.option("--bits", required=True, help="Budgets in paper bits, such as 3.0,3.5,4.0.")
+@click.option("--bops", help="Budget of bit operations besides: 350G, 1.5T, or 12.5% of those at 16 bits.")
 @click.option("--methods", default="all", show_default=True, help="all, or some of them, separated by commas.")
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 @click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")

@@ -170,6 +170,22 @@ def paper_bytes(number_format: Format, shape: Sequence[int]) -> int:
     return payload + number_format.n_levels * parameter_bytes * n_codebooks
 
 
+def count_bops(macs: int, number_format: Format) -> int:
+    """Bit operations [BOPs] of `macs` multiply-accumulates: times weight bits times activation bits.
+
+    Codebooks count with 16 weight bits, because looked-up weights are multiplied in 16 bits.
+
+    Source:
+        Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), accounting of the released code; also that of PTQD.
+
+    Example:
+        >>> count_bops(1000, Format.parse("uaq4a8")), count_bops(1000, Format.parse("kmc4a8"))
+        (32000, 128000)
+    """
+    weight_bits = number_format.bits if number_format.family == "uaq" else FULL_BITS
+    return macs * weight_bits * number_format.activation_bits
+
+
 def row_bytes(bits: int, n_inputs: int) -> int:
     """Bytes of one packed row: nothing is wasted beyond its last byte."""
     return (n_inputs * bits + 7) // 8

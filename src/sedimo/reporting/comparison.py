@@ -14,17 +14,18 @@ from sedimo.reporting.curve_charts import curve_chart
 from sedimo.reporting.explanation import CurvePoint
 from sedimo.reporting.explanation_tables import figure
 from sedimo.reporting.html import page
-from sedimo.reporting.rounding import duration
+from sedimo.reporting.rounding import count, duration
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonLine:
-    """A method at a budget; `ahead` is None for the reference."""
+    """A method at a budget; `bops` are bit operations of a sample and call; `ahead` is None for the reference."""
 
     method: str
     budget: float
     paper_bits: float
     stored_bits: float
+    bops: int
     measured: Estimate
     ahead: Estimate | None
 
@@ -73,6 +74,7 @@ def render_comparison(comparison: ComparisonPage) -> str:
                     f"{line.budget:g}",
                     f"{line.paper_bits:.3f}",
                     f"{line.stored_bits:.3f}",
+                    count(line.bops),
                     figure(line.measured),
                     None if line.ahead is None else figure(line.ahead),
                     _verdict(line.ahead),

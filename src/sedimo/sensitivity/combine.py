@@ -35,6 +35,8 @@ def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> Sensiti
             **{f"{first.method}.{k}": v for k, v in first.settings.items()},
             **{f"{second.method}.{k}": v for k, v in second.settings.items()},
         },
+        attention_bops=first.attention_bops,
+        full_bops=first.full_bops,
     )
 
 

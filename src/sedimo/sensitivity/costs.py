@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.bank import Candidate
-from sedimo.quant.formats import FULL_BITS, Format
+from sedimo.quant.formats import count_bops
 from sedimo.sensitivity.table import Cost, SensitivityTable
 from sedimo.space import Decision, SearchSpace
 
@@ -54,19 +54,9 @@ def build_table(
         blocks={d.name: d.block for d in decisions},
         params={d.name: d.params for d in decisions},
         settings=dict(settings),
+        attention_bops=space.attention_bops,
+        full_bops=space.full_bops,
     )
-
-
-def count_bops(macs: int, number_format: Format) -> int:
-    """Bit operations [BOPs] of one sample and call: MACs times weight bits times activation bits.
-
-    Codebooks count with 16 weight bits, because looked-up weights are multiplied in 16 bits.
-
-    Source:
-        Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), accounting of the released code.
-    """
-    weight_bits = number_format.bits if number_format.family == "uaq" else FULL_BITS
-    return macs * weight_bits * number_format.activation_bits
 
 
 def mean_cost(values: npt.ArrayLike) -> CostEstimate:

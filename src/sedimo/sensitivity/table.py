@@ -38,7 +38,9 @@ class SensitivityTable:
     """One cost per (decision, format), by one method.
 
     `layers` tells which layers each decision covers, `operations` and `blocks` what they are (for pictures),
-    `params` how many weights each decision has. `settings` says how the numbers came about.
+    `params` how many weights each decision has. `settings` says how the numbers came about. `attention_bops` are the
+    bit operations that no decision changes, `full_bops` those of the whole model at 16 bits, `attention_bops` included
+    (both 0 in tables that older versions kept).
     """
 
     method: str
@@ -50,6 +52,8 @@ class SensitivityTable:
     blocks: Mapping[str, str]
     params: Mapping[str, int]
     settings: Mapping[str, str]
+    attention_bops: int = 0
+    full_bops: int = 0
 
     def __post_init__(self) -> None:
         """Checks that costs are unique and speak of known decisions.
