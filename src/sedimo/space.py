@@ -13,6 +13,7 @@ from functools import cached_property
 
 from sedimo.codec import content_key, from_plain, parse_json, to_json
 from sedimo.errors import InputError, StateError
+from sedimo.graph.ends import first_layers, last_layers
 from sedimo.graph.model import DenoiserGraph
 from sedimo.quant.formats import FP16, Format, count_bops, paper_bytes, parse_formats, stored_bytes
 
@@ -67,10 +68,15 @@ class SearchSpace:
         """Decisions by name."""
         return {d.name: d for d in self.decisions}
 
+    @cached_property
+    def _free(self) -> tuple[Decision, ...]:
+        """The decisions that have a choice; all of them where none has."""
+        return tuple(d for d in self.decisions if len(d.formats) > 1) or self.decisions
+
     @property
     def common_formats(self) -> tuple[Format, ...]:
-        """The formats, fp16 left out, that every decision can take, by their texts."""
-        common = set.intersection(*(set(d.formats) for d in self.decisions))
+        """The formats, fp16 left out, that every decision with a choice can take, by their texts."""
+        common = set.intersection(*(set(d.formats) for d in self._free))
         return tuple(f for f in sorted(common, key=str) if f.is_quantized)
 
     @property
@@ -112,8 +118,9 @@ class SearchSpace:
         return sum(layers) + self.attention_bops
 
     def uniform(self, number_format: Format) -> Recipe:
-        """Every decision at one format."""
-        return self.recipe({d.name: number_format for d in self.decisions})
+        """Every decision with a choice at one format; the others as they must be."""
+        only = {d.name: d.formats[0] for d in self.decisions}
+        return self.recipe(only | {d.name: number_format for d in self._free})
 
     def recipe(self, choice: Mapping[str, Format]) -> Recipe:
         """The recipe of one format per decision; decisions not named stay at fp16.
@@ -244,21 +251,27 @@ class Recipe:
         return cls.from_mapping(plain)
 
 
-def search_space(graph: DenoiserGraph, formats: str | Iterable[str | Format] = "wide") -> SearchSpace:
+def search_space(
+    graph: DenoiserGraph, formats: str | Iterable[str | Format] = "wide", *, ends: str | Format | None = None
+) -> SearchSpace:
     """The decisions of a graph: one per layer, one for all layers with equal weights.
 
     A format that costs at least as much as fp16 on a layer (in either accounting) is dropped there, with a
-    note; fp16 itself stays when it is in the list. A layer for which nothing remains stays at fp16.
+    note; fp16 itself stays when it is in the list. A layer for which nothing remains stays at fp16. With `ends`,
+    the first and the last layers have that format and no choice.
     """
     wanted = parse_formats(formats)
+    at_ends = wanted if ends is None else parse_formats([ends])
+    end_layers = () if ends is None else (*first_layers(graph), *last_layers(graph))
     tied = {name: tie for tie in graph.ties for name in tie}
     decisions, notes = [], []
     for node in graph.layers:
         layers = tied.get(node.name, (node.name,))
         if node.name != layers[0]:
             continue
-        dropped = [f for f in wanted if f.is_quantized and not _is_smaller(f, node.shape)]
-        kept = tuple(f for f in wanted if f not in dropped) or (FP16,)
+        offered = wanted if set(end_layers).isdisjoint(layers) else at_ends
+        dropped = [f for f in offered if f.is_quantized and not _is_smaller(f, node.shape)]
+        kept = tuple(f for f in offered if f not in dropped) or (FP16,)
         if dropped:
             notes.append(f"{node.name}: {', '.join(map(str, dropped))} would cost at least fp16 and were dropped")
         macs = sum(graph.layer_index[name].macs for name in layers)

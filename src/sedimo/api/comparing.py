@@ -14,7 +14,7 @@ from sedimo.api.bops_order import BopsOrder
 from sedimo.api.checking import UNIFORM_SLACK_BITS
 from sedimo.api.measuring import make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, Order, SamplingOrder, refuse_blind
 from sedimo.api.planning import MeasuredMethod
 from sedimo.api.search_order import SearchOrder
 from sedimo.api.searching import Measuring, allocated
@@ -26,16 +26,18 @@ from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
+from sedimo.quant.formats import parse_formats
 from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine
+from sedimo.sensitivity.combine import rank_average
 from sedimo.sensitivity.orthogonality import ImportanceOptions, Objective
 from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
-from sedimo.sensitivity.table import SensitivityTable
+from sedimo.sensitivity.table import SensitivityTable, of_family
 from sedimo.space import Recipe
 
-UNIFORM, REFERENCE = "uniform", "jacobian"
+UNIFORM, REFERENCE, PUBLISHED_LP = "uniform", "jacobian", "orthogonality-lp"
 ORTHOGONALITY: Mapping[str, Objective] = {
     "orthogonality": "bits",
-    "orthogonality-lp": "bits",
+    PUBLISHED_LP: "bits",
     "orthogonality-noise": "noise",
 }
 MEASURED: Mapping[str, MeasuredMethod] = {
@@ -46,21 +48,29 @@ MEASURED: Mapping[str, MeasuredMethod] = {
     "sqnr": "sqnr",
     **dict.fromkeys(ORTHOGONALITY, "orthogonality"),
 }
-COMPARED = (UNIFORM, *MEASURED, "gnn")  # what others build on comes before them
+RANK_AVERAGE, AVERAGED = "rank-average", ("jacobian", "ablation", "sqnr")
+COMPARED = (UNIFORM, *MEASURED, RANK_AVERAGE, "gnn")  # what others build on comes before them
 BUILDS_ON = {
+    RANK_AVERAGE: AVERAGED,
     "combined": ("jacobian", "ablation"),
-    "orthogonality-lp": ("orthogonality",),
+    PUBLISHED_LP: ("orthogonality",),
     "orthogonality-noise": ("orthogonality",),
     "gnn": ("jacobian",),
 }
 LEAST_USED = 0.995  # of a budget, for a recipe to count as of equal size
 
 
+def importance_of(method: str) -> ImportanceOptions:
+    """What a compared method takes as importance, if it takes any."""
+    return ImportanceOptions(objective=ORTHOGONALITY.get(method, "bits"))
+
+
 @dataclass(frozen=True, slots=True)
 class CompareOrder:
     """Which methods at which paper bits, measured on `n_fresh` seeds; `n_trials` in three rounds are for `gnn`.
 
-    Every budget has the limit `bops` of bit operations besides, if there is one.
+    Every budget has the limit `bops` of bit operations besides, if there is one; `ends` is the format of the first and
+    last layers in every recipe, None: they are decided on like the others.
     """
 
     source: str
@@ -74,6 +84,7 @@ class CompareOrder:
     n_fresh: int = 64
     n_trials: int = 120
     bops: BopsOrder | None = None
+    ends: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses unknown methods, budgets that no weight has, and too few seeds for an error bar."""
@@ -84,6 +95,9 @@ class CompareOrder:
             raise InputError("comparing needs at least one budget: --bits 3.0,3.5,4.0")
         for bits in self.bits:
             BudgetOrder(bits=bits)
+        for method in self.methods:
+            if method != UNIFORM:
+                refuse_blind(MEASURED.get(method, method), parse_formats(self.formats), importance_of(method))
         if self.n_fresh < 2:
             raise InputError(f"comparing needs at least two fresh seeds, got {self.n_fresh}")
 
@@ -105,7 +119,8 @@ class CompareOrder:
             compute=self.compute,
             check=False,
             search=SearchOrder(self.n_trials, 3),
-            importance=ImportanceOptions(objective=ORTHOGONALITY.get(method, "bits")),
+            importance=importance_of(method),
+            ends=self.ends,
         )
 
 
@@ -250,8 +265,13 @@ def _recipe(
         measured, allocation = search_recipe(opened, study, progress)
         tables[method] = measured.table
         return allocation.recipe
-    tables[method] = measure_table(opened, MEASURED[method], study, progress).table
-    return allocated(tables[method], budget, rule="lp" if method.endswith("-lp") else "milp").recipe
+    if method == RANK_AVERAGE:
+        parts = [measure_table(opened, MEASURED[name], study, progress).table for name in AVERAGED]
+        tables[method] = rank_average(parts)
+        return allocated(tables[method], budget).recipe
+    table = measure_table(opened, MEASURED[method], study, progress).table
+    tables[method] = of_family(table, "uaq") if method == PUBLISHED_LP else table
+    return allocated(tables[method], budget, rule="lp" if method == PUBLISHED_LP else "milp").recipe
 
 
 def _best_uniform(opened: Opened, bank: Bank, study: Study, progress: Progress) -> Recipe:

@@ -185,7 +185,7 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    asked = (order.method, order.formats, str(order.budget), order.check)
+    asked = (order.method, order.formats, str(order.budget), order.check, *([] if order.ends is None else [order.ends]))
     facts = (*asked, *(to_plain(part) for part in (order.search, order.importance, order.sampling, order.compute)))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():

@@ -106,14 +106,16 @@ def open_source(order: Order) -> Opened:
     formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
     if order.recipe is not None:
         formats = ",".join(sorted({str(f) for f in order.recipe.formats} | {"fp16"}))
-    found = open_pipeline(order.source, formats, compute=order.compute, variant=order.variant)
+    found = open_pipeline(order.source, formats, compute=order.compute, variant=order.variant, ends=order.ends)
     if order.recipe is not None:
         found.space.check(order.recipe)
     _check_budget(order, found.space)
     return Opened(order=order, **vars(found))
 
 
-def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str | None = None) -> OpenedSource:
+def open_pipeline(
+    source: str, formats: str, *, compute: Compute, variant: str | None = None, ends: str | None = None
+) -> OpenedSource:
     """Loads the denoiser in the dtype that it is stored in, and traces it; no budget is needed.
 
     Raises:
@@ -131,7 +133,7 @@ def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str |
         folder=folder,
         denoiser=bare.denoiser,
         graph=graph,
-        space=search_space(graph, formats),
+        space=search_space(graph, formats, ends=ends),
         weights=weights,
         compute=compute,
         variant=variant,
@@ -148,7 +150,7 @@ def _check_budget(order: Order, space: SearchSpace) -> None:
         for d in space.decisions
         for f in d.formats
     ]
-    table = build_table("none", space, candidates, lambda _: EXACTLY_NOTHING, {})
+    table = build_table("none", space, candidates, lambda _: EXACTLY_NOTHING, {}, sees_activations=True)
     try:
         allocate(table, **budget.named(table.full_bops))
     except InputError as error:

@@ -163,6 +163,7 @@ class Order:
     """One run of the main job.
 
     `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
+    `ends` is the format of the first and last layers, None: they are decided on like the others.
     """
 
     source: str
@@ -181,6 +182,7 @@ class Order:
     overwrite: bool = False
     search: SearchOrder = DEFAULT_SEARCH
     importance: ImportanceOptions = DEFAULT_IMPORTANCE
+    ends: str | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.
@@ -205,8 +207,9 @@ class Order:
         refuse_activations([*asked, *([] if self.uniform_format is None else [self.uniform_format])])
         if self.recipe is not None:
             refuse_activations(self.recipe.formats)
-        if self.recipe is not None and (self.budget.is_given or self.method != "auto"):
-            raise InputError("a recipe decides everything: leave out --method and the budget")
+        refuse_activations([] if self.ends is None else [Format.parse(self.ends)])
+        if self.recipe is not None and (self.budget.is_given or self.method != "auto" or self.ends is not None):
+            raise InputError("a recipe decides everything: leave out --method, --ends and the budget")
 
     @property
     def is_fixed(self) -> bool:
@@ -244,6 +247,20 @@ class Order:
             inside = [other for other, outer in resolved.items() if other != name and path.is_relative_to(outer)]
             if inside:
                 raise InputError(f"{name} {places[name]} must not lie in {inside[0]} {places[inside[0]]}")
+
+
+def refuse_blind(method: str, formats: Iterable[Format], importance: ImportanceOptions = DEFAULT_IMPORTANCE) -> None:
+    """Refuses several widths of activations for a method that sees weights alone, before anything is measured.
+
+    Raises:
+        InputError: naming the method.
+    """
+    widths = sorted({f.activation_bits for f in formats})
+    if len(widths) > 1 and (method != "orthogonality" or importance.objective != "bits"):
+        raise InputError(
+            f"method {method!r} sees weights alone and cannot choose among activations of {widths} bits: use --method "
+            "orthogonality (--importance-of bits), or one width with --act"
+        )
 
 
 def refuse_activations(formats: Iterable[Format]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from sedimo.api.additivity import N_RECIPES
 from sedimo.api.opening import Opened, OpenedSource
-from sedimo.api.order import FINAL_FACTOR
+from sedimo.api.order import FINAL_FACTOR, refuse_blind
 from sedimo.api.probing import LEAST_SAMPLES, AblationOptions, ProbeMethod
 from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
@@ -24,6 +24,7 @@ from sedimo.measurement.jacobian import count_passes
 from sedimo.measurement.orthogonality import OrthogonalityOptions
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
+from sedimo.quant.formats import parse_formats
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
 from sedimo.space import SearchSpace
 
@@ -87,6 +88,7 @@ def plan_job(opened: Opened) -> MethodPlan:
     if opened.order.is_fixed:
         return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
     wanted = opened.order.method
+    refuse_blind(wanted, parse_formats(opened.order.formats), opened.order.importance)
     if wanted == "error":
         return _unsampled(opened, _error_cost(opened), "as ordered")
     obstacle = opened.why_not_sampled()

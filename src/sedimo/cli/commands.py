@@ -9,6 +9,7 @@ import click
 from sedimo.cli import console, show
 from sedimo.cli.options import (
     budget_options,
+    format_options,
     importance_options,
     job_options,
     json_option,
@@ -39,7 +40,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 @budget_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--method", default="auto", show_default=True, help=f"How to find out what matters: {METHODS}.")
-@click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
+@format_options
 @click.option(
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )

@@ -147,6 +147,27 @@ def parse_formats(formats: str | Iterable[str | Format]) -> tuple[Format, ...]:
     return found
 
 
+def with_activations(formats: Iterable[Format], bits: Iterable[int]) -> tuple[Format, ...]:
+    """Each format at each width of activations [bits]; 16 leaves activations alone.
+
+    Example:
+        >>> [str(f) for f in with_activations([Format("uaq", 4), FP16], [8, 16])]
+        ['uaq4a8', 'uaq4', 'fp16a8', 'fp16']
+
+    Raises:
+        InputError: a format that has activation bits already, a width outside 2..16, or one given twice.
+    """
+    widths = tuple(bits)
+    if not widths or len(set(widths)) != len(widths):
+        raise InputError(f"widths of activations must be one or more different numbers, got {list(widths)}")
+    found = []
+    for number_format in formats:
+        if number_format.activation_bits != FULL_BITS:
+            raise InputError(f"format {number_format} has activation bits already; leave them out of one of the two")
+        found += [replace(number_format, activation_bits=width) for width in widths]
+    return tuple(found)
+
+
 def paper_bytes(number_format: Format, shape: Sequence[int]) -> int:
     """Bytes of a weight `[out, in, ...]` in the accounting of Qua2SeDiMo, parameters at 16 bits.
 

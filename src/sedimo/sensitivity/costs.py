@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.bank import Candidate
-from sedimo.quant.formats import count_bops
+from sedimo.errors import InputError
+from sedimo.quant.formats import FP16, Format, count_bops
 from sedimo.sensitivity.table import Cost, SensitivityTable
 from sedimo.space import Decision, SearchSpace
 
@@ -37,12 +38,22 @@ def build_table(
     settings: Mapping[str, str],
     *,
     unit: str = UNIT,
+    sees_activations: bool = False,
 ) -> SensitivityTable:
-    """The table of one method; fp16 costs nothing."""
-    costs = tuple(
-        _cost(space.decision_index[c.decision], c, estimate(c) if c.format.is_quantized else EXACTLY_NOTHING)
-        for c in candidates
-    )
+    """The table of one method; fp16 costs nothing. What sees weights alone is not asked about their activations.
+
+    Raises:
+        InputError: activations of several widths for one weight, and a method that does not see them.
+    """
+    candidates = tuple(candidates)
+    if not sees_activations:
+        _refuse_widths(method, candidates)
+
+    def cost(c: Candidate) -> CostEstimate:
+        is_changed = c.format != FP16 if sees_activations else c.format.is_quantized
+        return estimate(c) if is_changed else EXACTLY_NOTHING
+
+    costs = tuple(_cost(space.decision_index[c.decision], c, cost(c)) for c in candidates)
     decisions = space.decisions
     return SensitivityTable(
         method=method,
@@ -57,6 +68,18 @@ def build_table(
         attention_bops=space.attention_bops,
         full_bops=space.full_bops,
     )
+
+
+def _refuse_widths(method: str, candidates: Iterable[Candidate]) -> None:
+    """Refuses candidates that differ in their activations alone, which would all cost the same."""
+    seen: dict[tuple[str, Format], Format] = {}
+    for c in candidates:
+        other = seen.setdefault((c.decision, c.format.weight_format), c.format)
+        if other != c.format:
+            raise InputError(
+                f"method {method!r} sees weights alone and cannot choose between {other} and {c.format} for "
+                f"{c.decision!r}: use orthogonality (with importance of bits), or one width of activations"
+            )
 
 
 def mean_cost(values: npt.ArrayLike) -> CostEstimate:

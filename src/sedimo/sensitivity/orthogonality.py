@@ -111,6 +111,9 @@ def orthogonality_table(
 ) -> SensitivityTable:
     """Cost = theta times (16 - bits of the format + bits that its family wastes), or theta times weight error.
 
+    Where activations are quantized, the bits that they lack to 16 count like those of the weights, theta times
+    (32 - b_w - b_a): this is ours, because the published objective has weights alone.
+
     The bits that a family wastes against the best one of equal bits are half the binary logarithm of the ratio of
     their weight errors, at most almost one: so families differ, and of one family alone the costs are the published
     objective.
@@ -127,9 +130,10 @@ def orthogonality_table(
         theta, error = thetas[candidate.decision]
         if options.objective == "noise":
             return CostEstimate(theta * candidate.error, error * candidate.error, probe.n_samples)
-        least = best[candidate.decision, candidate.format.bits]
+        least = best.get((candidate.decision, candidate.format.bits), 0.0)
         wasted = 0.5 * math.log2(candidate.error / least) if least > 0 else 0.0
         missing = FULL_BITS - candidate.format.bits + min(wasted, MAX_WASTE)
+        missing += FULL_BITS - candidate.format.activation_bits
         return CostEstimate(theta * missing, error * missing, probe.n_samples)
 
     settings = {
@@ -141,7 +145,9 @@ def orthogonality_table(
         "n_timesteps": str(len(probe.parts)),
         "constant_layers": ", ".join(found.constant) or "none",
     }
-    return build_table("orthogonality", space, candidates, estimate, settings, unit=UNITS[options.objective])
+    is_joint = options.objective == "bits"
+    unit = UNITS[options.objective]
+    return build_table("orthogonality", space, candidates, estimate, settings, unit=unit, sees_activations=is_joint)
 
 
 def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Mapping[int, float]:
