@@ -40,14 +40,18 @@ MACS = {"a": 100, "b": 300, "c": 500, "d": 100}
 UAQ3, UAQ4, UAQ6, KMC3 = (Format.parse(t) for t in ("uaq3", "uaq4", "uaq6", "kmc3"))
 
 
-def make_space():
+def make_graph():
     nodes = tuple(Node(n, "layer", f"op_{n}", f"block_{n}", MACS[n], "Linear", (64, 64)) for n in NAMES)
-    return search_space(DenoiserGraph("Toy", nodes, (), ()), FORMATS)
+    return DenoiserGraph("Toy", nodes, (), ())
+
+
+def make_space():
+    return search_space(make_graph(), FORMATS)
 
 
 def relative_error(name, number_format):
     scale = {"a": 1.0, "b": 2.0, "c": 0.5, "d": 1.0}[name] * (0.8 if number_format.family == "kmc" else 1.0)
-    return 0.0 if number_format == FP16 else scale * 4.0 ** -(number_format.bits - 2)
+    return 0.0 if not number_format.is_quantized else scale * 4.0 ** -(number_format.bits - 2)
 
 
 def make_candidates(space, n=0, standard_error=0.0):
