@@ -84,6 +84,9 @@ class JobResult:
             "reason": self.plan.reason,
             "paper_bits": choice.paper_bits,
             "stored_bits": choice.stored_bits,
+            "bops": choice.bops,
+            "full_bops": self.table.full_bops,
+            "attention_bops": self.table.attention_bops,
             "stored_bytes": self.written.stored_bytes,
             "file_bytes": self.written.file_bytes,
             "objective": choice.objective,
@@ -182,7 +185,7 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    asked = (order.method, order.formats, str(order.budget), order.check)
+    asked = (order.method, order.formats, str(order.budget), order.check, *([] if order.ends is None else [order.ends]))
     parts = (order.search, order.importance, order.activations, order.sampling, order.compute)
     facts = (*asked, *(to_plain(part) for part in parts))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
@@ -217,7 +220,7 @@ def _additivity(
 
 def _keep_budget(bank: Bank, allocation: Allocation, packed: Mapping[str, QuantizedTensor]) -> None:
     """Refuses the rare weight whose stored form is larger than estimated (a codebook that float16 cannot hold)."""
-    if allocation.accounting != "stored":
+    if allocation.accounting != "stored" or allocation.budget_bytes is None:
         return
     stored = bank.stored_bytes(allocation.recipe)
     surplus = sum(

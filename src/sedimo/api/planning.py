@@ -15,7 +15,7 @@ import torch
 
 from sedimo.api.additivity import N_RECIPES, NO_NOISE
 from sedimo.api.opening import Opened, OpenedSource
-from sedimo.api.order import FINAL_FACTOR
+from sedimo.api.order import FINAL_FACTOR, refuse_blind
 from sedimo.api.probing import LEAST_SAMPLES, AblationOptions, ProbeMethod
 from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
@@ -24,6 +24,7 @@ from sedimo.measurement.jacobian import count_passes
 from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_runs
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
+from sedimo.quant.formats import parse_formats
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
 from sedimo.space import SearchSpace
 
@@ -87,6 +88,7 @@ def plan_job(opened: Opened) -> MethodPlan:
     if opened.order.is_fixed:
         return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
     wanted = opened.order.measured_method
+    refuse_blind(wanted, parse_formats(opened.order.formats), opened.order.importance)
     if wanted == "error":
         return _unsampled(opened, _error_cost(opened), "as ordered")
     obstacle = opened.why_not_sampled()
@@ -100,8 +102,8 @@ def plan_job(opened: Opened) -> MethodPlan:
 
 
 def near_bits(opened: Opened) -> tuple[float, ...]:
-    """Around which bits to probe: half a bit below and a bit above the budget."""
-    if not opened.order.budget.is_given:
+    """Around which bits to probe: half a bit below and a bit above the budget, where it limits the size."""
+    if not opened.order.budget.has_size:
         return DEFAULT_BITS
     bits = opened.order.budget.in_bits(opened.space.params)
     return max(2.2, bits - 0.5), bits + 1.0

@@ -143,10 +143,10 @@ class Study:
         Raises:
             StateError: the study was begun with another value.
         """
-        text, saved = to_json(record), self._rows.get("record", name)
+        saved = self._rows.get("record", name)
         if saved is None:
-            self._rows.put("record", name, text)
-        elif saved != text:
+            self._rows.put("record", name, to_json(record))
+        elif self._read(type(record), "record", name, saved) != record:
             raise StateError(
                 f"the study {self.path} was begun with another {name}; choose another folder or the same settings"
             )

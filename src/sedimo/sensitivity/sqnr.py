@@ -39,4 +39,4 @@ def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrP
         "n_steps": str(len(probe.parts)),
         "unused_decisions": ", ".join(unused) or "none",
     }
-    return build_table("sqnr", space, candidates, estimate, settings)
+    return build_table("sqnr", space, candidates, estimate, settings, sees_activations=True)
