@@ -42,6 +42,12 @@ class Sampling:
         """The first `n` samples of this plan, or all of them."""
         return replace(self, seeds=self.seeds[:n])
 
+    def part(self, first: int, stop: int) -> Sampling:
+        """Samples `first` to `stop` of this plan, with the conditions that they have in it."""
+        seeds = self.seeds[first:stop]
+        conditions = tuple(self.condition(first + i) or "" for i in range(len(seeds))) if self.conditions else ()
+        return replace(self, seeds=seeds, conditions=conditions)
+
     def condition(self, index: int) -> str | None:
         """The condition of sample `index`."""
         return self.conditions[index % len(self.conditions)] if self.conditions else None
