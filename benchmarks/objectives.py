@@ -162,7 +162,7 @@ def show(arguments, pipe, bank, recipes) -> None:
     """A sheet of samples per recipe beside the JSON, the same seeds in the same places."""
     plan = pipe.default_sampling(SHOWN, 20)
     sheets = {"full precision": draw(pipe, plan).images}
-    with Prober(pipe.denoiser, bank.quantize) as prober:
+    with Prober(pipe.denoiser, bank.quantize, bank.input_quantizers) as prober:
         for name, recipe in recipes.items():
             prober.switch(recipe)
             sheets[name] = draw(pipe, plan).images

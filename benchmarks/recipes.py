@@ -59,7 +59,7 @@ def measured(bench: Bench, bank, recipes, sampling):
     return run_trials(
         bench.study,
         recipes,
-        setting=setting_of(bench.pipe, sampling, weights_digest=bank.weights_digest),
+        setting=setting_of(bench.pipe, sampling, weights_digest=bank.digest),
         make_worker=lambda: TrialWorker(bench.pipe, bank, sampling, objective="final_latents"),
         progress=bench.progress,
     )
@@ -172,7 +172,7 @@ def distributions(bench: Bench, bank, recipe, n_images: int) -> dict[str, object
     plan = bench.pipe.default_sampling(range(100_000, 100_000 + n_images), 10)
     pipe = sedimo.load(bench.source, dtype=FID_DTYPE)
     full = draw_features(pipe, plan, label="full precision", progress=bench.progress)
-    with Prober(pipe.denoiser, bank.quantize) as prober:
+    with Prober(pipe.denoiser, bank.quantize, bank.input_quantizers) as prober:
         prober.switch(recipe)
         small = draw_features(pipe, plan, label="recipe", progress=bench.progress)
     return to_plain(compare_distributions(full, small))

@@ -21,6 +21,7 @@ from sedimo._bank_cache import BankCache
 from sedimo.codec import content_key
 from sedimo.errors import InputError, UnfitFormatError
 from sedimo.pipelines.adapter import WeightSource
+from sedimo.quant.activations import DYNAMIC, Activations, InputQuantizers
 from sedimo.quant.fitting import FittedParameters, FittedWeight, error_estimates, fit, fit_parameters, with_codes
 from sedimo.quant.formats import FP16, Format, stored_bytes
 from sedimo.quant.tensor import QuantizedTensor
@@ -80,7 +81,8 @@ class Candidate:
 class Bank:
     """Candidates of every decision, and their packed weights.
 
-    Made by `fit_bank`. At most `packed_bytes_kept` of packed weights stay in memory, the last used ones.
+    Made by `fit_bank`. `activations` says how the inputs of layers are rounded whose format asks for it. At most
+    `packed_bytes_kept` of packed weights stay in memory, the last used ones.
     """
 
     def __init__(
@@ -90,9 +92,10 @@ class Bank:
         candidates: Sequence[Candidate],
         *,
         cache: BankCache | None = None,
+        activations: Activations = DYNAMIC,
         packed_bytes_kept: int = _PACKED_BYTES_KEPT,
     ) -> None:
-        self.weights, self.space = weights, space
+        self.weights, self.space, self.activations = weights, space, activations
         self.candidates = tuple(candidates)
         self._cache = cache or BankCache(None)
         self._packed: OrderedDict[tuple[str, Format], QuantizedTensor] = OrderedDict()
@@ -102,6 +105,24 @@ class Bank:
     def weights_digest(self) -> str:
         """sha256 of the full-precision weights."""
         return self.weights.digest
+
+    @property
+    def digest(self) -> str:
+        """Names what turns a recipe into a denoiser: the full-precision weights, and how activations are rounded."""
+        key = self.activations.key
+        return content_key({"weights": self.weights_digest, "activations": key}) if key else self.weights_digest
+
+    def rounding(self, activations: Activations) -> Bank:
+        """The same bank with other rules for activations; nothing is fitted again."""
+        return Bank(self.weights, self.space, self.candidates, cache=self._cache, activations=activations)
+
+    def input_quantizers(self, recipe: Recipe) -> InputQuantizers:
+        """How a recipe rounds the inputs of layers.
+
+        Raises:
+            InputError: parts of a layer differ in their activation bits, or a static range is not known.
+        """
+        return self.activations.quantizers(recipe.activation_bits)
 
     @cached_property
     def index(self) -> Mapping[tuple[str, Format], Candidate]:

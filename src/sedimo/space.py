@@ -14,7 +14,7 @@ from functools import cached_property
 from sedimo.codec import content_key, from_plain, parse_json, to_json
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph
-from sedimo.quant.formats import FP16, Format, paper_bytes, parse_formats, stored_bytes
+from sedimo.quant.formats import FP16, FULL_BITS, Format, paper_bytes, parse_formats, stored_bytes
 
 RECIPE_VERSION = 1
 
@@ -143,6 +143,11 @@ class PartFormat:
         if not 0 <= self.start < self.stop:
             raise InputError(f"a part must be a range of input channels, got {self.start}..{self.stop}")
 
+    @property
+    def weights_alone(self) -> PartFormat:
+        """The same with activations left at 16 bits."""
+        return PartFormat(self.start, self.stop, self.format.weight_format)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -187,6 +192,33 @@ class Recipe:
         """All formats that it mentions."""
         entries = self.layers.values()
         return frozenset(f for e in entries for f in ((e,) if isinstance(e, Format) else (p.format for p in e)))
+
+    @property
+    def activation_bits(self) -> dict[str, int]:
+        """Bits of the inputs of the layers that take fewer than 16.
+
+        Raises:
+            InputError: parts of a layer that differ in it; a layer's inputs are rounded once.
+        """
+        found: dict[str, int] = {}
+        for layer, entry in self.layers.items():
+            widths = {f.activation_bits for f in ((entry,) if isinstance(entry, Format) else (p.format for p in entry))}
+            if len(widths) != 1:
+                raise InputError(f"the parts of layer {layer!r} must agree on activation bits, got {sorted(widths)}")
+            if (bits := widths.pop()) != FULL_BITS:
+                found[layer] = bits
+        return found
+
+    @property
+    def weights_alone(self) -> Recipe:
+        """The same formats of weights, with activations left at 16 bits."""
+        layers: dict[str, Format | tuple[PartFormat, ...]] = {}
+        for name, entry in self.layers.items():
+            if isinstance(entry, Format):
+                layers[name] = entry.weight_format
+            else:
+                layers[name] = tuple(part.weights_alone for part in entry)
+        return Recipe(layers)
 
     @property
     def key(self) -> str:

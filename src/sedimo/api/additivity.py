@@ -36,7 +36,7 @@ def measure_random_recipes(
     return run_trials(
         study,
         _recipes(bank, bits),
-        setting=setting_of(pipe, sampling, weights_digest=bank.weights_digest),
+        setting=setting_of(pipe, sampling, weights_digest=bank.digest),
         make_worker=lambda: TrialWorker(pipe, bank, sampling, objective="final_latents"),
         progress=progress,
     )

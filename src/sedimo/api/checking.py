@@ -66,7 +66,7 @@ def check_recipe(opened: Opened, bank: Bank, allocation: Allocation, progress: P
     rivals = uniform_rivals(bank, allocation.paper_bits + UNIFORM_SLACK_BITS)
     recipes = {"this recipe": allocation.recipe} | {f"uniform {f}": bank.space.uniform(f) for f in rivals}
     checked, quantized = [], reference
-    with Prober(pipe.denoiser, bank.quantize) as prober:
+    with Prober(pipe.denoiser, bank.quantize, bank.input_quantizers) as prober:
         for name, recipe in recipes.items():
             prober.switch(recipe)
             samples = draw(pipe, sampling, label=name, progress=progress)

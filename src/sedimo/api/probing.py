@@ -116,7 +116,7 @@ def measure_probes(
     trials = run_trials(
         study,
         [one.recipe(bank.space) for one in probes],
-        setting=setting_of(pipe, sampling, weights_digest=bank.weights_digest),
+        setting=setting_of(pipe, sampling, weights_digest=bank.digest),
         make_worker=lambda: TrialWorker(pipe, bank, sampling, objective="final_latents"),
         progress=progress,
     )

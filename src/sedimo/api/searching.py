@@ -70,7 +70,7 @@ class Measuring:
         progress: Progress = SILENT,
     ) -> Measuring:
         """Measuring recipes of a bank on a pipeline under a plan; one worker, which samples full precision once."""
-        setting = setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=objective)
+        setting = setting_of(pipe, plan, weights_digest=bank.digest, objective=objective)
         make = functools.cache(lambda: TrialWorker(pipe, bank, plan, objective=objective))
         return cls(study, setting, make, progress=progress)
 

@@ -151,7 +151,7 @@ def explore(
         study,
         Exploration(seed, bank.space, "stratified"),
         n_trials=trials,
-        setting=setting_of(pipe, plan, weights_digest=bank.weights_digest, objective=objective),
+        setting=setting_of(pipe, plan, weights_digest=bank.digest, objective=objective),
         make_worker=lambda: TrialWorker(pipe, bank, plan, objective=objective),
     )
     return study

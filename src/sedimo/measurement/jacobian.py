@@ -103,7 +103,7 @@ def probe_jacobian(
         UnsupportedError: a weight is used in a way that hooks on its layer do not see.
     """
     options, begin = options or JacobianOptions(), time.perf_counter()
-    setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step")
+    setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective="step")
     trajectory = record(adapter, sampling)
     calls = tuple(batches_of(sampling, trajectory.calls))
     weights = (find_row_weights(trajectory) if options.combine_rows else None) or (1.0,)

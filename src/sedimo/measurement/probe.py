@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from sedimo.errors import InputError
+from sedimo.quant.activations import DYNAMIC, InputQuantizers
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.activations import round_inputs, unround_inputs
 from sedimo.space import PartFormat, Recipe
 
 WeightSupply = Callable[[Recipe], Mapping[str, torch.Tensor]]
+InputSupply = Callable[[Recipe], InputQuantizers]
 
 
 @contextlib.contextmanager
@@ -38,19 +41,24 @@ def probed(denoiser: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator
         exchange.restore()
 
 
+def _by_format(recipe: Recipe) -> InputQuantizers:
+    return DYNAMIC.quantizers(recipe.activation_bits)
+
+
 class Prober:
     """Puts recipes into a denoiser one after the other; a context manager that restores it on leaving.
 
-    `supply` gives the quantized weights of the layers of a recipe. Going from one recipe to the next exchanges
-    only the layers whose format differs.
+    `supply` gives the quantized weights of the layers of a recipe, `inputs` how it rounds what layers are given.
+    Going from one recipe to the next exchanges only the weights whose format differs.
 
     Example:
-        >>> with Prober(denoiser, bank.quantize) as prober:
-        ...     prober.switch(recipe)  # denoiser now computes with the recipe's weights
+        >>> with Prober(denoiser, bank.quantize, bank.input_quantizers) as prober:
+        ...     prober.switch(recipe)  # denoiser now computes with the recipe's weights and activations
     """
 
-    def __init__(self, denoiser: nn.Module, supply: WeightSupply) -> None:
-        self._exchange, self._supply = _Exchange(denoiser), supply
+    def __init__(self, denoiser: nn.Module, supply: WeightSupply, inputs: InputSupply = _by_format) -> None:
+        self._denoiser, self._exchange = denoiser, _Exchange(denoiser)
+        self._supply, self._inputs = supply, inputs
         self._entries: dict[str, Format | tuple[PartFormat, ...]] = {}
 
     def __enter__(self) -> Prober:
@@ -67,15 +75,17 @@ class Prober:
         When it fails, the denoiser is restored to full precision before the error goes on.
 
         Raises:
-            InputError: a layer that the denoiser does not have, or a weight of another shape.
+            InputError: a layer that the denoiser does not have, a weight of another shape, or activations that cannot
+                be rounded.
         """
-        wanted = {name: entry for name, entry in recipe.layers.items() if entry != FP16}
+        wanted = {name: entry for name, entry in recipe.weights_alone.layers.items() if entry != FP16}
         released = [name for name in self._entries if name not in wanted]
         changed = {name: entry for name, entry in wanted.items() if self._entries.get(name) != entry}
         try:
             self._exchange.release(released)
             if changed:
                 self._exchange.put(self._supply(Recipe(changed)))
+            round_inputs(self._denoiser, self._inputs(recipe))
         except BaseException:
             self.restore()
             raise
@@ -83,8 +93,9 @@ class Prober:
         return len(released) + len(changed)
 
     def restore(self) -> None:
-        """Puts every original parameter back."""
+        """Puts every original parameter back and leaves activations alone."""
         self._exchange.restore()
+        unround_inputs(self._denoiser)
         self._entries = {}
 
 

@@ -99,7 +99,7 @@ def probe_sqnr(
         Interrupted: the user stopped it (with a study, calling again goes on).
     """
     begin = time.perf_counter()
-    setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step")
+    setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective="step")
     calls = _by_step(sampling, record(adapter, sampling).calls)
     groups = passes(bank.space)
     found: list[dict[str, Mapping[str, LocalNoise]]] = [{} for _ in calls]

@@ -44,8 +44,8 @@ class TrialWorker:
 
     def __init__(self, adapter: PipelineAdapter, bank: Bank, sampling: Sampling, *, objective: ObjectiveName) -> None:
         self._adapter, self._sampling = adapter, sampling
-        self.setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective=objective)
-        self._prober = Prober(adapter.denoiser, bank.quantize)
+        self.setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective=objective)
+        self._prober = Prober(adapter.denoiser, bank.quantize, bank.input_quantizers)
         self._reference: Reference | None = None
 
     @property

@@ -22,11 +22,10 @@ from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import DenoiserCall, Observer, Sampling
 from sedimo.pipelines.conditions import call_parameters, condition_arguments
 from sedimo.pipelines.objects import PipelineObject
-from sedimo.pipelines.trajectory import output_tensor
+from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
 logger = logging.getLogger(__name__)
 
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 _LATENT_OUTPUT = "latent"
 
 
@@ -195,7 +194,7 @@ class _Watcher:
         self._inputs = {name: self._copy(value, name) for name, value in given.items()}
 
     def after(self, _module: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        call = DenoiserCall(self._step, _timestep(self._inputs), self._inputs, output_tensor(output).detach().clone())
+        call = DenoiserCall(self._step, timestep_of(self._inputs), self._inputs, output_tensor(output).detach().clone())
         self._step += 1
         self._observer(call)
 
@@ -214,8 +213,3 @@ class _Watcher:
             copy = value.detach().clone()
             self._copies[place] = (value, value._version, copy)
         return copy
-
-
-def _timestep(inputs: Mapping[str, object]) -> float:
-    value = next((inputs[n] for n in _TIMESTEP_NAMES if n in inputs), float("nan"))
-    return float(value.flatten()[0] if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]

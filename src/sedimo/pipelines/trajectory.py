@@ -11,6 +11,8 @@ from torch import nn
 from sedimo.errors import InputError
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -60,3 +62,9 @@ def output_tensor(output: object) -> torch.Tensor:
     if not isinstance(output, torch.Tensor):
         raise InputError(f"a denoiser must return a tensor, a tuple or an output of diffusers, got {type(output)}")
     return output
+
+
+def timestep_of(inputs: Mapping[str, object]) -> float:
+    """The noise level that a denoiser was told, by the name of its argument; not a number if there is none."""
+    value = next((inputs[name] for name in TIMESTEP_NAMES if name in inputs), float("nan"))
+    return float(value.flatten()[0] if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]

@@ -53,8 +53,10 @@ class Format:
             raise InputError(
                 f"a group size is for uaq and at least 2, got {self.family} with {self.group_size}. {_CHOICES}"
             )
-        if not 2 <= self.activation_bits <= FULL_BITS:
-            raise InputError(f"activation bits must lie in 2..16, got {self.activation_bits}.")
+        if self.activation_bits != FULL_BITS and not MIN_BITS <= self.activation_bits <= MAX_BITS:
+            raise InputError(
+                f"activation bits must lie in {MIN_BITS}..{MAX_BITS}, or be {FULL_BITS}, got {self.activation_bits}."
+            )
 
     @classmethod
     def parse(cls, text: str) -> Format:

@@ -1,0 +1,194 @@
+"""Quantized activations: how the inputs of a layer are rounded before it computes.
+
+A scale covers one token of a Linear layer, one image of a convolution, or, with static ranges, the whole tensor:
+
+    asymmetric   code = clamp(round(x / scale) + zero_point, 0, 2^b - 1),   scale = (high - low) / (2^b - 1)
+    symmetric    code = clamp(round(x / scale), -m, m),   m = 2^(b-1) - 1,  scale = max(|low|, |high|) / m
+
+and x' = (code - zero_point) * scale. An asymmetric range is widened to hold zero, so that zero padding and absent
+inputs stay exact and the zero point fits the codes. All arithmetic is float32 and rounds half to even; an integer
+kernel that starts from these codes, scales and zero points computes the same sums.
+
+Source:
+    Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), online quantization per token; symmetric min-max as in
+    Efficient Quantization Strategies for Latent Diffusion Models (arXiv 2312.05431).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from sedimo.codec import content_key
+from sedimo.errors import InputError
+from sedimo.quant.formats import FULL_BITS, MAX_BITS, MIN_BITS
+
+RangeKind = Literal["dynamic", "static"]
+
+
+@dataclass(frozen=True, slots=True)
+class StaticRange:
+    """The range of a layer's inputs, fixed beforehand: least and greatest value, per group of timesteps.
+
+    Raises:
+        InputError: no pair, lists of different length, a value that is not finite, or one above its partner.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses ranges that are none."""
+        pairs = list(zip(self.low, self.high, strict=False))
+        if not pairs or len(self.low) != len(self.high) or not all(-math.inf < a <= b < math.inf for a, b in pairs):
+            raise InputError(
+                f"a static range needs as many finite low as high values, low <= high, got {self.low}, {self.high}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationQuantizer:
+    """How the inputs of one layer are rounded: `bits`, symmetric or not, by a fixed range or by each token's own.
+
+    Raises:
+        InputError: bits outside 2..8.
+    """
+
+    bits: int
+    symmetric: bool = False
+    range: StaticRange | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses widths that no kernel computes in."""
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise InputError(f"activations take {MIN_BITS}..{MAX_BITS} bits, or 16, got {self.bits}")
+
+    @property
+    def qmin(self) -> int:
+        """Least code."""
+        return -self.qmax if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Greatest code."""
+        return (1 << self.bits - 1) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    def codes(self, module: nn.Module, inputs: Tensor, group: int = 0) -> ActivationCodes:
+        """The codes of a layer's inputs; `group` is the group of timesteps that a static range is taken from.
+
+        `inputs` are `[..., in]` of a Linear layer or `[B, C, ...]` of a convolution.
+        """
+        values = inputs.float()
+        scale, zero_point = self._grid(*self._limits(module, values, group))
+        codes = torch.div(values, scale).round_().add_(zero_point).clamp_(self.qmin, self.qmax)
+        return ActivationCodes(codes, scale, zero_point)
+
+    def __call__(self, module: nn.Module, inputs: Tensor, group: int = 0) -> Tensor:
+        """A layer's inputs, rounded: same shape and dtype."""
+        return self.codes(module, inputs, group).dequantize().to(inputs.dtype)
+
+    def _limits(self, module: nn.Module, values: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Least and greatest value of each token, each image, or of all inputs."""
+        if self.range is not None:
+            position = min(group, len(self.range.low) - 1)
+            return values.new_tensor(self.range.low[position]), values.new_tensor(self.range.high[position])
+        axes = tuple(range(1, values.ndim)) if isinstance(module, _ConvNd) else (-1,)
+        return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
+
+    def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.symmetric:
+            width, zero_point = torch.maximum(low.abs(), high.abs()), torch.zeros_like(low)
+        else:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            width = high - low
+        scale = width / self.qmax
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # nothing but zeros; NaN stays what it is
+        if not self.symmetric:
+            zero_point = (-low / scale).round()
+        return scale, zero_point
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationCodes:
+    """Whole numbers, and the scale and zero point that they stand on, all float32; shapes broadcast."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for."""
+        return (self.codes - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class InputQuantizers:
+    """The quantizers of some layers' inputs by layer name; `timesteps` as in `Activations`.
+
+    Raises:
+        InputError: a static range for another number of timesteps.
+    """
+
+    layers: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses ranges for another number of timesteps."""
+        if not all(math.isfinite(t) for t in self.timesteps):
+            raise InputError(f"the timesteps of static ranges must be finite, got {self.timesteps}")
+        for layer, quantizer in self.layers.items():
+            n_ranges = len(quantizer.range.low) if quantizer.range else 1
+            if n_ranges not in (1, len(self.timesteps)):
+                raise InputError(f"layer {layer!r} has {n_ranges} static ranges for {len(self.timesteps)} timesteps")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How the activations of a denoiser are rounded; how many bits a layer's inputs take is told by its format.
+
+    `static` are ranges by layer name and width (`a8`); empty: each token's or image's own (dynamic). `timesteps` are
+    the noise levels that they were taken at when they differ by timestep: a call takes those of the nearest one.
+    """
+
+    symmetric: bool = False
+    static: Mapping[str, Mapping[str, StaticRange]] = field(default_factory=dict)
+    timesteps: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> RangeKind:
+        """Whether ranges are fixed beforehand."""
+        return "static" if self.static else "dynamic"
+
+    @property
+    def key(self) -> str:
+        """Content key; empty for the default, which needs no name."""
+        return "" if self == DYNAMIC else content_key(self)
+
+    def quantizers(self, bits: Mapping[str, int]) -> InputQuantizers:
+        """The quantizers of the layers whose inputs take fewer than 16 bits.
+
+        Raises:
+            InputError: ranges are static and there is none for a layer at its width.
+        """
+        found = {layer: self._quantizer(layer, n) for layer, n in bits.items() if n != FULL_BITS}
+        return InputQuantizers(found, self.timesteps)
+
+    def _quantizer(self, layer: str, bits: int) -> ActivationQuantizer:
+        if not self.static:
+            return ActivationQuantizer(bits, self.symmetric)
+        found = self.static.get(layer, {}).get(f"a{bits}")
+        if found is None:
+            raise InputError(
+                f"no static range is known for the inputs of layer {layer!r} at {bits} bits: calibrate it "
+                "(sedimo.calibrate), or use dynamic ranges"
+            )
+        return ActivationQuantizer(bits, self.symmetric, found)
+
+
+DYNAMIC = Activations()
