@@ -13,12 +13,13 @@ from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 from sedimo.bank import fit_bank
 from sedimo.measurement import trajectory
 from sedimo.measurement.objective import measure, measure_reference
-from sedimo.measurement.probe import probed
+from sedimo.measurement.probe import Prober, probed
 from sedimo.measurement.study import Study
 from sedimo.measurement.trajectory import probe_trajectory
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import record
 from sedimo.quant.formats import FP16, Format
+from sedimo.space import Recipe
 
 SAMPLING = Sampling(seeds=(1, 2, 3, 5, 8), n_steps=3, batch_size=5)
 BLOCKS = ("conv_in", "time", "grouped", "twice", "unused", "out")
@@ -97,7 +98,20 @@ def test_before_the_first_quantized_layer_outputs_are_exact():
     probe = probe_trajectory(adapter, bank, recipe, SAMPLING, BLOCKS)
     assert all(one.value == math.inf for one in probe.of_blocks["conv_in"])
     assert all(math.isfinite(one.value) for one in (*probe.of_blocks["grouped"], *probe.of_path, *probe.of_latents))
-    assert [one.value for one in probe.of_steps][0] == probe.of_path[0].value  # the first inputs are the same
+    assert probe.of_steps[0].value == probe.of_path[0].value  # the first inputs are the same
+
+
+def test_rounded_activations_are_part_of_it():
+    adapter, bank, recipe = made()
+    rounded = Recipe({name: Format.parse("uaq4a4") for name in recipe.layers})
+    plain, both = (probe_trajectory(adapter, bank, r, SAMPLING, BLOCKS) for r in (recipe, rounded))
+    assert both.of_path[0].value < plain.of_path[0].value
+    reference = measure_reference("path", adapter, SAMPLING)
+    with Prober(adapter.denoiser, bank.quantize, bank.input_quantizers) as prober:
+        prober.switch(rounded)
+        assert together(both, "path").mean(axis=0) == pytest.approx(
+            measure(adapter, reference).powers.ratio, rel=ROUNDING
+        )
 
 
 def test_a_diverging_recipe_is_endlessly_noisy(monkeypatch):

@@ -133,17 +133,17 @@ def probe_trajectory(
     with graceful_interrupt() as stop:
         for first in range(0, n, _BATCH):
             plan = replace(sampling.part(first, first + _BATCH), batch_size=_BATCH)
-            setting = setting_of(adapter, plan, weights_digest=bank.weights_digest, objective="path")
+            setting = setting_of(adapter, plan, weights_digest=bank.digest, objective="path")
 
             def measure(plan: Sampling = plan) -> TrajectoryPart:
-                with Prober(adapter.denoiser, supply()) as prober:
+                with Prober(adapter.denoiser, supply(), bank.input_quantizers) as prober:
                     return _Run(adapter, prober, recipe, plan).measure(blocks)
 
             parts.append(saved_part(study, TrajectoryPart, content_key({**named, "setting": setting}), measure))
             progress.advance(1)
             check_stop(stop, study)
     progress.done()
-    setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="path")
+    setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective="path")
     n_calls = N_RUNS * sum(len(part.timesteps) for part in parts)
     execution = Execution(time.perf_counter() - begin, n_calls, torch.get_num_threads(), versions())
     return TrajectoryProbe(setting, recipe, tuple(blocks), tuple(parts), execution)
@@ -151,7 +151,7 @@ def probe_trajectory(
 
 def _plain_weights(denoiser: nn.Module, bank: Bank, recipe: Recipe) -> WeightSupply:
     """The recipe's weights, dequantized once: they are exchanged at every step."""
-    packed = bank.quantize(recipe)
+    packed = bank.quantize(recipe.weights_alone)
     with probed(denoiser, packed):
         plain = {name: denoiser.get_parameter(f"{name}.weight") for name in packed}
     return lambda wanted: {name: plain[name] for name in wanted.layers}
@@ -199,11 +199,13 @@ class _Run:
         )
 
     def _again(self, call: DenoiserCall) -> None:
-        """Makes a call again with the recipe's weights, past the hooks on the denoiser itself: they watch the run."""
+        """Makes a call again with the recipe's weights. Whoever watches the run sees that call too, and asks again."""
+        if self._outputs.is_comparing:
+            return
         n_rows = len(call.output)
         self._prober.switch(self._recipe)
         with self._outputs.compared(n_rows):
-            output = output_tensor(self._adapter.denoiser.forward(**rows_of(call, slice(None))))
+            output = output_tensor(self._adapter.denoiser(**rows_of(call, slice(None))))
         self._prober.restore()
         self._step.append(_ratios(_powers(call.output, output, n_rows), self._n))
         self._seen.append(_Seen.of(call))
@@ -217,6 +219,11 @@ class _Outputs:
         self._n_samples, self._n_rows = n_samples, 0
         self._kept: dict[str, list[torch.Tensor]] = {}
         self._powers: dict[str, Powers] = {}
+
+    @property
+    def is_comparing(self) -> bool:
+        """Whether the recipe's call is running."""
+        return self._n_rows > 0
 
     @contextlib.contextmanager
     def compared(self, n_rows: int) -> Iterator[None]:
@@ -232,7 +239,7 @@ class _Outputs:
         """The hook of a block; several calls of it in one call of the denoiser count as one, all its tensors too."""
         kept = self._kept.setdefault(name, [])
         for tensor in _tensors(output):
-            if not self._n_rows:
+            if not self.is_comparing:
                 kept.append(tensor.detach().clone())
                 continue
             powers = _powers(kept.pop(0), tensor, self._n_rows)
