@@ -40,8 +40,8 @@ from sedimo.pipelines.trajectory import output_tensor
 from sedimo.space import Recipe
 
 TRAJECTORY_VERSION = 1
-N_SAMPLES = 8
-N_RUNS = 3
+TRAJECTORY_SAMPLES = 8
+TRAJECTORY_RUNS = 3
 _BATCH = 4  # samples whose block outputs are in memory together
 _DIGITS = 6
 
@@ -144,7 +144,7 @@ def probe_trajectory(
             check_stop(stop, study)
     progress.done()
     setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective="path")
-    n_calls = N_RUNS * sum(len(part.timesteps) for part in parts)
+    n_calls = TRAJECTORY_RUNS * sum(len(part.timesteps) for part in parts)
     execution = Execution(time.perf_counter() - begin, n_calls, torch.get_num_threads(), versions())
     return TrajectoryProbe(setting, recipe, tuple(blocks), tuple(parts), execution)
 
