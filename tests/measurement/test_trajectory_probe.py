@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
+from sedimo.api.verbs import trace
 from sedimo.bank import fit_bank
 from sedimo.measurement import trajectory
 from sedimo.measurement.objective import measure, measure_reference
@@ -17,9 +19,11 @@ from sedimo.measurement.probe import Prober, probed
 from sedimo.measurement.study import Study
 from sedimo.measurement.trajectory import probe_trajectory
 from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.trajectory import record
+from sedimo.pipelines.weights import FileWeights
 from sedimo.quant.formats import FP16, Format
-from sedimo.space import Recipe
+from sedimo.space import Recipe, search_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3, 5, 8), n_steps=3, batch_size=5)
 BLOCKS = ("conv_in", "time", "grouped", "twice", "unused", "out")
@@ -50,6 +54,24 @@ def test_the_lines_are_those_of_the_objectives(guided):
         assert found.shape == (3, 5)
         kept = found[-1] if name == "final_latents" else found.mean(axis=0)
         assert kept == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_pipeline_that_is_watched_may_be_called_again(tiny_pipeline_folder, guidance):
+    """Whoever watches the calls of a real pipeline sees the second ones as well."""
+    pipe = load_pipeline(str(tiny_pipeline_folder), device="cpu", dtype="fp32")
+    space = search_space(trace(pipe), "uaq4,fp16")
+    bank = fit_bank(FileWeights(tiny_pipeline_folder / "transformer"), space)
+    recipe = space.recipe({d.name: Format.parse("uaq4") for d in space.decisions if "attn1" in d.name})
+    plan = replace(pipe.default_sampling((1, 2, 3), 3), guidance=guidance)
+    probe = probe_trajectory(pipe, bank, recipe, plan, ("transformer_blocks.0", "transformer_blocks.1"))
+    assert len(set(probe.timesteps)) == 3
+    for name, field in (("path", "path"), ("step", "step"), ("final_latents", "latents")):
+        reference = measure_reference(name, pipe, plan)
+        with probed(pipe.denoiser, bank.quantize(recipe)):
+            expected = measure(pipe, reference).powers.ratio
+        found = together(probe, field)
+        assert (found[-1] if name == "final_latents" else found.mean(axis=0)) == pytest.approx(expected, rel=ROUNDING)
 
 
 def outputs_of(denoiser, name, call):

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -122,12 +123,13 @@ def label_steps(axes: Axes, timesteps: Sequence[float], *, n_most: int = MAX_STE
 
 def colour_bar(
     figure: Figure, axes: Axes, image: AxesImage, label: str, *, pad: float = 0.02, location: Side = "right"
-) -> None:
+) -> Colorbar:
     """The scale of a map, as a picture too: hundreds of shapes would make the page large."""
     bar = figure.colorbar(image, ax=axes, label=label, fraction=0.035, pad=pad, location=location)
     bar.outline.set_edgecolor(MUTED)
     if bar.solids is not None:
         bar.solids.set_rasterized(True)
+    return bar
 
 
 def _draw_line(axes: Axes, line: Sequence[Estimate], label: str, colour: str, style: str, marker: str) -> None:

@@ -108,11 +108,12 @@ class ChannelRanges:
         if len(set(lengths)) != 1 or not lengths[0]:
             raise InputError(f"ranges of layer {self.layer!r} need one value per channel each, got {lengths} values")
         for low, high in (lists[:2], lists[2:]):
-            worst = min(b - a for a, b in zip(low, high, strict=True))
-            if not worst >= 0:
-                raise InputError(
-                    f"ranges of layer {self.layer!r} must be finite and not end below their begin: {worst}"
-                )
+            for channel, (least, greatest) in enumerate(zip(low, high, strict=True)):
+                if not -math.inf < least <= greatest < math.inf:
+                    raise InputError(
+                        f"a range goes from a finite least to a greatest value, got {least} to {greatest} in channel "
+                        f"{channel} of layer {self.layer!r}"
+                    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,10 +92,11 @@ def _of_repetition(found: Repetition) -> list[list[Figure]]:
         "A layer that repeats others less is more important. Left, by timestep (empty: its output was the same for all "
         "samples); middle, over all timesteps, the greatest being 1; right, the bits that it got."
     )
-    enough = next((i + 1 for i, value in enumerate(found.converged) if value >= _SOME), None)
-    converged = "How soon importances from few timesteps have the order of those from all."
-    if enough is not None:
-        converged += f" From {enough} on, the rank correlation is at least {_SOME}."
+    too_few = max((i + 1 for i, value in enumerate(found.converged) if not value >= _SOME), default=0)
+    converged = (
+        "How soon importances from few timesteps have the order of those from all. From "
+        f"{too_few + 1} on, the rank correlation is at least {_SOME}."
+    )
     chart, table = Markup(importance_chart(found)), _importance_table(found)
     single = [
         Figure(f"The {name} timestep alone", Markup(matrix_chart(found, name, is_small=True)), "Colours as above.")

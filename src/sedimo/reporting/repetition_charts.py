@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sedimo.reporting.charts import WIDTH, short
+from sedimo.reporting.charts import WIDTH
 from sedimo.reporting.heat_charts import MAX_ROW_LABELS, colour_bar, draw_cells, label_steps, row_height
 from sedimo.reporting.maps import Repetition
 from sedimo.reporting.placement import OUTSIDE, block_labels
@@ -20,6 +21,8 @@ from sedimo.reporting.theme import ACCENT, INK, MUTED, SURFACE, bit_colour, them
 
 _SMALL = 372  # width of a chart that stands beside another [px]
 _NORMAL_95 = 1.959964
+_LEAST = 1e-4  # of the greatest importance, below which differences do not matter
+_NAME = 34  # characters of a layer's label
 _TITLES = {"mean": "mean of the timesteps", "first": "first timestep", "last": "last timestep"}
 
 
@@ -57,14 +60,15 @@ def matrix_chart(found: Repetition, name: str, *, is_small: bool = False) -> str
 def importance_chart(found: Repetition) -> str:
     """Importance of each layer by timestep and over all of them, and beside it the bits that it got."""
     n = len(found.layers)
-    per_step = np.array(found.per_step).T
-    has_values = bool(np.isfinite(per_step).any())
+    per_step = _logarithms(np.array(found.per_step).T)
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 3, width_ratios=(3, 3, 2), sharey=True)
-        if has_values:
+        if per_step is not None:
             image = draw_cells(panels[0], per_step)
-            colour_bar(figure, panels[0], image, "importance at the timestep", location="top")
+            bar = colour_bar(figure, panels[0], image, "at the timestep (logarithmic)", location="top")
+            bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+            bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:.2g}"))
         label_steps(panels[0], found.timesteps, n_most=5)
         panels[0].set_xlabel("sampled timestep")
         _theta(panels[1], found)
@@ -86,7 +90,7 @@ def importance_chart(found: Repetition) -> str:
 
 def convergence_chart(found: Repetition) -> str:
     """How soon importances from few timesteps have the order of those from all; one timestep has no chart."""
-    if len(found.converged) < 2:
+    if np.isfinite(found.converged).sum() < 2:
         return ""
 
     def draw(figure: Figure) -> None:
@@ -95,7 +99,8 @@ def convergence_chart(found: Repetition) -> str:
         axes.plot(n, found.converged, color=ACCENT, marker="o", markersize=6, markeredgecolor=SURFACE)
         axes.axhline(1.0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(top=1.02)
+        span = max(1.0 - np.nanmin(found.converged), 0.05)
+        axes.set_ylim(1.0 - 1.08 * span, 1.0 + 0.08 * span)
         axes.grid()
         axes.set_xlabel("timesteps sampled, evenly over the trajectory")
         axes.set_ylabel("rank correlation with all")
@@ -104,6 +109,14 @@ def convergence_chart(found: Repetition) -> str:
     return themed_svg(
         draw, width=500, height=300, title="Convergence over timesteps", description=texts, prefix="convergence"
     )
+
+
+def _logarithms(importances: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+    """Of importances, which fall exponentially, over a limited number of decades; None where nothing is known."""
+    if not np.isfinite(importances).any():
+        return None
+    found: npt.NDArray[np.float64] = np.log10(np.maximum(importances, np.nanmax(importances) * _LEAST))
+    return found
 
 
 def _theta(axes: Axes, found: Repetition) -> None:
@@ -146,11 +159,16 @@ def _bits_strip(axes: Axes, bits: Sequence[int]) -> None:
     axes.spines["left"].set_visible(False)
 
 
+def _label(name: str) -> str:
+    """Begin and end of a long name: layers differ in the one, operations in the other."""
+    return name if len(name) <= _NAME else f"{name[:20]}\N{HORIZONTAL ELLIPSIS}{name[-(_NAME - 21) :]}"
+
+
 def _label_layers(axes: Axes, found: Repetition, *, n_most: int) -> None:
     """Every layer by its name while there is room, else the first layer of each block by the block's."""
     n = len(found.layers)
     if n <= n_most:
-        axes.set_yticks(range(n), [short(name, 34) for name in found.layers], fontsize=9)
+        axes.set_yticks(range(n), [_label(name) for name in found.layers], fontsize=9)
         axes.tick_params(axis="y", length=0)
         return
     begins = [i for i in range(n) if found.blocks[i] and (i == 0 or found.blocks[i] != found.blocks[i - 1])]
