@@ -34,13 +34,40 @@ def test_a_method_goes_from_source_to_checkpoint(tiny_pipeline_folder, tmp_path,
     kept = json.loads(run("allocate", f"{out}.study", "--bits", "5", "--rule", "lp", "--json").stdout)
     assert kept["bits"] <= 5
     assert kept["objective"] >= found["objective"] - 1e-9  # the published rule is never better on its own objective
-    assert words in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert words in page
+    assert ("What repeats what" in page, "the layers&#39; own outputs" in page) == (method != "sqnr", method == "sqnr")
+    check_maps(found, method)
+    again = run_json("report", f"{out}.study", "-o", tmp_path / "again.html")
+    assert again["maps"] == found["maps"]
+    assert (tmp_path / "again.html").read_text() == page
+
+
+def check_maps(found, method):
+    """Every block at every step, and lines that end where the check of the result does."""
+    maps, blocks = found["maps"], ["pos_embed.proj", "transformer_blocks.0", "transformer_blocks.1"]
+    assert maps["recipe"]["blocks"][:3] == blocks
+    assert (len(maps["recipe"]["sqnr_db"][0]), maps["recipe"]["n"]) == (2, 8)
+    lines = maps["trajectory"]
+    assert lines["step"][0] == lines["path"][0]  # the first inputs are the same
+    low, high = (found["check"]["recipes"]["this recipe"]["sqnr_db"][end] for end in ("low", "high"))
+    assert low - 2 < lines["latents"][-1]["value"] < high + 2  # half of the seeds
+    if method == "sqnr":
+        assert [one["number_format"] != "" for one in maps["local"]] == [False, True]
+        assert maps["repetition"] is None
+    else:
+        n = len(maps["repetition"]["layers"])
+        assert len(maps["repetition"]["upper"]["mean"]) == n * (n - 1) // 2
+        assert (maps["local"], len(maps["repetition"]["bits"])) == ([], n)
 
 
 def test_block_curves_and_the_hybrid_recipe(tiny_pipeline_folder, tmp_path):
     store, file = tmp_path / "study", tmp_path / "hybrid.json"
     arguments = ("blocks", tiny_pipeline_folder, "--format", "uaq3", "--store", store, *QUICK)
-    found = run_json(*arguments, "--keep", "2", "-o", file)
+    found = run_json(*arguments, "--keep", "2", "-o", file, "--page", tmp_path / "blocks.html")
+    page = (tmp_path / "blocks.html").read_text()
+    assert all(f"<code>{row['block'].replace('.', '.<wbr>')}</code>" in page for row in found["rows"])
+    assert (found["seeds"], found["n_steps"], found["rule"]) == ("0 to 1", 2, "rank, the first 2 by gain")
     assert [row["block"] for row in found["rows"]][1:3] == ["transformer_blocks.0", "transformer_blocks.1"]
     assert found["rows"][-1]["up_to"]["value"] == found["everything"]["value"]  # all blocks are quantized there
     assert len(found["kept"]) == 2

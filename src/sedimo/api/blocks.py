@@ -18,6 +18,7 @@ from sedimo.measurement.trial import ObjectiveName, Trial
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
 from sedimo.quant.formats import Format
+from sedimo.reporting.block_page import BlockPage
 from sedimo.sensitivity.blocks import (
     BlockRow,
     all_but_one,
@@ -63,14 +64,30 @@ class BlocksOrder:
         if self.keep is not None and self.keep < 0:
             raise InputError(f"--keep takes a number of blocks, got {self.keep}")
 
+    @property
+    def rule(self) -> str:
+        """By what blocks stay at 16 bits, in words; empty when none do."""
+        if self.keep_db is not None:
+            return f"a gain of at least {self.keep_db:g} dB"
+        if self.keep is not None:
+            return f"rank, the first {self.keep} by gain"
+        return "" if self.bits is None else f"gain per byte within {self.bits:g} bits per weight"
+
 
 @dataclass(frozen=True)
 class BlocksResult:
     """The curves, all blocks at the format, and the hybrid recipe measured on fresh seeds, when a rule was given.
 
-    `hybrid_gain` is what it gains against all blocks at the format there, paired [dB].
+    `hybrid_gain` is what it gains against all blocks at the format there, paired [dB]. The curves were measured on
+    `seeds`; `keep_db` is the threshold of the rule, if that is what it goes by.
     """
 
+    source: str
+    objective: ObjectiveName
+    seeds: str
+    n_steps: int
+    rule: str
+    keep_db: float | None
     number_format: Format
     rows: tuple[BlockRow, ...]
     everything: Estimate
@@ -85,6 +102,24 @@ class BlocksResult:
         plain: dict[str, object] = to_plain(self)
         plain["recipe"] = {name: str(entry) for name, entry in self.recipe.layers.items()}
         return plain
+
+    def as_page(self) -> BlockPage:
+        """What the page tells."""
+        return BlockPage(
+            source=self.source,
+            number_format=str(self.number_format),
+            objective=self.objective,
+            seeds=self.seeds,
+            n_steps=self.n_steps,
+            rule=self.rule,
+            gain_db=self.keep_db,
+            rows=self.rows,
+            everything=self.everything,
+            kept=self.kept,
+            paper_bits=self.paper_bits,
+            hybrid=self.hybrid,
+            hybrid_gain=self.hybrid_gain,
+        )
 
 
 def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksResult:
@@ -112,8 +147,22 @@ def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksRes
             uniform = hybrid_recipe(bank.space, order.number_format, [])
             mine, plain = fresh.trials([recipe, uniform])
             hybrid, gain = _sqnr(mine), paired_difference(mine.powers, plain.powers).estimate
-    bits = bank.space.paper_bits(recipe)
-    return BlocksResult(order.number_format, rows, everything, kept, recipe, bits, hybrid, gain)
+    return BlocksResult(
+        source=opened.name,
+        objective=order.objective,
+        seeds=f"{searched.setting.seeds[0]} to {searched.setting.seeds[-1]}",
+        n_steps=searched.setting.n_steps,
+        rule=order.rule,
+        keep_db=order.keep_db,
+        number_format=order.number_format,
+        rows=rows,
+        everything=everything,
+        kept=kept,
+        recipe=recipe,
+        paper_bits=bank.space.paper_bits(recipe),
+        hybrid=hybrid,
+        hybrid_gain=gain,
+    )
 
 
 def _curves(space: SearchSpace, number_format: Format, measuring: Measuring) -> tuple[tuple[BlockRow, ...], Estimate]:

@@ -13,6 +13,7 @@ from sedimo.allocation.fixed import allocate_given
 from sedimo.allocation.problem import Allocation
 from sedimo.api.additivity import NO_NOISE, check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
+from sedimo.api.mapping import maps_of, probe_result
 from sedimo.api.measuring import MeasuredTable, make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import Order
@@ -28,6 +29,7 @@ from sedimo.pipelines.sources import is_hub_id
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.html import write_report
+from sedimo.reporting.maps import NO_MAPS, Maps
 from sedimo.runtime.card import Origin
 from sedimo.runtime.weights import replace_weights
 from sedimo.runtime.writing import Finish, WriteOptions, WrittenCheckpoint, write_checkpoint
@@ -74,6 +76,7 @@ class JobResult:
     seconds: float
     peak_rss_bytes: int
     explanation: Explanation | None = None
+    maps: Maps = NO_MAPS
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -100,6 +103,8 @@ class JobResult:
         }
         if self.explanation is not None:
             found["explanation"] = self.explanation.as_json()
+        if not self.maps.is_empty:
+            found["maps"] = self.maps.as_json()
         return found | ({"unchecked": self.plan.unchecked} if self.check is None else {"check": self.check.as_json()})
 
 
@@ -150,10 +155,12 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
             raise InputError("every layer would stay as it is: there is nothing to write. Give a smaller budget")
         check = None if method.unchecked else check_recipe(opened, bank, allocation, progress)
         additivity = None if method.unchecked else _additivity(opened, bank, study, (table, allocation), progress)
+        probed = None if method.unchecked else probe_result(opened, measured, allocation, study, progress)
+        maps = maps_of(opened, measured, allocation, probed)
 
         def finish(folder: Path, written: WrittenCheckpoint) -> None:
             facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
-            evidence = Found(check, additivity, measured.scaling, measured.explanation)
+            evidence = Found(check, additivity, measured.scaling, measured.explanation, maps)
             summary = summary_of(opened, (table, allocation), written, evidence, facts)
             keep_report(study, table, summary)
             write_report(summary, folder / REPORT_NAME)
@@ -162,7 +169,8 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
     memory = peak_rss_bytes()
-    return JobResult(allocation, table, written, report, check, method, seconds, memory, measured.explanation)
+    found = measured.explanation, maps
+    return JobResult(allocation, table, written, report, check, method, seconds, memory, *found)
 
 
 def peak_rss_bytes() -> int:

@@ -34,12 +34,14 @@ class MeasuredTable:
 
     `scaling` compares measured with predicted noise of formats that the ablation did not probe; None when it probed
     all of them, or was not part of the method. `explanation` tells what a search by measured recipes has learned.
+    `probes` are what the table was made from.
     """
 
     bank: Bank
     table: SensitivityTable
     scaling: Agreement | None = None
     explanation: Explanation | None = None
+    probes: tuple[Probe, ...] = ()
 
 
 def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT) -> MeasuredTable:
@@ -51,7 +53,8 @@ def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress
     probes = [_probe(opened, bank, name, study, progress) for name in parts]
     tables = [attribute_measured(one, importance=opened.order.importance) for one in probes]
     scaling = _scaling(opened, probes[0], tables[0], study, progress) if parts[0] == "ablation" else None
-    return MeasuredTable(bank, tables[0] if len(tables) == 1 else geometric_mean(*tables), scaling)
+    table = tables[0] if len(tables) == 1 else geometric_mean(*tables)
+    return MeasuredTable(bank, table, scaling, probes=tuple(probes))
 
 
 def make_bank(opened: Opened, study: Study, *, is_exact: bool, progress: Progress = SILENT) -> Bank:

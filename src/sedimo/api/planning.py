@@ -22,6 +22,7 @@ from sedimo.errors import InputError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
 from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_runs
+from sedimo.measurement.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
 from sedimo.quant.formats import parse_formats
@@ -182,10 +183,11 @@ def _n_search_rows(opened: Opened) -> int:
 
 
 def _check_cost(opened: Opened, timing: CallTiming, *, n_random: int) -> _Cost:
-    """The result beside its rivals on fresh seeds, and random recipes to see whether costs add."""
+    """The result beside its rivals on fresh seeds and block by block, and random recipes to see whether costs add."""
     sampling = opened.order.sampling
     share = max(1.0, sampling.n_check_seeds / sampling.n_seeds)
-    calls = round((n_random + bool(n_random) + N_CHECKED * share) * timing.n_calls)
+    mapped = TRAJECTORY_RUNS * min(1.0, TRAJECTORY_SAMPLES / sampling.n_check_seeds)
+    calls = round((n_random + bool(n_random) + (N_CHECKED + mapped) * share) * timing.n_calls)
     return _Cost(calls * timing.seconds_per_call, calls)
 
 

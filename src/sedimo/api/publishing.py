@@ -19,6 +19,7 @@ from sedimo.measurement.worker import versions
 from sedimo.metrics.signal import sqnr_estimates
 from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.explanation import Explanation
+from sedimo.reporting.maps import NO_MAPS, Maps
 from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeKind, RecipeRow, Summary
 from sedimo.runtime.writing import WrittenCheckpoint
 from sedimo.sensitivity.agreement import Agreement
@@ -29,12 +30,13 @@ FRONTIER_BITS_BEYOND = 3.0
 
 @dataclass(frozen=True)
 class Found:
-    """What a job has found out about its result besides the result; each may be None."""
+    """What a job has found out about its result besides the result; each may be absent."""
 
     check: Check | None
     additivity: Agreement | None = None
     scaling: Agreement | None = None
     explanation: Explanation | None = None
+    maps: Maps = NO_MAPS
 
 
 def summary_of(
@@ -52,6 +54,7 @@ def summary_of(
         agreement_of="random recipes of about this size" if additivity else "",
         scaling=evidence.scaling,
         explanation=evidence.explanation,
+        maps=evidence.maps,
         recipes=() if check is None else recipe_rows(check, table.method),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(

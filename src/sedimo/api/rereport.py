@@ -62,15 +62,20 @@ def report_again(run: Path, out: Path | None = None) -> Path:
     return write_report(summary, out or run / "report.html")
 
 
-def explanation_of(run: Path) -> Mapping[str, object] | None:
-    """The explanation of a finished job as plain values; None if its method explains nothing.
+def evidence_of(run: Path) -> Mapping[str, object]:
+    """What the report of a finished job explains and draws, as plain values by name; what it lacks is left out.
 
     Raises:
         InputError: the folder holds no study, or its job was not finished.
     """
     with Study(run, create=False) as study:
-        found = study.record(SavedReport, REPORT).summary.evidence.explanation
-    return None if found is None else found.as_json()
+        evidence = study.record(SavedReport, REPORT).summary.evidence
+    found: dict[str, object] = {}
+    if evidence.explanation is not None:
+        found["explanation"] = evidence.explanation.as_json()
+    if not evidence.maps.is_empty:
+        found["maps"] = evidence.maps.as_json()
+    return found
 
 
 def allocate_again(run: Path, budget: BudgetOrder, rule: str = "milp") -> Allocation:

@@ -152,14 +152,13 @@ def allocate(run: Path, out: Path | None, as_json: bool, rule: str, **budget: ob
 @json_option
 def report(run: Path, out: Path | None, as_json: bool) -> None:
     """Write the report of a finished job again from its study folder RUN."""
-    from sedimo.api.rereport import explanation_of, report_again
+    from sedimo.api.rereport import evidence_of, report_again
 
     written = str(report_again(run, out))
     if not as_json:
         click.echo(written)
         return
-    explanation = explanation_of(run)
-    console.print_json({"report": written} | ({} if explanation is None else {"explanation": explanation}))
+    console.print_json({"report": written, **evidence_of(run)})
 
 
 @click.command()

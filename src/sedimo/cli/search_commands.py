@@ -74,10 +74,11 @@ def attribute(run: Path, as_json: bool, method: str, **options: object) -> None:
 @click.option("--keep", type=click.IntRange(0), help="Keep so many blocks at 16 bits, those that gain most.")
 @click.option("--bits", type=float, help="Keep as many blocks at 16 bits as so many paper bits per weight allow.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the recipe.")
+@click.option("--page", type=click.Path(dir_okay=False, path_type=Path), help="File for a page with both curves.")
 @click.option("--variant", help="Variant of the source's weights, such as fp16.")
 @sampling_options
 @json_option
-def blocks(as_json: bool, out: Path | None, **options: object) -> None:
+def blocks(as_json: bool, out: Path | None, page: Path | None, **options: object) -> None:
     """Which blocks of SRC noise enters through: the first N quantized, all but one; and a hybrid recipe.
 
     Example: sedimo blocks zoo:cifar-dit --format uaq4 --store runs/blocks --keep 1 -o hybrid.json
@@ -86,11 +87,14 @@ def blocks(as_json: bool, out: Path | None, **options: object) -> None:
     from sedimo.cli import show_study
     from sedimo.cli.orders import blocks_order_of
     from sedimo.pipelines.folder import write_file
+    from sedimo.reporting.block_page import write_block_page
 
     with console.progress() as progress:
         found = measure_blocks(blocks_order_of(options), progress)
     if out is not None:
         write_file(out, found.recipe.to_json().encode())
+    if page is not None:
+        write_block_page(found.as_page(), page)
     console.print_json(found.as_json()) if as_json else show_study.blocks(found)
 
 

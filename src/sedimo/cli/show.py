@@ -54,9 +54,8 @@ def plan(found: JobPlan) -> None:
     """What a job would take."""
     click.echo(f"{found.source}: {found.n_decisions} decisions, {found.n_formats} formats, {found.budget}")
     click.echo(f"method    {found.method} ({found.reason})")
-    click.echo(
-        f"check     {'none: ' + found.unchecked if found.unchecked else 'on fresh seeds, beside uniform recipes'}"
-    )
+    checked = "on fresh seeds: beside uniform recipes, block by block, step by step"
+    click.echo(f"check     {f'none: {found.unchecked}' if found.unchecked else checked}")
     click.echo(f"time      about {duration(found.seconds)}, {found.denoiser_calls} denoiser calls")
     click.echo(f"memory    about {size(found.memory_bytes)} besides the loaded pipeline")
     click.echo(f"disk      about {size(found.disk_bytes)}")

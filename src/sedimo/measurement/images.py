@@ -97,7 +97,7 @@ def _drawn(
     n, size = len(sampling.seeds), sampling.batch_size
     progress.start(n, label)
     for first in range(0, n, size):
-        latents = adapter.sample(_part(sampling, first, min(first + size, n)))
+        latents = adapter.sample(sampling.part(first, first + size))
         yield latents, adapter.decode(latents)
         progress.advance(len(latents))
     progress.done()
@@ -132,16 +132,3 @@ def compare_distributions(reference: Features, quantized: Features) -> Distribut
 def _real() -> ReferenceStatistics:
     """Real images, read once."""
     return reference_statistics()
-
-
-def _part(sampling: Sampling, first: int, stop: int) -> Sampling:
-    """Samples `first` to `stop` of a plan, with the conditions that they have there."""
-    conditions = tuple(sampling.condition(i) or "" for i in range(first, stop)) if sampling.conditions else ()
-    return Sampling(
-        sampling.seeds[first:stop],
-        sampling.n_steps,
-        conditions,
-        guidance=sampling.guidance,
-        resolution=sampling.resolution,
-        batch_size=sampling.batch_size,
-    )

@@ -19,6 +19,7 @@ from sedimo.reporting.explanation_page import explanation_view
 from sedimo.reporting.glossary import EXPLANATION_GLOSSARY, GLOSSARY
 from sedimo.reporting.images import AMPLIFICATION, SMALL_PIXELS, show_pictures
 from sedimo.reporting.map_chart import mark_svg, panel_svg
+from sedimo.reporting.maps_view import maps_view
 from sedimo.reporting.palette import DARK, LIGHT, properties
 from sedimo.reporting.placement import OUTSIDE, Panel, panels
 from sedimo.reporting.rounding import count, duration, share
@@ -80,6 +81,7 @@ def _context(summary: Summary, theme: Theme | None) -> dict[str, object]:
     return {
         "s": summary,
         "x": explanation_view(found, here=summary.sizes.paper_bits) if found else None,
+        "maps": maps_view(summary.evidence.maps),
         "theme": theme,
         "style": Markup(_style() + ("\n" + _resource("explanation.css") if found else "")),  # our own constants
         "headline": phrasing.headline(summary),

@@ -17,6 +17,7 @@ from sedimo.allocation.problem import Accounting, Status
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Explanation
+from sedimo.reporting.maps import NO_MAPS, Maps
 from sedimo.sensitivity.agreement import Agreement
 
 RecipeKind = Literal["this", "uniform", "random", "method", "peer"]
@@ -216,7 +217,8 @@ class Evidence:
     """What was measured about a recipe; all of it may be absent.
 
     `agreement` compares predicted with measured noise of `agreement_of` (in words, "30 random recipes"), `scaling`
-    that of single formats which were not probed, `explanation` tells what a predictor learned from measured recipes.
+    that of single formats which were not probed, `explanation` tells what a predictor learned from measured recipes,
+    `maps` what was measured layer by layer and step by step.
     """
 
     recipes: tuple[RecipeRow, ...] = ()
@@ -230,6 +232,7 @@ class Evidence:
     file_bytes: int | None = None
     source_file_bytes: int | None = None
     explanation: Explanation | None = None
+    maps: Maps = NO_MAPS
 
 
 @dataclass(frozen=True, slots=True)
