@@ -39,8 +39,10 @@ def test_widths_that_cannot_be(options, message):
 
 def test_a_comparison_refuses_methods_that_cannot_choose_among_widths(tmp_path):
     order = {"source": "x", "store": tmp_path, "bits": (4.0,), "formats": "uaq4a4,uaq4a8"}
-    with pytest.raises(InputError, match="method 'jacobian' sees weights alone"):
-        CompareOrder(**order, methods=("uniform", "orthogonality", "jacobian"))
+    with pytest.raises(InputError, match="method 'error' sees weights alone"):
+        CompareOrder(**order, methods=("uniform", "orthogonality", "error"))
     with pytest.raises(InputError, match="method 'orthogonality' sees weights alone"):
         CompareOrder(**order, methods=("orthogonality-noise",))
-    CompareOrder(**order, methods=("uniform", "orthogonality", "orthogonality-lp"))
+    CompareOrder(
+        **order, methods=("uniform", "orthogonality", "orthogonality-lp", "jacobian", "ablation", "sqnr", "gnn")
+    )

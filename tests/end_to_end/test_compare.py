@@ -94,7 +94,7 @@ def test_the_page_stands_alone(compared):
     assert "<script" not in page
     for method in FEW.split(","):
         assert f"<td>{method}</td>" in page
-    assert "16 paired differences" in page
+    assert "18 paired differences" in page
     assert 'id="curve-' in page
     best = {
         b: max((r for r in compared[0]["rows"] if r["bits"] == b), key=lambda r: r["sqnr_db"]["value"]) for b in (5, 6)

@@ -197,13 +197,14 @@ def test_what_sees_weights_alone_refuses_several_widths():
         error_table(space, candidates_of(space))
     with pytest.raises(InputError, match="sees weights alone"):
         orthogonality_table(space, candidates_of(space), probe_of(part_of(ALIKE)), ImportanceOptions(objective="noise"))
-    for method, importance_of in (("jacobian", "bits"), ("orthogonality", "noise")):
+    for method, importance_of in (("error", "bits"), ("orthogonality", "noise")):
         with pytest.raises(InputError, match=r"cannot choose among activations of \[4, 8\] bits"):
             refuse_blind(method, space.decisions[0].formats, ImportanceOptions(objective=importance_of))
     one = joint_space(widths=(8,))
     table = error_table(one, candidates_of(one))
     assert table.index["b", Format.parse("fp16a8")].cost == 0
-    refuse_blind("orthogonality", space.decisions[0].formats)
+    for method in ("orthogonality", "jacobian", "ablation", "sqnr", "gnn"):
+        refuse_blind(method, space.decisions[0].formats)
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,8 +18,10 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
+from sedimo.quant.formats import FP16
 from sedimo.quant.memory import memory_bytes
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.activations import rounded_inputs
 from sedimo.runtime.contents import packed_layers
 from sedimo.space import PartFormat, Recipe, search_space
 
@@ -136,7 +138,9 @@ def _bops(quantized: DiffusersPipeline, against: DiffusersPipeline) -> dict[str,
         name: tuple(PartFormat(start, stop, f) for start, stop, f, _ in weight.packing.parts)
         for name, weight in packed_layers(quantized.denoiser).items()
     }
-    counts = {"bops": space.bops(Recipe(packed)), "source_bops": space.full_bops}
+    bits = {name: quantizer.bits for name, quantizer in rounded_inputs(quantized.denoiser).layers.items()}
+    recipe = Recipe(dict.fromkeys(bits, FP16) | packed).with_activations(bits)
+    counts = {"bops": space.bops(recipe), "source_bops": space.full_bops}
     return {**counts, "attention_bops": space.attention_bops}
 
 
