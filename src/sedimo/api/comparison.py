@@ -18,7 +18,7 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
-from sedimo.quant.formats import FP16
+from sedimo.quant.formats import FP16, Format
 from sedimo.quant.memory import memory_bytes
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.activations import rounded_inputs
@@ -134,13 +134,11 @@ def _bops(quantized: DiffusersPipeline, against: DiffusersPipeline) -> dict[str,
     if packed_layers(against.denoiser):
         return {}
     space = search_space(verbs.trace(against), "fp16")
-    packed = {
-        name: tuple(PartFormat(start, stop, f) for start, stop, f, _ in weight.packing.parts)
-        for name, weight in packed_layers(quantized.denoiser).items()
-    }
     bits = {name: quantizer.bits for name, quantizer in rounded_inputs(quantized.denoiser).layers.items()}
-    recipe = Recipe(dict.fromkeys(bits, FP16) | packed).with_activations(bits)
-    counts = {"bops": space.bops(recipe), "source_bops": space.full_bops}
+    layers: dict[str, Format | tuple[PartFormat, ...]] = dict.fromkeys(bits, FP16)
+    for name, weight in packed_layers(quantized.denoiser).items():
+        layers[name] = tuple(PartFormat(start, stop, f) for start, stop, f, _ in weight.packing.parts)
+    counts = {"bops": space.bops(Recipe(layers).with_activations(bits)), "source_bops": space.full_bops}
     return {**counts, "attention_bops": space.attention_bops}
 
 
