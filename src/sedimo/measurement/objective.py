@@ -121,6 +121,17 @@ def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[
         yield call, samples
 
 
+StepBatches = list[tuple[DenoiserCall, range]]
+
+
+def calls_by_step(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> list[StepBatches]:
+    """The calls of all batches at one step, with the positions of their samples, step by step."""
+    found: dict[int, StepBatches] = {}
+    for call, samples in batches_of(sampling, calls):
+        found.setdefault(call.step, []).append((call, samples))
+    return [found[step] for step in sorted(found)]
+
+
 def rows_of(call: DenoiserCall, rows: slice | torch.Tensor) -> dict[str, object]:
     """The inputs of some rows (a slice or positions) of a recorded call, copied: a denoiser may overwrite them.
 

@@ -28,7 +28,7 @@ from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
 from sedimo.measurement.hooks import Hook, hooked
 from sedimo.measurement.interrupt import graceful_interrupt
-from sedimo.measurement.objective import batches_of, rows_of
+from sedimo.measurement.objective import StepBatches, calls_by_step, rows_of
 from sedimo.measurement.parts import check_stop, saved_part
 from sedimo.measurement.passes import passes, weight_changes, weight_formats
 from sedimo.measurement.study import Study
@@ -100,7 +100,7 @@ def probe_sqnr(
     """
     begin = time.perf_counter()
     setting = setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step")
-    calls = _by_step(sampling, record(adapter, sampling).calls)
+    calls = calls_by_step(sampling, record(adapter, sampling).calls)
     groups = passes(bank.space)
     found: list[dict[str, Mapping[str, LocalNoise]]] = [{} for _ in calls]
     progress.start(len(groups) * len(calls), "noise at the layers' own outputs")
@@ -118,17 +118,6 @@ def probe_sqnr(
     return SqnrProbe(setting, parts, execution)
 
 
-Batches = list[tuple[DenoiserCall, range]]
-
-
-def _by_step(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> list[Batches]:
-    """The calls of all batches at one step, step by step."""
-    found: dict[int, Batches] = {}
-    for call, samples in batches_of(sampling, calls):
-        found.setdefault(call.step, []).append((call, samples))
-    return [found[step] for step in sorted(found)]
-
-
 class _Pass:
     """The decisions whose weight changes are in memory together; they are loaded when first needed."""
 
@@ -137,7 +126,7 @@ class _Pass:
         self._changes: dict[str, torch.Tensor] | None = None
         self.named = {d: [str(f) for f in weight_formats(bank.space, d)] for d in decisions}
 
-    def measure(self, batches: Batches) -> SqnrPart:
+    def measure(self, batches: StepBatches) -> SqnrPart:
         """The part of one step."""
         if self._changes is None:
             self._changes = {d: self._loaded(d) for d in self.named}
