@@ -15,7 +15,6 @@ from sedimo.api.measuring import make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.api.planning import MeasuredMethod
-from sedimo.api.predicting import refuse_other_space
 from sedimo.api.search_order import SearchOrder
 from sedimo.api.searching import Measuring, allocated
 from sedimo.bank import SILENT, Bank, Progress

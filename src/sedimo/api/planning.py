@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from sedimo.api.additivity import N_RECIPES, NO_NOISE
+from sedimo.api.additivity import N_RECIPES
 from sedimo.api.opening import Opened, OpenedSource
 from sedimo.api.order import FINAL_FACTOR
 from sedimo.api.probing import LEAST_SAMPLES, AblationOptions, ProbeMethod
@@ -131,7 +131,7 @@ def _too_slow(what: str, seconds: float, how_sure: str = "about") -> str:
 
 def _sampled(opened: Opened, method: MeasuredMethod, timing: CallTiming, reason: str) -> MethodPlan:
     cost = _search_cost(opened, method, timing)
-    check = _check_cost(opened, timing, n_random=0 if method in NO_NOISE else N_RECIPES)
+    check = _check_cost(opened, timing, n_random=N_RECIPES)
     return _joined(opened, method, reason, cost, check)
 
 
@@ -211,9 +211,9 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
 def _sqnr_cost(opened: Opened, timing: CallTiming) -> _Cost:
     """A trajectory of more samples, all its calls again with all formats, which are fitted in full."""
     n_calls = _share_of(opened, "sqnr") * timing.n_calls
-    n_formats, n_passes = max(len(d.formats) for d in opened.space.decisions), count_passes(opened.space)
-    seconds = n_calls * (1 + n_passes + n_formats) * timing.seconds_per_call + _full_fits(opened)
-    return _Cost(seconds, round(n_calls * (1 + n_passes)), JACOBIAN_MEMORY_BYTES)
+    n_formats = max(len(d.formats) for d in opened.space.decisions)
+    seconds = n_calls * (1 + n_formats) * timing.seconds_per_call + _full_fits(opened)
+    return _Cost(seconds, round(n_calls * (1 + count_passes(opened.space))), JACOBIAN_MEMORY_BYTES)
 
 
 def _orthogonality_cost(opened: Opened, timing: CallTiming) -> _Cost:

@@ -2,8 +2,8 @@
 
 Every element of a value carries a label: the row of a layer, the channel of a normalisation, or the element of a
 parameter that it is made of and scales with. Operations that only move elements are carried out on the labels
-themselves, so that any reshaping is followed exactly; an operation that is homogeneous in its input hands labels on; one
-that adds two streams ties their labels together, for they must carry the same factor; every other operation pins
+themselves, so that any reshaping is followed exactly; an operation that is homogeneous in its input hands labels on;
+one that adds two streams ties their labels together, for they must carry the same factor; every other operation pins
 the labels that it sees to the factor 1. What is not known to be exact is pinned: unknown operations, nested programs,
 operations in place, the outputs of the denoiser.
 
@@ -304,11 +304,13 @@ class _Reader:
         first, second = self._labelled(first), self._labelled(second)
         if first.labels is None or second.labels is None:
             return None
-        a, b = (labels.expand(shape_of(node)) for labels in (first.labels, second.labels))
-        self._claim(first)
-        self._claim(second)
+        carrier, other = (first, second) if first.is_open or not second.is_open else (second, first)
+        a, b = expanded(carrier.labels, shape_of(node)), expanded(other.labels, shape_of(node))
+        if a is None or b is None:
+            return None
+        self._claim(other)
         self._ties.append(unique_pairs(*compact_together(a, b)))
-        return Value(a)
+        return replace(carrier, labels=a, parameter=None)  # a constant added to the sum is added to one of the two
 
     def _shifted(self, value: Value | None, constant: object, *, is_first: bool, is_sum: bool) -> Value | None:
         value = None if value is None else self._labelled(value)

@@ -1,7 +1,7 @@
 """Layers whose inputs are smoothed: the divisor that a layer keeps, and the mark of what was smoothed in a denoiser.
 
-A divided layer has the buffer `input_divisor` `[in]` and divides its input by it before anything else happens to it; the
-columns of its weight hold the factor. A folded layer's input is divided by what other layers compute.
+A divided layer has the buffer `input_divisor` `[in]` and divides its input by it before anything else happens to it;
+the columns of its weight hold the factor. A folded layer's input is divided by what other layers compute.
 """
 
 from __future__ import annotations
