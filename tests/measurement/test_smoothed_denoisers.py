@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_an_exception_undoes_it():
 def test_the_plan_is_joint_over_readers_and_a_record():
     network, layers, *_ = FOLDED["layer norm"]
     network = randomised(copy.deepcopy(network))
-    folding, plan = plan_for(network, layers.split(), example_inputs={"sample": example()})
+    _, plan = plan_for(network, layers.split(), example_inputs={"sample": example()})
     inputs = np.max([RandomRanges(network).largest(name) for name in "qkv"], axis=0)
     weights = np.max([network.get_parameter(f"{n}.weight").detach().abs().amax(0).numpy() for n in "qkv"], axis=0)
     logs = np.log2(inputs**0.7 / weights**0.3)
@@ -100,8 +101,7 @@ def test_the_plan_is_joint_over_readers_and_a_record():
 
 
 def test_dead_channels_stay():
-    network, layers, *_ = FOLDED["linear"]
-    network = randomised(copy.deepcopy(network))
+    network = randomised(copy.deepcopy(FOLDED["linear"][0]))
     folding = find_folding(network, ["out"], example_inputs={"sample": example()})
 
     class Dead(RandomRanges):
@@ -146,19 +146,13 @@ def test_smoothing_twice_and_strangers_are_refused():
     with smoothed(network, plan), pytest.raises(InputError, match="smoothed already"):
         smooth_weights(network, plan)
     with pytest.raises(InputError, match="was not measured"):
-
-        class Nothing:
-            def largest(self, _layer):
-                return None
-
-        plan_smoothing(folding, Nothing(), ModuleWeights(network))
+        plan_smoothing(folding, SimpleNamespace(largest=lambda _layer: None), ModuleWeights(network))
     with pytest.raises(InputError, match="alpha must lie"):
         plan_smoothing(folding, RandomRanges(network), ModuleWeights(network), 2.0)
 
 
 def test_the_divisor_comes_before_other_hooks():
-    network, layers = copy.deepcopy(DIVIDED["input of the denoiser"])
-    network = randomised(network)
+    network = randomised(copy.deepcopy(DIVIDED["input of the denoiser"][0]))
     seen = []
     network.out.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     _, plan = plan_for(network, ["out"], example_inputs={"sample": example()})

@@ -74,7 +74,7 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object], *, sealed:
             metadata = file.metadata()
         change(tensors)
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        layers, _ = read_configuration(config, place="")
+        layers = read_configuration(config, place="").layers
         save_file(tensors, folder / WEIGHTS, metadata=make_seal(tensors, layers) if sealed else metadata)
 
     return edit

@@ -20,9 +20,11 @@ from sedimo.api.planning import MethodPlan, plan_job
 from sedimo.api.publishing import Found, summary_of
 from sedimo.api.rereport import keep_report
 from sedimo.api.searching import allocated
+from sedimo.api.smoothing import smooth_source
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
+from sedimo.measurement.smoothing import Smoothing
 from sedimo.measurement.study import Study
 from sedimo.pipelines.sources import is_hub_id
 from sedimo.quant.tensor import QuantizedTensor
@@ -74,6 +76,7 @@ class JobResult:
     seconds: float
     peak_rss_bytes: int
     explanation: Explanation | None = None
+    smoothing: Smoothing | None = None
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -97,6 +100,8 @@ class JobResult:
         }
         if self.explanation is not None:
             found["explanation"] = self.explanation.as_json()
+        if self.smoothing is not None:
+            found["smoothing"] = {"alpha": self.smoothing.alpha, "layers": self.smoothing.ways}
         return found | ({"unchecked": self.plan.unchecked} if self.check is None else {"check": self.check.as_json()})
 
 
@@ -140,6 +145,8 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     order.check_places(opened.folder)
     with Study(_required(order.study_folder)) as study:
         method = _kept_plan(opened, study)
+        if order.smooth is not None:
+            opened.smoothing = smooth_source(opened, order.smooth, study, progress)
         measured, allocation = _decide(opened, method, study, progress)
         bank, table = measured.bank, measured.table
         opened.space = bank.space  # without formats that a weight does not fit into
@@ -159,7 +166,8 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
     memory = peak_rss_bytes()
-    return JobResult(allocation, table, written, report, check, method, seconds, memory, measured.explanation)
+    result = (allocation, table, written, report, check, method, seconds, memory)
+    return JobResult(*result, explanation=measured.explanation, smoothing=opened.smoothing)
 
 
 def peak_rss_bytes() -> int:
@@ -183,7 +191,10 @@ def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
     asked = (order.method, order.formats, str(order.budget), order.check)
-    facts = (*asked, *(to_plain(part) for part in (order.search, order.importance, order.sampling, order.compute)))
+    facts = (
+        *asked,
+        *(to_plain(part) for part in (order.search, order.importance, order.sampling, order.compute, order.smooth)),
+    )
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
         study.put_record(name, plan_job(opened))
@@ -240,6 +251,7 @@ def _write(opened: Opened, bank: Bank, allocation: Allocation, finish: Finish) -
         base_model=order.source if is_hub_id(order.source) else opened.name,
         method=f"{allocation.method}, {allocation.rule}",
         recipe_json=allocation.recipe.to_json(),
+        smoothing="" if opened.smoothing is None else str(opened.smoothing),
     )
     return write_checkpoint(
         opened.folder,

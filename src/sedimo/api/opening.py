@@ -14,6 +14,8 @@ from sedimo.api import verbs
 from sedimo.api.order import Compute, Order
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
+from sedimo.measurement.smoothing import Smoothing
+from sedimo.pipelines.adapter import WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, refuse_endless, stored_dtype
@@ -34,7 +36,8 @@ class OpenedSource:
     denoiser: torch.nn.Module
     graph: DenoiserGraph
     space: SearchSpace
-    weights: FileWeights
+    files: FileWeights
+    weights: WeightSource
     compute: Compute
     variant: str | None
     _pipe: DiffusersPipeline | None = field(default=None)
@@ -47,12 +50,12 @@ class OpenedSource:
     @property
     def component(self) -> str | None:
         """Name of the denoiser's folder inside the pipeline's, None when the source is a denoiser alone."""
-        return self.weights.folder.name if self.is_pipeline else None
+        return self.files.folder.name if self.is_pipeline else None
 
     @property
     def weights_files(self) -> tuple[Path, ...]:
         """The files that hold the denoiser's weights."""
-        return tuple(self.weights.files)
+        return tuple(self.files.files)
 
     @property
     def pipe(self) -> DiffusersPipeline:
@@ -92,6 +95,7 @@ class Opened(OpenedSource):
     """A source made ready for an order of the main job."""
 
     order: Order
+    smoothing: Smoothing | None = None
 
 
 def open_source(order: Order) -> Opened:
@@ -131,6 +135,7 @@ def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str |
         denoiser=bare.denoiser,
         graph=graph,
         space=search_space(graph, formats),
+        files=weights,
         weights=weights,
         compute=compute,
         variant=variant,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from sedimo.api.search_order import SearchOrder
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
@@ -147,6 +148,7 @@ class Order:
     """One run of the main job.
 
     `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
+    With `smooth`, inputs of layers are smoothed first, and everything is about the smoothed weights.
     """
 
     source: str
@@ -165,6 +167,7 @@ class Order:
     overwrite: bool = False
     search: SearchOrder = DEFAULT_SEARCH
     importance: ImportanceOptions = DEFAULT_IMPORTANCE
+    smooth: SmoothOrder | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sedimo.api.opening import Opened
 from sedimo.api.probing import LEAST_SAMPLES
+from sedimo.api.smooth_order import DEFAULT_SMOOTHING, SmoothOrder
 from sedimo.api.verbs import captured_inputs, trace, weights_of
 from sedimo.bank import SILENT, Progress, fit_bank
+from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
 from sedimo.graph.folding import find_folding
 from sedimo.graph.model import DenoiserGraph
@@ -19,44 +21,18 @@ from sedimo.measurement.ranges import probe_ranges
 from sedimo.measurement.smoothing import Smoothing, plan_smoothing, smooth_weights
 from sedimo.measurement.sqnr import probe_sqnr
 from sedimo.measurement.study import Study
+from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.trajectory import record, replay
+from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.formats import Format
-from sedimo.quant.smoothing import DEFAULT_ALPHA, check_alpha
 from sedimo.sensitivity.sqnr import noisiest_decisions
 from sedimo.space import search_space
 
-DEFAULT_SHARE = 0.1
 RANKING_FORMAT = Format.parse("uaq4")
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the output; rounding adds up over some hundred layers
 _COARSE_TOLERANCE = 0.05  # of float16 and bfloat16
-
-
-@dataclass(frozen=True, slots=True)
-class SmoothOrder:
-    """How to smooth: alpha, and the share of the layers, most sensitive first; 1 for all.
-
-    `layers` names them instead; then the share does not matter.
-    """
-
-    alpha: float = DEFAULT_ALPHA
-    share: float = DEFAULT_SHARE
-    layers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuses an alpha or a share outside 0..1."""
-        check_alpha(self.alpha)
-        if not 0 < self.share <= 1:
-            raise InputError(f"the share of smoothed layers must lie in 0..1 and not be 0, got {self.share}")
-
-    @property
-    def is_ranked(self) -> bool:
-        """Whether the layers have to be found out."""
-        return not self.layers and self.share < 1
-
-
-DEFAULT_SMOOTHING = SmoothOrder()
 
 
 def smooth(
@@ -81,6 +57,31 @@ def smooth(
     with nullcontext() if store is None else Study(store) as study:
         found = measure_smoothing(pipe, trace(pipe), weights_of(pipe), order, (plan, study, progress))
     apply_smoothing(pipe, found, plan)
+    return found
+
+
+def smooth_source(opened: Opened, order: SmoothOrder, study: Study, progress: Progress = SILENT) -> Smoothing:
+    """Smooths what an order is about, in place: the pipeline that is measured and the weights that are packed.
+
+    Both get the same powers of two, so that what is measured is what is written. The plan is kept in the study.
+
+    Raises:
+        InputError: the pipeline cannot be sampled.
+        StateError: as `smooth`.
+    """
+    obstacle = opened.why_not_sampled()
+    if obstacle is not None:
+        raise InputError(f"smoothing runs the pipeline to learn ranges, but {obstacle}. Leave out --smooth")
+    sampling = opened.order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES["sqnr"])
+    setting = setting_of(opened.pipe, sampling, weights_digest=opened.weights.digest, objective="step")
+    name = f"smoothing:{content_key([order, setting])[:16]}"
+    if name not in study.record_names():
+        plan = (sampling, study, progress)
+        study.put_record(name, measure_smoothing(opened.pipe, opened.graph, opened.weights, order, plan))
+    found = study.record(Smoothing, name)
+    apply_smoothing(opened.pipe, found, sampling)
+    smooth_weights(opened.denoiser, found, widen=True)
+    opened.weights = ModuleWeights(opened.denoiser)
     return found
 
 
@@ -133,7 +134,8 @@ def _ranked_layers(
     space = search_space(graph, f"{RANKING_FORMAT},fp16")
     if share == 1:
         return [layer for decision in space.decisions for layer in decision.layers]
-    bank = fit_bank(weights, space, progress=progress)
+    cache = None if study is None else study.path.parent
+    bank = fit_bank(weights, space, cache=cache, progress=progress)
     found = probe_sqnr(pipe, bank, sampling, study=study, progress=progress)
     names = noisiest_decisions(bank.space, found, RANKING_FORMAT, share)
     return [layer for name in names for layer in bank.space.decision_index[name].layers]

@@ -14,6 +14,7 @@ from sedimo.cli.options import (
     json_option,
     run_argument,
     sampling_options,
+    smoothing_options,
 )
 
 METHODS = "auto, error, jacobian, ablation, combined, sqnr, orthogonality, gnn (see sedimo run), or uniform:FORMAT"
@@ -44,6 +45,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )
 @importance_options
+@smoothing_options
 @job_options
 @sampling_options
 @json_option

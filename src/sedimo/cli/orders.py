@@ -12,6 +12,7 @@ from sedimo.api.explore_order import ExploreOrder
 from sedimo.api.inspection import read_recipe
 from sedimo.api.order import DEFAULT_SEARCH, BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.api.search_order import SearchOrder
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.measurement.trial import ObjectiveName
 from sedimo.quant.formats import Format
@@ -36,7 +37,14 @@ def order_of(options: Mapping[str, Any]) -> Order:
         check=not options["no_check"],
         search=search_of(options) if "trials" in options else DEFAULT_SEARCH,
         importance=importance_of(options) if "beta" in options else DEFAULT_IMPORTANCE,
+        smooth=smooth_order_of(options),
     )
+
+
+def smooth_order_of(options: Mapping[str, Any]) -> SmoothOrder | None:
+    """How to smooth, if at all."""
+    alpha = options["smooth"]
+    return None if alpha is None else SmoothOrder(alpha, options["smooth_share"])
 
 
 def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:

@@ -21,7 +21,7 @@ _OURS = re.compile(r"---\nlibrary_name: diffusers\n(?:base_model: (?P<base>\".*\
 class Origin:
     """Where a checkpoint comes from: texts for its card, and the recipe file that goes with it.
 
-    `base_model` is a hub id or a name, empty where nobody knows; `notes` are lines about quality, each with its n and
+    `base_model` is a hub id or a name, empty where nobody knows; `smoothing` says how inputs were smoothed; `notes` are lines about quality, each with its n and
     error bar.
     """
 
@@ -29,6 +29,7 @@ class Origin:
     method: str = ""
     command: str = ""
     recipe_json: str | None = None
+    smoothing: str = ""
     notes: Sequence[str] = ()
 
 
@@ -107,6 +108,7 @@ def _history(origin: Origin, placed: str) -> list[str]:
         f"base model: {origin.base_model}" if origin.base_model else "",
         f"method: {origin.method}" if origin.method else "",
         f"command: `{origin.command}`" if origin.command else "",
+        f"before packing: {origin.smoothing}" if origin.smoothing else "",
         recipe,
         f"files of other components: {placed}" if placed else "",
         "the file format is specified in Sedimo's docs/formats.md, version 1",

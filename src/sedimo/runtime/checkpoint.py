@@ -33,6 +33,7 @@ from sedimo.runtime.layout import (
     plain_configuration,
     read_configuration,
 )
+from sedimo.runtime.smoothed import How, check_divisors
 
 _KINDS: dict[int, Kind] = {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 
@@ -49,6 +50,7 @@ class Checkpoint:
     layers: Mapping[str, LayerEntry | TiedEntry]
     headers: tuple[FileHeader, ...]
     checksums: Mapping[str, str]
+    smoothed: Mapping[str, How]
 
     @property
     def file_bytes(self) -> int:
@@ -87,12 +89,13 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
     config = parse_json(path.read_bytes(), place=str(path))
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise StateError(f"{path} has no quantization_config: the denoiser is not packed")
-    layers, _ = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
+    found_config = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
+    layers, smoothed = found_config.layers, found_config.smoothed
     headers = read_headers(find_weights(folder, WEIGHTS_STEM, variant).files)
     seal = read_seal(headers, layers)
     found = {name: spec for header in headers for name, spec in header.tensors.items()}
-    check_against_layers(found, layers)
-    return Checkpoint(folder, config, layers, headers, seal.checksums(found))
+    check_against_layers(found, layers, smoothed)
+    return Checkpoint(folder, config, layers, headers, seal.checksums(found), smoothed)
 
 
 def check_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
@@ -121,6 +124,7 @@ def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         with safe_open(header.path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in header.tensors}
     check_tensors(found, checkpoint.checksums)
+    check_divisors(found)
     return found
 
 
@@ -152,9 +156,14 @@ def change_layers(
     other than the checkpoint's.
 
     Raises:
-        InputError: a layer that the checkpoint does not have, or a weight of another shape.
+        InputError: a layer that the checkpoint does not have, a weight of another shape, or a smoothed checkpoint.
         StateError: as `read_tensors`.
     """
+    if checkpoint.smoothed:
+        raise InputError(
+            f"{checkpoint.folder} was smoothed: its weights are no longer those of its source, so single layers cannot "
+            "be packed anew. Quantize the source again with --smooth and another recipe"
+        )
     tensors, layers = read_tensors(checkpoint), dict(checkpoint.layers)
     for owner, weight in _by_owner(layers, weights).items():
         shape = _drop_layer(owner, layers, tensors)

@@ -37,6 +37,7 @@ from sedimo.runtime.layout import (
     plain_configuration,
     read_configuration,
 )
+from sedimo.runtime.smoothed import check_divisors, prepare_divisors, smoothed_layers, unsmooth_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class SedimoConfig(QuantizationConfigMixin):
         """
         plain = configuration or plain_configuration({}, MADE_BY)
         self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
-        self.layers, self.made_by = read_configuration(plain, place="quantization_config")
+        found = read_configuration(plain, place="quantization_config")
+        self.layers, self.made_by, self.smoothed = found.layers, found.made_by, found.smoothed
         if recipe and self.layers:
             raise StateError(
                 "quantization_config has packed layers and a recipe for more of them; a packed checkpoint takes none. "
@@ -77,12 +79,12 @@ class SedimoConfig(QuantizationConfigMixin):
     def of(cls, model: nn.Module) -> SedimoConfig:
         """The configuration of a model's packed weights."""
         make: Callable[[dict[str, object]], SedimoConfig] = cls.from_dict  # diffusers leaves it untyped
-        return make(plain_configuration(describe(model), MADE_BY))
+        return make(plain_configuration(describe(model), MADE_BY, smoothed_layers(model)))
 
     def to_dict(self) -> dict[str, object]:
         """The configuration as `config.json` holds it."""
         recipe: dict[str, object] = {"recipe": self.recipe} if self.recipe else {}
-        return {**plain_configuration(self.layers, self.made_by), **recipe}
+        return {**plain_configuration(self.layers, self.made_by, self.smoothed), **recipe}
 
     def to_diff_dict(self) -> dict[str, object]:
         """As `to_dict`: nothing is left to defaults."""
@@ -175,7 +177,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         headers = read_headers(paths)
         self._seal = read_seal(headers, self.layers)
         self._found = {name: spec for header in headers for name, spec in header.tensors.items()}
-        check_against_layers(self._found, self.layers)
+        check_against_layers(self._found, self.layers, self.config.smoothed)
         if set(loaded_keys) != set(self._found):
             names = sorted(set(loaded_keys) ^ set(self._found))
             raise StateError(f"the index of the shards and the shards disagree about {names[:5]}. Copy them again.")
@@ -193,6 +195,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         if self._seal is None:
             raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder), not from a single file")
         check_tensors(state_dict, self._checksums)
+        check_divisors(state_dict)
         found = dict(state_dict)
         for layer, entry in self.layers.items():
             if isinstance(entry, LayerEntry):
@@ -237,6 +240,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             if self._seal is None:
                 raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder) only")
+            prepare_divisors(model, self.config.smoothed)
             check_against_model(self._found, self.layers, model)
             self._checksums = self._seal.checksums(self._found)
         elif unknown := sorted(set(self.config.recipe) - {name for name, _ in named_layers(model)}):
@@ -254,6 +258,7 @@ class SedimoQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         unset_weights(model)
+        unsmooth_inputs(model)
         _forget(model)
         return model
 

@@ -19,6 +19,7 @@ from sedimo.errors import InputError, StateError
 from sedimo.quant.formats import Format
 from sedimo.quant.parts import FIELDS, TensorSpec, WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.smoothed import How
 
 METHOD = "sedimo"
 FORMAT_VERSION = 1
@@ -106,8 +107,17 @@ class TiedEntry:
 Layers = Mapping[str, LayerEntry | TiedEntry]
 
 
-def read_configuration(plain: object, *, place: str) -> tuple[dict[str, LayerEntry | TiedEntry], str]:
-    """The layers of a `quantization_config`, and what made it; the version is judged first.
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A `quantization_config`: packed layers, what made it, and how the inputs of which layers are smoothed."""
+
+    layers: dict[str, LayerEntry | TiedEntry]
+    made_by: str
+    smoothed: dict[str, How]
+
+
+def read_configuration(plain: object, *, place: str) -> Configuration:
+    """What a `quantization_config` says; the version is judged first.
 
     Raises:
         StateError: not an object, another method or version, an unknown field, or a wrong entry.
@@ -119,21 +129,23 @@ def read_configuration(plain: object, *, place: str) -> tuple[dict[str, LayerEnt
     version = plain.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise version_error(version, place)
-    unknown = sorted(map(str, plain.keys() - {"quant_method", "format_version", "made_by", "layers"}))
+    unknown = sorted(map(str, plain.keys() - {"quant_method", "format_version", "made_by", "layers", "smoothed"}))
     made_by = plain.get("made_by", "")
     if unknown or not isinstance(made_by, str):
         raise StateError(f"{place} has unknown fields {unknown}, or 'made_by' is no text")
-    return read_layers(plain.get("layers"), place=f"{place}.layers"), made_by
+    smoothed = from_plain(dict[str, How], plain.get("smoothed", {}), place=f"{place}.smoothed")
+    return Configuration(read_layers(plain.get("layers"), place=f"{place}.layers"), made_by, smoothed)
 
 
-def plain_configuration(layers: Layers, made_by: str) -> dict[str, object]:
+def plain_configuration(layers: Layers, made_by: str, smoothed: Mapping[str, How] | None = None) -> dict[str, object]:
     """The `quantization_config` that `read_configuration` reads."""
-    return {
+    plain: dict[str, object] = {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "made_by": made_by,
         "layers": plain_layers(layers),
     }
+    return {**plain, "smoothed": dict(smoothed)} if smoothed else plain
 
 
 def version_error(found: object, place: str) -> StateError:

@@ -16,6 +16,7 @@ from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import packed_layers, set_weights, unset_weights
 from sedimo.runtime.diffusers_plugin import attach
+from sedimo.runtime.smoothed import unsmooth_inputs
 
 MAX_SHARD_SIZE = "10GB"  # the default of diffusers
 
@@ -43,8 +44,9 @@ def replace_weights(denoiser: nn.Module, weights: Mapping[str, QuantizedTensor])
 
 
 def dequantize_weights(denoiser: nn.Module) -> None:
-    """Replaces every packed weight by the ordinary tensor that it stands for, in place."""
+    """Replaces every packed weight by the ordinary tensor that it stands for, in place; inputs are divided no more."""
     unset_weights(denoiser)
+    unsmooth_inputs(denoiser)
     attach(denoiser)
 
 
