@@ -21,8 +21,8 @@ _OURS = re.compile(r"---\nlibrary_name: diffusers\n(?:base_model: (?P<base>\".*\
 class Origin:
     """Where a checkpoint comes from: texts for its card, and the recipe file that goes with it.
 
-    `base_model` is a hub id or a name, empty where nobody knows; `smoothing` says how inputs were smoothed; `notes` are lines about quality, each with its n and
-    error bar.
+    `base_model` is a hub id or a name, empty where nobody knows; `smoothing` says how inputs were smoothed; `notes` are
+    lines about quality, each with its n and error bar.
     """
 
     base_model: str
