@@ -16,21 +16,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import fx
 from torch.export import ExportedProgram
 
 from sedimo.graph.broadcasts import compact, compact_together, concatenated, expanded, reshaped, unique_pairs
+from sedimo.graph.ledger import PINNED, Call, Channels, Labels, Ledger, Value
 from sedimo.graph.program import arguments_of, is_mutation, operation_name, owner_of, shape_of
 
-Labels = npt.NDArray[np.int64]
-PINNED = 0
 _MAX_ELEMENTS = 1 << 22  # of labels that are not broadcast; larger ones are pinned
 _MAX_PARAMETER = 1 << 16  # elements of a bare parameter that are followed
 _MOVES = frozenset(
@@ -43,48 +39,6 @@ _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _NORMS = {"layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}  # places of weight and bias
 _MEANS = frozenset({"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "avg_pool2d"})
 _READS_NOTHING = re.compile(r"(zeros|ones|empty|full|rand|randn)_like|new_\w+|_assert\w*|sym_\w+")
-
-
-@dataclass(frozen=True)
-class Value:
-    """Labels of a value's elements, None if all are pinned; `parameter` names the one that the value is.
-
-    `offset` is the constant added to what the labels stand for, None when the labels' uses are claimed already; it
-    may still grow while `is_open`.
-    """
-
-    labels: torch.Tensor | None = None
-    offset: float | None = None
-    is_open: bool = False
-    parameter: str | None = None
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a weight layer: the labels of its input by channel, in pairs (channel, label)."""
-
-    layer: str
-    owner: str
-    pairs: Labels
-
-
-@dataclass(frozen=True)
-class Channels:
-    """What was read from a program.
-
-    `first` gives the first label of each parameter that carries labels (its rows, or its elements), `sizes` how many;
-    `biases` the bias that is added to it by its own operation. `ties` are pairs of labels that carry one factor,
-    `claims` the constant of each label. `roles` tells what each parameter is used as.
-    """
-
-    n_labels: int
-    first: Mapping[str, int]
-    sizes: Mapping[str, int]
-    biases: Mapping[str, str | None]
-    ties: Labels
-    claims: npt.NDArray[np.float64]
-    calls: Sequence[Call]
-    roles: Mapping[str, frozenset[str]]
 
 
 def read_channels(
@@ -101,27 +55,13 @@ def read_channels(
     reader = _Reader(shapes, layers)
     inputs = program.graph_signature.inputs_to_parameters
     reader.run(program.graph, {place: names.get(name, name) for place, name in inputs.items()})
-    return reader.found()
-
-
-def classes(n_labels: int, ties: Labels) -> Labels:
-    """The component of each label `[n]` under ties `[m, 2]`; those of the label PINNED are pinned."""
-    ones = np.ones(len(ties), dtype=np.int8)
-    graph = coo_matrix((ones, (ties[:, 0], ties[:, 1])), shape=(n_labels, n_labels))
-    return connected_components(graph, directed=False)[1].astype(np.int64)  # type: ignore[no-any-return]
+    return reader.ledger.found()
 
 
 class _Reader:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, str]) -> None:
         self._shapes, self._layers = shapes, layers
-        self._n_labels = 1
-        self._first: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}
-        self._biases: dict[str, str | None] = {}
-        self._ties: list[Labels] = []
-        self._claimed: list[tuple[Labels, float]] = []
-        self._calls: list[Call] = []
-        self._roles: dict[str, set[str]] = {}
+        self.ledger = Ledger()
         self._environment: dict[fx.Node, Value | list[Value]] = {}
 
     def run(self, graph: fx.Graph, names: Mapping[str, str]) -> None:
@@ -132,26 +72,6 @@ class _Reader:
                 self._environment[node] = self._call(node)
             else:
                 self._pin_all(node)
-
-    def found(self) -> Channels:
-        claims = np.full(self._n_labels, np.nan)
-        conflicts = []
-        for labels, offset in self._claimed:
-            known = claims[labels]
-            conflicts.append(labels[~np.isnan(known) & (known != offset)])
-            claims[labels] = offset
-        pinned = np.concatenate([np.zeros(0, np.int64), *conflicts])
-        ties = [*self._ties, np.stack([pinned, np.full_like(pinned, PINNED)], axis=1)]
-        return Channels(
-            self._n_labels,
-            self._first,
-            self._sizes,
-            self._biases,
-            np.concatenate(ties),
-            np.nan_to_num(claims),
-            self._calls,
-            {name: frozenset(roles) for name, roles in self._roles.items()},
-        )
 
     def _call(self, node: fx.Node) -> Value | list[Value]:
         name = operation_name(node)
@@ -188,23 +108,23 @@ class _Reader:
 
     def _layer(self, node: fx.Node) -> Value | None:
         """A weight layer: reads labels by input channel, and gives each output row a label of its own."""
-        operands = [self._value(node, i) for i in range(3)]
-        inputs, weight, bias = operands
-        if weight is None or weight.parameter not in self._layers or inputs is None or inputs.parameter:
+        inputs, weight, bias = (self._value(node, i) for i in range(3))
+        parameter = None if weight is None else weight.parameter
+        if parameter is None or parameter not in self._layers or inputs is None or inputs.parameter:
             return None
         name = operation_name(node)
-        is_grouped = name in _CONVOLUTIONS and shape_of(node.args[0])[1] != self._shapes[weight.parameter][1]
+        is_grouped = name in _CONVOLUTIONS and shape_of(node.args[0])[1] != self._shapes[parameter][1]
         axis = -1 if name in _LINEAR else 1
-        layer = self._layers[weight.parameter]
-        self._uses(weight.parameter, "grouped" if is_grouped else "weight")
-        self._calls.append(Call(layer, owner_of(node), self._read(inputs, shape_of(node.args[0]), axis)))
+        layer = self._layers[parameter]
+        self.ledger.note_use(parameter, "grouped" if is_grouped else "weight")
+        self.ledger.note_call(Call(layer, owner_of(node), self._read(inputs, shape_of(node.args[0]), axis)))
         bias_name = None if bias is None else bias.parameter
         if bias_name is not None:
-            self._uses(bias_name, f"bias of {weight.parameter}")
+            self.ledger.note_use(bias_name, f"bias of {parameter}")
         if bias is not None and bias_name is None:
-            self._pin(bias)
+            self.ledger.pin(bias)
             return Value()
-        return self._made(node, weight.parameter, bias_name, axis)
+        return self._made(node, parameter, bias_name, axis)
 
     def _norm(self, node: fx.Node) -> Value | None:
         """A normalisation: its input is pinned, its affine parameters scale its output."""
@@ -212,18 +132,18 @@ class _Reader:
         places = _NORMS[name]
         inputs = self._value(node, 0)
         weight, bias = (None if p is None else self._value(node, p) for p in places)
-        self._pin(inputs)
+        self.ledger.pin(inputs)
         if weight is None:
-            self._pin(bias)
+            self.ledger.pin(bias)
             return Value()
         sizes = self._shapes.get(weight.parameter or "", ())
         if weight.parameter is None or len(sizes) != 1 or (bias is not None and bias.parameter is None):
-            self._pin(weight)
-            self._pin(bias)
+            self.ledger.pin(weight)
+            self.ledger.pin(bias)
             return Value()
-        self._uses(weight.parameter, "affine")
+        self.ledger.note_use(weight.parameter, "affine")
         if bias is not None and bias.parameter is not None:
-            self._uses(bias.parameter, f"bias of {weight.parameter}")
+            self.ledger.note_use(bias.parameter, f"bias of {weight.parameter}")
         return self._made(
             node, weight.parameter, None if bias is None else bias.parameter, 1 if "group" in name else -1
         )
@@ -231,18 +151,10 @@ class _Reader:
     def _made(self, node: fx.Node, parameter: str, bias: str | None, axis: int) -> Value:
         shape = shape_of(node)
         n = self._shapes[parameter][0]
-        if self._biases.setdefault(parameter, bias) != bias:
-            self._uses(parameter, "with another bias")
+        self.ledger.note_bias(parameter, bias)
         place = [1] * len(shape)
         place[axis] = n
-        return Value(self._labels_of(parameter, n).reshape(place).expand(shape), 0.0, True)
-
-    def _labels_of(self, parameter: str, n: int) -> torch.Tensor:
-        if parameter not in self._first:
-            self._first[parameter], self._sizes[parameter] = self._n_labels, n
-            self._n_labels += n
-        first = self._first[parameter]
-        return torch.arange(first, first + self._sizes[parameter])
+        return Value(self.ledger.labels_of(parameter, n).reshape(place).expand(shape), 0.0, True)
 
     def _read(self, value: Value, shape: Sequence[int], axis: int) -> Labels:
         """Pairs (channel, label) of what a layer reads."""
@@ -250,9 +162,9 @@ class _Reader:
             channels = np.arange(shape[axis])
             return np.stack([channels, np.full_like(channels, PINNED)], axis=1)
         labels = compact(value.labels.movedim(axis, 0), keep=0)
-        self._claim(value)
-        channels = torch.arange(labels.shape[0]).reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
-        return unique_pairs(channels, labels)
+        self.ledger.claim(value)
+        places = torch.arange(labels.shape[0]).reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
+        return unique_pairs(places, labels)
 
     # Operations that hand labels on
 
@@ -264,7 +176,7 @@ class _Reader:
             return source[index] if isinstance(index, int) else None
         source = self._labelled(source)
         if source.labels is None:
-            self._pin(source)
+            self.ledger.pin(source)
             count = node.meta.get("val")
             return [Value()] * len(count) if isinstance(count, list | tuple) else Value()
         moved = self._moved(node, source.labels)
@@ -308,8 +220,8 @@ class _Reader:
         a, b = expanded(carrier.labels, shape_of(node)), expanded(other.labels, shape_of(node))
         if a is None or b is None:
             return None
-        self._claim(other)
-        self._ties.append(unique_pairs(*compact_together(a, b)))
+        self.ledger.claim(other)
+        self.ledger.tie(unique_pairs(*compact_together(a, b)))
         return replace(carrier, labels=a, parameter=None)  # a constant added to the sum is added to one of the two
 
     def _shifted(self, value: Value | None, constant: object, *, is_first: bool, is_sum: bool) -> Value | None:
@@ -322,23 +234,23 @@ class _Reader:
 
     def _factor(self, node: fx.Node) -> Value | None:
         """A product: one of the streams carries the factor, preferably one without a constant; the other is pinned."""
-        values = [v if v is None else self._labelled(v) for v in (self._value(node, i) for i in (0, 1))]
-        scaled = [i for i, v in enumerate(values) if v is not None and v.labels is not None]
+        first, second = (v if v is None else self._labelled(v) for v in (self._value(node, i) for i in (0, 1)))
+        pairs = ((first, second), (second, first))
+        scaled = [(v, other) for v, other in pairs if v is not None and v.labels is not None]
         if not scaled:
             return None
-        place = min(scaled, key=lambda i: bool(values[i].offset))
-        carrier = values[place]
-        if values[1 - place] is None:  # times a number
+        carrier, other = min(scaled, key=lambda pair: bool(pair[0].offset))
+        if other is None:  # times a number
             return replace(carrier, is_open=False, parameter=None)
-        self._pin(values[1 - place])
-        self._claim(carrier)
+        self.ledger.pin(other)
+        self.ledger.claim(carrier)
         return self._kept(Value(expanded(carrier.labels, shape_of(node))), shape_of(node))
 
     def _quotient(self, node: fx.Node) -> Value | None:
         value, divisor = self._value(node, 0), self._value(node, 1)
         if value is None or value.labels is None:
             return None
-        self._pin(divisor)
+        self.ledger.pin(divisor)
         return self._kept(replace(value, is_open=False, labels=expanded(value.labels, shape_of(node))), shape_of(node))
 
     def _concatenation(self, node: fx.Node) -> Value | None:
@@ -354,17 +266,17 @@ class _Reader:
             for s, v in zip(sources, plain, strict=True)
         ]
         for value in plain:
-            self._claim(value)
+            self.ledger.claim(value)
         return Value(concatenated(pieces, axis).expand(shape_of(node)))
 
     def _attention(self, node: fx.Node) -> Value | None:
         """Weights of the values sum over positions: channels that are the same at all positions are kept."""
         for argument in (*node.args[:2], *node.args[3:], *node.kwargs.values()):
-            self._pin(self._of(argument))
+            self.ledger.pin(self._of(argument))
         return self._summed(node, self._value(node, 2))
 
     def _product(self, node: fx.Node) -> Value | None:
-        self._pin(self._value(node, 0))
+        self.ledger.pin(self._value(node, 0))
         return self._summed(node, self._value(node, 1))
 
     def _summed(self, node: fx.Node, value: Value | None) -> Value | None:
@@ -387,7 +299,7 @@ class _Reader:
         repeated, labels = expanded(one, shape_of(node)), value.labels
         if repeated is None or labels is None or not bool((compact(labels) == compact(one)).all()):
             return None
-        self._claim(value)
+        self.ledger.claim(value)
         return Value(repeated)
 
     # What is known of values
@@ -397,7 +309,7 @@ class _Reader:
         argument = node.args[position] if position < len(node.args) else None
         value = self._of(argument)
         if isinstance(value, list):
-            self._pin(value)
+            self.ledger.pin(value)
             return Value()
         return value if isinstance(argument, fx.Node) else None
 
@@ -410,13 +322,13 @@ class _Reader:
         if name is None:
             return value
         if name in self._layers:
-            self._uses(name, "otherwise")
+            self.ledger.note_use(name, "otherwise")
             return Value()
         shape = self._shapes[name]
-        self._uses(name, "elements")
+        self.ledger.note_use(name, "elements")
         if math.prod(shape) > _MAX_PARAMETER:
             return Value()
-        return Value(self._labels_of(name, math.prod(shape)).reshape(shape), 0.0, True)
+        return Value(self.ledger.labels_of(name, math.prod(shape)).reshape(shape), 0.0, True)
 
     def _kept(self, value: Value, shape: Sequence[int]) -> Value | None:
         """The value, unless its labels have another shape than it or take too much memory."""
@@ -424,23 +336,6 @@ class _Reader:
         is_fit = labels is not None and tuple(labels.shape) == tuple(shape) and compact(labels).numel() <= _MAX_ELEMENTS
         return value if is_fit else None
 
-    def _claim(self, value: Value) -> None:
-        if value.labels is not None and value.offset is not None:
-            self._claimed.append((np.unique(compact(value.labels).numpy()), value.offset))
-
-    def _uses(self, parameter: str, role: str) -> None:
-        self._roles.setdefault(parameter, set()).add(role)
-
-    def _pin(self, value: Value | list[Value] | None) -> None:
-        for one in value if isinstance(value, list) else [value]:
-            if one is None:
-                continue
-            if one.parameter is not None:
-                self._uses(one.parameter, "otherwise")
-            if one.labels is not None:
-                labels = np.unique(compact(one.labels).numpy())
-                self._ties.append(np.stack([labels, np.full_like(labels, PINNED)], axis=1))
-
     def _pin_all(self, node: fx.Node) -> None:
         for argument in arguments_of(node):
-            self._pin(self._of(argument))
+            self.ledger.pin(self._of(argument))

@@ -124,7 +124,7 @@ def _measure_part(
         for call, samples in batches:
             n_samples = len(samples)
             n_sets = call.output.shape[0] // n_samples
-            for units in torch.arange(n_samples).split(max(1, MAX_ROWS // n_sets)):
+            for units in torch.split(torch.arange(n_samples), max(1, MAX_ROWS // n_sets)):
                 rows = torch.cat([units + k * n_samples for k in range(n_sets)])
                 denoiser(**rows_of(call, rows.to(call.output.device)))
     return RangesPart(batches[0][0].timestep, found.ranges())
