@@ -21,16 +21,16 @@ _OURS = re.compile(r"---\nlibrary_name: diffusers\n(?:base_model: (?P<base>\".*\
 class Origin:
     """Where a checkpoint comes from: texts for its card, and the recipe file that goes with it.
 
-    `base_model` is a hub id or a name, empty where nobody knows; `smoothing` says how inputs were smoothed; `notes` are
-    lines about quality, each with its n and error bar.
+    `base_model` is a hub id or a name, empty where nobody knows; `notes` are lines about quality, each with its n and
+    error bar; `smoothing` says how inputs were smoothed, empty if they were not.
     """
 
     base_model: str
     method: str = ""
     command: str = ""
     recipe_json: str | None = None
-    smoothing: str = ""
     notes: Sequence[str] = ()
+    smoothing: str = ""
 
 
 def model_card(
