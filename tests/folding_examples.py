@@ -170,6 +170,11 @@ def _uneven(net, x):  # a channel of the input is different channels of the firs
     return net.out(torch.cat([y[:, :3], y[:, 3:].flip(-1)], dim=1)) + net.out(x)
 
 
+def _partly_foreign(net, x):  # out reads the denoiser's input, too, so that the first layer must stay as it is
+    y = net.first(x)
+    return net.second(y) + net.out(torch.cat([y, x], dim=-1))
+
+
 def _without_gradients(net, x):
     y = net.first(x)
     with torch.autocast("cpu", enabled=False):
@@ -218,6 +223,10 @@ DIVIDED = {  # network, layers to smooth; none of them may be folded
     "norm shared with another reader": (
         Network(lambda n, x: n.out(n.norm(x)) + n.norm(x + 1), norm=nn.LayerNorm(C), out=linear()),
         "out",
+    ),
+    "reader that has to divide": (
+        Network(_partly_foreign, first=linear(), second=linear(), out=linear(2 * C)),
+        "second out",
     ),
     "power": (Network(lambda n, x: n.out(n.first(x).pow(1)), first=linear(), out=linear()), "out"),
 }

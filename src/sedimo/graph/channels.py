@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 
 from sedimo.graph.broadcasts import compact, compact_together, concatenated, expanded, reshaped, unique_pairs
 from sedimo.graph.ledger import PINNED, Call, Channels, Labels, Ledger, Value
-from sedimo.graph.program import arguments_of, is_mutation, operation_name, owner_of, shape_of
+from sedimo.graph.program import arguments_of, operation_name, owner_of, shape_of
 
 _MAX_ELEMENTS = 1 << 22  # of labels that are not broadcast; larger ones are pinned
 _MAX_PARAMETER = 1 << 16  # elements of a bare parameter that are followed
@@ -77,14 +77,14 @@ class _Reader:
         name = operation_name(node)
         if _READS_NOTHING.fullmatch(name):
             return Value()
-        handler = None if is_mutation(node) else self._handler(name, node)
+        handler = self._handler(name)  # none for operations in place
         result = None if handler is None else handler(node)
         if result is None:
             self._pin_all(node)
             return Value()
         return result
 
-    def _handler(self, name: str, node: fx.Node) -> Callable[[fx.Node], Value | list[Value] | None] | None:
+    def _handler(self, name: str) -> Callable[[fx.Node], Value | list[Value] | None] | None:
         if name in _MOVES:
             return self._move
         if name in _SAME:
