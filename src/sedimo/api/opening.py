@@ -15,6 +15,8 @@ from sedimo.api.order import Compute, Order
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
+from sedimo.measurement.smoothing import Smoothing
+from sedimo.pipelines.adapter import WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, refuse_endless, stored_dtype
@@ -35,7 +37,8 @@ class OpenedSource:
     denoiser: torch.nn.Module
     graph: DenoiserGraph
     space: SearchSpace
-    weights: FileWeights
+    files: FileWeights
+    weights: WeightSource
     compute: Compute
     variant: str | None
     _pipe: DiffusersPipeline | None = field(default=None)
@@ -48,12 +51,12 @@ class OpenedSource:
     @property
     def component(self) -> str | None:
         """Name of the denoiser's folder inside the pipeline's, None when the source is a denoiser alone."""
-        return self.weights.folder.name if self.is_pipeline else None
+        return self.files.folder.name if self.is_pipeline else None
 
     @property
     def weights_files(self) -> tuple[Path, ...]:
         """The files that hold the denoiser's weights."""
-        return tuple(self.weights.files)
+        return tuple(self.files.files)
 
     @property
     def pipe(self) -> DiffusersPipeline:
@@ -93,6 +96,7 @@ class Opened(OpenedSource):
     """A source made ready for an order of the main job."""
 
     order: Order
+    smoothing: Smoothing | None = None
 
 
 def open_source(order: Order) -> Opened:
@@ -134,6 +138,7 @@ def open_pipeline(
         denoiser=bare.denoiser,
         graph=graph,
         space=search_space(graph, formats, ends=ends),
+        files=weights,
         weights=weights,
         compute=compute,
         variant=variant,

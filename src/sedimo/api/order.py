@@ -10,6 +10,7 @@ from typing import Literal, TypedDict, get_args
 
 from sedimo.api.bops_order import BopsOrder
 from sedimo.api.search_order import SearchOrder
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.pipelines.adapter import Sampling
@@ -188,7 +189,8 @@ class Order:
     """One run of the main job.
 
     `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
-    `ends` is the format of the first and last layers, None: they are decided on like the others.
+    `ends` is the format of the first and last layers, None: they are decided on like the others. With `smooth`, inputs
+    of layers are smoothed first, and everything is about the smoothed weights.
     """
 
     source: str
@@ -209,6 +211,7 @@ class Order:
     importance: ImportanceOptions = DEFAULT_IMPORTANCE
     activations: ActivationOrder = DYNAMIC_ACTIVATIONS
     ends: str | None = None
+    smooth: SmoothOrder | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
@@ -84,8 +84,23 @@ def plan_job(opened: Opened) -> MethodPlan:
     """The method of an order, or the one that serves best in reasonable time for `auto`, and the check.
 
     Raises:
-        InputError: a method that runs the pipeline, where it cannot run.
+        InputError: a method or smoothing, which run the pipeline, where it cannot run.
     """
+    found = _plan_method(opened)
+    smooth = opened.order.smooth
+    if smooth is None:
+        return found
+    obstacle = opened.why_not_sampled()
+    if obstacle is not None:
+        raise InputError(f"smoothing runs the pipeline to learn ranges, but {obstacle}. Leave out --smooth")
+    timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
+    n_calls = round(_share_of(opened, "sqnr") * timing.n_calls * (2 if smooth.is_given else 5))  # ranking takes 3 more
+    fits = 0.0 if smooth.is_given else opened.space.params * seconds_per_fit(opened)
+    seconds = found.seconds + n_calls * timing.seconds_per_call + fits
+    return replace(found, seconds=seconds, n_calls=found.n_calls + n_calls)
+
+
+def _plan_method(opened: Opened) -> MethodPlan:
     if opened.order.is_fixed:
         return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
     wanted = opened.order.measured_method

@@ -16,6 +16,7 @@ from sedimo.cli.options import (
     json_option,
     run_argument,
     sampling_options,
+    smoothing_options,
 )
 
 METHODS = (
@@ -50,6 +51,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 )
 @importance_options
 @activation_options
+@smoothing_options
 @job_options
 @sampling_options
 @json_option

@@ -132,6 +132,27 @@ def activation_options(command: Command) -> Command:
     return command
 
 
+def smoothing_options(command: Command) -> Command:
+    """SmoothQuant before anything is packed."""
+    for option in (
+        click.option(
+            "--smooth-share",
+            type=float,
+            default=0.1,
+            show_default=True,
+            help="Share of the layers to smooth, most sensitive first; 1 for all.",
+        ),
+        click.option(
+            "--smooth",
+            type=float,
+            metavar="ALPHA",
+            help="SmoothQuant first: how much of the inputs' range moves into the weights, such as 0.7.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def json_option(command: Command) -> Command:
     """JSON instead of tables."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)

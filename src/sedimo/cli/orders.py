@@ -21,6 +21,7 @@ from sedimo.api.order import (
     SamplingOrder,
 )
 from sedimo.api.search_order import SearchOrder
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.measurement.trial import ObjectiveName
@@ -48,7 +49,14 @@ def order_of(options: Mapping[str, Any]) -> Order:
         search=search_of(options) if "trials" in options else DEFAULT_SEARCH,
         importance=importance_of(options) if "beta" in options else DEFAULT_IMPORTANCE,
         activations=activations_of(options) if "act_ranges" in options else DYNAMIC_ACTIVATIONS,
+        smooth=smooth_order_of(options),
     )
+
+
+def smooth_order_of(options: Mapping[str, Any]) -> SmoothOrder | None:
+    """How to smooth, if at all."""
+    alpha = options["smooth"]
+    return None if alpha is None else SmoothOrder(alpha, options["smooth_share"])
 
 
 def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:

@@ -15,6 +15,7 @@ from sedimo.cli.options import (
     run_argument,
     sampling_options,
     search_options,
+    smoothing_options,
 )
 
 
@@ -24,6 +25,7 @@ from sedimo.cli.options import (
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @format_options
 @search_options
+@smoothing_options
 @job_options
 @sampling_options
 @json_option
