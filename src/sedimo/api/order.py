@@ -10,6 +10,7 @@ from typing import Literal, TypedDict, get_args
 
 from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
+from sedimo.measurement.reconstruction import ReconstructionOptions
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.formats import FULL_BITS, Format, parse_formats
@@ -147,6 +148,7 @@ class Order:
     """One run of the main job.
 
     `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
+    `reconstruct` has the rounding of uaq formats learned, however the recipe was decided.
     """
 
     source: str
@@ -165,6 +167,7 @@ class Order:
     overwrite: bool = False
     search: SearchOrder = DEFAULT_SEARCH
     importance: ImportanceOptions = DEFAULT_IMPORTANCE
+    reconstruct: ReconstructionOptions | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
@@ -22,10 +22,11 @@ from sedimo.errors import InputError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
 from sedimo.measurement.orthogonality import OrthogonalityOptions
+from sedimo.measurement.reconstruction import ReconstructionOptions, plan_reconstruction
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
-from sedimo.space import SearchSpace
+from sedimo.space import Recipe, SearchSpace
 
 MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn"]
 PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
@@ -47,6 +48,8 @@ JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all direct
 JACOBIAN_MEMORY_BYTES = 2 << 30
 TIMED_WEIGHTS = 1 << 18
 ROWS_PER_SAMPLE = 2  # with guidance
+N_RECONSTRUCTED = 32  # samples that rounding is learned from, unless more are searched on
+GRADIENT_FACTOR = 3.0  # a pass with gradients, in plain ones
 N_EXPLAINED = 12  # recipes of the measured curve, and about as many changes on the seeds of the check
 N_FINALISTS = 5  # at most
 TRIAL_BYTES = 6_000  # of a trial's row
@@ -79,11 +82,24 @@ class _Cost:
 
 
 def plan_job(opened: Opened) -> MethodPlan:
-    """The method of an order, or the one that serves best in reasonable time for `auto`, and the check.
+    """The method of an order, or the one that serves best in reasonable time for `auto`, the check, learned rounding.
 
     Raises:
-        InputError: a method that runs the pipeline, where it cannot run.
+        InputError: a method that runs the pipeline, or learned rounding, where it cannot run.
     """
+    found = _plan_method(opened)
+    if opened.order.reconstruct is None:
+        return found
+    cost = _reconstruction_cost(opened, opened.order.reconstruct)
+    return replace(
+        found,
+        seconds=found.seconds + cost.seconds,
+        n_calls=found.n_calls + cost.n_calls,
+        disk_bytes=found.disk_bytes + cost.disk_bytes,
+    )
+
+
+def _plan_method(opened: Opened) -> MethodPlan:
     if opened.order.is_fixed:
         return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
     wanted = opened.order.method
@@ -97,6 +113,22 @@ def plan_job(opened: Opened) -> MethodPlan:
         return _best(opened) if obstacle is None else _unsampled(opened, _error_cost(opened), _resort(obstacle))
     timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
     return _sampled(opened, _known(wanted), timing, "as ordered")
+
+
+def _reconstruction_cost(opened: Opened, options: ReconstructionOptions) -> _Cost:
+    """The trajectory, its calls again twice per block, and in all blocks together as many passes as there are steps."""
+    obstacle = opened.why_not_sampled()
+    if obstacle is not None:
+        raise InputError(f"--reconstruct runs the pipeline, but {obstacle}. Leave it out")
+    sampling = opened.order.sampling.sampling_many(opened.pipe, N_RECONSTRUCTED)
+    timing = time_calls(opened.pipe, sampling)
+    share = min(1.0, options.n_timesteps / sampling.n_steps)
+    n_units = len(plan_reconstruction(opened.graph, Recipe({})).units)
+    n_calls = round(timing.n_calls * (1 + 2 * share * n_units))
+    rows_of_a_call = ROWS_PER_SAMPLE * min(sampling.batch_size, len(sampling.seeds))
+    learning = options.schedule.n_steps * GRADIENT_FACTOR * options.batch_rows / rows_of_a_call
+    codes = opened.space.params  # a byte each, packed and written as text
+    return _Cost((n_calls + learning) * timing.seconds_per_call, n_calls, disk_bytes=codes)
 
 
 def near_bits(opened: Opened) -> tuple[float, ...]:

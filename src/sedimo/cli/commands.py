@@ -12,6 +12,7 @@ from sedimo.cli.options import (
     importance_options,
     job_options,
     json_option,
+    reconstruction_options,
     run_argument,
     sampling_options,
 )
@@ -44,6 +45,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )
 @importance_options
+@reconstruction_options
 @job_options
 @sampling_options
 @json_option

@@ -13,8 +13,10 @@ from sedimo.api.inspection import read_recipe
 from sedimo.api.order import DEFAULT_SEARCH, BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
+from sedimo.measurement.reconstruction import ReconstructionOptions
 from sedimo.measurement.trial import ObjectiveName
 from sedimo.quant.formats import Format
+from sedimo.quant.rounding import RoundingSchedule
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 
 
@@ -36,7 +38,22 @@ def order_of(options: Mapping[str, Any]) -> Order:
         check=not options["no_check"],
         search=search_of(options) if "trials" in options else DEFAULT_SEARCH,
         importance=importance_of(options) if "beta" in options else DEFAULT_IMPORTANCE,
+        reconstruct=reconstruction_of(options),
     )
+
+
+def reconstruction_of(options: Mapping[str, Any]) -> ReconstructionOptions | None:
+    """How rounding is learned, or None when it is not asked for.
+
+    Raises:
+        InputError: steps without `--reconstruct`.
+    """
+    n_steps = options["reconstruct_steps"]
+    if not options["reconstruct"]:
+        if n_steps is not None:
+            raise InputError("--reconstruct-steps says how long to learn the rounding: give --reconstruct, too")
+        return None
+    return ReconstructionOptions() if n_steps is None else ReconstructionOptions(RoundingSchedule(n_steps=n_steps))
 
 
 def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:

@@ -11,6 +11,7 @@ from sedimo.cli.options import (
     budget_options,
     job_options,
     json_option,
+    reconstruction_options,
     run_argument,
     sampling_options,
     search_options,
@@ -23,6 +24,7 @@ from sedimo.cli.options import (
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
 @search_options
+@reconstruction_options
 @job_options
 @sampling_options
 @json_option

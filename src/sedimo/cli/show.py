@@ -73,7 +73,7 @@ def result(found: JobResult) -> None:
                 f"{r.stored_bits:.2f}",
                 _decibels(r.signals.sqnr),
             )
-            for r in (found.check.this, *found.check.uniform)
+            for r in (found.check.this, *found.check.rivals)
         ]
         seeds = found.check.seeds
         title = f"Final latents against full precision, seeds {seeds[0]} to {seeds[-1]}, {found.check.n_steps} steps"

@@ -1,15 +1,16 @@
 """Block reconstruction: the rounding of uaq codes learned so that blocks give what they give at full precision.
 
-Block after block, in the order of the graph: what the block gives on a recorded full-precision trajectory is the target; its inputs
-are what it gets on the same denoiser calls when all blocks before it are quantized already. The rounding of its uaq layers is then
-learned (see `quant/rounding.py`) so that the squared error of its output is least; layers in other formats, and weights that
-several blocks share, keep their codes but take part in the error. A block whose error does not fall keeps nearest rounding.
+Block after block, in the order of the graph: what the block gives on a recorded full-precision trajectory is the
+target; its inputs are what it gets on the same denoiser calls when all blocks before it are quantized already. The
+rounding of its uaq layers is then learned (see `quant/rounding.py`) so that the squared error of its output is least.
+Layers in other formats, and weights that several layers share, keep their codes but take part in the error. A block
+whose error does not fall keeps nearest rounding.
 
 A block is a repeated container of the graph that holds no other such container; every other layer is a unit of its own.
 
 Source:
-    Li et al. 2021, BRECQ (arXiv 2102.05426), eq. 10 with plain squared error in place of the Fisher weights, inputs from the
-    quantized network as in its released code and in AdaRound (arXiv 2004.10568), eq. 25.
+    Li et al. 2021, BRECQ (arXiv 2102.05426), block reconstruction with plain squared error in place of the Fisher
+    weights; inputs from the quantized network, as in AdaRound (Nagel et al. 2020, arXiv 2004.10568), eq. 25.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import record
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.parts import WeightPart
-from sedimo.quant.rounding import RoundingSchedule, SoftWeight, learn_rounding
+from sedimo.quant.rounding import DEFAULT_SCHEDULE, RoundingSchedule, SoftWeight, learn_rounding
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.space import Recipe
 
@@ -51,10 +52,11 @@ _EVALUATED_ROWS = 64  # at a time, without gradients
 class ReconstructionOptions:
     """What is learned from, and how.
 
-    `n_timesteps` steps of the sampling plan, evenly spread, of which every row is seen; minibatches of `batch_rows` rows are drawn from `seed`.
+    Every row of `n_timesteps` steps of the sampling plan, evenly spread, is learned from, in minibatches of
+    `batch_rows` rows that `seed` draws.
     """
 
-    schedule: RoundingSchedule = RoundingSchedule()
+    schedule: RoundingSchedule = DEFAULT_SCHEDULE
     n_timesteps: int = 10
     batch_rows: int = 16
     seed: int = 0
@@ -70,7 +72,10 @@ DEFAULT_OPTIONS = ReconstructionOptions()
 
 @dataclass(frozen=True, slots=True)
 class ReconstructionUnit:
-    """A module whose output is reconstructed: a block, or a layer alone. `learned` are its layers with codes to learn."""
+    """A module whose output is reconstructed: a block, or a layer alone.
+
+    `layers` are all that it holds, `learned` those with codes to learn.
+    """
 
     name: str
     layers: tuple[str, ...]
@@ -81,8 +86,9 @@ class ReconstructionUnit:
 class ReconstructedBlock:
     """What was learned about one block.
 
-    Errors are the squared error of the block's output over its squared norm, with nearest and with learned rounding, on
-    the rows that were learned from. `codes` holds each layer's packed codes by part, in base64; empty when nearest rounding stays.
+    Errors are the squared error of the block's output over its squared norm, with nearest and with learned rounding,
+    on the rows that were learned from. `n_changed` of `n_weights` codes differ from nearest rounding. `codes` holds the
+    learned codes of each layer by part, packed, in base64; it is empty when nearest rounding stays.
     """
 
     name: str
@@ -95,9 +101,14 @@ class ReconstructedBlock:
     codes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
+    def is_learned(self) -> bool:
+        """Whether the learned rounding is used."""
+        return bool(self.codes)
+
+    @property
     def error(self) -> float:
         """The relative squared error that the block has now."""
-        return self.learned_error if self.codes else self.nearest_error
+        return self.learned_error if self.is_learned else self.nearest_error
 
 
 @dataclass(frozen=True)
@@ -110,29 +121,34 @@ class Reconstruction:
     options: ReconstructionOptions
 
 
-def reconstruction_units(graph: DenoiserGraph, recipe: Recipe) -> tuple[ReconstructionUnit, ...]:
-    """The blocks and single layers of a denoiser under a recipe, in the graph's order."""
+@dataclass(frozen=True, slots=True)
+class ReconstructionPlan:
+    """A recipe, and the blocks and single layers of its denoiser in the order in which they are reconstructed."""
+
+    recipe: Recipe
+    units: tuple[ReconstructionUnit, ...]
+
+
+def plan_reconstruction(graph: DenoiserGraph, recipe: Recipe) -> ReconstructionPlan:
+    """The units of a graph in its order, with the layers whose codes can be learned under a recipe."""
     blocks = {node.block for node in graph.layers}
     innermost = {b for b in blocks if b and not any(other.startswith(f"{b}.") for other in blocks)}
     members: dict[str, list[str]] = {}
     for node in graph.layers:
         members.setdefault(node.block if node.block in innermost else node.name, []).append(node.name)
     shared = {layer for tie in graph.ties for layer in tie}
-    return tuple(
-        ReconstructionUnit(
-            name,
-            tuple(layers),
-            tuple(layer for layer in layers if layer not in shared and _has_grid(recipe, layer)),
-        )
+    learned = {node.name for node in graph.layers if node.name not in shared and _has_grid(recipe, node.name)}
+    units = (
+        ReconstructionUnit(name, tuple(layers), tuple(layer for layer in layers if layer in learned))
         for name, layers in members.items()
     )
+    return ReconstructionPlan(recipe, tuple(units))
 
 
 def reconstruct(
     adapter: PipelineAdapter,
-    graph: DenoiserGraph,
     bank: Bank,
-    recipe: Recipe,
+    plan: ReconstructionPlan,
     sampling: Sampling,
     *,
     study: Study | None = None,
@@ -149,16 +165,21 @@ def reconstruct(
         StateError: a saved block does not belong to these weights.
         Interrupted: the user stopped it (with a study, calling again goes on).
     """
-    units = reconstruction_units(graph, recipe)
-    keys = {u: _key(adapter, bank, recipe, sampling, (options, u)) for u in units if u.learned}
+    facts = {
+        "reconstruction": RECONSTRUCTION_VERSION,
+        "setting": setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step"),
+        "recipe": plan.recipe.key,
+        "options": options,
+    }
+    keys = {unit: content_key({**facts, "unit": unit}) for unit in plan.units if unit.learned}
     if not keys:
         raise InputError("only uaq formats round to a grid, and no layer of the recipe has one: nothing to reconstruct")
-    work = _Work(adapter, sampling, bank.quantize(recipe), (options, progress))
+    work = _Work(adapter, sampling, bank.quantize(plan.recipe), (options, progress))
     n_missing = len(set(keys.values()) - (study.probe_keys() if study else frozenset()))
     progress.start(n_missing * options.schedule.n_steps, "learning the rounding")
     found = []
     with graceful_interrupt() as stop:
-        for unit in units:
+        for unit in plan.units:
             if unit.learned:
                 learn = functools.partial(work.learn, unit)
                 found.append(saved_part(study, ReconstructedBlock, keys[unit], learn))
@@ -167,25 +188,6 @@ def reconstruct(
             work.finish(unit)
     progress.done()
     return Reconstruction(work.weights, tuple(found), len(sampling.seeds), options)
-
-
-def _key(
-    adapter: PipelineAdapter,
-    bank: Bank,
-    recipe: Recipe,
-    sampling: Sampling,
-    what: tuple[ReconstructionOptions, ReconstructionUnit],
-) -> str:
-    options, unit = what
-    return content_key(
-        {
-            "reconstruction": RECONSTRUCTION_VERSION,
-            "setting": setting_of(adapter, sampling, weights_digest=bank.weights_digest, objective="step"),
-            "recipe": recipe.key,
-            "options": options,
-            "unit": unit,
-        }
-    )
 
 
 class _Work:
@@ -239,7 +241,7 @@ class _Work:
             learned_error=errors[1],
             n_rows=sum(part.n_rows for part in data),
             n_weights=sum(self.weights[layer].numel() for layer in unit.learned),
-            n_changed=sum(int((learned[n].codes() != self.weights[n].codes()).sum()) for n in learned),
+            n_changed=sum(int((learned[n].codes().cpu() != self.weights[n].codes().cpu()).sum()) for n in learned),
             seconds=time.perf_counter() - begin,
             codes={layer: _codes_of(weight) for layer, weight in learned.items()} if is_better else {},
         )

@@ -1,8 +1,9 @@
 """Learned rounding of uniform codes: each weight goes up or down, whichever serves the output of its block.
 
-A weight between two codes may take either: code = clamp(floor(weight / scale) + zero_point + h, 0, 2^b - 1), with h 0 or 1.
+A weight between two codes may take either: code = clamp(floor(weight / scale) + zero_point + h, 0, 2^b - 1), h 0 or 1.
 While learning, h is a number in between, h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1), which starts where the weight is
-exact; a regulariser, sum of 1 - |2 h - 1|^beta, then drives every h to 0 or 1. Scale, zero point, format and bytes stay.
+exact; a regulariser, sum of 1 - |2 h - 1|^beta, then drives every h to 0 or 1. Scale, zero point, format and bytes
+stay.
 
 Source:
     Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv 2004.10568), eq. 21 to 24:
@@ -30,9 +31,10 @@ ZETA, GAMMA = 1.1, -0.1  # where the sigmoid is stretched to, so that 0 and 1 ar
 class RoundingSchedule:
     """How long and how hard to learn.
 
-    `n_steps` steps of Adam at `learning_rate`. `strength` (lambda) weighs the regulariser against the squared error, both per
-    weight, and the error in units of that of nearest rounding, so that it means the same for every layer. The regulariser is off during the
-    first `warm_up` share of the steps; then its exponent falls from `first_beta` to `last_beta`, linearly.
+    `n_steps` steps of Adam at `learning_rate`. The loss is the squared error as a multiple of nearest rounding's, times
+    the number of weights, plus `strength` (lambda) times the regulariser, so that lambda means the same everywhere. The
+    regulariser is off during the first `warm_up` share of the steps; then its exponent falls from `first_beta` to
+    `last_beta`, linearly.
     """
 
     n_steps: int = 500
@@ -56,6 +58,9 @@ class RoundingSchedule:
             return None
         progress = (step - begin) / max(1.0, self.n_steps - 1 - begin)
         return self.first_beta + (self.last_beta - self.first_beta) * min(1.0, progress)
+
+
+DEFAULT_SCHEDULE = RoundingSchedule()
 
 
 class SoftWeight:
