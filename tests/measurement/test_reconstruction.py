@@ -209,3 +209,16 @@ def test_a_recipe_without_a_grid_is_refused():
             plan_reconstruction(graph, Recipe.from_mapping(dict.fromkeys(recipe.layers, "kma2"))),
             SAMPLING,
         )
+
+
+def test_parts_at_full_precision_and_layers_that_are_never_called_are_no_trouble():
+    adapter, graph, bank, _ = toy("uaq3")
+    parts = [{"start": 0, "stop": 4, "format": "uaq3"}, {"start": 4, "stop": 8, "format": "fp16"}]
+    recipe = Recipe.from_mapping({"twice": parts, "unused": "uaq3"})
+    unused = node("unused", adapter.denoiser.unused)
+    plan = plan_reconstruction(DenoiserGraph("ToyDenoiser", (*graph.nodes, unused), (), ()), recipe)
+    found = reconstruct(adapter, bank, plan, SAMPLING, options=QUICK)
+    assert [(b.name, b.is_learned) for b in found.blocks] == [("twice", True), ("unused", False)]
+    kept, nearest = found.weights["twice"].parts, bank.quantize(recipe)["twice"].parts
+    assert torch.equal(kept[1].values, nearest[1].values)
+    assert not torch.equal(kept[0].codes, nearest[0].codes)

@@ -39,8 +39,8 @@ class CheckedRecipe:
 class Check:
     """The result and its rivals on the same fresh seeds.
 
-    Rivals are the result rounded to nearest, if its rounding is learned, and the uniform recipes of about its size, which
-    are rounded to nearest, too. `differences` are result minus rival [dB], paired.
+    Rivals are the result rounded to nearest, if its rounding is learned, and the uniform recipes of about its size,
+    which are rounded to nearest, too. `differences` are result minus rival [dB], paired.
     """
 
     this: CheckedRecipe

@@ -241,7 +241,7 @@ class _Work:
             learned_error=errors[1],
             n_rows=sum(part.n_rows for part in data),
             n_weights=sum(self.weights[layer].numel() for layer in unit.learned),
-            n_changed=sum(int((learned[n].codes().cpu() != self.weights[n].codes().cpu()).sum()) for n in learned),
+            n_changed=sum(_n_changed(learned[layer], self.weights[layer]) for layer in learned),
             seconds=time.perf_counter() - begin,
             codes={layer: _codes_of(weight) for layer, weight in learned.items()} if is_better else {},
         )
@@ -262,9 +262,8 @@ class _Learner:
         self._originals = {layer: denoiser.get_submodule(layer).get_parameter("weight") for layer in unit.layers}
         packed = {layer: weights[layer] for layer in unit.layers if layer in weights}
         self._nearest = {layer: self._moved(layer, weight) for layer, weight in packed.items()}
-        n_rows = sum(part.n_rows for part in data)
-        self._signal = sum(float(t.double().square().sum()) for part in data for t in part.targets) / n_rows
-        self._n_rows = n_rows
+        self._n_rows = max(1, sum(part.n_rows for part in data))  # none where the pipeline never calls the unit
+        self._signal = sum(float(t.double().square().sum()) for part in data for t in part.targets) / self._n_rows
 
     def learn(
         self, options: ReconstructionOptions, progress: Progress
@@ -313,6 +312,13 @@ def _has_grid(recipe: Recipe, layer: str) -> bool:
 
 def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(content_key(f"sedimo reconstruction {seed} {name}")[:12], 16))
+
+
+def _n_changed(weight: QuantizedTensor, other: QuantizedTensor) -> int:
+    """Codes that differ between two weights of the same format."""
+    shape = weight.packing.shape
+    pairs = [(a, b) for a, b in zip(weight.parts, other.parts, strict=True) if a.codes is not None]
+    return sum(int((a.unpacked_codes(shape).cpu() != b.unpacked_codes(shape).cpu()).sum()) for a, b in pairs)
 
 
 def _codes_of(weight: QuantizedTensor) -> tuple[str, ...]:
