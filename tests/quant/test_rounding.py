@@ -14,7 +14,7 @@ from sedimo.quant.quantization import quantize_weight
 from sedimo.quant.rounding import GAMMA, ZETA, RoundingSchedule, SoftWeight, learn_rounding
 from sedimo.quant.tensor import QuantizedTensor
 
-SCHEDULE = RoundingSchedule(n_steps=300, learning_rate=3e-2, strength=1.0)
+SCHEDULE = RoundingSchedule(n_steps=300, learning_rate=3e-2)
 NEAR_OPTIMUM = 1.02  # learned rounding leaves at most this many times the least possible error, on average over cases
 STARTS_EXACT = 1e-5  # in scales: float32 rounding of V and back
 

@@ -39,7 +39,7 @@ class RoundingSchedule:
 
     n_steps: int = 500
     learning_rate: float = 1e-2
-    strength: float = 0.1
+    strength: float = 1.0
     warm_up: float = 0.2
     first_beta: float = 20.0
     last_beta: float = 2.0
