@@ -13,10 +13,11 @@ from torch import nn
 
 from packed_weights import OWNER, random_packed
 from sedimo.errors import InputError, StateError
+from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.quantization import quantize_weight
 from sedimo.runtime.checkpoint import change_layers, check_checkpoint
 from sedimo.runtime.integrity import make_seal
-from sedimo.runtime.layout import plain_configuration, read_configuration
+from sedimo.runtime.layout import Configuration, read_configuration
 from sedimo.runtime.smoothed import (
     DIVISOR,
     mark_smoothed,
@@ -138,7 +139,7 @@ def test_other_words_are_refused(folder, ways):
 
 
 def test_files_without_the_field_are_read():
-    plain = plain_configuration({}, "sedimo 0.1.0")
+    plain = Configuration({}, InputQuantizers(), {}, "sedimo 0.1.0").plain
     assert "smoothed" not in plain
     assert read_configuration(plain, place="").smoothed == {}
 

@@ -13,13 +13,15 @@ from sedimo.api.opening import Opened
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import to_plain
 from sedimo.measurement.images import Samples, draw
-from sedimo.measurement.probe import Prober
+from sedimo.measurement.probe import probed
 from sedimo.metrics.signal import PairedDifference, paired_difference
 from sedimo.quant.formats import Format
+from sedimo.quant.tensor import QuantizedTensor
 from sedimo.space import Recipe
 
 UNIFORM_SLACK_BITS = 0.1
 N_PICTURES = 8
+THIS, NEAREST = "this recipe", "this recipe, rounded to nearest"
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,14 @@ class CheckedRecipe:
 
 @dataclass(frozen=True)
 class Check:
-    """The result and the uniform recipes of about its size, on the same fresh seeds.
+    """The result and its rivals on the same fresh seeds.
 
-    `differences` are result minus uniform [dB], paired.
+    Rivals are the result rounded to nearest, if its rounding is learned, and the uniform recipes of about its size,
+    which are rounded to nearest, too. `differences` are result minus rival [dB], paired.
     """
 
     this: CheckedRecipe
-    uniform: tuple[CheckedRecipe, ...]
+    rivals: tuple[CheckedRecipe, ...]
     differences: Mapping[str, PairedDifference]
     reference: Samples
     quantized: Samples
@@ -50,7 +53,7 @@ class Check:
 
     def as_json(self) -> dict[str, object]:
         """Plain values by name."""
-        recipes = {r.name: to_plain(measures(r.signals, None)) for r in (self.this, *self.uniform)}
+        recipes = {r.name: to_plain(measures(r.signals, None)) for r in (self.this, *self.rivals)}
         return {
             "seeds": list(self.seeds),
             "n_steps": self.n_steps,
@@ -59,22 +62,34 @@ class Check:
         }
 
 
-def check_recipe(opened: Opened, bank: Bank, allocation: Allocation, progress: Progress = SILENT) -> Check:
-    """Samples full precision, the result, and the best uniform recipes of about the same size."""
+def check_recipe(
+    opened: Opened,
+    bank: Bank,
+    allocation: Allocation,
+    progress: Progress = SILENT,
+    *,
+    learned: Mapping[str, QuantizedTensor] | None = None,
+) -> Check:
+    """Samples full precision, the result, and the best uniform recipes of about the same size.
+
+    `learned` are the result's weights by layer if its rounding was learned; nearest rounding is then a rival.
+    """
     pipe, sampling = opened.pipe, opened.order.sampling.checking(opened.pipe)
     reference = draw(pipe, sampling, label="full precision", progress=progress)
-    rivals = uniform_rivals(bank, allocation.paper_bits + UNIFORM_SLACK_BITS)
-    recipes = {"this recipe": allocation.recipe} | {f"uniform {f}": bank.space.uniform(f) for f in rivals}
+    names = (THIS,) if learned is None else (THIS, NEAREST)
+    uniform = uniform_rivals(bank, allocation.paper_bits + UNIFORM_SLACK_BITS)
+    recipes = dict.fromkeys(names, allocation.recipe) | {f"uniform {f}": bank.space.uniform(f) for f in uniform}
     checked, quantized = [], reference
-    with Prober(pipe.denoiser, bank.quantize, bank.input_quantizers) as prober:
-        for name, recipe in recipes.items():
-            prober.switch(recipe)
+    quantizers = bank.input_quantizers
+    for name, recipe in recipes.items():
+        weights = learned if name == THIS and learned is not None else bank.quantize(recipe)
+        with probed(pipe.denoiser, weights, inputs=quantizers(recipe)):
             samples = draw(pipe, sampling, label=name, progress=progress)
-            checked.append(_checked(bank, name, recipe, compare_signals(reference, samples)))
-            quantized = samples if name == "this recipe" else quantized
-    this, *uniform = checked
-    differences = {u.name: paired_difference(this.signals.powers, u.signals.powers) for u in uniform}
-    return Check(this, tuple(uniform), differences, reference, quantized, sampling.seeds, sampling.n_steps)
+        checked.append(_checked(bank, name, recipe, compare_signals(reference, samples)))
+        quantized = samples if name == THIS else quantized
+    this, *rivals = checked
+    differences = {r.name: paired_difference(this.signals.powers, r.signals.powers) for r in rivals}
+    return Check(this, tuple(rivals), differences, reference, quantized, sampling.seeds, sampling.n_steps)
 
 
 def uniform_rivals(bank: Bank, paper_bits: float, *, n: int = 3) -> tuple[Format, ...]:

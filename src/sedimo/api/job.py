@@ -19,15 +19,18 @@ from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import Order
 from sedimo.api.planning import MethodPlan, plan_job
 from sedimo.api.publishing import Found, summary_of
+from sedimo.api.reconstructing import learned_rounding, reconstruct_recipe, reconstruction_json
 from sedimo.api.rereport import keep_report
 from sedimo.api.searching import allocated
 from sedimo.api.smoothing import smooth_source
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
+from sedimo.measurement.reconstruction import Reconstruction
 from sedimo.measurement.smoothing import Smoothing
 from sedimo.measurement.study import Study
 from sedimo.pipelines.sources import is_hub_id
+from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.html import write_report
@@ -80,6 +83,7 @@ class JobResult:
     explanation: Explanation | None = None
     maps: Maps = NO_MAPS
     smoothing: Smoothing | None = None
+    reconstruction: Reconstruction | None = None
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -110,6 +114,8 @@ class JobResult:
             found["maps"] = self.maps.as_json()
         if self.smoothing is not None:
             found["smoothing"] = {"alpha": self.smoothing.alpha, "layers": self.smoothing.ways}
+        if self.reconstruction is not None:
+            found["reconstruction"] = reconstruction_json(self.reconstruction)
         return found | ({"unchecked": self.plan.unchecked} if self.check is None else {"check": self.check.as_json()})
 
 
@@ -160,23 +166,28 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
         opened.space = bank.space  # without formats that a weight does not fit into
         if not any(f.is_quantized for f in allocation.choice.values()):
             raise InputError("every layer would stay as it is: there is nothing to write. Give a smaller budget")
-        check = None if method.unchecked else check_recipe(opened, bank, allocation, progress)
+        rounded = reconstruct_recipe(opened, bank, allocation, study, progress)
+        learned = None if rounded is None else rounded.weights
+        check = None if method.unchecked else check_recipe(opened, bank, allocation, progress, learned=learned)
         additivity = None if method.unchecked else _additivity(opened, bank, study, (table, allocation), progress)
         probed = None if method.unchecked else probe_result(opened, measured, allocation, study, progress)
         maps = maps_of(opened, measured, allocation, probed)
 
         def finish(folder: Path, written: WrittenCheckpoint) -> None:
             facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
-            evidence = Found(check, additivity, measured.scaling, measured.explanation, maps)
+            rounding = None if rounded is None else learned_rounding(rounded)
+            evidence = Found(check, additivity, measured.scaling, measured.explanation, maps, rounding)
             summary = summary_of(opened, (table, allocation), written, evidence, facts)
             keep_report(study, table, summary)
             write_report(summary, folder / REPORT_NAME)
 
-        written = _write(opened, bank, allocation, finish)
+        packed = bank.quantize(allocation.recipe) if learned is None else learned
+        _keep_budget(bank, allocation, packed)
+        written = _write(opened, allocation, (packed, bank.input_quantizers(allocation.recipe)), finish)
     report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
     memory = peak_rss_bytes()
-    found = measured.explanation, maps, opened.smoothing
+    found = measured.explanation, maps, opened.smoothing, rounded
     return JobResult(allocation, table, written, report, check, method, seconds, memory, *found)
 
 
@@ -202,7 +213,7 @@ def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     order = opened.order
     asked = (order.method, order.formats, str(order.budget), order.check, *([] if order.ends is None else [order.ends]))
     parts = (order.search, order.importance, order.activations, order.sampling, order.compute, order.smooth)
-    facts = (*asked, *(to_plain(part) for part in parts))
+    facts = (*asked, *(to_plain(part) for part in (*parts, order.reconstruct)))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
         study.put_record(name, plan_job(opened))
@@ -250,14 +261,18 @@ def _keep_budget(bank: Bank, allocation: Allocation, packed: Mapping[str, Quanti
         )
 
 
-def _write(opened: Opened, bank: Bank, allocation: Allocation, finish: Finish) -> WrittenCheckpoint:
+def _write(
+    opened: Opened,
+    allocation: Allocation,
+    quantized: tuple[Mapping[str, QuantizedTensor], InputQuantizers],
+    finish: Finish,
+) -> WrittenCheckpoint:
     order = opened.order
-    packed = bank.quantize(allocation.recipe)
-    _keep_budget(bank, allocation, packed)
-    replace_weights(opened.denoiser, packed, inputs=bank.input_quantizers(allocation.recipe))
+    packed, inputs = quantized
+    replace_weights(opened.denoiser, packed, inputs=inputs)
     origin = Origin(
         base_model=order.source if is_hub_id(order.source) else opened.name,
-        method=f"{allocation.method}, {allocation.rule}",
+        method=f"{allocation.method}, {allocation.rule}{', learned rounding' if order.reconstruct else ''}",
         recipe_json=allocation.recipe.to_json(),
         smoothing="" if opened.smoothing is None else str(opened.smoothing),
     )

@@ -13,6 +13,7 @@ from sedimo.api.search_order import SearchOrder
 from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.measurement.calibration import CalibrationOptions
+from sedimo.measurement.reconstruction import ReconstructionOptions
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.formats import Format, parse_formats
@@ -190,7 +191,8 @@ class Order:
 
     `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
     `ends` is the format of the first and last layers, None: they are decided on like the others. With `smooth`, inputs
-    of layers are smoothed first, and everything is about the smoothed weights.
+    of layers are smoothed first, and everything is about the smoothed weights. `reconstruct` has the rounding of uaq
+    formats learned, however the recipe was decided.
     """
 
     source: str
@@ -212,6 +214,7 @@ class Order:
     activations: ActivationOrder = DYNAMIC_ACTIVATIONS
     ends: str | None = None
     smooth: SmoothOrder | None = None
+    reconstruct: ReconstructionOptions | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.

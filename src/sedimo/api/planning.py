@@ -17,17 +17,19 @@ from sedimo.api.additivity import N_RECIPES, NO_NOISE
 from sedimo.api.opening import Opened, OpenedSource
 from sedimo.api.order import FINAL_FACTOR, refuse_blind
 from sedimo.api.probing import LEAST_SAMPLES, AblationOptions, ProbeMethod
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
 from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_runs
+from sedimo.measurement.reconstruction import ReconstructionOptions, plan_reconstruction
 from sedimo.measurement.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
 from sedimo.quant.formats import parse_formats
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
-from sedimo.space import SearchSpace
+from sedimo.space import Recipe, SearchSpace
 
 MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn"]
 PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
@@ -49,6 +51,8 @@ JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all direct
 JACOBIAN_MEMORY_BYTES = 2 << 30
 TIMED_WEIGHTS = 1 << 18
 ROWS_PER_SAMPLE = 2  # with guidance
+N_RECONSTRUCTED = 32  # samples that rounding is learned from, unless more are searched on
+GRADIENT_FACTOR = 3.0  # a pass with gradients, in plain ones
 N_EXPLAINED = 12  # recipes of the measured curve, and about as many changes on the seeds of the check
 N_FINALISTS = 5  # at most
 TRIAL_BYTES = 6_000  # of a trial's row
@@ -81,23 +85,31 @@ class _Cost:
 
 
 def plan_job(opened: Opened) -> MethodPlan:
-    """The method of an order, or the one that serves best in reasonable time for `auto`, and the check.
+    """The method of an order, or the one that serves best in reasonable time for `auto`, the check, learned rounding.
 
     Raises:
-        InputError: a method or smoothing, which run the pipeline, where it cannot run.
+        InputError: what runs the pipeline (a method, smoothing, learned rounding), where it cannot run.
     """
-    found = _plan_method(opened)
-    smooth = opened.order.smooth
-    if smooth is None:
-        return found
+    found, order = _plan_method(opened), opened.order
+    costs = [_smoothing_cost(opened, order.smooth)] if order.smooth else []
+    costs += [_reconstruction_cost(opened, order.reconstruct)] if order.reconstruct else []
+    return replace(
+        found,
+        seconds=found.seconds + sum(cost.seconds for cost in costs),
+        n_calls=found.n_calls + sum(cost.n_calls for cost in costs),
+        disk_bytes=found.disk_bytes + sum(cost.disk_bytes for cost in costs),
+    )
+
+
+def _smoothing_cost(opened: Opened, smooth: SmoothOrder) -> _Cost:
+    """The trajectory and its calls again for the ranges; ranking layers takes three such runs more, and fits."""
     obstacle = opened.why_not_sampled()
     if obstacle is not None:
         raise InputError(f"smoothing runs the pipeline to learn ranges, but {obstacle}. Leave out --smooth")
     timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
-    n_calls = round(_share_of(opened, "sqnr") * timing.n_calls * (2 if smooth.is_given else 5))  # ranking takes 3 more
+    n_calls = round(_share_of(opened, "sqnr") * timing.n_calls * (2 if smooth.is_given else 5))
     fits = 0.0 if smooth.is_given else opened.space.params * seconds_per_fit(opened)
-    seconds = found.seconds + n_calls * timing.seconds_per_call + fits
-    return replace(found, seconds=seconds, n_calls=found.n_calls + n_calls)
+    return _Cost(n_calls * timing.seconds_per_call + fits, n_calls)
 
 
 def _plan_method(opened: Opened) -> MethodPlan:
@@ -115,6 +127,22 @@ def _plan_method(opened: Opened) -> MethodPlan:
         return _best(opened) if obstacle is None else _unsampled(opened, _error_cost(opened), _resort(obstacle))
     timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
     return _sampled(opened, _known(wanted), timing, "as ordered")
+
+
+def _reconstruction_cost(opened: Opened, options: ReconstructionOptions) -> _Cost:
+    """The trajectory, its calls again twice per block, and in all blocks together as many passes as there are steps."""
+    obstacle = opened.why_not_sampled()
+    if obstacle is not None:
+        raise InputError(f"--reconstruct runs the pipeline, but {obstacle}. Leave it out")
+    sampling = opened.order.sampling.sampling_many(opened.pipe, N_RECONSTRUCTED)
+    timing = time_calls(opened.pipe, sampling)
+    share = min(1.0, options.n_timesteps / sampling.n_steps)
+    n_units = len(plan_reconstruction(opened.graph, Recipe({})).units)
+    n_calls = round(timing.n_calls * (1 + 2 * share * n_units))
+    rows_of_a_call = ROWS_PER_SAMPLE * min(sampling.batch_size, len(sampling.seeds))
+    learning = options.schedule.n_steps * GRADIENT_FACTOR * options.batch_rows / rows_of_a_call
+    codes = opened.space.params  # a byte each, packed and written as text
+    return _Cost((n_calls + learning) * timing.seconds_per_call, n_calls, disk_bytes=codes)
 
 
 def near_bits(opened: Opened) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ import torch
 
 from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
-from sedimo.api.checking import Check, CheckedRecipe, pictures_of
+from sedimo.api.checking import NEAREST, Check, CheckedRecipe, pictures_of
 from sedimo.api.opening import Opened
 from sedimo.api.verbs import N_FRONTIER_POINTS
 from sedimo.measurement.worker import versions
@@ -20,7 +20,16 @@ from sedimo.metrics.signal import sqnr_estimates
 from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.maps import NO_MAPS, Maps
-from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeKind, RecipeRow, Summary
+from sedimo.reporting.summary import (
+    DifferenceRow,
+    Evidence,
+    LearnedRounding,
+    Picture,
+    Provenance,
+    RecipeKind,
+    RecipeRow,
+    Summary,
+)
 from sedimo.runtime.writing import WrittenCheckpoint
 from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.table import SensitivityTable
@@ -37,6 +46,7 @@ class Found:
     scaling: Agreement | None = None
     explanation: Explanation | None = None
     maps: Maps = NO_MAPS
+    rounding: LearnedRounding | None = None
 
 
 def summary_of(
@@ -55,6 +65,7 @@ def summary_of(
         scaling=evidence.scaling,
         explanation=evidence.explanation,
         maps=evidence.maps,
+        rounding=evidence.rounding,
         recipes=() if check is None else recipe_rows(check, table.method),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(
@@ -75,8 +86,9 @@ def summary_of(
 
 
 def recipe_rows(check: Check, method: str) -> tuple[RecipeRow, ...]:
-    """The result, called by its method, and the uniform recipes with their measures."""
-    return _row(method, "this", check.this), *(_row(u.name, "uniform", u) for u in check.uniform)
+    """The result, called by its method, and its rivals with their measures."""
+    kinds: dict[str, RecipeKind] = {NEAREST: "method"}
+    return _row(method, "this", check.this), *(_row(r.name, kinds.get(r.name, "uniform"), r) for r in check.rivals)
 
 
 def difference_rows(check: Check) -> tuple[DifferenceRow, ...]:

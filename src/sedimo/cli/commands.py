@@ -14,6 +14,7 @@ from sedimo.cli.options import (
     importance_options,
     job_options,
     json_option,
+    reconstruction_options,
     run_argument,
     sampling_options,
     smoothing_options,
@@ -52,6 +53,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 @importance_options
 @activation_options
 @smoothing_options
+@reconstruction_options
 @job_options
 @sampling_options
 @json_option

@@ -153,6 +153,24 @@ def smoothing_options(command: Command) -> Command:
     return command
 
 
+def reconstruction_options(command: Command) -> Command:
+    """Learned rounding of uniform codes."""
+    for option in (
+        click.option(
+            "--reconstruct-steps",
+            type=click.IntRange(1),
+            help="Steps of learning per block; more take longer and help more.",
+        ),
+        click.option(
+            "--reconstruct",
+            is_flag=True,
+            help="Learn the rounding of uaq formats, block by block, on the model's own trajectory.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def json_option(command: Command) -> Command:
     """JSON instead of tables."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)

@@ -24,8 +24,10 @@ from sedimo.api.search_order import SearchOrder
 from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.measurement.calibration import CalibrationOptions
+from sedimo.measurement.reconstruction import ReconstructionOptions
 from sedimo.measurement.trial import ObjectiveName
 from sedimo.quant.formats import Format, parse_formats, with_activations
+from sedimo.quant.rounding import RoundingSchedule
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 
 
@@ -50,6 +52,7 @@ def order_of(options: Mapping[str, Any]) -> Order:
         importance=importance_of(options) if "beta" in options else DEFAULT_IMPORTANCE,
         activations=activations_of(options) if "act_ranges" in options else DYNAMIC_ACTIVATIONS,
         smooth=smooth_order_of(options),
+        reconstruct=reconstruction_of(options),
     )
 
 
@@ -57,6 +60,20 @@ def smooth_order_of(options: Mapping[str, Any]) -> SmoothOrder | None:
     """How to smooth, if at all."""
     alpha = options["smooth"]
     return None if alpha is None else SmoothOrder(alpha, options["smooth_share"])
+
+
+def reconstruction_of(options: Mapping[str, Any]) -> ReconstructionOptions | None:
+    """How rounding is learned, or None when it is not asked for.
+
+    Raises:
+        InputError: steps without `--reconstruct`.
+    """
+    n_steps = options["reconstruct_steps"]
+    if not options["reconstruct"]:
+        if n_steps is not None:
+            raise InputError("--reconstruct-steps says how long to learn the rounding: give --reconstruct, too")
+        return None
+    return ReconstructionOptions() if n_steps is None else ReconstructionOptions(RoundingSchedule(n_steps=n_steps))
 
 
 def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:

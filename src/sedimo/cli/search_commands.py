@@ -8,10 +8,12 @@ import click
 
 from sedimo.cli import console
 from sedimo.cli.options import (
+    activation_options,
     budget_options,
     format_options,
     job_options,
     json_option,
+    reconstruction_options,
     run_argument,
     sampling_options,
     search_options,
@@ -25,7 +27,9 @@ from sedimo.cli.options import (
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @format_options
 @search_options
+@activation_options
 @smoothing_options
+@reconstruction_options
 @job_options
 @sampling_options
 @json_option

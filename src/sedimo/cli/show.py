@@ -72,13 +72,17 @@ def result(found: JobResult) -> None:
                 f"{r.stored_bits:.2f}",
                 _decibels(r.signals.sqnr),
             )
-            for r in (found.check.this, *found.check.uniform)
+            for r in (found.check.this, *found.check.rivals)
         ]
         seeds = found.check.seeds
         title = f"Final latents against full precision, seeds {seeds[0]} to {seeds[-1]}, {found.check.n_steps} steps"
         print_table(title, ("recipe", "paper bits", "stored bits", "SQNR [dB] ± standard error"), rows)
     else:
         click.echo(f"The result was not sampled: {found.plan.unchecked}.")
+    if found.reconstruction is not None:
+        blocks = found.reconstruction.blocks
+        n_learned, n_samples = sum(block.is_learned for block in blocks), found.reconstruction.n_samples
+        click.echo(f"Rounding learned in {n_learned} of {len(blocks)} blocks, from {n_samples} samples.")
     params = found.table.total_params
     before, after = size(2 * params), size(choice.stored_bits * params / 8)
     click.echo(

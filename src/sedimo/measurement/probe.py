@@ -25,10 +25,13 @@ InputSupply = Callable[[Recipe], InputQuantizers]
 
 
 @contextlib.contextmanager
-def probed(denoiser: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
+def probed(
+    denoiser: nn.Module, weights: Mapping[str, torch.Tensor], *, inputs: InputQuantizers | None = None
+) -> Iterator[nn.Module]:
     """The denoiser with other weights for some layers; on leaving it is bit-exactly what it was.
 
-    `weights` are plain or packed tensors `[out, in, ...]` by layer name; they are cast to the layer's dtype.
+    `weights` are plain or packed tensors `[out, in, ...]` by layer name; they are cast to the layer's dtype. With
+    `inputs`, the inputs of those layers are rounded meanwhile.
 
     Raises:
         InputError: a layer that the denoiser does not have, or a weight of another shape.
@@ -36,9 +39,13 @@ def probed(denoiser: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator
     exchange = _Exchange(denoiser)
     try:
         exchange.put(weights)
+        if inputs is not None:
+            round_inputs(denoiser, inputs)
         yield denoiser
     finally:
         exchange.restore()
+        if inputs is not None:
+            unround_inputs(denoiser)
 
 
 def _by_format(recipe: Recipe) -> InputQuantizers:

@@ -109,11 +109,12 @@ def squared_errors(rows: Tensor, grid: UniformGrid, number_format: Format) -> Te
 
 def dequantize_grid(codes: Tensor, grid: UniformGrid, group_size: int | None) -> Tensor:
     """Weights float32 `[C, N]` of codes `[C, N]`: (code - zero_point) * scale."""
-    scale, zero_point = _per_weight(grid, group_size, codes.shape[1])
+    scale, zero_point = per_weight(grid, group_size, codes.shape[1])
     return codes.to(torch.float32).sub_(zero_point).mul_(scale)
 
 
-def _per_weight(grid: UniformGrid, group_size: int | None, n_inputs: int) -> tuple[Tensor, Tensor]:
+def per_weight(grid: UniformGrid, group_size: int | None, n_inputs: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each weight, float32 `[C, N]` in groups, else `[C, 1]`, which broadcasts."""
     scale, zero_point = grid.scale.to(torch.float32), grid.zero_point.to(torch.float32)
     if group_size is None:
         return scale, zero_point

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 from sedimo.reporting.rounding import bits, byte_size, interval, number, share, with_error
-from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, Summary
+from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, LearnedRounding, Summary
 from sedimo.sensitivity.agreement import Agreement
 
 FAMILIES = {
@@ -119,7 +119,14 @@ def tiles(summary: Summary) -> tuple[Tile, ...]:
 def decision_sentences(summary: Summary) -> tuple[str, ...]:
     """What was decided: methods, extremes, and how sure it is that nothing better exists."""
     return tuple(
-        s for s in (_methods_sentence(summary), _range_sentence(summary), _certificate(summary)) if s is not None
+        s
+        for s in (
+            _methods_sentence(summary),
+            _range_sentence(summary),
+            _certificate(summary),
+            _rounding_sentence(summary.evidence.rounding),
+        )
+        if s is not None
     )
 
 
@@ -252,6 +259,17 @@ def _range_sentence(summary: Summary) -> str | None:
     return (
         f"Among operations with at least 1 % of the weights, {name(low.name)} gets the fewest bits "
         f"({low.paper_bits:.2f} on average) and {name(high.name)} the most ({high.paper_bits:.2f})."
+    )
+
+
+def _rounding_sentence(found: LearnedRounding | None) -> str | None:
+    if found is None:
+        return None
+    return (
+        f"The rounding of uniform codes was learned block by block from {found.n_samples} samples of the model's own "
+        f"trajectory: {found.n_learned} of {found.n_blocks} blocks use it, {share(found.changed_share)} of the weights "
+        f"round the other way, and the squared error of a block's output is {number(found.error_ratio)} times that of "
+        "nearest rounding (geometric mean, on the samples learned from). Uniform recipes are rounded to nearest."
     )
 
 

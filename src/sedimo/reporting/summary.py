@@ -213,6 +213,22 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnedRounding:
+    """Block reconstruction: rounding learned from `n_samples` samples with `n_steps` steps a block.
+
+    `n_learned` of `n_blocks` blocks use it, the others keep nearest rounding; `changed_share` of the weights changed.
+    `error_ratio` is the geometric mean over blocks of the output's squared error over that of nearest rounding.
+    """
+
+    n_blocks: int
+    n_learned: int
+    n_samples: int
+    n_steps: int
+    changed_share: float
+    error_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What was measured about a recipe; all of it may be absent.
 
@@ -233,6 +249,7 @@ class Evidence:
     source_file_bytes: int | None = None
     explanation: Explanation | None = None
     maps: Maps = NO_MAPS
+    rounding: LearnedRounding | None = None
 
 
 @dataclass(frozen=True, slots=True)
