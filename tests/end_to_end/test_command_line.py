@@ -101,6 +101,22 @@ def test_evaluate_compares_with_the_source(quantized, tiny_pipeline_folder):
     assert same["bops"]["bops"] == same["bops"]["source_bops"]
 
 
+def test_evaluate_corrects_the_noise_in_the_sampler(quantized, tiny_pipeline_folder):
+    plain = run_json("evaluate", quantized[0], "--against", tiny_pipeline_folder, *QUICK)
+    found = run_json("evaluate", quantized[0], "--against", tiny_pipeline_folder, *QUICK, "--correct")
+    fixed = found.pop("corrected")
+    assert found == plain
+    assert fixed["gain"].keys() == {"sqnr_db"}
+    gain = fixed["measures"]["sqnr_db"]["value"] - found["sqnr_db"]["value"]
+    assert fixed["gain"]["sqnr_db"]["value"] == pytest.approx(gain, abs=1e-6)
+    assert fixed["seeds"] == list(range(2, 18))
+    assert all(fit["slope"]["n"] == 16 and len(fit["bias"]) == 4 for fit in fixed["fits"])
+    assert "DDIMScheduler added no noise" in fixed["done"]
+    people = run("evaluate", quantized[0], "--against", tiny_pipeline_folder, *QUICK, "--correct=output").output
+    assert "gain of sqnr_db" in people
+    assert "left alone as asked; estimated from 16 other seeds" in people
+
+
 def test_too_few_images_for_a_distribution_are_refused_at_once(quantized, tiny_pipeline_folder):
     out = quantized[0]
     result = run("evaluate", out, "--against", tiny_pipeline_folder, "--images", "19", *QUICK, code=3)

@@ -6,13 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sedimo.api import verbs
+from sedimo.api.correcting import (
+    CorrectedEvaluation,
+    CorrectionExtent,
+    check_extent,
+    correction_plan,
+    evaluate_corrected,
+)
 from sedimo.api.describing import refuse_other_source
-from sedimo.api.evaluation import compare_signals, measures
+from sedimo.api.evaluation import Plans, compare_drawn, draw_all, measures
 from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
-from sedimo.measurement.images import compare_distributions, draw, draw_features
 from sedimo.metrics.distribution import N_PARTS
 from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline
@@ -34,6 +40,7 @@ class Evaluation:
 
     Of the `n` samples of the SQNR, `n_exact` have no noise at all and `n_decorrelated` have more than half of the
     signal's power. `extractor` names the network behind FID and KID.
+    `corrected` is the same with noise corrected in the sampler, where that was asked for.
     """
 
     measures: Mapping[str, Estimate]
@@ -42,12 +49,14 @@ class Evaluation:
     size: Mapping[str, int]
     bops: Mapping[str, int]
     extractor: str | None
+    corrected: CorrectedEvaluation | None = None
 
     def as_json(self) -> dict[str, object]:
         """Plain values by name: each measure has value, standard_error, low, high, n."""
         counts = {"n_exact": self.n_exact, "n_decorrelated": self.n_decorrelated}
         rest = {"size": dict(self.size), "bops": dict(self.bops), "extractor": self.extractor}
-        return {**to_plain(self.measures), **counts, **rest}
+        correction = {} if self.corrected is None else {"corrected": self.corrected.as_json()}
+        return {**to_plain(self.measures), **counts, **rest, **correction}
 
 
 def evaluate(
@@ -56,14 +65,18 @@ def evaluate(
     *,
     sampling: SamplingOrder = DEFAULT_SAMPLING,
     n_images: int = 0,
+    correct: CorrectionExtent | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Samples both pipelines from the same seeds and compares them.
 
     SQNR and PSNR use the order's seeds; FID and KID use `n_images` seeds from the first on (0: not measured).
+    With `correct`, the quantization noise that 16 further seeds show is corrected in the sampler, and all is measured
+    again: `all` corrects predictions and the noise that the scheduler adds, `output` predictions alone.
 
     Raises:
         InputError: they are pipelines of different classes or weights, or fewer than twenty images.
+        UnsupportedError: a scheduler that cannot be corrected to that extent.
     """
     if against.pipeline.__class__ is not quantized.pipeline.__class__:
         raise InputError(
@@ -72,14 +85,17 @@ def evaluate(
         )
     if 0 < n_images < MIN_IMAGES:
         raise InputError(f"FID and KID need at least {MIN_IMAGES} images, got {n_images}; 0 leaves them out")
+    check_extent(correct)
     _refuse_strangers(quantized, against)
     pair = (against, quantized)
-    plan = sampling.searching(against)
-    signals = compare_signals(*(draw(p, plan, label=p.name, progress=progress) for p in pair))
-    distributions = None
-    if n_images:
-        plan = sampling.plan(against, range(sampling.first_seed, sampling.first_seed + n_images))
-        distributions = compare_distributions(*(draw_features(p, plan, label=p.name, progress=progress) for p in pair))
+    images = range(sampling.first_seed, sampling.first_seed + n_images)
+    plans = Plans(sampling.searching(against), sampling.plan(against, images) if n_images else None)
+    reference, drawn = (draw_all(p, plans, progress=progress) for p in pair)
+    signals, distributions = compare_drawn(reference, drawn)
+    correction = None
+    if correct:
+        estimating = correction_plan(against, sampling, n_images)
+        correction = evaluate_corrected(pair, (reference, drawn), estimating, correct, progress)
     sqnr = signals.sqnr
     return Evaluation(
         measures=measures(signals, distributions),
@@ -88,26 +104,20 @@ def evaluate(
         size=_sizes(quantized, against),
         bops=_bops(quantized, against),
         extractor=distributions.extractor if distributions else None,
+        corrected=correction,
     )
 
 
-def evaluate_sources(
-    quantized: str,
-    against: str,
-    sampling: SamplingOrder,
-    *,
-    n_images: int = 0,
-    compute: Compute = DEFAULT_COMPUTE,
-    variant: str | None = None,
-    progress: Progress = SILENT,
-) -> Evaluation:
-    """`evaluate` for two folders or hub ids; `variant` names the weights of `against`.
+def load_pair(
+    quantized: str, against: str, compute: Compute = DEFAULT_COMPUTE, *, variant: str | None = None
+) -> tuple[DiffusersPipeline, DiffusersPipeline]:
+    """The pipelines of two folders or hub ids for `evaluate`; `variant` names the weights of `against`.
 
     Raises:
-        InputError: one of them cannot be sampled, or as `evaluate`.
+        InputError: one of them cannot be sampled.
     """
-    full, small = _pipeline(against, compute, variant), _pipeline(quantized, compute)
-    return evaluate(small, full, sampling=sampling, n_images=n_images, progress=progress)
+    full = _pipeline(against, compute, variant)
+    return _pipeline(quantized, compute), full
 
 
 def _refuse_strangers(quantized: DiffusersPipeline, against: DiffusersPipeline) -> None:

@@ -7,9 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sedimo.measurement.images import DistributionEvaluation, Samples
+from sedimo.bank import SILENT, Progress
+from sedimo.measurement.images import (
+    DistributionEvaluation,
+    Features,
+    Samples,
+    compare_distributions,
+    draw,
+    draw_features,
+)
 from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.metrics.signal import NoisePowers, SignalSummary, psnr_db, relative_noise, sqnr_estimates, summarize
+from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,39 @@ class SignalEvaluation:
     powers: NoisePowers
     sqnr: SignalSummary
     psnr: Estimate
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What is drawn: the samples of a plan, and features of the images of another, if there is one."""
+
+    samples: Sampling
+    images: Sampling | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a pipeline gave under plans."""
+
+    plans: Plans
+    samples: Samples
+    features: Features | None
+
+
+def draw_all(pipe: PipelineAdapter, plans: Plans, *, label: str = "", progress: Progress = SILENT) -> Drawn:
+    """Samples all plans."""
+    label = label or pipe.name
+    samples = draw(pipe, plans.samples, label=label, progress=progress)
+    features = draw_features(pipe, plans.images, label=label, progress=progress) if plans.images else None
+    return Drawn(plans, samples, features)
+
+
+def compare_drawn(reference: Drawn, quantized: Drawn) -> tuple[SignalEvaluation, DistributionEvaluation | None]:
+    """What both pipelines drew, sample by sample, and as sets where there are features."""
+    signals = compare_signals(reference.samples, quantized.samples)
+    if reference.features is None or quantized.features is None:
+        return signals, None
+    return signals, compare_distributions(reference.features, quantized.features)
 
 
 def compare_signals(reference: Samples, quantized: Samples) -> SignalEvaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -73,21 +74,26 @@ def quantize(as_json: bool, **options: object) -> None:
 @click.option("--against", required=True, metavar="SRC", help="The pipeline that OUT was made from.")
 @click.option("--variant", help="Variant of SRC's weights, such as fp16.")
 @click.option("--images", type=click.IntRange(0), default=0, help="Number of images for FID and KID; 0: not measured.")
+@click.option(
+    "--correct",
+    type=click.Choice(["all", "output"]),
+    is_flag=False,
+    flag_value="all",
+    help="Also with quantization noise corrected in the sampler; =output: predictions alone, not added noise.",
+)
 @sampling_options
 @json_option
-def evaluate(out: str, against: str, images: int, variant: str | None, as_json: bool, **options: object) -> None:
+def evaluate(out: str, against: str, images: int, as_json: bool, **options: Any) -> None:
     """Compare the checkpoint OUT with its source on the same seeds: size, SQNR, PSNR, FID, KID."""
-    from sedimo.api.comparison import evaluate_sources
+    from sedimo.api import comparison
     from sedimo.cli.orders import compute_of, sampling_of
 
     with console.progress() as progress:
-        found = evaluate_sources(
-            out,
-            against,
-            sampling_of(options),
+        found = comparison.evaluate(
+            *comparison.load_pair(out, against, compute_of(options), variant=options["variant"]),
+            sampling=sampling_of(options),
             n_images=images,
-            compute=compute_of(options),
-            variant=variant,
+            correct=options["correct"],
             progress=progress,
         )
     console.print_json(found.as_json()) if as_json else show.evaluation(found)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sedimo.allocation.problem import Allocation
     from sedimo.api.changing import Change
     from sedimo.api.comparison import Evaluation
+    from sedimo.api.correcting import CorrectedEvaluation
     from sedimo.api.inspection import LayerDifference
     from sedimo.api.job import JobPlan, JobResult
     from sedimo.metrics.estimate import Estimate
@@ -124,6 +125,16 @@ def evaluation(found: Evaluation) -> None:
         click.echo(f"{found.n_exact} samples are exact, {found.n_decorrelated} have more noise than half the signal")
     if found.extractor:
         click.echo(f"features by {found.extractor}; FID falls with n, so compare only figures of equal n")
+    if found.corrected:
+        _corrected(found.corrected)
+
+
+def _corrected(found: CorrectedEvaluation) -> None:
+    """Measures with the correction, and what it gains."""
+    rows = [(name, *_estimate(value)) for name, value in found.measures.items()]
+    rows += [(f"gain of {name}", *_estimate(value)) for name, value in found.gain.items()]
+    print_table("", ("corrected", "value", "standard error", "95 % interval", "n"), rows)
+    click.echo(f"{found.done}; estimated from {len(found.probe.seeds)} other seeds")
 
 
 def change(found: Change) -> None:

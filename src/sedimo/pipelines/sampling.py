@@ -8,10 +8,9 @@ pipeline forgets to. Whatever is wrapped is restored, also after an exception.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import DenoiserCall, Observer, Sampling
 from sedimo.pipelines.conditions import call_parameters, condition_arguments
 from sedimo.pipelines.objects import PipelineObject
+from sedimo.pipelines.steps import StepCall, handled_steps, previous_sample
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
 logger = logging.getLogger(__name__)
@@ -113,30 +113,20 @@ def _repeatable_global_noise(pipeline: PipelineObject, seed: int) -> Iterator[No
 
 @contextmanager
 def _watched_steps(scheduler: object, generators: Sequence[torch.Generator]) -> Iterator[SimpleNamespace]:
-    """Wraps `scheduler.step`: `.last` of the yielded namespace is the latest previous sample."""
-    original: Callable[..., object] = scheduler.step  # type: ignore[attr-defined]  # every scheduler has it
-    is_own = "step" in vars(scheduler)
-    signature = inspect.signature(original)
+    """Watches `scheduler.step`: `.last` of the yielded namespace is the latest previous sample."""
     seen = SimpleNamespace(last=None)
 
-    @functools.wraps(original)
-    def step(*args: object, **kwargs: object) -> object:
-        bound = signature.bind(*args, **kwargs)
-        if "generator" in signature.parameters:
-            rows = len(next(iter(bound.arguments.values())))
-            bound.arguments["generator"] = _one_per_row(generators, rows)
-        result = original(*bound.args, **bound.kwargs)
-        seen.last = result[0] if isinstance(result, tuple) else result.prev_sample  # type: ignore[attr-defined]
+    def watch(call: StepCall) -> object:
+        changes: dict[str, object] = {}
+        if "generator" in call.signature.parameters:
+            rows = len(next(iter(call.arguments.values())))
+            changes["generator"] = _one_per_row(generators, rows)
+        result = call.run(**changes)
+        seen.last = previous_sample(result)
         return result
 
-    scheduler.step = step  # type: ignore[attr-defined]
-    try:
+    with handled_steps(scheduler, watch):
         yield seen
-    finally:
-        if is_own:
-            scheduler.step = original  # type: ignore[attr-defined]
-        else:
-            del scheduler.step  # type: ignore[attr-defined]
 
 
 def _one_per_row(generators: Sequence[torch.Generator], rows: int) -> list[torch.Generator]:
