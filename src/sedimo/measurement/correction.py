@@ -149,6 +149,8 @@ def estimate_correction(
 ) -> CorrectionProbe:
     """The correction of a quantized pipeline, such as a loaded checkpoint, from the one that it was made from.
 
+    Nothing is saved; `execution` counts the calls of the quantized denoiser alone.
+
     Raises:
         InputError: one sample only, an unknown path, or predictions that are not finite.
         StateError: the pipelines do not go the same way from the same latents.
