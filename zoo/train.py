@@ -23,12 +23,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-from training import assemble, autoencoder, classifier, denoiser
+from training import assemble, autoencoder, classifier, denoiser, unet
 
 STAGES = {
     "autoencoder": autoencoder.run,
     "classifier": classifier.run,
     "denoiser": denoiser.run,
+    "unet": unet.run,
     "assemble": assemble.run,
 }
 
