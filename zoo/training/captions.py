@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TEMPLATES = ("a photo of {}", "a picture of {}", "a small photo of {}", "{}", "{bare}")
+TASK = "text-to-image"  # under it, the text encoder's config tells what prompts and guidance suit the pipeline
 MAX_TOKENS = 16
 _END_OF_WORD = "</w>"
 _LARGEST_VOCABULARY = 2048  # far above what the captions can fill
