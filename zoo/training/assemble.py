@@ -63,7 +63,7 @@ def _write_ldm(work: Path, autoencoder: AutoencoderKL, out: Path) -> None:
         text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(work / "unet"),
-        scheduler=build_scheduler(steps_offset=1),  # which the pipeline insists on; trailing timesteps have no use for it
+        scheduler=build_scheduler(steps_offset=1),  # the pipeline insists; trailing timesteps have no use for it
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
