@@ -60,7 +60,7 @@ def test_diffusers_alone_draws_from_captions_and_class_names():
     pipe = DiffusionPipeline.from_pretrained(model_path("cifar-ldm"))
     assert isinstance(pipe, StableDiffusionPipeline)
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(["a photo of a cat", "truck"], num_inference_steps=2, guidance_scale=2.0).images
+    images = pipe(["a photo of a cat", "truck"], num_inference_steps=2, guidance_scale=3.0).images
     assert [image.size for image in images] == [(32, 32), (32, 32)]
 
 
@@ -86,7 +86,7 @@ def test_both_forms_of_the_vocabulary_agree():
 def test_the_unet_is_asked_for_its_classes_with_its_guidance(ldm):
     plan = ldm.default_sampling(range(12), 10)
     assert [prompt.split()[-1] for prompt in plan.conditions] == list(CLASSES)
-    assert plan.guidance == 2.0
+    assert plan.guidance == 3.0
     assert ldm.default_sampling(range(2), 10).conditions == plan.conditions[:2]
 
 
