@@ -77,7 +77,7 @@ class Bench:
     def bank(self, *, is_smoothed: bool):
         """The bank of the weights as they are now."""
         weights = ModuleWeights(self.pipe.denoiser) if is_smoothed else weights_of(self.pipe)
-        return fit_bank(weights, self.space, sample_channels=1, cache=self.cache)
+        return fit_bank(weights, self.space, sample_channels=2, cache=self.cache)
 
     def ranked_blocks(self, n_seeds: int) -> list[str]:
         """Blocks by what staying at 16 bits gains at the base's rules, greatest first."""
