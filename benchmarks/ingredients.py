@@ -1,6 +1,6 @@
 """What each ingredient of the SQNR strategy brings: hybrid precision, smoothing, single-step calibration, and together.
 
-    python benchmarks/ingredients.py [--source zoo:cifar-dit] [--formats uaq8a8,uaq4a8] [--keep 2] [--run runs/ingredients]
+    python benchmarks/ingredients.py [--source zoo:cifar-dit] [--formats uaq8a8,uaq4a8] [--keep 2] [--run DIR]
 
 The base is that of the paper: every layer at one uniform format, activations symmetric with static ranges by extremes
 (min-max), here calibrated at all ten steps. Each ingredient is added alone, then all three: `hybrid` leaves the
