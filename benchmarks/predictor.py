@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 import sedimo
+from sedimo.api.attributing import predictor_table
 from sedimo.api.finals import hold_finals
 from sedimo.api.order import BudgetOrder
 from sedimo.api.predicting import Known, judge, know, measures_of, training_set
@@ -35,8 +36,6 @@ from sedimo.measurement.exploration import Exploration, random_recipe_near
 from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
 from sedimo.metrics.signal import paired_difference, summarize
-from sedimo.sensitivity.choices import picked
-from sedimo.sensitivity.gnn.costs import calibrate, score_table
 from sedimo.sensitivity.gnn.scoring import hop_qualities, option_scores
 from sedimo.sensitivity.gnn.training import FAST, PAPER, train_predictor
 
@@ -160,10 +159,7 @@ def published(bench: Bench, seed: int) -> dict[str, object]:
     predictor = train_predictor(data, PAPER, progress=bench.progress)
     seconds = time.perf_counter() - begin
     scores = option_scores(predictor, hop_qualities(predictor, known.graph, data.codes))
-    sums = picked(np.nan_to_num(scores[0]), data.codes).sum(axis=1)
-    table = score_table(
-        data.choices, known.candidates, scores, calibrate(sums, data.choices.paper_bits(data.codes), data.quality)
-    )
+    table, _ = predictor_table(known, predictor, data, scores, (1.0, True))
     recipe = allocated(table, BudgetOrder(bits=bits)).recipe
     report = judge(predictor, data, known, extra=extra)
     rows = {s: to_plain(q.srcc) for n, s, q in report.rows if n == "this predictor"}
@@ -198,7 +194,7 @@ def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[st
     space = bench.known.space
     uniform = [space.uniform(f) for f in space.common_formats]
     within = [t for t in random if keeps(bench.known, t.recipe, budget)]
-    within.sort(key=lambda t: float(t.powers.sqnr_db.mean()))
+    within.sort(key=lambda t: -t.score)
     return {
         "gnn, one shot": first.allocation.recipe,
         "gnn, refined": final.allocation.recipe,
@@ -208,15 +204,13 @@ def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[st
         "ablation": allocated(attribute_measured(probed), budget).recipe,
         "error": allocated(bench.known.tables["error"], budget).recipe,
         "best uniform": best_of(selection, [u for u in uniform if space.paper_bits(u) <= bits + 0.1]),
-        "best random": best_of(
-            selection, [t.recipe for t in sorted(within, key=lambda t: -t.powers.sqnr_db.mean())[:5]]
-        ),
+        "best random": best_of(selection, [t.recipe for t in within[:5]]),
     }
 
 
 def best_of(measuring: Measuring, recipes):
     """The best on seeds that the figures do not use."""
-    return max(measuring.trials(recipes), key=lambda t: float(t.powers.sqnr_db.mean())).recipe
+    return max(measuring.trials(recipes), key=lambda t: t.score).recipe
 
 
 def compare(bench: Bench, recipes: dict[str, object]) -> dict[str, object]:

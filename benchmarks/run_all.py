@@ -20,6 +20,7 @@ COMMANDS = (
     ("trace", ["trace.py"]),
     ("allocation", ["allocation.py"]),
     ("size", ["size.py"]),
+    ("orthogonality", ["orthogonality.py", "--samples", "12", "--timesteps", "1", "--json", "runs/orthogonality.json"]),
     ("recipes", ["recipes.py", "--out", "runs/recipes.json", "--images", "5000"]),
     ("gnn", ["gnn.py"]),
     ("gnn_scale", ["gnn_scale.py", "--json", "runs/gnn_scale.json"]),

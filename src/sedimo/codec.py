@@ -141,7 +141,7 @@ def _read_scalar(kind: Any, plain: Any, place: str) -> Any:
 
 def _read_union(kinds: tuple[Any, ...], plain: Any, place: str) -> Any:
     reasons = []
-    for kind in kinds:
+    for kind in kinds if plain is None else [k for k in kinds if k is not types.NoneType]:
         try:
             return _read(kind, plain, place)
         except StateError as error:

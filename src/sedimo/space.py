@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from sedimo.codec import content_key, from_plain, parse_json, to_json
@@ -143,11 +143,6 @@ class PartFormat:
         if not 0 <= self.start < self.stop:
             raise InputError(f"a part must be a range of input channels, got {self.start}..{self.stop}")
 
-    @property
-    def weights_alone(self) -> PartFormat:
-        """The same with activations left at 16 bits."""
-        return PartFormat(self.start, self.stop, self.format.weight_format)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -212,12 +207,17 @@ class Recipe:
     @property
     def weights_alone(self) -> Recipe:
         """The same formats of weights, with activations left at 16 bits."""
+        return self.with_activations({})
+
+    def with_activations(self, bits: Mapping[str, int]) -> Recipe:
+        """The same formats of weights, with activations of so many bits by layer, 16 where it is silent."""
         layers: dict[str, Format | tuple[PartFormat, ...]] = {}
         for name, entry in self.layers.items():
+            width = bits.get(name, FULL_BITS)
             if isinstance(entry, Format):
-                layers[name] = entry.weight_format
+                layers[name] = replace(entry, activation_bits=width)
             else:
-                layers[name] = tuple(part.weights_alone for part in entry)
+                layers[name] = tuple(replace(p, format=replace(p.format, activation_bits=width)) for p in entry)
         return Recipe(layers)
 
     @property

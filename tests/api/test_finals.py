@@ -63,6 +63,18 @@ def test_the_winner_on_fresh_seeds_becomes_the_result(done):
         assert [f.name for f in won.finalists] == list(field)
 
 
+def test_a_finalist_whose_quality_is_no_number_does_not_win(done):
+    class Mixed(Scored):
+        def trials(self, recipes):
+            first, *rest = super().trials(recipes)
+            noise = np.array([0.0, *[np.inf] * (first.powers.n - 1)])  # exact and diverged samples
+            return (replace(first, powers=NoisePowers(noise, first.powers.signal)), *rest)
+
+    assert hold_finals(done.known, done.found, BUDGET, Mixed(done, 1)).finalists[1].trial.score == 40
+    won = hold_finals(done.known, done.found, BUDGET, Mixed(done, 1)).allocation.recipe
+    assert won == list(finalists(done.known, done.found, BUDGET).values())[1]
+
+
 def test_the_result_keeps_the_accounting_of_its_budget(done):
     stored = BudgetOrder(stored_bits=5.6)
     field = finalists(done.known, done.found, stored)

@@ -12,6 +12,7 @@ from sedimo.api.opening import open_source
 from sedimo.api.order import BudgetOrder, Order, SamplingOrder
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
+from sedimo.measurement.worker import CallTiming
 
 SAMPLING = SamplingOrder(n_seeds=2, n_steps=2, n_check_seeds=2)
 
@@ -69,6 +70,40 @@ def test_weight_changes_that_do_not_fit_at_once_cost_more_passes(tiny_pipeline_f
     once = planning.plan_job(order)
     monkeypatch.setattr(planning, "count_passes", lambda _: 10)
     assert planning.plan_job(order).n_calls == once.n_calls / 2 * 11
+
+
+def test_passes_take_seconds_of_local_noise_too(tiny_pipeline_folder, monkeypatch):
+    monkeypatch.setattr(planning, "time_calls", lambda *_: CallTiming(100.0, 2))
+    order = opened(tiny_pipeline_folder, "sqnr", check=False)
+    once = planning.plan_job(order)
+    monkeypatch.setattr(planning, "count_passes", lambda _: 11)
+    often = planning.plan_job(order)
+    assert often.n_calls == once.n_calls / 2 * 12
+    assert often.seconds - once.seconds == pytest.approx(100 * (often.n_calls - once.n_calls), rel=0.01)
+
+
+def test_no_more_timesteps_are_planned_than_there_are_steps(tiny_pipeline_folder):
+    order = opened(tiny_pipeline_folder, "orthogonality", check=False)
+    plan = planning._orthogonality_cost(order, CallTiming(1.0, 2))
+    assert plan.n_calls == 16 * 2 + 2 * (1 + 1)  # 32 samples instead of 2; two steps again, of one sample and of all
+
+
+@pytest.mark.parametrize("method", ["orthogonality", "gnn"])
+def test_random_recipes_are_planned_only_for_tables_that_predict_noise(tiny_pipeline_folder, monkeypatch, method):
+    monkeypatch.setattr(planning, "time_calls", lambda *_: CallTiming(1.0, 2))
+
+    def calls_of_check(name):
+        with_check, without = (
+            planning._check_cost(opened(tiny_pipeline_folder, name), CallTiming(1.0, 2), n_random=n) for n in (30, 0)
+        )
+        plan = planning.plan_job(opened(tiny_pipeline_folder, name))
+        bare = planning._search_cost(opened(tiny_pipeline_folder, name), name, CallTiming(1.0, 2))
+        return plan.n_calls - bare.n_calls, with_check.n_calls, without.n_calls
+
+    planned, _, expected = calls_of_check(method)
+    assert planned == expected
+    planned, expected, _ = calls_of_check("jacobian")
+    assert planned == expected
 
 
 def test_scaling_is_checked_where_formats_were_not_probed(tiny_pipeline_folder, tmp_path):

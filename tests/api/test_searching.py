@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sedimo
+from sedimo.api import predicting
 from sedimo.api.explaining import Seeds, explain
 from sedimo.api.insights import telling_changes
 from sedimo.api.order import BudgetOrder
@@ -19,11 +20,11 @@ from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
-from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Explanation
 from sedimo.sensitivity.gnn.training import FAST
 from sedimo.sensitivity.noise_model import fit_noise_model
+from sedimo.space import SearchSpace
 
 BUDGET = BudgetOrder(bits=5.0)  # small layers pay much for their codebooks
 ORDER = SearchOrder(n_trials=42, n_rounds=1, training=replace(FAST, n_folds=2, n_epochs=3, patience=2))
@@ -47,9 +48,7 @@ class Setup:
         return self.on(self.pipe.default_sampling(range(3), 2))
 
     def on(self, plan):
-        setting = setting_of(self.pipe, plan, weights_digest=self.bank.weights_digest)
-        worker = TrialWorker(self.pipe, self.bank, plan, objective="final_latents")
-        return Measuring(self.study, setting, lambda: worker)
+        return Measuring.on(self.pipe, self.bank, self.study, plan)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +78,14 @@ def test_the_same_search_measures_nothing_again(done):
     again = search(done.known, done.measuring, ORDER, BUDGET)
     assert again.allocation.recipe == done.found.allocation.recipe
     assert [t.key for t in again.trials] == [t.key for t in done.found.trials]
+
+
+def test_a_study_of_another_space_is_refused_before_anything_is_measured(done, monkeypatch):
+    other = sedimo.fit(done.pipe, sedimo.search_space(done.graph, "uaq3,uaq4"))
+    monkeypatch.setattr(predicting, "probe", lambda *_args, **_named: pytest.fail("measured"))
+    with pytest.raises(InputError, match="of another denoiser or of other formats"):
+        know(done.pipe, done.graph, other, done.study)
+    assert done.study.record(SearchSpace, "space") == done.bank.space
 
 
 def test_groups_can_be_decided_as_a_whole(done):

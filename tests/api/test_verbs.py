@@ -55,7 +55,7 @@ def test_a_plain_mapping_quantizes_a_pipeline_a_bare_denoiser_and_a_module(tiny_
         ({"nowhere": "kmc3"}, r"does not have: \['nowhere'\]"),
         ({LAYER: "kmc1"}, "bits must lie in"),
         ({LAYER: "x"}, "x"),
-        ({LAYER: "kmc4a8"}, "kmc4a8 quantizes activations to 8 bits, which is not supported yet; use kmc4"),
+        ({LAYER: "kmc4a9"}, "activation bits must lie in 2..8, or be 16, got 9"),
         ({TWINS[0]: "uaq4"}, "must have one format, got fp16, uaq4"),
         ({TWINS[0]: "uaq4", TWINS[1]: "uaq5"}, "must have one format, got uaq4, uaq5"),
     ],

@@ -75,7 +75,7 @@ def test_another_source_is_refused(packed, tiny_pipeline_folder, tmp_path):
         ("proj_out_1", "LAYER=FORMAT"),
         ("proj_out_1=kmc9", "bits must lie in"),
         ("proj_out_1=fp16", "cannot be left alone again"),
-        ("proj_out_1=kmc4a8", "kmc4a8 quantizes activations to 8 bits, which is not supported yet; use kmc4"),
+        ("proj_out_1=kmc4a8", "keeps how activations are rounded, got kmc4a8; use kmc4"),
         ("nowhere=kmc3", "no weight of a layer 'nowhere'"),
         (f"{TIED[0]}=uaq5 {TIED[1]}=uaq6", "must get the same format"),
         ("proj_out_1=uaq5 proj_out_1=uaq6", "two formats"),

@@ -245,9 +245,9 @@ def test_a_file_that_is_no_text_is_a_clear_error(tiny_pipeline_folder, tmp_path)
 
 def test_what_cannot_be_done_yet_or_means_nothing_is_refused_at_once(tiny_pipeline_folder, tmp_path):
     out = ("-o", tmp_path / "out")
-    for options in (("--method", "uniform:kma4a8"), ("--bits", "4", "--formats", "kma4a8,kma6")):
+    for options in (("--method", "uniform:kma4a9"), ("--bits", "4", "--formats", "kma4a9,kma6")):
         result = run("quantize", tiny_pipeline_folder, *options, *out, code=3)
-        assert "kma4a8 quantizes activations" in result.stderr
+        assert "activation bits must lie in 2..8" in result.stderr
     result = run("quantize", tiny_pipeline_folder, "--bits", "4", "--guidance", "nan", *out, code=3)
     assert "guidance scale must be a finite number" in result.stderr
 

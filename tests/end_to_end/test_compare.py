@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from running import run, run_json
 
-from sedimo.api.comparing import COMPARED, agreement
+from sedimo.api import comparing
+from sedimo.api.comparing import COMPARED, CompareOrder, agreement
+from sedimo.api.order import SamplingOrder
+from sedimo.errors import InputError
+from sedimo.measurement.ledger import Spent
+from sedimo.metrics.estimate import Estimate
+from sedimo.quant.formats import Format
+from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine, render_comparison
+from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.table import Cost, SensitivityTable
 
 QUICK = ("--seeds", "2", "--steps", "2", "--fresh", "4", "--formats", "uaq2,uaq3,uaq4,uaq6,kmc3,kmc4")
@@ -39,15 +50,35 @@ def test_every_method_is_measured_at_every_budget_on_the_same_fresh_seeds(compar
 def test_methods_that_build_on_others_count_what_those_took(compared):
     costs = compared[0]["costs"]
     assert costs["error"]["denoiser_calls"] == 0
-    assert costs["combined"]["denoiser_calls"] >= (
+    assert costs["combined"]["denoiser_calls"] == (
         costs["jacobian"]["denoiser_calls"] + costs["ablation"]["denoiser_calls"]
     )
-    assert costs["orthogonality-lp"]["denoiser_calls"] >= costs["orthogonality"]["denoiser_calls"] > 0
+    assert costs["orthogonality-lp"]["denoiser_calls"] == costs["orthogonality"]["denoiser_calls"] > 0
+    assert all(cost["is_complete"] for cost in costs.values())
+
+
+def test_costs_do_not_depend_on_what_the_study_held(tiny_pipeline_folder, tmp_path):
+    def compared_in(store, methods):
+        arguments = ("--bits", "5", "--store", tmp_path / store, *QUICK, "--methods", methods)
+        return run_json("compare", tiny_pipeline_folder, *arguments)["costs"]
+
+    methods = "uniform,jacobian,ablation,combined"
+    compared_in("resumed", "jacobian")
+    before = compared_in("resumed", "uniform,combined")
+    resumed, fresh = compared_in("resumed", methods), compared_in("fresh", methods)
+    for method in methods.split(","):
+        assert resumed[method]["denoiser_calls"] == fresh[method]["denoiser_calls"] > 0
+        assert resumed[method]["seconds"] > 0
+    assert resumed["combined"] == before["combined"]
 
 
 def test_agreement_with_the_ablation_is_told_with_an_interval(compared):
     found = compared[0]["agreement"]
-    assert set(found) == set(FEW.split(",")) - {"uniform", "ablation"}
+    assert set(found) == set(FEW.split(",")) - {
+        "uniform",
+        "ablation",
+        "combined",
+    }  # which are about the ablation itself
     assert all(-1 <= tau["low"] <= tau["value"] <= tau["high"] <= 1 for tau in found.values())
 
 
@@ -95,6 +126,61 @@ def test_comparisons_that_make_no_sense_are_refused(tiny_pipeline_folder, tmp_pa
     assert message in done.output
 
 
+def test_a_uniform_recipe_that_fits_no_budget_is_left_out_with_a_note(tiny_pipeline_folder, tmp_path, monkeypatch):
+    arguments = ("compare", tiny_pipeline_folder, "--bits", "10", "--store", tmp_path / "study", *QUICK)
+    narrow = ("--formats", "kmc4,fp16", "--methods", "uniform,error")  # one layer is too narrow for kmc4
+    found = run_json(*arguments, *narrow)
+    assert [row["method"] for row in found["rows"]] == ["uniform", "error"]
+    assert found["notes"] == ["uniform at 10 bits: pos_embed.proj cannot take kmc4 and has fp16"]
+    monkeypatch.setattr(comparing, "UNIFORM_SLACK_BITS", -10.0)
+    found = run_json(*arguments, *narrow)
+    assert [row["method"] for row in found["rows"]] == ["error"]
+    assert "uniform at 10 bits: left out, because no uniform format takes at most 0.00 bits" in found["notes"][0]
+    assert "left out" in run(*arguments, *narrow).stdout
+
+
+def test_every_budget_is_checked_before_anything_is_fitted(tiny_pipeline_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "make_bank", lambda *_args, **_named: pytest.fail("fitted"))
+    with pytest.raises(InputError, match="least possible"):
+        comparing.compare_methods(CompareOrder(str(tiny_pipeline_folder), tmp_path, (5.0, 1.0), ("error",)))
+
+
+def test_agreement_is_about_the_tables_of_the_middle_budget(tiny_pipeline_folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def decide(opened, bank, _study, method, _progress):
+        bits = opened.order.budget.bits
+        return comparing._Decided(
+            bank.space.uniform(uaq4), replace(error_table(bank.space, bank.candidates), method=bits)
+        )
+
+    uaq4 = Format.parse("uaq4")
+    monkeypatch.setattr(comparing, "_decide", decide)
+    monkeypatch.setattr(comparing, "agreement", lambda tables, bits: seen.update(tables=tables, bits=bits) or {})
+    sampling = SamplingOrder(n_seeds=2, n_steps=1)
+    order = CompareOrder(str(tiny_pipeline_folder), tmp_path, (5.0, 6.0, 7.0), ("error",), "uaq4", None, sampling)
+    comparing.compare_methods(replace(order, n_fresh=2))
+    assert seen["bits"] == 6.0
+    assert seen["tables"]["error"].method == 6.0
+
+
+def estimate(value):
+    return Estimate(value, 0.1, value - 0.2, value + 0.2, 4)
+
+
+def test_the_page_tells_what_is_not_full_incomplete_or_left_out_and_no_nan_wins():
+    nan = ComparisonLine("broken", 4.0, 3.9, 4.1, False, Estimate(math.nan, math.nan, -math.inf, math.inf, 4), None)
+    lines = [nan, ComparisonLine("error", 4.0, 4.0, 4.2, True, estimate(12.0), estimate(0.5))]
+    costs = [CostLine("error", Spent(5.0, 1234, False), None)]
+    page = render_comparison(ComparisonPage("toy", "broken", "0 to 3", 2, 1, lines, costs, ["uniform is left out"]))
+    assert page.count("(not full)") == 1
+    assert "at least 1,234" in page
+    assert "<li>uniform is left out</li>" in page
+    headline = page[page.index("Highest quality") :][:100]
+    assert "<code>error</code>" in headline
+    assert "broken" not in headline
+
+
 def table_of(method, costs):
     entries = tuple(Cost(n, f, c, 0.0, 0, 100, 100, 0) for n, f, c in costs)
     names = {n: (n,) for n, _, _ in costs}
@@ -103,15 +189,14 @@ def table_of(method, costs):
 
 
 def test_agreement_is_kendalls_tau_of_operations():
-    from sedimo.quant.formats import Format
-
     uaq4 = Format.parse("uaq4")
     truth = [("a1", 1.0), ("a2", 3.0), ("b1", 4.0), ("c1", 8.0), ("d1", 16.0)]
     tables = {
         name: table_of(name, [(n, uaq4, sign * c) for n, c in truth])
-        for name, sign in (("ablation", 1.0), ("same", 2.0), ("opposite", -1.0))
+        for name, sign in (("ablation", 1.0), ("same", 2.0), ("opposite", -1.0), ("combined", 1.0))
     }
     found = agreement(tables, 4.0)
+    assert set(found) == {"same", "opposite"}  # what holds the ablation agrees with itself
     assert found["same"].value == 1.0
     assert found["opposite"].value == -1.0
     assert found["same"].n == 4  # a1 and a2 are one operation

@@ -206,7 +206,7 @@ def test_a_study_of_other_weights_is_refused(explored, tiny_pipeline_folder, tmp
         (["--objective", "path,path"], "measured once"),
         (["--objective", ""], "final_latents, path, step, fid"),
         (["--formats", "fp16"], "leave every layer as it is"),
-        (["--formats", "kma4a8"], "quantizes activations"),
+        (["--formats", "kma4a9"], "activation bits must lie in 2..8"),
         (["--executor", "ray"], "executor must be one of serial, process"),
         (["--workers", "2"], "--executor process"),
         (["--executor", "process", "--workers", "0"], "at least one worker"),

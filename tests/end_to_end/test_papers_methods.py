@@ -18,6 +18,7 @@ QUICK = ("--seeds", "2", "--steps", "2")
         ("sqnr", (), "the noise at its own output"),
         ("orthogonality", ("--beta", "3", "--tau", "1"), "how little its output repeats that of other layers"),
         ("orthogonality", ("--importance-of", "noise"), "how little its output repeats that of other layers"),
+        ("orthogonality-lp", ("--tail-mean",), "how little its output repeats that of other layers"),
     ],
 )
 def test_a_method_goes_from_source_to_checkpoint(tiny_pipeline_folder, tmp_path, method, options, words):
@@ -26,7 +27,8 @@ def test_a_method_goes_from_source_to_checkpoint(tiny_pipeline_folder, tmp_path,
         "quantize", tiny_pipeline_folder, "--bits", "5", "-o", out, "--method", method, "--formats", "uaq3,uaq4,uaq6",
         *options, *QUICK,
     )  # fmt: skip
-    assert found["method"] == method
+    assert found["method"] == method.removesuffix("-lp")
+    assert (found["status"] == "heuristic") == method.endswith("-lp")
     assert 4.5 < found["paper_bits"] <= 5
     assert "this recipe" in found["check"]["recipes"]
     kept = json.loads(run("allocate", f"{out}.study", "--bits", "5", "--rule", "lp", "--json").stdout)
@@ -85,6 +87,10 @@ def test_block_curves_and_the_hybrid_recipe(tiny_pipeline_folder, tmp_path):
     [
         (("--keep", "1", "--bits", "5"), "give one rule"),
         (("--bits", "1"), "more than the budget of 1"),
+        (("--bits", "nan"), "a budget must be positive, got nan"),
+        (("--bits", "1e400"), "a budget must be positive, got inf"),
+        (("--keep-db", "nan"), "takes a gain in dB, such as 1, got nan"),
+        (("--keep", "1000"), "nothing would be quantized"),
         (("--objective", "fid"), "final_latents, path or step"),
     ],
 )

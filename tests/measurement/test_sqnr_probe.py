@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from toy_pipeline import ToyAdapter, ToyWeights, toy_space
+from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
 from sedimo.bank import fit_bank
 from sedimo.measurement import passes, sqnr
@@ -15,6 +15,7 @@ from sedimo.measurement.sqnr import probe_sqnr
 from sedimo.measurement.study import Study
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import record
+from sedimo.quant.formats import Format
 from sedimo.sensitivity.sqnr import sqnr_table
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)
@@ -77,6 +78,46 @@ def test_local_noise_is_that_of_the_layer_alone(name, guided):
             found = part.noise[name][text]
             assert found.mean == pytest.approx(float(expected.mean()), rel=1e-3)
             assert found.standard_error == pytest.approx(float(expected.std()) / math.sqrt(3), rel=1e-2, abs=1e-9)
+
+
+class MixedDenoiser(ToyDenoiser):
+    """All in bfloat16 but the timestep embedder, as some pipelines keep it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bfloat16()
+        self.time.float()
+        self.time.register_forward_hook(lambda _module, _args, output: output.bfloat16())
+
+    def forward(self, sample, timestep, label=None, return_dict=True):
+        found = super().forward(sample.bfloat16(), timestep, label, return_dict)["sample"].float()
+        return {"sample": found}
+
+
+@pytest.mark.parametrize("name", ["conv_in", "time", "first"])
+def test_noise_of_mixed_dtypes_is_that_of_float64(name):
+    torch.manual_seed(3)
+    adapter = ToyAdapter(MixedDenoiser())
+    bank = fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser))
+    found = probe_sqnr(adapter, bank, SAMPLING).parts[0].noise[name]["uaq4"].mean
+    decision, ratios = bank.space.decision_index[name], []
+    for call, samples in batches_of(SAMPLING, record(adapter, SAMPLING).calls):
+        noise, signal = torch.zeros(len(samples), dtype=torch.float64), torch.zeros(len(samples), dtype=torch.float64)
+        for layer in decision.layers if call.step == 0 else ():
+            module, kept = adapter.denoiser.get_submodule(layer), []
+            handle = module.register_forward_hook(lambda _m, a, o, kept=kept: kept.append((a[0], o)))
+            with torch.no_grad():
+                adapter.denoiser(**call.inputs)
+            handle.remove()
+            quantized = bank.quantized(name, Format.parse("uaq4")).to(torch.float32).dequantize()
+            delta = quantized.double() - module.weight.detach().double()
+            for inputs, output in kept:
+                x = inputs.double()
+                change = module._conv_forward(x, delta, None) if x.ndim == 4 else torch.nn.functional.linear(x, delta)
+                noise += change.flatten(1).square().sum(1)
+                signal += output.double().flatten(1).square().sum(1)
+        ratios += (noise / signal).tolist() if call.step == 0 else []
+    assert found == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
 
 
 def test_layers_that_are_never_called_cost_nothing_and_are_named():

@@ -18,10 +18,11 @@ from sedimo.quant.formats import (
     stored_bytes,
 )
 
+WIDTHS = st.sampled_from((2, 3, 4, 5, 6, 7, 8, 16))
 formats = st.one_of(
-    st.builds(Format, st.sampled_from(["kmc", "kma"]), st.integers(2, 8), st.none(), st.integers(2, 16)),
-    st.builds(Format, st.just("uaq"), st.integers(2, 8), st.none() | st.integers(2, 512), st.integers(2, 16)),
-    st.builds(Format, st.just("fp"), st.just(16), st.none(), st.integers(2, 16)),
+    st.builds(Format, st.sampled_from(["kmc", "kma"]), st.integers(2, 8), st.none(), WIDTHS),
+    st.builds(Format, st.just("uaq"), st.integers(2, 8), st.none() | st.integers(2, 512), WIDTHS),
+    st.builds(Format, st.just("fp"), st.just(16), st.none(), WIDTHS),
 )
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple)
 

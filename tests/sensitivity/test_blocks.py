@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from sedimo.errors import InputError
@@ -95,6 +97,12 @@ def test_blocks_stay_by_gain_by_number_or_by_budget(rule, expected):
 
 def test_a_block_that_is_better_quantized_is_never_kept_for_a_budget():
     assert sensitive_blocks([row("a", -0.3)], extra_bytes=1000) == ()
+
+
+@pytest.mark.parametrize("rule", [{"gain_db": 0.0}, {"count": 2}, {"extra_bytes": 5000}])
+def test_blocks_that_cannot_take_the_format_and_gains_without_a_number_are_not_ranked(rule):
+    rows = [row("narrow", 9.0, extra_bytes=0), row("diverged", math.nan), row("a", 2.0), row("b", 1.0)]
+    assert sensitive_blocks(rows, **rule) == ("a", "b")
 
 
 @pytest.mark.parametrize("rule", [{}, {"gain_db": 1.0, "count": 1}])

@@ -17,18 +17,18 @@ from sedimo.errors import InputError
 from sedimo.measurement.orthogonality import OrthogonalityPart, OrthogonalityProbe
 from sedimo.measurement.trial import Execution, Setting
 from sedimo.quant.formats import FP16
-from sedimo.sensitivity.orthogonality import ImportanceOptions, converged, importance, orthogonality_table
+from sedimo.sensitivity.orthogonality import MAX_WASTE, ImportanceOptions, converged, importance, orthogonality_table
 
 SETTING = Setting("0" * 64, "toy", "step", tuple(range(8)), 4, (), None, None, "float32", "cpu")
 EXECUTION = Execution(1.0, 4, 1, {})
 
 
-def part_of(matrix, constant=(), timestep=500.0):
+def part_of(matrix, constant=(), timestep=500.0, **unknown):
     n = len(matrix)
     sums = np.asarray(matrix).sum(axis=1) - 1
     replicates = tuple(tuple((sums * f).tolist()) for f in (0.9, 1.0, 1.1, 1.0))
     upper = np.asarray(matrix, dtype=float)[np.triu_indices(n, 1)]
-    return OrthogonalityPart(timestep, tuple(upper.tolist()), replicates, constant)
+    return OrthogonalityPart(timestep, tuple(upper.tolist()), replicates, constant, **unknown)
 
 
 def matrix_of(*entries):
@@ -99,8 +99,38 @@ def test_layers_that_nothing_is_known_of_count_as_the_mean():
     alone = np.exp(-np.array([0.5, 0.5, 0.1]))  # mean over the two others that are known
     assert found.theta == pytest.approx(np.array([*alone, alone.mean()]) / alone.max())
     assert math.isnan(found.per_step[0, 3])
-    with pytest.raises(InputError, match="fewer than two"):
+    with pytest.raises(InputError, match="at no timestep two of them differ"):
         importance(probe_of(part_of(matrix, constant=("b", "c", "d"))))
+
+
+def test_layers_that_are_never_called_cost_nothing_and_unread_ones_count_as_the_mean():
+    matrix = matrix_of(0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
+    table = table_of(probe_of(part_of(matrix, unused=("c",), unread=("d",))))
+    assert all(cost.cost == 0 for cost in table.by_decision["c"])
+    costs = {name: [c.cost for c in table.by_decision[name]] for name in NAMES}
+    assert costs["d"] == pytest.approx(costs["a"])
+    assert (table.settings["constant_layers"], table.settings["unused_layers"]) == ("none", "c")
+    assert table.settings["unread_layers"] == "d"
+
+
+def test_timesteps_at_which_no_two_layers_differ_say_nothing():
+    nothing = part_of(matrix_of(*[0.0] * 6), constant=NAMES)
+    lone = part_of(matrix_of(*[0.0] * 6), constant=NAMES[1:])
+    alone = importance(probe_of(part_of(ALIKE)))
+    found = importance(probe_of(part_of(ALIKE), nothing, lone))
+    assert found.theta == pytest.approx(alone.theta)
+    assert found.standard_error == pytest.approx(alone.standard_error)
+    with pytest.raises(InputError, match="at no timestep"):
+        importance(probe_of(nothing, lone))
+
+
+def test_a_family_beside_an_exact_one_wastes_all_that_it_may():
+    space = make_space()
+    exact = [replace(c, error=0.0) if str(c.format) == "kmc3" else c for c in candidates_of(space)]
+    table = orthogonality_table(space, exact, probe_of(part_of(ALIKE)))
+    by_format = {str(c.format): c.cost for c in table.by_decision["d"]}
+    assert by_format["kmc3"] == pytest.approx(13)
+    assert by_format["uaq3"] == pytest.approx(13 + MAX_WASTE)
 
 
 def test_costs_of_one_family_are_the_published_objective():

@@ -23,6 +23,8 @@ N_RECIPES = 30
 TOLERANCE_BITS = 0.25
 MIN_TRIALS = 3
 
+NO_NOISE = frozenset({"error", "orthogonality", "gnn"})  # two predict no noise; a predictor is judged by other recipes
+
 
 def measure_random_recipes(
     pipe: DiffusersPipeline,

@@ -141,7 +141,7 @@ def attribute_study(study: Study, order: AttributeOrder | None = None, progress:
     predictor = train_predictor(data, OPTIONS[order.preset], progress=progress)
     qualities = hop_qualities(predictor, known.graph, data.codes)
     scores = option_scores(predictor, qualities)
-    table, calibration = _table(known, predictor, data, scores, (order.confidence, text == "sqnr_db"))
+    table, calibration = predictor_table(known, predictor, data, scores, (order.confidence, text == "sqnr_db"))
     bits = data.choices.paper_bits(data.codes)
     middle = float(np.median(bits))
     band = order.band or (middle - BAND_HALF_WIDTH, middle + BAND_HALF_WIDTH)
@@ -205,7 +205,7 @@ def argmax_recipes(
     return {"operations": choices.recipe(operations), "groups": choices.recipe(grouped)}
 
 
-def _table(
+def predictor_table(
     known: Known,
     predictor: Predictor,
     data: TrainingSet,
@@ -216,7 +216,11 @@ def _table(
 
     Costs depend on the recipe around which they are taken; a search takes them again around its own result.
 
-    `how` is the confidence, and whether the target is in decibels.
+    `scores` are those of the options and their errors, `[D, K]` each; `how` is the confidence, and whether the target
+    is in decibels.
+
+    Raises:
+        InputError: costs that are not finite.
     """
     confidence, is_decibel = how
     sums = picked(np.nan_to_num(scores[0]), data.codes).sum(axis=1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sedimo.api.opening import open_pipeline
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder, refuse_activations
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, SamplingOrder
 from sedimo.api.searching import Measuring
 from sedimo.bank import SILENT, Progress, fit_bank
 from sedimo.codec import to_plain
@@ -50,14 +51,18 @@ class BlocksOrder:
     compute: Compute = DEFAULT_COMPUTE
 
     def __post_init__(self) -> None:
-        """Refuses formats that change no weight, objectives without curves, and several rules."""
+        """Refuses a format that changes no weight, an objective without curves, several rules, and no numbers."""
         if not self.number_format.is_quantized:
             raise InputError(f"block curves need a format that changes weights, got {self.number_format}")
-        refuse_activations([self.number_format])
         if self.objective not in ("final_latents", "path", "step"):
             raise InputError(f"block curves are measured by final_latents, path or step, got {self.objective!r}")
         if sum(rule is not None for rule in (self.keep_db, self.keep, self.bits)) > 1:
             raise InputError("give one rule for the blocks that stay at 16 bits: --keep-db, --keep or --bits")
+        BudgetOrder(bits=self.bits)
+        if self.keep_db is not None and not math.isfinite(self.keep_db):
+            raise InputError(f"--keep-db takes a gain in dB, such as 1, got {self.keep_db}")
+        if self.keep is not None and self.keep < 0:
+            raise InputError(f"--keep takes a number of blocks, got {self.keep}")
 
     @property
     def rule(self) -> str:
@@ -132,8 +137,10 @@ def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksRes
             for plan in (order.sampling.searching(opened.pipe), order.sampling.checking(opened.pipe))
         )
         free = _free_bytes(order, bank.space)  # refuses a budget that is too small before anything is measured
+        _refuse_keeping_all(order, bank.space, order.keep or 0)
         rows, everything = _curves(bank.space, order.number_format, searched)
         kept = _kept(order, rows, free)
+        _refuse_keeping_all(order, bank.space, len(kept))
         recipe = hybrid_recipe(bank.space, order.number_format, kept)
         hybrid = gain = None
         if kept:
@@ -180,6 +187,16 @@ def _kept(order: BlocksOrder, rows: tuple[BlockRow, ...], free: int | None) -> t
     if order.keep_db is None and order.keep is None and free is None:
         return ()
     return sensitive_blocks(rows, gain_db=order.keep_db, count=order.keep, extra_bytes=free)
+
+
+def _refuse_keeping_all(order: BlocksOrder, space: SearchSpace, n_kept: int) -> None:
+    """Refuses a rule under which nothing would be quantized."""
+    n_blocks = sum(extra_bytes_of(members, order.number_format) > 0 for members in blocks_of(space).values())
+    if n_kept >= n_blocks > 0:
+        raise InputError(
+            f"{n_blocks} blocks can take {order.number_format}; with {n_kept} at 16 bits nothing would be quantized. "
+            "Keep fewer: a smaller --keep or --bits, or a larger --keep-db"
+        )
 
 
 def _free_bytes(order: BlocksOrder, space: SearchSpace) -> int | None:

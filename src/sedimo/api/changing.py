@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sedimo.api.describing import owners_of, recipe_of, refuse_other_source
-from sedimo.api.order import refuse_activations
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.pipelines.loading import locate
@@ -62,12 +61,13 @@ def change_formats(
     name, folder = locate(source, variant)
     weights = FileWeights(denoiser_folder(folder), variant)
     wanted = {layer: f if isinstance(f, Format) else Format.parse(f) for layer, f in formats.items()}
-    refuse_activations(wanted.values())
+    _refuse_activations(wanted)
     fresh = _fitted(old, weights, wanted)
     before = recipe_of(old)
     owners = owners_of(old)
     changed = {layer: fresh[owner] for layer, owner in owners.items() if owner in fresh} | fresh
     after = Recipe({**before.layers, **{layer: weight.format for layer, weight in changed.items()}})
+    after = after.with_activations(before.activation_bits)
     written = replace_layer_format(
         place,
         Path(out),
@@ -76,6 +76,15 @@ def change_formats(
         component=inner.name if inner != place else None,
     )
     return Change({n: _text(before, n) for n in changed}, {n: _text(after, n) for n in changed}, written)
+
+
+def _refuse_activations(formats: Mapping[str, Format]) -> None:
+    for layer, number_format in formats.items():
+        if number_format != number_format.weight_format:
+            raise InputError(
+                f"layer {layer!r}: a change is of weights and keeps how activations are rounded, got {number_format}; "
+                f"use {number_format.weight_format}, or quantize the source anew"
+            )
 
 
 def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, Format]) -> dict[str, QuantizedTensor]:

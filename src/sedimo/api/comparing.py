@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,24 +12,26 @@ import numpy as np
 
 from sedimo.api.checking import UNIFORM_SLACK_BITS
 from sedimo.api.measuring import make_bank, measure_table, search_recipe
-from sedimo.api.opening import Opened, open_source
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.api.opening import Opened, check_budget, open_source
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, METHODS, BudgetOrder, Compute, Order, SamplingOrder
 from sedimo.api.planning import MeasuredMethod
+from sedimo.api.predicting import refuse_other_space
 from sedimo.api.search_order import SearchOrder
-from sedimo.api.searching import Measuring, allocated
+from sedimo.api.searching import Measuring, allocated, draw_around
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
-from sedimo.measurement.objective import counted_calls
+from sedimo.measurement.ledger import Ledger, Spent, add_up
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
 from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine
+from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.orthogonality import ImportanceOptions, Objective
 from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
 from sedimo.sensitivity.table import SensitivityTable
-from sedimo.space import Recipe
+from sedimo.space import Recipe, SearchSpace
 
 UNIFORM, REFERENCE = "uniform", "jacobian"
 ORTHOGONALITY: Mapping[str, Objective] = {
@@ -45,13 +47,8 @@ MEASURED: Mapping[str, MeasuredMethod] = {
     "sqnr": "sqnr",
     **dict.fromkeys(ORTHOGONALITY, "orthogonality"),
 }
-COMPARED = (UNIFORM, *MEASURED, "gnn")  # what others build on comes before them
-BUILDS_ON = {
-    "combined": ("jacobian", "ablation"),
-    "orthogonality-lp": ("orthogonality",),
-    "orthogonality-noise": ("orthogonality",),
-    "gnn": ("jacobian",),
-}
+COMPARED = (UNIFORM, *MEASURED, "gnn")
+HOLD_ABLATION = ("ablation", "combined")  # whose agreement with the ablation would say little
 LEAST_USED = 0.995  # of a budget, for a recipe to count as of equal size
 
 
@@ -84,8 +81,13 @@ class CompareOrder:
 
     @property
     def in_order(self) -> tuple[str, ...]:
-        """The methods, those that others build on first."""
+        """The methods, as they are always listed."""
         return tuple(m for m in COMPARED if m in self.methods)
+
+    @property
+    def search(self) -> SearchOrder:
+        """The search of `gnn`."""
+        return SearchOrder(self.n_trials, 3)
 
     def job(self, method: str, bits: float) -> Order:
         """The main job's order of one method at one budget; nothing of it is written."""
@@ -93,27 +95,15 @@ class CompareOrder:
             self.source,
             None,
             BudgetOrder(bits=bits),
-            method="gnn" if method == "gnn" else MEASURED.get(method, "error"),
+            method=method if method in METHODS else MEASURED.get(method, "error"),
             formats=self.formats,
             variant=self.variant,
             sampling=replace(self.sampling, n_check_seeds=self.n_fresh),
             compute=self.compute,
             check=False,
-            search=SearchOrder(self.n_trials, 3),
+            search=self.search,
             importance=ImportanceOptions(objective=ORTHOGONALITY.get(method, "bits")),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class MethodCost:
-    """Seconds and denoiser calls of finding a method's recipes at all budgets, beyond what the study already held.
-
-    The fits of all formats, which every method shares, come before. After an interruption, or in a study that
-    others have filled, it is less than the method takes from nothing.
-    """
-
-    seconds: float
-    denoiser_calls: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +125,10 @@ class ComparedRow:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All rows; `n_comparisons` paired differences were looked at.
+    """All rows; `n_comparisons` paired differences were looked at, `notes` say what is missing or not as ordered.
 
-    `costs` hold what a method builds on, too, if that was part of the comparison.
+    `costs` are those of finding a method's recipes at all budgets: what it used of measurements, each once, whoever
+    made them and whenever, and its own computing; the fits that all share are left out.
 
     `agreement` is Kendall's tau between operations' costs by each method's table and by the measured ablation, at the
     formats nearest to the middle budget.
@@ -148,9 +139,10 @@ class Comparison:
     seeds: str
     n_steps: int
     rows: tuple[ComparedRow, ...]
-    costs: Mapping[str, MethodCost]
+    costs: Mapping[str, Spent]
     n_comparisons: int
     agreement: Mapping[str, Estimate]
+    notes: tuple[str, ...]
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -159,12 +151,31 @@ class Comparison:
 
     def as_page(self) -> ComparisonPage:
         """What the page tells."""
-        lines = [ComparisonLine(r.method, r.bits, r.paper_bits, r.stored_bits, r.sqnr_db, r.ahead) for r in self.rows]
-        costs = [
-            CostLine(method, cost.seconds, cost.denoiser_calls, self.agreement.get(method))
-            for method, cost in self.costs.items()
+        lines = [
+            ComparisonLine(r.method, r.bits, r.paper_bits, r.stored_bits, r.is_full, r.sqnr_db, r.ahead)
+            for r in self.rows
         ]
-        return ComparisonPage(self.source, self.reference, self.seeds, self.n_steps, self.n_comparisons, lines, costs)
+        costs = [CostLine(method, spent, self.agreement.get(method)) for method, spent in self.costs.items()]
+        facts = (self.source, self.reference, self.seeds, self.n_steps, self.n_comparisons)
+        return ComparisonPage(*facts, lines, costs, self.notes)
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A method's recipe at a budget (None: it has none there), and the table behind it, if it has one."""
+
+    recipe: Recipe | None
+    table: SensitivityTable | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a method decided at a budget, what it used for that, and the seconds of its own computing [s]."""
+
+    decided: _Decided
+    used: Ledger
+    own_seconds: float
 
 
 def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Comparison:
@@ -174,33 +185,30 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
         InputError: the source cannot be sampled, or a budget that its formats do not allow.
         Interrupted: Ctrl-C; what was measured is kept.
     """
-    opened = open_source(order.job(REFERENCE, order.bits[0]))
-    tables: dict[str, SensitivityTable] = {}
+    opened = open_source(order.job(REFERENCE, min(order.bits)))
     with Study(order.store) as study:
-        bank = make_bank(opened, is_exact=True, cache=study.path.parent, progress=progress)
+        bank = make_bank(opened, study, is_exact=True, progress=progress)
         opened.space = bank.space
+        _refuse_impossible(order, bank.space, study)
         plan = opened.order.sampling.checking(opened.pipe)  # the same for all methods and budgets
+        entries: dict[tuple[str, float], _Entry] = {}
+        for bits, method in itertools.product(order.bits, order.in_order):
+            opened.order = order.job(method, bits)
+            entries[method, bits] = _accounted(opened, bank, study, method, progress)
         fresh = Measuring.on(opened.pipe, bank, study, plan, progress=progress)
-        rows: list[ComparedRow] = []
-        own: dict[str, list[MethodCost]] = {}
-        for bits in order.bits:
-            found = {}
-            for method in order.in_order:
-                opened.order = order.job(method, bits)
-                with _counted(opened, study, method) as cost:
-                    found[method] = _recipe(opened, bank, study, method, tables, progress)
-                own.setdefault(method, []).append(cost())
-            rows += _rows(bank, bits, found, fresh)
+        rows = [row for bits in order.bits for row in _rows(bank, bits, _recipes_at(entries, bits), fresh)]
     middle = sorted(order.bits)[len(order.bits) // 2]
+    tables = {m: e.decided.table for (m, bits), e in entries.items() if bits == middle and e.decided.table is not None}
     return Comparison(
         source=opened.name,
         reference=_reference(order.in_order),
         seeds=f"{plan.seeds[0]} to {plan.seeds[-1]}",
         n_steps=plan.n_steps,
         rows=tuple(rows),
-        costs={method: _total(own, method) for method in order.in_order},
+        costs={method: _cost([e for (m, _), e in entries.items() if m == method]) for method in order.in_order},
         n_comparisons=sum(row.ahead is not None for row in rows),
         agreement=agreement(tables, middle),
+        notes=tuple(f"{m} at {b:g} bits: {note}" for (m, b), e in entries.items() for note in e.decided.notes),
     )
 
 
@@ -208,14 +216,14 @@ def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, 
     """Kendall's tau between operations' costs by each method and by the ablation, with bootstrap intervals.
 
     An operation's cost is the mean over its decisions, at each one's format nearest to `bits`. Fewer than three
-    operations have no order worth a number.
+    operations have no order worth a number. Methods that contain the ablation are left out.
     """
     if "ablation" not in tables:
         return {}
     truth, found = _of_operations(tables["ablation"], bits), {}
     for method, table in tables.items():
         costs = _of_operations(table, bits)
-        if method != "ablation" and len(truth) >= LEAST_RECIPES:
+        if method not in HOLD_ABLATION and len(truth) >= LEAST_RECIPES:
             found[method] = prediction_quality([costs[name] for name in truth], list(truth.values())).kendall_tau
     return found
 
@@ -231,30 +239,57 @@ def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in sums.items()}
 
 
-def _recipe(
-    opened: Opened, bank: Bank, study: Study, method: str, tables: dict[str, SensitivityTable], progress: Progress
-) -> Recipe:
-    budget = opened.order.budget
+def _refuse_impossible(order: CompareOrder, space: SearchSpace, study: Study) -> None:
+    """Refuses budgets that the formats do not allow, and a study of another space, before anything is measured."""
+    for bits in order.bits:
+        check_budget(order.job(REFERENCE, bits), space)
+        if "gnn" in order.methods:
+            refuse_other_space(study, space)
+            draw_around(space, order.search, BudgetOrder(bits=bits))
+
+
+def _accounted(opened: Opened, bank: Bank, study: Study, method: str, progress: Progress) -> _Entry:
+    """What a method decides under the order that is open; its own seconds are those of the first time."""
+    name = f"computing:{content_key([method, to_plain(opened.order)])[:16]}"
+    begin = time.monotonic()
+    with study.ledger() as used:
+        decided = _decide(opened, bank, study, method, progress)
+    if name not in study.record_names():
+        study.put_record(name, max(0.0, time.monotonic() - begin - used.measuring_seconds))
+    return _Entry(decided, used, study.record(float, name))
+
+
+def _decide(opened: Opened, bank: Bank, study: Study, method: str, progress: Progress) -> _Decided:
     if method == UNIFORM:
-        return _best_uniform(opened, bank, study, budget.in_bits(bank.space.params), progress)
+        return _best_uniform(opened, bank, study, progress)
     if method == "gnn":
         measured, allocation = search_recipe(opened, study, progress)
-        tables[method] = measured.table
-        return allocation.recipe
-    tables[method] = measure_table(opened, MEASURED[method], study, progress).table
-    return allocated(tables[method], budget, rule="lp" if method.endswith("-lp") else "milp").recipe
+        return _Decided(allocation.recipe, measured.table)
+    table = measure_table(opened, MEASURED[method], study, progress).table
+    return _Decided(allocated(table, opened.order.budget, rule=opened.order.rule).recipe, table)
 
 
-def _best_uniform(opened: Opened, bank: Bank, study: Study, bits: float, progress: Progress) -> Recipe:
-    """The uniform recipe of about the budget that is best on the searched seeds."""
-    space = bank.space
-    uniform = (space.uniform(f) for f in space.common_formats)
-    fitting = [r for r in uniform if space.paper_bits(r) <= bits + UNIFORM_SLACK_BITS]
+def _best_uniform(opened: Opened, bank: Bank, study: Study, progress: Progress) -> _Decided:
+    """The uniform recipe of about the budget that is best on the searched seeds.
+
+    Where no format suits all decisions, those that cannot take one have what the rule `uniform:FORMAT` gives them.
+    """
+    space, errors = bank.space, error_table(bank.space, bank.candidates)
+    most = opened.order.budget.in_bits(space.params) + UNIFORM_SLACK_BITS
+    formats = space.common_formats or sorted({f for d in space.decisions for f in d.formats if f.is_quantized}, key=str)
+    uniform = [allocated(errors, BudgetOrder(), rule=f"uniform:{f}") for f in formats]
+    fitting = [found for found in uniform if found.paper_bits <= most]
     if not fitting:
-        raise InputError(f"no uniform format takes at most {bits + UNIFORM_SLACK_BITS:.2f} bits per weight")
+        return _Decided(None, notes=(f"left out, because no uniform format takes at most {most:.2f} bits per weight",))
     plan = opened.order.sampling.searching(opened.pipe)
-    trials = Measuring.on(opened.pipe, bank, study, plan, progress=progress).trials(fitting)
-    return max(trials, key=lambda t: float(t.powers.sqnr_db.mean())).recipe
+    trials = Measuring.on(opened.pipe, bank, study, plan, progress=progress).trials([f.recipe for f in fitting])
+    _, best = max(zip(trials, fitting, strict=True), key=lambda pair: pair[0].score)
+    return _Decided(best.recipe, notes=best.notes)
+
+
+def _recipes_at(entries: Mapping[tuple[str, float], _Entry], bits: float) -> dict[str, Recipe]:
+    found = {m: entry.decided.recipe for (m, at), entry in entries.items() if at == bits}
+    return {method: recipe for method, recipe in found.items() if recipe is not None}
 
 
 def _rows(bank: Bank, bits: float, found: Mapping[str, Recipe], fresh: Measuring) -> Iterator[ComparedRow]:
@@ -276,22 +311,13 @@ def _rows(bank: Bank, bits: float, found: Mapping[str, Recipe], fresh: Measuring
 
 
 def _reference(methods: Sequence[str]) -> str:
-    """What all others are compared with: first-order noise, or the first method."""
-    return REFERENCE if REFERENCE in methods else methods[0]
+    """What all others are compared with: first-order noise, or the first method that has a recipe at every budget."""
+    if REFERENCE in methods:
+        return REFERENCE
+    return next((m for m in methods if m != UNIFORM), UNIFORM)
 
 
-def _total(own: Mapping[str, Sequence[MethodCost]], method: str) -> MethodCost:
-    """What a method took at all budgets, with what it found measured already by the methods that it builds on."""
-    parts = [cost for name in (method, *BUILDS_ON.get(method, ())) for cost in own.get(name, ())]
-    return MethodCost(sum(c.seconds for c in parts), sum(c.denoiser_calls for c in parts))
-
-
-@contextmanager
-def _counted(opened: Opened, study: Study, method: str) -> Iterator[Callable[[], MethodCost]]:
-    """Seconds and denoiser calls of what is done inside; those of the first time, when the study knows it."""
-    name = f"cost:{content_key([method, to_plain(opened.order)])[:16]}"
-    begin = time.monotonic()
-    with counted_calls(opened.pipe) as calls:
-        yield lambda: study.record(MethodCost, name)
-    if name not in study.record_names():
-        study.put_record(name, MethodCost(time.monotonic() - begin, len(calls)))
+def _cost(entries: Sequence[_Entry]) -> Spent:
+    """What a method took at all budgets."""
+    measured = add_up(entry.used for entry in entries)
+    return replace(measured, seconds=measured.seconds + sum(entry.own_seconds for entry in entries))

@@ -9,7 +9,7 @@ import torch
 from sedimo.errors import InputError
 from sedimo.pipelines.saving import Finish
 from sedimo.pipelines.weights import denoiser_folder
-from sedimo.quant.formats import Format
+from sedimo.quant.formats import FP16, Format
 from sedimo.runtime.card import CARD_NAME, Origin, base_model_of
 from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
 from sedimo.runtime.layout import LayerEntry, TiedEntry
@@ -20,9 +20,11 @@ MOST_NOISE = 1.0  # of a packed weight relative to its source: what rounding eve
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:
-    """The formats of all packed layers, those that share a weight included."""
+    """The formats of all layers that are packed or whose inputs are rounded, those that share a weight included."""
     entries = {name: e for name, e in checkpoint.layers.items() if isinstance(e, LayerEntry)}
-    return Recipe({name: _formats(entries[owner]) for name, owner in owners_of(checkpoint).items()})
+    weights = {name: _formats(entries[owner]) for name, owner in owners_of(checkpoint).items()}
+    bits = {name: quantizer.bits for name, quantizer in checkpoint.inputs.layers.items()}
+    return Recipe(dict.fromkeys(bits, FP16) | weights).with_activations(bits)
 
 
 def owners_of(checkpoint: Checkpoint) -> dict[str, str]:

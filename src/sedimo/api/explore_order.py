@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder, refuse_activations
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
 from sedimo.api.search_order import check_study
 from sedimo.errors import InputError
 from sedimo.measurement.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
@@ -52,7 +52,7 @@ class ExploreOrder:
 
         Raises:
             InputError: no trials, an unknown or repeated objective, too few seeds for `fid`, formats that quantize
-                nothing or activations, an unknown sampler or executor, no workers, or workers for `serial`.
+                nothing, an unknown sampler or executor, no workers, or workers for `serial`.
         """
         if self.trials < 1:
             raise InputError(f"there must be at least one trial, got {self.trials}")
@@ -60,7 +60,6 @@ class ExploreOrder:
         formats = parse_formats(self.formats)
         if not any(f.is_quantized for f in formats):
             raise InputError(f"the formats {self.formats} leave every layer as it is; add one such as kmc4")
-        refuse_activations(formats)
         if self.sampler not in SAMPLERS:
             raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.executor not in EXECUTORS:

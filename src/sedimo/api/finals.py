@@ -31,7 +31,7 @@ def hold_finals(known: Known, found: Search, budget: BudgetOrder, measuring: Mea
     recipes = finalists(known, found, budget)
     trials = measuring.trials(list(recipes.values()))
     field = tuple(Finalist(name, trial) for name, trial in zip(recipes, trials, strict=True))
-    best = max(field, key=lambda f: float(f.trial.powers.sqnr_db.mean()))
+    best = max(field, key=lambda f: f.trial.score)
     if best.name == BUILT:
         return replace(found, finalists=field)
     own = read_budget(known.space.params, **budget.named, budget_bops=None)
@@ -49,7 +49,7 @@ def finalists(known: Known, found: Search, budget: BudgetOrder) -> Mapping[str, 
         f"half way to {prior.method}": allocated(mean, budget).recipe,
     }
     within = [t for t in found.trials if keeps(known, t.recipe, budget)]
-    within.sort(key=lambda t: -float(t.powers.sqnr_db.mean()))
+    within.sort(key=lambda t: -t.score)
     entries |= {name: trial.recipe for name, trial in zip(MEASURED, within, strict=False)}
     first = {recipe.key: name for name, recipe in reversed(entries.items())}
     return {name: recipe for name, recipe in entries.items() if first[recipe.key] == name}

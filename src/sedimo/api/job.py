@@ -11,7 +11,7 @@ import psutil
 
 from sedimo.allocation.fixed import allocate_given
 from sedimo.allocation.problem import Allocation
-from sedimo.api.additivity import check_additivity, measure_random_recipes
+from sedimo.api.additivity import NO_NOISE, check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
 from sedimo.api.mapping import maps_of, probe_result
 from sedimo.api.measuring import MeasuredTable, make_bank, measure_table, search_recipe
@@ -191,7 +191,8 @@ def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
     asked = (order.method, order.formats, str(order.budget), order.check)
-    facts = (*asked, *(to_plain(part) for part in (order.search, order.importance, order.sampling, order.compute)))
+    parts = (order.search, order.importance, order.activations, order.sampling, order.compute)
+    facts = (*asked, *(to_plain(part) for part in parts))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
         study.put_record(name, plan_job(opened))
@@ -204,8 +205,8 @@ def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress
         return search_recipe(opened, study, progress)
     if not order.is_fixed:
         measured = measure_table(opened, method.method, study, progress)
-        return measured, allocated(measured.table, order.budget)
-    bank = make_bank(opened, is_exact=False, cache=study.path.parent, progress=progress)
+        return measured, allocated(measured.table, order.budget, rule=order.rule)
+    bank = make_bank(opened, study, is_exact=False, progress=progress)
     table = error_table(bank.space, bank.candidates)
     if order.recipe is not None:
         return MeasuredTable(bank, table), allocate_given(table, bank.space.choice(order.recipe))
@@ -216,8 +217,8 @@ def _additivity(
     opened: Opened, bank: Bank, study: Study, decided: tuple[SensitivityTable, Allocation], progress: Progress
 ) -> Agreement | None:
     table, allocation = decided
-    if table.method in ("error", "orthogonality", "gnn"):
-        return None  # two of them predict no noise; what a predictor is worth is told by recipes it has not seen
+    if table.method in NO_NOISE:
+        return None
     plan = (opened.order.sampling.searching(opened.pipe), progress)
     return check_additivity(table, measure_random_recipes(opened.pipe, bank, study, allocation.paper_bits, plan))
 
@@ -243,7 +244,7 @@ def _write(opened: Opened, bank: Bank, allocation: Allocation, finish: Finish) -
     order = opened.order
     packed = bank.quantize(allocation.recipe)
     _keep_budget(bank, allocation, packed)
-    replace_weights(opened.denoiser, packed)
+    replace_weights(opened.denoiser, packed, inputs=bank.input_quantizers(allocation.recipe))
     origin = Origin(
         base_model=order.source if is_hub_id(order.source) else opened.name,
         method=f"{allocation.method}, {allocation.rule}",

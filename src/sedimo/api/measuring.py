@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from sedimo.allocation.problem import Allocation
 from sedimo.api.explaining import Seeds, explain
@@ -14,7 +14,10 @@ from sedimo.api.predicting import know
 from sedimo.api.probing import LEAST_SAMPLES, Probe, ProbeMethod, attribute_measured, measure_probes, probe
 from sedimo.api.searching import Measuring, search
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
+from sedimo.measurement.calibration import calibrate
+from sedimo.measurement.passes import activation_bits
 from sedimo.measurement.study import Study
+from sedimo.quant.activations import Activations
 from sedimo.reporting.explanation import Explanation
 from sedimo.sensitivity.ablation import check_scaling, plan_checks
 from sedimo.sensitivity.agreement import Agreement
@@ -44,7 +47,7 @@ class MeasuredTable:
 def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT) -> MeasuredTable:
     """The bank and the table of a method. What the study holds already is not measured again."""
     parts = PARTS[method]
-    bank = make_bank(opened, is_exact=not FITTED.isdisjoint(parts), cache=study.path.parent, progress=progress)
+    bank = make_bank(opened, study, is_exact=not FITTED.isdisjoint(parts), progress=progress)
     if not parts:
         return MeasuredTable(bank, error_table(bank.space, bank.candidates))
     probes = [_probe(opened, bank, name, study, progress) for name in parts]
@@ -54,16 +57,33 @@ def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress
     return MeasuredTable(bank, table, scaling, probes=tuple(probes))
 
 
-def make_bank(opened: Opened, *, is_exact: bool, cache: Path | None = None, progress: Progress = SILENT) -> Bank:
-    """All candidates: fitted in full, or with errors estimated from some output channels."""
-    channels = None if is_exact else SAMPLE_CHANNELS
-    return fit_bank(opened.weights, opened.space, sample_channels=channels, cache=cache, progress=progress)
+def make_bank(opened: Opened, study: Study, *, is_exact: bool, progress: Progress = SILENT) -> Bank:
+    """All candidates: fitted in full, or with errors estimated from some output channels; activations as ordered."""
+    channels, cache = None if is_exact else SAMPLE_CHANNELS, study.path.parent
+    bank = fit_bank(opened.weights, opened.space, sample_channels=channels, cache=cache, progress=progress)
+    widths = {layer: bits for d in bank.space.decisions if (bits := activation_bits(d)) for layer in d.layers}
+    return bank.rounding(_rules(opened, widths, study, progress)) if widths else bank
+
+
+def _rules(opened: Opened, widths: Mapping[str, Collection[int]], study: Study, progress: Progress) -> Activations:
+    wanted = opened.order.activations
+    if wanted.calibration is None:
+        return Activations(wanted.symmetric)
+    return calibrate(
+        opened.pipe,
+        widths,
+        opened.order.sampling.sampling_many(opened.pipe, wanted.n_samples),
+        weights_digest=opened.weights.digest,
+        options=wanted.calibration,
+        study=study,
+        progress=progress,
+    )
 
 
 def search_recipe(opened: Opened, study: Study, progress: Progress = SILENT) -> tuple[MeasuredTable, Allocation]:
     """The recipe that a search by measured recipes finds, and what it has learned. Resumes in the study."""
     order, pipe = opened.order, opened.pipe
-    bank = make_bank(opened, is_exact=True, cache=study.path.parent, progress=progress)
+    bank = make_bank(opened, study, is_exact=True, progress=progress)
     plan = order.sampling.searching(pipe)
     known = know(pipe, opened.graph, bank, study, prior=order.search.prior, sampling=plan, progress=progress)
     on_search = Measuring.on(pipe, bank, study, plan, progress=progress)

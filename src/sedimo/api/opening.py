@@ -108,7 +108,7 @@ def open_source(order: Order) -> Opened:
     found = open_pipeline(order.source, formats, compute=order.compute, variant=order.variant)
     if order.recipe is not None:
         found.space.check(order.recipe)
-    _check_budget(order, found.space)
+    check_budget(order, found.space)
     return Opened(order=order, **vars(found))
 
 
@@ -137,8 +137,12 @@ def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str |
     )
 
 
-def _check_budget(order: Order, space: SearchSpace) -> None:
-    """Refuses a budget below what the smallest formats take, before anything is measured."""
+def check_budget(order: Order, space: SearchSpace) -> None:
+    """Refuses a budget below what the smallest formats take, before anything is measured.
+
+    Raises:
+        InputError: with the least and most possible bits.
+    """
     budget = order.budget
     if not budget.is_given or order.is_fixed:
         return

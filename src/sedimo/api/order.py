@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
+from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.quant.formats import FULL_BITS, Format, parse_formats
+from sedimo.quant.formats import Format, parse_formats
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 from sedimo.space import Recipe
 
-Method = Literal["auto", "error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn"]
+Method = Literal[
+    "auto", "error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "orthogonality-lp", "gnn"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
-UNIFORM = "uniform:"
+UNIFORM, BY_LP = "uniform:", "-lp"
 MAX_BITS = 32
 MAX_BYTES = 1 << 50
 
@@ -137,7 +140,29 @@ class Compute:
     device: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ActivationOrder:
+    """How the inputs of layers are rounded whose format asks for it.
+
+    By the range of each token or image (dynamic), symmetric or not; or, with a `calibration`, by static ranges that are
+    calibrated on `n_samples` of the model's own trajectories.
+
+    Raises:
+        InputError: no samples.
+    """
+
+    symmetric: bool = False
+    calibration: CalibrationOptions | None = None
+    n_samples: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuses calibration on nothing."""
+        if self.n_samples < 1:
+            raise InputError(f"ranges are calibrated on at least one sample, got {self.n_samples}")
+
+
 DEFAULT_COMPUTE = Compute()
+DYNAMIC_ACTIVATIONS = ActivationOrder()
 DEFAULT_SAMPLING = SamplingOrder()
 DEFAULT_SEARCH = SearchOrder()
 
@@ -165,6 +190,7 @@ class Order:
     overwrite: bool = False
     search: SearchOrder = DEFAULT_SEARCH
     importance: ImportanceOptions = DEFAULT_IMPORTANCE
+    activations: ActivationOrder = DYNAMIC_ACTIVATIONS
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.
@@ -182,9 +208,6 @@ class Order:
         asked = parse_formats(self.formats) if not self.is_fixed else ()
         if asked and not any(f.is_quantized for f in asked):
             raise InputError(f"the formats {self.formats} leave every layer as it is; add one such as kmc4")
-        refuse_activations([*asked, *([] if self.uniform_format is None else [self.uniform_format])])
-        if self.recipe is not None:
-            refuse_activations(self.recipe.formats)
         if self.recipe is not None and (self.budget.is_given or self.method != "auto"):
             raise InputError("a recipe decides everything: leave out --method and the budget")
 
@@ -192,6 +215,16 @@ class Order:
     def is_fixed(self) -> bool:
         """Whether the recipe is given and nothing has to be found out."""
         return self.recipe is not None or self.method.startswith(UNIFORM)
+
+    @property
+    def measured_method(self) -> str:
+        """The method by which costs are found out."""
+        return self.method.removesuffix(BY_LP)
+
+    @property
+    def rule(self) -> str:
+        """The rule by which formats are chosen from the costs: exact, or the published linear programme."""
+        return "lp" if self.method.endswith(BY_LP) else "milp"
 
     @property
     def uniform_format(self) -> Format | None:
@@ -224,17 +257,3 @@ class Order:
             inside = [other for other, outer in resolved.items() if other != name and path.is_relative_to(outer)]
             if inside:
                 raise InputError(f"{name} {places[name]} must not lie in {inside[0]} {places[inside[0]]}")
-
-
-def refuse_activations(formats: Iterable[Format]) -> None:
-    """Refuses formats with activation bits: weights alone are quantized.
-
-    Raises:
-        InputError: naming the format.
-    """
-    for number_format in formats:
-        if number_format.activation_bits < FULL_BITS:
-            raise InputError(
-                f"format {number_format} quantizes activations to {number_format.activation_bits} bits, which is not "
-                f"supported yet; use {number_format.weight_format}"
-            )

@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from sedimo.api.additivity import N_RECIPES
+from sedimo.api.additivity import N_RECIPES, NO_NOISE
 from sedimo.api.opening import Opened, OpenedSource
 from sedimo.api.order import FINAL_FACTOR
 from sedimo.api.probing import LEAST_SAMPLES, AblationOptions, ProbeMethod
@@ -21,7 +21,7 @@ from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
-from sedimo.measurement.orthogonality import OrthogonalityOptions
+from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_runs
 from sedimo.measurement.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
@@ -87,7 +87,7 @@ def plan_job(opened: Opened) -> MethodPlan:
     """
     if opened.order.is_fixed:
         return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
-    wanted = opened.order.method
+    wanted = opened.order.measured_method
     if wanted == "error":
         return _unsampled(opened, _error_cost(opened), "as ordered")
     obstacle = opened.why_not_sampled()
@@ -132,7 +132,7 @@ def _too_slow(what: str, seconds: float, how_sure: str = "about") -> str:
 
 def _sampled(opened: Opened, method: MeasuredMethod, timing: CallTiming, reason: str) -> MethodPlan:
     cost = _search_cost(opened, method, timing)
-    check = _check_cost(opened, timing, n_random=N_RECIPES)
+    check = _check_cost(opened, timing, n_random=0 if method in NO_NOISE else N_RECIPES)
     return _joined(opened, method, reason, cost, check)
 
 
@@ -213,19 +213,24 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
 def _sqnr_cost(opened: Opened, timing: CallTiming) -> _Cost:
     """A trajectory of more samples, all its calls again with all formats, which are fitted in full."""
     n_calls = _share_of(opened, "sqnr") * timing.n_calls
-    n_formats = max(len(d.formats) for d in opened.space.decisions)
-    seconds = n_calls * (1 + n_formats) * timing.seconds_per_call + _full_fits(opened)
-    return _Cost(seconds, round(n_calls * (1 + count_passes(opened.space))), JACOBIAN_MEMORY_BYTES)
+    n_formats, n_passes = max(len(d.formats) for d in opened.space.decisions), count_passes(opened.space)
+    seconds = n_calls * (1 + n_passes + n_formats) * timing.seconds_per_call + _full_fits(opened)
+    return _Cost(seconds, round(n_calls * (1 + n_passes)), JACOBIAN_MEMORY_BYTES)
 
 
 def _orthogonality_cost(opened: Opened, timing: CallTiming) -> _Cost:
-    """A trajectory of more samples, some of its calls again in pairs of parts, and errors that are estimated."""
-    options, n_samples = OrthogonalityOptions(), LEAST_SAMPLES["orthogonality"]
+    """A trajectory of more samples, some of its calls again in pairs of halves of a batch, and errors estimated.
+
+    Fewer samples run at once where outputs are large, which is known only when they are there.
+    """
+    sampling = opened.order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES["orthogonality"])
+    n_timesteps, n = min(N_TIMESTEPS, sampling.n_steps), len(sampling.seeds)
+    runs = [len(samples) for samples in sample_runs(n, max(2, sampling.batch_size))]
     share = _share_of(opened, "orthogonality")
-    again = options.n_timesteps * max(1.0, 2 * ROWS_PER_SAMPLE * n_samples / options.max_rows)
     calls = round(share * timing.n_calls)
-    seconds = (calls + share * again) * timing.seconds_per_call + _error_cost(opened).seconds
-    return _Cost(seconds, calls + round(again), 8 * len(opened.graph.layers) * n_samples**2)
+    again = n_timesteps * share * timing.n_calls / sampling.n_steps * sum(runs) / n
+    seconds = (calls + again) * timing.seconds_per_call + _error_cost(opened).seconds
+    return _Cost(seconds, calls + n_timesteps * (1 + len(runs)), MEMORY_BYTES)
 
 
 def _share_of(opened: Opened, method: ProbeMethod) -> float:

@@ -105,8 +105,9 @@ def know(
     """Measures the prior, puts it beside weight errors, and keeps all of it in the study for `recall`.
 
     Raises:
-        InputError: an unknown prior.
+        InputError: an unknown prior, or a study of another space.
     """
+    refuse_other_space(study, bank.space)
     if prior not in PRIORS:
         raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {prior!r}")
     tables = {"error": attribute_measured(bank)}
@@ -115,10 +116,23 @@ def know(
         found = attribute_measured(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
         tables = {name: found, **tables}
     study.put_record(GRAPH, graph)
-    study.claim(SPACE, bank.space)
+    study.put_record(SPACE, bank.space)
     study.put_record(CANDIDATES, KeptCandidates(bank.candidates))
     study.put_record(PRIOR, tables[prior])
     return Known(graph, bank.space, bank.index, tables)
+
+
+def refuse_other_space(study: Study, space: SearchSpace) -> None:
+    """Refuses a study whose recipes are about other decisions or formats, before anything is measured.
+
+    Raises:
+        InputError: saying what to do.
+    """
+    if SPACE in study.record_names() and study.record(SearchSpace, SPACE) != space:
+        raise InputError(
+            f"the study {study.path} holds recipes of another denoiser or of other formats, from which this one cannot "
+            "learn; give the same formats, or another folder with --store"
+        )
 
 
 def recall(study: Study) -> Known:

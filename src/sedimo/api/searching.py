@@ -38,7 +38,7 @@ from sedimo.sensitivity.gnn.scoring import disjoint_groups, group_contributions
 from sedimo.sensitivity.gnn.training import MIN_RECIPES, Predictor, TrainingSet, train_predictor
 from sedimo.sensitivity.noise_model import NoiseModel, fit_noise_model
 from sedimo.sensitivity.table import SensitivityTable
-from sedimo.space import Recipe
+from sedimo.space import Recipe, SearchSpace
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +151,16 @@ def search(known: Known, measuring: Measuring, order: SearchOrder, budget: Budge
 
 
 def explore_around(known: Known, measuring: Measuring, order: SearchOrder, budget: BudgetOrder) -> tuple[Trial, ...]:
-    """The random recipes of a search: stratified, around the budget."""
-    space = known.space
+    """The trials of the random recipes of a search."""
+    return measuring.trials(draw_around(known.space, order, budget))
+
+
+def draw_around(space: SearchSpace, order: SearchOrder, budget: BudgetOrder) -> list[Recipe]:
+    """The random recipes of a search: stratified, around the budget.
+
+    Raises:
+        InputError: there are too few different ones.
+    """
     least, most = possible_bits(space)
     bits = min(max(budget.in_bits(space.params), least), most)
     low, high = max(least, bits - RANGE_BITS), min(most, bits + RANGE_BITS)
@@ -164,7 +172,7 @@ def explore_around(known: Known, measuring: Measuring, order: SearchOrder, budge
             f"these formats make only {len(distinct)} different recipes within {low:.2f} to {high:.2f} bits, too few "
             "to learn from; add formats, or use --method jacobian"
         )
-    return measuring.trials(list(distinct.values())[: order.n_random])
+    return list(distinct.values())[: order.n_random]
 
 
 def propose(
@@ -249,6 +257,6 @@ def _round(
     known: Known, budget: BudgetOrder, trials: Sequence[Trial], model: NoiseModel, done: tuple[int, int]
 ) -> Round:
     within = [t for t in trials if keeps(known, t.recipe, budget)] or list(trials)
-    best = max(within, key=lambda t: float(t.powers.sqnr_db.mean()))
+    best = max(within, key=lambda t: t.score)
     predicted = float(model.predict(Choices(known.space).codes([best.recipe]))[0])
     return Round(*done, best, predicted)

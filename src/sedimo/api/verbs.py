@@ -16,7 +16,6 @@ from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
 from sedimo.api.additivity import check_additivity, whole_recipes
 from sedimo.api.describing import card_writer
-from sedimo.api.order import refuse_activations
 from sedimo.api.predicting import know
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
@@ -179,23 +178,23 @@ def report(
 def quantize(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None = None) -> Loaded | nn.Module:
     """Replaces the weights that a recipe names by packed ones, in place, and returns `pipe`.
 
-    `recipe` is a `Recipe` or a plain mapping of layer name to format text. With a `bank`, its fits are used.
+    `recipe` is a `Recipe` or a plain mapping of layer name to format text. Formats such as `uaq4a8` round the layer's
+    inputs, too. With a `bank`, its fits and its rules for activations are used.
 
     Raises:
-        InputError: an unknown layer, a format that is none or has activation bits, layers with equal weights and
+        InputError: an unknown layer, a format that is none, layers with equal weights and
             different formats, a bank of other weights, a weight that is packed already or carries an adapter.
     """
     wanted = recipe if isinstance(recipe, Recipe) else Recipe.from_mapping(recipe)
     denoiser = pipe if isinstance(pipe, nn.Module) else pipe.denoiser
     refuse_unfit_source(denoiser)
-    refuse_activations(wanted.formats)
     if bank is None:
         space = search_space(trace(pipe), sorted({str(f) for f in wanted.formats} | {"fp16"}))
         bank = Bank(weights_of(pipe), space, candidates=())
     else:
         refuse_changed(bank.weights, denoiser, layers=wanted.layers)
     bank.space.check(wanted)
-    replace_weights(denoiser, bank.quantize(wanted))
+    replace_weights(denoiser, bank.quantize(wanted), inputs=bank.input_quantizers(wanted))
     return pipe
 
 
@@ -206,7 +205,7 @@ def memory_bytes(model: nn.Module | Loaded) -> int:
 
 def _captured_inputs(pipe: DiffusersPipeline) -> Mapping[str, object]:
     """The denoiser's inputs in one real call of the pipeline."""
-    trajectory = record(pipe, pipe.default_sampling([0], 1), steps=[0])
+    trajectory = record(pipe, pipe.default_sampling([0], 1), at_most=1)
     if not trajectory.calls:
         raise InputError(f"the pipeline {pipe.name} did not call its denoiser")
     return trajectory.calls[0].inputs

@@ -8,6 +8,7 @@ import click
 
 from sedimo.cli import console, show
 from sedimo.cli.options import (
+    activation_options,
     budget_options,
     importance_options,
     job_options,
@@ -16,7 +17,10 @@ from sedimo.cli.options import (
     sampling_options,
 )
 
-METHODS = "auto, error, jacobian, ablation, combined, sqnr, orthogonality, gnn (see sedimo run), or uniform:FORMAT"
+METHODS = (
+    "auto, error, jacobian, ablation, combined, sqnr, orthogonality, orthogonality-lp (by the published programme), "
+    "gnn (see sedimo run), or uniform:FORMAT"
+)
 
 
 @click.command()
@@ -44,6 +48,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )
 @importance_options
+@activation_options
 @job_options
 @sampling_options
 @json_option

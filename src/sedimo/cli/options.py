@@ -72,10 +72,41 @@ def importance_options(command: Command) -> Command:
             help="orthogonality: weigh missing bits, as published, or weight noise.",
         ),
         click.option(
+            "--tail-mean",
+            is_flag=True,
+            help="orthogonality: importance is the mean from a layer to the last one, as published.",
+        ),
+        click.option(
             "--tau", type=float, default=0.0, show_default=True, help="orthogonality: how much more early steps count."
         ),
         click.option(
             "--beta", type=float, default=10.0, show_default=True, help="orthogonality: how sharply repetition counts."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def activation_options(command: Command) -> Command:
+    """How activations are rounded, where formats such as uaq4a8 ask for it."""
+    for option in (
+        click.option(
+            "--act-by-timestep", is_flag=True, help="Static ranges of their own for each calibrated timestep."
+        ),
+        click.option(
+            "--act-steps",
+            type=click.IntRange(0),
+            default=1,
+            show_default=True,
+            help="Steps to calibrate static ranges at, from the first (most noise) on; 0: all.",
+        ),
+        click.option("--act-symmetric", is_flag=True, help="Round activations without a zero point."),
+        click.option(
+            "--act-ranges",
+            type=click.Choice(["dynamic", "min-max", "percentile", "mse"]),
+            default="dynamic",
+            show_default=True,
+            help="Range of each token or image, or static ranges calibrated this way.",
         ),
     ):
         command = option(command)

@@ -10,9 +10,18 @@ from sedimo.api.blocks import BlocksOrder
 from sedimo.api.comparing import COMPARED, CompareOrder
 from sedimo.api.explore_order import ExploreOrder
 from sedimo.api.inspection import read_recipe
-from sedimo.api.order import DEFAULT_SEARCH, BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.api.order import (
+    DEFAULT_SEARCH,
+    DYNAMIC_ACTIVATIONS,
+    ActivationOrder,
+    BudgetOrder,
+    Compute,
+    Order,
+    SamplingOrder,
+)
 from sedimo.api.search_order import SearchOrder
 from sedimo.errors import InputError
+from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.measurement.trial import ObjectiveName
 from sedimo.quant.formats import Format
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
@@ -36,12 +45,25 @@ def order_of(options: Mapping[str, Any]) -> Order:
         check=not options["no_check"],
         search=search_of(options) if "trials" in options else DEFAULT_SEARCH,
         importance=importance_of(options) if "beta" in options else DEFAULT_IMPORTANCE,
+        activations=activations_of(options) if "act_ranges" in options else DYNAMIC_ACTIVATIONS,
     )
 
 
 def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:
     """Knobs of the method orthogonality."""
-    return ImportanceOptions(beta=options["beta"], tau=options["tau"], objective=options["importance_of"])
+    names = ("beta", "tau", "tail_mean")
+    return ImportanceOptions(**{name: options[name] for name in names}, objective=options["importance_of"])
+
+
+def activations_of(options: Mapping[str, Any]) -> ActivationOrder:
+    """How activations are rounded."""
+    method, symmetric = options["act_ranges"], options["act_symmetric"]
+    if method == "dynamic":
+        return ActivationOrder(symmetric)
+    chosen = CalibrationOptions(
+        method, options["act_steps"], symmetric=symmetric, by_timestep=options["act_by_timestep"]
+    )
+    return ActivationOrder(symmetric, chosen)
 
 
 def search_of(options: Mapping[str, Any]) -> SearchOrder:

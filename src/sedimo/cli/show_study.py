@@ -93,15 +93,15 @@ def comparison(found: Comparison) -> None:
         for row in sorted(found.rows, key=lambda r: (r.bits, -r.sqnr_db.value))
     ]
     print_table(f"{found.source}, fresh seeds {found.seeds}, {found.n_steps} steps", columns, rows)
-    click.echo(f"{found.n_comparisons} paired comparisons, each with its own interval")
+    click.echo("\n".join([f"{found.n_comparisons} paired comparisons, each with its own interval", *found.notes]))
     costs = [
         (
             method,
-            duration(cost.seconds),
-            f"{cost.denoiser_calls:,}",
+            ("" if spent.is_complete else "at least ") + duration(spent.seconds),
+            ("" if spent.is_complete else "at least ") + f"{spent.denoiser_calls:,}",
             "" if tau is None else _signed(tau),
         )
-        for method, cost in found.costs.items()
+        for method, spent in found.costs.items()
         for tau in [found.agreement.get(method)]
     ]
     print_table("", ("method", "time", "denoiser calls", "Kendall's tau with ablation, by operation"), costs)

@@ -79,7 +79,7 @@ def run_trials(
     missing = _missing(recipes, study.trial_keys(), setting)
     if missing:
         logger.info("%d of %d trials are measured already", len(recipes) - len(missing), len(recipes))
-        with graceful_interrupt() as stop:
+        with graceful_interrupt() as stop, study.measuring():
             _measure(study, missing, setting, (executor or SerialExecutor(), make_worker), (progress, stop))
     return tuple(_saved(study, key) for key in keys)
 

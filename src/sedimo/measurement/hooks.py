@@ -1,4 +1,4 @@
-"""Forward hooks on some layers for a while."""
+"""Forward hooks on some layers for a while, and what a layer makes of a change."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from sedimo.quant.activations import InputQuantizers
 
 Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
 
@@ -20,3 +24,21 @@ def hooked(denoiser: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def linear_part(module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a Linear or Conv layer makes of inputs with a weight and no bias, in float32 or better."""
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    inputs, weight = inputs.to(dtype), weight.to(dtype)
+    if isinstance(module, _ConvNd):
+        return module._conv_forward(inputs, weight, None)
+    return F.linear(inputs, weight)
+
+
+def rounding_change(
+    module: nn.Module, layer: str, inputs: torch.Tensor, quantizers: InputQuantizers, timestep: float
+) -> torch.Tensor:
+    """What rounding its inputs adds to the output of a layer; exact, for a layer is linear in them."""
+    rounded = quantizers.round(layer, inputs, is_image=isinstance(module, _ConvNd), timestep=timestep)
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]  # every such layer has one
+    return linear_part(module, rounded.float() - inputs.float(), weight)

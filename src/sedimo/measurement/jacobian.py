@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,14 +26,14 @@ from sedimo.errors import UnsupportedError
 from sedimo.measurement.guidance import find_row_weights
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_of
-from sedimo.measurement.parts import check_stop, saved_part
-from sedimo.measurement.passes import MEMORY_BYTES, passes, weight_changes, weight_formats
+from sedimo.measurement.parts import Parts
+from sedimo.measurement.passes import MEMORY_BYTES, change_names, input_roundings, passes, weight_changes
 from sedimo.measurement.study import Study
 from sedimo.measurement.taps import Changes, InputChangedError, Taps
 from sedimo.measurement.trial import Execution, Setting
-from sedimo.measurement.worker import setting_of, versions
+from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import output_tensor, record
+from sedimo.pipelines.trajectory import output_tensor
 from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -102,25 +101,25 @@ def probe_jacobian(
         Interrupted: the user stopped it (with a study, calling again goes on).
         UnsupportedError: a weight is used in a way that hooks on its layer do not see.
     """
-    options, begin = options or JacobianOptions(), time.perf_counter()
+    options, kept = options or JacobianOptions(), Parts(adapter, study)
     setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective="step")
-    trajectory = record(adapter, sampling)
+    trajectory = kept.trajectory(sampling, setting)
     calls = tuple(batches_of(sampling, trajectory.calls))
     weights = (find_row_weights(trajectory) if options.combine_rows else None) or (1.0,)
-    parts = passes(bank.space, options.memory_bytes)
+    groups = passes(bank.space, options.memory_bytes)
     totals = _Totals(len(sampling.seeds))
-    progress.start(len(parts) * len(calls), "first-order noise")
+    progress.start(len(groups) * len(calls), "first-order noise")
     with graceful_interrupt() as stop:
-        for decisions in parts:
+        for decisions in groups:
             work = _Pass(adapter.denoiser, bank, decisions, (options, weights))
             for index, (call, samples) in enumerate(calls):
                 measure = functools.partial(work.measure, call, index, len(samples))
-                totals.add(saved_part(study, JacobianPart, work.key(setting, index), measure), samples)
+                totals.add(kept.part(JacobianPart, work.key(setting, index), measure), samples)
                 progress.advance(1)
-                check_stop(stop, study)
+                kept.check(stop)
     progress.done()
-    execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
-    return JacobianProbe(setting, options.n_directions, options.seed, weights, totals.noise(), totals.unused, execution)
+    how = (options.n_directions, options.seed, weights)
+    return JacobianProbe(setting, *how, totals.noise(), totals.unused, kept.execution)
 
 
 def count_passes(space: SearchSpace, options: JacobianOptions | None = None) -> int:
@@ -139,7 +138,7 @@ class _Pass:
         how: tuple[JacobianOptions, tuple[float, ...]],
     ) -> None:
         self.denoiser, (self.options, self._weights) = denoiser, how
-        self.formats = {d: weight_formats(bank.space, d) for d in decisions}
+        self.formats = {d: change_names(bank.space, d) for d in decisions}
         self._bank = bank
         self._changes: dict[str, Changes] | None = None
         self._copies_inputs = False
@@ -153,7 +152,7 @@ class _Pass:
                 "n_directions": self.options.n_directions,
                 "seed": self.options.seed,
                 **({} if self._weights == (1.0,) else {"row_weights": [f"{w:.3f}" for w in self._weights]}),
-                "formats": {d: [str(f) for f in formats] for d, formats in self.formats.items()},
+                "formats": self.formats,
             }
         )
 
@@ -171,7 +170,7 @@ class _Pass:
         for decision, formats in self.formats.items():
             found = squares.get(decision, torch.zeros(plan.n_units, len(formats), dtype=torch.float64))
             means = found.reshape(-1, n_samples, len(formats)).mean(0).T.tolist()
-            noise[decision] = {str(f): tuple(_rounded(v) for v in m) for f, m in zip(formats, means, strict=True)}
+            noise[decision] = {f: tuple(_rounded(v) for v in m) for f, m in zip(formats, means, strict=True)}
         return JacobianPart(noise, unused)
 
     def _squares(
@@ -184,7 +183,7 @@ class _Pass:
             self._changes = {d: self._loaded(d) for d in self.formats}
         with Taps(self.denoiser, self._changes, copy_inputs=self._copies_inputs) as taps:
             for units in plan.slices(self.options.max_rows):
-                taps.begin(plan.call.output.device)
+                taps.begin(plan.call.output.device, plan.call.timestep)
                 rows = plan.rows(units)
                 with torch.enable_grad():
                     output = output_tensor(self.denoiser(**rows_of(plan.call, rows)))
@@ -196,7 +195,8 @@ class _Pass:
 
     def _loaded(self, decision: str) -> Changes:
         deltas = weight_changes(self._bank, self.denoiser, decision)
-        return Changes(self._bank.space.decision_index[decision].layers, deltas.flatten(2))
+        known = self._bank.space.decision_index[decision]
+        return Changes(known.layers, deltas.flatten(2), input_roundings(self._bank, known))
 
 
 class _RowPlan:

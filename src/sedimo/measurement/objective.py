@@ -8,7 +8,7 @@ equally; the signal is then 1. `fid` looks at final latents and at the images as
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -121,6 +121,31 @@ def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[
         yield call, samples
 
 
+StepBatches = list[tuple[DenoiserCall, range]]
+
+
+def calls_by_step(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> list[StepBatches]:
+    """The calls of all batches at one step, with the positions of their samples, step by step."""
+    found: dict[int, StepBatches] = {}
+    for call, samples in batches_of(sampling, calls):
+        found.setdefault(call.step, []).append((call, samples))
+    return [found[step] for step in sorted(found)]
+
+
+def joined_calls(batches: StepBatches) -> DenoiserCall:
+    """The calls of all batches at one step as one of all n samples, whose row r belongs to sample r mod n.
+
+    Tensors whose first axis has the length of their batch are joined; all others are those of the first batch.
+    """
+    if len(batches) == 1:
+        return batches[0][0]
+    (first, _), rows = batches[0], [call.output.shape[0] for call, _ in batches]
+    n_sets = rows[0] // len(batches[0][1])
+    inputs = {name: _joined([call.inputs[name] for call, _ in batches], rows, n_sets) for name in first.inputs}
+    output = _joined([call.output for call, _ in batches], rows, n_sets)
+    return DenoiserCall(first.step, first.timestep, inputs, output_tensor(output))
+
+
 def rows_of(call: DenoiserCall, rows: slice | torch.Tensor) -> dict[str, object]:
     """The inputs of some rows (a slice or positions) of a recorded call, copied: a denoiser may overwrite them.
 
@@ -138,6 +163,18 @@ def _cut(value: object, rows: slice | torch.Tensor, n_rows: int) -> object:
     if isinstance(value, list | tuple):
         return type(value)(_cut(v, rows, n_rows) for v in value)
     return value
+
+
+def _joined(values: Sequence[object], rows: Sequence[int], n_sets: int) -> object:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {k: _joined([v[k] for v in values if isinstance(v, Mapping)], rows, n_sets) for k in first}
+    if isinstance(first, list | tuple):
+        return type(first)(_joined(group, rows, n_sets) for group in zip(*values, strict=True))
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    if not tensors or any(not t.ndim or t.shape[0] != n for t, n in zip(tensors, rows, strict=True)):
+        return first
+    return torch.cat([t.reshape(n_sets, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)
 
 
 class _Average:

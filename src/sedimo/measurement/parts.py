@@ -2,30 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
+from sedimo.codec import content_key
 from sedimo.measurement.interrupt import StopRequest
+from sedimo.measurement.objective import counted_calls
 from sedimo.measurement.study import Study
+from sedimo.measurement.trial import Execution, Setting
+from sedimo.measurement.worker import versions
+from sedimo.pipelines.adapter import PipelineAdapter, Sampling
+from sedimo.pipelines.trajectory import Trajectory, record
 
 Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
-def saved_part(study: Study | None, kind: type[Part], key: str, measure: Callable[[], Part]) -> Part:
-    """The part of that name from the study, or measured now and saved there; without a study, measured."""
-    part = study.probe(kind, key) if study else None
-    if part is None:
-        part = measure()
-        if study:
-            study.put_probe(key, part)
-    return part
+class Parts:
+    """The parts of one measurement of a denoiser, kept in a study if there is one, with what each took."""
 
+    def __init__(self, adapter: PipelineAdapter, study: Study | None) -> None:
+        self._adapter, self._study = adapter, study
+        self._taken: dict[str, Execution] = {}
 
-def check_stop(stop: StopRequest, study: Study | None) -> None:
-    """Ends the work when the user asked for it, and says where what was measured is.
+    def trajectory(self, sampling: Sampling, setting: Setting, *, at_most: int | None = None) -> Trajectory:
+        """The recorded calls of a plan; they are too large to keep, but what the first time took is kept."""
+        key = content_key({"trajectory": setting})
+        found, execution = self._timed(lambda: record(self._adapter, sampling, at_most=at_most))
+        kept = self._study.execution(key) if self._study else None
+        if self._study and kept is None:
+            self._study.put_execution(key, execution)
+        self._taken[key] = kept or execution
+        return found
 
-    Raises:
-        Interrupted: the user asked.
-    """
-    where = f"saved in {study.path}; run the same command again to go on" if study else "lost; give a study to keep it"
-    stop.check(f"interrupted: what was measured is {where}")
+    def part(self, kind: type[Part], key: str, measure: Callable[[], Part]) -> Part:
+        """The part of that name from the study, or measured now and saved there; without a study, measured."""
+        part = self._study.probe(kind, key) if self._study else None
+        if part is None:
+            part, execution = self._timed(measure)
+            if self._study:
+                self._study.put_execution(key, execution)
+                self._study.put_probe(key, part)
+            self._taken[key] = execution
+        elif self._study and (kept := self._study.execution(key)):
+            self._taken[key] = kept
+        return part
+
+    @property
+    def execution(self) -> Execution:
+        """What all parts so far took together, whenever they were measured."""
+        taken = self._taken.values()
+        threads = torch.get_num_threads()
+        return Execution(sum(e.seconds for e in taken), sum(e.n_calls for e in taken), threads, versions())
+
+    def check(self, stop: StopRequest) -> None:
+        """Ends the work when the user asked for it, and says where what was measured is.
+
+        Raises:
+            Interrupted: the user asked.
+        """
+        kept = f"saved in {self._study.path}; run the same command again to go on" if self._study else ""
+        stop.check(f"interrupted: what was measured is {kept or 'lost; give a study to keep it'}")
+
+    def _timed(self, measure: Callable[[], Result]) -> tuple[Result, Execution]:
+        with self._study.measuring() if self._study else contextlib.nullcontext():
+            begin = time.perf_counter()
+            with counted_calls(self._adapter) as calls:
+                found = measure()
+            return found, Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from sedimo.bank import Bank
-from sedimo.quant.formats import Format
-from sedimo.space import SearchSpace
+from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.formats import FULL_BITS, Format
+from sedimo.space import Decision, SearchSpace
 
 MEMORY_BYTES = 2 << 30
 
@@ -18,14 +19,31 @@ def weight_formats(space: SearchSpace, decision: str) -> tuple[Format, ...]:
     return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
 
 
+def activation_bits(decision: Decision) -> tuple[int, ...]:
+    """The bits below 16 that a decision's inputs may take, ascending."""
+    return tuple(sorted({f.activation_bits for f in decision.formats} - {FULL_BITS}))
+
+
+def change_names(space: SearchSpace, decision: str) -> list[str]:
+    """What can change at a decision, each by itself: its weight formats (`uaq4`), then its activations (`a8`)."""
+    widths = activation_bits(space.decision_index[decision])
+    return [*map(str, weight_formats(space, decision)), *(f"a{bits}" for bits in widths)]
+
+
+def input_roundings(bank: Bank, decision: Decision) -> dict[str, tuple[InputQuantizers, ...]]:
+    """How the inputs of a decision's layers are rounded, at each width that it may take, ascending."""
+    widths = activation_bits(decision)
+    return {name: tuple(bank.activations.quantizers({name: n}) for n in widths) for name in decision.layers}
+
+
 def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[str]]:
     """Decisions in groups whose weight changes fit in memory; at least one decision each."""
     found: list[list[str]] = []
     free = 0
     for decision in space.decisions:
-        size = 4 * decision.params * len(weight_formats(space, decision.name))
-        if not size:
+        if not change_names(space, decision.name):
             continue
+        size = 4 * decision.params * len(weight_formats(space, decision.name))
         if not found or size > free:
             found.append([])
             free = memory_bytes

@@ -14,28 +14,26 @@ Source:
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
-from sedimo.measurement.hooks import Hook, hooked
+from sedimo.measurement.hooks import Hook, hooked, linear_part, rounding_change
 from sedimo.measurement.interrupt import graceful_interrupt
-from sedimo.measurement.objective import batches_of, rows_of
-from sedimo.measurement.parts import check_stop, saved_part
-from sedimo.measurement.passes import passes, weight_changes, weight_formats
+from sedimo.measurement.objective import StepBatches, calls_by_step, rows_of
+from sedimo.measurement.parts import Parts
+from sedimo.measurement.passes import change_names, input_roundings, passes, weight_changes
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting
-from sedimo.measurement.worker import setting_of, versions
+from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import record
+from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
 
 SQNR_VERSION = 1
@@ -58,6 +56,11 @@ class SqnrPart:
     timestep: float
     noise: Mapping[str, Mapping[str, LocalNoise]]
 
+    def of(self, decision: str, number_format: Format) -> LocalNoise:
+        """The noise of a format at a decision that was called: that of the weight and that of the activations added."""
+        parts = [self.noise[decision][name] for name in number_format.changes]
+        return LocalNoise(sum(one.mean for one in parts), math.hypot(*(one.standard_error for one in parts)))
+
 
 @dataclass(frozen=True, slots=True)
 class SqnrProbe:
@@ -73,9 +76,11 @@ class SqnrProbe:
         return len(self.setting.seeds)
 
     def over_time(self, decision: str, number_format: Format) -> LocalNoise:
-        """Mean over timesteps. Steps are of the same samples, so their errors are averaged as if they went together."""
-        text = str(number_format.weight_format)
-        found = [part.noise[decision][text] for part in self.parts if decision in part.noise]
+        """Mean over timesteps, of weight and activations together.
+
+        Steps are of the same samples, so their errors are averaged as if they went together.
+        """
+        found = [part.of(decision, number_format) for part in self.parts if decision in part.noise]
         if not found:
             return LocalNoise(0.0, 0.0)
         return LocalNoise(
@@ -98,9 +103,9 @@ def probe_sqnr(
     Raises:
         Interrupted: the user stopped it (with a study, calling again goes on).
     """
-    begin = time.perf_counter()
+    kept = Parts(adapter, study)
     setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective="step")
-    calls = _by_step(sampling, record(adapter, sampling).calls)
+    calls = calls_by_step(sampling, kept.trajectory(sampling, setting).calls)
     groups = passes(bank.space)
     found: list[dict[str, Mapping[str, LocalNoise]]] = [{} for _ in calls]
     progress.start(len(groups) * len(calls), "noise at the layers' own outputs")
@@ -109,24 +114,12 @@ def probe_sqnr(
             work = _Pass(adapter.denoiser, bank, decisions)
             for index, batches in enumerate(calls):
                 key = content_key({"sqnr": SQNR_VERSION, "setting": setting, "call": index, "formats": work.named})
-                found[index] |= saved_part(study, SqnrPart, key, functools.partial(work.measure, batches)).noise
+                found[index] |= kept.part(SqnrPart, key, functools.partial(work.measure, batches)).noise
                 progress.advance(1)
-                check_stop(stop, study)
+                kept.check(stop)
     progress.done()
     parts = tuple(SqnrPart(batches[0][0].timestep, noise) for batches, noise in zip(calls, found, strict=True))
-    execution = Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
-    return SqnrProbe(setting, parts, execution)
-
-
-Batches = list[tuple[DenoiserCall, range]]
-
-
-def _by_step(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> list[Batches]:
-    """The calls of all batches at one step, step by step."""
-    found: dict[int, Batches] = {}
-    for call, samples in batches_of(sampling, calls):
-        found.setdefault(call.step, []).append((call, samples))
-    return [found[step] for step in sorted(found)]
+    return SqnrProbe(setting, parts, kept.execution)
 
 
 class _Pass:
@@ -135,12 +128,13 @@ class _Pass:
     def __init__(self, denoiser: nn.Module, bank: Bank, decisions: Sequence[str]) -> None:
         self._denoiser, self._bank = denoiser, bank
         self._changes: dict[str, torch.Tensor] | None = None
-        self.named = {d: [str(f) for f in weight_formats(bank.space, d)] for d in decisions}
+        self._roundings = {d: input_roundings(bank, bank.space.decision_index[d]) for d in decisions}
+        self.named = {d: change_names(bank.space, d) for d in decisions}
 
-    def measure(self, batches: Batches) -> SqnrPart:
+    def measure(self, batches: StepBatches) -> SqnrPart:
         """The part of one step."""
         if self._changes is None:
-            self._changes = {d: self._loaded(d) for d in self.named}
+            self._changes = {d: weight_changes(self._bank, self._denoiser, d) for d in self.named}
         ratios: dict[str, list[torch.Tensor]] = {}
         for call, samples in batches:
             for name, powers in self._powers(call, len(samples)).items():
@@ -160,7 +154,7 @@ class _Pass:
             for first in range(0, n_samples, step):
                 units = torch.arange(first, min(first + step, n_samples))
                 rows = torch.cat([units + k * n_samples for k in range(n_sets)])
-                powers = _Powers(n_sets, len(units))
+                powers = _Powers((n_sets, len(units)), call.timestep)
                 with hooked(self._denoiser, self._hooks(powers)):
                     self._denoiser(**rows_of(call, rows.to(call.output.device)))
                 for name, (noise, signal) in powers.found.items():
@@ -169,27 +163,32 @@ class _Pass:
 
     def _hooks(self, powers: _Powers) -> dict[str, Hook]:
         return {
-            layer: functools.partial(powers.add, name, deltas)
+            layer: functools.partial(powers.add, name, (layer, deltas, roundings))
             for name, deltas in (self._changes or {}).items()
-            for layer in self._bank.space.decision_index[name].layers
+            for layer, roundings in self._roundings[name].items()
         }
-
-    def _loaded(self, decision: str) -> torch.Tensor:
-        return weight_changes(self._bank, self._denoiser, decision).to(next(self._denoiser.parameters()).dtype)
 
 
 class _Powers:
     """Noise `[F, n]` and signal `[n]` powers of the samples of one run, added up over the layers of each decision."""
 
-    def __init__(self, n_sets: int, n_samples: int) -> None:
+    def __init__(self, shape: tuple[int, int], timestep: float) -> None:
         self.found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._shape = n_sets, n_samples
+        self._shape, self._timestep = shape, timestep  # sets of rows, samples
 
     def add(
-        self, name: str, deltas: torch.Tensor, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+        self,
+        name: str,
+        changes: tuple[str, torch.Tensor, tuple[InputQuantizers, ...]],
+        module: nn.Module,
+        args: tuple[torch.Tensor, ...],
+        output: torch.Tensor,
     ) -> None:
-        """The hook of a layer of a decision whose weight changes are `deltas` `[F, out, in, ...]`."""
-        noise = torch.stack([self._per_sample(_changed(module, args[0], delta)) for delta in deltas])
+        """The hook of a layer of a decision; `changes` `[F, out, in, ...]` of its weight, then of its inputs."""
+        layer, deltas, roundings = changes
+        by_weight = (linear_part(module, args[0], delta) for delta in deltas)
+        by_inputs = (rounding_change(module, layer, args[0], quantizers, self._timestep) for quantizers in roundings)
+        noise = torch.stack([self._per_sample(change) for change in itertools.chain(by_weight, by_inputs)])
         signal = self._per_sample(output.detach())
         if name in self.found:
             noise, signal = noise + self.found[name][0], signal + self.found[name][1]
@@ -201,13 +200,6 @@ class _Powers:
         if output.shape[0] != n_sets * n:
             return output.double().square().sum().expand(n).cpu()
         return output.flatten(1).double().square().sum(1).reshape(n_sets, n).sum(0).cpu()
-
-
-def _changed(module: nn.Module, inputs: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """What a weight change adds to the output of a layer."""
-    if isinstance(module, _ConvNd):
-        return module._conv_forward(inputs, delta, None)
-    return F.linear(inputs, delta)
 
 
 def _mean(values: torch.Tensor) -> LocalNoise:

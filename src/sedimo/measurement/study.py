@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError, StateError
-from sedimo.measurement.trial import Setting, Trial
+from sedimo.measurement.ledger import Ledger
+from sedimo.measurement.trial import Execution, Setting, Trial
 from sedimo.store.rows import Rows
 
 FILE_NAME = "study.sqlite"
@@ -18,8 +22,8 @@ Record = TypeVar("Record")
 class Study:
     """An open study in a folder (`study.sqlite` inside) or a file named `*.sqlite`; a context manager.
 
-    Kinds of rows: `trial` by content key, `probe` (parts of layer-wise measurements) by content key, and
-    named records (`space`, `candidates`, `graph`, a table ...) by name.
+    Kinds of rows: `trial` by content key, `probe` (parts of layer-wise measurements) by content key, `execution` (what
+    a part took) by the same key, and named records (`space`, `candidates`, `graph`, a table ...) by name.
 
     Raises:
         InputError: `create` is false and there is none.
@@ -31,6 +35,7 @@ class Study:
         path = Path(path)
         self.path = path if path.suffix == ".sqlite" else path / FILE_NAME
         self._rows = Rows(self.path, create=create)
+        self._ledgers: list[Ledger] = []
 
     def __enter__(self) -> Study:
         return self
@@ -52,7 +57,12 @@ class Study:
     def trial(self, key: str) -> Trial | None:
         """The trial of that name, or None when it has not been measured."""
         text = self._rows.get("trial", key)
-        return None if text is None else self._read(Trial, "trial", key, text)
+        if text is None:
+            return None
+        found = self._read(Trial, "trial", key, text)
+        for ledger in self._ledgers:
+            ledger.trials[key] = found
+        return found
 
     def trial_keys(self) -> frozenset[str]:
         """The names of all measured trials."""
@@ -66,6 +76,38 @@ class Study:
         """The part of a layer-wise measurement saved under a content key, or None."""
         text = self._rows.get("probe", key)
         return None if text is None else self._read(kind, "probe", key, text)
+
+    def execution(self, key: str) -> Execution | None:
+        """What the part of that name took when it was measured; None where nothing is kept of it."""
+        text = self._rows.get("execution", key)
+        found = None if text is None else self._read(Execution, "execution", key, text)
+        self._enter(key, found)
+        return found
+
+    def put_execution(self, key: str, execution: Execution) -> None:
+        """Saves what a part took; before the part, so that no part is without."""
+        self._rows.put("execution", key, to_json(execution))
+        self._enter(key, execution)
+
+    @contextmanager
+    def ledger(self) -> Iterator[Ledger]:
+        """Collects what is asked for inside: trials, and what parts of probes took."""
+        ledger = Ledger()
+        self._ledgers.append(ledger)
+        try:
+            yield ledger
+        finally:
+            self._ledgers.remove(ledger)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Tells ledgers that what is done inside is measuring."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            for ledger in self._ledgers:
+                ledger.measuring_seconds += time.perf_counter() - begin
 
     def probe_keys(self) -> frozenset[str]:
         """The names of all saved parts of layer-wise measurements."""
@@ -108,6 +150,10 @@ class Study:
             raise StateError(
                 f"the study {self.path} was begun with another {name}; choose another folder or the same settings"
             )
+
+    def _enter(self, key: str, execution: Execution | None) -> None:
+        for ledger in self._ledgers:
+            ledger.parts[key] = execution
 
     def _read(self, kind: type[Record], row: str, key: str, text: str) -> Record:
         return from_json(kind, text, place=f"{self.path.name}: {row} {key[:12]}")

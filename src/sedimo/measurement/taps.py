@@ -1,5 +1,7 @@
 """Inner products of per-sample weight gradients with given weight changes, taken during one backward pass.
 
+Rounded activations are one more change: of the layer's output, which the output gradient is multiplied with directly.
+
 For a layer with inputs X_b and output gradients D_b, the gradient of sample b with respect to the weight is
 G_b = D_b^T X_b. It is formed for one layer at a time (in slices of output channels), multiplied with the layer's
 weight changes, and dropped: the gradients of all layers never exist together.
@@ -8,6 +10,7 @@ weight changes, and dropped: the gradients of all layers never exist together.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -18,16 +21,22 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from sedimo.errors import StateError, UnsupportedError
+from sedimo.measurement.hooks import rounding_change
+from sedimo.quant.activations import InputQuantizers
 
 _GRADIENT_BYTES = 64 << 20  # of the slice of G that exists at a time
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Weight changes of one decision: its layers, and `deltas` `[F, out, in * kernel size]`, one per format."""
+    """Changes of the layers of one decision; their products are `[..., F + A]`.
+
+    `deltas` of the weight `[F, out, in * kernel size]`, one per format; by layer, A `roundings` of its inputs.
+    """
 
     layers: tuple[str, ...]
     deltas: torch.Tensor
+    roundings: Mapping[str, tuple[InputQuantizers, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,7 +94,7 @@ class Taps:
         self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._wanting: list[nn.Parameter] = []
-        self._state = _State()
+        self._state, self._timestep = _State(), math.nan
         self._n_rows = 0
 
     def __enter__(self) -> Taps:
@@ -106,9 +115,9 @@ class Taps:
             parameter.requires_grad_(True)
         self._handles.clear()
 
-    def begin(self, device: torch.device) -> None:
-        """Forgets earlier calls; to be called before the denoiser is."""
-        self._state = _State()
+    def begin(self, device: torch.device, timestep: float = math.nan) -> None:
+        """Forgets earlier calls; to be called before the denoiser is, with the noise level that it will be told."""
+        self._state, self._timestep = _State(), timestep
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     @property
@@ -150,7 +159,19 @@ class Taps:
             else:
                 n = self._n_rows if per_row else 1
                 products = _linear_products(_matrices(use.inputs, n), _matrices(gradient, n), deltas)
+            rounded = [
+                self._rounding_products(module, use, gradient, quantizers)
+                for quantizers in self._changes[decision].roundings.get(use.name, ())
+            ]
+            products = torch.cat([products, *(one if per_row else one.sum(0, keepdim=True) for one in rounded)], 1)
         self._state.sums.setdefault(decision, _Sums()).add(products, per_row=per_row)
+
+    def _rounding_products(
+        self, module: nn.Module, use: _Use, gradient: torch.Tensor, quantizers: InputQuantizers
+    ) -> torch.Tensor:
+        """<D_b, layer(rounded X_b) - layer(X_b)> `[B, 1]`."""
+        change = rounding_change(module, use.name, use.inputs, quantizers, self._timestep)
+        return (change * gradient.float()).flatten(1).sum(1, keepdim=True)
 
 
 def _matrices(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
@@ -165,7 +186,7 @@ def _linear_products(inputs: torch.Tensor, gradient: torch.Tensor, deltas: torch
     found = torch.zeros(n_rows, n_formats, device=deltas.device, dtype=torch.float32)
     for begin in range(0, n_out, step):
         weight_gradient = torch.bmm(gradient[:, :, begin : begin + step].transpose(1, 2), inputs)  # [B, step, in]
-        changes = deltas[:, begin : begin + step].reshape(n_formats, -1)
+        changes = deltas[:, begin : begin + step].flatten(1)
         found += (weight_gradient.reshape(n_rows, -1).to(changes.dtype) @ changes.T).float()
     return found
 
@@ -177,7 +198,7 @@ def _conv_products(module: _ConvNd, inputs: torch.Tensor, gradient: torch.Tensor
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(module.kernel_size)
-    changes = deltas.reshape(deltas.shape[0], -1)
+    changes = deltas.flatten(1)
     rows = []
     for i in range(inputs.shape[0]):
         weight_gradient = _conv_weight_gradient(module, inputs[i : i + 1], gradient[i : i + 1], padding)

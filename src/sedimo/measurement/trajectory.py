@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,11 +27,11 @@ from sedimo.codec import content_key
 from sedimo.measurement.hooks import hooked
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import rows_of
-from sedimo.measurement.parts import check_stop, saved_part
+from sedimo.measurement.parts import Parts
 from sedimo.measurement.probe import Prober, WeightSupply, probed
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting
-from sedimo.measurement.worker import setting_of, versions
+from sedimo.measurement.worker import setting_of
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import NoisePowers, sqnr_estimates, summarize
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
@@ -125,28 +124,25 @@ def probe_trajectory(
         InputError: a block that the denoiser does not have.
         Interrupted: the user stopped it (with a study, calling again goes on).
     """
-    begin, n = time.perf_counter(), len(sampling.seeds)
+    kept, plans = Parts(adapter, study), list(replace(sampling, batch_size=_BATCH).batches())
     named = {"trajectory": TRAJECTORY_VERSION, "recipe": recipe.key, "blocks": tuple(blocks)}
     supply = functools.cache(lambda: _plain_weights(adapter.denoiser, bank, recipe))
     parts: list[TrajectoryPart] = []
-    progress.start(-(-n // _BATCH), "noise block by block and step by step")
+    progress.start(len(plans), "noise block by block and step by step")
     with graceful_interrupt() as stop:
-        for first in range(0, n, _BATCH):
-            plan = replace(sampling.part(first, first + _BATCH), batch_size=_BATCH)
+        for plan in plans:
             setting = setting_of(adapter, plan, weights_digest=bank.digest, objective="path")
 
             def measure(plan: Sampling = plan) -> TrajectoryPart:
                 with Prober(adapter.denoiser, supply(), bank.input_quantizers) as prober:
                     return _Run(adapter, prober, recipe, plan).measure(blocks)
 
-            parts.append(saved_part(study, TrajectoryPart, content_key({**named, "setting": setting}), measure))
+            parts.append(kept.part(TrajectoryPart, content_key({**named, "setting": setting}), measure))
             progress.advance(1)
-            check_stop(stop, study)
+            kept.check(stop)
     progress.done()
     setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective="path")
-    n_calls = TRAJECTORY_RUNS * sum(len(part.timesteps) for part in parts)
-    execution = Execution(time.perf_counter() - begin, n_calls, torch.get_num_threads(), versions())
-    return TrajectoryProbe(setting, recipe, tuple(blocks), tuple(parts), execution)
+    return TrajectoryProbe(setting, recipe, tuple(blocks), tuple(parts), kept.execution)
 
 
 def _plain_weights(denoiser: nn.Module, bank: Bank, recipe: Recipe) -> WeightSupply:

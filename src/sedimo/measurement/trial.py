@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import numpy as np
+
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError, StateError
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.signal import NoisePowers
 from sedimo.space import Recipe
 
@@ -97,6 +99,12 @@ class Trial:
         """
         if self.powers.n != len(self.setting.seeds):
             raise StateError(f"a trial of {len(self.setting.seeds)} seeds needs as many powers, got {self.powers.n}")
+
+    @property
+    def score(self) -> float:
+        """Mean SQNR over samples [dB], by which trials are ranked; minus infinity where it is not a number."""
+        with np.errstate(invalid="ignore"):  # exact samples beside diverged ones
+            return ranked(float(self.powers.sqnr_db.mean()))
 
     @property
     def key(self) -> str:

@@ -28,6 +28,16 @@ class Estimate:
     n: int
 
 
+def ranked(value: float) -> float:
+    """The value as a key of `max`: what is not a number must never win.
+
+    Example:
+        >>> max(math.nan, 1.0, key=ranked)
+        1.0
+    """
+    return -math.inf if math.isnan(value) else value
+
+
 def mean_estimate(values: npt.ArrayLike) -> Estimate:
     """Mean of independent values `[n]`, with standard error sd / sqrt(n).
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
+from sedimo.pipelines.adapter import DenoiserCall, Observer, PipelineAdapter, Sampling
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 
@@ -18,7 +20,7 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 class Trajectory:
     """The calls of one sampling plan, batch after batch, and the final latents `[n, C, H, W]`.
 
-    `calls` holds `n_steps` calls per batch (more for schedulers that call twice a step).
+    `calls` holds `n_steps` calls per batch (more for schedulers that call twice a step; fewer if so asked).
     """
 
     sampling: Sampling
@@ -31,17 +33,48 @@ class Trajectory:
         return len(self.calls)
 
 
-def record(adapter: PipelineAdapter, sampling: Sampling, *, steps: Sequence[int] | None = None) -> Trajectory:
-    """Samples once and keeps the denoiser's inputs and outputs, of the given steps or of all."""
-    wanted = None if steps is None else set(steps)
+def record(adapter: PipelineAdapter, sampling: Sampling, *, at_most: int | None = None) -> Trajectory:
+    """Samples once and keeps the denoiser's inputs and outputs, of all steps or of `at_most` so many.
+
+    Those are uniform over the run. How many steps it has is known after the first batch, of which all are kept until
+    then.
+    """
     calls: list[DenoiserCall] = []
+    wanted: set[int] | None = None
+
+    def thin() -> set[int]:
+        chosen = {round(i) for i in np.linspace(0, len(calls) - 1, min(at_most or len(calls), len(calls)))}
+        calls[:] = [call for index, call in enumerate(calls) if index in chosen]
+        return {call.step for call in calls}
 
     def keep(call: DenoiserCall) -> None:
+        nonlocal wanted
+        if wanted is None and calls and call.step <= calls[-1].step:
+            wanted = thin()
         if wanted is None or call.step in wanted:
             calls.append(call)
 
     latents = adapter.sample(sampling, observer=keep)
+    if wanted is None:
+        thin()
     return Trajectory(sampling, tuple(calls), latents)
+
+
+class _Enough(Exception):  # noqa: N818  # no error: ends a sampling run whose later steps nobody wants
+    pass
+
+
+def sample_until(adapter: PipelineAdapter, sampling: Sampling, last_step: int, observer: Observer) -> None:
+    """Shows the denoiser's calls, batch after batch, up to a step; nothing is sampled past it."""
+
+    def show(call: DenoiserCall) -> None:
+        observer(call)
+        if call.step >= last_step:
+            raise _Enough
+
+    for batch in sampling.batches():
+        with contextlib.suppress(_Enough):
+            adapter.sample(batch, observer=show)
 
 
 def replay(denoiser: nn.Module, call: DenoiserCall) -> torch.Tensor:

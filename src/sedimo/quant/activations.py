@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 
 from sedimo.codec import content_key
 from sedimo.errors import InputError
@@ -79,26 +78,26 @@ class ActivationQuantizer:
         """Greatest code."""
         return (1 << self.bits - 1) - 1 if self.symmetric else (1 << self.bits) - 1
 
-    def codes(self, module: nn.Module, inputs: Tensor, group: int = 0) -> ActivationCodes:
-        """The codes of a layer's inputs; `group` is the group of timesteps that a static range is taken from.
+    def codes(self, inputs: Tensor, *, is_image: bool = False, group: int = 0) -> ActivationCodes:
+        """The codes of a layer's inputs: `[..., in]` of a Linear layer, or images `[B, C, ...]` of a convolution.
 
-        `inputs` are `[..., in]` of a Linear layer or `[B, C, ...]` of a convolution.
+        `group` is the group of timesteps that a static range is taken from.
         """
         values = inputs.float()
-        scale, zero_point = self._grid(*self._limits(module, values, group))
+        scale, zero_point = self._grid(*self._limits(values, is_image, group))
         codes = torch.div(values, scale).round_().add_(zero_point).clamp_(self.qmin, self.qmax)
         return ActivationCodes(codes, scale, zero_point)
 
-    def __call__(self, module: nn.Module, inputs: Tensor, group: int = 0) -> Tensor:
+    def __call__(self, inputs: Tensor, *, is_image: bool = False, group: int = 0) -> Tensor:
         """A layer's inputs, rounded: same shape and dtype."""
-        return self.codes(module, inputs, group).dequantize().to(inputs.dtype)
+        return self.codes(inputs, is_image=is_image, group=group).dequantize().to(inputs.dtype)
 
-    def _limits(self, module: nn.Module, values: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    def _limits(self, values: Tensor, is_image: bool, group: int) -> tuple[Tensor, Tensor]:
         """Least and greatest value of each token, each image, or of all inputs."""
         if self.range is not None:
             position = min(group, len(self.range.low) - 1)
             return values.new_tensor(self.range.low[position]), values.new_tensor(self.range.high[position])
-        axes = tuple(range(1, values.ndim)) if isinstance(module, _ConvNd) else (-1,)
+        axes = tuple(range(1, values.ndim)) if is_image else (-1,)
         return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
 
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,6 +145,14 @@ class InputQuantizers:
             n_ranges = len(quantizer.range.low) if quantizer.range else 1
             if n_ranges not in (1, len(self.timesteps)):
                 raise InputError(f"layer {layer!r} has {n_ranges} static ranges for {len(self.timesteps)} timesteps")
+
+    def group(self, timestep: float) -> int:
+        """Which of the ranges a call at this noise level takes: those of the nearest timestep, 0 if all are alike."""
+        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep), default=0)
+
+    def round(self, layer: str, inputs: Tensor, *, is_image: bool, timestep: float) -> Tensor:
+        """A layer's inputs at a noise level, rounded: same shape and dtype."""
+        return self.layers[layer](inputs, is_image=is_image, group=self.group(timestep))
 
 
 @dataclass(frozen=True)

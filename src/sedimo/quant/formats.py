@@ -115,6 +115,12 @@ class Format:
         """The same format with activations left at 16 bits."""
         return replace(self, activation_bits=FULL_BITS)
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What it changes, each by itself: the weight (`uaq4`), the activations (`a8`)."""
+        weight = (str(self.weight_format),) if self.is_quantized else ()
+        return weight if self.activation_bits == FULL_BITS else (*weight, f"a{self.activation_bits}")
+
     def n_groups(self, n_inputs: int) -> int:
         """Number of groups of a row of `n_inputs` weights (the last one may be shorter)."""
         return 1 if self.group_size is None else math.ceil(n_inputs / self.group_size)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from sedimo.metrics.estimate import Estimate
+from sedimo.measurement.ledger import Spent
+from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.pipelines.folder import write_file
 from sedimo.reporting.curve_charts import curve_chart
 from sedimo.reporting.explanation import CurvePoint
@@ -19,12 +20,13 @@ from sedimo.reporting.rounding import duration
 
 @dataclass(frozen=True, slots=True)
 class ComparisonLine:
-    """A method at a budget; `ahead` is None for the reference."""
+    """A method at a budget, which its recipe uses up if it `is_full`; `ahead` is None for the reference."""
 
     method: str
     budget: float
     paper_bits: float
     stored_bits: float
+    is_full: bool
     measured: Estimate
     ahead: Estimate | None
 
@@ -34,8 +36,7 @@ class CostLine:
     """What a method took at all budgets, and its rank correlation with the measured ablation, if known."""
 
     method: str
-    seconds: float
-    denoiser_calls: int
+    spent: Spent
     agreement: Estimate | None
 
 
@@ -50,6 +51,7 @@ class ComparisonPage:
     n_comparisons: int
     lines: Sequence[ComparisonLine]
     costs: Sequence[CostLine]
+    notes: Sequence[str] = ()
 
 
 def write_comparison(comparison: ComparisonPage, path: Path) -> None:
@@ -72,18 +74,20 @@ def render_comparison(comparison: ComparisonPage) -> str:
                     line.method,
                     f"{line.budget:g}",
                     f"{line.paper_bits:.3f}",
+                    line.is_full,
                     f"{line.stored_bits:.3f}",
                     figure(line.measured),
                     None if line.ahead is None else figure(line.ahead),
                     _verdict(line.ahead),
                 )
-                for line in sorted(c.lines, key=lambda x: (x.budget, -x.measured.value))
+                for line in sorted(c.lines, key=lambda x: (x.budget, -ranked(x.measured.value)))
             ],
             "costs": [
                 (
                     line.method,
-                    duration(line.seconds),
-                    f"{line.denoiser_calls:,}",
+                    line.spent.is_complete,
+                    duration(line.spent.seconds),
+                    f"{line.spent.denoiser_calls:,}",
                     None if line.agreement is None else figure(line.agreement),
                 )
                 for line in c.costs
@@ -96,7 +100,7 @@ def _headline(lines: Sequence[ComparisonLine]) -> str:
     """Which method is highest at which budgets."""
     best: dict[str, list[float]] = {}
     for budget in sorted({line.budget for line in lines}):
-        first = max((line for line in lines if line.budget == budget), key=lambda line: line.measured.value)
+        first = max((line for line in lines if line.budget == budget), key=lambda line: ranked(line.measured.value))
         best.setdefault(first.method, []).append(budget)
     places = (f"`{method}` at {' and '.join(f'{b:g}' for b in budgets)} bits" for method, budgets in best.items())
     return f"Highest quality: {', '.join(places)}."

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import TIMESTEP_NAMES, timestep_of
@@ -22,8 +23,8 @@ from sedimo.runtime.layout import kind_of
 class _Clock:
     """Tells the layers at which of some timesteps the denoiser is; itself a hook before the denoiser."""
 
-    def __init__(self, timesteps: tuple[float, ...], signature: inspect.Signature) -> None:
-        self.timesteps, self.group = timesteps, 0
+    def __init__(self, quantizers: InputQuantizers, signature: inspect.Signature) -> None:
+        self.quantizers, self.group = quantizers, 0
         self._signature = signature
 
     def __call__(self, _module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
@@ -32,7 +33,7 @@ class _Clock:
             raise StateError(
                 f"activation ranges differ by timestep, but the denoiser was called without {', '.join(TIMESTEP_NAMES)}"
             )
-        self.group = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - now))
+        self.group = self.quantizers.group(now)
 
 
 class _Rounding:
@@ -43,7 +44,7 @@ class _Rounding:
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         group = 0 if self.clock is None else self.clock.group
-        return (self.quantizer(module, args[0], group), *args[1:])
+        return (self.quantizer(args[0], is_image=isinstance(module, _ConvNd), group=group), *args[1:])
 
 
 class _Hook(NamedTuple):
@@ -67,11 +68,11 @@ def round_inputs(denoiser: nn.Module, quantizers: InputQuantizers) -> None:
     unround_inputs(denoiser)
     clock = None
     if quantizers.timesteps and quantizers.layers:
-        clock = _Clock(quantizers.timesteps, inspect.signature(denoiser.forward))
+        clock = _Clock(quantizers, inspect.signature(denoiser.forward))
         denoiser.register_forward_pre_hook(clock, with_kwargs=True, prepend=True)
-    by_module = {id(modules[name]): name for name in reversed(quantizers.layers)}  # a module may have two names
-    for name in by_module.values():
-        modules[name].register_forward_pre_hook(_Rounding(quantizers.layers[name], clock))
+    by_module = {id(module): (module, quantizers.layers[name]) for name, module in modules.items()}
+    for module, quantizer in by_module.values():  # a module may have two names, and is hooked once
+        module.register_forward_pre_hook(_Rounding(quantizer, clock))
 
 
 def unround_inputs(denoiser: nn.Module) -> None:
@@ -85,7 +86,7 @@ def rounded_inputs(denoiser: nn.Module) -> InputQuantizers:
     """What is attached to a denoiser; empty if nothing is."""
     hooks = _hooks(denoiser)
     layers = {found.layer: found.hook.quantizer for found in hooks if isinstance(found.hook, _Rounding)}
-    return InputQuantizers(layers, next((f.hook.timesteps for f in hooks if isinstance(f.hook, _Clock)), ()))
+    return InputQuantizers(layers, next((f.hook.quantizers.timesteps for f in hooks if isinstance(f.hook, _Clock)), ()))
 
 
 def _hooks(denoiser: nn.Module) -> list[_Hook]:

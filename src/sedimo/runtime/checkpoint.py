@@ -18,19 +18,20 @@ from safetensors.torch import save_file
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.files import WEIGHTS_STEM, find_weights
+from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.completeness import check_against_layers
 from sedimo.runtime.header import FileHeader, read_headers
 from sedimo.runtime.integrity import check_tensors, make_seal, read_seal
 from sedimo.runtime.layout import (
     METHOD,
+    Configuration,
     Kind,
     LayerEntry,
     TiedEntry,
     assemble,
     entry_of,
     packed_tensors,
-    plain_configuration,
     read_configuration,
 )
 
@@ -47,6 +48,7 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, object]
     layers: Mapping[str, LayerEntry | TiedEntry]
+    inputs: InputQuantizers
     headers: tuple[FileHeader, ...]
     checksums: Mapping[str, str]
 
@@ -87,12 +89,13 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
     config = parse_json(path.read_bytes(), place=str(path))
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise StateError(f"{path} has no quantization_config: the denoiser is not packed")
-    layers, _ = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
+    read = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
+    layers = read.layers
     headers = read_headers(find_weights(folder, WEIGHTS_STEM, variant).files)
     seal = read_seal(headers, layers)
     found = {name: spec for header in headers for name, spec in header.tensors.items()}
     check_against_layers(found, layers)
-    return Checkpoint(folder, config, layers, headers, seal.checksums(found))
+    return Checkpoint(folder, config, layers, read.inputs, headers, seal.checksums(found))
 
 
 def check_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
@@ -163,7 +166,8 @@ def change_layers(
         fresh = entry_of(_KINDS[len(shape)], weight)
         layers[owner] = fresh
         tensors |= {n: weight.parts[i].tensors[field] for n, (i, field) in fresh.tensors(owner).items()}
-    config = {**checkpoint.config, "quantization_config": plain_configuration(layers, made_by)}
+    plain = Configuration(layers, checkpoint.inputs, made_by).plain
+    config = {**checkpoint.config, "quantization_config": plain}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _write_tensors(out, tensors, make_seal(tensors, layers), max_shard_size)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from sedimo.errors import StateError
+from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.parts import TensorSpec
 from sedimo.runtime.layout import LayerEntry, Layers, TiedEntry, kind_of, packed_tensors
 
@@ -50,6 +51,19 @@ def check_against_model(found: Mapping[str, TensorSpec], layers: Layers, model: 
                 f"tensor {name!r} must be {_describe(spec)} for this model, the file has {_describe(plain[name])}. "
                 f"{_REMEDY}"
             )
+
+
+def check_inputs(inputs: InputQuantizers, model: nn.Module) -> None:
+    """Refuses rules for activations of layers that the model does not have.
+
+    Raises:
+        StateError: naming the layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _refuse_names(
+        "rounds the inputs of layers that the model does not have",
+        [name for name in inputs.layers if name not in modules or kind_of(modules[name]) is None],
+    )
 
 
 def loaded_names(found: Iterable[str], layers: Layers) -> list[str]:

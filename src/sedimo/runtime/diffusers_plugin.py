@@ -23,18 +23,20 @@ from torch import nn
 from sedimo import __version__
 from sedimo._import_hook import install
 from sedimo.errors import InputError, StateError, UnsupportedError
+from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.parts import TensorSpec
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.completeness import check_against_layers, check_against_model, loaded_names
+from sedimo.runtime.activations import round_inputs, rounded_inputs, unround_inputs
+from sedimo.runtime.completeness import check_against_layers, check_against_model, check_inputs, loaded_names
 from sedimo.runtime.contents import describe, flatten_state, named_layers, unset_weights
 from sedimo.runtime.header import read_headers
 from sedimo.runtime.integrity import Seal, check_tensors, make_seal, read_seal
 from sedimo.runtime.layout import (
     METHOD,
+    Configuration,
     LayerEntry,
     TiedEntry,
     assemble,
-    plain_configuration,
     read_configuration,
 )
 
@@ -63,9 +65,9 @@ class SedimoConfig(QuantizationConfigMixin):
         Raises:
             StateError: another version, an unknown field, or an entry that is not as the specification says.
         """
-        plain = configuration or plain_configuration({}, MADE_BY)
+        plain = configuration or Configuration({}, InputQuantizers(), MADE_BY).plain
         self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
-        self.layers, self.made_by = read_configuration(plain, place="quantization_config")
+        self.configuration = read_configuration(plain, place="quantization_config")
         if recipe and self.layers:
             raise StateError(
                 "quantization_config has packed layers and a recipe for more of them; a packed checkpoint takes none. "
@@ -75,14 +77,19 @@ class SedimoConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, model: nn.Module) -> SedimoConfig:
-        """The configuration of a model's packed weights."""
+        """The configuration of a model's packed weights and rounded activations."""
         make: Callable[[dict[str, object]], SedimoConfig] = cls.from_dict  # diffusers leaves it untyped
-        return make(plain_configuration(describe(model), MADE_BY))
+        return make(Configuration(describe(model), rounded_inputs(model), MADE_BY).plain)
+
+    @property
+    def layers(self) -> dict[str, LayerEntry | TiedEntry]:
+        """The packed layers by name."""
+        return self.configuration.layers
 
     def to_dict(self) -> dict[str, object]:
         """The configuration as `config.json` holds it."""
         recipe: dict[str, object] = {"recipe": self.recipe} if self.recipe else {}
-        return {**plain_configuration(self.layers, self.made_by), **recipe}
+        return {**self.configuration.plain, **recipe}
 
     def to_diff_dict(self) -> dict[str, object]:
         """As `to_dict`: nothing is left to defaults."""
@@ -238,6 +245,7 @@ class SedimoQuantizer(DiffusersQuantizer):
             if self._seal is None:
                 raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder) only")
             check_against_model(self._found, self.layers, model)
+            check_inputs(self.config.configuration.inputs, model)
             self._checksums = self._seal.checksums(self._found)
         elif unknown := sorted(set(self.config.recipe) - {name for name, _ in named_layers(model)}):
             raise InputError(f"the recipe names layers that the model does not have: {unknown[:5]}")
@@ -246,6 +254,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         if self._pending:
             raise StateError(f"packed layers are incomplete: {sorted(self._pending)[:5]} came without their companions")
         check_nothing_on_meta(model)
+        round_inputs(model, self.config.configuration.inputs)
         if not self.pre_quantized:
             self.quantization_config = SedimoConfig.of(model)
             _store(model, self.quantization_config)
@@ -254,6 +263,7 @@ class SedimoQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         unset_weights(model)
+        unround_inputs(model)
         _forget(model)
         return model
 

@@ -16,11 +16,13 @@ from torch import nn
 
 from sedimo.codec import content_key, from_plain, to_plain
 from sedimo.errors import InputError, StateError
+from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
 from sedimo.quant.parts import FIELDS, TensorSpec, WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
 
 METHOD = "sedimo"
+_FIELDS = {"quant_method", "format_version", "made_by", "layers", "activations"}
 FORMAT_VERSION = 1
 Kind = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
 WideDtype = Literal["float16", "bfloat16", "float32"]
@@ -106,8 +108,28 @@ class TiedEntry:
 Layers = Mapping[str, LayerEntry | TiedEntry]
 
 
-def read_configuration(plain: object, *, place: str) -> tuple[dict[str, LayerEntry | TiedEntry], str]:
-    """The layers of a `quantization_config`, and what made it; the version is judged first.
+@dataclass(frozen=True)
+class Configuration:
+    """What a `quantization_config` says: the packed layers, how inputs of layers are rounded, what made it."""
+
+    layers: dict[str, LayerEntry | TiedEntry]
+    inputs: InputQuantizers
+    made_by: str
+
+    @property
+    def plain(self) -> dict[str, object]:
+        """The `quantization_config` that `read_configuration` reads."""
+        found: dict[str, object] = {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "made_by": self.made_by,
+            "layers": plain_layers(self.layers),
+        }
+        return found | ({"activations": to_plain(self.inputs)} if self.inputs.layers else {})
+
+
+def read_configuration(plain: object, *, place: str) -> Configuration:
+    """A `quantization_config`; the version is judged first.
 
     Raises:
         StateError: not an object, another method or version, an unknown field, or a wrong entry.
@@ -119,21 +141,16 @@ def read_configuration(plain: object, *, place: str) -> tuple[dict[str, LayerEnt
     version = plain.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise version_error(version, place)
-    unknown = sorted(map(str, plain.keys() - {"quant_method", "format_version", "made_by", "layers"}))
+    unknown = sorted(map(str, plain.keys() - _FIELDS))
     made_by = plain.get("made_by", "")
     if unknown or not isinstance(made_by, str):
         raise StateError(f"{place} has unknown fields {unknown}, or 'made_by' is no text")
-    return read_layers(plain.get("layers"), place=f"{place}.layers"), made_by
-
-
-def plain_configuration(layers: Layers, made_by: str) -> dict[str, object]:
-    """The `quantization_config` that `read_configuration` reads."""
-    return {
-        "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
-        "made_by": made_by,
-        "layers": plain_layers(layers),
-    }
+    activations = plain.get("activations", to_plain(InputQuantizers()))
+    return Configuration(
+        read_layers(plain.get("layers"), place=f"{place}.layers"),
+        from_plain(InputQuantizers, activations, place=f"{place}.activations"),
+        made_by,
+    )
 
 
 def version_error(found: object, place: str) -> StateError:

@@ -13,7 +13,9 @@ from torch import nn
 
 from sedimo.errors import InputError
 from sedimo.pipelines.weights import refuse_adapters
+from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.activations import round_inputs, unround_inputs
 from sedimo.runtime.contents import packed_layers, set_weights, unset_weights
 from sedimo.runtime.diffusers_plugin import attach
 
@@ -24,8 +26,12 @@ class _Savable(Protocol):
     def save_pretrained(self, save_directory: Path, *, max_shard_size: int | str, variant: str | None) -> None: ...
 
 
-def replace_weights(denoiser: nn.Module, weights: Mapping[str, QuantizedTensor]) -> None:
+def replace_weights(
+    denoiser: nn.Module, weights: Mapping[str, QuantizedTensor], *, inputs: InputQuantizers | None = None
+) -> None:
     """Puts packed weights in place of the weights of the named layers, in place.
+
+    With `inputs`, what those layers are given is rounded from now on, and no other layer's inputs are.
 
     The denoiser may hold packed weights already: so a layer's format is changed without touching the others.
     One tensor given for several layers is stored once. Layers not named stay as they are.
@@ -39,12 +45,15 @@ def replace_weights(denoiser: nn.Module, weights: Mapping[str, QuantizedTensor])
     """
     refuse_adapters(denoiser)
     set_weights(denoiser, weights)
+    if inputs is not None:
+        round_inputs(denoiser, inputs)
     attach(denoiser)
 
 
 def dequantize_weights(denoiser: nn.Module) -> None:
-    """Replaces every packed weight by the ordinary tensor that it stands for, in place."""
+    """Replaces every packed weight by the ordinary tensor that it stands for, in place; activations stay as given."""
     unset_weights(denoiser)
+    unround_inputs(denoiser)
     attach(denoiser)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sedimo.errors import InputError
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.quant.formats import FP16, Format
 from sedimo.space import Decision, Recipe, SearchSpace
 
@@ -92,6 +92,7 @@ def sensitive_blocks(
 ) -> tuple[str, ...]:
     """The blocks to leave at 16 bits, by exactly one rule, in the order of the denoiser.
 
+    Blocks that are at 16 bits anyway, because none of their layers can take the format, are not among them.
     `gain_db`: those whose protection gains at least so much, beyond its interval; `count`: so many that gain most;
     `extra_bytes`: those that gain most per byte while they fit (a greedy choice, because gains of blocks do not add).
 
@@ -101,11 +102,12 @@ def sensitive_blocks(
     given = [rule for rule in (gain_db, count, extra_bytes) if rule is not None]
     if len(given) != 1:
         raise InputError("hybrid precision needs one rule: a gain in dB, a number of blocks, or a budget")
+    rows = [r for r in rows if r.extra_bytes > 0]
     if gain_db is not None:
         chosen = {r.block for r in rows if r.alone_kept.value >= gain_db and r.alone_kept.low > 0}
     elif count is not None:
-        ranked = sorted(rows, key=lambda r: -r.alone_kept.value)
-        chosen = {r.block for r in ranked[: max(count, 0)]}
+        by_gain = sorted(rows, key=lambda r: -ranked(r.alone_kept.value))
+        chosen = {r.block for r in by_gain[: max(count, 0)]}
     else:
         chosen = _within(rows, extra_bytes or 0)
     return tuple(r.block for r in rows if r.block in chosen)
@@ -113,7 +115,7 @@ def sensitive_blocks(
 
 def _within(rows: Sequence[BlockRow], extra_bytes: int) -> set[str]:
     found, free = set(), extra_bytes
-    for row in sorted(rows, key=lambda r: -r.alone_kept.value / max(r.extra_bytes, 1)):
+    for row in sorted(rows, key=lambda r: -ranked(r.alone_kept.value) / r.extra_bytes):
         if row.alone_kept.value > 0 and row.extra_bytes <= free:
             found.add(row.block)
             free -= row.extra_bytes

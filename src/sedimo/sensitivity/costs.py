@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.bank import Candidate
-from sedimo.quant.formats import FULL_BITS, Format
+from sedimo.quant.formats import FP16, FULL_BITS, Format
 from sedimo.sensitivity.table import Cost, SensitivityTable
 from sedimo.space import Decision, SearchSpace
 
@@ -40,7 +40,7 @@ def build_table(
 ) -> SensitivityTable:
     """The table of one method; fp16 costs nothing."""
     costs = tuple(
-        _cost(space.decision_index[c.decision], c, estimate(c) if c.format.is_quantized else EXACTLY_NOTHING)
+        _cost(space.decision_index[c.decision], c, estimate(c) if c.format != FP16 else EXACTLY_NOTHING)
         for c in candidates
     )
     decisions = space.decisions

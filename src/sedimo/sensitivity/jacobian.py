@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.measurement.jacobian import JacobianProbe
@@ -15,6 +17,8 @@ from sedimo.space import SearchSpace
 def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: JacobianProbe) -> SensitivityTable:
     """Cost = mean over samples of the noise relative to the output's power, averaged over steps and directions.
 
+    Rounded activations add their own noise to that of the weight: the two errors are independent to first order.
+
     The standard error comes from the variation between samples.
 
     Raises:
@@ -22,12 +26,12 @@ def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: J
     """
 
     def estimate(candidate: Candidate) -> CostEstimate:
-        values = probe.noise.get(candidate.decision, {}).get(str(candidate.format.weight_format))
-        if values is None:
+        noise, names = probe.noise.get(candidate.decision, {}), candidate.format.changes
+        if not noise.keys() >= set(names):
             raise InputError(
                 f"the probe has no {candidate.decision} at {candidate.format}; measure it again for this space"
             )
-        return mean_cost(values)
+        return mean_cost(np.sum([noise[name] for name in names], axis=0))
 
     setting = probe.setting
     settings = {

@@ -70,8 +70,8 @@ DEFAULT_IMPORTANCE = ImportanceOptions()
 class Importance:
     """theta `[L]` of `layers`, the largest 1, with jackknife errors; `per_step` `[T, L]` is exp(-beta gamma_t).
 
-    `constant` layers gave the same for all samples at every timestep, so that nothing is known of them; they have the
-    mean of the others.
+    Of `constant` layers (the same for all samples at every timestep) and of `unread` ones (samples cannot be told apart
+    in their outputs) nothing is known; they have the mean of the others. `unused` layers, never called, have 0.
     """
 
     layers: tuple[str, ...]
@@ -80,27 +80,34 @@ class Importance:
     per_step: Values
     step_weights: Values
     constant: tuple[str, ...]
+    unused: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Importance:
     """The importance of every layer.
 
     Raises:
-        InputError: fewer than two layers whose output differs between samples.
+        InputError: no timestep at which two layers' outputs differ between samples.
     """
     known = _known(probe)
-    constant = tuple(name for name in probe.layers if all(name in part.constant for part in probe.parts))
-    if len(probe.layers) - len(constant) < 2:
-        raise InputError("orthogonality compares layers, but fewer than two of them differ between samples")
+    if not known.any():
+        raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
+    unknown = [name for name, is_known in zip(probe.layers, known.any(axis=0), strict=True) if not is_known]
+    unused = tuple(name for name in unknown if all(name in part.unused for part in probe.parts))
+    unread = tuple(name for name in unknown if any(name in part.unread for part in probe.parts))
+    constant = tuple(name for name in unknown if name not in unused and name not in unread)
+    is_used = np.array([name not in unused for name in probe.layers])
     weights = _step_weights(len(probe.parts), options.tau)
     replicates = np.array([part.replicates for part in probe.parts])  # [T, R, L]
     sums = probe.sums
-    theta = _theta(sums, known, weights, options)
-    thetas = np.stack([_theta(replicates[:, r], known, weights, options) for r in range(replicates.shape[1])])
+    theta = _theta(sums, known, weights, options) * is_used
+    thetas = np.stack([_theta(replicates[:, r], known, weights, options) for r in range(replicates.shape[1])]) * is_used
     n = len(thetas)
     error = np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0))
     per_step = np.exp(-options.beta * _gamma(sums, known))
-    return Importance(probe.layers, theta, error, np.where(known, per_step, np.nan), weights, constant)
+    shown = np.where(known, per_step, np.nan)
+    return Importance(probe.layers, theta, error, shown, weights, constant, unused, unread)
 
 
 def orthogonality_table(
@@ -128,8 +135,7 @@ def orthogonality_table(
         if options.objective == "noise":
             return CostEstimate(theta * candidate.error, error * candidate.error, probe.n_samples)
         least = best[candidate.decision, candidate.format.bits]
-        wasted = 0.5 * math.log2(candidate.error / least) if least > 0 else 0.0
-        missing = FULL_BITS - candidate.format.bits + min(wasted, MAX_WASTE)
+        missing = FULL_BITS - candidate.format.bits + _wasted(candidate.error, least)
         return CostEstimate(theta * missing, error * missing, probe.n_samples)
 
     settings = {
@@ -140,6 +146,8 @@ def orthogonality_table(
         "n_samples": str(probe.n_samples),
         "n_timesteps": str(len(probe.parts)),
         "constant_layers": ", ".join(found.constant) or "none",
+        "unused_layers": ", ".join(found.unused) or "none",
+        "unread_layers": ", ".join(found.unread) or "none",
     }
     return build_table("orthogonality", space, candidates, estimate, settings, unit=UNITS[options.objective])
 
@@ -159,8 +167,9 @@ def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IM
 
 
 def _known(probe: OrthogonalityProbe) -> npt.NDArray[np.bool_]:
-    """Which layers' outputs differ between samples, `[T, L]`."""
-    return np.array([[name not in part.constant for name in probe.layers] for part in probe.parts], dtype=bool)
+    """Which layers' outputs differ between samples, `[T, L]`; one such layer alone has nothing to be compared with."""
+    known = np.array([[name not in part.unknown for name in probe.layers] for part in probe.parts], dtype=bool)
+    return known & (known.sum(axis=1, keepdims=True) > 1)
 
 
 def _step_weights(n: int, tau: float) -> Values:
@@ -191,6 +200,13 @@ def _theta(sums: Values, known: npt.NDArray[np.bool_], weights: Values, options:
     return found
 
 
+def _wasted(error: float, least: float) -> float:
+    """Bits that a family wastes against the one of least weight error; against an exact one all that it may."""
+    if error <= least:
+        return 0.0
+    return min(0.5 * math.log2(error / least), MAX_WASTE) if least > 0 else MAX_WASTE
+
+
 def _least_errors(candidates: Iterable[Candidate]) -> dict[tuple[str, int], float]:
     """Least weight error of the families of equal bits, by (decision, bits)."""
     found: dict[tuple[str, int], float] = {}
@@ -202,8 +218,11 @@ def _least_errors(candidates: Iterable[Candidate]) -> dict[tuple[str, int], floa
 
 
 def _of_decision(decision: Decision, found: Importance, place: Mapping[str, int]) -> tuple[float, float]:
-    """Mean importance of a decision's layers, and the mean of their errors."""
-    rows = [place[layer] for layer in decision.layers if layer in place]
-    if not rows:
+    """Mean importance of a decision's layers that are used, and the mean of their errors."""
+    probed = [layer for layer in decision.layers if layer in place]
+    if not probed:
         raise InputError(f"the probe has no layer of {decision.name}; measure it again for this space")
+    rows = [place[layer] for layer in probed if layer not in found.unused]
+    if not rows:
+        return 0.0, 0.0
     return float(found.theta[rows].mean()), float(found.standard_error[rows].mean())

@@ -27,9 +27,9 @@ def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrP
     called = {d for d, _ in known}
 
     def estimate(candidate: Candidate) -> CostEstimate:
-        text = str(candidate.format.weight_format)
-        if candidate.decision in called and (candidate.decision, text) not in known:
-            raise InputError(f"the probe has no {candidate.decision} at {text}; measure it again for this space")
+        missing = [name for name in candidate.format.changes if (candidate.decision, name) not in known]
+        if candidate.decision in called and missing:
+            raise InputError(f"the probe has no {candidate.decision} at {missing[0]}; measure it again for this space")
         found = probe.over_time(candidate.decision, candidate.format)
         return CostEstimate(found.mean, found.standard_error, probe.n_samples)
 

@@ -1,0 +1,108 @@
+"""Denoisers that round what their layers are given: attached, saved, loaded, taken off."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+from packed_weights import denoise
+from sedimo.errors import InputError, StateError
+from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, StaticRange
+from sedimo.quant.quantization import quantize_weight
+from sedimo.runtime.activations import round_inputs, rounded_inputs, unround_inputs
+from sedimo.runtime.checkpoint import open_checkpoint
+from sedimo.runtime.weights import dequantize_weights, replace_weights
+
+LAYER = "transformer_blocks.0.ff.net.2"
+CONV = "pos_embed.proj"
+STATIC = StaticRange((-1.0, -0.5), (2.0, 1.5))
+RULES = InputQuantizers(
+    {LAYER: ActivationQuantizer(4, range=STATIC), CONV: ActivationQuantizer(6, symmetric=True)}, (999.0, 0.0)
+)
+
+
+@pytest.fixture
+def dit(tiny_dit):
+    return copy.deepcopy(tiny_dit)
+
+
+def test_layers_compute_with_rounded_inputs_and_can_be_freed_again(dit):
+    seen = {}
+    plain = denoise(dit)
+    dit.get_submodule(LAYER).register_forward_hook(lambda _m, args, _o: seen.update(rounded=args[0].clone()))
+    round_inputs(dit, InputQuantizers({LAYER: ActivationQuantizer(4)}))
+    rounded = denoise(dit)
+    assert not torch.equal(rounded, plain)
+    assert len(seen["rounded"][0, 0].unique()) <= 16
+    round_inputs(dit, InputQuantizers({LAYER: ActivationQuantizer(8)}))  # replaces, does not add
+    assert len(rounded_inputs(dit).layers) == 1
+    assert (denoise(dit) - plain).norm() < (rounded - plain).norm()
+    unround_inputs(dit)
+    assert torch.equal(denoise(dit), plain)
+    assert rounded_inputs(dit) == InputQuantizers()
+
+
+def test_ranges_follow_the_timestep(dit):
+    sample, label = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([1])
+    seen = []
+    dit.get_submodule(LAYER).register_forward_hook(lambda _m, args, _o: seen.append(float(args[0].max())))
+    wide, narrow = StaticRange((-1.0, -1e-3), (1.0, 1e-3)), InputQuantizers()
+    round_inputs(dit, InputQuantizers({LAYER: ActivationQuantizer(8, range=wide)}, (900.0, 100.0)))
+    with torch.no_grad():
+        for timestep in (1000, 50):
+            dit(sample, timestep=torch.tensor([timestep]), class_labels=label)
+    assert seen[0] > 0.01
+    assert seen[1] <= 1.1e-3
+    round_inputs(dit, narrow)
+    assert rounded_inputs(dit) == narrow
+
+
+def test_a_checkpoint_says_how_and_loading_does_it(dit, tmp_path):
+    packed = {LAYER: quantize_weight(dit.get_submodule(LAYER).weight, "uaq4")}
+    replace_weights(dit, packed, inputs=RULES)
+    expected = denoise(dit)
+    dit.save_pretrained(tmp_path)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path)
+    assert rounded_inputs(loaded) == RULES
+    assert torch.equal(denoise(loaded), expected)
+    assert torch.equal(denoise(copy.deepcopy(loaded)), expected)
+    assert open_checkpoint(tmp_path).inputs == RULES
+    loaded.save_pretrained(tmp_path / "again")
+    assert open_checkpoint(tmp_path / "again").inputs == RULES
+    dequantize_weights(loaded)
+    assert rounded_inputs(loaded) == InputQuantizers()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a["layers"].update(nowhere=a["layers"][LAYER]), "does not have: 'nowhere'"),
+        (lambda a: a["layers"][LAYER].update(bits=3.5), "must be"),
+        (lambda a: a["layers"][LAYER].update(bits=40), "2..8 bits"),
+        (lambda a: a["layers"][LAYER]["range"].update(high=[2.0, -7.0]), "low <= high"),
+        (lambda a: a["layers"][LAYER]["range"].update(high=[2.0, {"float": "inf"}]), "low <= high"),
+        (lambda a: a.update(timesteps=[1.0]), "2 static ranges for 1 timesteps"),
+        (lambda a: a.update(more=1), "more"),
+    ],
+)
+def test_a_configuration_that_lies_is_refused(dit, tmp_path, change, message):
+    packed = {LAYER: quantize_weight(dit.get_submodule(LAYER).weight, "uaq4")}
+    replace_weights(dit, packed, inputs=RULES)
+    dit.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config["quantization_config"]["activations"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StateError, match=message):
+        DiTTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_what_is_no_layer_is_refused_and_nothing_is_lost(dit):
+    round_inputs(dit, InputQuantizers({LAYER: ActivationQuantizer(4)}))
+    for name in ("nowhere", "", "transformer_blocks.0.norm1"):
+        with pytest.raises(InputError, match="no Linear or Conv layer"):
+            round_inputs(dit, InputQuantizers({name: ActivationQuantizer(8)}))
+    assert list(rounded_inputs(dit).layers) == [LAYER]
