@@ -40,6 +40,7 @@ _HOME = {
     "quantize_weight": "sedimo.quant.quantization",
     "report": "sedimo.api.verbs",
     "search_space": "sedimo.space",
+    "smooth": "sedimo.api.smoothing",
     "trace": "sedimo.api.verbs",
 }
 

@@ -166,7 +166,7 @@ class Bank:
         """Bytes of the tensors of all weights under a recipe, those left alone as their source has them [bytes]."""
         alone = {d: c.stored_bytes for (d, f), c in self.index.items() if not f.is_quantized}
         entries = {d.name: recipe.layers.get(d.layers[0], FP16) for d in self.space.decisions}
-        left = {d for d, entry in entries.items() if entry == FP16}
+        left = {d for d, entry in entries.items() if isinstance(entry, Format) and not entry.is_quantized}
         surplus = sum(alone[d] - self.space.decision_index[d].stored_bytes(FP16) for d in left if d in alone)
         return self.space.stored_bytes(recipe) + surplus
 

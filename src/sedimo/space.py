@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sedimo.codec import content_key, from_plain, parse_json, to_json
 from sedimo.errors import InputError, StateError
+from sedimo.graph.ends import first_layers, last_layers
 from sedimo.graph.model import DenoiserGraph
-from sedimo.quant.formats import FP16, FULL_BITS, Format, paper_bytes, parse_formats, stored_bytes
+from sedimo.quant.formats import FP16, FULL_BITS, Format, count_bops, paper_bytes, parse_formats, stored_bytes
 
 RECIPE_VERSION = 1
 
@@ -50,22 +51,32 @@ class Decision:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The decisions of one denoiser, and notes on formats that were dropped."""
+    """The decisions of one denoiser, and notes on formats that were dropped.
+
+    `attention_macs` are those of the products of attention, which no recipe changes [MACs]. They follow from the
+    graph, so that spaces of one `graph_digest` are equal without them (spaces that older versions kept have none).
+    """
 
     denoiser: str
     graph_digest: str
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...] = ()
+    attention_macs: int = field(default=0, compare=False)
 
     @cached_property
     def decision_index(self) -> Mapping[str, Decision]:
         """Decisions by name."""
         return {d.name: d for d in self.decisions}
 
+    @cached_property
+    def _free(self) -> tuple[Decision, ...]:
+        """The decisions that have a choice; all of them where none has."""
+        return tuple(d for d in self.decisions if len(d.formats) > 1) or self.decisions
+
     @property
     def common_formats(self) -> tuple[Format, ...]:
-        """The formats, fp16 left out, that every decision can take, by their texts."""
-        common = set.intersection(*(set(d.formats) for d in self.decisions))
+        """The formats, fp16 left out, that every decision with a choice can take, by their texts."""
+        common = set.intersection(*(set(d.formats) for d in self._free))
         return tuple(f for f in sorted(common, key=str) if f.is_quantized)
 
     @property
@@ -85,9 +96,31 @@ class SearchSpace:
         """Bytes of the tensors of all weights under a recipe, those at fp16 included [bytes]."""
         return sum(_bytes_of(stored_bytes, d, recipe) for d in self.decisions)
 
+    @property
+    def attention_bops(self) -> int:
+        """Bit operations of the products of attention, whose inputs stay at 16 bits [BOPs]."""
+        return count_bops(self.attention_macs, FP16)
+
+    @property
+    def full_bops(self) -> int:
+        """Bit operations of one sample and denoiser call at 16 bits, attention included [BOPs]."""
+        return self.bops(Recipe({}))
+
+    def bops(self, recipe: Recipe) -> int:
+        """Bit operations of one sample and denoiser call under a recipe, attention included [BOPs].
+
+        Each part of a layer's inputs has its share of the layer's MACs.
+        """
+        layers = (
+            sum(count_bops(d.macs * (p.stop - p.start), p.format) for p in _parts_of(d, recipe)) // d.shape[1]
+            for d in self.decisions
+        )
+        return sum(layers) + self.attention_bops
+
     def uniform(self, number_format: Format) -> Recipe:
-        """Every decision at one format."""
-        return self.recipe({d.name: number_format for d in self.decisions})
+        """Every decision with a choice at one format; the others as they must be."""
+        only = {d.name: d.formats[0] for d in self.decisions}
+        return self.recipe(only | {d.name: number_format for d in self._free})
 
     def recipe(self, choice: Mapping[str, Format]) -> Recipe:
         """The recipe of one format per decision; decisions not named stay at fp16.
@@ -250,26 +283,32 @@ class Recipe:
         return cls.from_mapping(plain)
 
 
-def search_space(graph: DenoiserGraph, formats: str | Iterable[str | Format] = "wide") -> SearchSpace:
+def search_space(
+    graph: DenoiserGraph, formats: str | Iterable[str | Format] = "wide", *, ends: str | Format | None = None
+) -> SearchSpace:
     """The decisions of a graph: one per layer, one for all layers with equal weights.
 
     A format that costs at least as much as fp16 on a layer (in either accounting) is dropped there, with a
-    note; fp16 itself stays when it is in the list. A layer for which nothing remains stays at fp16.
+    note; fp16 itself stays when it is in the list. A layer for which nothing remains stays at fp16. With `ends`,
+    the first and the last layers have that format and no choice.
     """
     wanted = parse_formats(formats)
+    at_ends = wanted if ends is None else parse_formats([ends])
+    end_layers = () if ends is None else (*first_layers(graph), *last_layers(graph))
     tied = {name: tie for tie in graph.ties for name in tie}
     decisions, notes = [], []
     for node in graph.layers:
         layers = tied.get(node.name, (node.name,))
         if node.name != layers[0]:
             continue
-        dropped = [f for f in wanted if f.is_quantized and not _is_smaller(f, node.shape)]
-        kept = tuple(f for f in wanted if f not in dropped) or (FP16,)
+        offered = wanted if set(end_layers).isdisjoint(layers) else at_ends
+        dropped = [f for f in offered if f.is_quantized and not _is_smaller(f, node.shape)]
+        kept = tuple(f for f in offered if f not in dropped) or (FP16,)
         if dropped:
             notes.append(f"{node.name}: {', '.join(map(str, dropped))} would cost at least fp16 and were dropped")
         macs = sum(graph.layer_index[name].macs for name in layers)
         decisions.append(Decision(node.name, layers, node.operation, node.block, node.shape, macs, kept))
-    return SearchSpace(graph.denoiser, graph.digest, tuple(decisions), tuple(notes))
+    return SearchSpace(graph.denoiser, graph.digest, tuple(decisions), tuple(notes), graph.attention_macs)
 
 
 def _is_smaller(number_format: Format, shape: tuple[int, ...]) -> bool:
@@ -278,10 +317,15 @@ def _is_smaller(number_format: Format, shape: tuple[int, ...]) -> bool:
 
 
 def _bytes_of(size: Callable[[Format, Sequence[int]], int], decision: Decision, recipe: Recipe) -> int:
-    entry = recipe.layers.get(decision.layers[0], FP16)
-    parts = (PartFormat(0, decision.shape[1], entry),) if isinstance(entry, Format) else entry
     shape = decision.shape
+    parts = _parts_of(decision, recipe)
     return sum(size(p.format, (shape[0], p.stop - p.start, *shape[2:])) for p in parts)
+
+
+def _parts_of(decision: Decision, recipe: Recipe) -> tuple[PartFormat, ...]:
+    """The parts of a decision's layer under a recipe, fp16 where the recipe is silent."""
+    entry = recipe.layers.get(decision.layers[0], FP16)
+    return (PartFormat(0, decision.shape[1], entry),) if isinstance(entry, Format) else entry
 
 
 def _read_entry(value: object) -> Format | tuple[PartFormat, ...]:

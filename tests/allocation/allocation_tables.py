@@ -50,15 +50,15 @@ def tiny_tables(draw: st.DrawFn, n_max: int = 5) -> SensitivityTable:
             cost = draw(st.floats(-2, 5, width=32) | st.integers(0, 3).map(float))
             size, bops = draw(st.integers(1, 30)), draw(st.integers(0, 30))
             entries.append(Cost(name, f, cost, 0.0, 0, size, size + draw(st.integers(0, 5)), bops))
-    return table_of(entries, params)
+    return replace(table_of(entries, params), attention_bops=draw(st.sampled_from([0, 7])))
 
 
-def brute_force(table: SensitivityTable, size_bytes: int, bops: int | None = None) -> float | None:
-    """The least total cost over all choices of at most so many paper bytes; None when none fits."""
+def brute_force(table: SensitivityTable, size_bytes: int | None, bops: int | None = None) -> float | None:
+    """The least total cost over all choices of at most so many paper bytes and operations; None when none fits."""
     best = None
     for choice in itertools.product(*table.by_decision.values()):
-        fits = sum(c.paper_bytes for c in choice) <= size_bytes
-        if fits and (bops is None or sum(c.bops for c in choice) <= bops):
+        fits = size_bytes is None or sum(c.paper_bytes for c in choice) <= size_bytes
+        if fits and (bops is None or table.attention_bops + sum(c.bops for c in choice) <= bops):
             total = sum(c.cost for c in choice)
             best = total if best is None else min(best, total)
     return best

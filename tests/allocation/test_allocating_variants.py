@@ -196,11 +196,11 @@ def test_what_is_possible_counts_allowed_variants_only():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "needs one budget"),
+        ({}, "needs a budget"),
         ({"bits": 3.0, "stored_bits": 3.0}, "one budget, got bits and stored_bits"),
         ({"bits": math.nan}, "positive number"),
         ({"budget_bytes": 0}, "must be positive"),
-        ({"budget_bops": 5}, "besides a size"),
+        ({"budget_bops": 5}, "least possible is .* bit operations"),
         ({"bits": 4.0, "budget_bops": -1}, "must not be negative"),
         ({"bits": 4.0, "rule": "uniform:kmc4"}, "must be one of milp, greedy, lp, argmin, got 'uniform:kmc4'"),
     ],

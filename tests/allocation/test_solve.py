@@ -38,8 +38,8 @@ def test_the_exact_rule_equals_brute_force(table, size_bytes):
 
 
 @settings(max_examples=80, deadline=None)
-@given(tiny_tables(4), st.integers(1, 100), st.integers(0, 80))
-def test_two_budgets_equal_brute_force(table, size_bytes, bops):
+@given(tiny_tables(4), st.integers(1, 100) | st.none(), st.integers(0, 80))
+def test_operations_alone_or_beside_a_size_equal_brute_force(table, size_bytes, bops):
     best = brute_force(table, size_bytes, bops)
     if best is None:
         with pytest.raises(InputError, match="bit operations"):
@@ -47,8 +47,9 @@ def test_two_budgets_equal_brute_force(table, size_bytes, bops):
         return
     found = allocate_within(table, Budget(size_bytes, bops=bops), gap=0.0)
     assert found.objective == pytest.approx(best, abs=ROUNDING)
-    assert found.used_bytes <= size_bytes
-    assert found.bops <= bops
+    assert size_bytes is None or found.used_bytes <= size_bytes
+    assert found.budget_bytes == size_bytes
+    assert found.bops == table.attention_bops + sum(table.index[d, f].bops for d, f in found.choice.items()) <= bops
     assert found.bound <= best + 1e-12
 
 
@@ -141,25 +142,44 @@ def test_infeasible_budgets_tell_the_least_and_the_most():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "needs one budget"),
+        ({}, "needs a budget"),
         ({"bits": 3.0, "stored_bits": 3.0}, "one budget, got bits and stored_bits"),
         ({"bits": math.nan}, "positive number"),
         ({"bits": -1.0}, "positive number"),
         ({"stored_bits": math.inf}, "positive number"),
         ({"budget_bytes": 0}, "must be positive"),
-        ({"budget_bops": 5}, "besides a size"),
+        ({"budget_bops": 5}, "least possible is .* bit operations"),
         ({"bits": 4.0, "budget_bops": -1}, "must not be negative"),
         ({"bits": 4.0, "rule": "best"}, "must be one of milp"),
         ({"rule": "uniform:kmc9"}, "bits must lie"),
         ({"rule": "uniform:kma5"}, "no costs of kma5; it has fp16, kmc2"),
         ({"rule": "uniform:kmc4", "bits": 3.0}, "more than the budget of 3.0000 bits"),
         ({"rule": "argmin", "bits": 4.0}, "Leave the budget out"),
-        ({"bits": 4.0, "budget_bops": 1}, "both must hold at once"),
+        ({"bits": 4.0, "budget_bops": 1}, "Both must hold at once"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         allocate(random_table(4, seed=0), **arguments)
+
+
+def test_attention_takes_its_share_of_the_operations_first():
+    table = random_table(12, seed=1)
+    plain = allocate(table, bits=6.0, budget_bops=8_000_000)
+    more = replace(table, attention_bops=3_000_000)
+    assert allocate(more, bits=6.0, budget_bops=11_000_000).choice == plain.choice
+    assert allocate(more, bits=6.0, budget_bops=11_000_000).bops == plain.bops + 3_000_000 <= 11_000_000
+    with pytest.raises(InputError, match="of which attention takes 3000000 in any case"):
+        allocate(more, budget_bops=2_999_999)
+    with pytest.raises(InputError, match="and 5000000 operations"):
+        allocate(more, rule="uniform:kmc4", bits=16.0, budget_bops=5_000_000)
+
+
+def test_operations_alone_say_nothing_of_bytes_but_equals_take_fewer():
+    """Formats of equal cost and equal operations: the smallest is taken, though bytes are not limited."""
+    large, small = Cost("a", FP16, 1.0, 0.0, 0, 200, 200, 5), Cost("a", KMC4, 1.0, 0.0, 0, 50, 50, 5)
+    found = allocate(table_of([large, small], {"a": 100}), budget_bops=5)
+    assert (found.choice, found.budget_bytes, found.budget_bops, found.used_bytes) == ({"a": KMC4}, None, 5, 50)
 
 
 def test_an_empty_table_is_refused():

@@ -73,8 +73,11 @@ def test_a_format_that_cannot_hold_a_layer_is_dropped_for_it_alone(changed, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--bits", "1.5"), "1.5 paper bits per weight cannot be kept: with these formats the least possible is"),
+        (("--bits", "1.5"), "1.5 paper bits per weight cannot be kept: no choice of formats keeps the budget of"),
         (("--bytes", "10"), "10 bytes cannot be kept"),
+        (("--bops", "1M"), "1M bit operations cannot be kept: no choice of formats keeps the budget of 1000000 bit"),
+        (("--bits", "9", "--bops", "3%"), "9 paper bits per weight and 3% of the bit operations cannot be kept"),
+        (("--bops", "3 percent"), "bit operations are written as a positive number"),
         (("--bits", "16", "--formats", "fp16"), "leave every layer as it is"),
     ],
 )

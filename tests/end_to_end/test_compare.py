@@ -21,7 +21,7 @@ from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.table import Cost, SensitivityTable
 
 QUICK = ("--seeds", "2", "--steps", "2", "--fresh", "4", "--formats", "uaq2,uaq3,uaq4,uaq6,kmc3,kmc4")
-FEW = "uniform,error,jacobian,ablation,combined,sqnr,orthogonality,orthogonality-lp,orthogonality-noise"
+FEW = "uniform,error,jacobian,ablation,combined,sqnr,orthogonality,orthogonality-lp,orthogonality-noise,rank-average"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_every_method_is_measured_at_every_budget_on_the_same_fresh_seeds(compar
     assert found["seeds"] == "2 to 5"  # the search had 0 and 1
     assert found["reference"] == "jacobian"
     assert [row["ahead"] for row in found["rows"] if row["method"] == "jacobian"] == [None, None]
-    assert found["n_comparisons"] == 16
+    assert found["n_comparisons"] == 18
     by_name = {(r["method"], r["bits"]): r for r in found["rows"]}
     difference = by_name["sqnr", 5]["sqnr_db"]["value"] - by_name["jacobian", 5]["sqnr_db"]["value"]
     assert by_name["sqnr", 5]["ahead"]["value"] == pytest.approx(difference)
@@ -94,7 +94,7 @@ def test_the_page_stands_alone(compared):
     assert "<script" not in page
     for method in FEW.split(","):
         assert f"<td>{method}</td>" in page
-    assert "16 paired differences" in page
+    assert "18 paired differences" in page
     assert 'id="curve-' in page
     best = {
         b: max((r for r in compared[0]["rows"] if r["bits"] == b), key=lambda r: r["sqnr_db"]["value"]) for b in (5, 6)

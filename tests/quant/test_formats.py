@@ -16,13 +16,14 @@ from sedimo.quant.formats import (
     parse_formats,
     row_bytes,
     stored_bytes,
+    with_activations,
 )
 
-WIDTHS = st.sampled_from((2, 3, 4, 5, 6, 7, 8, 16))
+widths = st.integers(2, 8) | st.just(16)
 formats = st.one_of(
-    st.builds(Format, st.sampled_from(["kmc", "kma"]), st.integers(2, 8), st.none(), WIDTHS),
-    st.builds(Format, st.just("uaq"), st.integers(2, 8), st.none() | st.integers(2, 512), WIDTHS),
-    st.builds(Format, st.just("fp"), st.just(16), st.none(), WIDTHS),
+    st.builds(Format, st.sampled_from(["kmc", "kma"]), st.integers(2, 8), st.none(), widths),
+    st.builds(Format, st.just("uaq"), st.integers(2, 8), st.none() | st.integers(2, 512), widths),
+    st.builds(Format, st.just("fp"), st.just(16), st.none(), widths),
 )
 shapes = st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple)
 
@@ -82,3 +83,26 @@ def test_more_bits_never_cost_less(shape, family, bits):
 @given(st.integers(2, 8), st.integers(1, 10_000))
 def test_a_row_wastes_less_than_a_byte(bits, n_inputs):
     assert 0 <= row_bytes(bits, n_inputs) * 8 - bits * n_inputs < 8
+
+
+def test_each_format_with_each_width_of_activations():
+    found = with_activations(parse_formats("uaq4g64,kmc3,fp16"), (4, 8, 16))
+    assert [str(f) for f in found] == (
+        ["uaq4g64a4", "uaq4g64a8", "uaq4g64", "kmc3a4", "kmc3a8", "kmc3", "fp16a4", "fp16a8", "fp16"]
+    )
+    assert with_activations(WIDE_FORMATS, [16]) == WIDE_FORMATS
+
+
+@pytest.mark.parametrize(
+    ("text", "widths", "message"),
+    [
+        ("uaq4", (), "one or more different numbers"),
+        ("uaq4", (8, 8), "one or more different numbers"),
+        ("uaq4a8", (4,), "has activation bits already"),
+        ("uaq4", (1,), "activation bits must lie in"),
+        ("uaq4", (12,), "activation bits must lie in"),
+    ],
+)
+def test_widths_that_mean_nothing(text, widths, message):
+    with pytest.raises(InputError, match=message):
+        with_activations(parse_formats(text), widths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,15 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tables_of_noise import NAMES, make_space, relative_error
+from test_tables_of_noise import NAMES, make_graph, make_space, relative_error
 
 from sedimo.allocation.solve import allocate
+from sedimo.api.order import refuse_blind
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.measurement.orthogonality import OrthogonalityPart, OrthogonalityProbe
 from sedimo.measurement.trial import Execution, Setting
-from sedimo.quant.formats import FP16
+from sedimo.quant.formats import FP16, Format, parse_formats, with_activations
+from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.orthogonality import MAX_WASTE, ImportanceOptions, converged, importance, orthogonality_table
+from sedimo.space import search_space
 
 SETTING = Setting("0" * 64, "toy", "step", tuple(range(8)), 4, (), None, None, "float32", "cpu")
 EXECUTION = Execution(1.0, 4, 1, {})
@@ -156,6 +160,51 @@ def test_the_objective_noise_weights_weight_errors():
     for cost in table.costs:
         expected = theta[NAMES.index(cost.decision)] * relative_error(cost.decision, cost.format)
         assert cost.cost == pytest.approx(expected)
+
+
+def joint_space(formats="uaq3,uaq4,uaq6,fp16", widths=(4, 8, 16)):
+    return search_space(make_graph(), with_activations(parse_formats(formats), widths))
+
+
+def test_missing_bits_of_weights_and_activations_add_up():
+    """Ours: theta (32 - b_w - b_a); weights alone and fp16 cost what they did, fp16 with rounded inputs does cost."""
+    space, probe = joint_space(), probe_of(part_of(ALIKE))
+    table, theta = orthogonality_table(space, candidates_of(space), probe), importance(probe).theta
+    assert len(table.costs) == 4 * 12
+    for cost in table.costs:
+        missing = 32 - cost.format.bits - cost.format.activation_bits
+        assert cost.cost == pytest.approx(theta[NAMES.index(cost.decision)] * missing)
+    assert table.index["a", FP16] == table_of(probe).index["a", FP16]
+
+
+def test_one_variable_per_pair_under_a_size_and_operations():
+    space = joint_space("uaq3,uaq4,uaq6", (4, 8))
+    table = orthogonality_table(space, candidates_of(space), probe_of(part_of(EARLY)))
+    budget = {"bits": 5.2, "budget_bops": int(0.08 * table.full_bops)}
+    free, found = allocate(table, bits=5.2), allocate(table, **budget, gap=0.0)
+    assert {f.activation_bits for f in free.choice.values()} == {8}  # operations are not limited
+    choices = itertools.product(*table.by_decision.values())
+    kept = [c for c in choices if 8 * sum(x.paper_bytes for x in c) <= 5.2 * table.total_params]
+    best = min(sum(x.cost for x in c) for c in kept if sum(x.bops for x in c) <= budget["budget_bops"])
+    assert found.objective == pytest.approx(best)
+    assert found.bops <= budget["budget_bops"]
+    assert {f.activation_bits for f in found.choice.values()} == {4, 8}
+
+
+def test_what_sees_weights_alone_refuses_several_widths():
+    space = joint_space(widths=(4, 8))
+    with pytest.raises(InputError, match="sees weights alone and cannot choose between uaq3a4 and uaq3a8 for 'a'"):
+        error_table(space, candidates_of(space))
+    with pytest.raises(InputError, match="sees weights alone"):
+        orthogonality_table(space, candidates_of(space), probe_of(part_of(ALIKE)), ImportanceOptions(objective="noise"))
+    for method, importance_of in (("error", "bits"), ("orthogonality", "noise")):
+        with pytest.raises(InputError, match=r"cannot choose among activations of \[4, 8\] bits"):
+            refuse_blind(method, space.decisions[0].formats, ImportanceOptions(objective=importance_of))
+    one = joint_space(widths=(8,))
+    table = error_table(one, candidates_of(one))
+    assert table.index["b", Format.parse("fp16a8")].cost == 0
+    for method in ("orthogonality", "jacobian", "ablation", "sqnr", "gnn"):
+        refuse_blind(method, space.decisions[0].formats)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
+
 from sedimo.allocation.problem import Allocation, Budget, Problem, make_problem
 from sedimo.allocation.record import Outcome, as_variant, least_cost, record
 from sedimo.allocation.relaxation import relax
@@ -71,7 +73,7 @@ def judge(
         InputError: the choice exceeds the budget that is given all the same.
     """
     if budget is not None:
-        _check_kept(chosen, budget, rule, table.total_params)
+        _check_kept(chosen, budget, rule, table)
     own = budget or Budget(sum(entry.paper_bytes for entry in chosen), "paper")
     problem = make(own)
     bound = relax(problem).bound
@@ -91,15 +93,21 @@ def _judge_costs(
     return judge(table, entries, make=partial(make_problem, table), rule=rule, budget=budget, notes=notes)
 
 
-def _check_kept(chosen: Sequence[Variant], budget: Budget, rule: str, n_weights: int) -> None:
-    used, bops = sum(budget.sizes(entry)[0] for entry in chosen), sum(entry.bops for entry in chosen)
-    if used > budget.size_bytes or (budget.bops is not None and bops > budget.bops):
-        raise InputError(
-            f"the rule {rule!r} takes {8 * used / n_weights:.4f} {budget.accounting} bits per weight and "
-            f"{bops} bit operations, more than the budget of {8 * budget.size_bytes / n_weights:.4f} bits"
-            f"{'' if budget.bops is None else f' and {budget.bops} operations'}. Leave the budget out, or choose "
-            "another rule."
-        )
+def _check_kept(chosen: Sequence[Variant], budget: Budget, rule: str, table: SensitivityTable | VariantTable) -> None:
+    used = np.array([budget.sizes(entry) for entry in chosen], dtype=np.int64).sum(axis=0)
+    if (used <= budget.limits(table.attention_bops)).all():
+        return
+    bops = table.attention_bops + sum(entry.bops for entry in chosen)
+    size_bytes = sum(entry.paper_bytes if budget.accounting == "paper" else entry.stored_bytes for entry in chosen)
+    limits = [
+        *([] if budget.size_bytes is None else [f"{8 * budget.size_bytes / table.total_params:.4f} bits"]),
+        *([] if budget.bops is None else [f"{budget.bops} operations"]),
+    ]
+    raise InputError(
+        f"the rule {rule!r} takes {8 * size_bytes / table.total_params:.4f} {budget.accounting} bits per weight and "
+        f"{bops} bit operations, more than the budget of {' and '.join(limits)}. Leave the budget out, or choose "
+        "another rule."
+    )
 
 
 def _refuse_forbidden(rule: str, chosen: Mapping[str, Cost]) -> None:

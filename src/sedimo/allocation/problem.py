@@ -1,7 +1,7 @@
 """The question that allocation answers, as arrays, and the record of an answer.
 
 A multiple-choice knapsack: exactly one option (format) per decision, least total cost, at most so many
-bytes and, if asked, bit operations. Sizes stay integers; whoever answers is checked against them.
+bytes, bit operations, or both. Sizes stay integers; whoever answers is checked against them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 Option_co = TypeVar("Option_co", covariant=True)
+Resource = TypeVar("Resource")
 
 _ROUNDING = 1e-12  # relative; bits that were computed as 8 * bytes / weights must give the bytes back
 
@@ -36,7 +37,8 @@ class Allocation:
     """The recipe chosen under a budget, with its certificate.
 
     `choice` is the format of each decision; `bits` the average per weight in `accounting` [bits];
-    `budget_bytes` and `used_bytes` are in the same accounting [bytes]. `objective` is the sum of the
+    `budget_bytes` (None: no limit of size) and `used_bytes` are in the same accounting [bytes]. `bops` and
+    `budget_bops` count the whole denoiser, attention included [BOPs]. `objective` is the sum of the
     table's costs and `standard_error` that of the sum, decisions (or groups) taken as independent; `bound` is a proven
     lower limit of the objective, `gap` their distance relative to what the budget costs (objective less the
     least objective without any budget). `status` is `optimal` (gap as asked for), `feasible` (the search
@@ -48,7 +50,7 @@ class Allocation:
     recipe: Recipe
     choice: Mapping[str, Format]
     bits: float
-    budget_bytes: int
+    budget_bytes: int | None
     used_bytes: int
     objective: float
     standard_error: float
@@ -68,21 +70,41 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """At most this many bytes in one accounting, and optionally bit operations."""
+    """At most this many bytes in one accounting, at most this many bit operations, or both.
 
-    size_bytes: int
+    `bops` are those of one sample and call of the whole denoiser, attention included. Without a limit of size,
+    `accounting` is the one in which sizes are told.
+
+    Raises:
+        InputError: no limit at all.
+    """
+
+    size_bytes: int | None
     accounting: Accounting = "paper"
     bops: int | None = None
 
-    @property
-    def limits(self) -> IntArray:
-        """The limits of the resources, bytes first, [R]."""
-        return np.array([self.size_bytes, *([] if self.bops is None else [self.bops])], dtype=np.int64)
+    def __post_init__(self) -> None:
+        """Refuses a budget that limits nothing."""
+        if self.size_bytes is None and self.bops is None:
+            raise InputError("a budget must limit bytes or bit operations.")
+
+    def limits(self, attention_bops: int) -> IntArray:
+        """What all decisions together may take of each limited resource, bytes first, [R].
+
+        Attention takes its bit operations first, so that a limit may be negative.
+        """
+        bops = None if self.bops is None else self.bops - attention_bops
+        return np.array([limit for limit in (self.size_bytes, bops) if limit is not None], dtype=np.int64)
 
     def sizes(self, cost: Cost | Variant) -> tuple[int, ...]:
-        """What one option takes of each resource."""
-        size = cost.paper_bytes if self.accounting == "paper" else cost.stored_bytes
-        return (size,) if self.bops is None else (size, cost.bops)
+        """What one option takes of each limited resource, [R]."""
+        return self.limited(cost.paper_bytes, cost.stored_bytes, cost.bops)
+
+    def limited(self, paper: Resource, stored: Resource, bops: Resource) -> tuple[Resource, ...]:
+        """Of an option's (or of many options') sizes those that are limited, in the order of the limits."""
+        size = paper if self.accounting == "paper" else stored
+        pairs = ((self.size_bytes, size), (self.bops, bops))
+        return tuple(taken for limit, taken in pairs if limit is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +121,7 @@ class Problem(Generic[Option_co]):
     """Options of all decisions as padded arrays; decisions by name, options by size, then cost.
 
     Who solves it looks at numbers only: a decision may be one of formats for a layer, or of variants for a group.
-    Shapes: D decisions, K options at most, R resources (bytes, then bit operations if limited).
+    Shapes: D decisions, K options at most, R limited resources (bytes, bit operations, or both in this order).
 
     Attributes:
         options: what stands behind the columns, per decision.
@@ -153,18 +175,19 @@ def make_problem(table: SensitivityTable, budget: Budget) -> Problem[Cost]:
     Raises:
         InputError: a decision has no option left, or a cost is minus infinity.
     """
-    return assemble([_pareto_options(table.by_decision[name], budget) for name in sorted(table.by_decision)], budget)
+    rows = [_pareto_options(table.by_decision[name], budget) for name in sorted(table.by_decision)]
+    return assemble(rows, budget.limits(table.attention_bops))
 
 
-def assemble(rows: Sequence[Options[Option_co]], budget: Budget) -> Problem[Option_co]:
-    """The problem whose rows are the options of one decision (or group) each."""
+def assemble(rows: Sequence[Options[Option_co]], limits: IntArray) -> Problem[Option_co]:
+    """The problem whose rows are the options of one decision (or group) each; `limits` `[R]`."""
     n_columns = max((len(row.cost) for row in rows), default=0)
     cost = np.full((len(rows), n_columns), np.inf)
-    size = np.zeros((len(budget.limits), len(rows), n_columns), dtype=np.int64)
+    size = np.zeros((len(limits), len(rows), n_columns), dtype=np.int64)
     for i, row in enumerate(rows):
         cost[i, : len(row.cost)] = row.cost
         size[:, i, : len(row.cost)] = row.size
-    return Problem(tuple(row.entries for row in rows), cost, size, budget.limits)
+    return Problem(tuple(row.entries for row in rows), cost, size, limits)
 
 
 def _pareto_options(entries: Sequence[Cost], budget: Budget) -> Options[Cost]:
@@ -174,7 +197,7 @@ def _pareto_options(entries: Sequence[Cost], budget: Budget) -> Options[Cost]:
         raise InputError(f"costs must be finite, or inf for a forbidden format; decision {name!r} has -inf.")
     size = np.array([budget.sizes(entry) for entry in entries], dtype=np.int64).T
     by_name = np.unique([str(entry.format) for entry in entries], return_inverse=True)[1]
-    kept = pareto(cost, size, by_name[None])
+    kept = pareto(cost, size, np.array([[entry.paper_bytes for entry in entries], by_name], dtype=np.int64))
     if not len(kept):
         raise InputError(f"decision {name!r} has no format of finite cost; add formats to the space.")
     return Options(tuple(entries[i] for i in kept), cost[kept], size[:, kept])
@@ -210,15 +233,17 @@ def read_budget(
     budget_bytes: int | None,
     budget_bops: int | None,
 ) -> Budget | None:
-    """The one budget that is given for so many weights; None when there is none.
+    """The budget that is given for so many weights: a size, bit operations, or both; None when there is none.
 
     Raises:
-        InputError: more than one size, a number that is no budget, or bit operations without a size.
+        InputError: more than one size, or a number that is no budget.
     """
     given = {"bits": bits, "stored_bits": stored_bits, "budget_bytes": budget_bytes}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise InputError(f"give one budget, got {' and '.join(names)}.")
+    if budget_bytes is not None and budget_bytes <= 0:
+        raise InputError(f"budget_bytes must be positive, got {budget_bytes}.")
     if budget_bops is not None and budget_bops < 0:
         raise InputError(f"budget_bops must not be negative, got {budget_bops}.")
     if bits is not None:
@@ -226,9 +251,5 @@ def read_budget(
     if stored_bits is not None:
         return Budget(bytes_for_bits(stored_bits, n_weights), "stored", budget_bops)
     if budget_bytes is not None:
-        if budget_bytes <= 0:
-            raise InputError(f"budget_bytes must be positive, got {budget_bytes}.")
         return Budget(int(budget_bytes), "stored", budget_bops)
-    if budget_bops is not None:
-        raise InputError("budget_bops limits operations besides a size: give bits, stored_bits or budget_bytes too.")
-    return None
+    return None if budget_bops is None else Budget(None, bops=budget_bops)

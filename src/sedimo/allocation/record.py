@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from sedimo.allocation.problem import Allocation, Budget, IntArray, Status
 from sedimo.errors import InputError
 from sedimo.sensitivity.table import Cost, SensitivityTable
@@ -75,30 +77,37 @@ def record(
         accounting=budget.accounting,
         paper_bits=8 * paper / table.total_params,
         stored_bits=8 * stored / table.total_params,
-        bops=sum(entry.bops for entry in chosen),
+        bops=sum(entry.bops for entry in chosen) + table.attention_bops,
         budget_bops=budget.bops,
         n_solves=outcome.n_solves,
         notes=outcome.notes,
     )
 
 
-def infeasible(budget: Budget, n_weights: int, sizes: Iterable[IntArray]) -> InputError:
+def infeasible(budget: Budget, table: SensitivityTable | VariantTable, sizes: Iterable[IntArray]) -> InputError:
     """The error that says what is possible instead of a budget that cannot be kept.
 
-    `sizes` is what the allowed options of each decision or group take, `[R, V]` each.
+    `sizes` is what the allowed options of each decision or group take of the limited resources, `[R, V]` each.
     """
-    ends = [(size.min(axis=1), int(size[0].max())) for size in sizes]
-    scale = 8 / n_weights
-    low, high = scale * sum(int(least[0]) for least, _ in ends), scale * sum(most for _, most in ends)
-    text = (
-        f"no choice of formats keeps the budget of {budget.size_bytes} bytes ({scale * budget.size_bytes:.4f} "
-        f"{budget.accounting} bits per weight): with these formats the least possible is "
-        f"{math.ceil(low * 1e4) / 1e4:.4f} bits and the most {math.floor(high * 1e4) / 1e4:.4f}."
-    )
-    if budget.bops is None:
-        return InputError(f"{text} Raise the budget, or allow formats with fewer bits.")
+    ends = np.array([[size.min(axis=1), size.max(axis=1)] for size in sizes]).sum(axis=0).T.tolist()  # [R, 2]
+    limits, possible = [], []
+    if budget.size_bytes is not None:
+        scale = 8 / table.total_params
+        least, most = (scale * end for end in ends[0])
+        limits.append(
+            f"{budget.size_bytes} bytes ({scale * budget.size_bytes:.4f} {budget.accounting} bits per weight)"
+        )
+        least, most = math.ceil(least * 1e4) / 1e4, math.floor(most * 1e4) / 1e4
+        possible.append(f"the least possible is {least:.4f} bits and the most {most:.4f}")
+    if budget.bops is not None:
+        least, most = (end + table.attention_bops for end in ends[-1])
+        limits.append(f"{budget.bops} bit operations")
+        possible.append(
+            f"the least possible is {least} bit operations and the most {most}, of which attention takes "
+            f"{table.attention_bops} in any case (codebooks compute in 16 bits)"
+        )
+    remedy = "Raise the budget" if len(limits) == 1 else "Both must hold at once: raise one of them"
     return InputError(
-        f"{text} The budget of bit operations is {budget.bops}, the least possible "
-        f"{sum(int(least[1]) for least, _ in ends)}; "
-        f"both must hold at once. Raise one of them, or allow formats with fewer bits."
+        f"no choice of formats keeps the budget of {' and '.join(limits)}: with these formats {'; '.join(possible)}. "
+        f"{remedy}, or allow formats with fewer bits."
     )

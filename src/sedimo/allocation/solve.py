@@ -33,9 +33,10 @@ def allocate(
 ) -> Allocation:
     """The format of every decision: least total cost within a budget.
 
-    Exactly one budget is given: `bits` per weight in the papers' accounting, `stored_bits` per weight or
-    `budget_bytes` of the tensors that replace the weights. `budget_bops` limits the bit operations of one
-    sample and denoiser call besides.
+    One size is given, `bits` per weight in the papers' accounting, `stored_bits` per weight or `budget_bytes` of
+    the tensors that replace the weights, or `budget_bops`, or both. `budget_bops` limits the bit operations of one
+    sample and call of the whole denoiser: the products of attention, which stay at 16 bits, count. Alone it says
+    nothing of bytes: formats that compute in 16 bits (codebooks, fp16) are then alike, and the best one is taken.
 
     Rules: `milp` (default; within `gap` of the optimum, with proof), `greedy` (exchanges from the Lagrangian
     choice), `lp` (the linear relaxation, its one split decision rounded down, as MPQ-Diff does), `argmin`
@@ -57,7 +58,9 @@ def allocate(
     if rule not in SEARCHES:
         raise InputError(f"the rule must be one of {', '.join(RULES)}, got {rule!r}.")
     if budget is None:
-        raise InputError("allocation needs one budget: bits, stored_bits or budget_bytes.")
+        raise InputError(
+            "allocation needs a budget: bits, stored_bits or budget_bytes, budget_bops, or a size and bops."
+        )
     return allocate_within(table, budget, rule=rule, gap=gap)
 
 
@@ -78,7 +81,7 @@ def allocate_within(
     starts = [] if known is None else [_columns(problem, table, known, budget)]
     decided = decide(problem, rule=rule, gap=gap, starts=starts)
     if decided is None:
-        raise infeasible(budget, table.total_params, (_sizes(costs, budget) for costs in table.by_decision.values()))
+        raise infeasible(budget, table, (_sizes(costs, budget) for costs in table.by_decision.values()))
     pairs = zip(problem.options, decided.choice, strict=True)
     chosen = tuple(as_variant(row[int(column)]) for row, column in pairs)
     outcome = Outcome(chosen, problem.least_objective, decided.bound, decided.n_solves, decided.is_heuristic)

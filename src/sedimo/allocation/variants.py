@@ -52,7 +52,9 @@ def allocate_variants(
     if rule not in SEARCHES:
         raise InputError(f"the rule must be one of {', '.join((*SEARCHES, ARGMIN))}, got {rule!r}.")
     if budget is None:
-        raise InputError("allocation needs one budget: bits, stored_bits or budget_bytes.")
+        raise InputError(
+            "allocation needs a budget: bits, stored_bits or budget_bytes, budget_bops, or a size and bops."
+        )
     return _allocate_within(table, budget, rule, gap)
 
 
@@ -61,7 +63,7 @@ def _allocate_within(table: VariantTable, budget: Budget, rule: str, gap: float)
     decided = decide(problem, rule=rule, gap=gap)
     if decided is None:
         allowed = (_sizes(group, budget)[:, np.isfinite(group.cost)] for group in table.groups)
-        raise infeasible(budget, table.total_params, allowed)
+        raise infeasible(budget, table, allowed)
     rows = zip(_sorted(table), problem.options, decided.choice, strict=True)
     chosen = tuple(group.variant(options[int(column)]) for group, options, column in rows)
     outcome = Outcome(chosen, problem.least_objective, decided.bound, decided.n_solves, decided.is_heuristic)
@@ -70,12 +72,12 @@ def _allocate_within(table: VariantTable, budget: Budget, rule: str, gap: float)
 
 def _make_problem(table: VariantTable, budget: Budget) -> Problem[int]:
     """The problem of a table; its options are rows of `GroupVariants`."""
-    return assemble([_pareto_rows(group, budget) for group in _sorted(table)], budget)
+    return assemble([_pareto_rows(group, budget) for group in _sorted(table)], budget.limits(table.attention_bops))
 
 
 def _pareto_rows(group: GroupVariants, budget: Budget) -> Options[int]:
     size = _sizes(group, budget)
-    kept = pareto(group.cost, size, _names(group))
+    kept = pareto(group.cost, size, np.vstack([group.paper_bytes, _names(group)]))
     if not len(kept):
         raise InputError(f"group {group.group!r} has no variant of finite cost; add formats to the space.")
     return Options(tuple(kept.tolist()), group.cost[kept], size[:, kept])
@@ -89,8 +91,7 @@ def _cheapest(group: GroupVariants) -> int:
 
 def _sizes(group: GroupVariants, budget: Budget) -> IntArray:
     """What each variant takes of each resource, [R, V]."""
-    size = group.paper_bytes if budget.accounting == "paper" else group.stored_bytes
-    return np.array([size] if budget.bops is None else [size, group.bops], dtype=np.int64)
+    return np.array(budget.limited(group.paper_bytes, group.stored_bytes, group.bops), dtype=np.int64)
 
 
 def _names(group: GroupVariants) -> IntArray:

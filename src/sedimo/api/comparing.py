@@ -10,10 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
+from sedimo.api.bops_order import BopsOrder
 from sedimo.api.checking import UNIFORM_SLACK_BITS
 from sedimo.api.measuring import make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, check_budget, open_source
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, METHODS, BudgetOrder, Compute, Order, SamplingOrder
+from sedimo.api.order import (
+    DEFAULT_COMPUTE,
+    DEFAULT_SAMPLING,
+    METHODS,
+    BudgetOrder,
+    Compute,
+    Order,
+    SamplingOrder,
+    refuse_blind,
+)
 from sedimo.api.planning import MeasuredMethod
 from sedimo.api.predicting import refuse_other_space
 from sedimo.api.search_order import SearchOrder
@@ -26,17 +36,19 @@ from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
+from sedimo.quant.formats import parse_formats
 from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine
+from sedimo.sensitivity.combine import rank_average
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.orthogonality import ImportanceOptions, Objective
 from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
-from sedimo.sensitivity.table import SensitivityTable
+from sedimo.sensitivity.table import SensitivityTable, of_family
 from sedimo.space import Recipe, SearchSpace
 
-UNIFORM, REFERENCE = "uniform", "jacobian"
+UNIFORM, REFERENCE, PUBLISHED_LP = "uniform", "jacobian", "orthogonality-lp"
 ORTHOGONALITY: Mapping[str, Objective] = {
     "orthogonality": "bits",
-    "orthogonality-lp": "bits",
+    PUBLISHED_LP: "bits",
     "orthogonality-noise": "noise",
 }
 MEASURED: Mapping[str, MeasuredMethod] = {
@@ -47,14 +59,24 @@ MEASURED: Mapping[str, MeasuredMethod] = {
     "sqnr": "sqnr",
     **dict.fromkeys(ORTHOGONALITY, "orthogonality"),
 }
-COMPARED = (UNIFORM, *MEASURED, "gnn")
-HOLD_ABLATION = ("ablation", "combined")  # whose agreement with the ablation would say little
+RANK_AVERAGE, AVERAGED = "rank-average", ("jacobian", "ablation", "sqnr")
+COMPARED = (UNIFORM, *MEASURED, RANK_AVERAGE, "gnn")
+HOLD_ABLATION = ("ablation", "combined", RANK_AVERAGE)  # whose agreement with the ablation would say little
 LEAST_USED = 0.995  # of a budget, for a recipe to count as of equal size
+
+
+def importance_of(method: str) -> ImportanceOptions:
+    """What a compared method takes as importance, if it takes any."""
+    return ImportanceOptions(objective=ORTHOGONALITY.get(method, "bits"))
 
 
 @dataclass(frozen=True, slots=True)
 class CompareOrder:
-    """Which methods at which paper bits, measured on `n_fresh` seeds; `n_trials` in three rounds are for `gnn`."""
+    """Which methods at which paper bits, measured on `n_fresh` seeds; `n_trials` in three rounds are for `gnn`.
+
+    Every budget has the limit `bops` of bit operations besides, if there is one; `ends` is the format of the first and
+    last layers in every recipe, None: they are decided on like the others.
+    """
 
     source: str
     store: Path
@@ -66,6 +88,8 @@ class CompareOrder:
     compute: Compute = DEFAULT_COMPUTE
     n_fresh: int = 64
     n_trials: int = 120
+    bops: BopsOrder | None = None
+    ends: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses unknown methods, budgets that no weight has, and too few seeds for an error bar."""
@@ -76,6 +100,9 @@ class CompareOrder:
             raise InputError("comparing needs at least one budget: --bits 3.0,3.5,4.0")
         for bits in self.bits:
             BudgetOrder(bits=bits)
+        for method in self.methods:
+            if method != UNIFORM:
+                refuse_blind(MEASURED.get(method, method), parse_formats(self.formats), importance_of(method))
         if self.n_fresh < 2:
             raise InputError(f"comparing needs at least two fresh seeds, got {self.n_fresh}")
 
@@ -94,7 +121,7 @@ class CompareOrder:
         return Order(
             self.source,
             None,
-            BudgetOrder(bits=bits),
+            BudgetOrder(bits=bits, bops=self.bops),
             method=method if method in METHODS else MEASURED.get(method, "error"),
             formats=self.formats,
             variant=self.variant,
@@ -102,7 +129,8 @@ class CompareOrder:
             compute=self.compute,
             check=False,
             search=self.search,
-            importance=ImportanceOptions(objective=ORTHOGONALITY.get(method, "bits")),
+            importance=importance_of(method),
+            ends=self.ends,
         )
 
 
@@ -110,6 +138,7 @@ class CompareOrder:
 class ComparedRow:
     """A method at a budget: its recipe measured on the fresh seeds, and what it is ahead of the reference, paired.
 
+    `bops` are bit operations of one sample and denoiser call, attention included [BOPs].
     `is_full` tells whether it uses at least 99.5 % of the budget.
     """
 
@@ -117,6 +146,7 @@ class ComparedRow:
     bits: float
     paper_bits: float
     stored_bits: float
+    bops: int
     is_full: bool
     sqnr_db: Estimate
     ahead: Estimate | None
@@ -152,7 +182,7 @@ class Comparison:
     def as_page(self) -> ComparisonPage:
         """What the page tells."""
         lines = [
-            ComparisonLine(r.method, r.bits, r.paper_bits, r.stored_bits, r.is_full, r.sqnr_db, r.ahead)
+            ComparisonLine(r.method, r.bits, r.paper_bits, r.stored_bits, r.is_full, r.bops, r.sqnr_db, r.ahead)
             for r in self.rows
         ]
         costs = [CostLine(method, spent, self.agreement.get(method)) for method, spent in self.costs.items()]
@@ -265,22 +295,30 @@ def _decide(opened: Opened, bank: Bank, study: Study, method: str, progress: Pro
     if method == "gnn":
         measured, allocation = search_recipe(opened, study, progress)
         return _Decided(allocation.recipe, measured.table)
-    table = measure_table(opened, MEASURED[method], study, progress).table
-    return _Decided(allocated(table, opened.order.budget, rule=opened.order.rule).recipe, table)
+    budget, rule = opened.order.budget, opened.order.rule
+    if method == RANK_AVERAGE:
+        table = rank_average([measure_table(opened, MEASURED[name], study, progress).table for name in AVERAGED])
+    else:
+        table = measure_table(opened, MEASURED[method], study, progress).table
+    if method == PUBLISHED_LP:
+        table = of_family(table, "uaq")
+    return _Decided(allocated(table, budget, rule=rule).recipe, table)
 
 
 def _best_uniform(opened: Opened, bank: Bank, study: Study, progress: Progress) -> _Decided:
-    """The uniform recipe of about the budget that is best on the searched seeds.
+    """The uniform recipe of about the budget's size, within its bit operations, that is best on the searched seeds.
 
     Where no format suits all decisions, those that cannot take one have what the rule `uniform:FORMAT` gives them.
     """
-    space, errors = bank.space, error_table(bank.space, bank.candidates)
-    most = opened.order.budget.in_bits(space.params) + UNIFORM_SLACK_BITS
+    space, errors, budget = bank.space, error_table(bank.space, bank.candidates), opened.order.budget
+    most = budget.in_bits(space.params) + UNIFORM_SLACK_BITS
+    most_bops = space.full_bops if budget.bops is None else budget.bops.resolved(space.full_bops)
     formats = space.common_formats or sorted({f for d in space.decisions for f in d.formats if f.is_quantized}, key=str)
     uniform = [allocated(errors, BudgetOrder(), rule=f"uniform:{f}") for f in formats]
-    fitting = [found for found in uniform if found.paper_bits <= most]
+    fitting = [u for u in uniform if u.paper_bits <= most and space.bops(u.recipe) <= most_bops]
     if not fitting:
-        return _Decided(None, notes=(f"left out, because no uniform format takes at most {most:.2f} bits per weight",))
+        limit = "" if budget.bops is None else f" and {most_bops} bit operations"
+        return _Decided(None, notes=(f"left out: no uniform format takes at most {most:.2f} bits per weight{limit}",))
     plan = opened.order.sampling.searching(opened.pipe)
     trials = Measuring.on(opened.pipe, bank, study, plan, progress=progress).trials([f.recipe for f in fitting])
     _, best = max(zip(trials, fitting, strict=True), key=lambda pair: pair[0].score)
@@ -303,6 +341,7 @@ def _rows(bank: Bank, bits: float, found: Mapping[str, Recipe], fresh: Measuring
             bits=bits,
             paper_bits=paper_bits,
             stored_bits=8 * bank.stored_bytes(recipe) / space.params,
+            bops=space.bops(recipe),
             is_full=paper_bits >= LEAST_USED * bits,
             sqnr_db=sqnr_estimates(summarize(trials[method].powers))["sqnr_db"],
             ahead=None if method == reference else ahead,

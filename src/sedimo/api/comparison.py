@@ -18,11 +18,12 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
-from sedimo.quant.formats import FP16
+from sedimo.quant.formats import FP16, Format
 from sedimo.quant.memory import memory_bytes
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.activations import rounded_inputs
 from sedimo.runtime.contents import packed_layers
-from sedimo.sensitivity.costs import count_bops
+from sedimo.space import PartFormat, Recipe, search_space
 
 MIN_IMAGES = 2 * N_PARTS  # two in each part that the jackknife leaves out
 
@@ -129,20 +130,16 @@ def _sizes(quantized: DiffusersPipeline, against: DiffusersPipeline) -> dict[str
 
 
 def _bops(quantized: DiffusersPipeline, against: DiffusersPipeline) -> dict[str, int]:
-    """Bit operations of the Linear and Conv layers; a source that is packed itself cannot be traced and has none."""
+    """Bit operations, those of attention included; a source that is packed itself cannot be traced and has none."""
     if packed_layers(against.denoiser):
         return {}
-    packed, layers = packed_layers(quantized.denoiser), verbs.trace(against).layers
-    ours = (_layer_bops(layer.macs, packed.get(layer.name)) for layer in layers)
-    return {"bops": sum(ours), "source_bops": sum(count_bops(layer.macs, FP16) for layer in layers)}
-
-
-def _layer_bops(macs: int, weight: QuantizedTensor | None) -> int:
-    """Those of a layer; each part of its inputs has its share of the MACs."""
-    if weight is None:
-        return count_bops(macs, FP16)
-    parts = weight.packing.parts
-    return sum(count_bops(macs * (stop - start), f) for start, stop, f, _ in parts) // parts[-1][1]
+    space = search_space(verbs.trace(against), "fp16")
+    bits = {name: quantizer.bits for name, quantizer in rounded_inputs(quantized.denoiser).layers.items()}
+    layers: dict[str, Format | tuple[PartFormat, ...]] = dict.fromkeys(bits, FP16)
+    for name, weight in packed_layers(quantized.denoiser).items():
+        layers[name] = tuple(PartFormat(start, stop, f) for start, stop, f, _ in weight.packing.parts)
+    counts = {"bops": space.bops(Recipe(layers).with_activations(bits)), "source_bops": space.full_bops}
+    return {**counts, "attention_bops": space.attention_bops}
 
 
 def _pipeline(source: str, compute: Compute, variant: str | None = None) -> DiffusersPipeline:

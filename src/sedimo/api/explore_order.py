@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder
+from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder, refuse_blind
 from sedimo.api.search_order import check_study
 from sedimo.errors import InputError
 from sedimo.measurement.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
@@ -28,7 +28,8 @@ class ExploreOrder:
 
     Recipe i is a function of (`study_seed`, i), of the formats and the sampler; the seeds of `sampling` are those of
     the samples. Every recipe is measured by each of the `objectives`. `workers` is for the executor `process`. The
-    `prior` is measured first, for the predictors that are trained on the study.
+    `prior` is measured first, for the predictors that are trained on the study. `ends` is the format of the first and
+    last layers, None: they vary like the others.
     """
 
     source: str
@@ -46,6 +47,7 @@ class ExploreOrder:
     executor: ExecutorName = "serial"
     workers: int | None = None
     prior: str = "jacobian"
+    ends: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses what can be seen to be senseless before the source is opened.
@@ -60,6 +62,7 @@ class ExploreOrder:
         formats = parse_formats(self.formats)
         if not any(f.is_quantized for f in formats):
             raise InputError(f"the formats {self.formats} leave every layer as it is; add one such as kmc4")
+        refuse_blind(f"{self.prior} (the prior)", formats)
         if self.sampler not in SAMPLERS:
             raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.executor not in EXECUTORS:

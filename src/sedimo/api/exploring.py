@@ -42,12 +42,16 @@ _BYTES_OF_A_FIT = 1_000  # names, sums and a row
 
 @dataclass(frozen=True, slots=True)
 class ExploredSource:
-    """What the trials of an explored study are about; `source` is how it was named last."""
+    """What the trials of an explored study are about; `source` is how it was named last.
+
+    `ends` is the format of the first and last layers, empty where they vary like the others.
+    """
 
     source: str
     variant: str | None
     weights_digest: str
     formats: tuple[str, ...]
+    ends: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +181,7 @@ def open_for_exploring(order: ExploreOrder) -> OpenedSource:
     Raises:
         InputError: see `explore_source`.
     """
-    opened = open_pipeline(order.source, order.formats, compute=order.compute, variant=order.variant)
+    opened = open_pipeline(order.source, order.formats, compute=order.compute, variant=order.variant, ends=order.ends)
     if order.store.resolve().is_relative_to(opened.folder.resolve()):
         raise InputError(f"the study {order.store} must not lie in the source {opened.folder}")
     order.exploration(opened.space)
@@ -270,6 +274,7 @@ def refuse_other_study(study: Study, opened: OpenedSource, order: ExploreOrder) 
         source = study.record(ExploredSource, SOURCE)
         pairs.append(("weights", source.weights_digest[:12], opened.weights.digest[:12]))
         pairs.append(("formats", ",".join(source.formats), ",".join(order.format_texts)))
+        pairs.append(("ends", source.ends or None, order.ends))
     if EXPLORATION in names:
         begun = study.record(Exploration, EXPLORATION)
         pairs.append(("study seed", begun.seed, order.study_seed))
@@ -293,7 +298,8 @@ def _keep_records(study: Study, opened: OpenedSource, space: SearchSpace, order:
     study.claim(EXPLORATION, order.exploration(space))
     study.put_record(SPACE, space)
     study.put_record(GRAPH, opened.graph)
-    source = ExploredSource(order.source, order.variant, opened.weights.digest, order.format_texts)
+    digest = opened.weights.digest
+    source = ExploredSource(order.source, order.variant, digest, order.format_texts, order.ends or "")
     study.put_record(SOURCE, source)
 
 

@@ -34,7 +34,7 @@ def hold_finals(known: Known, found: Search, budget: BudgetOrder, measuring: Mea
     best = max(field, key=lambda f: f.trial.score)
     if best.name == BUILT:
         return replace(found, finalists=field)
-    own = read_budget(known.space.params, **budget.named, budget_bops=None)
+    own = read_budget(known.space.params, **budget.named(known.space.full_bops))
     chosen = allocate_given(found.table, known.space.choice(best.trial.recipe), own)
     return replace(found, allocation=chosen, finalists=field)
 

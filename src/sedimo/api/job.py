@@ -21,9 +21,11 @@ from sedimo.api.planning import MethodPlan, plan_job
 from sedimo.api.publishing import Found, summary_of
 from sedimo.api.rereport import keep_report
 from sedimo.api.searching import allocated
+from sedimo.api.smoothing import smooth_source
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
+from sedimo.measurement.smoothing import Smoothing
 from sedimo.measurement.study import Study
 from sedimo.pipelines.sources import is_hub_id
 from sedimo.quant.tensor import QuantizedTensor
@@ -77,6 +79,7 @@ class JobResult:
     peak_rss_bytes: int
     explanation: Explanation | None = None
     maps: Maps = NO_MAPS
+    smoothing: Smoothing | None = None
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -87,6 +90,9 @@ class JobResult:
             "reason": self.plan.reason,
             "paper_bits": choice.paper_bits,
             "stored_bits": choice.stored_bits,
+            "bops": choice.bops,
+            "full_bops": self.table.full_bops,
+            "attention_bops": self.table.attention_bops,
             "stored_bytes": self.written.stored_bytes,
             "file_bytes": self.written.file_bytes,
             "objective": choice.objective,
@@ -102,6 +108,8 @@ class JobResult:
             found["explanation"] = self.explanation.as_json()
         if not self.maps.is_empty:
             found["maps"] = self.maps.as_json()
+        if self.smoothing is not None:
+            found["smoothing"] = {"alpha": self.smoothing.alpha, "layers": self.smoothing.ways}
         return found | ({"unchecked": self.plan.unchecked} if self.check is None else {"check": self.check.as_json()})
 
 
@@ -145,6 +153,8 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     order.check_places(opened.folder)
     with Study(_required(order.study_folder)) as study:
         method = _kept_plan(opened, study)
+        if order.smooth is not None:
+            opened.smoothing = smooth_source(opened, order.smooth, study, progress)
         measured, allocation = _decide(opened, method, study, progress)
         bank, table = measured.bank, measured.table
         opened.space = bank.space  # without formats that a weight does not fit into
@@ -166,7 +176,7 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
     memory = peak_rss_bytes()
-    found = measured.explanation, maps
+    found = measured.explanation, maps, opened.smoothing
     return JobResult(allocation, table, written, report, check, method, seconds, memory, *found)
 
 
@@ -190,8 +200,8 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    asked = (order.method, order.formats, str(order.budget), order.check)
-    parts = (order.search, order.importance, order.activations, order.sampling, order.compute)
+    asked = (order.method, order.formats, str(order.budget), order.check, *([] if order.ends is None else [order.ends]))
+    parts = (order.search, order.importance, order.activations, order.sampling, order.compute, order.smooth)
     facts = (*asked, *(to_plain(part) for part in parts))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
     if name not in study.record_names():
@@ -225,7 +235,7 @@ def _additivity(
 
 def _keep_budget(bank: Bank, allocation: Allocation, packed: Mapping[str, QuantizedTensor]) -> None:
     """Refuses the rare weight whose stored form is larger than estimated (a codebook that float16 cannot hold)."""
-    if allocation.accounting != "stored":
+    if allocation.accounting != "stored" or allocation.budget_bytes is None:
         return
     stored = bank.stored_bytes(allocation.recipe)
     surplus = sum(
@@ -249,6 +259,7 @@ def _write(opened: Opened, bank: Bank, allocation: Allocation, finish: Finish) -
         base_model=order.source if is_hub_id(order.source) else opened.name,
         method=f"{allocation.method}, {allocation.rule}",
         recipe_json=allocation.recipe.to_json(),
+        smoothing="" if opened.smoothing is None else str(opened.smoothing),
     )
     return write_checkpoint(
         opened.folder,

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 
+from sedimo.allocation.solve import allocate
 from sedimo.api import verbs
 from sedimo.api.order import Compute, Order
+from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
+from sedimo.measurement.smoothing import Smoothing
+from sedimo.pipelines.adapter import WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, refuse_endless, stored_dtype
-from sedimo.space import Decision, SearchSpace, search_space
+from sedimo.sensitivity.costs import EXACTLY_NOTHING, build_table
+from sedimo.space import SearchSpace, search_space
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = 1e-9
 MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
 
 
@@ -34,7 +37,8 @@ class OpenedSource:
     denoiser: torch.nn.Module
     graph: DenoiserGraph
     space: SearchSpace
-    weights: FileWeights
+    files: FileWeights
+    weights: WeightSource
     compute: Compute
     variant: str | None
     _pipe: DiffusersPipeline | None = field(default=None)
@@ -47,12 +51,12 @@ class OpenedSource:
     @property
     def component(self) -> str | None:
         """Name of the denoiser's folder inside the pipeline's, None when the source is a denoiser alone."""
-        return self.weights.folder.name if self.is_pipeline else None
+        return self.files.folder.name if self.is_pipeline else None
 
     @property
     def weights_files(self) -> tuple[Path, ...]:
         """The files that hold the denoiser's weights."""
-        return tuple(self.weights.files)
+        return tuple(self.files.files)
 
     @property
     def pipe(self) -> DiffusersPipeline:
@@ -92,6 +96,7 @@ class Opened(OpenedSource):
     """A source made ready for an order of the main job."""
 
     order: Order
+    smoothing: Smoothing | None = None
 
 
 def open_source(order: Order) -> Opened:
@@ -105,14 +110,16 @@ def open_source(order: Order) -> Opened:
     formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
     if order.recipe is not None:
         formats = ",".join(sorted({str(f) for f in order.recipe.formats} | {"fp16"}))
-    found = open_pipeline(order.source, formats, compute=order.compute, variant=order.variant)
+    found = open_pipeline(order.source, formats, compute=order.compute, variant=order.variant, ends=order.ends)
     if order.recipe is not None:
         found.space.check(order.recipe)
     check_budget(order, found.space)
     return Opened(order=order, **vars(found))
 
 
-def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str | None = None) -> OpenedSource:
+def open_pipeline(
+    source: str, formats: str, *, compute: Compute, variant: str | None = None, ends: str | None = None
+) -> OpenedSource:
     """Loads the denoiser in the dtype that it is stored in, and traces it; no budget is needed.
 
     Raises:
@@ -130,7 +137,8 @@ def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str |
         folder=folder,
         denoiser=bare.denoiser,
         graph=graph,
-        space=search_space(graph, formats),
+        space=search_space(graph, formats, ends=ends),
+        files=weights,
         weights=weights,
         compute=compute,
         variant=variant,
@@ -138,23 +146,24 @@ def open_pipeline(source: str, formats: str, *, compute: Compute, variant: str |
 
 
 def check_budget(order: Order, space: SearchSpace) -> None:
-    """Refuses a budget below what the smallest formats take, before anything is measured.
+    """Refuses a budget that no choice of formats keeps, before anything is measured: all formats cost nothing here.
 
     Raises:
-        InputError: with the least and most possible bits.
+        InputError: with the least and most possible.
     """
     budget = order.budget
     if not budget.is_given or order.is_fixed:
         return
-    size_of = Decision.stored_bytes if budget.bits is None else Decision.paper_bytes
-    sizes = [[size_of(d, f) for f in d.formats] for d in space.decisions]
-    least, most = (8 * sum(bound(s) for s in sizes) / space.params for bound in (min, max))
-    if budget.in_bits(space.params) < least * (1 - ROUNDING):
-        kind = "stored" if budget.bits is None else "paper"
-        raise InputError(
-            f"{budget} cannot be kept: with these formats the least possible is {math.ceil(least * 1e4) / 1e4:.4f} "
-            f"{kind} bits per weight, the most {most:.4f}"
-        )
+    candidates = [
+        Candidate(d.name, f, 0.0, 0.0, 0, d.paper_bytes(f), d.stored_bytes(f))
+        for d in space.decisions
+        for f in d.formats
+    ]
+    table = build_table("none", space, candidates, lambda _: EXACTLY_NOTHING, {}, sees_activations=True)
+    try:
+        allocate(table, **budget.named(table.full_bops))
+    except InputError as error:
+        raise InputError(f"{budget} cannot be kept: {error}") from error
 
 
 def _traced(bare: verbs.Loaded, folder: Path, *, compute: Compute, variant: str | None) -> DenoiserGraph:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
+from sedimo.api.bops_order import BopsOrder
 from sedimo.api.search_order import SearchOrder
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.pipelines.adapter import Sampling
@@ -32,54 +34,69 @@ class BudgetNames(TypedDict):
     bits: float | None
     stored_bits: float | None
     budget_bytes: int | None
+    budget_bops: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetOrder:
-    """At most one of: paper bits per weight, stored bits per weight, bytes of the replacing tensors."""
+    """A size, bit operations, or both; the size in paper bits or stored bits per weight, or in bytes."""
 
     bits: float | None = None
     stored_bits: float | None = None
     n_bytes: int | None = None
+    bops: BopsOrder | None = None
 
     def __post_init__(self) -> None:
-        """Refuses two budgets at once and budgets that no weight has."""
+        """Refuses two sizes at once and budgets that no weight has."""
         given = [v for v in (self.bits, self.stored_bits, self.n_bytes) if v is not None]
         if len(given) > 1:
-            raise InputError("give one budget: --bits, --stored-bits or --bytes, got several")
+            raise InputError("give one size: --bits, --stored-bits or --bytes, got several")
         if given and not 0 < given[0] < float("inf"):
             raise InputError(f"a budget must be positive, got {given[0]}")
         if max(self.bits or 0, self.stored_bits or 0) > MAX_BITS or (self.n_bytes or 0) > MAX_BYTES:
             raise InputError(f"a budget of {given[0]:g} is beyond any model; weights have at most {MAX_BITS} bits")
 
     @property
-    def is_given(self) -> bool:
-        """Whether there is a budget at all."""
+    def has_size(self) -> bool:
+        """Whether the size is limited."""
         return any(v is not None for v in (self.bits, self.stored_bits, self.n_bytes))
 
     @property
-    def named(self) -> BudgetNames:
-        """The three, by the names that allocation has for them."""
-        return {"bits": self.bits, "stored_bits": self.stored_bits, "budget_bytes": self.n_bytes}
+    def is_given(self) -> bool:
+        """Whether there is a budget at all."""
+        return self.has_size or self.bops is not None
 
-    def in_bits(self, n_weights: int) -> float:
-        """The budget per weight [bits], in its own accounting.
+    def named(self, full_bops: int) -> BudgetNames:
+        """All of it by the names that allocation has, for a model of so many bit operations at 16 bits.
 
         Raises:
-            InputError: no budget.
+            InputError: a share of bit operations that are not known.
+        """
+        bops = None if self.bops is None else self.bops.resolved(full_bops)
+        return {"bits": self.bits, "stored_bits": self.stored_bits, "budget_bytes": self.n_bytes, "budget_bops": bops}
+
+    def in_bits(self, n_weights: int) -> float:
+        """The size per weight [bits], in its own accounting.
+
+        Raises:
+            InputError: no size.
         """
         bits = self.bits if self.stored_bits is None else self.stored_bits
         if bits is None and self.n_bytes is None:
-            raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes)")
+            raise InputError("a budget of size is needed: --bits 3.5 (or --stored-bits, --bytes)")
         return bits if bits is not None else 8 * (self.n_bytes or 0) / n_weights
 
     def __str__(self) -> str:
         """For people."""
-        if self.bits is not None:
-            return f"{self.bits:g} paper bits per weight"
-        if self.stored_bits is not None:
-            return f"{self.stored_bits:g} stored bits per weight"
-        return f"{self.n_bytes} bytes" if self.n_bytes is not None else "no budget"
+        size = (
+            f"{self.bits:g} paper bits per weight"
+            if self.bits is not None
+            else f"{self.stored_bits:g} stored bits per weight"
+            if self.stored_bits is not None
+            else f"{self.n_bytes} bytes"
+        )
+        parts = [*([size] if self.has_size else []), *([] if self.bops is None else [str(self.bops)])]
+        return " and ".join(parts) or "no budget"
 
 
 FINAL_FACTOR = 4  # seeds of the final per seed of the search
@@ -172,6 +189,8 @@ class Order:
     """One run of the main job.
 
     `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
+    `ends` is the format of the first and last layers, None: they are decided on like the others. With `smooth`, inputs
+    of layers are smoothed first, and everything is about the smoothed weights.
     """
 
     source: str
@@ -191,6 +210,8 @@ class Order:
     search: SearchOrder = DEFAULT_SEARCH
     importance: ImportanceOptions = DEFAULT_IMPORTANCE
     activations: ActivationOrder = DYNAMIC_ACTIVATIONS
+    ends: str | None = None
+    smooth: SmoothOrder | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.
@@ -204,12 +225,18 @@ class Order:
         if self.method.startswith(UNIFORM):
             Format.parse(self.method.removeprefix(UNIFORM))
         if not self.is_fixed and not self.budget.is_given:
-            raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes)")
+            raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes), --bops 12.5%, or both")
+        if self.method == "gnn" and not self.budget.has_size:
+            raise InputError(
+                "a search draws recipes around a size: give --bits (or --stored-bits, --bytes) with --bops"
+            )
         asked = parse_formats(self.formats) if not self.is_fixed else ()
         if asked and not any(f.is_quantized for f in asked):
             raise InputError(f"the formats {self.formats} leave every layer as it is; add one such as kmc4")
-        if self.recipe is not None and (self.budget.is_given or self.method != "auto"):
-            raise InputError("a recipe decides everything: leave out --method and the budget")
+        if self.ends is not None:
+            Format.parse(self.ends)
+        if self.recipe is not None and (self.budget.is_given or self.method != "auto" or self.ends is not None):
+            raise InputError("a recipe decides everything: leave out --method, --ends and the budget")
 
     @property
     def is_fixed(self) -> bool:
@@ -257,3 +284,18 @@ class Order:
             inside = [other for other, outer in resolved.items() if other != name and path.is_relative_to(outer)]
             if inside:
                 raise InputError(f"{name} {places[name]} must not lie in {inside[0]} {places[inside[0]]}")
+
+
+def refuse_blind(method: str, formats: Iterable[Format], importance: ImportanceOptions = DEFAULT_IMPORTANCE) -> None:
+    """Refuses several widths of activations for a method that sees weights alone, before anything is measured.
+
+    Raises:
+        InputError: naming the method.
+    """
+    widths = sorted({f.activation_bits for f in formats})
+    is_blind = method.startswith("error") or (method.startswith("orthogonality") and importance.objective != "bits")
+    if len(widths) > 1 and is_blind:
+        raise InputError(
+            f"method {method!r} sees weights alone and cannot choose among activations of {widths} bits: use another "
+            "method (orthogonality: with --importance-of bits), or one width with --act"
+        )

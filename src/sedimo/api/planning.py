@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
 
 from sedimo.api.additivity import N_RECIPES, NO_NOISE
 from sedimo.api.opening import Opened, OpenedSource
-from sedimo.api.order import FINAL_FACTOR
+from sedimo.api.order import FINAL_FACTOR, refuse_blind
 from sedimo.api.probing import LEAST_SAMPLES, AblationOptions, ProbeMethod
 from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError
@@ -25,6 +25,7 @@ from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_r
 from sedimo.measurement.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
+from sedimo.quant.formats import parse_formats
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
 from sedimo.space import SearchSpace
 
@@ -83,11 +84,27 @@ def plan_job(opened: Opened) -> MethodPlan:
     """The method of an order, or the one that serves best in reasonable time for `auto`, and the check.
 
     Raises:
-        InputError: a method that runs the pipeline, where it cannot run.
+        InputError: a method or smoothing, which run the pipeline, where it cannot run.
     """
+    found = _plan_method(opened)
+    smooth = opened.order.smooth
+    if smooth is None:
+        return found
+    obstacle = opened.why_not_sampled()
+    if obstacle is not None:
+        raise InputError(f"smoothing runs the pipeline to learn ranges, but {obstacle}. Leave out --smooth")
+    timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
+    n_calls = round(_share_of(opened, "sqnr") * timing.n_calls * (2 if smooth.is_given else 5))  # ranking takes 3 more
+    fits = 0.0 if smooth.is_given else opened.space.params * seconds_per_fit(opened)
+    seconds = found.seconds + n_calls * timing.seconds_per_call + fits
+    return replace(found, seconds=seconds, n_calls=found.n_calls + n_calls)
+
+
+def _plan_method(opened: Opened) -> MethodPlan:
     if opened.order.is_fixed:
         return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
     wanted = opened.order.measured_method
+    refuse_blind(wanted, parse_formats(opened.order.formats), opened.order.importance)
     if wanted == "error":
         return _unsampled(opened, _error_cost(opened), "as ordered")
     obstacle = opened.why_not_sampled()
@@ -101,8 +118,8 @@ def plan_job(opened: Opened) -> MethodPlan:
 
 
 def near_bits(opened: Opened) -> tuple[float, ...]:
-    """Around which bits to probe: half a bit below and a bit above the budget."""
-    if not opened.order.budget.is_given:
+    """Around which bits to probe: half a bit below and a bit above the budget, where it limits the size."""
+    if not opened.order.budget.has_size:
         return DEFAULT_BITS
     bits = opened.order.budget.in_bits(opened.space.params)
     return max(2.2, bits - 0.5), bits + 1.0

@@ -99,7 +99,7 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
         versions=_sorted(versions()),
         machine=f"{platform.system()} {platform.machine()}, {_processor()}",
         seconds={"the whole job": float(facts.get("seconds", 0))},
-        notes=opened.space.notes,
+        notes=(*opened.space.notes, *(() if opened.smoothing is None else (str(opened.smoothing),))),
     )
 
 

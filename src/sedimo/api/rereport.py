@@ -83,10 +83,16 @@ def allocate_again(run: Path, budget: BudgetOrder, rule: str = "milp") -> Alloca
 
     Raises:
         InputError: no study, no table in it, or a budget that cannot be kept.
+        StateError: a budget of bit operations, and a table that does not know those of attention.
     """
     with Study(run, create=False) as study:
         table = study.record(SensitivityTable, TABLE)
-    return allocate(table, bits=budget.bits, stored_bits=budget.stored_bits, budget_bytes=budget.n_bytes, rule=rule)
+    if budget.bops is not None and not table.full_bops:
+        raise StateError(
+            f"the table in {run} was kept by an older version, which did not count the bit operations of attention; "
+            "run the job again to allocate by them"
+        )
+    return allocate(table, **budget.named(table.full_bops), rule=rule)
 
 
 def _png(pixels: np.ndarray) -> str:

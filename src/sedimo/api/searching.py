@@ -224,7 +224,7 @@ def build_by_groups(
         for group in disjoint_groups(predictor, known.graph, groups)
     ]
     table = noise_variant_table(predictor, noise, known.candidates, confidence=confidence)
-    return allocate_variants(table, **budget.named)
+    return allocate_variants(table, **budget.named(known.space.full_bops))
 
 
 def model_table(known: Known, log_costs: Values) -> SensitivityTable:
@@ -236,12 +236,14 @@ def model_table(known: Known, log_costs: Values) -> SensitivityTable:
 
 def allocated(table: SensitivityTable, budget: BudgetOrder, *, rule: str = "milp") -> Allocation:
     """The recipe of a table under a budget in any accounting."""
-    return allocate(table, **budget.named, rule=rule)
+    return allocate(table, **budget.named(table.full_bops), rule=rule)
 
 
 def keeps(known: Known, recipe: Recipe, budget: BudgetOrder) -> bool:
-    """Whether a recipe is within a budget."""
+    """Whether a recipe is within a budget, which limits the size."""
     space = known.space
+    if budget.bops is not None and space.bops(recipe) > budget.bops.resolved(space.full_bops):
+        return False
     used = 8 * (space.paper_bytes(recipe) if budget.bits is not None else known.stored_bytes(recipe))
     return used <= budget.in_bits(space.params) * space.params * (1 + 1e-9)
 

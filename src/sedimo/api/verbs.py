@@ -38,6 +38,7 @@ from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.html import write_report
 from sedimo.reporting.summary import Evidence
 from sedimo.runtime.contents import refuse_unfit_source
+from sedimo.runtime.smoothed import smoothed_layers
 from sedimo.runtime.weights import replace_weights
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe, SearchSpace, search_space
@@ -83,7 +84,7 @@ def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | No
     """
     refuse_adapters(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
     if isinstance(pipe, DiffusersPipeline):
-        return trace_denoiser(pipe.denoiser, example_inputs=example_inputs, capture=lambda: _captured_inputs(pipe))
+        return trace_denoiser(pipe.denoiser, example_inputs=example_inputs, capture=lambda: captured_inputs(pipe))
     denoiser = pipe.denoiser if isinstance(pipe, BareDenoiser) else pipe
     return trace_denoiser(denoiser, example_inputs=example_inputs)
 
@@ -111,15 +112,16 @@ def fit(
 
 
 def weights_of(pipe: Loaded | nn.Module) -> WeightSource:
-    """The weights in the dtype they are stored in: from the files where there are any, else from memory.
+    """The weights in the dtype they are stored in: from the files where there are any, else (or smoothed) from memory.
 
     Raises:
         InputError: weights that are quantized, carry an adapter, or are no longer those of their files.
     """
     if isinstance(pipe, DiffusersPipeline | BareDenoiser) and pipe.folder is not None and not pipe.is_quantized:
         weights = FileWeights(denoiser_folder(pipe.folder), pipe.variant)
-        refuse_changed(weights, pipe.denoiser)
-        return weights
+        if not smoothed_layers(pipe.denoiser):
+            refuse_changed(weights, pipe.denoiser)
+            return weights
     return ModuleWeights(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
 
 
@@ -203,7 +205,7 @@ def memory_bytes(model: nn.Module | Loaded) -> int:
     return memory.memory_bytes(model if isinstance(model, nn.Module) else model.denoiser)
 
 
-def _captured_inputs(pipe: DiffusersPipeline) -> Mapping[str, object]:
+def captured_inputs(pipe: DiffusersPipeline) -> Mapping[str, object]:
     """The denoiser's inputs in one real call of the pipeline."""
     trajectory = record(pipe, pipe.default_sampling([0], 1), at_most=1)
     if not trajectory.calls:

@@ -10,11 +10,13 @@ from sedimo.cli import console, show
 from sedimo.cli.options import (
     activation_options,
     budget_options,
+    format_options,
     importance_options,
     job_options,
     json_option,
     run_argument,
     sampling_options,
+    smoothing_options,
 )
 
 METHODS = (
@@ -43,12 +45,13 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 @budget_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--method", default="auto", show_default=True, help=f"How to find out what matters: {METHODS}.")
-@click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
+@format_options
 @click.option(
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )
 @importance_options
 @activation_options
+@smoothing_options
 @job_options
 @sampling_options
 @json_option
@@ -133,7 +136,7 @@ def change(
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the recipe to this file.")
 @json_option
-def allocate(run: Path, out: Path | None, as_json: bool, rule: str, **budget: float | None) -> None:
+def allocate(run: Path, out: Path | None, as_json: bool, rule: str, **budget: object) -> None:
     """Choose the recipe for another budget from the measurements in the study folder RUN."""
     from sedimo.api.rereport import allocate_again
     from sedimo.cli.orders import budget_of

@@ -31,9 +31,28 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
-def budget_options(command: Command) -> Command:
-    """At most one budget."""
+def format_options(command: Command) -> Command:
+    """Which formats there are to choose from."""
     for option in (
+        click.option("--ends", help="Format of the first and last layers, such as uaq8; default: like the others."),
+        click.option(
+            "--act", help="Widths of activations, such as a8 or a4,a6,a8: each format with each; default: a16."
+        ),
+        click.option(
+            "--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def budget_options(command: Command) -> Command:
+    """A size, bit operations, or both."""
+    for option in (
+        click.option(
+            "--bops",
+            help="Budget: bit operations of a sample and call, attention too: 350G, 1.5T, 12.5% of those at 16 bits.",
+        ),
         click.option("--bytes", "n_bytes", type=int, help="Budget: bytes of the tensors that replace the weights."),
         click.option(
             "--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted."
@@ -107,6 +126,27 @@ def activation_options(command: Command) -> Command:
             default="dynamic",
             show_default=True,
             help="Range of each token or image, or static ranges calibrated this way.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def smoothing_options(command: Command) -> Command:
+    """SmoothQuant before anything is packed."""
+    for option in (
+        click.option(
+            "--smooth-share",
+            type=float,
+            default=0.1,
+            show_default=True,
+            help="Share of the layers to smooth, most sensitive first; 1 for all.",
+        ),
+        click.option(
+            "--smooth",
+            type=float,
+            metavar="ALPHA",
+            help="SmoothQuant first: how much of the inputs' range moves into the weights, such as 0.7.",
         ),
     ):
         command = option(command)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sedimo.api.blocks import BlocksOrder
+from sedimo.api.bops_order import BopsOrder
 from sedimo.api.comparing import COMPARED, CompareOrder
 from sedimo.api.explore_order import ExploreOrder
 from sedimo.api.inspection import read_recipe
@@ -20,10 +21,11 @@ from sedimo.api.order import (
     SamplingOrder,
 )
 from sedimo.api.search_order import SearchOrder
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.measurement.trial import ObjectiveName
-from sedimo.quant.formats import Format
+from sedimo.quant.formats import Format, parse_formats, with_activations
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 
 
@@ -35,7 +37,8 @@ def order_of(options: Mapping[str, Any]) -> Order:
         out=options["out"],
         budget=budget_of(options),
         method=options["method"],
-        formats=options["formats"],
+        formats=formats_text_of(options),
+        ends=options["ends"],
         recipe=None if recipe is None else read_recipe(str(recipe)),
         store=options["store"],
         variant=options["variant"],
@@ -46,7 +49,14 @@ def order_of(options: Mapping[str, Any]) -> Order:
         search=search_of(options) if "trials" in options else DEFAULT_SEARCH,
         importance=importance_of(options) if "beta" in options else DEFAULT_IMPORTANCE,
         activations=activations_of(options) if "act_ranges" in options else DYNAMIC_ACTIVATIONS,
+        smooth=smooth_order_of(options),
     )
+
+
+def smooth_order_of(options: Mapping[str, Any]) -> SmoothOrder | None:
+    """How to smooth, if at all."""
+    alpha = options["smooth"]
+    return None if alpha is None else SmoothOrder(alpha, options["smooth_share"])
 
 
 def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:
@@ -81,9 +91,10 @@ def search_of(options: Mapping[str, Any]) -> SearchOrder:
 
 def explore_order_of(options: Mapping[str, Any]) -> ExploreOrder:
     """The order of `sedimo explore`."""
-    names = ("source", "store", "trials", "formats", "sampler", "low_bits", "high_bits", "study_seed", "prior")
+    names = ("source", "store", "trials", "ends", "sampler", "low_bits", "high_bits", "study_seed", "prior")
     return ExploreOrder(
         **{name: options[name] for name in names},
+        formats=formats_text_of(options),
         objectives=cast("tuple[ObjectiveName, ...]", tuple(_parts(options["objective"]))),
         sampling=sampling_of(options),
         compute=compute_of(options),
@@ -106,11 +117,13 @@ def blocks_order_of(options: Mapping[str, Any]) -> BlocksOrder:
 
 def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
     """The order of `sedimo compare`."""
-    names = ("source", "store", "formats", "variant", "n_fresh", "n_trials")
+    names = ("source", "store", "ends", "variant", "n_fresh", "n_trials")
     methods = COMPARED if options["methods"] == "all" else tuple(_parts(options["methods"]))
     return CompareOrder(
         **{name: options[name] for name in names},
         bits=tuple(sorted(set(_numbers(options["bits"])))),
+        bops=bops_of(options),
+        formats=formats_text_of(options),
         methods=methods,
         sampling=sampling_of(options),
         compute=compute_of(options),
@@ -119,7 +132,25 @@ def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
 
 def budget_of(options: Mapping[str, Any]) -> BudgetOrder:
     """The budget."""
-    return BudgetOrder(options["bits"], options["stored_bits"], options["n_bytes"])
+    return BudgetOrder(options["bits"], options["stored_bits"], options["n_bytes"], bops_of(options))
+
+
+def bops_of(options: Mapping[str, Any]) -> BopsOrder | None:
+    """The limit of bit operations, if there is one."""
+    return None if options["bops"] is None else BopsOrder.parse(options["bops"])
+
+
+def formats_text_of(options: Mapping[str, Any]) -> str:
+    """The formats to choose from, each with each width of activations that was asked for."""
+    formats, act = options["formats"], options["act"]
+    if act is None:
+        return str(formats)
+    if options.get("recipe") is not None or str(options.get("method")).startswith("uniform:"):
+        raise InputError("--act widens --formats; a recipe or a uniform format has its own: write uniform:uaq4a8")
+    widths = [part.removeprefix("a") for part in _parts(act)]
+    if not widths or not all(width.isdecimal() for width in widths):
+        raise InputError(f"widths of activations are written such as a8 or a4,a6,a8; got {act!r}")
+    return ",".join(map(str, with_activations(parse_formats(formats), map(int, widths))))
 
 
 def sampling_of(options: Mapping[str, Any]) -> SamplingOrder:

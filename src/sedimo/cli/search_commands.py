@@ -9,11 +9,13 @@ import click
 from sedimo.cli import console
 from sedimo.cli.options import (
     budget_options,
+    format_options,
     job_options,
     json_option,
     run_argument,
     sampling_options,
     search_options,
+    smoothing_options,
 )
 
 
@@ -21,8 +23,9 @@ from sedimo.cli.options import (
 @click.argument("source", metavar="SRC")
 @budget_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
+@format_options
 @search_options
+@smoothing_options
 @job_options
 @sampling_options
 @json_option
@@ -100,9 +103,10 @@ def blocks(as_json: bool, out: Path | None, page: Path | None, **options: object
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.option("--bits", required=True, help="Budgets in paper bits, such as 3.0,3.5,4.0.")
+@click.option("--bops", help="Budget of bit operations besides: 350G, 1.5T, or 12.5% of those at 16 bits.")
 @click.option("--methods", default="all", show_default=True, help="all, or some of them, separated by commas.")
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
-@click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
+@format_options
 @click.option("--fresh", "n_fresh", default=64, show_default=True, help="Fresh seeds that every recipe is measured on.")
 @click.option("--trials", "n_trials", default=120, show_default=True, help="Measured recipes of gnn, per budget.")
 @click.option("--variant", help="Variant of the source's weights, such as fp16.")

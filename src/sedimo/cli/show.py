@@ -85,6 +85,7 @@ def result(found: JobResult) -> None:
         f"\nmethod {choice.method} ({found.plan.reason}); {choice.status}, gap {choice.gap:.1e}\n"
         f"{choice.paper_bits:.3f} paper bits, {choice.stored_bits:.3f} stored bits per weight; "
         f"Linear and Conv weights {before} at 16 bits -> {after}, denoiser file {size(written.file_bytes)}\n"
+        f"{_operations(choice.bops, found.table.full_bops)}\n"
         f"checkpoint {written.folder}\nreport     {found.report}\n"
         f"took {duration(found.seconds)}, peak memory {size(found.peak_rss_bytes)}"
     )
@@ -95,13 +96,14 @@ def allocation(found: Allocation) -> None:
     print_table("", ("decision", "format"), [(name, f) for name, f in found.choice.items()])
     click.echo(
         f"{found.paper_bits:.3f} paper bits, {found.stored_bits:.3f} stored bits per weight; {found.method}: "
-        f"objective {found.objective:.4g}, bound {found.bound:.4g}, gap {found.gap:.1e}, {found.status}"
+        f"objective {found.objective:.4g}, bound {found.bound:.4g}, gap {found.gap:.1e}, {found.status}\n"
+        f"{count(found.bops)} bit operations a sample and call"
     )
 
 
 def allocation_json(found: Allocation) -> dict[str, object]:
     """The keys that scripts may rely on."""
-    names = ("bits", "paper_bits", "stored_bits", "objective", "bound", "gap", "status", "method")
+    names = ("bits", "paper_bits", "stored_bits", "bops", "objective", "bound", "gap", "status", "method")
     recipe = {name: str(entry) for name, entry in found.recipe.layers.items()}
     return {"recipe": recipe, **{name: getattr(found, name) for name in names}}
 
@@ -160,6 +162,10 @@ def count(number: object) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g} T"
+
+
+def _operations(bops: int, full_bops: int) -> str:
+    return f"{count(bops)} bit operations a sample and call, {100 * bops / full_bops:.3g} % of those at 16 bits"
 
 
 def _decibels(sqnr: SignalSummary) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sedimo.cli.console import duration, print_table
-from sedimo.cli.show import size
+from sedimo.cli.show import count, size
 
 if TYPE_CHECKING:
     from sedimo.api.attributing import Attribution
@@ -80,13 +80,22 @@ def blocks(found: BlocksResult) -> None:
 
 def comparison(found: Comparison) -> None:
     """All recipes of all methods, best first at each budget, and what the methods took."""
-    columns = ("method", "budget", "paper bits", "stored bits", "SQNR [dB]", f"ahead of {found.reference} [dB, 95 %]")
+    columns = (
+        "method",
+        "budget",
+        "paper bits",
+        "stored bits",
+        "BOPs",
+        "SQNR [dB]",
+        f"ahead of {found.reference} [dB, 95 %]",
+    )
     rows = [
         (
             row.method,
             f"{row.bits:g}",
             f"{row.paper_bits:.3f}" + ("" if row.is_full else " (not full)"),
             f"{row.stored_bits:.3f}",
+            count(row.bops),
             _with_error(row.sqnr_db),
             "" if row.ahead is None else _signed(row.ahead),
         )

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from sedimo.cli import console, show_study
-from sedimo.cli.options import json_option, run_argument, sampling_options
+from sedimo.cli.options import format_options, json_option, run_argument, sampling_options
 
 
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 @click.option("--trials", type=int, required=True, help="Number of random recipes; those the study has count.")
-@click.option("--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
+@format_options
 @click.option(
     "--objective",
     default="final_latents",

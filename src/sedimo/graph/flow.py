@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +27,7 @@ from torch.export import ExportedProgram
 
 from sedimo.graph.cost import attention_macs, layer_macs, per_sample, product_macs
 from sedimo.graph.model import NodeKind
+from sedimo.graph.program import arguments_of, is_mutation, operation_name, owner_of, shape_of
 
 _SUMS = frozenset({"add", "add_", "sub", "sub_"})
 _CONCATS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
@@ -112,13 +113,13 @@ class _Reader:
         return outputs
 
     def _call(self, module: fx.GraphModule, node: fx.Node, environment: dict[fx.Node, _Value]) -> _Value:
-        name = _operation_name(node)
+        name = operation_name(node)
         nested = [
-            a for a in _arguments(node) if a.op == "get_attr" and isinstance(_attribute(module, a), fx.GraphModule)
+            a for a in arguments_of(node) if a.op == "get_attr" and isinstance(_attribute(module, a), fx.GraphModule)
         ]
         if nested:
             return self._nested(module, node, nested[0], environment)
-        arguments = [(a, self._now(environment[a])) for a in _arguments(node) if a in environment]
+        arguments = [(a, self._now(environment[a])) for a in arguments_of(node) if a in environment]
         value = self._combine(name, node, arguments)
         return self._track_storage(node, value, [a for a, _ in arguments], environment)
 
@@ -126,7 +127,7 @@ class _Reader:
         self, module: fx.GraphModule, node: fx.Node, inner: fx.Node, environment: dict[fx.Node, _Value]
     ) -> _Value:
         """A program inside the program (a region without gradients or autocast): walked as if it stood here."""
-        arguments = [a for a in _arguments(node) if a is not inner]
+        arguments = [a for a in arguments_of(node) if a is not inner]
         values = [self._now(environment.get(a, _Value())) for a in arguments]
         outputs = self.run(_attribute(module, inner), values)
         return self._fresh(_Value(_union(v.sources for v in outputs)))
@@ -140,7 +141,7 @@ class _Reader:
         streams = [v for v in values if v.sources]
         made = None
         if name.startswith(_ATTENTION_PREFIX) and streams:
-            query, key, value = (_shape(a) for a, _ in arguments[:3])
+            query, key, value = (shape_of(a) for a, _ in arguments[:3])
             made = self._new("attention", node, streams, attention_macs(query, key, value))
         elif len(streams) > 1:
             made = self._combination(name, node, arguments, streams)
@@ -164,7 +165,7 @@ class _Reader:
         return None
 
     def _layer(self, layer: str, node: fx.Node, inputs: list[_Value]) -> _Value:
-        output = _shape(node)
+        output = shape_of(node)
         macs = per_sample(layer_macs(self._shapes[layer], output), output, self._batch)
         if layer not in self._of_layer:
             self._of_layer[layer] = len(self.nodes)
@@ -177,8 +178,8 @@ class _Reader:
     def _product(self, name: str, node: fx.Node, arguments: list[tuple[fx.Node, _Value]]) -> _Value:
         """A matrix product of two streams: the first of an attention, or the second, which joins the first."""
         operands = [(a, v) for a, v in arguments if v.sources][-2:]
-        output = _shape(node)
-        macs = _einsum_macs(node) if name == "einsum" else product_macs(_shape(operands[0][0]), output)
+        output = shape_of(node)
+        macs = _einsum_macs(node) if name == "einsum" else product_macs(shape_of(operands[0][0]), output)
         for _, value in operands:
             first = value.sources[0]
             others = _union(v.sources for _, v in operands if v is not value)
@@ -202,7 +203,7 @@ class _Reader:
             return None
         (shift_node, shift), position = shifts[0], opened[0]
         scale_sources = set(self.nodes[position].sources)
-        is_broadcast = math.prod(_shape(shift_node)) < math.prod(_shape(node))
+        is_broadcast = math.prod(shape_of(shift_node)) < math.prod(shape_of(node))
         if not all(s < position for s in shift.sources) or not (is_broadcast or scale_sources & set(shift.sources)):
             return None
         self._connect(position, shift.sources)
@@ -210,8 +211,8 @@ class _Reader:
 
     def _new(self, kind: NodeKind, node: fx.Node, streams: Sequence[_Value], macs: int) -> _Value:
         position = len(self.nodes)
-        macs = per_sample(macs, _shape(node), self._batch)
-        self.nodes.append(FlowNode(kind, _owner(node), None, macs=macs))
+        macs = per_sample(macs, shape_of(node), self._batch)
+        self.nodes.append(FlowNode(kind, owner_of(node), None, macs=macs))
         self._connect(position, _union(v.sources for v in streams))
         return _Value((position,))
 
@@ -234,10 +235,10 @@ class _Reader:
         self, node: fx.Node, value: _Value, arguments: list[fx.Node], environment: dict[fx.Node, _Value]
     ) -> _Value:
         """Views share their input's storage; an operation in place writes its sources into it."""
-        if not arguments or not (_is_mutation(node) or _is_view(node)):
+        if not arguments or not (is_mutation(node) or _is_view(node)):
             return self._fresh(value)
         base = environment[arguments[0]].storage
-        if _is_mutation(node):
+        if is_mutation(node):
             self._writes.setdefault(base, []).append(value.sources)
         return replace(value, storage=base, n_writes_seen=len(self._writes.get(base, ())))
 
@@ -260,44 +261,11 @@ def _union(groups: Iterable[Sequence[int]]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(source for group in groups for source in group))
 
 
-def _operation_name(node: fx.Node) -> str:
-    """`linear` of `aten.linear.default`, `getitem` of `operator.getitem`."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.rpartition("::")[2]
-    if target is operator.getitem:
-        return "getitem"
-    return str(getattr(target, "__name__", target))
-
-
-def _arguments(node: fx.Node) -> Iterator[fx.Node]:
-    """All nodes among the arguments, in order, repeated ones repeatedly."""
-    stack: list[object] = [*reversed(node.kwargs.values()), *reversed(node.args)]
-    while stack:
-        argument = stack.pop()
-        if isinstance(argument, fx.Node):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            stack.extend(reversed(argument))
-
-
 def _attribute(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
     found: object = module
     for part in str(node.target).split("."):
         found = getattr(found, part)
     return found  # type: ignore[return-value]  # the caller asks isinstance
-
-
-def _owner(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    if isinstance(value, list | tuple):
-        value = value[0]
-    return tuple(int(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def _einsum_macs(node: fx.Node) -> int:
@@ -310,14 +278,9 @@ def _einsum_macs(node: fx.Node) -> int:
         letter: size
         for term, operand in zip(terms, operands, strict=True)
         if isinstance(operand, fx.Node)
-        for letter, size in zip(term, _shape(operand), strict=True)
+        for letter, size in zip(term, shape_of(operand), strict=True)
     }
     return math.prod(sizes.values())
-
-
-def _is_mutation(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _is_view(node: fx.Node) -> bool:

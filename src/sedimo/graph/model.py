@@ -120,6 +120,11 @@ class DenoiserGraph:
         """Multiply-accumulates of one sample in one denoiser call [MACs]."""
         return sum(node.macs for node in self.nodes)
 
+    @property
+    def attention_macs(self) -> int:
+        """Those of them in the products of attention, which belong to no layer [MACs]."""
+        return sum(node.macs for node in self.nodes if node.kind != "layer")
+
     @cached_property
     def digest(self) -> str:
         """Content key of the graph; equal graphs have equal digests."""

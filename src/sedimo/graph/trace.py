@@ -48,10 +48,7 @@ def trace_denoiser(
     layers = weight_layers(denoiser)
     if not layers:
         raise InputError(f"{type(denoiser).__name__} has no Linear or Conv weight: there is nothing to trace")
-    twin = meta_twin(denoiser)
-    with _quiet(), _uncollected():
-        inputs = _inputs_for(twin, example_inputs or {}, capture)
-        program = _export(twin, inputs)
+    program, inputs = export_denoiser(denoiser, example_inputs=example_inputs, capture=capture)
     shapes = {name: layer.shape for name, layer in layers.items()}
     flow = read_flow(program, weight_names(denoiser), shapes, batch_size(inputs))
     if not any(found.layer for found in flow):
@@ -65,6 +62,19 @@ def trace_denoiser(
         ties=find_ties(denoiser),
         notes=_notes(nodes, edges, denoiser),
     )
+
+
+def export_denoiser(
+    denoiser: nn.Module, *, example_inputs: Mapping[str, object] | None = None, capture: Capture | None = None
+) -> tuple[ExportedProgram, dict[str, object]]:
+    """The denoiser as a program on the meta device, and the inputs by argument name that it was exported with.
+
+    Inputs are found as for `trace_denoiser`, which raises what this does.
+    """
+    twin = meta_twin(denoiser)
+    with _quiet(), _uncollected():
+        inputs = _inputs_for(twin, example_inputs or {}, capture)
+        return _export(twin, inputs), inputs
 
 
 def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Capture | None) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -140,13 +141,15 @@ class Study:
     def claim(self, name: str, record: object) -> None:
         """Saves a record that must never change in this study; checks it when it is there already.
 
+        A record that an older version wrote with fewer fields is the same if it compares equal.
+
         Raises:
             StateError: the study was begun with another value.
         """
         text, saved = to_json(record), self._rows.get("record", name)
         if saved is None:
             self._rows.put("record", name, text)
-        elif saved != text:
+        elif saved != text and not (is_dataclass(record) and self._read(type(record), "record", name, saved) == record):
             raise StateError(
                 f"the study {self.path} was begun with another {name}; choose another folder or the same settings"
             )

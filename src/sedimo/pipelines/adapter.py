@@ -42,12 +42,16 @@ class Sampling:
         """The first `n` samples of this plan, or all of them."""
         return replace(self, seeds=self.seeds[:n])
 
+    def part(self, first: int, stop: int) -> Sampling:
+        """Samples `first` to `stop` of this plan, with the conditions that they have in it."""
+        seeds = self.seeds[first:stop]
+        conditions = tuple(self.condition(first + i) or "" for i in range(len(seeds))) if self.conditions else ()
+        return replace(self, seeds=seeds, conditions=conditions)
+
     def batches(self) -> Iterator[Sampling]:
         """The plan cut into plans of one batch each, the same samples in the same order."""
         for first in range(0, len(self.seeds), self.batch_size):
-            positions = range(first, min(first + self.batch_size, len(self.seeds)))
-            conditions = tuple(self.conditions[i % len(self.conditions)] for i in positions) if self.conditions else ()
-            yield replace(self, seeds=tuple(self.seeds[i] for i in positions), conditions=conditions)
+            yield self.part(first, first + self.batch_size)
 
     def condition(self, index: int) -> str | None:
         """The condition of sample `index`."""

@@ -155,6 +155,27 @@ def parse_formats(formats: str | Iterable[str | Format]) -> tuple[Format, ...]:
     return found
 
 
+def with_activations(formats: Iterable[Format], bits: Iterable[int]) -> tuple[Format, ...]:
+    """Each format at each width of activations [bits]; 16 leaves activations alone.
+
+    Example:
+        >>> [str(f) for f in with_activations([Format("uaq", 4), FP16], [8, 16])]
+        ['uaq4a8', 'uaq4', 'fp16a8', 'fp16']
+
+    Raises:
+        InputError: a format that has activation bits already, a width that is neither 2..8 nor 16, or one given twice.
+    """
+    widths = tuple(bits)
+    if not widths or len(set(widths)) != len(widths):
+        raise InputError(f"widths of activations must be one or more different numbers, got {list(widths)}")
+    found = []
+    for number_format in formats:
+        if number_format.activation_bits != FULL_BITS:
+            raise InputError(f"format {number_format} has activation bits already; leave them out of one of the two")
+        found += [replace(number_format, activation_bits=width) for width in widths]
+    return tuple(found)
+
+
 def paper_bytes(number_format: Format, shape: Sequence[int]) -> int:
     """Bytes of a weight `[out, in, ...]` in the accounting of Qua2SeDiMo, parameters at 16 bits.
 
@@ -176,6 +197,22 @@ def paper_bytes(number_format: Format, shape: Sequence[int]) -> int:
         return payload + 2 * parameter_bytes * n_channels * n_groups
     n_codebooks = n_channels if number_format.family == "kmc" else 1
     return payload + number_format.n_levels * parameter_bytes * n_codebooks
+
+
+def count_bops(macs: int, number_format: Format) -> int:
+    """Bit operations [BOPs] of `macs` multiply-accumulates: times weight bits times activation bits.
+
+    Codebooks count with 16 weight bits, because looked-up weights are multiplied in 16 bits.
+
+    Source:
+        Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), accounting of the released code; also that of PTQD.
+
+    Example:
+        >>> count_bops(1000, Format.parse("uaq4a8")), count_bops(1000, Format.parse("kmc4a8"))
+        (32000, 128000)
+    """
+    weight_bits = number_format.bits if number_format.family == "uaq" else FULL_BITS
+    return macs * weight_bits * number_format.activation_bits
 
 
 def row_bytes(bits: int, n_inputs: int) -> int:

@@ -95,6 +95,9 @@ def _sizes(table: SensitivityTable, allocation: Allocation, rows: Sequence[Decis
         fp16_bytes=table.total_params * FULL_BITS // 8,
         file_bytes=evidence.file_bytes,
         source_file_bytes=evidence.source_file_bytes,
+        bops=allocation.bops,
+        full_bops=table.full_bops,
+        attention_bops=table.attention_bops,
     )
 
 
@@ -104,7 +107,8 @@ def _choice(table: SensitivityTable, allocation: Allocation, cost: Estimate) -> 
         unit=table.unit,
         rule=allocation.rule,
         accounting=allocation.accounting,
-        budget_bits=8 * allocation.budget_bytes / table.total_params,
+        budget_bits=None if allocation.budget_bytes is None else 8 * allocation.budget_bytes / table.total_params,
+        budget_bops=allocation.budget_bops,
         cost=cost,
         gap=allocation.gap,
         status=allocation.status,

@@ -15,18 +15,22 @@ from sedimo.reporting.curve_charts import curve_chart
 from sedimo.reporting.explanation import CurvePoint
 from sedimo.reporting.explanation_tables import figure
 from sedimo.reporting.html import page
-from sedimo.reporting.rounding import duration
+from sedimo.reporting.rounding import count, duration
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonLine:
-    """A method at a budget, which its recipe uses up if it `is_full`; `ahead` is None for the reference."""
+    """A method at a budget, which its recipe uses up if it `is_full`; `ahead` is None for the reference.
+
+    `bops` are bit operations of one sample and call.
+    """
 
     method: str
     budget: float
     paper_bits: float
     stored_bits: float
     is_full: bool
+    bops: int
     measured: Estimate
     ahead: Estimate | None
 
@@ -76,6 +80,7 @@ def render_comparison(comparison: ComparisonPage) -> str:
                     f"{line.paper_bits:.3f}",
                     line.is_full,
                     f"{line.stored_bits:.3f}",
+                    count(line.bops),
                     figure(line.measured),
                     None if line.ahead is None else figure(line.ahead),
                     _verdict(line.ahead),

@@ -22,8 +22,8 @@ from sedimo.reporting.map_chart import mark_svg, panel_svg
 from sedimo.reporting.maps_view import maps_view
 from sedimo.reporting.palette import DARK, LIGHT, properties
 from sedimo.reporting.placement import OUTSIDE, Panel, panels
-from sedimo.reporting.rounding import duration
-from sedimo.reporting.summary import Summary
+from sedimo.reporting.rounding import count, duration, share
+from sedimo.reporting.summary import Choice, Sizes, Summary
 from sedimo.reporting.tables import bits_bar, comparison, decision_lines
 from sedimo.reporting.theme import bit_level
 
@@ -142,10 +142,10 @@ def _panel_title(panel: Panel) -> str:
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     choice, origin = summary.choice, summary.provenance
-    accounting = "as in the papers" if choice.accounting == "paper" else "as stored"
     found = [
         ("Sensitivity by", choice.method),
-        ("Chosen by", f"{choice.rule}, at most {choice.budget_bits:.3f} bits per weight {accounting}"),
+        ("Chosen by", f"{choice.rule}, at most {_limits(choice)}"),
+        ("Bit operations", _operations(summary.sizes)),
         ("Denoiser", summary.denoiser),
         ("Seeds", origin.seeds),
         *origin.sampling.items(),
@@ -155,6 +155,23 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("Made", origin.created),
     ]
     return [(key, value) for key, value in found if value]
+
+
+def _limits(choice: Choice) -> str:
+    accounting = "as in the papers" if choice.accounting == "paper" else "as stored"
+    size = "" if choice.budget_bits is None else f"{choice.budget_bits:.3f} bits per weight {accounting}"
+    bops = "" if choice.budget_bops is None else f"{count(choice.budget_bops)} bit operations"
+    return " and ".join(text for text in (size, bops) if text)
+
+
+def _operations(sizes: Sizes) -> str:
+    """Of one sample and call; nothing where nobody counted."""
+    if not sizes.full_bops:
+        return ""
+    return (
+        f"{count(sizes.bops)} a sample and denoiser call, {share(sizes.bops / sizes.full_bops)} of those at 16 bits; "
+        f"the products of attention are {count(sizes.attention_bops)} of them in any case"
+    )
 
 
 def _footer(summary: Summary) -> str:

@@ -321,9 +321,9 @@ def _concentration(summary: Summary) -> str | None:
 
 def _next_bits(summary: Summary) -> str | None:
     choice, points = summary.choice, summary.evidence.frontier
-    if not choice.is_noise or not points or choice.cost.value <= 0:
-        return None
     here = choice.budget_bits
+    if here is None or choice.budget_bops is not None or not choice.is_noise or not points or choice.cost.value <= 0:
+        return None  # the curve knows of no limit of bit operations
     more = [p for p in points if p.bits > here + 0.2 and p.cost > 0]
     fewer = [p for p in points if p.bits < here - 0.2 and p.cost > 0]
     parts = []

@@ -9,6 +9,7 @@ from sedimo.metrics.estimate import Estimate
 MINUS = "\N{MINUS SIGN}"
 _THIN = "\N{NARROW NO-BREAK SPACE}"
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_COUNT_UNITS = ("", "k", "M", "G", "T", "P")
 _LEAST_PLAIN, _MOST_PLAIN = 1e-3, 1e5  # beyond these, powers of ten read better
 
 
@@ -67,6 +68,14 @@ def byte_size(n_bytes: float) -> str:
         value, unit = value / 1000, unit + 1
     text = f"{value:.0f}" if unit == 0 else _fixed(value, _digits_for(value, 3))
     return f"{sign}{text}{_THIN}{_BYTE_UNITS[unit]}"
+
+
+def count(n: float) -> str:
+    """A count with three significant digits and thousands as letters: `1.23 T`."""
+    unit = 0
+    while abs(n) >= 999.5 and unit < len(_COUNT_UNITS) - 1:
+        n, unit = n / 1000, unit + 1
+    return f"{n:.3g}{_THIN}{_COUNT_UNITS[unit]}" if unit else f"{n:.3g}"
 
 
 def bits(value: float) -> str:

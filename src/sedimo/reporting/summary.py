@@ -114,7 +114,8 @@ class Sizes:
     """How large everything was and is [bytes, bits per weight].
 
     `fp16_bytes` is what the decided layers take at 16 bits; `file_bytes` and `source_file_bytes` are those of the
-    whole denoiser file, when known.
+    whole denoiser file, when known. `bops` are bit operations of one sample and denoiser call, `full_bops` those at
+    16 bits, of which `attention_bops` are the same in every recipe [BOPs]; 0 where nobody counted.
     """
 
     params: int
@@ -126,6 +127,9 @@ class Sizes:
     fp16_bytes: int
     file_bytes: int | None = None
     source_file_bytes: int | None = None
+    bops: int = 0
+    full_bops: int = 0
+    attention_bops: int = 0
 
     @property
     def ratio(self) -> float:
@@ -135,17 +139,21 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How the recipe was chosen: method, rule, budget and certificate, in words and numbers."""
+    """How the recipe was chosen: method, rule, budget and certificate, in words and numbers.
+
+    `budget_bits` per weight and `budget_bops` are None where there was no such limit.
+    """
 
     method: str
     unit: str
     rule: str
     accounting: Accounting
-    budget_bits: float
+    budget_bits: float | None
     cost: Estimate
     gap: float
     status: Status
     notes: tuple[str, ...] = ()
+    budget_bops: int | None = None
 
     @property
     def is_noise(self) -> bool:

@@ -22,7 +22,7 @@ class Origin:
     """Where a checkpoint comes from: texts for its card, and the recipe file that goes with it.
 
     `base_model` is a hub id or a name, empty where nobody knows; `notes` are lines about quality, each with its n and
-    error bar.
+    error bar; `smoothing` says how inputs were smoothed, empty if they were not.
     """
 
     base_model: str
@@ -30,6 +30,7 @@ class Origin:
     command: str = ""
     recipe_json: str | None = None
     notes: Sequence[str] = ()
+    smoothing: str = ""
 
 
 def model_card(
@@ -107,6 +108,7 @@ def _history(origin: Origin, placed: str) -> list[str]:
         f"base model: {origin.base_model}" if origin.base_model else "",
         f"method: {origin.method}" if origin.method else "",
         f"command: `{origin.command}`" if origin.command else "",
+        f"before packing: {origin.smoothing}" if origin.smoothing else "",
         recipe,
         f"files of other components: {placed}" if placed else "",
         "the file format is specified in Sedimo's docs/formats.md, version 1",

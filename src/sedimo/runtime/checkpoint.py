@@ -34,6 +34,7 @@ from sedimo.runtime.layout import (
     packed_tensors,
     read_configuration,
 )
+from sedimo.runtime.smoothed import How, check_divisors
 
 _KINDS: dict[int, Kind] = {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 
@@ -51,6 +52,7 @@ class Checkpoint:
     inputs: InputQuantizers
     headers: tuple[FileHeader, ...]
     checksums: Mapping[str, str]
+    smoothed: Mapping[str, How]
 
     @property
     def file_bytes(self) -> int:
@@ -90,12 +92,11 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise StateError(f"{path} has no quantization_config: the denoiser is not packed")
     read = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
-    layers = read.layers
     headers = read_headers(find_weights(folder, WEIGHTS_STEM, variant).files)
-    seal = read_seal(headers, layers)
+    seal = read_seal(headers, read.layers)
     found = {name: spec for header in headers for name, spec in header.tensors.items()}
-    check_against_layers(found, layers)
-    return Checkpoint(folder, config, layers, read.inputs, headers, seal.checksums(found))
+    check_against_layers(found, read.layers, read.smoothed)
+    return Checkpoint(folder, config, read.layers, read.inputs, headers, seal.checksums(found), read.smoothed)
 
 
 def check_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
@@ -124,6 +125,7 @@ def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         with safe_open(header.path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in header.tensors}
     check_tensors(found, checkpoint.checksums)
+    check_divisors(found)
     return found
 
 
@@ -155,9 +157,14 @@ def change_layers(
     other than the checkpoint's.
 
     Raises:
-        InputError: a layer that the checkpoint does not have, or a weight of another shape.
+        InputError: a layer that the checkpoint does not have, a weight of another shape, or a smoothed checkpoint.
         StateError: as `read_tensors`.
     """
+    if checkpoint.smoothed:
+        raise InputError(
+            f"{checkpoint.folder} was smoothed: its weights are no longer those of its source, so single layers cannot "
+            "be packed anew. Quantize the source again with --smooth and another recipe"
+        )
     tensors, layers = read_tensors(checkpoint), dict(checkpoint.layers)
     for owner, weight in _by_owner(layers, weights).items():
         shape = _drop_layer(owner, layers, tensors)
@@ -166,7 +173,7 @@ def change_layers(
         fresh = entry_of(_KINDS[len(shape)], weight)
         layers[owner] = fresh
         tensors |= {n: weight.parts[i].tensors[field] for n, (i, field) in fresh.tensors(owner).items()}
-    plain = Configuration(layers, checkpoint.inputs, made_by).plain
+    plain = Configuration(layers, checkpoint.inputs, {}, made_by).plain
     config = {**checkpoint.config, "quantization_config": plain}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _write_tensors(out, tensors, make_seal(tensors, layers), max_shard_size)

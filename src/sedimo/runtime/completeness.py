@@ -10,13 +10,16 @@ from sedimo.errors import StateError
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.parts import TensorSpec
 from sedimo.runtime.layout import LayerEntry, Layers, TiedEntry, kind_of, packed_tensors
+from sedimo.runtime.smoothed import How, check_divisor_specs
 
 _SHOWN = 5  # names in an error
 _REMEDY = "The checkpoint is damaged or foreign: copy or download it again."
 
 
-def check_against_layers(found: Mapping[str, TensorSpec], layers: Layers) -> None:
-    """Refuses a checkpoint whose packed tensors are not those that its configuration describes.
+def check_against_layers(
+    found: Mapping[str, TensorSpec], layers: Layers, smoothed: Mapping[str, How] | None = None
+) -> None:
+    """Refuses a checkpoint whose packed tensors or divisors are not those that its configuration describes.
 
     Raises:
         StateError: a tensor is missing, or has another dtype or shape.
@@ -29,6 +32,13 @@ def check_against_layers(found: Mapping[str, TensorSpec], layers: Layers) -> Non
                 f"tensor {name!r} must be {_describe(wanted)} by config.json, the file has {_describe(found[name])}. "
                 f"{_REMEDY}"
             )
+    check_divisor_specs(found, smoothed or {}, _input_sizes(layers))
+
+
+def _input_sizes(layers: Layers) -> dict[str, int]:
+    """Input channels of the packed layers."""
+    owners = {name: layers[e.same_as] if isinstance(e, TiedEntry) else e for name, e in layers.items()}
+    return {name: entry.shape[1] for name, entry in owners.items() if isinstance(entry, LayerEntry)}
 
 
 def check_against_model(found: Mapping[str, TensorSpec], layers: Layers, model: nn.Module) -> None:

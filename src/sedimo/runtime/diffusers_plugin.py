@@ -39,6 +39,7 @@ from sedimo.runtime.layout import (
     assemble,
     read_configuration,
 )
+from sedimo.runtime.smoothed import check_divisors, prepare_divisors, smoothed_layers, unsmooth_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class SedimoConfig(QuantizationConfigMixin):
         Raises:
             StateError: another version, an unknown field, or an entry that is not as the specification says.
         """
-        plain = configuration or Configuration({}, InputQuantizers(), MADE_BY).plain
+        plain = configuration or Configuration({}, InputQuantizers(), {}, MADE_BY).plain
         self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
         self.configuration = read_configuration(plain, place="quantization_config")
         if recipe and self.layers:
@@ -79,7 +80,7 @@ class SedimoConfig(QuantizationConfigMixin):
     def of(cls, model: nn.Module) -> SedimoConfig:
         """The configuration of a model's packed weights and rounded activations."""
         make: Callable[[dict[str, object]], SedimoConfig] = cls.from_dict  # diffusers leaves it untyped
-        return make(Configuration(describe(model), rounded_inputs(model), MADE_BY).plain)
+        return make(Configuration(describe(model), rounded_inputs(model), smoothed_layers(model), MADE_BY).plain)
 
     @property
     def layers(self) -> dict[str, LayerEntry | TiedEntry]:
@@ -182,7 +183,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         headers = read_headers(paths)
         self._seal = read_seal(headers, self.layers)
         self._found = {name: spec for header in headers for name, spec in header.tensors.items()}
-        check_against_layers(self._found, self.layers)
+        check_against_layers(self._found, self.layers, self.config.configuration.smoothed)
         if set(loaded_keys) != set(self._found):
             names = sorted(set(loaded_keys) ^ set(self._found))
             raise StateError(f"the index of the shards and the shards disagree about {names[:5]}. Copy them again.")
@@ -200,6 +201,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         if self._seal is None:
             raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder), not from a single file")
         check_tensors(state_dict, self._checksums)
+        check_divisors(state_dict)
         found = dict(state_dict)
         for layer, entry in self.layers.items():
             if isinstance(entry, LayerEntry):
@@ -244,6 +246,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             if self._seal is None:
                 raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder) only")
+            prepare_divisors(model, self.config.configuration.smoothed)
             check_against_model(self._found, self.layers, model)
             check_inputs(self.config.configuration.inputs, model)
             self._checksums = self._seal.checksums(self._found)
@@ -264,6 +267,7 @@ class SedimoQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: nn.Module) -> nn.Module:
         unset_weights(model)
         unround_inputs(model)
+        unsmooth_inputs(model)
         _forget(model)
         return model
 

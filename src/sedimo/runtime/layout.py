@@ -20,9 +20,10 @@ from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
 from sedimo.quant.parts import FIELDS, TensorSpec, WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.smoothed import How
 
 METHOD = "sedimo"
-_FIELDS = {"quant_method", "format_version", "made_by", "layers", "activations"}
+_FIELDS = {"quant_method", "format_version", "made_by", "layers", "activations", "smoothed"}
 FORMAT_VERSION = 1
 Kind = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
 WideDtype = Literal["float16", "bfloat16", "float32"]
@@ -110,22 +111,27 @@ Layers = Mapping[str, LayerEntry | TiedEntry]
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a `quantization_config` says: the packed layers, how inputs of layers are rounded, what made it."""
+    """A `quantization_config`: packed layers, how inputs of layers are rounded and smoothed, what made it."""
 
     layers: dict[str, LayerEntry | TiedEntry]
     inputs: InputQuantizers
+    smoothed: dict[str, How]
     made_by: str
 
     @property
     def plain(self) -> dict[str, object]:
-        """The `quantization_config` that `read_configuration` reads."""
+        """The `quantization_config` that `read_configuration` reads; what says nothing is left out."""
         found: dict[str, object] = {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "made_by": self.made_by,
             "layers": plain_layers(self.layers),
         }
-        return found | ({"activations": to_plain(self.inputs)} if self.inputs.layers else {})
+        if self.inputs.layers:
+            found["activations"] = to_plain(self.inputs)
+        if self.smoothed:
+            found["smoothed"] = dict(self.smoothed)
+        return found
 
 
 def read_configuration(plain: object, *, place: str) -> Configuration:
@@ -149,6 +155,7 @@ def read_configuration(plain: object, *, place: str) -> Configuration:
     return Configuration(
         read_layers(plain.get("layers"), place=f"{place}.layers"),
         from_plain(InputQuantizers, activations, place=f"{place}.activations"),
+        from_plain(dict[str, How], plain.get("smoothed", {}), place=f"{place}.smoothed"),
         made_by,
     )
 

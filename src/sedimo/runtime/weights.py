@@ -18,6 +18,7 @@ from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.activations import round_inputs, unround_inputs
 from sedimo.runtime.contents import packed_layers, set_weights, unset_weights
 from sedimo.runtime.diffusers_plugin import attach
+from sedimo.runtime.smoothed import unsmooth_inputs
 
 MAX_SHARD_SIZE = "10GB"  # the default of diffusers
 
@@ -51,9 +52,13 @@ def replace_weights(
 
 
 def dequantize_weights(denoiser: nn.Module) -> None:
-    """Replaces every packed weight by the ordinary tensor that it stands for, in place; activations stay as given."""
+    """Replaces every packed weight by the ordinary tensor that it stands for, in place.
+
+    Inputs of layers are neither rounded nor divided any more.
+    """
     unset_weights(denoiser)
     unround_inputs(denoiser)
+    unsmooth_inputs(denoiser)
     attach(denoiser)
 
 

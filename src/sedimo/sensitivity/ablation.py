@@ -115,7 +115,7 @@ def ablation_table(
 
     n_units = len({one.probe.unit for one in measured})
     known = {"n_probes": str(len(measured)), "n_units": str(n_units), "average": average, **(settings or {})}
-    return build_table("ablation", space, candidates, estimate, known)
+    return build_table("ablation", space, candidates, estimate, known, sees_activations=True)
 
 
 def check_scaling(
@@ -162,7 +162,7 @@ def _by_decision(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
 
 def _family(number_format: Format) -> str:
     """Formats that differ in bits alone."""
-    return f"{number_format.family} g{number_format.group_size}"
+    return f"{number_format.family} g{number_format.group_size} a{number_format.activation_bits}"
 
 
 def _fronts(candidates: Sequence[Candidate]) -> dict[str | None, list[Candidate]]:

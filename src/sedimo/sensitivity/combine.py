@@ -1,8 +1,17 @@
-"""The geometric mean of two tables: where two signals err in different places, their mean errs less."""
+"""Several tables as one: where signals err in different places, their mean errs less.
+
+`geometric_mean` needs costs of one kind (relative noise, of two methods). `rank_average` looks at the order alone, so
+that tables in any units can be combined.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy.stats import rankdata
 
 from sedimo.errors import InputError
 from sedimo.sensitivity.costs import CostEstimate
@@ -35,7 +44,41 @@ def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> Sensiti
             **{f"{first.method}.{k}": v for k, v in first.settings.items()},
             **{f"{second.method}.{k}": v for k, v in second.settings.items()},
         },
+        attention_bops=first.attention_bops,
+        full_bops=first.full_bops,
     )
+
+
+def rank_average(tables: Sequence[SensitivityTable]) -> SensitivityTable:
+    """Each choice costs what the first table takes at the choice's rank, averaged over the tables.
+
+    The ranks are those of a choice among all choices of its table, equal costs sharing their mean rank; between two
+    ranks the first table's costs are interpolated. So costs still add, in the first table's unit, tables of one order
+    give the first one back, and a rising transformation of any other table changes nothing. What one table forbids
+    stays forbidden. The standard error is that of the mean rank: how much the tables disagree; `n` is their number.
+
+    Raises:
+        InputError: fewer than two tables, or tables about other choices.
+    """
+    if len(tables) < 2:
+        raise InputError(f"averaging ranks takes at least two tables, got {len(tables)}")
+    first = tables[0]
+    for other in tables[1:]:
+        if first.index.keys() != other.index.keys() or first.layers != other.layers:
+            raise InputError(f"the tables {first.method} and {other.method} are about different choices")
+    costs = np.array([[table.index[key].cost for key in first.index] for table in tables])  # [T, V]
+    allowed = np.isfinite(costs).all(axis=0)
+    ranks = rankdata(costs[:, allowed], axis=1) - 1
+    mean, error = ranks.mean(axis=0), ranks.std(axis=0, ddof=1) / math.sqrt(len(tables))
+    ladder = np.sort(costs[0, allowed])
+    value, low, high = (np.interp(at, np.arange(len(ladder)), ladder) for at in (mean, mean - error, mean + error))
+    found = np.full((2, costs.shape[1]), [[math.inf], [0.0]])
+    found[:, allowed] = value, (high - low) / 2
+    estimates = (CostEstimate(float(v), float(e), len(tables)) for v, e in found.T)
+    method = f"rank average of {', '.join(table.method for table in tables)}"
+    settings = {f"{table.method}.{k}": v for table in tables for k, v in table.settings.items()}
+    entries = tuple(_with(cost, one) for cost, one in zip(first.index.values(), estimates, strict=True))
+    return replace(first, method=method, costs=entries, settings=settings)
 
 
 def _mean(first: Cost, second: Cost, scale: float) -> CostEstimate:

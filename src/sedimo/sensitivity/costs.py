@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.bank import Candidate
-from sedimo.quant.formats import FP16, FULL_BITS, Format
+from sedimo.errors import InputError
+from sedimo.quant.formats import FP16, Format, count_bops
 from sedimo.sensitivity.table import Cost, SensitivityTable
 from sedimo.space import Decision, SearchSpace
 
@@ -37,12 +38,22 @@ def build_table(
     settings: Mapping[str, str],
     *,
     unit: str = UNIT,
+    sees_activations: bool = False,
 ) -> SensitivityTable:
-    """The table of one method; fp16 costs nothing."""
-    costs = tuple(
-        _cost(space.decision_index[c.decision], c, estimate(c) if c.format != FP16 else EXACTLY_NOTHING)
-        for c in candidates
-    )
+    """The table of one method; fp16 costs nothing. What sees weights alone is not asked about their activations.
+
+    Raises:
+        InputError: activations of several widths for one weight, and a method that does not see them.
+    """
+    candidates = tuple(candidates)
+    if not sees_activations:
+        _refuse_widths(method, candidates)
+
+    def cost(c: Candidate) -> CostEstimate:
+        is_changed = c.format != FP16 if sees_activations else c.format.is_quantized
+        return estimate(c) if is_changed else EXACTLY_NOTHING
+
+    costs = tuple(_cost(space.decision_index[c.decision], c, cost(c)) for c in candidates)
     decisions = space.decisions
     return SensitivityTable(
         method=method,
@@ -54,19 +65,21 @@ def build_table(
         blocks={d.name: d.block for d in decisions},
         params={d.name: d.params for d in decisions},
         settings=dict(settings),
+        attention_bops=space.attention_bops,
+        full_bops=space.full_bops,
     )
 
 
-def count_bops(macs: int, number_format: Format) -> int:
-    """Bit operations [BOPs] of one sample and call: MACs times weight bits times activation bits.
-
-    Codebooks count with 16 weight bits, because looked-up weights are multiplied in 16 bits.
-
-    Source:
-        Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), accounting of the released code.
-    """
-    weight_bits = number_format.bits if number_format.family == "uaq" else FULL_BITS
-    return macs * weight_bits * number_format.activation_bits
+def _refuse_widths(method: str, candidates: Iterable[Candidate]) -> None:
+    """Refuses candidates that differ in their activations alone, which would all cost the same."""
+    seen: dict[tuple[str, Format], Format] = {}
+    for c in candidates:
+        other = seen.setdefault((c.decision, c.format.weight_format), c.format)
+        if other != c.format:
+            raise InputError(
+                f"method {method!r} sees weights alone and cannot choose between {other} and {c.format} for "
+                f"{c.decision!r}: use orthogonality (with importance of bits), or one width of activations"
+            )
 
 
 def mean_cost(values: npt.ArrayLike) -> CostEstimate:

@@ -41,4 +41,4 @@ def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: J
         "row_weights": ", ".join(f"{w:.2f}" for w in probe.row_weights),
         "unused_decisions": ", ".join(probe.unused) or "none",
     }
-    return build_table("jacobian", space, candidates, estimate, settings)
+    return build_table("jacobian", space, candidates, estimate, settings, sees_activations=True)

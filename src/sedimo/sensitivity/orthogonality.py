@@ -93,7 +93,9 @@ def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_I
     known = _known(probe)
     if not known.any():
         raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
-    unknown = [name for name, is_known in zip(probe.layers, known.any(axis=0), strict=True) if not is_known]
+    unknown = [
+        name for name, is_known in zip(probe.layers, np.any(known, axis=0).tolist(), strict=True) if not is_known
+    ]
     unused = tuple(name for name in unknown if all(name in part.unused for part in probe.parts))
     unread = tuple(name for name in unknown if any(name in part.unread for part in probe.parts))
     constant = tuple(name for name in unknown if name not in unused and name not in unread)
@@ -118,6 +120,9 @@ def orthogonality_table(
 ) -> SensitivityTable:
     """Cost = theta times (16 - bits of the format + bits that its family wastes), or theta times weight error.
 
+    Where activations are quantized, the bits that they lack to 16 count like those of the weights, theta times
+    (32 - b_w - b_a): this is ours, because the published objective has weights alone.
+
     The bits that a family wastes against the best one of equal bits are half the binary logarithm of the ratio of
     their weight errors, at most almost one: so families differ, and of one family alone the costs are the published
     objective.
@@ -134,8 +139,9 @@ def orthogonality_table(
         theta, error = thetas[candidate.decision]
         if options.objective == "noise":
             return CostEstimate(theta * candidate.error, error * candidate.error, probe.n_samples)
-        least = best[candidate.decision, candidate.format.bits]
+        least = best.get((candidate.decision, candidate.format.bits), 0.0)
         missing = FULL_BITS - candidate.format.bits + _wasted(candidate.error, least)
+        missing += FULL_BITS - candidate.format.activation_bits
         return CostEstimate(theta * missing, error * missing, probe.n_samples)
 
     settings = {
@@ -149,7 +155,9 @@ def orthogonality_table(
         "unused_layers": ", ".join(found.unused) or "none",
         "unread_layers": ", ".join(found.unread) or "none",
     }
-    return build_table("orthogonality", space, candidates, estimate, settings, unit=UNITS[options.objective])
+    is_joint = options.objective == "bits"
+    unit = UNITS[options.objective]
+    return build_table("orthogonality", space, candidates, estimate, settings, unit=unit, sees_activations=is_joint)
 
 
 def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Mapping[int, float]:
@@ -169,7 +177,8 @@ def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IM
 def _known(probe: OrthogonalityProbe) -> npt.NDArray[np.bool_]:
     """Which layers' outputs differ between samples, `[T, L]`; one such layer alone has nothing to be compared with."""
     known = np.array([[name not in part.unknown for name in probe.layers] for part in probe.parts], dtype=bool)
-    return known & (known.sum(axis=1, keepdims=True) > 1)
+    found: npt.NDArray[np.bool_] = known & (known.sum(axis=1, keepdims=True) > 1)
+    return found
 
 
 def _step_weights(n: int, tau: float) -> Values:

@@ -7,11 +7,11 @@ error, jacobian, ablation and sqnr).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from sedimo.errors import StateError
-from sedimo.quant.formats import Format
+from sedimo.quant.formats import Family, Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,9 @@ class SensitivityTable:
     """One cost per (decision, format), by one method.
 
     `layers` tells which layers each decision covers, `operations` and `blocks` what they are (for pictures),
-    `params` how many weights each decision has. `settings` says how the numbers came about.
+    `params` how many weights each decision has. `settings` says how the numbers came about. `attention_bops` are the
+    bit operations that no decision changes, `full_bops` those of the whole model at 16 bits, `attention_bops` included
+    (both 0 in tables that older versions kept).
     """
 
     method: str
@@ -50,6 +52,8 @@ class SensitivityTable:
     blocks: Mapping[str, str]
     params: Mapping[str, int]
     settings: Mapping[str, str]
+    attention_bops: int = 0
+    full_bops: int = 0
 
     def __post_init__(self) -> None:
         """Checks that costs are unique and speak of known decisions.
@@ -85,3 +89,13 @@ class SensitivityTable:
     def total_params(self) -> int:
         """Number of weights that the decisions cover, shared ones once."""
         return sum(self.params.values())
+
+
+def of_family(table: SensitivityTable, family: Family) -> SensitivityTable:
+    """The table with one family of formats per output channel; a decision that has none of them keeps all it has.
+
+    For programmes that were published for one family: `uaq` is that of OMPQ and MPQ-Diff.
+    """
+    kept = {c for c in table.costs if c.format.family == family and c.format.group_size is None}
+    able = {c.decision for c in kept}
+    return replace(table, costs=tuple(c for c in table.costs if c in kept or c.decision not in able))

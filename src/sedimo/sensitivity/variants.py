@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from sedimo.bank import Candidate
 from sedimo.errors import InputError, StateError
-from sedimo.quant.formats import Format
-from sedimo.sensitivity.costs import count_bops
+from sedimo.quant.formats import Format, count_bops
 from sedimo.space import Decision, SearchSpace
 
 Columns = NDArray[np.int8] | NDArray[np.int16]
@@ -147,7 +146,8 @@ class VariantTable:
     """The variants of all groups, by one method: what a `SensitivityTable` is for single decisions.
 
     Every decision is in exactly one group; one that is varied alone is a group of its own. `layers` tells which
-    layers each decision covers, `params` how many weights it has.
+    layers each decision covers, `params` how many weights it has, `attention_bops` the bit operations that no
+    decision changes.
     """
 
     method: str
@@ -155,6 +155,7 @@ class VariantTable:
     groups: tuple[GroupVariants, ...]
     layers: Mapping[str, tuple[str, ...]]
     params: Mapping[str, int]
+    attention_bops: int = 0
 
     def __post_init__(self) -> None:
         """Checks that the groups have different names and share out the decisions.
@@ -189,7 +190,7 @@ def build_variant_table(method: str, space: SearchSpace, groups: Sequence[GroupV
     """
     decisions = space.decisions
     layers, params = {d.name: d.layers for d in decisions}, {d.name: d.params for d in decisions}
-    return VariantTable(method, space.denoiser, tuple(groups), layers, params)
+    return VariantTable(method, space.denoiser, tuple(groups), layers, params, space.attention_bops)
 
 
 def enumerate_variants(decisions: Sequence[Decision], *, max_variants: int = MAX_VARIANTS) -> NDArray[np.int8]:

@@ -112,7 +112,7 @@ def options_table(
         where = place[candidate.decision, candidate.format]
         return CostEstimate(float(costs[where]), float(errors[where]), n)
 
-    return build_table(method, choices.space, candidates.values(), estimate, settings)
+    return build_table(method, choices.space, candidates.values(), estimate, settings, sees_activations=True)
 
 
 def score_table(

@@ -1,0 +1,132 @@
+"""Layers whose inputs are smoothed: the divisor that a layer keeps, and the mark of what was smoothed in a denoiser.
+
+A divided layer has the buffer `input_divisor` `[in]` and divides its input by it before anything else happens to it;
+the columns of its weight hold the factor. A folded layer's input is divided by what other layers compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sedimo.errors import InputError, StateError
+from sedimo.quant.parts import TensorSpec
+
+How = Literal["divided", "folded"]
+DIVISOR = "input_divisor"
+_MARK = "_sedimo_smoothed"
+_SHOWN = 5
+
+
+def smoothed_layers(denoiser: nn.Module) -> dict[str, How]:
+    """What was smoothed in a denoiser, by layer; empty for one that was not."""
+    found: Mapping[str, How] = denoiser.__dict__.get(_MARK, {})
+    return dict(found)
+
+
+def mark_smoothed(denoiser: nn.Module, layers: Mapping[str, How]) -> None:
+    """Notes in a denoiser what was smoothed; nothing removes the note."""
+    if layers:
+        denoiser.__dict__[_MARK] = dict(layers)
+    else:
+        denoiser.__dict__.pop(_MARK, None)
+
+
+def divide_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The hook of a divided layer: input `[..., in]` of a Linear, `[B, in, ...]` of a convolution, by its divisor."""
+    inputs, *rest = args
+    divisor: torch.Tensor = module.get_buffer(DIVISOR).to(inputs.dtype)
+    if not isinstance(module, nn.Linear):
+        divisor = divisor.reshape(-1, *[1] * (inputs.ndim - 2))
+    return (inputs / divisor, *rest)
+
+
+def set_divisor(module: nn.Module, divisor: torch.Tensor) -> None:
+    """Lets a layer divide its input by `divisor` `[in]`, before the hooks that it has and those that it will get.
+
+    Raises:
+        InputError: it has a divisor already.
+    """
+    if DIVISOR in module._buffers:
+        raise InputError("the layer divides its input already: smooth the denoiser as it was loaded")
+    module.register_buffer(DIVISOR, divisor)
+    module.register_forward_pre_hook(divide_input, prepend=True)
+
+
+def remove_divisor(module: nn.Module) -> None:
+    """Takes divisor and hook away; the weight is the caller's to restore."""
+    del module._buffers[DIVISOR]
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is divide_input]:
+        del module._forward_pre_hooks[key]
+
+
+def unsmooth_inputs(denoiser: nn.Module) -> None:
+    """Puts every divisor back into its weight, so that the denoiser is an ordinary one; folded ones need nothing.
+
+    Weights that layers share are divided once. Exact, as divisors are powers of two.
+    """
+    done: dict[int, nn.Parameter] = {}
+    for name, how in smoothed_layers(denoiser).items():
+        module = denoiser.get_submodule(name)
+        if how == "divided":
+            weight = module.get_parameter("weight")
+            if id(weight) not in done:
+                divisor = module.get_buffer(DIVISOR).to(weight.dtype)
+                plain = weight.detach() / divisor.reshape(1, -1, *[1] * (weight.ndim - 2))
+                done[id(weight)] = nn.Parameter(plain, requires_grad=False)
+            module.register_parameter("weight", done[id(weight)])
+            remove_divisor(module)
+    mark_smoothed(denoiser, {})
+
+
+def prepare_divisors(model: nn.Module, smoothed: Mapping[str, How]) -> None:
+    """Gives the divided layers of a model that is about to be loaded a place for their divisors.
+
+    Raises:
+        StateError: the model has no such layer.
+    """
+    for name, how in smoothed.items():
+        try:
+            weight = model.get_submodule(name).get_parameter("weight")
+        except AttributeError as error:
+            raise StateError(f"config.json smooths the layer {name!r}, which the model does not have") from error
+        if how == "divided":
+            device = weight.device
+            set_divisor(model.get_submodule(name), torch.empty(weight.shape[1], dtype=torch.float32, device=device))
+    mark_smoothed(model, smoothed)
+
+
+def check_divisor_specs(
+    found: Mapping[str, TensorSpec], smoothed: Mapping[str, How], shapes: Mapping[str, int]
+) -> None:
+    """Refuses a checkpoint whose divisors are not one floating-point number per input channel of each divided layer.
+
+    `shapes` tells the input channels of packed layers; those of others follow from their weight in `found`.
+
+    Raises:
+        StateError: a divisor is missing, extra, or has another shape or dtype.
+    """
+    wanted = {f"{name}.{DIVISOR}" for name, how in smoothed.items() if how == "divided"}
+    present = {name for name in found if name.rpartition(".")[2] == DIVISOR}
+    if odd := sorted(wanted ^ present):
+        raise StateError(f"divisors of config.json and of the file differ in {', '.join(odd[:_SHOWN])}: copy it again")
+    for name in wanted:
+        layer, spec = name.removesuffix(f".{DIVISOR}"), found[name]
+        weight = found.get(f"{layer}.weight")
+        n_inputs = shapes.get(layer) if weight is None else weight.shape[1]
+        if spec.shape != (n_inputs,) or not spec.dtype.is_floating_point:
+            raise StateError(f"tensor {name!r} must be [{n_inputs}] of floating point, got {spec.dtype} {spec.shape}")
+
+
+def check_divisors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuses divisors that are not positive and finite.
+
+    Raises:
+        StateError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == DIVISOR and not bool((tensor.isfinite() & (tensor > 0)).all()):
+            raise StateError(f"{name} must be finite and greater than zero: the file is damaged; make it again")

@@ -1,0 +1,108 @@
+"""Smoothing whole pipelines: the float function is unchanged on every zoo model, and the layers are those asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sedimo_zoo import MODELS
+
+import sedimo
+from folding_examples import close
+from sedimo.api.smooth_order import SmoothOrder
+from sedimo.api.smoothing import apply_smoothing, measure_smoothing, smooth
+from sedimo.api.verbs import trace, weights_of
+from sedimo.bank import SILENT, fit_bank
+from sedimo.errors import InputError, StateError
+from sedimo.measurement.sqnr import probe_sqnr
+from sedimo.pipelines.loading import load_pipeline
+from sedimo.pipelines.trajectory import record, replay
+from sedimo.pipelines.weights import ModuleWeights
+from sedimo.quant.formats import Format
+from sedimo.runtime.smoothed import smoothed_layers
+from sedimo.sensitivity.sqnr import noisiest_decisions
+from sedimo.space import search_space
+
+
+@pytest.fixture
+def tiny(tiny_pipeline_folder):
+    return load_pipeline(str(tiny_pipeline_folder))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_float_function_of_zoo_models_is_unchanged(name):
+    pipe = load_pipeline(f"zoo:{name}")
+    plan = pipe.default_sampling(range(2), 2)
+    trajectory = record(pipe, plan)
+    found = smooth(pipe, SmoothOrder(share=1), sampling=plan)
+    assert pipe.dtype == torch.float32
+    assert set(found.ways.values()) == {"divided", "folded"}
+    assert sum(any(layer.exponents) for layer in found.layers.values()) > len(found.layers) / 2
+    with torch.no_grad():
+        for call in trajectory.calls:
+            assert close(replay(pipe.denoiser, call), call.output, 1e-5)
+    assert close(pipe.sample(plan), trajectory.latents, 1e-4)  # rounding adds up over steps
+
+
+def test_layers_are_chosen_by_local_noise(tiny):
+    plan, graph = tiny.default_sampling(range(3), 2), trace(tiny)
+    found = measure_smoothing(tiny, graph, weights_of(tiny), SmoothOrder(share=0.25), (plan, None, SILENT))
+    space = search_space(graph, "uaq4,fp16")
+    bank = fit_bank(weights_of(tiny), space)
+    noise = probe_sqnr(tiny, bank, plan)
+    names = sorted(space.decision_index, key=lambda d: -noise.over_time(d, Format.parse("uaq4")).mean)
+    wanted = names[: round(0.25 * len(names))]
+    assert set(found.layers) == {layer for d in wanted for layer in space.decision_index[d].layers}
+    assert noisiest_decisions(space, noise, Format.parse("uaq4"), 1e-9) == tuple(names[:1])
+    with pytest.raises(InputError, match="share of layers"):
+        noisiest_decisions(space, noise, Format.parse("uaq4"), 0)
+
+
+def test_a_list_of_layers(tiny):
+    found = sedimo.smooth(tiny, SmoothOrder(layers=("proj_out_2",)), sampling=tiny.default_sampling(range(2), 1))
+    assert found.ways == {"proj_out_2": "folded"} == smoothed_layers(tiny.denoiser)
+
+
+def test_what_is_fitted_next_are_the_smoothed_weights(tiny):
+    plain = weights_of(tiny).digest
+    smooth(tiny, SmoothOrder(share=1), sampling=tiny.default_sampling(range(2), 1))
+    weights = weights_of(tiny)
+    assert isinstance(weights, ModuleWeights)
+    assert weights.digest != plain
+    bank = sedimo.fit(tiny, search_space(trace(tiny), "kmc8,fp16"))
+    packed = bank.quantized("proj_out_2", Format.parse("kmc8")).dequantize()
+    assert close(packed, tiny.denoiser.proj_out_2.weight, 0.05)
+
+
+def test_smoothing_can_be_undone(tiny):
+    plan = tiny.default_sampling(range(2), 2)
+    before = tiny.sample(plan)
+    found = measure_smoothing(tiny, trace(tiny), weights_of(tiny), SmoothOrder(share=1), (plan, None, SILENT))
+    undo = apply_smoothing(tiny, found, plan)
+    assert not torch.equal(tiny.sample(plan), before)
+    undo()
+    assert torch.equal(tiny.sample(plan), before)
+
+
+def test_a_function_that_changed_is_refused_and_undone(tiny, monkeypatch):
+    plan = tiny.default_sampling(range(2), 1)
+    before = tiny.sample(plan)
+    found = measure_smoothing(tiny, trace(tiny), weights_of(tiny), SmoothOrder(share=1), (plan, None, SILENT))
+    monkeypatch.setattr("sedimo.runtime.smoothed.divide_input", lambda _module, args: args)
+    with pytest.raises(StateError, match="smoothing changed the output"):
+        apply_smoothing(tiny, found, plan)
+    assert not smoothed_layers(tiny.denoiser)
+    assert torch.equal(tiny.sample(plan), before)
+
+
+def test_a_study_keeps_what_was_measured(tiny, tmp_path, monkeypatch):
+    plan = tiny.default_sampling(range(2), 1)
+    first = smooth(tiny, SmoothOrder(share=0.2), store=tmp_path, sampling=plan)
+    again = load_pipeline(str(tiny.folder))
+    monkeypatch.setattr("sedimo.measurement.ranges._measure_part", lambda *_: pytest.fail("measured again"))
+    assert smooth(again, SmoothOrder(share=0.2), store=tmp_path, sampling=plan) == first
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan")])
+def test_senseless_shares_are_refused(share):
+    with pytest.raises(InputError, match="share of smoothed layers"):
+        SmoothOrder(share=share)

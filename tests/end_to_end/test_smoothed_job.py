@@ -1,0 +1,151 @@
+"""The main job with smoothing: one command, a checkpoint that loads in diffusers with the same outputs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
+
+from sedimo.api import job
+from sedimo.api.order import BudgetOrder, Order, SamplingOrder
+from sedimo.api.smooth_order import SmoothOrder
+from sedimo.errors import InputError
+from sedimo.measurement.probe import probed
+from sedimo.measurement.smoothing import Smoothing, smooth_weights
+from sedimo.measurement.study import Study
+from sedimo.pipelines.loading import load_pipeline
+from sedimo.pipelines.weights import ModuleWeights
+from sedimo.runtime.checkpoint import check_checkpoint, read_packed
+from sedimo.runtime.smoothed import smoothed_layers
+
+SAMPLING = SamplingOrder(n_seeds=2, n_steps=2, n_check_seeds=2)
+
+
+def ordered(source, out, **changes):
+    parts = {"method": "error", "formats": "uaq4,uaq8,fp16", "sampling": SAMPLING, "check": False}
+    return Order(source=str(source), out=out, budget=BudgetOrder(bits=6.0), **{**parts, **changes})
+
+
+@pytest.fixture(scope="module")
+def made(tiny_pipeline_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("smoothed") / "out"
+    result = job.run(ordered(tiny_pipeline_folder, out, smooth=SmoothOrder(0.6, share=1)))
+    return out, result
+
+
+def call_of(denoiser):
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"hidden_states": torch.randn(2, 4, 8, 8, generator=generator)}
+    inputs |= {"timestep": torch.tensor([3, 500]), "class_labels": torch.tensor([1, 2])}
+    with torch.no_grad():
+        return denoiser(**inputs).sample
+
+
+def plan_of(out):
+    with Study(out.with_name("out.study"), create=False) as study:
+        (name,) = [n for n in study.record_names() if n.startswith("smoothing:")]
+        return study.record(Smoothing, name)
+
+
+def test_the_checkpoint_computes_what_was_measured(made, tiny_pipeline_folder):
+    out, result = made
+    loaded = DiTPipeline.from_pretrained(out).transformer
+    assert smoothed_layers(loaded) == result.smoothing.ways
+    assert set(result.smoothing.ways.values()) == {"divided", "folded"}
+    measured = load_pipeline(str(tiny_pipeline_folder)).denoiser
+    smooth_weights(measured, plan_of(out))
+    with probed(measured, read_packed(check_checkpoint(out / "transformer"))):
+        assert torch.equal(call_of(loaded), call_of(measured))
+
+
+def test_saving_what_was_loaded_gives_the_same_outputs(made, tmp_path):
+    out, _ = made
+    loaded = DiTTransformer2DModel.from_pretrained(out / "transformer")
+    loaded.save_pretrained(tmp_path / "again")
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "again")
+    assert smoothed_layers(again) == smoothed_layers(loaded)
+    assert torch.equal(call_of(again), call_of(loaded))
+
+
+def test_sharded_and_half_precision_loading(made, tmp_path):
+    out, _ = made
+    loaded = DiTTransformer2DModel.from_pretrained(out / "transformer")
+    loaded.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "shards")
+    assert torch.equal(call_of(again), call_of(loaded))
+    half = DiTTransformer2DModel.from_pretrained(out / "transformer", torch_dtype=torch.bfloat16)
+    layer = next(name for name, how in smoothed_layers(half).items() if how == "divided")
+    divisor = half.get_submodule(layer).input_divisor
+    assert divisor.dtype == torch.bfloat16
+    assert torch.equal(divisor.float(), loaded.get_submodule(layer).input_divisor)
+
+
+def test_dequantizing_leaves_an_ordinary_denoiser(made, tmp_path):
+    out, _ = made
+    loaded = DiTTransformer2DModel.from_pretrained(out / "transformer")
+    packed = call_of(loaded)
+    loaded.dequantize()
+    assert not smoothed_layers(loaded)
+    assert not any("input_divisor" in name for name in loaded.state_dict())
+    torch.testing.assert_close(call_of(loaded), packed, rtol=1e-4, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "plain")
+    plain = DiTTransformer2DModel.from_pretrained(tmp_path / "plain")
+    assert torch.equal(call_of(plain), call_of(loaded))
+
+
+def test_sizes_and_texts(made):
+    out, result = made
+    checkpoint = check_checkpoint(out / "transformer")
+    divided = [name for name, how in checkpoint.smoothed.items() if how == "divided"]
+    tensors = {name: spec for header in checkpoint.headers for name, spec in header.tensors.items()}
+    assert all(tensors[f"{name}.input_divisor"].dtype == torch.float16 for name in divided)  # powers of two
+    n_divisor_bytes = sum(tensors[f"{name}.input_divisor"].n_bytes for name in divided)
+    assert 0 < n_divisor_bytes <= checkpoint.plain_bytes
+    header_bytes = sum(header.file_bytes for header in checkpoint.headers) - checkpoint.stored_bytes
+    assert header_bytes - checkpoint.plain_bytes > 0
+    assert result.written.file_bytes == sum(f.stat().st_size for f in (out / "transformer").glob("*.safetensors"))
+    line = str(result.smoothing)
+    assert line.startswith("SmoothQuant, alpha 0.6: inputs of")
+    assert line in (out / "README.md").read_text()
+    assert line in (out / "report.html").read_text()
+    assert json.loads(json.dumps(result.as_json()))["smoothing"]["alpha"] == 0.6
+
+
+def test_the_weights_are_the_smoothed_ones(made, tiny_pipeline_folder):
+    out, _ = made
+    source = load_pipeline(str(tiny_pipeline_folder)).denoiser
+    plain = ModuleWeights(source).digest
+    smooth_weights(source, plan_of(out))
+    assert ModuleWeights(source).digest != plain
+    for name, weight in read_packed(check_checkpoint(out / "transformer")).items():
+        exact = source.get_parameter(f"{name}.weight")
+        assert (weight.dequantize() - exact).norm() < 0.2 * exact.norm()
+
+
+def test_the_same_order_goes_on(made, tiny_pipeline_folder, tmp_path, monkeypatch):
+    out, _ = made
+    monkeypatch.setattr("sedimo.api.smoothing.measure_smoothing", lambda *_: pytest.fail("measured again"))
+    order = ordered(tiny_pipeline_folder, tmp_path / "again", smooth=SmoothOrder(0.6, share=1))
+    result = job.run(Order(**{**_fields(order), "store": out.with_name("out.study")}))
+    first = DiTTransformer2DModel.from_pretrained(out / "transformer")
+    second = DiTTransformer2DModel.from_pretrained(result.written.denoiser_folder)
+    assert torch.equal(call_of(first), call_of(second))
+
+
+def _fields(order):
+    return {name: getattr(order, name) for name in order.__dataclass_fields__}
+
+
+def test_a_plan_counts_the_smoothing(tiny_pipeline_folder, tmp_path):
+    without = job.plan(ordered(tiny_pipeline_folder, tmp_path / "out"))
+    ranked = job.plan(ordered(tiny_pipeline_folder, tmp_path / "out", smooth=SmoothOrder()))
+    every = job.plan(ordered(tiny_pipeline_folder, tmp_path / "out", smooth=SmoothOrder(share=1)))
+    assert without.denoiser_calls < every.denoiser_calls < ranked.denoiser_calls
+
+
+def test_a_denoiser_alone_cannot_be_smoothed(tiny_pipeline_folder, tmp_path):
+    order = ordered(tiny_pipeline_folder / "transformer", tmp_path / "out", smooth=SmoothOrder())
+    with pytest.raises(InputError, match="smoothing runs the pipeline"):
+        job.run(order)
