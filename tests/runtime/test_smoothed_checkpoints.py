@@ -68,14 +68,15 @@ def edit_tensors(folder, change):
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
     change(tensors)
     plain = json.loads((folder / "config.json").read_text())["quantization_config"]
-    layers = read_configuration(plain, place="").layers
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **make_seal(tensors, layers)})
+    seal = make_seal(tensors, read_configuration(plain, place=""))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **seal})
 
 
 def edit_ways(folder, ways):
     plain = json.loads((folder / "config.json").read_text())
     plain["quantization_config"]["smoothed"] = ways
     (folder / "config.json").write_text(json.dumps(plain))
+    edit_tensors(folder, lambda _tensors: None)  # sealed again
 
 
 def assert_refused(folder, match):
