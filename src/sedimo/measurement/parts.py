@@ -41,15 +41,15 @@ class Parts:
 
     def part(self, kind: type[Part], key: str, measure: Callable[[], Part]) -> Part:
         """The part of that name from the study, or measured now and saved there; without a study, measured."""
-        part = self._study.probe(kind, key) if self._study else None
-        if part is None:
-            part, execution = self._timed(measure)
-            if self._study:
-                self._study.put_execution(key, execution)
-                self._study.put_probe(key, part)
-            self._taken[key] = execution
-        elif self._study and (kept := self._study.execution(key)):
-            self._taken[key] = kept
+        saved = self._study.probe(kind, key) if self._study else None
+        if self._study and saved is not None:
+            kept = self._study.execution(key)
+            self._taken |= {} if kept is None else {key: kept}
+            return saved
+        part, self._taken[key] = self._timed(measure)
+        if self._study:
+            self._study.put_execution(key, self._taken[key])
+            self._study.put_probe(key, part)
         return part
 
     @property
