@@ -101,7 +101,8 @@ def _alpha(work: _Work) -> Sweep:
     for smoothing in plans:
         undo = smooth_opened(work.opened, smoothing)
         try:
-            found[f"{smoothing.alpha:g}"] = work.everywhere(f"{len(smoothing.layers)} layers smoothed")
+            n_changed = sum(any(layer.exponents) for layer in smoothing.layers.values())
+            found[f"{smoothing.alpha:g}"] = work.everywhere(f"{n_changed} layers smoothed")
         finally:
             undo()
     return _valued(work, found, tolerance=SAME_UP_TO_ROUNDING)
@@ -168,7 +169,7 @@ def _schedulers(work: _Work) -> Sweep:
         try:
             made[name] = scheduler_named(pipeline, name, plan.n_steps)
         except InputError as error:
-            notes.append(f"{name} is left out: {error}")
+            notes.append(f"left out: {error}")
     if len(made) < 2:
         raise InputError(f"fewer than two schedulers can be compared: {'; '.join(notes)}")
     bank, first = work.bank(is_exact=True), next(iter(made))

@@ -95,8 +95,8 @@ _WORDS: Mapping[str, _Words] = {
     "threshold": _Words(
         "How many blocks stay at 16 bits",
         "blocks at 16 bits",
-        "Blocks are ranked by what each gains when it alone stays at 16 bits, on other seeds than these; then the first "
-        "ones stay. The baseline keeps none.",
+        "Blocks are ranked by what each gains when it alone stays at 16 bits, on other seeds than these; then the "
+        "first ones stay. The baseline keeps none.",
     ),
     "samples": _Words(
         "Samples for local SQNR",
@@ -107,8 +107,8 @@ _WORDS: Mapping[str, _Words] = {
     _SCHEDULERS: _Words(
         "Sensitivity under other noise schedulers",
         "scheduler",
-        "The sensitivity of every decision, measured on the trajectories of each scheduler from the same noise. The same "
-        "scheduler on other seeds shows what agreement sampling alone allows.",
+        "The sensitivity of every decision, measured on the trajectories of each scheduler from the same noise. The "
+        "same scheduler on other seeds shows what agreement sampling alone allows.",
     ),
 }
 

@@ -86,7 +86,7 @@ def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float]) ->
         axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
         axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
         for (row, column), value in np.ndenumerate(matrix):
-            colour = "#ffffff" if float(image.norm(value)) < _DARK else "#000000"
+            colour = "#ffffff" if value < low + _DARK * (1.0 - low) else "#000000"
             axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour)
         colour_bar(figure, axes, image, "rank correlation")
 
