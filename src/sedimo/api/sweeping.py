@@ -23,7 +23,7 @@ from sedimo.metrics.estimate import ranked
 from sedimo.metrics.signal import SAME_UP_TO_ROUNDING, paired_difference, sqnr_estimates, summarize
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.schedulers import scheduled, scheduler_named
-from sedimo.reporting.sweep import Sweep, SweptRanks, SweptValue
+from sedimo.reporting.sweep import OTHER_SEEDS, Sweep, SweptRanks, SweptValue
 from sedimo.sensitivity.blocks import all_but_one, blocks_of, extra_bytes_of, hybrid_recipe
 from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
 from sedimo.sensitivity.table import Cost
@@ -127,8 +127,10 @@ def _threshold(work: _Work) -> Sweep:
         raise InputError(
             f"{n_blocks} blocks can take {number_format}; with {counts[-1]} at 16 bits nothing would be quantized"
         )
+    if counts[-1] == 0:
+        raise InputError("a sweep of the threshold needs a number of blocks above 0, which is the baseline")
     bank = work.bank()
-    by_gain = _by_gain(work, bank) if counts[-1] else []
+    by_gain = _by_gain(work, bank)
     counts = (0, *(n for n in counts if n))
     recipes = [hybrid_recipe(bank.space, number_format, by_gain[:n]) for n in counts]
     trials = work.trials(bank, recipes, work.fresh)
@@ -175,7 +177,7 @@ def _schedulers(work: _Work) -> Sweep:
     bank, first = work.bank(is_exact=True), next(iter(made))
     stop = plan.seeds[-1] + 1
     others = work.order.sampling.plan(work.opened.pipe, range(stop, stop + len(plan.seeds)))
-    runs = [*((name, name, plan) for name in made), (f"{first}, other seeds", first, others)]
+    runs = [*((name, name, plan) for name in made), (f"{first}{OTHER_SEEDS}", first, others)]
     found = {}
     for label, name, seeds in runs:
         with scheduled(pipeline, made[name]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sedimo.reporting.html import Theme, page
 from sedimo.reporting.rounding import number, with_error
 from sedimo.reporting.sweep_charts import ranks_chart, ranks_matrix, values_chart
 
+OTHER_SEEDS = ", other seeds"  # of a scheduler that is compared with itself
 _SCHEDULERS = "schedulers"  # the question that has a matrix
 
 
@@ -71,11 +71,12 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class _Words:
-    """What a question is called, its knob, and how its answer came about."""
+    """What a question is called, its knob, how its answer came about, and a value of the knob in a sentence."""
 
     title: str
     knob: str
     about: str
+    phrase: str = ""
 
 
 _WORDS: Mapping[str, _Words] = {
@@ -85,18 +86,21 @@ _WORDS: Mapping[str, _Words] = {
         "Alpha says how much of an input's range moves into the weights. For each alpha the same layers are smoothed, "
         "the format is fitted to the smoothed weights, and the result is compared with full precision; the baseline is "
         "not smoothed.",
+        "alpha {}",
     ),
     "calibration": _Words(
         "One-step against multi-step calibration",
         "steps calibrated at",
         "Static ranges of activations are taken from so many steps of the model's own trajectory, from the first (most "
         "noise) on; the baseline has the range of each token or image instead.",
+        "ranges from {} steps",
     ),
     "threshold": _Words(
         "How many blocks stay at 16 bits",
         "blocks at 16 bits",
         "Blocks are ranked by what each gains when it alone stays at 16 bits, on other seeds than these; then the "
         "first ones stay. The baseline keeps none.",
+        "{} blocks at 16 bits",
     ),
     "samples": _Words(
         "Samples for local SQNR",
@@ -134,6 +138,7 @@ def render_sweep(sweep: Sweep, *, theme: Theme | None = None) -> str:
             "headline": headline(sweep),
             "chart": Markup(_chart(sweep, words.knob)),  # texts in it are escaped
             "values": values,
+            "has_notes": any(v.note for v in sweep.values),
             "ranks": [(r.first, r.second, figure(r.srcc), r.srcc.n) for r in sweep.ranks],
             "errors": [(name, number(error)) for name, error in sweep.errors.items()],
         },
@@ -144,25 +149,31 @@ def headline(sweep: Sweep) -> str:
     """The answer in a sentence."""
     if sweep.values:
         return _best_value(sweep)
-    lowest = min(sweep.ranks, key=lambda r: r.srcc.value)
     if sweep.question == _SCHEDULERS:
-        return (
-            f"The least rank correlation is that of `{lowest.first}` and `{lowest.second}`: {with_error(lowest.srcc)}."
-        )
+        return _least_agreement(sweep)
     told = ", ".join(f"{number(r.srcc.value, r.srcc.standard_error)} from {r.first}" for r in sweep.ranks)
     return f"Rank correlation with {sweep.ranks[0].second} samples: {told} samples."
 
 
 def _best_value(sweep: Sweep) -> str:
+    """The baseline, and which value is highest beside it."""
     baseline, *others = sweep.values
-    knob, whole = _WORDS[sweep.question].knob, with_error(baseline.sqnr_db, "dB")
-    shown = [v for v in others if v.ahead is not None and v.ahead.low > 0]
-    start = f"The baseline (`{baseline.value}`) has {whole}"
-    if not shown:
-        return f"{start}; no value of {knob} is shown to be better."
-    best = max(shown, key=lambda v: ranked(v.ahead.value if v.ahead else math.nan))
-    gained = with_error(best.ahead, "dB", signed=True) if best.ahead else ""
-    return f"{start}; {knob} `{best.value}` is highest, {gained}."
+    start = f"The baseline, `{baseline.value}`, has {with_error(baseline.sqnr_db, 'dB')}"
+    paired = [(v.value, v.ahead) for v in others if v.ahead is not None]
+    shown = [(value, ahead) for value, ahead in paired if ahead.low > 0]
+    value, ahead = max(shown or paired, key=lambda pair: ranked(pair[1].value))
+    best = f"{_WORDS[sweep.question].phrase.format(f'`{value}`')}, {with_error(ahead, 'dB', signed=True)}"
+    return f"{start}; highest is {best}." if shown else f"{start}; nothing is shown to be better, nearest is {best}."
+
+
+def _least_agreement(sweep: Sweep) -> str:
+    """Which two schedulers differ most, beside what another choice of seeds does."""
+    again = next(r for r in sweep.ranks if r.second == f"{r.first}{OTHER_SEEDS}")
+    lowest = min((r for r in sweep.ranks if not r.second.endswith(OTHER_SEEDS)), key=lambda r: r.srcc.value)
+    return (
+        f"Between schedulers the rank correlation is at least {number(lowest.srcc.value)} (`{lowest.first}` and "
+        f"`{lowest.second}`); of `{again.first}` with itself on other seeds it is {number(again.srcc.value)}."
+    )
 
 
 def _chart(sweep: Sweep, knob: str) -> str:
@@ -171,5 +182,4 @@ def _chart(sweep: Sweep, knob: str) -> str:
         return values_chart([v.value for v in sweep.values], [v.sqnr_db for v in sweep.values], ahead, knob=knob)
     if sweep.question == _SCHEDULERS:
         return ranks_matrix([*sweep.errors], {(r.first, r.second): r.srcc.value for r in sweep.ranks})
-    errors = [sweep.errors[r.first] for r in sweep.ranks]
-    return ranks_chart([r.first for r in sweep.ranks], [r.srcc for r in sweep.ranks], errors, knob=knob)
+    return ranks_chart(sweep.errors, {r.first: r.srcc for r in sweep.ranks}, knob=knob)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ from sedimo.reporting.theme import MUTED, themed_svg
 _HEIGHT = 430
 _ROW = 74  # of the matrix [px]
 _DARK = 0.6  # of the colour map; white is read below, black above
+_NOTHING = Estimate(math.nan, math.nan, math.nan, math.nan, 0)
 
 
 def values_chart(
@@ -27,7 +29,6 @@ def values_chart(
     """SQNR at each value with 95 % intervals, and what each gains on the first one, the baseline, paired."""
     if not any(math.isfinite(one.value) for one in measured):
         return ""
-    nothing = Estimate(math.nan, math.nan, math.nan, math.nan, 0)
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True)
@@ -35,7 +36,7 @@ def values_chart(
         if math.isfinite(measured[0].value):
             draw_level(above, measured[0].value, f"baseline: {values[0]}")
         above.set_ylabel("SQNR [dB]")
-        _dots(below, [one or nothing for one in ahead])
+        _dots(below, [one or _NOTHING for one in ahead])
         below.axhline(0.0, color=MUTED, linewidth=1)
         below.set_ylabel("ahead of the\nbaseline [dB]")
         _label(below, values, knob)
@@ -50,25 +51,24 @@ def values_chart(
     )
 
 
-def ranks_chart(names: Sequence[str], srcc: Sequence[Estimate], errors: Sequence[float], *, knob: str) -> str:
+def ranks_chart(errors: Mapping[str, float], srcc: Mapping[str, Estimate], *, knob: str) -> str:
     """Rank correlation with the largest set with 95 % intervals, and the mean standard error of each set [dB]."""
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True)
-        _dots(above, srcc)
-        above.set_ylim(top=1.0 + 0.02 * (1.0 - above.get_ylim()[0]))
+        _dots(above, [srcc.get(name, _NOTHING) for name in errors])
         above.set_ylabel("rank correlation\nwith the largest set")
-        _dots(below, [Estimate(error, math.nan, math.nan, math.nan, 0) for error in errors])
-        below.set_ylim(bottom=0.0)
+        _dots(below, [replace(_NOTHING, value=error) for error in errors.values()])
+        below.set_ylim(bottom=0.0, top=1.1 * below.get_ylim()[1])
         below.set_ylabel("mean standard error\nof local SQNR [dB]")
-        _label(below, names, knob)
+        _label(below, [*errors], knob)
 
     return themed_svg(
         draw,
         width=WIDTH,
         height=_HEIGHT,
         title=f"Agreement of sensitivities by {knob}",
-        description="; ".join(f"{name} {number(one.value)}" for name, one in zip(names, srcc, strict=True)),
+        description="; ".join(f"{name} {number(one.value)}" for name, one in srcc.items()),
         prefix="sweep",
     )
 
