@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from running import run, run_json
@@ -26,6 +24,8 @@ from sedimo.space import search_space
 
 QUICK = ("--seeds", "2", "--steps", "2", "--fresh", "3")
 FRESH = range(2, 5)
+RANGES = (0, 1, *range(13, 13 + 62))  # 64 seeds: those that are searched on, and more past those of all other plans
+UAQ8A8 = Format.parse("uaq8a8")
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def by_hand(pipe, reference, rules=None):
     """SQNR [dB] of each fresh seed with uaq8a8 wherever it can be, against samples of full precision."""
     bank = fit_bank(weights_of(pipe), search_space(trace(pipe), "uaq8a8,fp16"))
     bank = bank if rules is None else bank.rounding(rules)
-    recipe = hybrid_recipe(bank.space, Format.parse("uaq8a8"), [])
+    recipe = hybrid_recipe(bank.space, UAQ8A8, [])
     with probed(pipe.denoiser, bank.quantize(recipe), inputs=bank.input_quantizers(recipe)):
         return relative_noise(reference, pipe.sample(pipe.default_sampling(FRESH, 2))).sqnr_db
 
@@ -66,8 +66,7 @@ def test_alpha_is_swept_from_the_same_denoiser(sweep, tiny, tiny_pipeline_folder
     assert baseline["ahead"] is None
     for row, alpha in zip(others, (0.5, 0.9), strict=True):
         pipe = load_pipeline(str(tiny_pipeline_folder))
-        seeds = (0, 1, *range(2 + 2 * 4 + 16 - 13, 2 + 2 * 4 + 16 - 13 + 62))
-        smooth(pipe, SmoothOrder(alpha, share=1), sampling=pipe.default_sampling(seeds, 2))
+        smooth(pipe, SmoothOrder(alpha, share=1), sampling=pipe.default_sampling(RANGES, 2))
         smoothed = by_hand(pipe, reference)
         assert row["sqnr_db"]["value"] == pytest.approx(smoothed.mean(), abs=0.02)  # rounding of the float function
         assert row["ahead"]["value"] == pytest.approx((smoothed - plain).mean(), abs=0.02)
@@ -83,19 +82,14 @@ def test_static_ranges_are_compared_with_dynamic_ones(sweep, tiny):
     assert [v["value"] for v in found["values"]] == ["dynamic", "1", "all 2"]
     reference = tiny.sample(tiny.default_sampling(FRESH, 2))
     assert found["values"][0]["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference).mean(), abs=1e-6)
-    seeds = (0, 1, *range(13, 13 + 62))
-    layers = [layer for d in search_space(trace(tiny), "uaq8a8,fp16").decisions for layer in d.layers]
-    widths = {n: [8] for n in layers if Format.parse("uaq8a8") in formats_of(tiny, n)}
-    plan, digest = tiny.default_sampling(seeds, 2), weights_of(tiny).digest
+    space = search_space(trace(tiny), "uaq8a8,fp16")
+    widths = {layer: [8] for d in space.decisions if UAQ8A8 in d.formats for layer in d.layers}
+    plan, digest = tiny.default_sampling(RANGES, 2), weights_of(tiny).digest
     for row, n_steps in zip(found["values"][1:], (1, 2), strict=True):
         options = CalibrationOptions("percentile", n_steps)
         rules = calibrate(tiny, widths, plan, weights_digest=digest, options=options)
         assert row["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference, rules).mean(), abs=1e-6)
     assert "One-step against multi-step" in page
-
-
-def formats_of(pipe, layer):
-    return next(d.formats for d in search_space(trace(pipe), "uaq8a8,fp16").decisions if layer in d.layers)
 
 
 def test_blocks_stay_in_the_order_of_what_each_gains(sweep, tiny_pipeline_folder):
@@ -121,7 +115,7 @@ def test_numbers_of_samples_share_none(sweep, tiny, tmp_path):
     bank = fit_bank(weights_of(tiny), search_space(trace(tiny), "uaq4,fp16"))
     costs = {}
     for n in (3, 6, 12):
-        plan = replace(tiny.default_sampling(range(n, 2 * n), 2))
+        plan = tiny.default_sampling(range(n, 2 * n), 2)
         table = attribute_measured(probe(tiny, bank, "sqnr", store=tmp_path, sampling=plan))
         costs[n] = [c for c in table.costs if c.format == Format.parse("uaq4")]
     for row, n in zip(found["ranks"], (3, 6), strict=True):

@@ -53,7 +53,7 @@ def test_what_cannot_be_taken_is_refused_with_the_reason():
     pipeline = build_tiny_pipeline()
     with pytest.raises(InputError, match="schedulers are ddim, dpm-solver"):
         scheduler_named(pipeline, "heun", 2)
-    with pytest.raises(InputError, match="euler starts from noise of 157.4 times unit size"):
+    with pytest.raises(InputError, match=r"euler starts from noise of 157\.4 times unit size"):
         scheduler_named(pipeline, "euler", 2)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(InputError, match="ddim cannot take the settings of FlowMatchEulerDiscreteScheduler"):

@@ -163,7 +163,7 @@ def _best_value(sweep: Sweep) -> str:
     shown = [(value, ahead) for value, ahead in paired if ahead.low > 0]
     value, ahead = max(shown or paired, key=lambda pair: ranked(pair[1].value))
     best = f"{_WORDS[sweep.question].phrase.format(f'`{value}`')}, {with_error(ahead, 'dB', signed=True)}"
-    return f"{start}; highest is {best}." if shown else f"{start}; nothing is shown to be better, nearest is {best}."
+    return f"{start}; highest is {best}." if shown else f"{start}; nothing is shown to be better, highest is {best}."
 
 
 def _least_agreement(sweep: Sweep) -> str:

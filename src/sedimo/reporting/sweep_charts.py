@@ -34,7 +34,7 @@ def values_chart(
         above, below = figure.subplots(2, 1, sharex=True)
         _dots(above, measured)
         if math.isfinite(measured[0].value):
-            draw_level(above, measured[0].value, f"baseline: {values[0]}")
+            draw_level(above, measured[0].value, "baseline")
         above.set_ylabel("SQNR [dB]")
         _dots(below, [one or _NOTHING for one in ahead])
         below.axhline(0.0, color=MUTED, linewidth=1)
