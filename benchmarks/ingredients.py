@@ -36,8 +36,8 @@ from sedimo.quant.formats import Format
 from sedimo.sensitivity.blocks import all_but_one, blocks_of, hybrid_recipe
 from sedimo.space import search_space
 
-ALL_STEPS, ONE_STEP = CalibrationOptions(n_steps=0, symmetric=True), CalibrationOptions(n_steps=1, symmetric=True)
-LEAST_ERROR = CalibrationOptions("mse", n_steps=0)
+ALL_STEPS, ONE_STEP = CalibrationOptions(symmetric=True), CalibrationOptions(n_steps=1, symmetric=True)
+LEAST_ERROR = CalibrationOptions("mse")
 FRESH_SEED = 1000
 
 

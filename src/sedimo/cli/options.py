@@ -115,9 +115,9 @@ def activation_options(command: Command) -> Command:
         click.option(
             "--act-steps",
             type=click.IntRange(0),
-            default=1,
+            default=0,
             show_default=True,
-            help="Steps to calibrate static ranges at, from the first (most noise) on; 0: all.",
+            help="Steps to calibrate static ranges at; 1: the first, of most noise, alone; 0: all.",
         ),
         click.option("--act-symmetric", is_flag=True, help="Round activations without a zero point."),
         click.option(
