@@ -27,7 +27,7 @@ MIXED_FORMATS, MIXED_BITS = "uaq3,uaq4g64,kmc4,uaq6", 4.0
 def recipe_of(pipe, graph, name: str):
     """The bank and the recipe of a format, or of `mixed`."""
     if name != "mixed":
-        bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{name},fp16"), sample_channels=1)
+        bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{name},fp16"), sample_channels=2)
         return bank, bank.space.uniform(sedimo.Format.parse(name))
     bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{MIXED_FORMATS},fp16"), sample_channels=16)
     return bank, sedimo.allocate(sedimo.attribute(bank), bits=MIXED_BITS).recipe

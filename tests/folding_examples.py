@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sedimo.graph.folding import Folding, find_folding
+from sedimo.measurement.ranges import ChannelRange
 from sedimo.measurement.smoothing import Smoothing, plan_smoothing
 from sedimo.pipelines.weights import ModuleWeights
 
@@ -273,6 +274,10 @@ class RandomRanges:
         generator = torch.Generator().manual_seed(sum(map(ord, layer)))
         n = self._denoiser.get_parameter(f"{layer}.weight").shape[1]
         return torch.exp(2 * torch.randn(n, generator=generator)).double().numpy()
+
+    def over_time(self, layer):
+        found = self.largest(layer).tolist()
+        return ChannelRange(tuple(-value for value in found), tuple(found))
 
 
 def plan_for(denoiser, layers, alpha=0.7, **how) -> tuple[Folding, Smoothing]:

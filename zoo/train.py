@@ -3,11 +3,15 @@
     python zoo/train.py autoencoder --data DIR --minutes 8 --work DIR
     python zoo/train.py classifier  --data DIR --minutes 8 --work DIR
     python zoo/train.py denoiser    --data DIR --minutes 60 --work DIR
+    python zoo/train.py unet        --data DIR --minutes 60 --work DIR
     python zoo/train.py assemble    --data DIR --work DIR --out zoo/src/sedimo_zoo/data
 
+`denoiser` is the transformer of `cifar-dit`, `unet` the U-Net of `cifar-ldm` and its text encoder; `assemble` writes a
+folder for each that the work folder holds, and the classifier if it holds that.
+
 Every stage stops when its minutes are spent, and goes on where it was when started again with more. With
-`--start PIPELINE` the denoiser starts from the weights of a pipeline that was assembled before, on its
-autoencoder, instead of from random ones; `assemble` then keeps that autoencoder and the classifier.
+`--start PIPELINE` both denoisers use the autoencoder of a pipeline that was assembled before, and the transformer
+starts from its weights instead of from random ones.
 `DIR` of `--data` holds `cifar10_train.parquet` and `cifar10_test.parquet` (columns `jpeg`, `label`).
 """
 
@@ -23,12 +27,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-from training import assemble, autoencoder, classifier, denoiser
+from training import assemble, autoencoder, classifier, denoiser, unet
 
 STAGES = {
     "autoencoder": autoencoder.run,
     "classifier": classifier.run,
     "denoiser": denoiser.run,
+    "unet": unet.run,
     "assemble": assemble.run,
 }
 

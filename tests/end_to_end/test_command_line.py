@@ -215,7 +215,7 @@ def test_a_dry_run_tells_what_it_would_take_and_writes_nothing(tiny_pipeline_fol
     [
         (["--bits", "1"], 3, "least possible"),
         (["--bits", "nan"], 3, "must be positive"),
-        (["--bits", "3", "--bytes", "9"], 3, "one budget"),
+        (["--bits", "3", "--bytes", "9"], 3, "give one size"),
         ([], 3, "a budget is needed"),
         (["--bits", "3", "--method", "magic"], 3, "method must be one of"),
         (["--bits", "3", "--formats", "kmc1"], 3, "bits must lie in 2..8"),

@@ -126,7 +126,7 @@ def test_the_weights_are_the_smoothed_ones(made, tiny_pipeline_folder):
 
 def test_the_same_order_goes_on(made, tiny_pipeline_folder, tmp_path, monkeypatch):
     out, _ = made
-    monkeypatch.setattr("sedimo.api.smoothing.measure_smoothing", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("sedimo.api.smoothing.measure_inputs", lambda *_: pytest.fail("measured again"))
     order = ordered(tiny_pipeline_folder, tmp_path / "again", smooth=SmoothOrder(0.6, share=1))
     result = job.run(Order(**{**_fields(order), "store": out.with_name("out.study")}))
     first = DiTTransformer2DModel.from_pretrained(out / "transformer")

@@ -56,7 +56,7 @@ def test_extremes_are_those_of_the_steps_that_were_asked_for(n_steps, looked_at)
 
 def test_nothing_is_sampled_past_the_last_step_that_is_looked_at():
     adapter = ToyAdapter()
-    ranges(adapter)
+    ranges(adapter, n_steps=1)
     assert adapter.n_calls == 3  # one step of each of the three batches
 
 

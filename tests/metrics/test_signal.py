@@ -9,7 +9,14 @@ from scipy import stats
 
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError, StateError
-from sedimo.metrics.signal import NoisePowers, paired_difference, psnr_db, relative_noise, summarize
+from sedimo.metrics.signal import (
+    SAME_UP_TO_ROUNDING,
+    NoisePowers,
+    paired_difference,
+    psnr_db,
+    relative_noise,
+    summarize,
+)
 
 TOLERANCE = 1e-12  # float64 rounding of sums over some hundred values
 
@@ -208,3 +215,14 @@ def test_equal_powers_are_equal_and_others_not():
     assert len({powers, NoisePowers([1.0], [2.0])}) == 1
     assert powers != NoisePowers([1.0], [3.0])
     assert powers != "powers"
+
+
+def test_references_that_differ_by_rounding_are_paired_where_that_is_said():
+    first = NoisePowers([0.1, 0.3], [1.0, 2.0])
+    rounded, other = NoisePowers([0.2, 0.3], [1.0001, 2.0]), NoisePowers([0.2, 0.3], [1.01, 2.0])
+    with pytest.raises(InputError, match="same reference"):
+        paired_difference(first, rounded)
+    with pytest.raises(InputError, match="same reference"):
+        paired_difference(first, other, tolerance=SAME_UP_TO_ROUNDING)
+    found = paired_difference(first, rounded, tolerance=SAME_UP_TO_ROUNDING)
+    assert found.mean_db == pytest.approx(5 * math.log10(2 / 1.0001))

@@ -84,7 +84,7 @@ def test_every_call_is_seen_by_argument_name_and_can_be_replayed(adapter):
 
 
 def test_recorded_inputs_can_carry_gradients(adapter):
-    call = record(adapter, plan(adapter), steps=[1]).calls[0]
+    call = record(adapter, plan(adapter)).calls[1]
     adapter.denoiser.requires_grad_(True)
     replay(adapter.denoiser, call).sum().backward()
     assert any(p.grad is not None for p in adapter.denoiser.parameters())
@@ -101,7 +101,7 @@ def test_no_gradients_are_kept_while_sampling(dit, monkeypatch):
 
 
 def test_only_wanted_steps_are_recorded(adapter):
-    assert [c.step for c in record(adapter, plan(adapter), steps=[2]).calls] == [2]
+    assert [c.step for c in record(adapter, plan(adapter), at_most=1).calls] == [0]
 
 
 def test_images_are_in_the_unit_range(adapter):
@@ -205,7 +205,7 @@ def test_default_guidance_is_that_of_the_pipeline(dit):
 
 def test_conditions_go_with_the_sample_not_with_the_batch(dit):
     sampling = Sampling((1, 2, 3, 4, 5), 2, ("3", "8"), batch_size=3)
-    labels = [c.inputs["class_labels"] for c in record(dit, sampling, steps=[0]).calls]
+    labels = [c.inputs["class_labels"] for c in record(dit, sampling).calls if c.step == 0]
     assert [x[: len(x) // 2].tolist() for x in labels] == [[3, 8, 3], [8, 3]]
 
 

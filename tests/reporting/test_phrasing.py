@@ -47,6 +47,17 @@ def test_an_exact_result_is_said_to_be_exact(summary):
     assert phrasing.tiles(found)[2].value == "∞"
 
 
+def test_rounded_inputs_are_told_by_layers_and_bits(summary):
+    assert not any("Inputs are rounded" in s for s in phrasing.decision_sentences(summary))
+    first, second, *rest = summary.decisions
+    rounded = [replace(first, format=Format.parse("uaq4a8")), replace(second, format=Format.parse("fp16a4"))]
+    found = phrasing.decision_sentences(replace(summary, decisions=(*rounded, *rest)))
+    n, m = len(first.layers), len(second.layers)
+    left = sum(len(row.layers) for row in rest)
+    one, two = (f"{k} layer{'s' if k > 1 else ''}" for k in (m, n))
+    assert f"Inputs are rounded, too: those of {one} to 4 bits and {two} to 8 bits; {left} are not." in found
+
+
 def test_there_are_four_tiles_measured_or_not(summary, bare):
     assert [t.unit for t in phrasing.tiles(summary)] == ["bits", "smaller", "dB SQNR", "FID"]
     assert [t.unit for t in phrasing.tiles(bare)] == ["bits", "smaller", "dB, predicted", "decisions"]

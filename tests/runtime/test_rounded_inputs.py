@@ -15,6 +15,7 @@ from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, Stati
 from sedimo.quant.quantization import quantize_weight
 from sedimo.runtime.activations import round_inputs, rounded_inputs, unround_inputs
 from sedimo.runtime.checkpoint import open_checkpoint
+from sedimo.runtime.completeness import check_inputs
 from sedimo.runtime.weights import dequantize_weights, replace_weights
 
 LAYER = "transformer_blocks.0.ff.net.2"
@@ -80,7 +81,6 @@ def test_a_checkpoint_says_how_and_loading_does_it(dit, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a["layers"].update(nowhere=a["layers"][LAYER]), "does not have: 'nowhere'"),
         (lambda a: a["layers"][LAYER].update(bits=3.5), "must be"),
         (lambda a: a["layers"][LAYER].update(bits=40), "2..8 bits"),
         (lambda a: a["layers"][LAYER]["range"].update(high=[2.0, -7.0]), "low <= high"),
@@ -98,6 +98,18 @@ def test_a_configuration_that_lies_is_refused(dit, tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(StateError, match=message):
         DiTTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_activations_of_another_checkpoint_are_refused(dit, tmp_path):
+    packed = {LAYER: quantize_weight(dit.get_submodule(LAYER).weight, "uaq4")}
+    for name, rules in (("first", RULES), ("second", InputQuantizers({LAYER: ActivationQuantizer(4)}))):
+        replace_weights(dit, packed, inputs=rules)
+        dit.save_pretrained(tmp_path / name)
+    (tmp_path / "first" / "config.json").replace(tmp_path / "second" / "config.json")
+    with pytest.raises(StateError, match="belongs to another checkpoint"):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "second")
+    with pytest.raises(StateError, match="does not have: 'nowhere'"):
+        check_inputs(InputQuantizers({"nowhere": ActivationQuantizer(4)}), dit)
 
 
 def test_what_is_no_layer_is_refused_and_nothing_is_lost(dit):

@@ -74,8 +74,8 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object], *, sealed:
             metadata = file.metadata()
         change(tensors)
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        layers = read_configuration(config, place="").layers
-        save_file(tensors, folder / WEIGHTS, metadata=make_seal(tensors, layers) if sealed else metadata)
+        seal = make_seal(tensors, read_configuration(config, place=""))
+        save_file(tensors, folder / WEIGHTS, metadata=seal if sealed else metadata)
 
     return edit
 
@@ -289,12 +289,12 @@ def test_headers_are_judged_before_a_parameter_is_made(folder, monkeypatch):
 def test_sizes_that_would_need_all_memory_are_refused_by_arithmetic(folder):
     huge = 1 << 60
     edit_layer(KMC, shape=[huge, 32])(folder)
-    layers = read_configuration(
+    configuration = read_configuration(
         json.loads((folder / "config.json").read_text())["quantization_config"], place="here"
-    ).layers
+    )
     path = folder / WEIGHTS
     tensors = dict(load_file(path))
-    save_file(tensors, path, metadata=make_seal(tensors, layers))
+    save_file(tensors, path, metadata=make_seal(tensors, configuration))
     for reader in (DiTTransformer2DModel.from_pretrained, check_checkpoint):
         with pytest.raises(StateError, match=rf"must be torch.uint8 \[{huge}, 12\] by config.json"):
             reader(folder)

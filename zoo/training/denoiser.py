@@ -43,9 +43,9 @@ def share_embedders(model: DiTTransformer2DModel) -> None:
         block.norm1.emb = shared
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler(**settings: object) -> DDIMScheduler:
     """DDIM on the linear schedule of 1,000 steps, predicting v."""
-    return DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing")
+    return DDIMScheduler(prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing", **settings)
 
 
 @torch.no_grad()

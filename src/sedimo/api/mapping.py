@@ -6,11 +6,23 @@ from sedimo.allocation.problem import Allocation
 from sedimo.api.measuring import MeasuredTable
 from sedimo.api.opening import Opened
 from sedimo.bank import SILENT, Progress
+from sedimo.measurement.smoothing import Smoothing
 from sedimo.measurement.study import Study
 from sedimo.measurement.trajectory import TRAJECTORY_SAMPLES, TrajectoryProbe, probe_trajectory
 from sedimo.reporting.building import reference_format
-from sedimo.reporting.maps import Maps, NoiseMap, Repetition, local_map, recipe_map, repetition, trajectory_lines
+from sedimo.reporting.maps import (
+    ChannelRanges,
+    Maps,
+    NoiseMap,
+    Repetition,
+    local_map,
+    recipe_map,
+    repetition,
+    trajectory_lines,
+)
 from sedimo.sensitivity.blocks import blocks_of
+
+N_RANGES = 4  # smoothed layers whose ranges are drawn
 
 
 def probe_result(
@@ -32,7 +44,16 @@ def maps_of(
         trajectory=None if probe is None else trajectory_lines(probe),
         local=_local(measured, allocation),
         repetition=_repetition(opened, measured, allocation),
+        ranges=() if opened.smoothing is None else _ranges(opened.smoothing),
     )
+
+
+def _ranges(smoothing: Smoothing) -> tuple[ChannelRanges, ...]:
+    """Of the smoothed layers whose channels were most unequal, the ranges before and after."""
+    spread = {name: max(one.exponents) - min(one.exponents) for name, one in smoothing.layers.items()}
+    shown = sorted((name for name in spread if name in smoothing.ranges), key=lambda name: -spread[name])[:N_RANGES]
+    pairs = [(name, smoothing.ranges[name], smoothing.ranges_after(name)) for name in shown]
+    return tuple(ChannelRanges(name, a.low, a.high, b.low, b.high) for name, a, b in pairs)
 
 
 def _local(measured: MeasuredTable, allocation: Allocation) -> tuple[NoiseMap, ...]:

@@ -147,7 +147,8 @@ class SamplingOrder:
         """A plan for some seeds, with the pipeline's defaults where nothing was ordered."""
         default = pipe.default_sampling(seeds, self.n_steps)
         conditions = self.conditions or default.conditions
-        return replace(default, conditions=conditions, guidance=self.guidance, resolution=self.resolution)
+        guidance = default.guidance if self.guidance is None else self.guidance
+        return replace(default, conditions=conditions, guidance=guidance, resolution=self.resolution)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from sedimo.api.verbs import captured_inputs, trace, weights_of
 from sedimo.bank import SILENT, Progress, fit_bank
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
-from sedimo.graph.folding import find_folding
+from sedimo.graph.folding import Folding, find_folding
 from sedimo.graph.model import DenoiserGraph
-from sedimo.measurement.ranges import probe_ranges
+from sedimo.measurement.ranges import RangesProbe, probe_ranges
 from sedimo.measurement.smoothing import Smoothing, plan_smoothing, smooth_weights
 from sedimo.measurement.sqnr import probe_sqnr
 from sedimo.measurement.study import Study
@@ -70,20 +70,51 @@ def smooth_source(opened: Opened, order: SmoothOrder, study: Study, progress: Pr
         InputError: the pipeline cannot be sampled.
         StateError: as `smooth`.
     """
+    (found,) = plan_source(opened, [order], study, progress)
+    smooth_opened(opened, found)
+    return found
+
+
+def plan_source(
+    opened: Opened, orders: Sequence[SmoothOrder], study: Study, progress: Progress = SILENT
+) -> tuple[Smoothing, ...]:
+    """How orders that differ in alpha alone smooth what a source is about; ranges are measured once, plans are kept.
+
+    Raises:
+        InputError: the pipeline cannot be sampled.
+    """
     obstacle = opened.why_not_sampled()
     if obstacle is not None:
         raise InputError(f"smoothing runs the pipeline to learn ranges, but {obstacle}. Leave out --smooth")
-    sampling = opened.order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES["sqnr"])
+    sampling = _ranges_plan(opened)
     setting = setting_of(opened.pipe, sampling, weights_digest=opened.weights.digest, objective="step")
-    name = f"smoothing:{content_key([order, setting])[:16]}"
-    if name not in study.record_names():
-        plan = (sampling, study, progress)
-        study.put_record(name, measure_smoothing(opened.pipe, opened.graph, opened.weights, order, plan))
-    found = study.record(Smoothing, name)
-    apply_smoothing(opened.pipe, found, sampling)
-    smooth_weights(opened.denoiser, found, widen=True)
+    names = {f"smoothing:{content_key([order, setting])[:16]}": order for order in orders}
+    missing = names.keys() - study.record_names()
+    if missing:
+        how = (sampling, study, progress)
+        folding, ranges = measure_inputs(opened.pipe, opened.graph, opened.weights, orders[0], how)
+        for name in missing:
+            study.put_record(name, plan_smoothing(folding, ranges, opened.weights, names[name].alpha))
+    return tuple(study.record(Smoothing, name) for name in names)
+
+
+def smooth_opened(opened: Opened, found: Smoothing) -> Callable[[], None]:
+    """Smooths the pipeline and the weights of a source in place; the result gives both back bit-exactly.
+
+    Raises:
+        StateError: as `smooth`.
+    """
+    weights = opened.weights
+    undo = [apply_smoothing(opened.pipe, found, _ranges_plan(opened))]
+    undo.append(smooth_weights(opened.denoiser, found, widen=True))
     opened.weights = ModuleWeights(opened.denoiser)
-    return found
+
+    def restore() -> None:
+        for one in undo:
+            one()
+        opened.weights = weights
+
+    return restore
 
 
 def measure_smoothing(
@@ -94,13 +125,25 @@ def measure_smoothing(
     how: tuple[Sampling, Study | None, Progress],
 ) -> Smoothing:
     """Chooses the layers, finds where their factors go, and measures the ranges of their inputs."""
+    folding, ranges = measure_inputs(pipe, graph, weights, order, how)
+    return plan_smoothing(folding, ranges, weights, order.alpha)
+
+
+def measure_inputs(
+    pipe: DiffusersPipeline,
+    graph: DenoiserGraph,
+    weights: WeightSource,
+    order: SmoothOrder,
+    how: tuple[Sampling, Study | None, Progress],
+) -> tuple[Folding, RangesProbe]:
+    """Where the factors of an order's layers go, and the ranges of their inputs: all that does not depend on alpha."""
     sampling, study, progress = how
     layers = order.layers or _ranked_layers(pipe, graph, weights, order.share, how)
     folding = find_folding(pipe.denoiser, layers, capture=lambda: captured_inputs(pipe))
     ranges = probe_ranges(
         pipe, list(folding.inputs), sampling, weights_digest=weights.digest, study=study, progress=progress
     )
-    return plan_smoothing(folding, ranges, weights, order.alpha)
+    return folding, ranges
 
 
 def apply_smoothing(pipe: DiffusersPipeline, smoothing: Smoothing, sampling: Sampling) -> Callable[[], None]:
@@ -121,6 +164,11 @@ def apply_smoothing(pipe: DiffusersPipeline, smoothing: Smoothing, sampling: Sam
                     "they were traced. Leave smoothing out, and report this denoiser"
                 )
     return restore
+
+
+def _ranges_plan(opened: Opened) -> Sampling:
+    """The samples that ranges and the ranking of layers come from."""
+    return opened.order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES["sqnr"])
 
 
 def _ranked_layers(

@@ -43,7 +43,7 @@ class _GuardedGroup(click.Group):
 def main(verbose: bool) -> None:
     """Decide how many bits each weight of a diffusion model deserves, and write the smaller checkpoint.
 
-    SRC is a diffusers folder, a hub id, or zoo:NAME (embedded: zoo:cifar-dit).
+    SRC is a diffusers folder, a hub id, or zoo:NAME (embedded: zoo:cifar-dit, zoo:cifar-ldm).
     """
     if verbose:
         import logging

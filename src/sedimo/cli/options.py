@@ -19,7 +19,7 @@ def sampling_options(command: Command) -> Command:
         click.option(
             "--prompts",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Text file, a prompt or class per line; default: the pipeline's classes, or built-in prompts.",
+            help="Text file, a prompt or class per line; default: the pipeline's classes or prompts, or built-in ones.",
         ),
         click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Denoising steps."),
         click.option("--seeds", type=click.IntRange(2), default=8, show_default=True, help="Number of samples."),
@@ -115,9 +115,9 @@ def activation_options(command: Command) -> Command:
         click.option(
             "--act-steps",
             type=click.IntRange(0),
-            default=1,
+            default=0,
             show_default=True,
-            help="Steps to calibrate static ranges at, from the first (most noise) on; 0: all.",
+            help="Steps to calibrate static ranges at; 1: the first, of most noise, alone; 0: all.",
         ),
         click.option("--act-symmetric", is_flag=True, help="Round activations without a zero point."),
         click.option(

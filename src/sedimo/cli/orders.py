@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from sedimo.api.order import (
 )
 from sedimo.api.search_order import SearchOrder
 from sedimo.api.smooth_order import SmoothOrder
+from sedimo.api.sweep_order import SweepOrder
 from sedimo.errors import InputError
 from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.measurement.reconstruction import ReconstructionOptions
@@ -143,6 +145,21 @@ def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
         formats=formats_text_of(options),
         methods=methods,
         sampling=sampling_of(options),
+        compute=compute_of(options),
+    )
+
+
+def sweep_order_of(options: Mapping[str, Any]) -> SweepOrder:
+    """The order of `sedimo sweep`."""
+    names = ("question", "source", "store", "signal", "variant")
+    number_format = options["number_format"]
+    return SweepOrder(
+        **{name: options[name] for name in names},
+        values=tuple(_parts(options["values"])),
+        number_format=None if number_format is None else Format.parse(number_format),
+        activations=activations_of(options),
+        share=options["smooth_share"],
+        sampling=replace(sampling_of(options), n_check_seeds=options["n_fresh"]),
         compute=compute_of(options),
     )
 

@@ -134,4 +134,48 @@ def compare(as_json: bool, out: Path | None, **options: object) -> None:
     console.print_json(found.as_json()) if as_json else show_study.comparison(found)
 
 
-ALL = (run, attribute, blocks, compare)
+@click.command()
+@click.argument("question", type=click.Choice(["alpha", "calibration", "threshold", "samples", "schedulers"]))
+@click.argument("source", metavar="SRC")
+@click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
+@click.option("--values", default="", help="Values, separated by commas; default: the question's usual ones.")
+@click.option("--format", "number_format", help="Format of all layers; default: uaq8a8, or uaq4 without activations.")
+@click.option("--fresh", "n_fresh", default=16, show_default=True, help="Fresh seeds that every value is measured on.")
+@click.option("--smooth-share", default=0.1, show_default=True, help="alpha: share of the layers to smooth.")
+@click.option(
+    "--signal",
+    type=click.Choice(["jacobian", "sqnr"]),
+    default="jacobian",
+    show_default=True,
+    help="schedulers: the sensitivity that is compared.",
+)
+@activation_options
+@click.option("--variant", help="Variant of the source's weights, such as fp16.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the page.")
+@sampling_options
+@json_option
+def sweep(as_json: bool, out: Path | None, **options: object) -> None:
+    r"""One knob over several values on SRC, on the same fresh seeds: what the papers leave open.
+
+    \b
+    alpha        how much SmoothQuant moves into the weights; baseline: no smoothing
+    calibration  at how many steps static ranges are taken; baseline: dynamic ranges
+    threshold    how many blocks stay at 16 bits, by rank of gain; baseline: none
+    samples      how many samples local SQNR needs
+    schedulers   whether sensitivities depend on the noise scheduler
+
+    Example: sedimo sweep alpha zoo:cifar-dit --store runs/sweeps -o alpha.html
+    """
+    from sedimo.api.sweeping import sweep as answer
+    from sedimo.cli import show_study
+    from sedimo.cli.orders import sweep_order_of
+    from sedimo.reporting.sweep import write_sweep
+
+    with console.progress() as progress:
+        found = answer(sweep_order_of(options), progress)
+    if out is not None:
+        write_sweep(found, out)
+    console.print_json(found.as_json()) if as_json else show_study.sweep(found)
+
+
+ALL = (run, attribute, blocks, compare, sweep)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sedimo.api.exploring import ExplorationPlan, ExploreResult
     from sedimo.api.listing import TrialRow
     from sedimo.metrics.estimate import Estimate
+    from sedimo.reporting.sweep import Sweep
 
 
 def exploration_plan(found: ExplorationPlan) -> None:
@@ -114,6 +115,30 @@ def comparison(found: Comparison) -> None:
         for tau in [found.agreement.get(method)]
     ]
     print_table("", ("method", "time", "denoiser calls", "Kendall's tau with ablation, by operation"), costs)
+
+
+def sweep(found: Sweep) -> None:
+    """The values with what they gain, or how sensitivities rank alike, and what is missing."""
+    title = f"{found.question} on {found.source}, {found.number_format}, seeds {found.seeds}, {found.n_steps} steps"
+    if found.values:
+        columns = ("value", "paper bits", "SQNR [dB]", "ahead of the baseline [dB, 95 %]", "")
+        rows = [
+            (
+                v.value,
+                f"{v.paper_bits:.3f}",
+                _with_error(v.sqnr_db),
+                "baseline" if v.ahead is None else _signed(v.ahead),
+                v.note,
+            )
+            for v in found.values
+        ]
+        print_table(title, columns, rows)
+    else:
+        ranks = [(r.first, r.second, _with_interval(r.srcc), r.srcc.n) for r in found.ranks]
+        print_table(title, ("", "against", "rank correlation [95 %]", "decisions"), ranks)
+        errors = [(name, f"{error:.3g}") for name, error in found.errors.items()]
+        print_table("", ("", "mean standard error [dB]"), errors)
+    click.echo("\n".join([f"{found.n_comparisons} comparisons, each with its own interval", *found.notes]))
 
 
 def attribution(found: Attribution) -> None:

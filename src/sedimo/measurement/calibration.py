@@ -44,16 +44,17 @@ _SHRINK_FACTORS = tuple(0.95**power for power in range(90))  # from all of the r
 class CalibrationOptions:
     """How ranges are found.
 
-    `n_steps` of the trajectory are looked at, evenly spaced from the first on: 1 is the step of greatest noise, 0
-    means all. `percentile` is for that method: so many percent of the values lie below the upper end, and above the
-    lower one. `by_timestep` gives each step that is looked at ranges of its own.
+    `n_steps` of the trajectory are looked at, evenly spaced from the first on: 0 means all, 1 is the step of greatest
+    noise alone, as published; that loses much where later steps have wider ranges (docs/results.md). `percentile` is
+    for that method: so many percent of the values lie below the upper end, and above the lower one. `by_timestep`
+    gives each step that is looked at ranges of its own.
 
     Raises:
         InputError: an unknown method, or numbers outside their ranges.
     """
 
     method: RangeMethod = "min-max"
-    n_steps: int = 1
+    n_steps: int = 0
     percentile: float = 99.99
     symmetric: bool = False
     by_timestep: bool = False

@@ -94,10 +94,9 @@ def _drawn(
     adapter: PipelineAdapter, sampling: Sampling, label: str, progress: Progress
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Latents and images of a plan, batch by batch."""
-    n, size = len(sampling.seeds), sampling.batch_size
-    progress.start(n, label)
-    for first in range(0, n, size):
-        latents = adapter.sample(sampling.part(first, first + size))
+    progress.start(len(sampling.seeds), label)
+    for plan in sampling.batches():
+        latents = adapter.sample(plan)
         yield latents, adapter.decode(latents)
         progress.advance(len(latents))
     progress.done()

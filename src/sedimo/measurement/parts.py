@@ -41,16 +41,16 @@ class Parts:
 
     def part(self, kind: type[Part], key: str, measure: Callable[[], Part]) -> Part:
         """The part of that name from the study, or measured now and saved there; without a study, measured."""
-        part = self._study.probe(kind, key) if self._study else None
-        if part is not None:
-            if self._study and (kept := self._study.execution(key)):
-                self._taken[key] = kept
-            return part
-        made, self._taken[key] = self._timed(measure)
+        saved = self._study.probe(kind, key) if self._study else None
+        if self._study and saved is not None:
+            kept = self._study.execution(key)
+            self._taken |= {} if kept is None else {key: kept}
+            return saved
+        part, self._taken[key] = self._timed(measure)
         if self._study:
             self._study.put_execution(key, self._taken[key])
-            self._study.put_probe(key, made)
-        return made
+            self._study.put_probe(key, part)
+        return part
 
     @property
     def execution(self) -> Execution:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from sedimo.errors import InputError
 from sedimo.graph.folding import NONE, Folding
-from sedimo.measurement.ranges import RangesProbe
+from sedimo.measurement.ranges import ChannelRange, RangesProbe
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.smoothing import DEFAULT_ALPHA, check_alpha, factor_exponents, smoothing_factors
 from sedimo.runtime.smoothed import How, mark_smoothed, remove_divisor, set_divisor, smoothed_layers
@@ -54,16 +54,26 @@ class ScaledParameter:
 
 @dataclass(frozen=True, slots=True)
 class Smoothing:
-    """All that smoothing changes in a denoiser. `refused` tells why layers that were asked for were left out."""
+    """All that smoothing changes in a denoiser. `refused` tells why layers that were asked for were left out.
+
+    `ranges` are those of the layers' inputs before it.
+    """
 
     alpha: float
     layers: Mapping[str, SmoothedLayer]
     parameters: Mapping[str, ScaledParameter]
     refused: Mapping[str, str]
+    ranges: Mapping[str, ChannelRange] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses an alpha that is none."""
         check_alpha(self.alpha)
+
+    def ranges_after(self, layer: str) -> ChannelRange:
+        """What the range of a layer's input becomes: every channel divided by its power of two."""
+        before, factors = self.ranges[layer], np.exp2(self.layers[layer].exponents)
+        low, high = np.asarray(before.low) / factors, np.asarray(before.high) / factors
+        return ChannelRange(tuple(low.tolist()), tuple(high.tolist()))
 
     @property
     def ways(self) -> dict[str, How]:
@@ -101,7 +111,9 @@ def plan_smoothing(
     for together in _groups(folding):
         parts = (factors[together], torch.from_numpy(input_max[together]), torch.from_numpy(weight_max[together]))
         exponents[together] = factor_exponents(*parts).numpy()
-    return Smoothing(alpha, _layers(folding, exponents), _parameters(folding, exponents), dict(folding.refused))
+    layers = _layers(folding, exponents)
+    before = {name: found for name in layers if (found := ranges.over_time(name)) is not None}
+    return Smoothing(alpha, layers, _parameters(folding, exponents), dict(folding.refused), before)
 
 
 def smooth_weights(denoiser: nn.Module, smoothing: Smoothing, *, widen: bool = False) -> Callable[[], None]:

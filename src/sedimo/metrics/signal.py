@@ -18,6 +18,7 @@ from sedimo.metrics.estimate import Estimate, jackknife_estimate, mean_estimate,
 
 Vector = npt.NDArray[np.float64]
 
+SAME, SAME_UP_TO_ROUNDING = 1e-6, 1e-3  # how much the powers of two references may differ
 DECORRELATED = 0.5  # relative noise above which a sample has little left of the reference
 
 
@@ -166,13 +167,16 @@ def summarize(powers: NoisePowers) -> SignalSummary:
     )
 
 
-def paired_difference(first: NoisePowers, second: NoisePowers) -> PairedDifference:
+def paired_difference(first: NoisePowers, second: NoisePowers, *, tolerance: float = SAME) -> PairedDifference:
     """How much better `first` is than `second` on the same samples.
+
+    The signal powers may differ by the relative `tolerance`: `SAME_UP_TO_ROUNDING` suits references that are the same
+    function in another order of rounding, as that of a smoothed denoiser is.
 
     Raises:
         InputError: they were not measured against the same reference.
     """
-    if first.n != second.n or not np.allclose(first.signal, second.signal, rtol=1e-6, atol=0):
+    if first.n != second.n or not np.allclose(first.signal, second.signal, rtol=tolerance, atol=0):
         raise InputError(
             "only measurements of the same seeds against the same reference can be compared in pairs; "
             f"got {first.n} and {second.n} samples" + ("" if first.n != second.n else " with different signal powers")

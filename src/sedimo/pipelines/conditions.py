@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from sedimo.errors import InputError
+from sedimo.errors import InputError, StateError
 from sedimo.pipelines.objects import PipelineObject
 
 ConditionKind = Literal["none", "class", "prompt"]
@@ -27,6 +27,7 @@ PROMPTS = (
     "a white cat sleeping on a grey sofa",
 )
 _N_DEFAULT_CLASSES = 10
+_TASK = "text-to-image"
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -47,19 +48,37 @@ def condition_kind(pipeline: PipelineObject) -> ConditionKind:
 
 
 def default_conditions(pipeline: PipelineObject, n: int) -> tuple[str, ...]:
-    """At most `n` conditions that suit the pipeline: its classes, or plain prompts; empty if it takes none.
+    """At most `n` conditions that suit the pipeline: its classes, or prompts; empty if it takes none.
 
-    Up to ten classes are taken in order; of more, neighbours in the result are far apart in number, because
-    neighbouring ImageNet classes are alike.
+    Prompts are those that its text encoder names (`task_specific_params` of its config, entry "text-to-image"), or
+    plain ones. Up to ten classes are taken in order; of more, neighbours in the result are far apart in number,
+    because neighbouring ImageNet classes are alike.
+
+    Raises:
+        StateError: the text encoder names something that is no list of prompts.
     """
     kind = condition_kind(pipeline)
     if kind == "none":
         return ()
     if kind == "prompt":
-        return PROMPTS[:n]
+        return _own_prompts(pipeline)[:n] or PROMPTS[:n]
     labels = sorted(set(_labels(pipeline).values()))
     classes = labels or list(range(min(_N_DEFAULT_CLASSES, _n_classes(pipeline) or _N_DEFAULT_CLASSES)))
     return tuple(str(c) for c in _spread(classes)[:n])
+
+
+def default_guidance(pipeline: PipelineObject) -> float | None:
+    """The guidance scale that the text encoder names beside its prompts; None: that of the pipeline's call.
+
+    Raises:
+        StateError: it names something that is no finite number.
+    """
+    scale = _task_settings(pipeline).get("guidance_scale")
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise StateError(f"the text encoder's config must give {_TASK}.guidance_scale as a number, got {scale!r:.80}")
+    return float(scale)
 
 
 def condition_arguments(pipeline: PipelineObject, conditions: Sequence[str | None]) -> dict[str, object]:
@@ -94,6 +113,23 @@ def _class_number(pipeline: PipelineObject, text: str) -> int:
     if n_classes is not None and number >= n_classes:
         raise InputError(f"{name} has classes 0..{n_classes - 1}, got {number}")
     return number
+
+
+def _own_prompts(pipeline: PipelineObject) -> tuple[str, ...]:
+    prompts = _task_settings(pipeline).get("prompts", [])
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        raise StateError(f"the text encoder's config must give {_TASK}.prompts as a list of texts, got {prompts!r:.80}")
+    return tuple(prompts)
+
+
+def _task_settings(pipeline: PipelineObject) -> Mapping[str, object]:
+    """Transformers' field for what a model was made to be given, task by task."""
+    config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
+    tasks = getattr(config, "task_specific_params", None)
+    settings = tasks.get(_TASK, {}) if isinstance(tasks, dict) else {}
+    if not isinstance(settings, dict):
+        raise StateError(f"the text encoder's config must give {_TASK} as an object, got {settings!r:.80}")
+    return settings
 
 
 def _labels(pipeline: PipelineObject) -> Mapping[str, int]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Observer, Sampling
-from sedimo.pipelines.conditions import default_conditions
+from sedimo.pipelines.conditions import default_conditions, default_guidance
 from sedimo.pipelines.decoding import decode_latents
 from sedimo.pipelines.identity import pipeline_identity
 from sedimo.pipelines.objects import PipelineObject
@@ -105,13 +105,14 @@ class DiffusersPipeline:
         return decode_latents(self.pipeline, latents)
 
     def default_sampling(self, seeds: Sequence[int], n_steps: int) -> Sampling:
-        """A plan with the pipeline's own guidance and resolution, and conditions that suit it."""
+        """A plan with the pipeline's own resolution, and conditions and a guidance that suit it."""
         own_side = getattr(self.pipeline, "default_sample_size", 32)  # FLUX-like denoisers know no size
         side = self.denoiser.config.get("sample_size", own_side)  # type: ignore[union-attr, operator]
         pixels = side * side if isinstance(side, int) else 1024
         batch_size = max(1, min(_MAX_BATCH, _LATENT_PIXELS_PER_BATCH // pixels))
         conditions = default_conditions(self.pipeline, len(seeds))
-        return Sampling(tuple(seeds), n_steps, conditions, batch_size=batch_size)
+        guidance = default_guidance(self.pipeline)
+        return Sampling(tuple(seeds), n_steps, conditions, guidance, batch_size=batch_size)
 
     def save_pretrained(self, out: Path | str) -> Path:
         """Writes a diffusers folder; see `saving.save_pipeline` for what is copied and what is written anew.

@@ -32,14 +32,14 @@ def blocks_curves(
 
     def draw(figure: Figure) -> None:
         first, alone = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1))
-        _points(first, [row.up_to for row in rows], [False] * len(rows), is_line=True)
+        draw_points(first, [row.up_to for row in rows], [False] * len(rows), is_line=True)
         if math.isfinite(everything.value):
-            _level(first, everything.value, f"all blocks: {number(everything.value, everything.standard_error)} dB")
+            draw_level(first, everything.value, f"all blocks: {number(everything.value, everything.standard_error)} dB")
         first.set_ylabel("SQNR [dB]\nthis block and all before")
-        _points(alone, [row.alone_kept for row in rows], [row.block in kept for row in rows], is_line=False)
+        draw_points(alone, [row.alone_kept for row in rows], [row.block in kept for row in rows], is_line=False)
         alone.axhline(0.0, color=MUTED, linewidth=1)
         if gain_db is not None:
-            _level(alone, gain_db, f"threshold: {gain_db:g} dB")
+            draw_level(alone, gain_db, f"threshold: {gain_db:g} dB")
         alone.set_ylabel("gain [dB]\nby keeping this block alone")
         if kept:
             alone.legend(handles=_handles(), loc="best", fontsize=10)
@@ -58,7 +58,7 @@ def blocks_curves(
     )
 
 
-def _points(axes: Axes, values: Sequence[Estimate], is_kept: Sequence[bool], *, is_line: bool) -> None:
+def draw_points(axes: Axes, values: Sequence[Estimate], is_kept: Sequence[bool], *, is_line: bool) -> None:
     """Dots with bars; blocks that stay at 16 bits are diamonds. What is not finite has no place."""
     shown = [(i, one) for i, one in enumerate(values) if math.isfinite(one.value)]
     if is_line:
@@ -86,7 +86,8 @@ def _dot(axes: Axes, x: float, y: float, *, is_kept: bool) -> None:
     )
 
 
-def _level(axes: Axes, value: float, text: str) -> None:
+def draw_level(axes: Axes, value: float, text: str) -> None:
+    """A broken line at a value, with a text on it."""
     axes.axhline(value, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         text,

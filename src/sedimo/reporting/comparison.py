@@ -83,7 +83,7 @@ def render_comparison(comparison: ComparisonPage) -> str:
                     count(line.bops),
                     figure(line.measured),
                     None if line.ahead is None else figure(line.ahead),
-                    _verdict(line.ahead),
+                    verdict(line.ahead),
                 )
                 for line in sorted(c.lines, key=lambda x: (x.budget, -ranked(x.measured.value)))
             ],
@@ -111,7 +111,8 @@ def _headline(lines: Sequence[ComparisonLine]) -> str:
     return f"Highest quality: {', '.join(places)}."
 
 
-def _verdict(ahead: Estimate | None) -> str:
+def verdict(ahead: Estimate | None) -> str:
+    """What a paired difference to the reference shows; None for the reference itself."""
     if ahead is None:
         return "reference"
     if ahead.low > 0:

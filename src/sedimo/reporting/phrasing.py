@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sedimo.metrics.estimate import Estimate
-from sedimo.quant.formats import Format
+from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.rounding import bits, byte_size, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, LearnedRounding, Summary
 from sedimo.sensitivity.agreement import Agreement
@@ -122,6 +122,7 @@ def decision_sentences(summary: Summary) -> tuple[str, ...]:
         s
         for s in (
             _methods_sentence(summary),
+            _activations_sentence(summary),
             _range_sentence(summary),
             _certificate(summary),
             _rounding_sentence(summary.evidence.rounding),
@@ -249,6 +250,20 @@ def _methods_sentence(summary: Summary) -> str:
     parts = [f"{FAMILIES[kind]} serves {share(n / summary.sizes.params)}" for kind, n in weights.most_common()]
     parts = [p.replace("left at 16 bits serves", "no quantization at all is left to") for p in parts]
     return f"Of the weights, {_join(parts)}."
+
+
+def _activations_sentence(summary: Summary) -> str | None:
+    """How many layers round their inputs, and to how many bits; None when none does."""
+    layers: Counter[int] = Counter()
+    for row in summary.decisions:
+        layers[row.format.activation_bits] += len(row.layers)
+    if set(layers) == {FULL_BITS}:
+        return None
+    parts = [
+        f"{n} layer{'s' if n > 1 else ''} to {width} bits" for width, n in sorted(layers.items()) if width != FULL_BITS
+    ]
+    rest = f"; {layers[FULL_BITS]} are not" if layers[FULL_BITS] else ""
+    return f"Inputs are rounded, too: those of {_join(parts)}{rest}."
 
 
 def _range_sentence(summary: Summary) -> str | None:

@@ -93,7 +93,7 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
         raise StateError(f"{path} has no quantization_config: the denoiser is not packed")
     read = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
     headers = read_headers(find_weights(folder, WEIGHTS_STEM, variant).files)
-    seal = read_seal(headers, read.layers)
+    seal = read_seal(headers, read)
     found = {name: spec for header in headers for name, spec in header.tensors.items()}
     check_against_layers(found, read.layers, read.smoothed)
     return Checkpoint(folder, config, read.layers, read.inputs, headers, seal.checksums(found), read.smoothed)
@@ -173,10 +173,10 @@ def change_layers(
         fresh = entry_of(_KINDS[len(shape)], weight)
         layers[owner] = fresh
         tensors |= {n: weight.parts[i].tensors[field] for n, (i, field) in fresh.tensors(owner).items()}
-    plain = Configuration(layers, checkpoint.inputs, {}, made_by).plain
-    config = {**checkpoint.config, "quantization_config": plain}
+    fresh_config = Configuration(layers, checkpoint.inputs, {}, made_by)
+    config = {**checkpoint.config, "quantization_config": fresh_config.plain}
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _write_tensors(out, tensors, make_seal(tensors, layers), max_shard_size)
+    _write_tensors(out, tensors, make_seal(tensors, fresh_config), max_shard_size)
 
 
 def _by_owner(

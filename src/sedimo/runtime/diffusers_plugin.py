@@ -181,7 +181,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         if wrong := [path.name for path in paths if path.suffix != ".safetensors"]:
             raise StateError(f"a packed checkpoint is read from safetensors files only, got {wrong}")
         headers = read_headers(paths)
-        self._seal = read_seal(headers, self.layers)
+        self._seal = read_seal(headers, self.config.configuration)
         self._found = {name: spec for header in headers for name, spec in header.tensors.items()}
         check_against_layers(self._found, self.layers, self.config.configuration.smoothed)
         if set(loaded_keys) != set(self._found):
@@ -283,7 +283,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         if not safe_serialization:
             raise UnsupportedError("packed weights are saved as safetensors only: leave safe_serialization at True")
         tensors = flatten_state(state_dict, self.layers)
-        return tensors, make_seal(tensors, self.layers)
+        return tensors, make_seal(tensors, self.config.configuration)
 
 
 def attach(model: nn.Module) -> None:

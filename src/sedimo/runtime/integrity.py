@@ -14,7 +14,7 @@ import torch
 
 from sedimo.errors import StateError
 from sedimo.runtime.header import FileHeader
-from sedimo.runtime.layout import FORMAT_VERSION, Layers, layers_key, version_error
+from sedimo.runtime.layout import FORMAT_VERSION, Configuration, version_error
 
 _VERSION, _LAYERS, _CHECKSUMS = "sedimo_format", "sedimo_layers", "sedimo_crc32"
 _DIGITS = 8  # hexadecimal digits of a CRC-32
@@ -42,13 +42,13 @@ class Seal:
         return {name: self.digits[i * _DIGITS : (i + 1) * _DIGITS] for i, name in enumerate(ordered)}
 
 
-def make_seal(tensors: Mapping[str, torch.Tensor], layers: Layers) -> dict[str, str]:
+def make_seal(tensors: Mapping[str, torch.Tensor], configuration: Configuration) -> dict[str, str]:
     """The metadata that seals a checkpoint of these tensors (over all of its files)."""
     digits = "".join(checksum(tensors[name]) for name in sorted(tensors))
-    return {_VERSION: str(FORMAT_VERSION), _LAYERS: layers_key(layers), _CHECKSUMS: digits}
+    return {_VERSION: str(FORMAT_VERSION), _LAYERS: configuration.key, _CHECKSUMS: digits}
 
 
-def read_seal(headers: Iterable[FileHeader], layers: Layers) -> Seal:
+def read_seal(headers: Iterable[FileHeader], configuration: Configuration) -> Seal:
     """The seal of a checkpoint's files, after checking that they belong together and to the configuration.
 
     Raises:
@@ -63,7 +63,7 @@ def read_seal(headers: Iterable[FileHeader], layers: Layers) -> Seal:
             )
         if header.metadata[_VERSION] != str(FORMAT_VERSION):
             raise version_error(header.metadata[_VERSION], str(header.path))
-        if header.metadata.get(_LAYERS) != layers_key(layers):
+        if header.metadata.get(_LAYERS) != configuration.key:
             raise StateError(
                 f"{header.path} belongs to another checkpoint: it was written for other layers than those of "
                 "config.json. Take the two files from the same folder."

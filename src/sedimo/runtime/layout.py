@@ -133,6 +133,12 @@ class Configuration:
             found["smoothed"] = dict(self.smoothed)
         return found
 
+    @property
+    def key(self) -> str:
+        """sha256 that ties a weights file to all that its configuration says of computing with it."""
+        told = {name: value for name, value in self.plain.items() if name in ("layers", "activations", "smoothed")}
+        return content_key(told) if len(told) > 1 else layers_key(self.layers)
+
 
 def read_configuration(plain: object, *, place: str) -> Configuration:
     """A `quantization_config`; the version is judged first.
@@ -195,7 +201,7 @@ def plain_layers(layers: Layers) -> dict[str, object]:
 
 
 def layers_key(layers: Layers) -> str:
-    """sha256 that ties a weights file to its configuration."""
+    """sha256 of the packed layers, which tells whether two checkpoints have the same."""
     return content_key(plain_layers(layers))
 
 

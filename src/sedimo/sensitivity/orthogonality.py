@@ -93,9 +93,7 @@ def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_I
     known = _known(probe)
     if not known.any():
         raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
-    unknown = [
-        name for name, is_known in zip(probe.layers, np.any(known, axis=0).tolist(), strict=True) if not is_known
-    ]
+    unknown = [name for i, name in enumerate(probe.layers) if not known[:, i].any()]
     unused = tuple(name for name in unknown if all(name in part.unused for part in probe.parts))
     unread = tuple(name for name in unknown if any(name in part.unread for part in probe.parts))
     constant = tuple(name for name in unknown if name not in unused and name not in unread)
@@ -177,8 +175,8 @@ def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IM
 def _known(probe: OrthogonalityProbe) -> npt.NDArray[np.bool_]:
     """Which layers' outputs differ between samples, `[T, L]`; one such layer alone has nothing to be compared with."""
     known = np.array([[name not in part.unknown for name in probe.layers] for part in probe.parts], dtype=bool)
-    found: npt.NDArray[np.bool_] = known & (known.sum(axis=1, keepdims=True) > 1)
-    return found
+    known[known.sum(axis=1) < 2] = False
+    return known
 
 
 def _step_weights(n: int, tau: float) -> Values:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
-MODELS = ("cifar-dit",)
+MODELS = ("cifar-dit", "cifar-ldm")
 
 
 def model_path(name: str) -> Path:
