@@ -54,7 +54,7 @@ class StepCall:
 
     def run(self, **changes: object) -> object:
         """What the step makes of the call, with some arguments changed."""
-        bound = inspect.BoundArguments(self.signature, {**self.arguments, **changes})  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self.signature, {**self.arguments, **changes})
         return self.step(*bound.args, **bound.kwargs)
 
 
