@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from conftest import build_tiny_pipeline
 from sedimo.errors import InputError
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.schedulers import SCHEDULERS, scheduled, scheduler_named
 
 
-def test_the_pipeline_samples_with_another_scheduler_and_has_its_own_again():
-    pipe = DiffusersPipeline(build_tiny_pipeline())
+@pytest.fixture
+def pipeline(tiny_pipeline_folder):
+    return DiTPipeline.from_pretrained(tiny_pipeline_folder)
+
+
+def test_the_pipeline_samples_with_another_scheduler_and_has_its_own_again(pipeline):
+    pipe = DiffusersPipeline(pipeline)
     plan, own = pipe.default_sampling(range(2), 4), pipe.pipeline.scheduler
     before, identity = pipe.sample(plan), pipe.identity
     made = scheduler_named(pipe.pipeline, "dpm-solver++", 4)
@@ -30,8 +34,7 @@ def test_the_pipeline_samples_with_another_scheduler_and_has_its_own_again():
     assert torch.equal(pipe.sample(plan), before)
 
 
-def test_the_own_scheduler_comes_back_after_an_error():
-    pipeline = build_tiny_pipeline()
+def test_the_own_scheduler_comes_back_after_an_error(pipeline):
     own = pipeline.scheduler
     with pytest.raises(ZeroDivisionError), scheduled(pipeline, scheduler_named(pipeline, "unipc", 2)):
         raise ZeroDivisionError
@@ -49,8 +52,7 @@ def test_a_pipeline_that_scales_its_noise_takes_all_and_draws_alike():
         assert distance < 0.5, f"{name}: {distance}"  # solvers of one equation from one noise end near each other
 
 
-def test_what_cannot_be_taken_is_refused_with_the_reason():
-    pipeline = build_tiny_pipeline()
+def test_what_cannot_be_taken_is_refused_with_the_reason(pipeline):
     with pytest.raises(InputError, match="schedulers are ddim, dpm-solver"):
         scheduler_named(pipeline, "heun", 2)
     with pytest.raises(InputError, match=r"euler starts from noise of 157\.4 times unit size"):
