@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sedimo
+from sedimo.api.blocks import blocks_by_gain
 from sedimo.api.order import SamplingOrder
 from sedimo.api.searching import Measuring
 from sedimo.api.smooth_order import SmoothOrder
@@ -33,7 +34,7 @@ from sedimo.metrics.signal import paired_difference, summarize
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.activations import DYNAMIC, Activations
 from sedimo.quant.formats import Format
-from sedimo.sensitivity.blocks import all_but_one, blocks_of, hybrid_recipe
+from sedimo.sensitivity.blocks import hybrid_recipe
 from sedimo.space import search_space
 
 ALL_STEPS, ONE_STEP = CalibrationOptions(symmetric=True), CalibrationOptions(n_steps=1, symmetric=True)
@@ -83,11 +84,8 @@ class Bench:
         """Blocks by what staying at 16 bits gains at the base's rules, greatest first."""
         bank = self.rounding(self.bank(is_smoothed=False), ALL_STEPS)
         plan = SamplingOrder(n_seeds=n_seeds).searching(self.pipe)
-        trials = Measuring.on(self.pipe, bank, self.study, plan, progress=self.progress).trials(
-            all_but_one(self.space, self.format)
-        )
-        gains = {name: t.powers.sqnr_db.mean() for name, t in zip(blocks_of(self.space), trials, strict=True)}
-        return sorted(gains, key=lambda name: -gains[name])
+        measuring = Measuring.on(self.pipe, bank, self.study, plan, progress=self.progress)
+        return blocks_by_gain(self.space, self.format, measuring)
 
     def rounding(self, bank, rules: CalibrationOptions | None):
         """The bank with activations rounded by some rules."""

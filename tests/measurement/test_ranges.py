@@ -8,7 +8,7 @@ from toy_pipeline import ToyAdapter
 
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
-from sedimo.measurement import ranges
+from sedimo.measurement import objective, ranges
 from sedimo.measurement.ranges import ChannelRange, RangesProbe, probe_ranges
 from sedimo.measurement.study import Study
 from sedimo.pipelines.adapter import Sampling
@@ -39,7 +39,7 @@ def inputs_of(adapter, layer, step):
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("max_rows", [1, 64])
 def test_ranges_are_those_of_all_inputs(guided, max_rows, monkeypatch):
-    monkeypatch.setattr(ranges, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(objective, "MAX_ROWS", max_rows)
     adapter = ToyAdapter(guided=guided)
     probe = probed(adapter)
     assert probe.n_samples == 3

@@ -9,7 +9,7 @@ import torch
 from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
 from sedimo.bank import fit_bank
-from sedimo.measurement import passes, sqnr
+from sedimo.measurement import objective, passes, sqnr
 from sedimo.measurement.objective import batches_of
 from sedimo.measurement.sqnr import probe_sqnr
 from sedimo.measurement.study import Study
@@ -133,7 +133,7 @@ def test_little_memory_takes_more_passes_and_gives_the_same(monkeypatch):
     adapter, bank = made(guided=True)
     whole = probe_sqnr(adapter, bank, SAMPLING)
     monkeypatch.setattr(sqnr, "passes", lambda space: passes.passes(space, 1))
-    monkeypatch.setattr(sqnr, "MAX_ROWS", 2)
+    monkeypatch.setattr(objective, "MAX_ROWS", 2)
     parts = probe_sqnr(adapter, bank, SAMPLING)
     for one, other in zip(whole.parts, parts.parts, strict=True):
         assert one.noise.keys() == other.noise.keys()

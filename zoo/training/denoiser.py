@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -63,6 +64,25 @@ def encode_all(images: torch.Tensor, folder: Path, device: torch.device) -> torc
     return torch.stack(halves)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A minibatch: which images `[B]`, their latents and noise `[B, 4, 16, 16]`, and timesteps `[B]`."""
+
+    index: torch.Tensor
+    clean: torch.Tensor
+    noise: torch.Tensor
+    timestep: torch.Tensor
+
+
+def draw(latents: torch.Tensor, n: int, generator: torch.Generator, device: torch.device) -> Draw:
+    """`n` random images of `latents` `[2, N, 4, 16, 16]`, mirrored or not, with noise and a timestep each."""
+    index = torch.randint(0, latents.shape[1], (n,), generator=generator)
+    side = torch.randint(0, 2, (n,), generator=generator)
+    clean = latents[side, index].float().to(device)
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    return Draw(index, clean, noise, torch.randint(0, 1000, (n,), generator=generator).to(device))
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Trains and saves the averaged weights."""
     images, labels = read_images(arguments.data / "cifar10_train.parquet")
@@ -76,17 +96,13 @@ def run(arguments: argparse.Namespace) -> None:
     model.to(device).train()
 
     def loss_function(step: int, generator: torch.Generator) -> torch.Tensor:
-        index = torch.randint(0, len(labels), (BATCH,), generator=generator)
-        side = torch.randint(0, 2, (BATCH,), generator=generator)
-        clean = latents[side, index].float().to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        timestep = torch.randint(0, 1000, (BATCH,), generator=generator).to(device)
+        batch = draw(latents, BATCH, generator, device)
         dropped = torch.rand(BATCH, generator=generator) < LABEL_DROPOUT
-        classes = labels[index].masked_fill(dropped, NULL_CLASS).to(device)
+        classes = labels[batch.index].masked_fill(dropped, NULL_CLASS).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            noisy = scheduler.add_noise(clean, noise, timestep)
-            predicted = model(noisy, timestep=timestep, class_labels=classes).sample
-        target = scheduler.get_velocity(clean, noise, timestep)
+            noisy = scheduler.add_noise(batch.clean, batch.noise, batch.timestep)
+            predicted = model(noisy, timestep=batch.timestep, class_labels=classes).sample
+        target = scheduler.get_velocity(batch.clean, batch.noise, batch.timestep)
         return torch.nn.functional.mse_loss(predicted.float(), target)
 
     budget = Budget(arguments.minutes, learning_rate=8e-4, ema_decay=0.9985, warmup_steps=200)

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.captions import CLASS_NAMES, MAX_TOKENS, TEMPLATES, build_tokenizer, captions_of
 from training.data import read_images
-from training.denoiser import build_scheduler, encode_all
+from training.denoiser import build_scheduler, draw, encode_all
 from training.loop import Budget, train
 
 logger = logging.getLogger(__name__)
@@ -72,17 +72,13 @@ def run(arguments: argparse.Namespace) -> None:
     table = _token_table(tokenizer).to(device)
 
     def loss_function(step: int, generator: torch.Generator) -> torch.Tensor:
-        index = torch.randint(0, len(labels), (BATCH,), generator=generator)
-        side = torch.randint(0, 2, (BATCH,), generator=generator)
-        clean = latents[side, index].float().to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        timestep = torch.randint(0, 1000, (BATCH,), generator=generator).to(device)
-        captions = _draw_captions(labels[index], generator).to(device)
+        batch = draw(latents, BATCH, generator, device)
+        captions = _draw_captions(labels[batch.index], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            noisy = scheduler.add_noise(clean, noise, timestep)
+            noisy = scheduler.add_noise(batch.clean, batch.noise, batch.timestep)
             told = model["text_encoder"](table)[0][captions]  # B 16 128
-            predicted = model["unet"](noisy, timestep, told).sample
-        target = scheduler.get_velocity(clean, noise, timestep)
+            predicted = model["unet"](noisy, batch.timestep, told).sample
+        target = scheduler.get_velocity(batch.clean, batch.noise, batch.timestep)
         return nn.functional.mse_loss(predicted.float(), target)
 
     budget = Budget(arguments.minutes, learning_rate=8e-4, ema_decay=0.9985, warmup_steps=200)

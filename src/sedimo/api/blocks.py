@@ -15,7 +15,7 @@ from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import ObjectiveName, Trial
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
 from sedimo.quant.formats import Format
 from sedimo.reporting.block_page import BlockPage
@@ -23,12 +23,16 @@ from sedimo.sensitivity.blocks import (
     BlockRow,
     all_but_one,
     blocks_of,
+    changeable_blocks,
     extra_bytes_of,
     first_blocks,
     hybrid_recipe,
+    refuse_keeping_all,
     sensitive_blocks,
 )
 from sedimo.space import Recipe, SearchSpace
+
+_KEEP_FEWER = "Keep fewer: a smaller --keep or --bits, or a larger --keep-db"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +141,10 @@ def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksRes
             for plan in (order.sampling.searching(opened.pipe), order.sampling.checking(opened.pipe))
         )
         free = _free_bytes(order, bank.space)  # refuses a budget that is too small before anything is measured
-        _refuse_keeping_all(order, bank.space, order.keep or 0)
+        refuse_keeping_all(bank.space, order.number_format, order.keep or 0, remedy=_KEEP_FEWER)
         rows, everything = _curves(bank.space, order.number_format, searched)
         kept = _kept(order, rows, free)
-        _refuse_keeping_all(order, bank.space, len(kept))
+        refuse_keeping_all(bank.space, order.number_format, len(kept), remedy=_KEEP_FEWER)
         recipe = hybrid_recipe(bank.space, order.number_format, kept)
         hybrid = gain = None
         if kept:
@@ -165,6 +169,18 @@ def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksRes
     )
 
 
+def blocks_by_gain(space: SearchSpace, number_format: Format, measuring: Measuring) -> list[str]:
+    """The blocks that can take a format, those first whose protection gains most."""
+    recipes = [*all_but_one(space, number_format), hybrid_recipe(space, number_format, [])]
+    *protected, everything = measuring.trials(recipes)
+    trials = dict(zip(blocks_of(space), protected, strict=True))
+    gains = {
+        name: ranked(paired_difference(trials[name].powers, everything.powers).mean_db)
+        for name in changeable_blocks(space, number_format)
+    }
+    return sorted(gains, key=lambda name: -gains[name])
+
+
 def _curves(space: SearchSpace, number_format: Format, measuring: Measuring) -> tuple[tuple[BlockRow, ...], Estimate]:
     blocks, first = blocks_of(space), first_blocks(space, number_format)
     trials = measuring.trials([*first, *all_but_one(space, number_format)])
@@ -187,16 +203,6 @@ def _kept(order: BlocksOrder, rows: tuple[BlockRow, ...], free: int | None) -> t
     if order.keep_db is None and order.keep is None and free is None:
         return ()
     return sensitive_blocks(rows, gain_db=order.keep_db, count=order.keep, extra_bytes=free)
-
-
-def _refuse_keeping_all(order: BlocksOrder, space: SearchSpace, n_kept: int) -> None:
-    """Refuses a rule under which nothing would be quantized."""
-    n_blocks = sum(extra_bytes_of(members, order.number_format) > 0 for members in blocks_of(space).values())
-    if n_kept >= n_blocks > 0:
-        raise InputError(
-            f"{n_blocks} blocks can take {order.number_format}; with {n_kept} at 16 bits nothing would be quantized. "
-            "Keep fewer: a smaller --keep or --bits, or a larger --keep-db"
-        )
 
 
 def _free_bytes(order: BlocksOrder, space: SearchSpace) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from types import MappingProxyType
 
+from sedimo.api.blocks import blocks_by_gain
 from sedimo.api.measuring import make_bank
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import ActivationOrder
@@ -19,15 +20,13 @@ from sedimo.bank import SILENT, Bank, Progress
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
-from sedimo.metrics.estimate import ranked
 from sedimo.metrics.signal import SAME_UP_TO_ROUNDING, paired_difference, sqnr_estimates, summarize
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.schedulers import scheduled, scheduler_named
 from sedimo.reporting.sweep import OTHER_SEEDS, Sweep, SweptRanks, SweptValue
-from sedimo.sensitivity.blocks import all_but_one, blocks_of, extra_bytes_of, hybrid_recipe
+from sedimo.sensitivity.blocks import changeable_blocks, hybrid_recipe, refuse_keeping_all
 from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
 from sedimo.sensitivity.table import Cost
-from sedimo.space import Recipe
 
 _DECIBEL = 10 / math.log(10)  # per relative change of a power
 
@@ -50,15 +49,15 @@ class _Work:
         """The bank of the weights and the rules for activations that are in force."""
         return make_bank(self.opened, self.study, is_exact=is_exact, progress=self.progress)
 
-    def trials(self, bank: Bank, recipes: Sequence[Recipe], plan: Sampling) -> tuple[Trial, ...]:
-        """The trials of recipes, measured where the study lacks them."""
-        return Measuring.on(self.opened.pipe, bank, self.study, plan, progress=self.progress).trials(recipes)
+    def measuring(self, bank: Bank, plan: Sampling) -> Measuring:
+        """Measuring recipes on a plan, where the study lacks them."""
+        return Measuring.on(self.opened.pipe, bank, self.study, plan, progress=self.progress)
 
     def everywhere(self, note: str = "") -> _Measured:
         """The format everywhere, measured with what is in force."""
         bank = self.bank()
         recipe = hybrid_recipe(bank.space, self.order.format, [])
-        (trial,) = self.trials(bank, [recipe], self.fresh)
+        (trial,) = self.measuring(bank, self.fresh).trials([recipe])
         return _Measured(bank.space.paper_bits(recipe), trial, note)
 
     def sensitivities(self, bank: Bank, signal: Signal, plan: Sampling) -> dict[str, Cost]:
@@ -121,37 +120,21 @@ def _calibration(work: _Work) -> Sweep:
 
 def _threshold(work: _Work) -> Sweep:
     order, space, number_format = work.order, work.opened.space, work.order.format
-    n_blocks = sum(extra_bytes_of(members, number_format) > 0 for members in blocks_of(space).values())
-    counts = order.counts or tuple(range(n_blocks))
-    if counts[-1] >= n_blocks:
-        raise InputError(
-            f"{n_blocks} blocks can take {number_format}; with {counts[-1]} at 16 bits nothing would be quantized"
-        )
+    counts = order.counts or tuple(range(len(changeable_blocks(space, number_format))))
+    refuse_keeping_all(space, number_format, counts[-1], remedy="Give smaller --values")
     if counts[-1] == 0:
         raise InputError("a sweep of the threshold needs a number of blocks above 0, which is the baseline")
     bank = work.bank()
-    by_gain = _by_gain(work, bank)
+    searched = work.order.sampling.searching(work.opened.pipe)
+    by_gain = blocks_by_gain(bank.space, number_format, work.measuring(bank, searched))
     counts = (0, *(n for n in counts if n))
     recipes = [hybrid_recipe(bank.space, number_format, by_gain[:n]) for n in counts]
-    trials = work.trials(bank, recipes, work.fresh)
+    trials = work.measuring(bank, work.fresh).trials(recipes)
     found = {
         str(n): _Measured(bank.space.paper_bits(recipe), trial, ", ".join(by_gain[before:n]))
         for before, n, recipe, trial in zip((0, *counts), counts, recipes, trials, strict=False)
     }
     return _valued(work, found)
-
-
-def _by_gain(work: _Work, bank: Bank) -> list[str]:
-    """Blocks that can take the format, those first whose protection gains most on the searched seeds."""
-    space, number_format = bank.space, work.order.format
-    recipes = [*all_but_one(space, number_format), hybrid_recipe(space, number_format, [])]
-    *protected, everything = work.trials(bank, recipes, work.order.sampling.searching(work.opened.pipe))
-    gains = {
-        name: ranked(paired_difference(trial.powers, everything.powers).mean_db)
-        for (name, members), trial in zip(blocks_of(space).items(), protected, strict=True)
-        if extra_bytes_of(members, number_format) > 0
-    }
-    return sorted(gains, key=lambda name: -gains[name])
 
 
 def _samples(work: _Work) -> Sweep:

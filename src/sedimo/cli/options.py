@@ -11,9 +11,17 @@ import click
 Command = TypeVar("Command", bound=Callable[..., object])
 
 
+def _with(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """The command with options; help lists the last one first."""
+    for option in options:
+        command = option(command)
+    return command
+
+
 def sampling_options(command: Command) -> Command:
     """What determines a sample besides the weights; part of every trial's key."""
-    for option in (
+    return _with(
+        command,
         click.option("--resolution", type=click.IntRange(8), help="Image size [pixels]; default: the pipeline's."),
         click.option("--guidance", type=float, help="Guidance scale; default: the pipeline's."),
         click.option(
@@ -26,14 +34,13 @@ def sampling_options(command: Command) -> Command:
         click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="First seed."),
         click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Compute dtype."),
         click.option("--device", help="cpu, cuda, cuda:1, mps; default: the GPU if there is one."),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def format_options(command: Command) -> Command:
     """Which formats there are to choose from."""
-    for option in (
+    return _with(
+        command,
         click.option("--ends", help="Format of the first and last layers, such as uaq8; default: like the others."),
         click.option(
             "--act", help="Widths of activations, such as a8 or a4,a6,a8: each format with each; default: a16."
@@ -41,14 +48,13 @@ def format_options(command: Command) -> Command:
         click.option(
             "--formats", default="wide", show_default=True, help="wide, paper, or a list such as kmc4,uaq4g64,fp16."
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def budget_options(command: Command) -> Command:
     """A size, bit operations, or both."""
-    for option in (
+    return _with(
+        command,
         click.option(
             "--bops",
             help="Budget: bit operations of a sample and call, attention too: 350G, 1.5T, 12.5% of those at 16 bits.",
@@ -58,14 +64,13 @@ def budget_options(command: Command) -> Command:
             "--stored-bits", type=float, help="Budget: bits per weight as stored, scales and codebooks counted."
         ),
         click.option("--bits", type=float, help="Budget: bits per weight in the papers' accounting."),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def job_options(command: Command) -> Command:
     """Where the main job keeps what it measures, and what it leaves out."""
-    for option in (
+    return _with(
+        command,
         click.option("--dry-run", is_flag=True, help="Tell seconds, denoiser calls, memory and disk, and stop."),
         click.option("--no-check", is_flag=True, help="Skip the sampled comparison and what else explains the result."),
         click.option("--link", is_flag=True, help="Hard-link the other components instead of copying them."),
@@ -75,14 +80,13 @@ def job_options(command: Command) -> Command:
             type=click.Path(file_okay=False, path_type=Path),
             help="Folder for measurements; default: OUT.study beside OUT.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def importance_options(command: Command) -> Command:
     """Knobs of the method orthogonality."""
-    for option in (
+    return _with(
+        command,
         click.option(
             "--importance-of",
             type=click.Choice(["bits", "noise"]),
@@ -101,14 +105,13 @@ def importance_options(command: Command) -> Command:
         click.option(
             "--beta", type=float, default=10.0, show_default=True, help="orthogonality: how sharply repetition counts."
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def activation_options(command: Command) -> Command:
     """How activations are rounded, where formats such as uaq4a8 ask for it."""
-    for option in (
+    return _with(
+        command,
         click.option(
             "--act-by-timestep", is_flag=True, help="Static ranges of their own for each calibrated timestep."
         ),
@@ -127,14 +130,13 @@ def activation_options(command: Command) -> Command:
             show_default=True,
             help="Range of each token or image, or static ranges calibrated this way.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def smoothing_options(command: Command) -> Command:
     """SmoothQuant before anything is packed."""
-    for option in (
+    return _with(
+        command,
         click.option(
             "--smooth-share",
             type=float,
@@ -148,14 +150,13 @@ def smoothing_options(command: Command) -> Command:
             metavar="ALPHA",
             help="SmoothQuant first: how much of the inputs' range moves into the weights, such as 0.7.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def reconstruction_options(command: Command) -> Command:
     """Learned rounding of uniform codes."""
-    for option in (
+    return _with(
+        command,
         click.option(
             "--reconstruct-steps",
             type=click.IntRange(1),
@@ -166,9 +167,7 @@ def reconstruction_options(command: Command) -> Command:
             is_flag=True,
             help="Learn the rounding of uaq formats, block by block, on the model's own trajectory.",
         ),
-    ):
-        command = option(command)
-    return command
+    )
 
 
 def json_option(command: Command) -> Command:
@@ -184,7 +183,8 @@ def run_argument(command: Command) -> Command:
 
 def search_options(command: Command) -> Command:
     """How recipes are searched by measuring."""
-    for option in (
+    return _with(
+        command,
         click.option("--study-seed", type=int, default=0, show_default=True, help="Which random recipes."),
         click.option(
             "--confidence",
@@ -209,6 +209,4 @@ def search_options(command: Command) -> Command:
         ),
         click.option("--refine", type=int, default=3, show_default=True, help="Rounds of measuring what is proposed."),
         click.option("--trials", type=int, default=300, show_default=True, help="Number of measured recipes."),
-    ):
-        command = option(command)
-    return command
+    )

@@ -150,7 +150,7 @@ def _count(
     """The inputs of layers by layer and group of steps, and the timesteps of the groups."""
     sampling, options = how
     look = _Look(options.steps(sampling.n_steps), options)
-    progress.start(-(-len(sampling.seeds) // sampling.batch_size) * len(look.steps), "calibrating activations")
+    progress.start(sampling.n_batches * len(look.steps), "calibrating activations")
     with graceful_interrupt() as stop, hooked(adapter.denoiser, {layer: look.hook(layer) for layer in layers}):
 
         def see(call: DenoiserCall) -> None:

@@ -172,11 +172,11 @@ def _probe(
         raise InputError(f"a correction is estimated on the path {' or '.join(CORRECTION_PATHS)}, got {path!r}")
     if len(sampling.seeds) < 2:
         raise InputError("a correction needs at least two samples to have an error, got 1")
-    (kept, key), batches = keeping, list(sampling.batches())
+    kept, key = keeping
     parts: list[CorrectionPart] = []
-    progress.start(len(batches), "estimating the correction")
+    progress.start(sampling.n_batches, "estimating the correction")
     with graceful_interrupt() as stop:
-        for batch in batches:
+        for batch in sampling.batches():
             parts.append(kept.part(CorrectionPart, key(batch), functools.partial(_measure, pair, batch, path)))
             progress.advance(1)
             kept.check(stop)

@@ -25,7 +25,7 @@ from sedimo.codec import content_key
 from sedimo.errors import UnsupportedError
 from sedimo.measurement.guidance import find_row_weights
 from sedimo.measurement.interrupt import graceful_interrupt
-from sedimo.measurement.objective import batches_of, rows_of
+from sedimo.measurement.objective import batches_of, rows_for, rows_of
 from sedimo.measurement.parts import Parts
 from sedimo.measurement.passes import MEMORY_BYTES, change_names, input_roundings, passes, weight_changes
 from sedimo.measurement.study import Study
@@ -214,7 +214,7 @@ class _RowPlan:
     def rows(self, units: range) -> torch.Tensor:
         """Positions of the rows of some units, first rows first."""
         first = torch.arange(units.start, units.stop, device=self.call.output.device)
-        return torch.cat([first + j * self.n_units for j in range(len(self.weights))])
+        return rows_for(first, self.n_units, len(self.weights))
 
     def combined(self) -> torch.Tensor:
         """The prediction of each unit, float32 `[units, ...]`."""

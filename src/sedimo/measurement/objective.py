@@ -23,6 +23,7 @@ from sedimo.metrics.signal import NoisePowers, relative_noise
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import Trajectory, output_tensor, record
 
+MAX_ROWS = 64  # of a recorded call that run at once when layers are looked at
 MIN_IMAGES = 20  # of which a jackknife can leave parts out
 
 
@@ -153,6 +154,22 @@ def rows_of(call: DenoiserCall, rows: slice | torch.Tensor) -> dict[str, object]
     """
     n_rows = call.output.shape[0]
     return {name: _cut(value, rows, n_rows) for name, value in call.inputs.items()}
+
+
+def rows_for(samples: torch.Tensor, n_samples: int, n_sets: int) -> torch.Tensor:
+    """Positions of the rows of some of `n_samples` samples, of which a call has `n_sets` sets, one after the other."""
+    return torch.cat([samples + k * n_samples for k in range(n_sets)])
+
+
+def inputs_by_samples(call: DenoiserCall, n_samples: int) -> Iterator[tuple[int, dict[str, object]]]:
+    """The inputs of a call, all rows of a sample together and at most about `MAX_ROWS` at a time.
+
+    Each comes with the number of samples that it is of.
+    """
+    n_sets = call.output.shape[0] // n_samples
+    for samples in torch.split(torch.arange(n_samples), max(1, MAX_ROWS // n_sets)):
+        rows = rows_for(samples, n_samples, n_sets).to(call.output.device)
+        yield len(samples), rows_of(call, rows)
 
 
 def _cut(value: object, rows: slice | torch.Tensor, n_rows: int) -> object:

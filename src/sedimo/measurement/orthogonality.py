@@ -30,7 +30,7 @@ from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.measurement.hooks import hooked
 from sedimo.measurement.interrupt import graceful_interrupt
-from sedimo.measurement.objective import StepBatches, calls_by_step, joined_calls, rows_of
+from sedimo.measurement.objective import StepBatches, calls_by_step, joined_calls, rows_for, rows_of
 from sedimo.measurement.parts import Parts
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting
@@ -156,7 +156,7 @@ def measure_part(
     n_sets = call.output.shape[0] // n_samples
 
     def run(samples: torch.Tensor, hook: Callable[..., None]) -> None:
-        rows = torch.cat([samples + k * n_samples for k in range(n_sets)])
+        rows = rows_for(samples, n_samples, n_sets)
         with torch.no_grad(), hooked(denoiser, {name: functools.partial(hook, name) for name in layers}):
             denoiser(**rows_of(call, rows.to(call.output.device)))
 

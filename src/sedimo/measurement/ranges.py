@@ -20,7 +20,7 @@ from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.measurement.hooks import hooked
 from sedimo.measurement.interrupt import graceful_interrupt
-from sedimo.measurement.objective import calls_by_step, rows_of
+from sedimo.measurement.objective import calls_by_step, inputs_by_samples
 from sedimo.measurement.parts import Parts
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Execution, Setting
@@ -28,7 +28,6 @@ from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 
 RANGES_VERSION = 1
-MAX_ROWS = 64
 Values = npt.NDArray[np.float64]
 
 
@@ -119,11 +118,8 @@ def _measure_part(
     found = _Extremes()
     with torch.no_grad(), hooked(denoiser, {name: functools.partial(found.add, name) for name in layers}):
         for call, samples in batches:
-            n_samples = len(samples)
-            n_sets = call.output.shape[0] // n_samples
-            for units in torch.split(torch.arange(n_samples), max(1, MAX_ROWS // n_sets)):
-                rows = torch.cat([units + k * n_samples for k in range(n_sets)])
-                denoiser(**rows_of(call, rows.to(call.output.device)))
+            for _, inputs in inputs_by_samples(call, len(samples)):
+                denoiser(**inputs)
     return RangesPart(batches[0][0].timestep, found.ranges())
 
 

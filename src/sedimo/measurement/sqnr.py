@@ -26,7 +26,7 @@ from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
 from sedimo.measurement.hooks import Hook, hooked, linear_part, rounding_change
 from sedimo.measurement.interrupt import graceful_interrupt
-from sedimo.measurement.objective import StepBatches, calls_by_step, rows_of
+from sedimo.measurement.objective import StepBatches, calls_by_step, inputs_by_samples
 from sedimo.measurement.parts import Parts
 from sedimo.measurement.passes import change_names, input_roundings, passes, weight_changes
 from sedimo.measurement.study import Study
@@ -37,7 +37,6 @@ from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
 
 SQNR_VERSION = 1
-MAX_ROWS = 64
 _DIGITS = 6
 
 
@@ -148,15 +147,12 @@ class _Pass:
     def _powers(self, call: DenoiserCall, n_samples: int) -> dict[str, torch.Tensor]:
         """Relative noise `[F, n]` by decision, of one call."""
         n_sets = call.output.shape[0] // n_samples
-        step = max(1, MAX_ROWS // n_sets)
         sums: dict[str, list[torch.Tensor]] = {}
         with torch.no_grad():
-            for first in range(0, n_samples, step):
-                units = torch.arange(first, min(first + step, n_samples))
-                rows = torch.cat([units + k * n_samples for k in range(n_sets)])
-                powers = _Powers((n_sets, len(units)), call.timestep)
+            for n, inputs in inputs_by_samples(call, n_samples):
+                powers = _Powers((n_sets, n), call.timestep)
                 with hooked(self._denoiser, self._hooks(powers)):
-                    self._denoiser(**rows_of(call, rows.to(call.output.device)))
+                    self._denoiser(**inputs)
                 for name, (noise, signal) in powers.found.items():
                     sums.setdefault(name, []).append(noise / signal.clamp_min(torch.finfo(torch.float64).tiny))
         return {name: torch.cat(parts, dim=1) for name, parts in sums.items()}

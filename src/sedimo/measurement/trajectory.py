@@ -124,14 +124,13 @@ def probe_trajectory(
         InputError: a block that the denoiser does not have.
         Interrupted: the user stopped it (with a study, calling again goes on).
     """
-    kept, n = Parts(adapter, study), len(sampling.seeds)
+    kept, parted = Parts(adapter, study), replace(sampling, batch_size=_BATCH)
     named = {"trajectory": TRAJECTORY_VERSION, "recipe": recipe.key, "blocks": tuple(blocks)}
     supply = functools.cache(lambda: _plain_weights(adapter.denoiser, bank, recipe))
     parts: list[TrajectoryPart] = []
-    progress.start(-(-n // _BATCH), "noise block by block and step by step")
+    progress.start(parted.n_batches, "noise block by block and step by step")
     with graceful_interrupt() as stop:
-        for first in range(0, n, _BATCH):
-            plan = replace(sampling.part(first, first + _BATCH), batch_size=_BATCH)
+        for plan in parted.batches():
             setting = setting_of(adapter, plan, weights_digest=bank.digest, objective="path")
 
             def measure(plan: Sampling = plan) -> TrajectoryPart:

@@ -85,7 +85,6 @@ class CallTiming:
 
 def time_calls(adapter: PipelineAdapter, sampling: Sampling) -> CallTiming:
     """Times two steps of the first batch, after a first step that warms up."""
-    n_batches = -(-len(sampling.seeds) // sampling.batch_size)
     n_steps = min(2, sampling.n_steps)
     first = replace(sampling, seeds=sampling.seeds[: sampling.batch_size], n_steps=n_steps)
     adapter.sample(replace(first, n_steps=1))
@@ -93,7 +92,7 @@ def time_calls(adapter: PipelineAdapter, sampling: Sampling) -> CallTiming:
     begin = time.perf_counter()
     adapter.sample(first, observer=lambda call: counted.append(call.step))
     seconds = (time.perf_counter() - begin) / max(1, len(counted))
-    return CallTiming(seconds, round(len(counted) / n_steps * sampling.n_steps) * n_batches)
+    return CallTiming(seconds, round(len(counted) / n_steps * sampling.n_steps) * sampling.n_batches)
 
 
 def versions() -> Mapping[str, str]:

@@ -48,6 +48,11 @@ class Sampling:
         conditions = tuple(self.condition(first + i) or "" for i in range(len(seeds))) if self.conditions else ()
         return replace(self, seeds=seeds, conditions=conditions)
 
+    @property
+    def n_batches(self) -> int:
+        """How many batches the samples make."""
+        return -(-len(self.seeds) // self.batch_size)
+
     def batches(self) -> Iterator[Sampling]:
         """The plan cut into plans of one batch each, the same samples in the same order."""
         for first in range(0, len(self.seeds), self.batch_size):

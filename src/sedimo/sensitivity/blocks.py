@@ -44,6 +44,24 @@ def blocks_of(space: SearchSpace) -> Mapping[str, tuple[Decision, ...]]:
     return {name: tuple(members) for name, members in found.items()}
 
 
+def changeable_blocks(space: SearchSpace, number_format: Format) -> tuple[str, ...]:
+    """The blocks of which at least one decision can take a format, in the order of the denoiser."""
+    return tuple(n for n, members in blocks_of(space).items() if extra_bytes_of(members, number_format) > 0)
+
+
+def refuse_keeping_all(space: SearchSpace, number_format: Format, n_kept: int, *, remedy: str) -> None:
+    """Refuses so many blocks at 16 bits that nothing would be quantized.
+
+    Raises:
+        InputError: with the number of blocks that can take the format.
+    """
+    n_blocks = len(changeable_blocks(space, number_format))
+    if n_kept >= n_blocks > 0:
+        raise InputError(
+            f"{n_blocks} blocks can take {number_format}; with {n_kept} at 16 bits nothing would be quantized. {remedy}"
+        )
+
+
 def first_blocks(space: SearchSpace, number_format: Format) -> tuple[Recipe, ...]:
     """Recipes with the first 1, 2, ... blocks at a format and the rest at 16 bits.
 
