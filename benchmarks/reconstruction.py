@@ -20,7 +20,6 @@ from sedimo.measurement.reconstruction import ReconstructionOptions, plan_recons
 from sedimo.metrics.signal import paired_difference, relative_noise, summarize
 from sedimo.quant.rounding import RoundingSchedule
 
-FRESH_SEED = 1000
 MIXED_FORMATS, MIXED_BITS = "uaq3,uaq4g64,kmc4,uaq6", 4.0
 
 
@@ -46,12 +45,13 @@ def main() -> None:
     parser.add_argument("--formats", default="uaq3,uaq4,mixed")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--fresh", type=int, default=16)
+    parser.add_argument("--fresh", type=int, default=32)
+    parser.add_argument("--fresh-seed", type=int, default=1000)
     options = parser.parse_args()
     pipe = sedimo.load(options.source)
     graph = sedimo.trace(pipe)
     learning = SamplingOrder(n_seeds=options.samples).searching(pipe)
-    fresh = SamplingOrder(first_seed=FRESH_SEED, n_seeds=options.fresh).searching(pipe)
+    fresh = SamplingOrder(first_seed=options.fresh_seed, n_seeds=options.fresh).searching(pipe)
     reference = pipe.sample(fresh).numpy()
     how = ReconstructionOptions(RoundingSchedule(n_steps=options.steps))
     for name in options.formats.split(","):
