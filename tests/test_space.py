@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph, Group, Node
 from sedimo.measurement.study import Study
+from sedimo.quant.entries import PartFormat
 from sedimo.quant.formats import FP16, Format
-from sedimo.space import PartFormat, Recipe, search_space
+from sedimo.space import Recipe, search_space
 
 KMC4, UAQ3 = Format("kmc", 4), Format("uaq", 3)
 

@@ -20,13 +20,15 @@ import torch
 from sedimo._bank_cache import BankCache
 from sedimo.codec import content_key
 from sedimo.errors import InputError, UnfitFormatError
+from sedimo.graph.model import Stream
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.activations import DYNAMIC, Activations, InputQuantizers
-from sedimo.quant.fitting import FittedParameters, FittedWeight, error_estimates, fit, fit_parameters, with_codes
+from sedimo.quant.entries import Entry, PartFormat, parts_of
+from sedimo.quant.fitting import FittedParameters, FittedWeight, error_estimates, fit_parameters, with_codes
 from sedimo.quant.formats import FP16, Format, stored_bytes
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import narrowed
-from sedimo.space import Decision, PartFormat, Recipe, SearchSpace
+from sedimo.space import Decision, Recipe, SearchSpace
 
 Made = TypeVar("Made")
 FIT_VERSION = 1  # raise it when a fit changes: cached parameters and errors are then made anew
@@ -98,7 +100,7 @@ class Bank:
         self.weights, self.space, self.activations = weights, space, activations
         self.candidates = tuple(candidates)
         self._cache = cache or BankCache(None)
-        self._packed: OrderedDict[tuple[str, Format], QuantizedTensor] = OrderedDict()
+        self._packed: OrderedDict[tuple[str, Entry], QuantizedTensor] = OrderedDict()
         self._packed_bytes, self._packed_bytes_kept = 0, packed_bytes_kept
 
     @property
@@ -130,11 +132,11 @@ class Bank:
         return {(c.decision, c.format): c for c in self.candidates}
 
     @cached_property
-    def _decision_of(self) -> Mapping[str, Decision]:
-        return {layer: d for d in self.space.decisions for layer in d.layers}
+    def _weight_of(self) -> Mapping[str, Decision]:
+        return {layer: w for w in self.space.weights for layer in w.layers}
 
     def quantized(self, decision: str, number_format: Format) -> QuantizedTensor:
-        """The packed weight of a decision at a format; fitted when it is needed for the first time.
+        """The packed weight of a decision (of a stream: its part) at a format; fitted when it is first needed.
 
         Raises:
             InputError: an unknown decision, fp16, or a weight that cannot be quantized.
@@ -144,30 +146,28 @@ class Bank:
             raise InputError(f"no such decision in {self.space.denoiser}: {decision!r}")
         if not number_format.is_quantized:
             raise InputError(f"{decision} at fp16 is left alone; there is nothing to quantize")
-        key = (decision, number_format.weight_format)
-        if key not in self._packed:
-            self._keep(key, self._make(known, key[1]))
-        self._packed.move_to_end(key)
-        return self._packed[key]
+        return self._held(known, number_format.weight_format)
 
     def changes(self, decision: str) -> Iterator[tuple[Format, torch.Tensor]]:
         """Quantized minus full-precision weight, float32 `[out, in, ...]`, for each quantized format of a decision.
 
-        The weight is read once and nothing is packed or kept.
+        Of a stream, it is the part of the weight that reads it. The weight is read once and nothing is packed or kept.
         """
         known = self.space.decision_index[decision]
         formats = tuple(dict.fromkeys(f.weight_format for f in known.formats if f.is_quantized))
         weight = read_weight(self.weights, known)
         exact = weight.float()
-        for number_format, parameters in self._parameters(known, weight, formats).items():
+        for number_format, parameters in self._parameters(known.name, weight, formats).items():
             yield number_format, with_codes(weight, parameters, layer_name=decision).dequantize() - exact
 
     def stored_bytes(self, recipe: Recipe) -> int:
         """Bytes of the tensors of all weights under a recipe, those left alone as their source has them [bytes]."""
         alone = {d: c.stored_bytes for (d, f), c in self.index.items() if not f.is_quantized}
-        entries = {d.name: recipe.layers.get(d.layers[0], FP16) for d in self.space.decisions}
-        left = {d for d, entry in entries.items() if isinstance(entry, Format) and not entry.is_quantized}
-        surplus = sum(alone[d] - self.space.decision_index[d].stored_bytes(FP16) for d in left if d in alone)
+        surplus = 0
+        for d in self.space.decisions:
+            number_format = recipe.format_of(d.layers[0], d.stream)
+            if d.name in alone and number_format is not None and not number_format.is_quantized:
+                surplus += alone[d.name] - d.stored_bytes(FP16)
         return self.space.stored_bytes(recipe) + surplus
 
     def quantize(self, recipe: Recipe) -> dict[str, QuantizedTensor]:
@@ -177,55 +177,53 @@ class Bank:
             InputError: a layer that the space does not have, or parts that do not fit the layer.
         """
         found: dict[str, QuantizedTensor] = {}
-        split: dict[tuple[str, tuple[PartFormat, ...]], QuantizedTensor] = {}
-        for layer, entry in recipe.layers.items():
-            decision = self._decision_of.get(layer)
-            if decision is None:
+        for layer, entry in recipe.weights_alone.layers.items():
+            weight = self._weight_of.get(layer)
+            if weight is None:
                 raise InputError(f"the recipe names a layer that {self.space.denoiser} does not have: {layer!r}")
-            if isinstance(entry, Format):
-                if entry.is_quantized:
-                    found[layer] = self.quantized(decision.name, entry)
-                continue
-            key = (decision.name, entry)
-            split[key] = split[key] if key in split else self._make_split(decision, entry)
-            found[layer] = split[key]
+            if entry != FP16:
+                found[layer] = self._held(weight, entry)
         return found
 
-    def _make(self, decision: Decision, number_format: Format) -> QuantizedTensor:
-        weight = read_weight(self.weights, decision)
-        parameters = self._parameters(decision, weight, (number_format,))[number_format]
-        fitted = with_codes(weight, parameters, layer_name=decision.name)
-        return _named(QuantizedTensor.from_fitted(fitted, weight.dtype), decision)
-
-    def _parameters(
-        self, decision: Decision, weight: torch.Tensor, formats: Sequence[Format]
-    ) -> dict[Format, FittedParameters]:
-        known = self._cache.parameters(decision.name)
-        missing = [f for f in formats if f not in known]
-        if missing:
-            made = fit_parameters(weight, missing, layer_name=decision.name)
-            self._cache.put_parameters(decision.name, made)
-            known = {**known, **made}
-        return {f: known[f] for f in formats}
-
-    def _make_split(self, decision: Decision, parts: Sequence[PartFormat]) -> QuantizedTensor:
-        weight = read_weight(self.weights, decision)
-        if [p.start for p in parts] != [0, *(p.stop for p in parts[:-1])] or parts[-1].stop != weight.shape[1]:
-            raise InputError(f"parts of layer {decision.name!r} must cover its {weight.shape[1]} inputs in order")
-        pieces: list[FittedWeight | torch.Tensor] = []
-        for part in parts:
-            piece = weight[:, part.start : part.stop]
-            pieces.append(
-                fit(piece, part.format.weight_format, layer_name=decision.name) if part.format.is_quantized else piece
-            )
-        return _named(QuantizedTensor.from_fitted(pieces, weight.dtype), decision)
-
-    def _keep(self, key: tuple[str, Format], tensor: QuantizedTensor) -> None:
-        self._packed[key] = tensor
-        self._packed_bytes += tensor.stored_bytes
+    def _held(self, weight: Decision, entry: Entry) -> QuantizedTensor:
+        """The packed weight of an entry, kept from an earlier use or made; `weight` may be a stream's."""
+        key = (weight.name, entry)
+        if key not in self._packed:
+            self._packed[key] = self._make(weight, parts_of(entry, weight.shape[1]))
+            self._packed_bytes += self._packed[key].stored_bytes
+        self._packed.move_to_end(key)
         while self._packed_bytes > self._packed_bytes_kept and len(self._packed) > 1:
             _, dropped = self._packed.popitem(last=False)
             self._packed_bytes -= dropped.stored_bytes
+        return self._packed[key]
+
+    def _make(self, weight: Decision, parts: Sequence[PartFormat]) -> QuantizedTensor:
+        values, n_inputs = read_weight(self.weights, weight), weight.shape[1]
+        if [p.start for p in parts] != [0, *(p.stop for p in parts[:-1])] or parts[-1].stop != n_inputs:
+            raise InputError(f"parts of layer {weight.name!r} must cover its {n_inputs} inputs in order")
+        pieces: list[FittedWeight | torch.Tensor] = []
+        for part in parts:
+            if not part.format.is_quantized:
+                pieces.append(narrowed(values)[:, part.start : part.stop])
+                continue
+            is_whole = part.stop - part.start == n_inputs
+            name = weight.name if is_whole else Stream(part.start, part.stop, n_inputs).named(weight.name)
+            piece = values[:, part.start : part.stop]
+            parameters = self._parameters(name, piece, (part.format,))[part.format]
+            pieces.append(with_codes(piece, parameters, layer_name=name))
+        packed = QuantizedTensor.from_fitted(pieces, values.dtype)
+        packed.layer_name = weight.layers[0]
+        return packed
+
+    def _parameters(self, name: str, weight: torch.Tensor, formats: Sequence[Format]) -> dict[Format, FittedParameters]:
+        """The parameters of a layer's weight or of the part of it that is so named."""
+        known = self._cache.parameters(name)
+        missing = [f for f in formats if f not in known]
+        if missing:
+            made = fit_parameters(weight, missing, layer_name=name)
+            self._cache.put_parameters(name, made)
+            known = {**known, **made}
+        return {f: known[f] for f in formats}
 
 
 def fit_bank(
@@ -268,19 +266,21 @@ def fit_bank(
 
 
 def read_weight(weights: WeightSource, decision: Decision) -> torch.Tensor:
-    """The weight of a decision, checked.
+    """The weight of a decision, checked: `[out, in, ...]`, of a stream the part that reads it.
 
     Raises:
         InputError: another shape than the space says, infinity, or NaN.
     """
-    weight = weights.read(decision.layers[0])
-    if tuple(weight.shape) != decision.shape:
+    whole, stream = weights.read(decision.layers[0]), decision.stream
+    n_inputs = decision.shape[1] if stream is None else stream.n_inputs
+    shape = (decision.shape[0], n_inputs, *decision.shape[2:])
+    if tuple(whole.shape) != shape:
         raise InputError(
-            f"layer {decision.layers[0]!r} has a weight of shape {tuple(weight.shape)}, the space says {decision.shape}"
+            f"layer {decision.layers[0]!r} has a weight of shape {tuple(whole.shape)}, the space says {shape}"
         )
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(whole).all():
         raise InputError(f"the weight of layer {decision.layers[0]!r} holds infinity or NaN and cannot be quantized")
-    return weight
+    return whole if stream is None else whole[:, stream.start : stream.stop]
 
 
 def _candidates(
@@ -296,7 +296,7 @@ def _candidates(
         measure = _fit_all if is_exact else _estimate
         quantized = [f for f in missing if f.is_quantized]
         made = possible(lambda formats: measure(weight, decision, formats, store, n_channels), quantized)
-        made |= {f: _unquantized(weight, decision, f) for f in missing if not f.is_quantized}
+        made |= {f: _unquantized(weights, decision, f) for f in missing if not f.is_quantized}
         store.put_candidates({keys[f]: candidate for f, candidate in made.items()})
         found |= made
     return [replace(found[f.weight_format], format=f) for f in decision.formats if f.weight_format in found]
@@ -340,9 +340,13 @@ def _candidate(decision: Decision, number_format: Format, error: float, standard
     return Candidate(decision.name, number_format, error, standard_error, n, *sizes)
 
 
-def _unquantized(weight: torch.Tensor, decision: Decision, number_format: Format) -> Candidate:
-    """The weight left alone: no error, and the bytes that it takes in a file, more than 16 bits where they matter."""
-    return replace(_candidate(decision, number_format, 0.0, 0.0, 0), stored_bytes=narrowed(weight).nbytes)
+def _unquantized(weights: WeightSource, decision: Decision, number_format: Format) -> Candidate:
+    """The weight left alone: no error, and the bytes that it takes in a file, more than 16 bits where they matter.
+
+    That is decided by the whole weight, of which a stream has its share.
+    """
+    size = decision.params * narrowed(weights.read(decision.layers[0])).element_size()
+    return replace(_candidate(decision, number_format, 0.0, 0.0, 0), stored_bytes=size)
 
 
 def _row_key(decision: Decision, number_format: Format, n_channels: int) -> str:
@@ -356,8 +360,3 @@ def _row_key(decision: Decision, number_format: Format, n_channels: int) -> str:
             "n_channels": n_channels,
         }
     )
-
-
-def _named(tensor: QuantizedTensor, decision: Decision) -> QuantizedTensor:
-    tensor.layer_name = decision.layers[0]
-    return tensor

@@ -1,20 +1,21 @@
 """What may be decided, and a decision for all of it: `SearchSpace` and `Recipe`.
 
-A decision covers one layer, or several that hold the same weight. (One decision per input stream of a
-split layer is expressed by parts; a recipe and the checkpoint understand several parts per layer.)
+A decision covers one layer, or several that hold the same weight. A layer whose input is a concatenation of streams has
+one decision per stream, about the weights that read it: a recipe tells them as parts along the layer's input channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from sedimo.codec import content_key, from_plain, parse_json, to_json
+from sedimo.codec import content_key, parse_json, to_json
 from sedimo.errors import InputError, StateError
 from sedimo.graph.ends import first_layers, last_layers
-from sedimo.graph.model import DenoiserGraph
+from sedimo.graph.model import DenoiserGraph, Stream
+from sedimo.quant.entries import Entry, PartFormat, covering, entry_text, parts_of, read_entry
 from sedimo.quant.formats import FP16, FULL_BITS, Format, count_bops, paper_bytes, parse_formats, stored_bytes
 
 RECIPE_VERSION = 1
@@ -24,7 +25,8 @@ RECIPE_VERSION = 1
 class Decision:
     """One choice of a recipe: the layers it covers (equal weights) and the formats it may take.
 
-    `macs` is summed over the layers [MACs]; `shape` is that of one layer, `[out, in, ...]`.
+    `macs` is summed over the layers [MACs]; `shape` is that of one layer, `[out, in, ...]`. With a `stream`, the
+    decision is about the weights that read these input channels alone; shape and MACs are theirs.
     """
 
     name: str
@@ -34,6 +36,12 @@ class Decision:
     shape: tuple[int, ...]
     macs: int
     formats: tuple[Format, ...]
+    stream: Stream | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of the layer's weights that it is about."""
+        return 1.0 if self.stream is None else self.stream.width / self.stream.n_inputs
 
     @property
     def params(self) -> int:
@@ -51,22 +59,36 @@ class Decision:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The decisions of one denoiser, and notes on formats that were dropped.
+    """The decisions of one denoiser, and notes on formats that were dropped and streams that were not told apart.
 
     `attention_macs` are those of the products of attention, which no recipe changes [MACs]. They follow from the
-    graph, so that spaces of one `graph_digest` are equal without them (spaces that older versions kept have none).
+    graph, so that spaces of one `graph_digest` are equal without them (spaces that older versions kept have none);
+    notes follow from graph and formats.
     """
 
     denoiser: str
     graph_digest: str
     decisions: tuple[Decision, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
     attention_macs: int = field(default=0, compare=False)
 
     @cached_property
     def decision_index(self) -> Mapping[str, Decision]:
         """Decisions by name."""
         return {d.name: d for d in self.decisions}
+
+    @cached_property
+    def weights(self) -> tuple[Decision, ...]:
+        """What is stored once, each as one decision: the streams of a layer are put together."""
+        found: dict[str, Decision] = {}
+        for d in self.decisions:
+            if d.stream is None:
+                found[d.layers[0]] = d
+                continue
+            macs = d.macs + (found[d.layers[0]].macs if d.layers[0] in found else 0)
+            shape = (d.shape[0], d.stream.n_inputs, *d.shape[2:])
+            found[d.layers[0]] = replace(d, name=d.layers[0], shape=shape, macs=macs, stream=None)
+        return tuple(found.values())
 
     @cached_property
     def _free(self) -> tuple[Decision, ...]:
@@ -90,11 +112,11 @@ class SearchSpace:
 
     def paper_bytes(self, recipe: Recipe) -> int:
         """Bytes of a recipe in the papers' accounting, unlisted layers at fp16 [bytes]."""
-        return sum(_bytes_of(paper_bytes, d, recipe) for d in self.decisions)
+        return sum(_bytes_of(paper_bytes, w, recipe) for w in self.weights)
 
     def stored_bytes(self, recipe: Recipe) -> int:
         """Bytes of the tensors of all weights under a recipe, those at fp16 included [bytes]."""
-        return sum(_bytes_of(stored_bytes, d, recipe) for d in self.decisions)
+        return sum(_bytes_of(stored_bytes, w, recipe) for w in self.weights)
 
     @property
     def attention_bops(self) -> int:
@@ -112,8 +134,9 @@ class SearchSpace:
         Each part of a layer's inputs has its share of the layer's MACs.
         """
         layers = (
-            sum(count_bops(d.macs * (p.stop - p.start), p.format) for p in _parts_of(d, recipe)) // d.shape[1]
-            for d in self.decisions
+            sum(count_bops(w.macs * (p.stop - p.start), p.format) for p in parts) // w.shape[1]
+            for w in self.weights
+            for parts in (parts_of(recipe.layers.get(w.layers[0], FP16), w.shape[1]),)
         )
         return sum(layers) + self.attention_bops
 
@@ -131,9 +154,18 @@ class SearchSpace:
         unknown = sorted(choice.keys() - self.decision_index.keys())
         if unknown:
             raise InputError(f"no such decision in {self.denoiser}: {unknown[:5]}")
-        return Recipe.from_mapping(
-            {layer: choice[d.name] for d in self.decisions if d.name in choice for layer in d.layers}
-        )
+        chosen = [d for d in self.decisions if d.name in choice]
+        return compose({d.name: choice[d.name] for d in chosen}, self.layers, self.streams)
+
+    @property
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """The layers of each decision by its name."""
+        return {d.name: d.layers for d in self.decisions}
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """The streams of the decisions that have one, by name."""
+        return {d.name: d.stream for d in self.decisions if d.stream is not None}
 
     def check(self, recipe: Recipe) -> None:
         """Refuses a recipe that this denoiser cannot take.
@@ -154,27 +186,22 @@ class SearchSpace:
                 )
 
     def choice(self, recipe: Recipe) -> dict[str, Format]:
-        """The format of every decision under a recipe of whole layers, fp16 where the recipe is silent.
+        """The format of every decision under a recipe, fp16 where the recipe is silent.
 
         Raises:
-            InputError: a layer is unknown, split in parts, or differs from a layer that shares its weight.
+            InputError: a layer is unknown, in other parts than here, or differs from a layer that shares its weight.
         """
         self.check(recipe)
-        return {decision.name: recipe.whole_format(decision.layers[0]) for decision in self.decisions}
-
-
-@dataclass(frozen=True, slots=True)
-class PartFormat:
-    """The format of the input channels `start` to `stop` (exclusive) of a layer."""
-
-    start: int
-    stop: int
-    format: Format
-
-    def __post_init__(self) -> None:
-        """Refuses an empty range."""
-        if not 0 <= self.start < self.stop:
-            raise InputError(f"a part must be a range of input channels, got {self.start}..{self.stop}")
+        found = {}
+        for d in self.decisions:
+            number_format = recipe.format_of(d.layers[0], d.stream)
+            if number_format is None:
+                raise InputError(
+                    f"layer {d.layers[0]!r} must have a format for {d.name!r} by itself in this space, "
+                    f"it is {entry_text(recipe.layers[d.layers[0]])}"
+                )
+            found[d.name] = number_format
+        return found
 
 
 @dataclass(frozen=True)
@@ -184,7 +211,7 @@ class Recipe:
     Layers not named stay as they are. Equal recipes have equal keys, whatever the order of their layers.
     """
 
-    layers: Mapping[str, Format | tuple[PartFormat, ...]]
+    layers: Mapping[str, Entry]
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, str | Format | Sequence[Mapping[str, object] | PartFormat]]) -> Recipe:
@@ -193,27 +220,25 @@ class Recipe:
         Raises:
             InputError: a value that is neither, naming the layer.
         """
-        layers: dict[str, Format | tuple[PartFormat, ...]] = {}
+        layers: dict[str, Entry] = {}
         for name, value in mapping.items():
             try:
-                layers[name] = _read_entry(value)
+                layers[name] = read_entry(value)
             except (InputError, StateError) as error:
                 raise InputError(f"layer {name!r} cannot take format {value!r}: {error}") from error
         return cls(layers)
 
-    def whole_format(self, layer: str) -> Format:
-        """The one format of a layer; fp16 when the recipe is silent about it.
+    def format_of(self, layer: str, stream: Stream | None = None) -> Format | None:
+        """The one format of a layer or of a stream of it, fp16 when the recipe is silent; None if it has none.
 
-        Raises:
-            InputError: the layer is split in parts of different formats.
+        A layer in one format as a whole has other scales and codebooks than its streams in that format have.
         """
         entry = self.layers.get(layer, FP16)
         if isinstance(entry, Format):
-            return entry
-        formats = {part.format for part in entry}
-        if len(formats) != 1:
-            raise InputError(f"layer {layer!r} is split in parts of formats {sorted(map(str, formats))}")
-        return formats.pop()
+            return entry if stream is None or not entry.is_quantized else None
+        if stream is None:
+            return None
+        return next((p.format for p in entry if (p.start, p.stop) == (stream.start, stream.stop)), None)
 
     @property
     def formats(self) -> frozenset[Format]:
@@ -244,7 +269,7 @@ class Recipe:
 
     def with_activations(self, bits: Mapping[str, int]) -> Recipe:
         """The same formats of weights, with activations of so many bits by layer, 16 where it is silent."""
-        layers: dict[str, Format | tuple[PartFormat, ...]] = {}
+        layers: dict[str, Entry] = {}
         for name, entry in self.layers.items():
             width = bits.get(name, FULL_BITS)
             if isinstance(entry, Format):
@@ -283,32 +308,83 @@ class Recipe:
         return cls.from_mapping(plain)
 
 
+def compose(choice: Mapping[str, Format], layers: Mapping[str, Sequence[str]], streams: Mapping[str, Stream]) -> Recipe:
+    """The recipe of a choice of formats for decisions with these `layers`, of which some are `streams`.
+
+    A stream that is not chosen for is left at fp16; a layer whose streams all are is left alone as a whole.
+    """
+    parts: dict[str, list[PartFormat]] = {}
+    for name in choice.keys() & streams.keys():
+        stream = streams[name]
+        parts.setdefault(layers[name][0], []).append(PartFormat(stream.start, stream.stop, choice[name]))
+    entries: dict[str, Entry] = {}
+    for name, number_format in choice.items():
+        is_whole = name not in streams
+        entry = number_format if is_whole else covering(streams[name].n_inputs, parts[layers[name][0]])
+        entries |= dict.fromkeys(layers[name], entry)
+    return Recipe(entries)
+
+
 def search_space(
-    graph: DenoiserGraph, formats: str | Iterable[str | Format] = "wide", *, ends: str | Format | None = None
+    graph: DenoiserGraph,
+    formats: str | Iterable[str | Format] = "wide",
+    *,
+    ends: str | Format | None = None,
+    streams: bool | Collection[str] = True,
 ) -> SearchSpace:
-    """The decisions of a graph: one per layer, one for all layers with equal weights.
+    """The decisions of a graph: one per layer or stream of a layer, one for all layers with equal weights.
 
     A format that costs at least as much as fp16 on a layer (in either accounting) is dropped there, with a
     note; fp16 itself stays when it is in the list. A layer for which nothing remains stays at fp16. With `ends`,
     the first and the last layers have that format and no choice.
+
+    A layer whose input is a concatenation of streams has a decision for each, if there is a choice at all and no format
+    rounds activations: the input of a layer is rounded as a whole, at one width. `streams` may name the layers for
+    which that holds; without, every layer has one decision.
     """
     wanted = parse_formats(formats)
     at_ends = wanted if ends is None else parse_formats([ends])
     end_layers = () if ends is None else (*first_layers(graph), *last_layers(graph))
     tied = {name: tie for tie in graph.ties for name in tie}
-    decisions, notes = [], []
+    found, notes, whole = [], [], []
     for node in graph.layers:
         layers = tied.get(node.name, (node.name,))
         if node.name != layers[0]:
             continue
         offered = wanted if set(end_layers).isdisjoint(layers) else at_ends
-        dropped = [f for f in offered if f.is_quantized and not _is_smaller(f, node.shape)]
-        kept = tuple(f for f in offered if f not in dropped) or (FP16,)
-        if dropped:
-            notes.append(f"{node.name}: {', '.join(map(str, dropped))} would cost at least fp16 and were dropped")
+        is_cut = len(offered) > 1 and (streams if isinstance(streams, bool) else node.name in streams)
+        cuts = graph.streams_of(layers) if is_cut else ()
+        if cuts and any(f.activation_bits != FULL_BITS for f in offered):
+            whole.append(node.name)
+            cuts = ()
         macs = sum(graph.layer_index[name].macs for name in layers)
-        decisions.append(Decision(node.name, layers, node.operation, node.block, node.shape, macs, kept))
+        decision = Decision(node.name, layers, node.operation, node.block, node.shape, macs, offered)
+        found += [_of_stream(decision, cut, number) for number, cut in enumerate(cuts)] or [decision]
+    decisions = []
+    for decision in found:
+        dropped = [f for f in decision.formats if f.is_quantized and not _is_smaller(f, decision.shape)]
+        kept = tuple(f for f in decision.formats if f not in dropped) or (FP16,)
+        if dropped:
+            notes.append(f"{decision.name}: {', '.join(map(str, dropped))} would cost at least fp16 and were dropped")
+        decisions.append(replace(decision, formats=kept))
+    if whole:
+        notes.append(
+            f"{len(whole)} layers read several streams and have one decision each, because formats with activation "
+            f"bits round the input of a layer as a whole: {', '.join(whole)}"
+        )
     return SearchSpace(graph.denoiser, graph.digest, tuple(decisions), tuple(notes), graph.attention_macs)
+
+
+def _of_stream(decision: Decision, stream: Stream, number: int) -> Decision:
+    """The decision about one stream of a layer, with its share of weights and MACs; an operation of its own."""
+    return replace(
+        decision,
+        name=stream.named(decision.name),
+        operation=f"{decision.operation}[{number}]",
+        shape=(decision.shape[0], stream.width, *decision.shape[2:]),
+        macs=decision.macs * stream.width // stream.n_inputs,
+        stream=stream,
+    )
 
 
 def _is_smaller(number_format: Format, shape: tuple[int, ...]) -> bool:
@@ -316,23 +392,7 @@ def _is_smaller(number_format: Format, shape: tuple[int, ...]) -> bool:
     return all(mine < full for mine, full in sizes)
 
 
-def _bytes_of(size: Callable[[Format, Sequence[int]], int], decision: Decision, recipe: Recipe) -> int:
-    shape = decision.shape
-    parts = _parts_of(decision, recipe)
+def _bytes_of(size: Callable[[Format, Sequence[int]], int], weight: Decision, recipe: Recipe) -> int:
+    shape = weight.shape
+    parts = parts_of(recipe.layers.get(weight.layers[0], FP16), shape[1])
     return sum(size(p.format, (shape[0], p.stop - p.start, *shape[2:])) for p in parts)
-
-
-def _parts_of(decision: Decision, recipe: Recipe) -> tuple[PartFormat, ...]:
-    """The parts of a decision's layer under a recipe, fp16 where the recipe is silent."""
-    entry = recipe.layers.get(decision.layers[0], FP16)
-    return (PartFormat(0, decision.shape[1], entry),) if isinstance(entry, Format) else entry
-
-
-def _read_entry(value: object) -> Format | tuple[PartFormat, ...]:
-    if isinstance(value, Format):
-        return value
-    if isinstance(value, str):
-        return Format.parse(value)
-    if isinstance(value, Sequence) and value:
-        return tuple(p if isinstance(p, PartFormat) else from_plain(PartFormat, p, place="part") for p in value)
-    raise InputError("a layer takes a format text or a list of parts {start, stop, format}")

@@ -12,9 +12,10 @@ from sedimo.bank import FIT_VERSION, Bank, fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.pipelines.adapter import WeightInfo
+from sedimo.quant.entries import PartFormat
 from sedimo.quant.fitting import fit
 from sedimo.quant.formats import FP16, Format
-from sedimo.space import PartFormat, Recipe, search_space
+from sedimo.space import Recipe, search_space
 
 KMC3, UAQ4, KMA4 = Format("kmc", 3), Format("uaq", 4), Format("kma", 4)
 SHAPES = {"a": (24, 64), "b": (24, 64), "c": (32, 16, 3, 3)}

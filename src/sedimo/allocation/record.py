@@ -12,7 +12,7 @@ from sedimo.allocation.problem import Allocation, Budget, IntArray, Status
 from sedimo.errors import InputError
 from sedimo.sensitivity.table import Cost, SensitivityTable
 from sedimo.sensitivity.variants import Variant, VariantTable
-from sedimo.space import Recipe
+from sedimo.space import compose
 
 _ROUNDING = 1e-6  # the solver's absolute tolerance, in units of the mean cost of a decision
 
@@ -62,7 +62,7 @@ def record(
     used = paper if budget.accounting == "paper" else stored
     status: Status = "heuristic" if outcome.is_heuristic else "optimal" if distance <= gap + _ROUNDING else "feasible"
     return Allocation(
-        recipe=Recipe.from_mapping({layer: f for name, f in choice.items() for layer in table.layers[name]}),
+        recipe=compose(choice, table.layers, table.streams),
         choice=choice,
         bits=8 * used / table.total_params,
         budget_bytes=budget.size_bytes,

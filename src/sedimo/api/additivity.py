@@ -48,10 +48,10 @@ def check_additivity(table: SensitivityTable, trials: Iterable[Trial]) -> Agreem
     """Sum of costs against measured mean relative noise; None with fewer than three recipes of these formats."""
     predicted, measured = [], []
     for trial in trials:
-        choice = {d: trial.recipe.whole_format(layers[0]) for d, layers in table.layers.items()}
+        found = {d: trial.recipe.format_of(layers[0], table.streams.get(d)) for d, layers in table.layers.items()}
         noise = float(trial.powers.ratio.mean())
         try:
-            cost = predict(table, choice)
+            cost = predict(table, {d: f for d, f in found.items() if f is not None})
         except InputError:
             continue  # a recipe with formats that the table does not know
         if 0 < cost < math.inf and 0 < noise < math.inf:

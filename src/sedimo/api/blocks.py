@@ -133,7 +133,13 @@ def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksRes
         InputError: the source cannot be sampled, no layer can take the format, or a budget below all quantized.
         Interrupted: Ctrl-C; what was measured is kept.
     """
-    opened = open_pipeline(order.source, f"{order.number_format},fp16", compute=order.compute, variant=order.variant)
+    opened = open_pipeline(
+        order.source,
+        f"{order.number_format},fp16",
+        compute=order.compute,
+        variant=order.variant,
+        streams=False,  # one format for whole blocks: nothing is decided
+    )
     with Study(order.store) as study:
         bank = fit_bank(opened.weights, opened.space, cache=study.path.parent, progress=progress)
         searched, fresh = (

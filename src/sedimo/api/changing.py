@@ -11,8 +11,9 @@ from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.pipelines.loading import locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder
+from sedimo.quant.entries import entry_text
 from sedimo.quant.fitting import fit
-from sedimo.quant.formats import Format
+from sedimo.quant.formats import FP16, Format
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.card import Origin
 from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
@@ -48,7 +49,8 @@ def change_formats(
 
     `source` is what the checkpoint was made from: a diffusers folder, a hub id or `zoo:NAME`, and `variant` which of
     its weights. Only the named layers
-    are read from it and fitted. A layer that shares its weight changes together with those that it shares it with.
+    are read from it and fitted. A layer that shares its weight changes together with those that it shares it with, a
+    layer in parts as a whole.
 
     Raises:
         InputError: no packed checkpoint, an unknown layer, fp16, activation bits, a source that does not fit, or an
@@ -75,7 +77,8 @@ def change_formats(
         Origin(name, recipe_json=after.to_json()),
         component=inner.name if inner != place else None,
     )
-    return Change({n: _text(before, n) for n in changed}, {n: _text(after, n) for n in changed}, written)
+    was, is_now = ({n: entry_text(recipe.layers.get(n, FP16)) for n in changed} for recipe in (before, after))
+    return Change(was, is_now, written)
 
 
 def _refuse_activations(formats: Mapping[str, Format]) -> None:
@@ -93,6 +96,12 @@ def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, F
     found: dict[str, QuantizedTensor] = {}
     for layer, number_format in wanted.items():
         owner = owners.get(layer, layer)
+        whole = layer.partition("[")[0]
+        if whole in owners and layer not in owners:
+            raise InputError(
+                f"{layer!r} is a part of layer {whole!r}, which is changed as a whole: give {whole}={number_format}, "
+                "or quantize the source with a recipe of these parts"
+            )
         if not number_format.is_quantized:
             raise InputError(
                 f"layer {layer!r} cannot be left alone again in a packed checkpoint: quantize the source with a recipe "
@@ -108,8 +117,3 @@ def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, F
         tensor.layer_name = owner
         found[owner] = tensor
     return found
-
-
-def _text(recipe: Recipe, layer: str) -> str:
-    entry = recipe.layers.get(layer, "fp16")
-    return str(entry) if isinstance(entry, Format | str) else " | ".join(str(p.format) for p in entry)

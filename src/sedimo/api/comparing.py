@@ -75,7 +75,7 @@ class CompareOrder:
     """Which methods at which paper bits, measured on `n_fresh` seeds; `n_trials` in three rounds are for `gnn`.
 
     Every budget has the limit `bops` of bit operations besides, if there is one; `ends` is the format of the first and
-    last layers in every recipe, None: they are decided on like the others.
+    last layers in every recipe, None: they are decided on like the others; `streams` as in `Order`.
     """
 
     source: str
@@ -90,6 +90,7 @@ class CompareOrder:
     n_trials: int = 120
     bops: BopsOrder | None = None
     ends: str | None = None
+    streams: bool = True
 
     def __post_init__(self) -> None:
         """Refuses unknown methods, budgets that no weight has, and too few seeds for an error bar."""
@@ -131,6 +132,7 @@ class CompareOrder:
             search=self.search,
             importance=importance_of(method),
             ends=self.ends,
+            streams=self.streams,
         )
 
 
@@ -280,7 +282,8 @@ def _refuse_impossible(order: CompareOrder, space: SearchSpace, study: Study) ->
 
 def _accounted(opened: Opened, bank: Bank, study: Study, method: str, progress: Progress) -> _Entry:
     """What a method decides under the order that is open; its own seconds are those of the first time."""
-    name = f"computing:{content_key([method, to_plain(opened.order)])[:16]}"
+    asked = {name: value for name, value in to_plain(opened.order).items() if (name, value) != ("streams", True)}
+    name = f"computing:{content_key([method, asked])[:16]}"  # without the default that older studies did not name
     begin = time.monotonic()
     with study.ledger() as used:
         decided = _decide(opened, bank, study, method, progress)

@@ -24,12 +24,13 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
-from sedimo.quant.formats import FP16, Format
+from sedimo.quant.entries import Entry, PartFormat
+from sedimo.quant.formats import FP16
 from sedimo.quant.memory import memory_bytes
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.activations import rounded_inputs
 from sedimo.runtime.contents import packed_layers
-from sedimo.space import PartFormat, Recipe, search_space
+from sedimo.space import Recipe, search_space
 
 MIN_IMAGES = 2 * N_PARTS  # two in each part that the jackknife leaves out
 
@@ -145,7 +146,7 @@ def _bops(quantized: DiffusersPipeline, against: DiffusersPipeline) -> dict[str,
         return {}
     space = search_space(verbs.trace(against), "fp16")
     bits = {name: quantizer.bits for name, quantizer in rounded_inputs(quantized.denoiser).layers.items()}
-    layers: dict[str, Format | tuple[PartFormat, ...]] = dict.fromkeys(bits, FP16)
+    layers: dict[str, Entry] = dict.fromkeys(bits, FP16)
     for name, weight in packed_layers(quantized.denoiser).items():
         layers[name] = tuple(PartFormat(start, stop, f) for start, stop, f, _ in weight.packing.parts)
     counts = {"bops": space.bops(Recipe(layers).with_activations(bits)), "source_bops": space.full_bops}

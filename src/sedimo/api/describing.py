@@ -9,12 +9,13 @@ import torch
 from sedimo.errors import InputError
 from sedimo.pipelines.saving import Finish
 from sedimo.pipelines.weights import denoiser_folder
-from sedimo.quant.formats import FP16, Format
+from sedimo.quant.entries import Entry, PartFormat
+from sedimo.quant.formats import FP16
 from sedimo.runtime.card import CARD_NAME, Origin, base_model_of
 from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
 from sedimo.runtime.layout import LayerEntry, TiedEntry
 from sedimo.runtime.writing import write_card
-from sedimo.space import PartFormat, Recipe
+from sedimo.space import Recipe
 
 MOST_NOISE = 1.0  # of a packed weight relative to its source: what rounding everything to zero would leave
 
@@ -76,7 +77,7 @@ def _base_model(name: str, source: Path) -> str:
     return base_model_of(source / CARD_NAME) or base_model_of(home / CARD_NAME)
 
 
-def _formats(entry: LayerEntry) -> Format | tuple[PartFormat, ...]:
+def _formats(entry: LayerEntry) -> Entry:
     if len(entry.parts) == 1:
         return entry.parts[0].format
     return tuple(PartFormat(p.start, p.stop, p.format) for p in entry.parts)

@@ -29,7 +29,7 @@ class ExploreOrder:
     Recipe i is a function of (`study_seed`, i), of the formats and the sampler; the seeds of `sampling` are those of
     the samples. Every recipe is measured by each of the `objectives`. `workers` is for the executor `process`. The
     `prior` is measured first, for the predictors that are trained on the study. `ends` is the format of the first and
-    last layers, None: they vary like the others.
+    last layers, None: they vary like the others. With `streams`, those of a layer's input vary by themselves.
     """
 
     source: str
@@ -48,6 +48,7 @@ class ExploreOrder:
     workers: int | None = None
     prior: str = "jacobian"
     ends: str | None = None
+    streams: bool = True
 
     def __post_init__(self) -> None:
         """Refuses what can be seen to be senseless before the source is opened.

@@ -181,7 +181,14 @@ def open_for_exploring(order: ExploreOrder) -> OpenedSource:
     Raises:
         InputError: see `explore_source`.
     """
-    opened = open_pipeline(order.source, order.formats, compute=order.compute, variant=order.variant, ends=order.ends)
+    opened = open_pipeline(
+        order.source,
+        order.formats,
+        compute=order.compute,
+        variant=order.variant,
+        ends=order.ends,
+        streams=order.streams,
+    )
     if order.store.resolve().is_relative_to(opened.folder.resolve()):
         raise InputError(f"the study {order.store} must not lie in the source {opened.folder}")
     order.exploration(opened.space)

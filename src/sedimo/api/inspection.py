@@ -11,9 +11,10 @@ from sedimo.errors import InputError
 from sedimo.graph.summary import inspect_summary
 from sedimo.pipelines.loading import load_architecture, load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
-from sedimo.quant.formats import FP16, Format
+from sedimo.quant.entries import entry_text
+from sedimo.quant.formats import FP16
 from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
-from sedimo.space import PartFormat, Recipe
+from sedimo.space import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def inspect_source(source: str, variant: str | None = None) -> dict[str, object]
         return dict(inspect_summary(verbs.trace(load_pipeline(inner, device="cpu", dtype=dtype, variant=variant))))
     checkpoint = open_checkpoint(inner, variant=variant)
     graph = replace(verbs.trace(load_architecture(inner)), ties=_ties(checkpoint))
-    formats = {name: _text(entry) for name, entry in recipe_of(checkpoint).layers.items()}
+    formats = {name: entry_text(entry) for name, entry in recipe_of(checkpoint).layers.items()}
     sizes = {"file_bytes": checkpoint.file_bytes, "stored_bytes": checkpoint.stored_bytes}
     return {**inspect_summary(graph, formats), **sizes}
 
@@ -66,7 +67,7 @@ def differences(first: Recipe, second: Recipe) -> tuple[LayerDifference, ...]:
     names = dict.fromkeys([*first.layers, *second.layers])
     if first.layers and second.layers and not first.layers.keys() & second.layers.keys():
         raise InputError("the two have no layer in common: they are of different denoisers")
-    pairs = ((n, _text(first.layers.get(n, FP16)), _text(second.layers.get(n, FP16))) for n in names)
+    pairs = ((n, *(entry_text(recipe.layers.get(n, FP16)) for recipe in (first, second))) for n in names)
     return tuple(LayerDifference(*pair) for pair in pairs if pair[1] != pair[2])
 
 
@@ -76,9 +77,3 @@ def _ties(checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
     for name, owner in owners_of(checkpoint).items():
         sets.setdefault(owner, []).append(name)
     return tuple(tuple(members) for members in sets.values() if len(members) > 1)
-
-
-def _text(entry: Format | tuple[PartFormat, ...]) -> str:
-    if isinstance(entry, Format):
-        return str(entry)
-    return " | ".join(f"{p.start}..{p.stop} {p.format}" for p in entry)

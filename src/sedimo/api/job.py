@@ -31,6 +31,7 @@ from sedimo.measurement.smoothing import Smoothing
 from sedimo.measurement.study import Study
 from sedimo.pipelines.sources import is_hub_id
 from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.formats import stored_bytes
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.html import write_report
@@ -211,7 +212,8 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    asked = (order.method, order.formats, str(order.budget), order.check, *([] if order.ends is None else [order.ends]))
+    ends = [] if order.ends is None else [order.ends]
+    asked = (order.method, order.formats, str(order.budget), order.check, *ends, *opened.space.streams)
     parts = (order.search, order.importance, order.activations, order.sampling, order.compute, order.smooth)
     facts = (*asked, *(to_plain(part) for part in (*parts, order.reconstruct)))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
@@ -250,9 +252,10 @@ def _keep_budget(bank: Bank, allocation: Allocation, packed: Mapping[str, Quanti
         return
     stored = bank.stored_bytes(allocation.recipe)
     surplus = sum(
-        packed[d.layers[0]].stored_bytes - d.stored_bytes(packed[d.layers[0]].format)
-        for d in bank.space.decisions
-        if d.layers[0] in packed and len(set(packed[d.layers[0]].formats)) == 1
+        part.stored_bytes - stored_bytes(part.format, part.shape_in(weight.shape))
+        for weight in {id(w): w for w in packed.values()}.values()  # tied layers share one
+        for part in weight.parts
+        if part.format.is_quantized
     )
     if stored + surplus > allocation.budget_bytes:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from sedimo.pipelines.adapter import WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, refuse_endless, stored_dtype
+from sedimo.quant.formats import Format
 from sedimo.sensitivity.costs import EXACTLY_NOTHING, build_table
 from sedimo.space import SearchSpace, search_space
 
@@ -110,7 +112,12 @@ def open_source(order: Order) -> Opened:
     formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
     if order.recipe is not None:
         formats = ",".join(sorted({str(f) for f in order.recipe.formats} | {"fp16"}))
-    found = open_pipeline(order.source, formats, compute=order.compute, variant=order.variant, ends=order.ends)
+    streams: bool | Collection[str] = order.streams and order.uniform_format is None
+    if order.recipe is not None:
+        streams = [layer for layer, entry in order.recipe.layers.items() if not isinstance(entry, Format)]
+    found = open_pipeline(
+        order.source, formats, compute=order.compute, variant=order.variant, ends=order.ends, streams=streams
+    )
     if order.recipe is not None:
         found.space.check(order.recipe)
     check_budget(order, found.space)
@@ -118,9 +125,17 @@ def open_source(order: Order) -> Opened:
 
 
 def open_pipeline(
-    source: str, formats: str, *, compute: Compute, variant: str | None = None, ends: str | None = None
+    source: str,
+    formats: str,
+    *,
+    compute: Compute,
+    variant: str | None = None,
+    ends: str | None = None,
+    streams: bool | Collection[str] = True,
 ) -> OpenedSource:
     """Loads the denoiser in the dtype that it is stored in, and traces it; no budget is needed.
+
+    What is decided on follows from formats, `ends` and `streams` (see `search_space`).
 
     Raises:
         InputError: the source cannot be used, is quantized already, holds NaN, or its inputs are unknown.
@@ -137,7 +152,7 @@ def open_pipeline(
         folder=folder,
         denoiser=bare.denoiser,
         graph=graph,
-        space=search_space(graph, formats, ends=ends),
+        space=search_space(graph, formats, ends=ends, streams=streams),
         files=weights,
         weights=weights,
         compute=compute,

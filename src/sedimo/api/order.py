@@ -191,7 +191,8 @@ class Order:
     """One run of the main job.
 
     `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
-    `ends` is the format of the first and last layers, None: they are decided on like the others. With `smooth`, inputs
+    `ends` is the format of the first and last layers, None: they are decided on like the others. With `streams`, each
+    stream that a layer's input is a concatenation of is decided on by itself. With `smooth`, inputs
     of layers are smoothed first, and everything is about the smoothed weights. `reconstruct` has the rounding of uaq
     formats learned, however the recipe was decided.
     """
@@ -214,6 +215,7 @@ class Order:
     importance: ImportanceOptions = DEFAULT_IMPORTANCE
     activations: ActivationOrder = DYNAMIC_ACTIVATIONS
     ends: str | None = None
+    streams: bool = True
     smooth: SmoothOrder | None = None
     reconstruct: ReconstructionOptions | None = None
 

@@ -26,6 +26,7 @@ from sedimo.sensitivity.baselines import Held, run_baselines
 from sedimo.sensitivity.choices import Choices, Codes, Values
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.gnn.features import graph_features
+from sedimo.sensitivity.gnn.streams import split_streams
 from sedimo.sensitivity.gnn.training import Predictor, TrainingSet
 from sedimo.sensitivity.quality import PredictionQuality, prediction_quality, quality_difference
 from sedimo.sensitivity.table import SensitivityTable
@@ -49,7 +50,8 @@ MIN_IN_BAND = 8  # recipes that a rank correlation in a band needs
 class Known:
     """What is known of a model before recipes are measured.
 
-    `candidates` are those of a bank by (decision, format); `tables` sensitivities by method, that of the prior first.
+    `graph` has a node for each decision; `candidates` are those of a bank by (decision, format); `tables` sensitivities
+    by method, that of the prior first.
     """
 
     graph: DenoiserGraph
@@ -119,7 +121,7 @@ def know(
     study.put_record(SPACE, bank.space)
     study.put_record(CANDIDATES, KeptCandidates(bank.candidates))
     study.put_record(PRIOR, tables[prior])
-    return Known(graph, bank.space, bank.index, tables)
+    return Known(split_streams(graph, bank.space), bank.space, bank.index, tables)
 
 
 def refuse_other_space(study: Study, space: SearchSpace) -> None:
@@ -145,7 +147,7 @@ def recall(study: Study) -> Known:
     candidates = {(c.decision, c.format): c for c in study.record(KeptCandidates, CANDIDATES).candidates}
     prior = study.record(SensitivityTable, PRIOR)
     error = error_table(space, candidates.values())
-    return Known(graph, space, candidates, {prior.method: prior, "error": error})
+    return Known(split_streams(graph, space), space, candidates, {prior.method: prior, "error": error})
 
 
 def measures_of(trial: Trial, space: SearchSpace) -> dict[str, float]:
@@ -187,8 +189,8 @@ def training_set(known: Known, trials: Sequence[Trial], target: Target) -> Train
 
 def fits_space(trial: Trial, space: SearchSpace) -> bool:
     """Whether a trial is a whole recipe of a space: every decision at a format that the space offers."""
-    offered = ((d, trial.recipe.layers.get(d.layers[0])) for d in space.decisions)
-    return all(entry in d.formats for d, entry in offered)
+    named = all(d.layers[0] in trial.recipe.layers for d in space.decisions)
+    return named and all(trial.recipe.format_of(d.layers[0], d.stream) in d.formats for d in space.decisions)
 
 
 def judge(

@@ -100,7 +100,7 @@ def probe(
 def _probe_orthogonality(
     pipe: DiffusersPipeline, bank: Bank, plan: Sampling, study: Study, progress: Progress
 ) -> OrthogonalityProbe:
-    layers = [layer for decision in bank.space.decisions for layer in decision.layers]
+    layers = [layer for weight in bank.space.weights for layer in weight.layers]
     return probe_orthogonality(pipe, layers, plan, weights_digest=bank.weights_digest, study=study, progress=progress)
 
 

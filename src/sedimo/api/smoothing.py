@@ -180,7 +180,7 @@ def _ranked_layers(
 ) -> Sequence[str]:
     """All layers, or the noisiest share of the decisions at the format that all are compared at."""
     sampling, study, progress = how
-    space = search_space(graph, f"{RANKING_FORMAT},fp16")
+    space = search_space(graph, f"{RANKING_FORMAT},fp16", streams=False)
     if share == 1:
         return [layer for decision in space.decisions for layer in decision.layers]
     cache = None if study is None else study.path.parent

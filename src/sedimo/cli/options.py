@@ -41,6 +41,11 @@ def format_options(command: Command) -> Command:
     """Which formats there are to choose from."""
     return _with(
         command,
+        click.option(
+            "--whole-layers",
+            is_flag=True,
+            help="One decision per layer, also where its input is a concatenation of streams (skips of a U-Net).",
+        ),
         click.option("--ends", help="Format of the first and last layers, such as uaq8; default: like the others."),
         click.option(
             "--act", help="Widths of activations, such as a8 or a4,a6,a8: each format with each; default: a16."

@@ -43,6 +43,7 @@ def order_of(options: Mapping[str, Any]) -> Order:
         method=options["method"],
         formats=formats_text_of(options),
         ends=options["ends"],
+        streams=not options["whole_layers"],
         recipe=None if recipe is None else read_recipe(str(recipe)),
         store=options["store"],
         variant=options["variant"],
@@ -114,6 +115,7 @@ def explore_order_of(options: Mapping[str, Any]) -> ExploreOrder:
     return ExploreOrder(
         **{name: options[name] for name in names},
         formats=formats_text_of(options),
+        streams=not options["whole_layers"],
         objectives=cast("tuple[ObjectiveName, ...]", tuple(_parts(options["objective"]))),
         sampling=sampling_of(options),
         compute=compute_of(options),
@@ -143,6 +145,7 @@ def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
         bits=tuple(sorted(set(_numbers(options["bits"])))),
         bops=bops_of(options),
         formats=formats_text_of(options),
+        streams=not options["whole_layers"],
         methods=methods,
         sampling=sampling_of(options),
         compute=compute_of(options),

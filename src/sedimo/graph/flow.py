@@ -9,6 +9,9 @@ from the sources of its input; an operation that combines two streams becomes a 
 * `modulate`: x * (1 + scale) [+ shift], where x and scale are streams.
 * `attention`: scaled dot-product attention, or two matrix products in a row between streams.
 
+A concatenation also tells the *streams* of its value, which operations that leave channels where they are hand on; a
+layer whose input has streams along its input channels keeps them (see `streams.py`).
+
 A layer that is called several times is one node at the place of its first call; an input of a later call that
 is computed after that place would close a cycle and is left out.
 """
@@ -28,6 +31,7 @@ from torch.export import ExportedProgram
 from sedimo.graph.cost import attention_macs, layer_macs, per_sample, product_macs
 from sedimo.graph.model import NodeKind
 from sedimo.graph.program import arguments_of, is_mutation, operation_name, owner_of, shape_of
+from sedimo.graph.streams import Streams, joined, keeps_channels
 
 _SUMS = frozenset({"add", "add_", "sub", "sub_"})
 _CONCATS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
@@ -46,7 +50,10 @@ _OF_NONE = re.compile(r"(zeros|ones|empty|full|rand|randn)_like|new_\w+|_assert\
 
 @dataclass(slots=True)
 class FlowNode:
-    """A node while it is being found. `sources` are positions of nodes, first argument first; `owner` is the module."""
+    """A node while it is being found. `sources` are positions of nodes, first argument first; `owner` is the module.
+
+    `streams` are those of a layer's input in all calls so far, None before the first.
+    """
 
     kind: NodeKind
     owner: str
@@ -54,11 +61,12 @@ class FlowNode:
     sources: list[int] = field(default_factory=list)
     macs: int = 0
     is_open_product: bool = False
+    streams: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """What is known of a value: sources in order of use, the weight it is, whether it is 1 + a stream."""
+    """What is known of a value: sources in order of use, the weight it is, whether it is 1 + a stream, its streams."""
 
     sources: tuple[int, ...] = ()
     weight: str | None = None
@@ -66,6 +74,7 @@ class _Value:
     open_modulate: int | None = None
     storage: int = -1
     n_writes_seen: int = 0
+    streams: Streams | None = None
 
 
 def read_flow(
@@ -137,7 +146,7 @@ class _Reader:
         values = [value for _, value in arguments]
         layer = next((v.weight for v in values if v.weight is not None), None)
         if layer is not None and name in _LAYER_CALLS:
-            return self._layer(layer, node, [v for v in values if v.weight is None])
+            return self._layer(layer, node, [(a, v) for a, v in arguments if v.weight is None])
         streams = [v for v in values if v.sources]
         made = None
         if name.startswith(_ATTENTION_PREFIX) and streams:
@@ -145,7 +154,10 @@ class _Reader:
             made = self._new("attention", node, streams, attention_macs(query, key, value))
         elif len(streams) > 1:
             made = self._combination(name, node, arguments, streams)
-        return _contract(name, node, values) if made is None else made
+        if made is not None:
+            return made
+        streams_kept = arguments[0][1].streams if arguments and keeps_channels(name, node, arguments[0][0]) else None
+        return replace(_contract(name, node, values), streams=streams_kept)
 
     def _combination(
         self, name: str, node: fx.Node, arguments: list[tuple[fx.Node, _Value]], streams: list[_Value]
@@ -161,19 +173,30 @@ class _Reader:
             if shifted is not None:
                 return shifted
         if name in _SUMS | _CONCATS and len({frozenset(v.sources) for v in streams}) > 1:
-            return self._new("add" if name in _SUMS else "concat", node, streams, 0)
+            made = self._new("add" if name in _SUMS else "concat", node, streams, 0)
+            return made if name in _SUMS else replace(made, streams=joined(node, [v.streams for _, v in arguments]))
         return None
 
-    def _layer(self, layer: str, node: fx.Node, inputs: list[_Value]) -> _Value:
+    def _layer(self, layer: str, node: fx.Node, inputs: list[tuple[fx.Node, _Value]]) -> _Value:
         output = shape_of(node)
         macs = per_sample(layer_macs(self._shapes[layer], output), output, self._batch)
         if layer not in self._of_layer:
             self._of_layer[layer] = len(self.nodes)
             self.nodes.append(FlowNode("layer", layer, layer))
         position = self._of_layer[layer]
-        self._connect(position, _union(v.sources for v in inputs))
+        self._connect(position, _union(v.sources for _, v in inputs))
         self.nodes[position].macs += macs
+        self._note_streams(position, node, inputs)
         return _Value((position,))
+
+    def _note_streams(self, position: int, node: fx.Node, inputs: list[tuple[fx.Node, _Value]]) -> None:
+        """The streams along the input channels of the weight, if all calls have the same."""
+        found = self.nodes[position]
+        streams = next((v.streams for a, v in inputs if node.args[:1] == (a,)), None)
+        sizes = () if streams is None else streams.read_by(operation_name(node))
+        if found.streams not in (None, sizes) or sum(sizes) != self._shapes[found.owner][1]:  # grouped channels
+            sizes = ()
+        found.streams = sizes
 
     def _product(self, name: str, node: fx.Node, arguments: list[tuple[fx.Node, _Value]]) -> _Value:
         """A matrix product of two streams: the first of an attention, or the second, which joins the first."""
@@ -229,7 +252,9 @@ class _Reader:
         later = self._writes.get(value.storage, [])[value.n_writes_seen :]
         if not later:
             return value
-        return replace(value, sources=_union([value.sources, *later]), is_one_plus=False, open_modulate=None)
+        return replace(
+            value, sources=_union([value.sources, *later]), is_one_plus=False, open_modulate=None, streams=None
+        )
 
     def _track_storage(
         self, node: fx.Node, value: _Value, arguments: list[fx.Node], environment: dict[fx.Node, _Value]

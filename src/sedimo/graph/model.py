@@ -6,14 +6,15 @@ nothing of torch.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
-from sedimo.codec import content_key
-from sedimo.errors import StateError
+from sedimo.codec import content_key, to_plain
+from sedimo.errors import InputError, StateError
 
 NodeKind = Literal["layer", "add", "concat", "modulate", "attention"]
 LayerType = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
@@ -27,7 +28,8 @@ class Node:
     `operation` the path with its indices removed (`transformer_blocks.attn1.to_q`); `block` the path of the
     repeated container that holds the node (`transformer_blocks.3`), or "" outside all blocks. `macs` are
     multiply-accumulates of one sample in one denoiser call [MACs]. The fields from `layer_type` on are
-    for layers only; `shape` is `[out, in, ...]`.
+    for layers only; `shape` is `[out, in, ...]`. `streams` are the numbers of input channels, in order, of the
+    streams that the layer's input is a concatenation of; empty for an input of one stream.
     """
 
     name: str
@@ -37,11 +39,49 @@ class Node:
     macs: int
     layer_type: LayerType | None = None
     shape: tuple[int, ...] = ()
+    streams: tuple[int, ...] = ()
+
+    def __plain__(self) -> dict[str, object]:
+        """A layer of one stream is written as before there were streams: graphs without any keep their keys."""
+        told = (f.name for f in fields(self) if f.name != "streams" or self.streams)
+        return {name: to_plain(getattr(self, name)) for name in told}
 
     @property
     def params(self) -> int:
         """Number of weights of a layer; 0 for a combine operation."""
         return math.prod(self.shape) if self.shape else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The input channels `start` to `stop` (exclusive) of the `n_inputs` that a layer has.
+
+    Raises:
+        InputError: a range that is none of the layer's, or all of it.
+    """
+
+    start: int
+    stop: int
+    n_inputs: int
+
+    def __post_init__(self) -> None:
+        """Checks the range."""
+        if not 0 <= self.start < self.stop <= self.n_inputs or self.width == self.n_inputs:
+            raise InputError(f"a stream must be a part of the {self.n_inputs} inputs, got {self.start}..{self.stop}")
+
+    @property
+    def width(self) -> int:
+        """Number of its input channels."""
+        return self.stop - self.start
+
+    def named(self, layer: str) -> str:
+        """How it is called as an input of a layer.
+
+        Example:
+            >>> Stream(0, 96, 160).named("up_blocks.0.resnets.0.conv1")
+            'up_blocks.0.resnets.0.conv1[0:96]'
+        """
+        return f"{layer}[{self.start}:{self.stop}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +122,8 @@ class DenoiserGraph:
         """Checks names, order, and that every group and tie speaks of existing layers.
 
         Raises:
-            StateError: a duplicate name, an edge against the order, a group or tie with an unknown layer.
+            StateError: a duplicate name, an edge against the order, a group or tie with an unknown layer, streams that
+                do not make up a layer's input.
         """
         names = [node.name for node in self.nodes]
         if len(set(names)) != len(names):
@@ -92,6 +133,12 @@ class DenoiserGraph:
             if not 0 <= source < target < len(names):
                 raise StateError(
                     f"graph of {self.denoiser}: edges must go forward between existing nodes, got {(source, target)}"
+                )
+        for node in self.nodes:
+            if node.streams and (len(node.streams) < 2 or min(node.streams) < 1 or sum(node.streams) != node.shape[1]):
+                raise StateError(
+                    f"graph of {self.denoiser}: the streams of {node.name!r} must be two or more and make up the input "
+                    f"channels of its weight of shape {node.shape}, got {node.streams}"
                 )
         layers = self.layer_index.keys()
         for name, members in [*((g.name, g.layers) for g in self.groups), *((t[0], t) for t in self.ties if t)]:
@@ -108,6 +155,14 @@ class DenoiserGraph:
     def layers(self) -> tuple[Node, ...]:
         """The weight layers in topological order."""
         return tuple(self.layer_index.values())
+
+    def streams_of(self, layers: Sequence[str]) -> tuple[Stream, ...]:
+        """The streams that all of some layers read, in order; none if they read different ones."""
+        first, *others = (self.layer_index[name].streams for name in layers)
+        if any(other != first for other in others):
+            return ()
+        edges = [0, *itertools.accumulate(first)]
+        return tuple(Stream(start, stop, edges[-1]) for start, stop in itertools.pairwise(edges))
 
     @property
     def params(self) -> int:
@@ -127,5 +182,8 @@ class DenoiserGraph:
 
     @cached_property
     def digest(self) -> str:
-        """Content key of the graph; equal graphs have equal digests."""
-        return content_key(self)
+        """Content key of the graph; equal graphs have equal digests.
+
+        Streams do not count: they follow from the same program, and were not known when the first digests were made.
+        """
+        return content_key(replace(self, nodes=tuple(replace(node, streams=()) for node in self.nodes)))

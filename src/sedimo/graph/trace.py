@@ -168,7 +168,7 @@ def _assemble(
     nodes = []
     for found in flow:
         if found.layer is not None:
-            nodes.append(_layer_node(layers[found.layer], blocks, found.macs))
+            nodes.append(_layer_node(layers[found.layer], blocks, found.macs, found.streams or ()))
             continue
         name = _combine_name(found, counts, taken)
         operation = operation_type(name)
@@ -179,9 +179,9 @@ def _assemble(
     return tuple(nodes), edges
 
 
-def _layer_node(layer: WeightLayer, blocks: frozenset[str], macs: int) -> Node:
+def _layer_node(layer: WeightLayer, blocks: frozenset[str], macs: int, streams: tuple[int, ...] = ()) -> Node:
     block = block_of(layer.name, blocks)
-    return Node(layer.name, "layer", operation_type(layer.name), block, macs, layer.layer_type, layer.shape)
+    return Node(layer.name, "layer", operation_type(layer.name), block, macs, layer.layer_type, layer.shape, streams)
 
 
 def _combine_name(found: FlowNode, counts: dict[str, int], taken: set[str]) -> str:

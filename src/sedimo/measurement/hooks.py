@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from sedimo.graph.model import Stream
 from sedimo.quant.activations import InputQuantizers
 
 Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
@@ -33,6 +34,13 @@ def linear_part(module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor) -
     if isinstance(module, _ConvNd):
         return module._conv_forward(inputs, weight, None)
     return F.linear(inputs, weight)
+
+
+def stream_of(module: nn.Module, inputs: torch.Tensor, stream: Stream | None) -> torch.Tensor:
+    """Of the inputs of a Linear or Conv layer the channels of a stream; all without one."""
+    if stream is None:
+        return inputs
+    return inputs.narrow(1 if isinstance(module, _ConvNd) else -1, stream.start, stream.width)
 
 
 def rounding_change(

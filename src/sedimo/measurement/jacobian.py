@@ -196,7 +196,7 @@ class _Pass:
     def _loaded(self, decision: str) -> Changes:
         deltas = weight_changes(self._bank, self.denoiser, decision)
         known = self._bank.space.decision_index[decision]
-        return Changes(known.layers, deltas.flatten(2), input_roundings(self._bank, known))
+        return Changes(known.layers, deltas.flatten(2), input_roundings(self._bank, known), known.stream)
 
 
 class _RowPlan:

@@ -15,10 +15,11 @@ from torch import nn
 
 from sedimo.errors import InputError
 from sedimo.quant.activations import DYNAMIC, InputQuantizers
-from sedimo.quant.formats import FP16, Format
+from sedimo.quant.entries import Entry
+from sedimo.quant.formats import FP16
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.activations import round_inputs, unround_inputs
-from sedimo.space import PartFormat, Recipe
+from sedimo.space import Recipe
 
 WeightSupply = Callable[[Recipe], Mapping[str, torch.Tensor]]
 InputSupply = Callable[[Recipe], InputQuantizers]
@@ -66,7 +67,7 @@ class Prober:
     def __init__(self, denoiser: nn.Module, supply: WeightSupply, inputs: InputSupply = _by_format) -> None:
         self._denoiser, self._exchange = denoiser, _Exchange(denoiser)
         self._supply, self._inputs = supply, inputs
-        self._entries: dict[str, Format | tuple[PartFormat, ...]] = {}
+        self._entries: dict[str, Entry] = {}
 
     def __enter__(self) -> Prober:
         return self

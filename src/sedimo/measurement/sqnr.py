@@ -18,13 +18,15 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
-from sedimo.measurement.hooks import Hook, hooked, linear_part, rounding_change
+from sedimo.graph.model import Stream
+from sedimo.measurement.hooks import Hook, hooked, linear_part, rounding_change, stream_of
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import StepBatches, calls_by_step, inputs_by_samples
 from sedimo.measurement.parts import Parts
@@ -158,11 +160,24 @@ class _Pass:
         return {name: torch.cat(parts, dim=1) for name, parts in sums.items()}
 
     def _hooks(self, powers: _Powers) -> dict[str, Hook]:
-        return {
-            layer: functools.partial(powers.add, name, (layer, deltas, roundings))
-            for name, deltas in (self._changes or {}).items()
-            for layer, roundings in self._roundings[name].items()
-        }
+        of_layer: dict[str, list[_Change]] = {}
+        for name, deltas in (self._changes or {}).items():
+            stream = self._bank.space.decision_index[name].stream
+            for layer, roundings in self._roundings[name].items():
+                of_layer.setdefault(layer, []).append(_Change(name, deltas, roundings, stream))
+        return {layer: functools.partial(powers.add, layer, changes) for layer, changes in of_layer.items()}
+
+
+class _Change(NamedTuple):
+    """What changes a layer for one decision.
+
+    `deltas` `[F, out, in, ...]` of its weight, or of the part that reads a `stream`; then how its inputs are rounded.
+    """
+
+    decision: str
+    deltas: torch.Tensor
+    roundings: tuple[InputQuantizers, ...]
+    stream: Stream | None
 
 
 class _Powers:
@@ -174,21 +189,22 @@ class _Powers:
 
     def add(
         self,
-        name: str,
-        changes: tuple[str, torch.Tensor, tuple[InputQuantizers, ...]],
+        layer: str,
+        changes: Sequence[_Change],
         module: nn.Module,
         args: tuple[torch.Tensor, ...],
         output: torch.Tensor,
     ) -> None:
-        """The hook of a layer of a decision; `changes` `[F, out, in, ...]` of its weight, then of its inputs."""
-        layer, deltas, roundings = changes
-        by_weight = (linear_part(module, args[0], delta) for delta in deltas)
-        by_inputs = (rounding_change(module, layer, args[0], quantizers, self._timestep) for quantizers in roundings)
-        noise = torch.stack([self._per_sample(change) for change in itertools.chain(by_weight, by_inputs)])
-        signal = self._per_sample(output.detach())
-        if name in self.found:
-            noise, signal = noise + self.found[name][0], signal + self.found[name][1]
-        self.found[name] = noise, signal
+        """The hook of a layer, with what changes it for each of its decisions."""
+        for name, deltas, roundings, stream in changes:
+            read = stream_of(module, args[0], stream)
+            by_weight = (linear_part(module, read, delta) for delta in deltas)
+            by_inputs = (rounding_change(module, layer, args[0], how, self._timestep) for how in roundings)
+            noise = torch.stack([self._per_sample(change) for change in itertools.chain(by_weight, by_inputs)])
+            signal = self._per_sample(output.detach())
+            if name in self.found:
+                noise, signal = noise + self.found[name][0], signal + self.found[name][1]
+            self.found[name] = noise, signal
 
     def _per_sample(self, output: torch.Tensor) -> torch.Tensor:
         """Sums of squares `[n]` float64; what is the same for all samples is counted for each."""

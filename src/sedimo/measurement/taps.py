@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from sedimo.errors import StateError, UnsupportedError
-from sedimo.measurement.hooks import rounding_change
+from sedimo.graph.model import Stream
+from sedimo.measurement.hooks import rounding_change, stream_of
 from sedimo.quant.activations import InputQuantizers
 
 _GRADIENT_BYTES = 64 << 20  # of the slice of G that exists at a time
@@ -31,12 +32,14 @@ _GRADIENT_BYTES = 64 << 20  # of the slice of G that exists at a time
 class Changes:
     """Changes of the layers of one decision; their products are `[..., F + A]`.
 
-    `deltas` of the weight `[F, out, in * kernel size]`, one per format; by layer, A `roundings` of its inputs.
+    `deltas` of the weight `[F, out, in * kernel size]`, one per format, or of the part of it that reads a `stream`; by
+    layer, A `roundings` of its inputs.
     """
 
     layers: tuple[str, ...]
     deltas: torch.Tensor
     roundings: Mapping[str, tuple[InputQuantizers, ...]] = field(default_factory=dict)
+    stream: Stream | None = None
 
 
 @dataclass
@@ -90,7 +93,10 @@ class Taps:
 
     def __init__(self, denoiser: nn.Module, changes: Mapping[str, Changes], *, copy_inputs: bool = False) -> None:
         self._denoiser, self._changes, self._copy_inputs = denoiser, changes, copy_inputs
-        self._decision_of = {layer: name for name, change in changes.items() for layer in change.layers}
+        self._decisions_of: dict[str, list[str]] = {}
+        for name, change in changes.items():
+            for layer in change.layers:
+                self._decisions_of.setdefault(layer, []).append(name)
         self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._wanting: list[nn.Parameter] = []
@@ -101,7 +107,7 @@ class Taps:
         self._wanting = [p for p in self._denoiser.parameters() if p.requires_grad]
         for parameter in self._wanting:
             parameter.requires_grad_(False)
-        for layer in self._decision_of:
+        for layer in self._decisions_of:
             module = self._denoiser.get_submodule(layer)
             self._handles.append(module.register_forward_hook(functools.partial(self._tap, layer)))
         return self
@@ -150,21 +156,27 @@ class Taps:
     def _add(self, module: nn.Module, use: _Use, gradient: torch.Tensor) -> None:
         if use.inputs._version != use.version and not self._copy_inputs:
             raise InputChangedError(f"the input of layer {use.name!r} was overwritten before the backward pass")
-        decision = self._decision_of[use.name]
-        deltas = self._changes[decision].deltas
         per_row = gradient.shape[0] == use.inputs.shape[0] == self._n_rows and gradient.ndim > 1
-        with torch.no_grad():
-            if isinstance(module, _ConvNd):
-                products = _conv_products(module, use.inputs, gradient, deltas)
-            else:
-                n = self._n_rows if per_row else 1
-                products = _linear_products(_matrices(use.inputs, n), _matrices(gradient, n), deltas)
-            rounded = [
-                self._rounding_products(module, use, gradient, quantizers)
-                for quantizers in self._changes[decision].roundings.get(use.name, ())
-            ]
-            products = torch.cat([products, *(one if per_row else one.sum(0, keepdim=True) for one in rounded)], 1)
-        self._state.sums.setdefault(decision, _Sums()).add(products, per_row=per_row)
+        for decision in self._decisions_of[use.name]:
+            with torch.no_grad():
+                products = self._products(module, use, gradient, self._changes[decision], per_row=per_row)
+            self._state.sums.setdefault(decision, _Sums()).add(products, per_row=per_row)
+
+    def _products(
+        self, module: nn.Module, use: _Use, gradient: torch.Tensor, changes: Changes, *, per_row: bool
+    ) -> torch.Tensor:
+        """The products of one use with the changes of one decision, `[B or 1, F + A]`."""
+        inputs = stream_of(module, use.inputs, changes.stream)
+        if isinstance(module, _ConvNd):
+            products = _conv_products(module, inputs, gradient, changes.deltas)
+        else:
+            n = self._n_rows if per_row else 1
+            products = _linear_products(_matrices(inputs, n), _matrices(gradient, n), changes.deltas)
+        rounded = [
+            self._rounding_products(module, use, gradient, quantizers)
+            for quantizers in changes.roundings.get(use.name, ())
+        ]
+        return torch.cat([products, *(one if per_row else one.sum(0, keepdim=True) for one in rounded)], 1)
 
     def _rounding_products(
         self, module: nn.Module, use: _Use, gradient: torch.Tensor, quantizers: InputQuantizers
@@ -214,7 +226,7 @@ def _conv_weight_gradient(
     _, found, _ = torch.ops.aten.convolution_backward(
         gradient,
         inputs,
-        module.weight,
+        module.weight[:, : inputs.shape[1] // module.groups],  # of its shape and dtype alone the operator makes use
         None,
         module.stride,
         list(padding),

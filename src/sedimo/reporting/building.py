@@ -87,7 +87,7 @@ def beside_frontier(named: Mapping[str, Allocation], *, accounting: Accounting =
 def _sizes(table: SensitivityTable, allocation: Allocation, rows: Sequence[DecisionRow], evidence: Evidence) -> Sizes:
     return Sizes(
         params=table.total_params,
-        n_layers=sum(len(row.layers) for row in rows),
+        n_layers=len({layer for row in rows for layer in row.layers}),
         n_decisions=len(rows),
         paper_bits=allocation.paper_bits,
         stored_bits=allocation.stored_bits,

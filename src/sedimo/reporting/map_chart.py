@@ -84,7 +84,8 @@ def _mark(number_format: Format, x: float, y: float, ink: str) -> str:
 
 def _tooltip(cell: Cell) -> str:
     row = cell.decision
-    text = f"{cell.layer}: {row.format} ({FAMILIES[family(row.format)]}), {byte_size(row.stored_bytes)}"
+    what = cell.layer if cell.is_copy else row.name
+    text = f"{what}: {row.format} ({FAMILIES[family(row.format)]}), {byte_size(row.stored_bytes)}"
     if row.share is not None:
         text += f", {share(row.share)} of the noise"
     else:

@@ -69,7 +69,7 @@ class Repetition:
 
     layers: tuple[str, ...]
     blocks: tuple[str, ...]
-    bits: tuple[int, ...]
+    bits: tuple[float, ...]
     timesteps: tuple[float, ...]
     n: int
     upper: Mapping[str, tuple[float, ...]]
@@ -171,7 +171,7 @@ def local_map(
     members: dict[str, list[str]] = {}
     for name in table.layers:
         if name in formats and any(name in part.noise for part in probe.parts):
-            members.setdefault(table.blocks[name] or name, []).append(name)
+            members.setdefault(table.blocks[name] or table.layers[name][0], []).append(name)
     cells = [[_mean(_noise_of(part, names, formats)) for part in probe.parts] for names in members.values()]
     return NoiseMap(
         blocks=tuple(members),
@@ -191,14 +191,17 @@ def repetition(
 ) -> Repetition:
     """The matrix of a probe, what follows from it, and the bits that a choice gave to each layer."""
     found, matrices = importance(probe, options), probe.matrices
-    decision = {layer: name for name, layers in table.layers.items() for layer in layers}
+    decisions: dict[str, list[str]] = {}
+    for name, layers in table.layers.items():
+        for layer in layers:
+            decisions.setdefault(layer, []).append(name)
     rows = np.triu_indices(len(probe.layers), 1)
     named = {"mean": matrices.mean(axis=0), "first": matrices[0], "last": matrices[-1]}
     convergence = converged(probe, options)
     return Repetition(
         layers=probe.layers,
-        blocks=tuple(table.blocks[decision[layer]] for layer in probe.layers),
-        bits=tuple(choice[decision[layer]].bits for layer in probe.layers),
+        blocks=tuple(table.blocks[decisions[layer][0]] for layer in probe.layers),
+        bits=tuple(_bits_of(decisions[layer], table, choice) for layer in probe.layers),
         timesteps=tuple(part.timestep for part in probe.parts),
         n=probe.n_samples,
         upper={name: _rounded(matrix[rows], _MATRIX_DIGITS) for name, matrix in named.items()},
@@ -207,6 +210,12 @@ def repetition(
         per_step=tuple(tuple(row) for row in found.per_step.tolist()),
         converged=tuple(convergence[n] for n in sorted(convergence)),
     )
+
+
+def _bits_of(decisions: Sequence[str], table: SensitivityTable, choice: Mapping[str, Format]) -> float:
+    """Bits per weight of a layer, the mean over its streams if each has a decision."""
+    params = [table.params[name] for name in decisions]
+    return sum(n * choice[name].bits for n, name in zip(params, decisions, strict=True)) / sum(params)
 
 
 def _noise_of(part: SqnrPart, names: Sequence[str], formats: Mapping[str, Format]) -> Iterable[LocalNoise]:

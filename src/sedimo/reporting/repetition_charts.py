@@ -77,7 +77,7 @@ def importance_chart(found: Repetition) -> str:
         _label_layers(panels[0], found, n_most=MAX_ROW_LABELS)
 
     order = np.argsort(found.theta)
-    ends = "; ".join(f"{found.layers[i]} {found.theta[i]:.2f}, {found.bits[i]} bits" for i in (order[-1], order[0]))
+    ends = "; ".join(f"{found.layers[i]} {found.theta[i]:.2f}, {found.bits[i]:.3g} bits" for i in (order[-1], order[0]))
     return themed_svg(
         draw,
         width=WIDTH,

@@ -189,11 +189,14 @@ def _nearest(front: Sequence[Candidate], bits: float, params: int) -> Format:
 
 
 def _units(space: SearchSpace, groups: Sequence[Group]) -> dict[str, tuple[str, ...]]:
-    decision_of = {layer: d.name for d in space.decisions for layer in d.layers}
+    decisions_of: dict[str, list[str]] = {}
+    for decision in space.decisions:
+        for layer in decision.layers:
+            decisions_of.setdefault(layer, []).append(decision.name)
     found: dict[str, tuple[str, ...]] = {}
     taken: set[str] = set()
     for group in groups:
-        members = dict.fromkeys(decision_of[layer] for layer in group.layers if layer in decision_of)
+        members = dict.fromkeys(d for layer in group.layers for d in decisions_of.get(layer, ()))
         free = tuple(d for d in members if d not in taken)
         if free:
             found[group.name] = free

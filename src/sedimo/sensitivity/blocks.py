@@ -37,10 +37,10 @@ class BlockRow:
 
 
 def blocks_of(space: SearchSpace) -> Mapping[str, tuple[Decision, ...]]:
-    """The decisions of each block in the order of the denoiser; one outside any block is a block of its own."""
+    """The decisions of each block in the order of the denoiser; a layer outside any block is a block of its own."""
     found: dict[str, list[Decision]] = {}
     for decision in space.decisions:
-        found.setdefault(decision.block or decision.name, []).append(decision)
+        found.setdefault(decision.block or decision.layers[0], []).append(decision)
     return {name: tuple(members) for name, members in found.items()}
 
 

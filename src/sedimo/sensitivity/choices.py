@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
-from sedimo.quant.formats import Format
+from sedimo.quant.entries import entry_text
+from sedimo.quant.formats import FP16, Format
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Decision, Recipe, SearchSpace
 
@@ -101,9 +102,10 @@ class Choices:
     def _row(self, recipe: Recipe) -> list[int]:
         row = []
         for decision, columns in zip(self.space.decisions, self._columns, strict=True):
-            number_format = recipe.whole_format(decision.layers[0])
+            number_format = recipe.format_of(decision.layers[0], decision.stream)
             if number_format not in columns:
-                raise InputError(f"{decision.name} cannot take {number_format} in this space; the recipe is of another")
+                entry = entry_text(recipe.layers.get(decision.layers[0], FP16))
+                raise InputError(f"{decision.name} cannot take {entry} in this space; the recipe is of another")
             row.append(columns[number_format])
         return row
 

@@ -46,6 +46,7 @@ def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> Sensiti
         },
         attention_bops=first.attention_bops,
         full_bops=first.full_bops,
+        streams=first.streams,
     )
 
 

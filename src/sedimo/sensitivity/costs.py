@@ -60,13 +60,14 @@ def build_table(
         unit=unit,
         denoiser=space.denoiser,
         costs=costs,
-        layers={d.name: d.layers for d in decisions},
+        layers=space.layers,
         operations={d.name: d.operation for d in decisions},
         blocks={d.name: d.block for d in decisions},
         params={d.name: d.params for d in decisions},
         settings=dict(settings),
         attention_bops=space.attention_bops,
         full_bops=space.full_bops,
+        streams=space.streams,
     )
 
 

@@ -119,7 +119,8 @@ def orthogonality_table(
     """Cost = theta times (16 - bits of the format + bits that its family wastes), or theta times weight error.
 
     Where activations are quantized, the bits that they lack to 16 count like those of the weights, theta times
-    (32 - b_w - b_a): this is ours, because the published objective has weights alone.
+    (32 - b_w - b_a): this is ours, because the published objective has weights alone. A stream of a layer has the
+    layer's theta times its share of the layer's weights: a layer whose streams agree costs what it would cost whole.
 
     The bits that a family wastes against the best one of equal bits are half the binary logarithm of the ratio of
     their weight errors, at most almost one: so families differ, and of one family alone the costs are the published
@@ -225,11 +226,11 @@ def _least_errors(candidates: Iterable[Candidate]) -> dict[tuple[str, int], floa
 
 
 def _of_decision(decision: Decision, found: Importance, place: Mapping[str, int]) -> tuple[float, float]:
-    """Mean importance of a decision's layers that are used, and the mean of their errors."""
+    """Mean importance of a decision's layers that are used, and the mean of their errors; of a stream, its share."""
     probed = [layer for layer in decision.layers if layer in place]
     if not probed:
         raise InputError(f"the probe has no layer of {decision.name}; measure it again for this space")
     rows = [place[layer] for layer in probed if layer not in found.unused]
     if not rows:
         return 0.0, 0.0
-    return float(found.theta[rows].mean()), float(found.standard_error[rows].mean())
+    return decision.share * float(found.theta[rows].mean()), decision.share * float(found.standard_error[rows].mean())

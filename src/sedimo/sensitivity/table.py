@@ -7,10 +7,11 @@ error, jacobian, ablation and sqnr).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sedimo.errors import StateError
+from sedimo.graph.model import Stream
 from sedimo.quant.formats import Family, Format
 
 
@@ -40,7 +41,7 @@ class SensitivityTable:
     `layers` tells which layers each decision covers, `operations` and `blocks` what they are (for pictures),
     `params` how many weights each decision has. `settings` says how the numbers came about. `attention_bops` are the
     bit operations that no decision changes, `full_bops` those of the whole model at 16 bits, `attention_bops` included
-    (both 0 in tables that older versions kept).
+    (both 0 in tables that older versions kept). `streams` are those of the decisions about one stream of a layer.
     """
 
     method: str
@@ -54,6 +55,7 @@ class SensitivityTable:
     settings: Mapping[str, str]
     attention_bops: int = 0
     full_bops: int = 0
+    streams: Mapping[str, Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that costs are unique and speak of known decisions.

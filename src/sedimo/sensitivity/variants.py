@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sedimo.bank import Candidate
 from sedimo.errors import InputError, StateError
+from sedimo.graph.model import Stream
 from sedimo.quant.formats import Format, count_bops
 from sedimo.space import Decision, SearchSpace
 
@@ -147,7 +148,7 @@ class VariantTable:
 
     Every decision is in exactly one group; one that is varied alone is a group of its own. `layers` tells which
     layers each decision covers, `params` how many weights it has, `attention_bops` the bit operations that no
-    decision changes.
+    decision changes, `streams` those of the decisions about one stream of a layer.
     """
 
     method: str
@@ -156,6 +157,7 @@ class VariantTable:
     layers: Mapping[str, tuple[str, ...]]
     params: Mapping[str, int]
     attention_bops: int = 0
+    streams: Mapping[str, Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that the groups have different names and share out the decisions.
@@ -188,9 +190,9 @@ def build_variant_table(method: str, space: SearchSpace, groups: Sequence[GroupV
     Raises:
         InputError: the groups do not share out the decisions.
     """
-    decisions = space.decisions
-    layers, params = {d.name: d.layers for d in decisions}, {d.name: d.params for d in decisions}
-    return VariantTable(method, space.denoiser, tuple(groups), layers, params, space.attention_bops)
+    params = {d.name: d.params for d in space.decisions}
+    about = (space.layers, params, space.attention_bops, space.streams)
+    return VariantTable(method, space.denoiser, tuple(groups), *about)
 
 
 def enumerate_variants(decisions: Sequence[Decision], *, max_variants: int = MAX_VARIANTS) -> NDArray[np.int8]:

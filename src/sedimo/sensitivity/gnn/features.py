@@ -22,6 +22,7 @@ from sedimo.graph.model import DenoiserGraph
 from sedimo.quant.formats import FP16, Format
 from sedimo.sensitivity.choices import Choices, Codes
 from sedimo.sensitivity.gnn.attention import Topology, make_topology
+from sedimo.sensitivity.gnn.streams import node_names
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -81,12 +82,12 @@ class GraphFeatures:
 def graph_features(
     graph: DenoiserGraph, choices: Choices, candidates: Mapping[tuple[str, Format], Candidate], *, n_hops: int = 4
 ) -> GraphFeatures:
-    """The features of all nodes of a graph under all options of a space.
+    """The features of all nodes of a graph (see `split_streams`) under all options of a space.
 
     Raises:
         InputError: the space is of another graph.
     """
-    decision_of = {layer: i for i, d in enumerate(choices.space.decisions) for layer in d.layers}
+    decision_of = {name: i for i, d in enumerate(choices.space.decisions) for name in node_names(d)}
     if set(decision_of) != set(graph.layer_index):
         raise InputError(f"the space of {choices.space.denoiser} is not of this graph of {graph.denoiser}")
     options = [_options(choices, decision_of.get(node.name)) for node in graph.nodes]
