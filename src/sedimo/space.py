@@ -87,7 +87,8 @@ class SearchSpace:
                 continue
             macs = d.macs + (found[d.layers[0]].macs if d.layers[0] in found else 0)
             shape = (d.shape[0], d.stream.n_inputs, *d.shape[2:])
-            found[d.layers[0]] = replace(d, name=d.layers[0], shape=shape, macs=macs, stream=None)
+            operation = d.operation.rpartition("[")[0]
+            found[d.layers[0]] = replace(d, name=d.layers[0], operation=operation, shape=shape, macs=macs, stream=None)
         return tuple(found.values())
 
     @cached_property
