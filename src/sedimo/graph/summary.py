@@ -13,13 +13,16 @@ def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] = _NO_FORMA
     """Counts, sizes and layers of a graph, ready for JSON.
 
     `params` is the number of Linear and Conv weights, shared ones once; `macs` are multiply-accumulates of one
-    sample in one denoiser call; `n_decisions` counts layers with equal weights once. With `formats` of quantized
-    layers by name, each layer has its `format`.
+    sample in one denoiser call; `n_decisions` counts layers with equal weights once, and each stream of a layer that
+    reads several, which has its `streams` (numbers of input channels). With `formats` of quantized layers by name, each
+    layer has its `format`.
     """
+    tied = {name: tie for tie in graph.ties for name in tie}
+    owners = [layers for node in graph.layers if (layers := tied.get(node.name, (node.name,)))[0] == node.name]
     return {
         "denoiser": graph.denoiser,
         "n_layers": len(graph.layers),
-        "n_decisions": len(graph.layers) - sum(len(tie) - 1 for tie in graph.ties),
+        "n_decisions": sum(max(1, len(graph.streams_of(layers))) for layers in owners),
         "n_nodes": len(graph.nodes),
         "n_edges": len(graph.edges),
         "n_groups": len(graph.groups),
@@ -40,6 +43,7 @@ def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] = _NO_FORMA
                 "shape": list(node.shape),
                 "params": node.params,
                 "macs": node.macs,
+                **({"streams": list(node.streams)} if node.streams else {}),
                 **({"format": formats.get(node.name, "fp16")} if formats else {}),
             }
             for node in graph.layers

@@ -103,7 +103,7 @@ class Choices:
         row = []
         for decision, columns in zip(self.space.decisions, self._columns, strict=True):
             number_format = recipe.format_of(decision.layers[0], decision.stream)
-            if number_format not in columns:
+            if number_format is None or number_format not in columns:
                 entry = entry_text(recipe.layers.get(decision.layers[0], FP16))
                 raise InputError(f"{decision.name} cannot take {entry} in this space; the recipe is of another")
             row.append(columns[number_format])
