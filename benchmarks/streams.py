@@ -63,8 +63,9 @@ def main() -> None:
             }
         )
         print(
-            f"{budget:.2f} bits: per stream {ours.sqnr_db:.2f} dB ({split_bits:.4f}), per layer "
-            f"{theirs.sqnr_db:.2f} dB ({whole_bits:.4f}), ahead {ahead.mean_db:+.2f} [{ahead.low:+.2f}, {ahead.high:+.2f}], n = {ahead.n}",
+            f"{budget:.2f} bits: per stream {ours.sqnr_db:.2f} dB ({split_bits:.4f}), "
+            f"per layer {theirs.sqnr_db:.2f} dB ({whole_bits:.4f}), "
+            f"ahead {ahead.mean_db:+.2f} [{ahead.low:+.2f}, {ahead.high:+.2f}], n = {ahead.n}",
             flush=True,
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)
