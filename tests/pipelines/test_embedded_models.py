@@ -94,7 +94,9 @@ def test_every_layer_of_the_unet_is_found_and_the_skips_are_seen(ldm):
     graph = trace(ldm)
     layers = {name for name, m in ldm.denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert graph.layer_index.keys() == layers
-    assert len(layers) == len(search_space(graph).decisions) == 133  # no two layers are equal, and none is left out
+    whole = search_space(graph, streams=False)
+    assert len(layers) == len(whole.decisions) == 133  # no two layers are equal, and none is left out
+    assert len(search_space(graph).decisions) == 133 + 12  # six residual blocks read a skip, by conv1 and conv_shortcut
     kinds = [node.kind for node in graph.nodes]
     readers = {graph.nodes[target].name for source, target in graph.edges if kinds[source] == "concat"}
     skips = {

@@ -285,6 +285,7 @@ def refuse_other_study(study: Study, opened: OpenedSource, order: ExploreOrder) 
     if EXPLORATION in names:
         begun = study.record(Exploration, EXPLORATION)
         pairs.append(("study seed", begun.seed, order.study_seed))
+        pairs.append(("streams decided on", len(begun.space.streams), len(opened.space.streams)))
         pairs.append(("sampler", begun.sampler, order.sampler))
         pairs.append(("low bits", begun.low_bits, order.low_bits))
         pairs.append(("high bits", begun.high_bits, order.high_bits))
@@ -292,7 +293,7 @@ def refuse_other_study(study: Study, opened: OpenedSource, order: ExploreOrder) 
     if differing:
         raise StateError(
             f"the study {study.path} was begun with {'; '.join(differing)}. "
-            "Give the same, or another folder with --store"
+            "Give the same (--whole-layers decides on no streams), or another folder with --store"
         )
 
 
