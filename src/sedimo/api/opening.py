@@ -107,7 +107,7 @@ def open_source(order: Order) -> Opened:
             no recipe keeps.
         StateError: a damaged file.
     """
-    formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
+    formats = order.formats if order.one_format is None else f"{order.one_format},fp16"
     if order.recipe is not None:
         formats = ",".join(sorted({str(f) for f in order.recipe.formats} | {"fp16"}))
     found = open_pipeline(order.source, formats, compute=order.compute, variant=order.variant, ends=order.ends)
@@ -152,7 +152,7 @@ def check_budget(order: Order, space: SearchSpace) -> None:
         InputError: with the least and most possible.
     """
     budget = order.budget
-    if not budget.is_given or order.is_fixed:
+    if not budget.is_given or order.is_given:
         return
     candidates = [
         Candidate(d.name, f, 0.0, 0.0, 0, d.paper_bytes(f), d.stored_bytes(f))
