@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sedimo
-from sedimo.api.blocks import blocks_by_gain
+from sedimo.api.hybrid import blocks_by_gain
 from sedimo.api.order import SamplingOrder
 from sedimo.api.searching import Measuring
 from sedimo.api.smooth_order import SmoothOrder

@@ -18,10 +18,10 @@ from sedimo.measurement.orthogonality import OrthogonalityPart, OrthogonalityPro
 from sedimo.measurement.sqnr import LocalNoise, SqnrPart, SqnrProbe
 from sedimo.measurement.trial import Execution, Setting
 from sedimo.quant.formats import FP16, Format
-from sedimo.reporting.block_page import BlockPage, render_block_page
+from sedimo.reporting.block_page import render_block_page
 from sedimo.reporting.heat_charts import label_steps, noise_map_chart, trajectory_chart
 from sedimo.reporting.html import MAX_BYTES, render
-from sedimo.reporting.maps import ChannelRanges, Maps, local_map
+from sedimo.reporting.maps import BlockCurves, ChannelRanges, Maps, local_map
 from sedimo.reporting.maps import repetition as repetition_of
 from sedimo.reporting.maps_view import maps_view
 from sedimo.reporting.range_chart import merged, ranges_chart
@@ -218,13 +218,13 @@ def test_names_stay_text(whole):
 
 
 def block_page(gains, *, kept=()):
-    rows = [
+    rows = tuple(
         BlockRow(name, (name,), 10, 5, estimate(20.0 - i, 0.5, 16), estimate(gain, 0.1, 16))
         for i, (name, gain) in enumerate(gains.items())
-    ]
+    )
     hybrid = (estimate(21.0, 0.4, 16), estimate(3.0, 0.2, 16)) if kept else (None, None)
     everything = rows[-1].up_to
-    return BlockPage("zoo:x", "uaq4", "path", "0 to 7", 10, "rank", 0.5, rows, everything, kept, 5.0, *hybrid)
+    return BlockCurves("zoo:x", "uaq4", "path", "0 to 7", 10, "rank", 0.5, rows, everything, kept, 5.0, *hybrid)
 
 
 def test_the_page_of_blocks_tells_which_to_keep():
@@ -244,6 +244,6 @@ def test_the_page_of_blocks_claims_nothing_that_is_not_shown():
 
 def test_blocks_that_diverge_have_a_page_too():
     gone = estimate(-math.inf, math.nan, 16)
-    rows = [BlockRow("a", ("a",), 1, 1, gone, estimate(math.nan, math.nan, 16))]
+    rows = (BlockRow("a", ("a",), 1, 1, gone, estimate(math.nan, math.nan, 16)),)
     page = render_block_page(replace(block_page({"a": 1.0}), rows=rows, everything=gone))
     assert "<svg" not in page

@@ -42,8 +42,12 @@ def allocate_fixed(table: SensitivityTable, budget: Budget | None, rule: str) ->
     return _judge_costs(table, chosen.values(), budget=budget, rule=rule, notes=notes)
 
 
-def allocate_given(table: SensitivityTable, choice: Mapping[str, Format], budget: Budget | None = None) -> Allocation:
+def allocate_given(
+    table: SensitivityTable, choice: Mapping[str, Format], budget: Budget | None = None, *, rule: str = "given"
+) -> Allocation:
     """The allocation of a choice that was made elsewhere, with its costs, and the bound of its size or of a budget.
+
+    `rule` names how it was made.
 
     Raises:
         InputError: a decision without a format, a format that the table has no cost of, or a choice beyond the budget.
@@ -52,8 +56,8 @@ def allocate_given(table: SensitivityTable, choice: Mapping[str, Format], budget
     if missing:
         raise InputError(f"the table has no cost of {choice.get(missing[0], 'any format')} for {missing[0]!r}.")
     chosen = {d: table.index[d, choice[d]] for d in table.by_decision}
-    _refuse_forbidden("given", chosen)
-    return _judge_costs(table, chosen.values(), rule="given", budget=budget)
+    _refuse_forbidden(rule, chosen)
+    return _judge_costs(table, chosen.values(), rule=rule, budget=budget)
 
 
 def judge(

@@ -13,8 +13,9 @@ from sedimo.allocation.fixed import allocate_given
 from sedimo.allocation.problem import Allocation
 from sedimo.api.additivity import NO_NOISE, check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
+from sedimo.api.hybrid import BlocksResult
 from sedimo.api.mapping import maps_of, probe_result
-from sedimo.api.measuring import MeasuredTable, make_bank, measure_table, search_recipe
+from sedimo.api.measuring import MeasuredTable, hybrid_of, make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import Order
 from sedimo.api.planning import MethodPlan, plan_job
@@ -85,6 +86,7 @@ class JobResult:
     maps: Maps = NO_MAPS
     smoothing: Smoothing | None = None
     reconstruction: Reconstruction | None = None
+    blocks: BlocksResult | None = None
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -113,6 +115,8 @@ class JobResult:
             found["explanation"] = self.explanation.as_json()
         if not self.maps.is_empty:
             found["maps"] = self.maps.as_json()
+        if self.blocks is not None:
+            found["hybrid"] = {name: value for name, value in self.blocks.as_json().items() if name != "recipe"}
         if self.smoothing is not None:
             found["smoothing"] = {"alpha": self.smoothing.alpha, "layers": self.smoothing.ways}
         if self.reconstruction is not None:
@@ -188,7 +192,7 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
     memory = peak_rss_bytes()
-    found = measured.explanation, maps, opened.smoothing, rounded
+    found = measured.explanation, maps, opened.smoothing, rounded, measured.blocks
     return JobResult(allocation, table, written, report, check, method, seconds, memory, *found)
 
 
@@ -212,8 +216,8 @@ def _required(path: Path | None) -> Path:
 def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
-    ends = [] if order.ends is None else [order.ends]
-    asked = (order.method, order.formats, str(order.budget), order.check, *ends, *opened.space.streams)
+    more = [part for part in (order.ends, order.keep_db, order.keep) if part is not None]
+    asked = (order.method, order.formats, str(order.budget), order.check, *more, *opened.space.streams)
     parts = (order.search, order.importance, order.activations, order.sampling, order.compute, order.smooth)
     facts = (*asked, *(to_plain(part) for part in (*parts, order.reconstruct)))
     name = f"plan:{content_key([opened.weights.digest, *facts])[:16]}"
@@ -226,7 +230,9 @@ def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress
     order = opened.order
     if method.method == "gnn":
         return search_recipe(opened, study, progress)
-    if not order.is_fixed:
+    if order.hybrid_format is not None:
+        return hybrid_of(opened, order.hybrid_format, study, progress)
+    if not order.is_given:
         measured = measure_table(opened, method.method, study, progress)
         return measured, allocated(measured.table, order.budget, rule=order.rule)
     bank = make_bank(opened, study, is_exact=False, progress=progress)

@@ -45,6 +45,7 @@ def maps_of(
         local=_local(measured, allocation),
         repetition=_repetition(opened, measured, allocation),
         ranges=() if opened.smoothing is None else _ranges(opened.smoothing),
+        blocks=None if measured.blocks is None else measured.blocks.as_curves(),
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.fixed import allocate_given
+from sedimo.allocation.problem import Allocation, read_budget
 from sedimo.api.explaining import Seeds, explain
 from sedimo.api.finals import hold_finals
+from sedimo.api.hybrid import BlocksResult, measure_hybrid
 from sedimo.api.opening import Opened
 from sedimo.api.planning import FITTED, N_SCALING_CHECKS, PARTS, SAMPLE_CHANNELS, MeasuredMethod, ablation_options
 from sedimo.api.predicting import know
@@ -18,6 +20,7 @@ from sedimo.measurement.calibration import calibrate
 from sedimo.measurement.passes import activation_bits
 from sedimo.measurement.study import Study
 from sedimo.quant.activations import Activations
+from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Explanation
 from sedimo.sensitivity.ablation import check_scaling, plan_checks
 from sedimo.sensitivity.agreement import Agreement
@@ -34,7 +37,7 @@ class MeasuredTable:
 
     `scaling` compares measured with predicted noise of formats that the ablation did not probe; None when it probed
     all of them, or was not part of the method. `explanation` tells what a search by measured recipes has learned.
-    `probes` are what the table was made from.
+    `probes` are what the table was made from, `blocks` the curves that a hybrid recipe follows from.
     """
 
     bank: Bank
@@ -42,6 +45,7 @@ class MeasuredTable:
     scaling: Agreement | None = None
     explanation: Explanation | None = None
     probes: tuple[Probe, ...] = ()
+    blocks: BlocksResult | None = None
 
 
 def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT) -> MeasuredTable:
@@ -94,6 +98,27 @@ def search_recipe(opened: Opened, study: Study, progress: Progress = SILENT) -> 
     seeds = Seeds(on_search, Measuring.on(pipe, bank, study, order.sampling.checking(pipe), progress=progress))
     explanation = explain(known, found, seeds, target=order.search.target)
     return MeasuredTable(bank, found.table, explanation=explanation), found.allocation
+
+
+def hybrid_of(
+    opened: Opened, number_format: Format, study: Study, progress: Progress = SILENT
+) -> tuple[MeasuredTable, Allocation]:
+    """One format for all but the blocks that noise enters through most; its table is that of weight error.
+
+    Raises:
+        InputError: as `measure_hybrid`.
+    """
+    order, pipe = opened.order, opened.pipe
+    bank = make_bank(opened, study, is_exact=True, progress=progress)
+    searched, fresh = (
+        Measuring.on(pipe, bank, study, plan, progress=progress)
+        for plan in (order.sampling.searching(pipe), order.sampling.checking(pipe))
+    )
+    found = measure_hybrid(opened.name, bank.space, number_format, order.keeping, searched, fresh)
+    table = error_table(bank.space, bank.candidates)
+    budget = read_budget(table.total_params, **order.budget.named(table.full_bops))
+    allocation = allocate_given(table, bank.space.choice(found.recipe), budget, rule=order.method)
+    return MeasuredTable(bank, table, blocks=found), allocation
 
 
 def _probe(opened: Opened, bank: Bank, method: ProbeMethod, study: Study, progress: Progress) -> Probe:

@@ -109,11 +109,10 @@ def open_source(order: Order) -> Opened:
             no recipe keeps.
         StateError: a damaged file.
     """
-    formats = order.formats if order.uniform_format is None else f"{order.uniform_format},fp16"
+    formats = order.formats if order.one_format is None else f"{order.one_format},fp16"
+    streams: bool | Collection[str] = order.streams and order.one_format is None
     if order.recipe is not None:
         formats = ",".join(sorted({str(f) for f in order.recipe.formats} | {"fp16"}))
-    streams: bool | Collection[str] = order.streams and order.uniform_format is None
-    if order.recipe is not None:
         streams = [layer for layer, entry in order.recipe.layers.items() if not isinstance(entry, Format)]
     found = open_pipeline(
         order.source, formats, compute=order.compute, variant=order.variant, ends=order.ends, streams=streams
@@ -167,7 +166,7 @@ def check_budget(order: Order, space: SearchSpace) -> None:
         InputError: with the least and most possible.
     """
     budget = order.budget
-    if not budget.is_given or order.is_fixed:
+    if not budget.is_given or order.is_given:
         return
     candidates = [
         Candidate(d.name, f, 0.0, 0.0, 0, d.paper_bytes(f), d.stored_bytes(f))

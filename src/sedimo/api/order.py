@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from sedimo.api.bops_order import BopsOrder
+from sedimo.api.keep_order import KeepOrder
 from sedimo.api.search_order import SearchOrder
 from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
@@ -24,7 +25,7 @@ Method = Literal[
     "auto", "error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "orthogonality-lp", "gnn"
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
-UNIFORM, BY_LP = "uniform:", "-lp"
+UNIFORM, HYBRID, BY_LP = "uniform:", "hybrid:", "-lp"
 MAX_BITS = 32
 MAX_BYTES = 1 << 50
 
@@ -190,7 +191,9 @@ DEFAULT_SEARCH = SearchOrder()
 class Order:
     """One run of the main job.
 
-    `recipe` and `method="uniform:kmc4"` need no budget; `search` is for method `gnn`, `importance` for `orthogonality`.
+    `recipe` and `method="uniform:kmc4"` need no budget; `method="hybrid:uaq4"` has one format for all but the blocks
+    that stay at 16 bits, by `keep_db`, by `keep` or by a budget in paper bits (see `KeepOrder`). `search` is for method
+    `gnn`, `importance` for `orthogonality`.
     `ends` is the format of the first and last layers, None: they are decided on like the others. With `streams`, each
     stream that a layer's input is a concatenation of is decided on by itself. With `smooth`, inputs
     of layers are smoothed first, and everything is about the smoothed weights. `reconstruct` has the rounding of uaq
@@ -218,6 +221,8 @@ class Order:
     streams: bool = True
     smooth: SmoothOrder | None = None
     reconstruct: ReconstructionOptions | None = None
+    keep_db: float | None = None
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.
@@ -225,29 +230,50 @@ class Order:
         Raises:
             InputError: an unknown method or format, no budget where one is needed, or one beside a recipe.
         """
-        if not self.is_fixed and self.method not in METHODS:
-            raise InputError(f"the method must be one of {', '.join(METHODS)} or uniform:FORMAT, got {self.method!r}")
-        parse_formats(self.formats)
-        if self.method.startswith(UNIFORM):
-            Format.parse(self.method.removeprefix(UNIFORM))
-        if not self.is_fixed and not self.budget.is_given:
-            raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes), --bops 12.5%, or both")
-        if self.method == "gnn" and not self.budget.has_size:
-            raise InputError(
-                "a search draws recipes around a size: give --bits (or --stored-bits, --bytes) with --bops"
-            )
-        asked = parse_formats(self.formats) if not self.is_fixed else ()
-        if asked and not any(f.is_quantized for f in asked):
+        if self.one_format is None and self.recipe is None and self.method not in METHODS:
+            known = f"{', '.join(METHODS)}, {UNIFORM}FORMAT or {HYBRID}FORMAT"
+            raise InputError(f"the method must be one of {known}, got {self.method!r}")
+        asked = parse_formats(self.formats)
+        if not self.is_given and self.one_format is None and not any(f.is_quantized for f in asked):
             raise InputError(f"the formats {self.formats} leave every layer as it is; add one such as kmc4")
         if self.ends is not None:
             Format.parse(self.ends)
         if self.recipe is not None and (self.budget.is_given or self.method != "auto" or self.ends is not None):
             raise InputError("a recipe decides everything: leave out --method, --ends and the budget")
+        self._check_budget() if self.hybrid_format is None else self._check_keeping(self.hybrid_format)
+
+    def _check_budget(self) -> None:
+        if self.keep_db is not None or self.keep is not None:
+            raise InputError(f"--keep-db and --keep are for hybrid precision: --method {HYBRID}uaq4")
+        if not self.is_given and not self.budget.is_given:
+            raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes), --bops 12.5%, or both")
+        if self.method == "gnn" and not self.budget.has_size:
+            raise InputError(
+                "a search draws recipes around a size: give --bits (or --stored-bits, --bytes) with --bops"
+            )
+
+    def _check_keeping(self, number_format: Format) -> None:
+        if (self.budget.is_given and self.budget.bits is None) or self.budget.bops is not None:
+            raise InputError(f"{self.method!r} knows budgets in paper bits alone: --bits 5; got {self.budget}")
+        if not number_format.is_quantized:
+            raise InputError(f"hybrid precision needs a format that changes weights, got {number_format}")
+        if not self.keeping.is_given:
+            raise InputError(f"{self.method!r} needs a rule which blocks stay at 16 bits: --keep-db, --keep or --bits")
 
     @property
-    def is_fixed(self) -> bool:
+    def is_given(self) -> bool:
         """Whether the recipe is given and nothing has to be found out."""
         return self.recipe is not None or self.method.startswith(UNIFORM)
+
+    @property
+    def hybrid_format(self) -> Format | None:
+        """The format of `hybrid:FORMAT`."""
+        return self.one_format if self.recipe is None and self.method.startswith(HYBRID) else None
+
+    @property
+    def keeping(self) -> KeepOrder:
+        """By which rule blocks stay at 16 bits, for `hybrid:FORMAT`."""
+        return KeepOrder(self.keep_db, self.keep, self.budget.bits)
 
     @property
     def measured_method(self) -> str:
@@ -260,9 +286,14 @@ class Order:
         return "lp" if self.method.endswith(BY_LP) else "milp"
 
     @property
-    def uniform_format(self) -> Format | None:
-        """The format of `uniform:FORMAT`."""
-        return Format.parse(self.method.removeprefix(UNIFORM)) if self.method.startswith(UNIFORM) else None
+    def one_format(self) -> Format | None:
+        """The format of `uniform:FORMAT` or `hybrid:FORMAT`.
+
+        Raises:
+            InputError: there is no such format.
+        """
+        prefix = next((p for p in (UNIFORM, HYBRID) if self.method.startswith(p)), None)
+        return None if prefix is None else Format.parse(self.method.removeprefix(prefix))
 
     @property
     def study_folder(self) -> Path | None:

@@ -29,9 +29,10 @@ from sedimo.measurement.worker import CallTiming, setting_of, time_calls
 from sedimo.quant.fitting import fit_parameters
 from sedimo.quant.formats import parse_formats
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
+from sedimo.sensitivity.blocks import blocks_of
 from sedimo.space import Recipe, SearchSpace
 
-MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn"]
+MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn", "hybrid"]
 PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
     "error": (),
     "jacobian": ("jacobian",),
@@ -40,6 +41,7 @@ PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
     "sqnr": ("sqnr",),
     "orthogonality": ("orthogonality",),
     "gnn": ("jacobian",),
+    "hybrid": (),
 }
 FITTED = frozenset({"jacobian", "sqnr"})  # probes that look at the weight changes of all formats
 TRAINING_FACTOR = 3e-3  # seconds per trial and node, of training a predictor in five folds
@@ -113,7 +115,7 @@ def _smoothing_cost(opened: Opened, smooth: SmoothOrder) -> _Cost:
 
 
 def _plan_method(opened: Opened) -> MethodPlan:
-    if opened.order.is_fixed:
+    if opened.order.is_given:
         return _unsampled(opened, _Cost(), "the recipe is given; costs are for the report only")
     wanted = opened.order.measured_method
     refuse_blind(wanted, parse_formats(opened.order.formats), opened.order.importance)
@@ -126,7 +128,7 @@ def _plan_method(opened: Opened) -> MethodPlan:
         obstacle = obstacle or _why_too_slow(opened, _n_search_rows(opened), "measuring")
         return _best(opened) if obstacle is None else _unsampled(opened, _error_cost(opened), _resort(obstacle))
     timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
-    return _sampled(opened, _known(wanted), timing, "as ordered")
+    return _sampled(opened, "hybrid" if opened.order.hybrid_format else _known(wanted), timing, "as ordered")
 
 
 def _reconstruction_cost(opened: Opened, options: ReconstructionOptions) -> _Cost:
@@ -247,12 +249,22 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
         costs.append(_orthogonality_cost(opened, timing))
     if method == "gnn":
         costs.append(_trials_cost(opened, timing))
+    if method == "hybrid":
+        costs.append(_hybrid_cost(opened, timing))
     return _Cost(
         sum(c.seconds for c in costs),
         sum(c.n_calls for c in costs),
         max(c.memory_bytes for c in costs),
         sum(c.disk_bytes for c in costs),
     )
+
+
+def _hybrid_cost(opened: Opened, timing: CallTiming) -> _Cost:
+    """Two recipes per block and full precision; the result and its one format on the fresh seeds; fits."""
+    sampling = opened.order.sampling
+    share = sampling.n_check_seeds / sampling.n_seeds
+    n_calls = round((2 * len(blocks_of(opened.space)) + 1 + 3 * share) * timing.n_calls)
+    return _Cost(n_calls * timing.seconds_per_call + _full_fits(opened), n_calls)
 
 
 def _sqnr_cost(opened: Opened, timing: CallTiming) -> _Cost:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from types import MappingProxyType
 
-from sedimo.api.blocks import blocks_by_gain
+from sedimo.api.hybrid import blocks_by_gain
 from sedimo.api.measuring import make_bank
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import ActivationOrder

@@ -15,6 +15,7 @@ from sedimo.cli.options import (
     importance_options,
     job_options,
     json_option,
+    keeping_options,
     reconstruction_options,
     run_argument,
     sampling_options,
@@ -23,7 +24,7 @@ from sedimo.cli.options import (
 
 METHODS = (
     "auto, error, jacobian, ablation, combined, sqnr, orthogonality, orthogonality-lp (by the published programme), "
-    "gnn (see sedimo run), or uniform:FORMAT"
+    "gnn (see sedimo run), uniform:FORMAT, or hybrid:FORMAT (blocks but those kept by --keep-db, --keep or --bits)"
 )
 
 
@@ -51,6 +52,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 @click.option(
     "--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Use this recipe as it is."
 )
+@keeping_options
 @importance_options
 @activation_options
 @smoothing_options

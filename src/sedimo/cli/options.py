@@ -175,6 +175,15 @@ def reconstruction_options(command: Command) -> Command:
     )
 
 
+def keeping_options(command: Command) -> Command:
+    """By which rule blocks stay at 16 bits, where --bits is not it."""
+    return _with(
+        command,
+        click.option("--keep", type=click.IntRange(0), help="Keep so many blocks at 16 bits, those that gain most."),
+        click.option("--keep-db", type=float, help="Keep blocks at 16 bits whose protection gains so much [dB]."),
+    )
+
+
 def json_option(command: Command) -> Command:
     """JSON instead of tables."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")(command)

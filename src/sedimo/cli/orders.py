@@ -15,6 +15,8 @@ from sedimo.api.inspection import read_recipe
 from sedimo.api.order import (
     DEFAULT_SEARCH,
     DYNAMIC_ACTIVATIONS,
+    HYBRID,
+    UNIFORM,
     ActivationOrder,
     BudgetOrder,
     Compute,
@@ -56,6 +58,8 @@ def order_of(options: Mapping[str, Any]) -> Order:
         activations=activations_of(options) if "act_ranges" in options else DYNAMIC_ACTIVATIONS,
         smooth=smooth_order_of(options),
         reconstruct=reconstruction_of(options),
+        keep_db=options.get("keep_db"),
+        keep=options.get("keep"),
     )
 
 
@@ -182,8 +186,8 @@ def formats_text_of(options: Mapping[str, Any]) -> str:
     formats, act = options["formats"], options["act"]
     if act is None:
         return str(formats)
-    if options.get("recipe") is not None or str(options.get("method")).startswith("uniform:"):
-        raise InputError("--act widens --formats; a recipe or a uniform format has its own: write uniform:uaq4a8")
+    if options.get("recipe") is not None or str(options.get("method")).startswith((UNIFORM, HYBRID)):
+        raise InputError("--act widens --formats; a recipe or a single format has its own: write uniform:uaq4a8")
     widths = [part.removeprefix("a") for part in _parts(act)]
     if not widths or not all(width.isdecimal() for width in widths):
         raise InputError(f"widths of activations are written such as a8 or a4,a6,a8; got {act!r}")

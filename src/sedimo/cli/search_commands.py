@@ -13,6 +13,7 @@ from sedimo.cli.options import (
     format_options,
     job_options,
     json_option,
+    keeping_options,
     reconstruction_options,
     run_argument,
     sampling_options,
@@ -76,8 +77,7 @@ def attribute(run: Path, as_json: bool, method: str, **options: object) -> None:
 @click.option("--format", "number_format", required=True, help="The format of quantized blocks, such as uaq4.")
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 @click.option("--objective", default="final_latents", show_default=True, help="final_latents, path or step.")
-@click.option("--keep-db", type=float, help="Keep blocks at 16 bits whose protection gains so much [dB].")
-@click.option("--keep", type=click.IntRange(0), help="Keep so many blocks at 16 bits, those that gain most.")
+@keeping_options
 @click.option("--bits", type=float, help="Keep as many blocks at 16 bits as so many paper bits per weight allow.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the recipe.")
 @click.option("--page", type=click.Path(dir_okay=False, path_type=Path), help="File for a page with both curves.")
@@ -100,7 +100,7 @@ def blocks(as_json: bool, out: Path | None, page: Path | None, **options: object
     if out is not None:
         write_file(out, found.recipe.to_json().encode())
     if page is not None:
-        write_block_page(found.as_page(), page)
+        write_block_page(found.as_curves(), page)
     console.print_json(found.as_json()) if as_json else show_study.blocks(found)
 
 

@@ -13,9 +13,9 @@ from sedimo.cli.show import count, size
 
 if TYPE_CHECKING:
     from sedimo.api.attributing import Attribution
-    from sedimo.api.blocks import BlocksResult
     from sedimo.api.comparing import Comparison
     from sedimo.api.exploring import ExplorationPlan, ExploreResult
+    from sedimo.api.hybrid import BlocksResult
     from sedimo.api.listing import TrialRow
     from sedimo.metrics.estimate import Estimate
     from sedimo.reporting.sweep import Sweep

@@ -19,6 +19,7 @@ from sedimo.measurement.sqnr import LocalNoise, SqnrPart, SqnrProbe
 from sedimo.measurement.trajectory import TrajectoryProbe
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
+from sedimo.sensitivity.blocks import BlockRow
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions, converged, importance
 from sedimo.sensitivity.table import SensitivityTable
 
@@ -117,11 +118,34 @@ class ChannelRanges:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockCurves:
+    """The curves of blocks at one format; `seeds` and `n_steps` say on what they were measured.
+
+    `rule` says by what blocks stay at 16 bits, `gain_db` is its threshold, when it has one; the hybrid recipe
+    was measured on other seeds.
+    """
+
+    source: str
+    number_format: str
+    objective: str
+    seeds: str
+    n_steps: int
+    rule: str
+    gain_db: float | None
+    rows: tuple[BlockRow, ...]
+    everything: Estimate
+    kept: tuple[str, ...]
+    paper_bits: float
+    hybrid: Estimate | None
+    hybrid_gain: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
 class Maps:
     """All that was measured in detail; each may be absent.
 
     `recipe` is noise at block outputs on full-precision inputs, `local` that at layers' own outputs, in which no other
-    layer's noise takes part.
+    layer's noise takes part, `blocks` the curves that hybrid precision follows from.
     """
 
     recipe: NoiseMap | None = None
@@ -129,6 +153,7 @@ class Maps:
     local: tuple[NoiseMap, ...] = ()
     repetition: Repetition | None = None
     ranges: tuple[ChannelRanges, ...] = ()
+    blocks: BlockCurves | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from sedimo.reporting.block_charts import blocks_curves
+from sedimo.reporting.block_phrasing import headline, hybrid_sentence
 from sedimo.reporting.heat_charts import noise_map_chart, trajectory_chart
-from sedimo.reporting.maps import ChannelRanges, Maps, NoiseMap, Repetition, TrajectoryLines
+from sedimo.reporting.maps import BlockCurves, ChannelRanges, Maps, NoiseMap, Repetition, TrajectoryLines
 from sedimo.reporting.range_chart import ranges_chart
 from sedimo.reporting.repetition_charts import convergence_chart, importance_chart, matrix_chart
 from sedimo.reporting.rounding import number, share, with_error
@@ -40,12 +42,30 @@ class Figure:
 
 def maps_view(maps: Maps) -> tuple[tuple[Figure, ...], ...]:
     """Figures in the order of the page; those of one group stand side by side."""
-    groups = [[figure] for figure in (*_of_recipe(maps), *_of_local(maps.local))]
+    blocks = [] if maps.blocks is None else [_of_blocks(maps.blocks)]
+    groups = [[figure] for figure in (*blocks, *_of_recipe(maps), *_of_local(maps.local))]
     if maps.repetition is not None:
         groups += _of_repetition(maps.repetition)
     groups += [[_of_ranges(found, i)] for i, found in enumerate(maps.ranges)]
     drawn = (tuple(figure for figure in group if figure.svg) for group in groups)
     return tuple(group for group in drawn if group)
+
+
+def _of_blocks(found: BlockCurves) -> Figure:
+    text = (
+        f"{headline(found)} Above, blocks are quantized one after the other from the input on: where the curve falls, "
+        "noise enters. Below, all are quantized but one: what it gains to leave that block at 16 bits. Bars are "
+        f"95 % intervals, on seeds {found.seeds}. {hybrid_sentence(found)}"
+    )
+    svg = blocks_curves(found.rows, found.everything, kept=found.kept, gain_db=found.gain_db)
+    rows = [
+        (row.block, with_error(row.up_to), with_error(row.alone_kept), "16 bits" if row.block in found.kept else "")
+        for row in found.rows
+    ]
+    columns = ("block", "this and all before", "gained by keeping it", "kept")
+    return Figure(
+        "Where noise enters", Markup(svg), text, Table("SQNR [dB] with its 95 % interval", columns, tuple(rows))
+    )
 
 
 def _of_recipe(maps: Maps) -> list[Figure]:

@@ -68,13 +68,12 @@ def first_blocks(space: SearchSpace, number_format: Format) -> tuple[Recipe, ...
     Raises:
         InputError: a format that no decision can take.
     """
-    chosen: dict[str, Format] = {}
-    found = []
+    if not changeable_blocks(space, number_format):
+        raise InputError(f"no layer of {space.denoiser} can take {number_format}; it is not in the space")
+    chosen, found = _without_choice(space), []
     for members in blocks_of(space).values():
         chosen |= _quantized(members, number_format)
         found.append(space.recipe(chosen))
-    if not chosen:
-        raise InputError(f"no layer of {space.denoiser} can take {number_format}; it is not in the space")
     return tuple(found)
 
 
@@ -94,7 +93,7 @@ def hybrid_recipe(space: SearchSpace, number_format: Format, kept: Sequence[str]
     unknown = sorted(set(kept) - blocks.keys())
     if unknown:
         raise InputError(f"no such block: {unknown[0]!r}; the blocks are {', '.join(blocks)}")
-    chosen: dict[str, Format] = {}
+    chosen = _without_choice(space)
     for name, members in blocks.items():
         if name not in kept:
             chosen |= _quantized(members, number_format)
@@ -144,6 +143,11 @@ def extra_bytes_of(members: Sequence[Decision], number_format: Format) -> int:
     """What leaving decisions at 16 bits costs against a format, in the papers' accounting [bytes]."""
     quantized = [d for d in members if number_format in d.formats]
     return sum(d.paper_bytes(FP16) - d.paper_bytes(number_format) for d in quantized)
+
+
+def _without_choice(space: SearchSpace) -> dict[str, Format]:
+    """The formats of decisions that cannot stay at 16 bits, such as first and last layers that were given one."""
+    return {d.name: d.formats[0] for d in space.decisions if FP16 not in d.formats}
 
 
 def _quantized(members: Sequence[Decision], number_format: Format) -> dict[str, Format]:
