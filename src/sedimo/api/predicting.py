@@ -133,8 +133,8 @@ def refuse_other_space(study: Study, space: SearchSpace) -> None:
     if SPACE in study.record_names() and study.record(SearchSpace, SPACE) != space:
         raise InputError(
             f"the study {study.path} holds recipes of another denoiser or of other formats, from which this one cannot "
-            "learn; give the same formats (and --whole-layers where it was given, or is older than decisions on streams), "
-            "or another folder with --store"
+            "learn; give the same formats (and --whole-layers if it has no decisions on streams), or another folder "
+            "with --store"
         )
 
 
