@@ -80,7 +80,7 @@ def test_a_layer_whose_streams_are_all_left_alone_is_left_alone():
 
 def test_a_layer_as_a_whole_is_another_weight_than_its_streams():
     space = search_space(graph_of(), FORMATS)
-    with pytest.raises(InputError, match=r"'last' must have a format for 'last\[0:96\]' by itself in this space"):
+    with pytest.raises(InputError, match=r"it is kmc4, and 'last\[0:96\]' must have a format of its own"):
         space.choice(Recipe({"last": KMC4}))
     with pytest.raises(InputError, match=r"0\.\.100 kmc4 \| 100\.\.160 kmc4"):
         space.choice(Recipe({"last": (PartFormat(0, 100, KMC4), PartFormat(100, 160, KMC4))}))

@@ -296,7 +296,8 @@ def _candidates(
         measure = _fit_all if is_exact else _estimate
         quantized = [f for f in missing if f.is_quantized]
         made = possible(lambda formats: measure(weight, decision, formats, store, n_channels), quantized)
-        made |= {f: _unquantized(weights, decision, f) for f in missing if not f.is_quantized}
+        whole = weight if decision.stream is None else weights.read(decision.layers[0])
+        made |= {f: _unquantized(whole, decision, f) for f in missing if not f.is_quantized}
         store.put_candidates({keys[f]: candidate for f, candidate in made.items()})
         found |= made
     return [replace(found[f.weight_format], format=f) for f in decision.formats if f.weight_format in found]
@@ -340,12 +341,12 @@ def _candidate(decision: Decision, number_format: Format, error: float, standard
     return Candidate(decision.name, number_format, error, standard_error, n, *sizes)
 
 
-def _unquantized(weights: WeightSource, decision: Decision, number_format: Format) -> Candidate:
+def _unquantized(whole: torch.Tensor, decision: Decision, number_format: Format) -> Candidate:
     """The weight left alone: no error, and the bytes that it takes in a file, more than 16 bits where they matter.
 
     That is decided by the whole weight, of which a stream has its share.
     """
-    size = decision.params * narrowed(weights.read(decision.layers[0])).element_size()
+    size = decision.params * narrowed(whole).element_size()
     return replace(_candidate(decision, number_format, 0.0, 0.0, 0), stored_bytes=size)
 
 

@@ -198,8 +198,8 @@ class SearchSpace:
             number_format = recipe.format_of(d.layers[0], d.stream)
             if number_format is None:
                 raise InputError(
-                    f"layer {d.layers[0]!r} must have a format for {d.name!r} by itself in this space, "
-                    f"it is {entry_text(recipe.layers[d.layers[0]])}"
+                    f"layer {d.layers[0]!r} is split in parts otherwise than in this space: it is "
+                    f"{entry_text(recipe.layers[d.layers[0]])}, and {d.name!r} must have a format of its own"
                 )
             found[d.name] = number_format
         return found

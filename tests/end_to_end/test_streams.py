@@ -174,7 +174,8 @@ def test_all_tables_of_single_decisions_have_costs_of_streams(made):
     sampling = pipe.default_sampling([0, 1, 2, 3], 2)
     jacobian = probe_jacobian(pipe, bank, sampling, options=JacobianOptions(n_directions=1))
     layers = [layer for weight in space.weights for layer in weight.layers]
-    theta = orthogonality_table(space, bank.candidates, probe_orthogonality(pipe, layers, sampling))
+    repetition = probe_orthogonality(pipe, layers, sampling, weights_digest=bank.weights_digest)
+    theta = orthogonality_table(space, bank.candidates, repetition)
     tables = [jacobian_table(space, bank.candidates, jacobian), error_table(space, bank.candidates), theta]
     for table in tables:
         choice = sedimo.allocate(table, bits=4.0)
@@ -183,7 +184,7 @@ def test_all_tables_of_single_decisions_have_costs_of_streams(made):
         assert choice.bops == space.bops(choice.recipe)
     assert {d.name for d in space.decisions if d.stream} <= jacobian.noise.keys()
     one, uaq3 = sedimo.search_space(graph, "uaq3,fp16", streams=False), Format("uaq", 3)
-    of_whole = orthogonality_table(one, sedimo.fit(pipe, one).candidates, probe_orthogonality(pipe, layers, sampling))
+    of_whole = orthogonality_table(one, sedimo.fit(pipe, one).candidates, repetition)
     split = sum(theta.index[f"{SKIP}[{part}]", uaq3].cost for part in ("0:16", "16:32"))
     whole_cost = of_whole.index[SKIP, uaq3].cost  # of one family alone: without the bits that uaq wastes against kmc
     assert whole_cost <= split <= whole_cost * 14 / 13
