@@ -230,7 +230,7 @@ def test_the_job_writes_shows_and_repeats_streams(folder, tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[n], second[n]) for n in first)
     name = split[0]
-    refused = run("change", out, f"{name}[0:24]=uaq6", "--source", folder, "-o", tmp_path / "no", code=2).output
+    refused = run("change", out, f"{name}[0:24]=uaq6", "--source", folder, "-o", tmp_path / "no", code=3).stderr
     assert f"give {name}=uaq6" in " ".join(refused.split())
     run("change", out, f"{name}=uaq6", "--source", folder, "-o", tmp_path / "changed")
     (difference,) = run_json("diff", out, tmp_path / "changed")["differences"]

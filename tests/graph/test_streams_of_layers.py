@@ -138,6 +138,12 @@ def test_a_concatenation_of_a_concatenation_has_all_its_streams():
     assert streams_of(Nested(None, nn.Conv2d(22, 5, 3))) == (6, 10, 6)
 
 
+def test_skips_of_a_transformer_are_streams_of_its_linear_layers():
+    found = [node for node in traced("Hunyuan").layers if node.name.endswith("skip_linear")]
+    assert found
+    assert all(node.streams == (node.shape[1] // 2,) * 2 for node in found)
+
+
 def test_graphs_without_streams_keep_their_text_and_all_graphs_their_digest():
     assert not any(node.streams for node in traced("DiT-XL/2").layers)
     assert all("streams" not in to_plain(node) for node in traced("DiT-XL/2").layers)
