@@ -55,7 +55,7 @@ def repetition(n_blocks=27, n_steps=10) -> Repetition:
     return Repetition(
         layers=tuple(name for name, _ in names),
         blocks=tuple(block for _, block in names),
-        bits=tuple(int(b) for b in np.where(theta > np.median(theta), 6, rng.integers(2, 5, n))),
+        bits=tuple(float(b) for b in np.where(theta > np.median(theta), 6, rng.integers(2, 5, n))),
         timesteps=tuple(float(x) for x in np.linspace(999, 99, n_steps).round()),
         n=32,
         upper={
