@@ -3,9 +3,10 @@
     python benchmarks/mixed_precision.py [--source zoo:cifar-dit] [--fixed uaq4a8] [--weights LIST] [--images 500]
 
 The fixed recipe has one format everywhere. The mixed ones choose among uaq of 2, 3, 4, 5, 6 and 8 bits (or --weights:
-uaq4,uaq5,uaq6,uaq8 gives no layer less than the fixed recipe does) with the same activations (dynamic), in the paper bits of the fixed recipe, and in 16.5 % more: by network orthogonality with the
-published linear programme (`lp`) and exactly, by its importances times weight noise (ours), and by first-order noise.
-SQNR and FID of the same images for all; FID minus that of full precision, SQNR minus that of the fixed recipe.
+uaq4,uaq5,uaq6,uaq8 gives no layer less than the fixed recipe does) with the same activations (dynamic), in the paper
+bits of the fixed recipe, and in 16.5 % more: by network orthogonality with the published linear programme (`lp`) and
+exactly, by its importances times weight noise (ours), and by first-order noise. SQNR and FID of the same images for
+all; FID minus that of full precision, SQNR minus that of the fixed recipe.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def recipes_of(pipe, bank, study: Study, fixed, progress: ConsoleProgress) -> di
     }
     found = {"fixed": fixed}
     for more in MORE:
-        budget = BudgetOrder(bits=space.paper_bits(fixed) * more)
+        budget = BudgetOrder(bits=space.paper_bits(fixed) * more * (1 + 1e-12))
         for name, (table, rule) in tables.items():
             found[f"{name}, {more - 1:+.1%}"] = allocated(table, budget, rule=rule).recipe
     return found
