@@ -83,8 +83,8 @@ def test_a_comparison_says_by_which_rules_and_leaves_out_what_all_share(prepared
 @pytest.mark.parametrize(
     ("rules", "complaint"),
     [
-        ((), "begun with smoothing alpha 0.7 on 1 of the layers, not unset; rules activations: symmetric, static"),
-        (PREPARED[:4], "rules activations: symmetric, static ranges by min-max at all steps, not activations: asymm"),
+        ((), "begun with smoothing alpha 0.7 on 1 of the layers, not unset; activations symmetric, static"),
+        (PREPARED[:4], "activations symmetric, static ranges by min-max at all steps, not asymm"),
         ((*PREPARED, "--smooth", "0.5"), "smoothing alpha 0.7 on 1 of the layers, not alpha 0.5"),
     ],
 )

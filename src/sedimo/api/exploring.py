@@ -304,7 +304,7 @@ def refuse_other_study(study: Study, opened: OpenedSource, order: ExploreOrder) 
         pairs.append(("formats", ",".join(source.formats), ",".join(order.format_texts)))
         pairs.append(("ends", source.ends or None, order.ends))
         pairs.append(("smoothing", source.smooth, order.smooth))
-        pairs.append(("rules", source.activations or DYNAMIC_ACTIVATIONS, order.activations))
+        pairs.append(("activations", source.activations or DYNAMIC_ACTIVATIONS, order.activations))
     if EXPLORATION in names:
         begun = study.record(Exploration, EXPLORATION)
         pairs.append(("study seed", begun.seed, order.study_seed))

@@ -113,7 +113,8 @@ class OpenedSource:
     def rules(self) -> tuple[str, ...]:
         """How it was smoothed and how its inputs are rounded, in words, where that is not the default."""
         smoothed = () if self.smoothing is None else (str(self.smoothing),)
-        return (*smoothed, *(() if self.order.activations == DYNAMIC_ACTIVATIONS else (str(self.order.activations),)))
+        rounded = self.order.activations
+        return (*smoothed, *(() if rounded == DYNAMIC_ACTIVATIONS else (f"activations: {rounded}",)))
 
     @property
     def loaded_bytes(self) -> int:

@@ -188,18 +188,18 @@ class ActivationOrder:
         is_default = not self.symmetric and self.calibration is None
         if not is_default and all(f.activation_bits == FULL_BITS for f in formats):
             raise InputError(
-                f"{self}: but no format has activation bits, so nothing would be rounded by it. Add --act a8 or write "
-                "formats such as uaq4a8; or leave out --act-ranges and --act-symmetric"
+                f"activations are to be {self}, but no format has activation bits. Add --act a8, or write formats such as "
+                "uaq4a8; or leave out --act-ranges and --act-symmetric"
             )
 
     def __str__(self) -> str:
         """For people."""
         kind = "symmetric" if self.symmetric else "asymmetric"
         if self.calibration is None:
-            return f"activations: {kind}, by each token's or image's own range"
+            return f"{kind}, by each token's or image's own range"
         how = self.calibration
         steps = f"{how.n_steps or 'all'} steps" + (", for each of them" if how.by_timestep else "")
-        return f"activations: {kind}, static ranges by {how.method} at {steps}"
+        return f"{kind}, static ranges by {how.method} at {steps}"
 
 
 DEFAULT_COMPUTE = Compute()
