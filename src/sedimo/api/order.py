@@ -188,8 +188,8 @@ class ActivationOrder:
         is_default = not self.symmetric and self.calibration is None
         if not is_default and all(f.activation_bits == FULL_BITS for f in formats):
             raise InputError(
-                f"activations are to be {self}, but no format has activation bits. Add --act a8, or write formats such as "
-                "uaq4a8; or leave out --act-ranges and --act-symmetric"
+                f"activations are to be {self}, but no format has activation bits. Add --act a8, or write formats such "
+                "as uaq4a8; or leave out --act-ranges and --act-symmetric"
             )
 
     def __str__(self) -> str:
