@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from running import run, run_json
@@ -42,28 +44,30 @@ def digests(store):
 
 @pytest.fixture(scope="module")
 def prepared(tiny_pipeline_folder, tmp_path_factory):
-    """Each command once as it is and once smoothed with static ranges; those that key apart in one study."""
-    found = {}
-    for command, options in COMMANDS.items():
-        folder = tmp_path_factory.mktemp(command)
-        for name, rules in (("plain", ()), ("prepared", PREPARED)):
-            store = folder / (name if command == "explore" else "study")
-            arguments = (command, tiny_pipeline_folder, "--store", store, *SMALL, *options, *rules)
-            found[command, name] = run_json(*arguments), arguments, store
-    return found
+    """Any command as it is, or smoothed with static ranges; done once, in one study where the two are keyed apart."""
+    folder = tmp_path_factory.mktemp("prepared")
+
+    @functools.cache
+    def done(command, kind):
+        store = folder / (f"{command}-{kind}" if command == "explore" else command)
+        rules = PREPARED if kind == "prepared" else ()
+        arguments = (command, tiny_pipeline_folder, "--store", store, *SMALL, *COMMANDS[command], *rules)
+        return run_json(*arguments), arguments, store
+
+    return done
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_numbers_are_those_of_smoothed_weights_and_static_ranges(prepared, command):
-    plain, _, store = prepared[command, "plain"]
-    other, _, other_store = prepared[command, "prepared"]
+    plain, _, store = prepared(command, "plain")
+    other, _, other_store = prepared(command, "prepared")
     assert not np.allclose(numbers(command, plain), numbers(command, other), atol=1e-3)
     assert len(digests(store) | digests(other_store)) == 2
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_second_run_measures_nothing_and_says_the_same(prepared, command, monkeypatch):
-    found, arguments, _ = prepared[command, "prepared"]
+    found, arguments, _ = prepared(command, "prepared")
     for name in MEASURING:
         monkeypatch.setattr(name, lambda *_args, **_named: pytest.fail("measured again"))
     again = run_json(*arguments)
@@ -73,7 +77,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(prepared, command, monk
 
 
 def test_a_comparison_says_by_which_rules_and_leaves_out_what_all_share(prepared):
-    plain, found = prepared["compare", "plain"][0], prepared["compare", "prepared"][0]
+    plain, found = prepared("compare", "plain")[0], prepared("compare", "prepared")[0]
     assert found["notes"][0].startswith("SmoothQuant, alpha 0.7")
     assert found["notes"][1] == "activations: symmetric, static ranges by min-max at all steps"
     for method, cost in found["costs"].items():
@@ -89,21 +93,21 @@ def test_a_comparison_says_by_which_rules_and_leaves_out_what_all_share(prepared
     ],
 )
 def test_a_study_is_not_gone_on_with_by_other_rules(prepared, tiny_pipeline_folder, rules, complaint):
-    store = prepared["explore", "prepared"][2]
+    store = prepared("explore", "prepared")[2]
     arguments = ("explore", tiny_pipeline_folder, "--store", store, *SMALL, *COMMANDS["explore"], *rules)
     for dry in ((), ("--dry-run",)):
         assert complaint in " ".join(run(*arguments, *dry, code=4).stderr.split())
 
 
 def test_a_dry_run_knows_what_was_measured_smoothed(prepared, tmp_path):
-    _, arguments, store = prepared["explore", "prepared"]
+    _, arguments, store = prepared("explore", "prepared")
     assert run_json(*arguments, "--dry-run")["missing"] == 0
     elsewhere = [tmp_path / "new" if one == store else one for one in arguments]
     assert run_json(*elsewhere, "--dry-run")["missing"] == 3
 
 
 def test_processes_measure_the_smoothed_weights_and_static_ranges(prepared, tmp_path):
-    _, arguments, store = prepared["explore", "prepared"]
+    _, arguments, store = prepared("explore", "prepared")
     elsewhere = [tmp_path / "run" if one == store else one for one in arguments]
     run_json(*elsewhere, "--executor", "process", "--workers", "2")
     with Study(store, create=False) as one, Study(tmp_path / "run", create=False) as several:
@@ -113,7 +117,7 @@ def test_processes_measure_the_smoothed_weights_and_static_ranges(prepared, tmp_
 
 
 def test_the_study_tells_what_later_stages_learn_from(prepared):
-    with Study(prepared["explore", "prepared"][2], create=False) as study:
+    with Study(prepared("explore", "prepared")[2], create=False) as study:
         source = study.record(ExploredSource, "source")
         known = recall(study)
         trials = study.trials()
