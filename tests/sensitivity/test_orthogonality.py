@@ -76,7 +76,19 @@ def test_a_huge_beta_leaves_numbers():
     assert found.tolist() == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("tau", [1e3, -1e3, 1e300])
+def test_importances_of_single_steps_are_shares_of_the_largest():
+    """A report draws their logarithms: whatever beta is, the largest has one; an unknown layer must not count."""
+    unknown = matrix_of(0.9, 0.8, 0.0, 0.9, 0.0, 0.0)
+    for beta in (1.0, 1e5):
+        found = importance(probe_of(part_of(ALIKE), part_of(unknown, constant=("d",))), ImportanceOptions(beta=beta))
+        assert np.nanmax(found.per_step) == found.per_step[0, 3] == 1
+        gamma = (ALIKE.sum(axis=1) - 1) / 3
+        assert found.per_step[0] == pytest.approx(np.exp(-beta * (gamma - gamma.min())))
+        assert np.isnan(found.per_step[1]).tolist() == [False, False, False, True]
+        assert np.isfinite(found.theta).all()
+
+
+@pytest.mark.parametrize("tau", [1e5, -1e5, 1e300])
 def test_a_huge_beta_beside_a_huge_tau_ranks_by_the_timesteps_that_count(tau):
     """The least repetition may be where the weight is too small for a number."""
     other = matrix_of(0.2, 0.7, 0.8, 0.6, 0.7, 0.9)

@@ -70,7 +70,7 @@ DEFAULT_IMPORTANCE = ImportanceOptions()
 
 @dataclass(frozen=True)
 class Importance:
-    """theta `[L]` of `layers`, the largest 1, with jackknife errors; `per_step` `[T, L]` is exp(-beta gamma_t).
+    """theta `[L]` of `layers` with jackknife errors; `per_step` `[T, L]` is exp(-beta gamma_t). The largest are 1.
 
     Of `constant` layers (the same for all samples at every timestep) and of `unread` ones (samples cannot be told apart
     in their outputs) nothing is known; they have the mean of the others. `unused` layers, never called, have 0.
@@ -107,9 +107,9 @@ def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_I
     thetas = np.stack([_theta(replicates[:, r], known, logs, options) for r in range(replicates.shape[1])]) * is_used
     n = len(thetas)
     error = np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0))
-    per_step = np.exp(-options.beta * _gamma(sums, known))
-    shown = np.where(known, per_step, np.nan)
-    return Importance(probe.layers, theta, error, shown, np.exp(logs), constant, unused, unread)
+    gamma = np.where(known, _gamma(sums, known), np.nan)
+    per_step = np.exp(-options.beta * (gamma - np.nanmin(gamma)))
+    return Importance(probe.layers, theta, error, per_step, np.exp(logs), constant, unused, unread)
 
 
 def orthogonality_table(
