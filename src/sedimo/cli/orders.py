@@ -174,10 +174,12 @@ def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
 def sweep_order_of(options: Mapping[str, Any]) -> SweepOrder:
     """The order of `sedimo sweep`."""
     names = ("question", "source", "store", "signal", "variant")
-    number_format = options["number_format"]
+    number_format, values = options["number_format"], tuple(_parts(options["values"]))
+    if options["values"] and not values:
+        raise InputError(f"--values are separated by commas, such as 1,2,5; got {options['values']!r}")
     return SweepOrder(
         **{name: options[name] for name in names},
-        values=tuple(_parts(options["values"])),
+        values=values,
         number_format=None if number_format is None else Format.parse(number_format),
         activations=activations_of(options),
         share=options["smooth_share"],
