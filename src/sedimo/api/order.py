@@ -16,7 +16,7 @@ from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.measurement.reconstruction import ReconstructionOptions
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.quant.formats import Format, parse_formats
+from sedimo.quant.formats import FULL_BITS, Format, parse_formats
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 from sedimo.space import Recipe
 
@@ -246,6 +246,15 @@ class Order:
     def is_fixed(self) -> bool:
         """Whether the recipe is given and nothing has to be found out."""
         return self.recipe is not None or self.method.startswith(UNIFORM)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether some layer may round its inputs."""
+        if self.recipe is not None:
+            return any(bits != FULL_BITS for bits in self.recipe.activation_bits.values())
+        asked = parse_formats(self.formats) if self.uniform_format is None else (self.uniform_format,)
+        ends = () if self.ends is None else (Format.parse(self.ends),)
+        return any(f.activation_bits != FULL_BITS for f in (*asked, *ends))
 
     @property
     def measured_method(self) -> str:

@@ -36,7 +36,7 @@ from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptio
 def order_of(options: Mapping[str, Any]) -> Order:
     """The order of `sedimo quantize` and `sedimo run`."""
     recipe = options["recipe"]
-    return Order(
+    order = Order(
         source=options["source"],
         out=options["out"],
         budget=budget_of(options),
@@ -56,12 +56,26 @@ def order_of(options: Mapping[str, Any]) -> Order:
         smooth=smooth_order_of(options),
         reconstruct=reconstruction_of(options),
     )
+    if order.activations != DYNAMIC_ACTIVATIONS and not order.rounds_inputs:
+        raise InputError(
+            "--act-ranges and --act-symmetric say how activations are rounded, but no format has activation bits: add "
+            "--act a8, or write the format as uniform:uaq4a8"
+        )
+    return order
 
 
 def smooth_order_of(options: Mapping[str, Any]) -> SmoothOrder | None:
-    """How to smooth, if at all."""
-    alpha = options["smooth"]
-    return None if alpha is None else SmoothOrder(alpha, options["smooth_share"])
+    """How to smooth, if at all.
+
+    Raises:
+        InputError: a share without `--smooth`.
+    """
+    alpha, share = options["smooth"], options["smooth_share"]
+    if alpha is None:
+        if share is not None:
+            raise InputError("--smooth-share says how many layers to smooth: give --smooth, too, such as --smooth 0.7")
+        return None
+    return SmoothOrder(alpha) if share is None else SmoothOrder(alpha, share)
 
 
 def reconstruction_of(options: Mapping[str, Any]) -> ReconstructionOptions | None:
@@ -85,9 +99,17 @@ def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:
 
 
 def activations_of(options: Mapping[str, Any]) -> ActivationOrder:
-    """How activations are rounded."""
+    """How activations are rounded.
+
+    Raises:
+        InputError: steps or timesteps of ranges that are not calibrated.
+    """
     method, symmetric = options["act_ranges"], options["act_symmetric"]
     if method == "dynamic":
+        if options["act_steps"] or options["act_by_timestep"]:
+            raise InputError(
+                "--act-steps and --act-by-timestep are about calibrated ranges: give --act-ranges, too, such as min-max"
+            )
         return ActivationOrder(symmetric)
     chosen = CalibrationOptions(
         method, options["act_steps"], symmetric=symmetric, by_timestep=options["act_by_timestep"]
