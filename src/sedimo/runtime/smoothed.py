@@ -122,7 +122,7 @@ def check_divisor_specs(
         weight = found.get(f"{layer}.weight")
         n_inputs = shapes.get(layer) if weight is None else next(iter(weight.shape[1:]), None)
         if n_inputs is None:
-            raise StateError(f"tensor {name!r} divides the input of a layer without a weight [out, in, ...] in the file")
+            raise StateError(f"tensor {name!r} divides the input of a layer without a weight [out, in, ...]")
         if spec.shape != (n_inputs,) or not spec.dtype.is_floating_point:
             raise StateError(f"tensor {name!r} must be [{n_inputs}] of floating point, got {spec.dtype} {spec.shape}")
 
