@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import DiTTransformer2DModel
 
 from packed_weights import denoise
 from sedimo.errors import InputError, StateError
+from sedimo.pipelines.trajectory import timestep_of
 from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, StaticRange
 from sedimo.quant.quantization import quantize_weight
 from sedimo.runtime.activations import round_inputs, rounded_inputs, unround_inputs
@@ -60,6 +62,21 @@ def test_ranges_follow_the_timestep(dit):
     assert seen[1] <= 1.1e-3
     round_inputs(dit, narrow)
     assert rounded_inputs(dit) == narrow
+
+
+@pytest.mark.parametrize(
+    ("inputs", "level"),
+    [
+        ({"timestep": torch.tensor([0, 0, 500])}, 500.0),  # known frames come first, free of noise
+        ({"timestep": torch.tensor([[0.0, 0.25], [0.25, 0.25]])}, 0.25),
+        ({"timestep": None, "sigma": torch.tensor(3.5)}, 3.5),
+        ({"timestep": 7, "sigma": torch.tensor(3.5)}, 7.0),
+        ({"timestep": None}, math.nan),
+        ({}, math.nan),
+    ],
+)
+def test_the_noise_level_of_a_call_is_the_greatest_that_it_is_told(inputs, level):
+    assert timestep_of(inputs) == pytest.approx(level, nan_ok=True)
 
 
 def test_a_checkpoint_says_how_and_loading_does_it(dit, tmp_path):

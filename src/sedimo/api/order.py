@@ -252,7 +252,8 @@ class Order:
         """Whether some layer may round its inputs."""
         if self.recipe is not None:
             return any(bits != FULL_BITS for bits in self.recipe.activation_bits.values())
-        asked = parse_formats(self.formats) if self.uniform_format is None else (self.uniform_format,)
+        uniform = self.uniform_format
+        asked = parse_formats(self.formats) if uniform is None else (uniform,)
         ends = () if self.ends is None else (Format.parse(self.ends),)
         return any(f.activation_bits != FULL_BITS for f in (*asked, *ends))
 
