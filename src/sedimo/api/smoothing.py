@@ -167,12 +167,13 @@ def apply_smoothing(pipe: DiffusersPipeline, smoothing: Smoothing, sampling: Sam
     restore = smooth_weights(pipe.denoiser, smoothing)
     with torch.no_grad():
         for call in calls:
-            change = (replay(pipe.denoiser, call) - call.output).double().norm() / call.output.double().norm()
-            if not float(change) <= _TOLERANCES.get(pipe.dtype, _COARSE_TOLERANCE):
+            before = call.output.double()
+            change, size = (float(x.norm()) for x in (replay(pipe.denoiser, call).double() - before, before))
+            if not change <= _TOLERANCES.get(pipe.dtype, _COARSE_TOLERANCE) * size:  # nothing but zeros stay zeros
                 restore()
                 raise StateError(
-                    f"smoothing changed the output of {pipe.name} by {float(change):.1e} of it: its calls are not as "
-                    "they were traced. Leave smoothing out, and report this denoiser"
+                    f"smoothing changed the output of {pipe.name}, of norm {size:.3g}, by {change:.1e}: its calls are "
+                    "not as they were traced. Leave smoothing out, and report this denoiser"
                 )
     return restore
 
