@@ -131,7 +131,10 @@ def _read_scalar(kind: Any, plain: Any, place: str) -> Any:
             return float(plain["float"])
         raise _fail(place, "a float", plain)
     if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
-        return float(plain)
+        try:
+            return float(plain)
+        except OverflowError as error:
+            raise _fail(place, "a float", f"an integer of {plain.bit_length()} bits") from error
     if kind in (type(None), None) and plain is None:
         return None
     if kind in (str, int, float, bool) and type(plain) is kind:

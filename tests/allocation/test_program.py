@@ -18,7 +18,7 @@ from sedimo.allocation import program, solve
 from sedimo.allocation.problem import Budget, make_problem
 from sedimo.allocation.program import MAX_SOLVES, Answer, solve_checked, solve_highs
 from sedimo.allocation.solve import allocate
-from sedimo.errors import SedimoError
+from sedimo.errors import InputError, SedimoError
 from sedimo.quant.formats import FP16, Format
 from sedimo.sensitivity.table import Cost
 
@@ -121,6 +121,37 @@ def test_a_failing_solver_says_so(monkeypatch):
 
     monkeypatch.setattr(program, "milp", lambda *_args, **_kwargs: Failed())
     with pytest.raises(SedimoError, match=r"gave up on 8 decisions .* numerical trouble"):
+        allocate(random_table(8, seed=1), bits=3.5)
+
+
+def test_a_budget_beyond_64_bits_limits_nothing():
+    table = random_table(8, seed=1)
+    free = allocate(table, bits=32.0)
+    for budget in ({"bits": 1e300}, {"budget_bytes": 1 << 70}, {"bits": 1e30, "budget_bops": 1 << 80}):
+        found = allocate(table, **budget)
+        assert (found.choice, found.objective) == (free.choice, free.objective)
+
+
+def test_a_solver_that_stops_early_with_nothing_says_so(monkeypatch):
+    class Stopped:
+        status, message, x, mip_dual_bound = 1, "node limit", None, None
+
+    monkeypatch.setattr(program, "milp", lambda *_args, **_kwargs: Stopped())
+    with pytest.raises(SedimoError, match=r"no choice for 8 decisions .* does not prove that there is none"):
+        allocate(random_table(8, seed=1), bits=3.5)
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        (lambda *_: Answer(np.full(8, 3, dtype=np.int64), -math.inf), "which proves nothing"),
+        (lambda *_: Answer(None, math.inf), "no choice of formats keeps the budget"),
+    ],
+)
+def test_answers_that_never_fit_are_not_taken_for_a_proof(monkeypatch, solver, message):
+    monkeypatch.setattr("sedimo.allocation.decide.repair", lambda *_: None)
+    monkeypatch.setattr(program, "solve_highs", solver)
+    with pytest.raises(InputError, match=message):
         allocate(random_table(8, seed=1), bits=3.5)
 
 

@@ -94,6 +94,15 @@ def test_a_function_that_changed_is_refused_and_undone(tiny, monkeypatch):
     assert torch.equal(tiny.sample(plan), before)
 
 
+def test_a_denoiser_that_gives_nothing_but_zeros_can_be_smoothed(tiny):
+    plan, order = tiny.default_sampling(range(2), 1), SmoothOrder(layers=("proj_out_1",))
+    found = measure_smoothing(tiny, trace(tiny), weights_of(tiny), order, (plan, None, SILENT))
+    for parameter in tiny.denoiser.proj_out_2.parameters():
+        parameter.data.zero_()
+    apply_smoothing(tiny, found, plan)
+    assert list(smoothed_layers(tiny.denoiser)) == ["proj_out_1"]
+
+
 def test_a_study_keeps_what_was_measured(tiny, tmp_path, monkeypatch):
     plan = tiny.default_sampling(range(2), 1)
     first = smooth(tiny, SmoothOrder(share=0.2), store=tmp_path, sampling=plan)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sedimo.api.comparing import CompareOrder
-from sedimo.cli.orders import formats_text_of
+from sedimo.api.smooth_order import SmoothOrder
+from sedimo.cli.orders import activations_of, formats_text_of, smooth_order_of
 from sedimo.errors import InputError
 
 
@@ -35,6 +36,25 @@ def test_widths_of_activations_widen_the_formats(formats, act, expected):
 def test_widths_that_cannot_be(options, message):
     with pytest.raises(InputError, match=message):
         formats_text_of({"formats": "uaq4", **options})
+
+
+DYNAMIC = {"act_ranges": "dynamic", "act_symmetric": False, "act_steps": 0, "act_by_timestep": False}
+
+
+@pytest.mark.parametrize("more", [{"act_steps": 3}, {"act_by_timestep": True}])
+def test_options_of_calibration_need_calibrated_ranges(more):
+    with pytest.raises(InputError, match="give --act-ranges min-max, too"):
+        activations_of({**DYNAMIC, **more})
+    found = activations_of({**DYNAMIC, **more, "act_ranges": "mse"}).calibration
+    assert (found.n_steps, found.by_timestep) == (more.get("act_steps", 0), "act_by_timestep" in more)
+
+
+def test_a_share_of_smoothed_layers_needs_smoothing():
+    with pytest.raises(InputError, match="give --smooth 0.7, too"):
+        smooth_order_of({"smooth": None, "smooth_share": 0.5})
+    assert smooth_order_of({"smooth": None, "smooth_share": None}) is None
+    assert smooth_order_of({"smooth": 0.5, "smooth_share": None}) == SmoothOrder(0.5, 0.1)
+    assert smooth_order_of({"smooth": 0.5, "smooth_share": 1.0}) == SmoothOrder(0.5, 1.0)
 
 
 def test_a_comparison_refuses_methods_that_cannot_choose_among_widths(tmp_path):

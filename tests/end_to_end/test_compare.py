@@ -17,6 +17,7 @@ from sedimo.measurement.ledger import Spent
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine, render_comparison
+from sedimo.reporting.comparison_chart import methods_chart
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.table import Cost, SensitivityTable
 
@@ -92,7 +93,7 @@ def test_the_page_stands_alone(compared):
     for method in FEW.split(","):
         assert f"<td>{method}</td>" in page
     assert "18 paired differences" in page
-    assert 'id="curve-' in page
+    assert 'id="methods-' in page
     best = {
         b: max((r for r in compared[0]["rows"] if r["bits"] == b), key=lambda r: r["sqnr_db"]["value"]) for b in (5, 6)
     }
@@ -203,3 +204,12 @@ def test_agreement_is_kendalls_tau_of_operations():
 
 def test_all_methods_have_a_name():
     assert len(set(COMPARED)) == len(COMPARED) == 11
+
+
+def test_the_chart_has_a_panel_for_each_budget_and_skips_what_diverged():
+    nan = Estimate(math.nan, math.nan, -math.inf, math.inf, 4)
+    budgets = {"3 bits": {"error": estimate(3.0), "jacobian": nan}, "4 bits": {"jacobian": estimate(9.0)}}
+    svg = methods_chart(budgets, reference="jacobian")
+    assert "3 bits: error 3.00 dB; 4 bits: jacobian 9.00 dB" in svg
+    assert svg.count("SQNR [dB]") == 2
+    assert methods_chart({"3 bits": {"jacobian": nan}}, reference="jacobian") == ""

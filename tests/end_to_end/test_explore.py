@@ -173,7 +173,7 @@ def test_what_holds_no_trials_is_not_exported(tmp_path):
     ],
 )
 def test_a_study_that_was_begun_otherwise_says_in_what(explored, tiny_pipeline_folder, monkeypatch, options, complaint):
-    monkeypatch.setattr(exploring, "fit_bank", lambda *_, **__: pytest.fail("fitted before looking"))
+    monkeypatch.setattr(exploring, "make_bank", lambda *_, **__: pytest.fail("fitted before looking"))
     command = ("explore", tiny_pipeline_folder, "--store", explored[0], "--trials", 2, *QUICK, *options)
     for dry in ((), ("--dry-run",)):
         stderr = run(*command, *dry, code=4).stderr

@@ -25,12 +25,23 @@ SAMPLING = Sampling(seeds=(1, 2, 3, 4, 5), n_steps=3, batch_size=2)
 LAYERS = {"conv_in": (8,), "twice": (4, 8)}
 
 
-def inputs_of(adapter, layer):
+class OtherCalls(ToyAdapter):
+    """Calls the denoiser another number of times than it has steps, as some schedulers do."""
+
+    def __init__(self, n_calls):
+        super().__init__()
+        self.calls_per_batch = n_calls
+
+    def _batch(self, seeds, _n_steps, observer):
+        return super()._batch(seeds, self.calls_per_batch, observer)
+
+
+def inputs_of(adapter, layer, n_calls=SAMPLING.n_steps):
     """What a layer was given, by step, `[B, ...]` of all samples flattened."""
     found, step = {}, [0]
 
     def see(call):
-        step[0] = (call.step + 1) % SAMPLING.n_steps
+        step[0] = (call.step + 1) % n_calls
 
     handle = adapter.denoiser.get_submodule(layer).register_forward_hook(
         lambda _m, args, _o: found.setdefault(step[0], []).append(args[0].flatten())
@@ -52,6 +63,17 @@ def test_extremes_are_those_of_the_steps_that_were_asked_for(n_steps, looked_at)
         given = inputs_of(adapter, layer)
         values = np.concatenate([given[step] for step in looked_at])
         assert ranges(adapter, layer, n_steps=n_steps) == StaticRange((float(values.min()),), (float(values.max()),))
+
+
+@pytest.mark.parametrize("n_calls", [2, 4, 5])
+def test_all_calls_are_looked_at_whatever_the_number_of_steps(n_calls):
+    adapter = OtherCalls(n_calls)
+    given = inputs_of(adapter, "twice", n_calls)
+    assert sorted(given) == list(range(n_calls))
+    options = CalibrationOptions(by_timestep=True)
+    found = calibrate(adapter, LAYERS, SAMPLING, weights_digest="w", options=options)
+    assert found.timesteps == pytest.approx([1 - step / n_calls for step in range(n_calls)])
+    assert found.static["twice"]["a8"].high == tuple(float(given[step].max()) for step in range(n_calls))
 
 
 def test_nothing_is_sampled_past_the_last_step_that_is_looked_at():

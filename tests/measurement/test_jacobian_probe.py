@@ -13,7 +13,7 @@ from torch.func import functional_call, jvp
 from toy_pipeline import GUIDANCE, ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
 from sedimo.bank import fit_bank
-from sedimo.errors import Interrupted, UnsupportedError
+from sedimo.errors import InputError, Interrupted, UnsupportedError
 from sedimo.measurement import jacobian
 from sedimo.measurement.jacobian import JacobianOptions, count_passes, probe_jacobian
 from sedimo.measurement.objective import batches_of
@@ -138,6 +138,14 @@ def test_directions_are_relative_to_the_power_of_each_output():
     assert torch.allclose(spread[:2] / 4, spread[2:] / -3)
     products = spread[:2].flatten(1).norm(dim=1) / 4 * combined.flatten(1).norm(dim=1)
     assert torch.allclose(products, torch.tensor(5000.0).sqrt(), rtol=0.05)
+
+
+@pytest.mark.parametrize("factor", [0.0, torch.nan, torch.inf])
+def test_an_output_that_noise_has_no_measure_beside_is_refused(factor):
+    adapter, bank = made()
+    adapter.denoiser.register_forward_hook(lambda _module, _inputs, output: {"sample": factor * output["sample"]})
+    with pytest.raises(InputError, match=r"positive and finite, but at timestep .* error, or sqnr"):
+        probe_jacobian(adapter, bank, SAMPLING)
 
 
 def test_slices_keep_the_rows_of_a_sample_together():

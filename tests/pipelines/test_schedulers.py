@@ -10,6 +10,7 @@ from sedimo.errors import InputError
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.schedulers import SCHEDULERS, scheduled, scheduler_named
+from sedimo.pipelines.steps import handled_steps
 
 
 @pytest.fixture
@@ -50,6 +51,15 @@ def test_a_pipeline_that_scales_its_noise_takes_all_and_draws_alike():
             latents = pipe.sample(plan)
         distance = (latents - reference).norm() / reference.norm()
         assert distance < 0.5, f"{name}: {distance}"  # solvers of one equation from one noise end near each other
+
+
+def test_a_step_that_does_not_take_what_it_is_given_is_refused(pipeline):
+    scheduler = scheduler_named(pipeline, "unipc", 2)
+    with handled_steps(scheduler, lambda call: call.run()):
+        with pytest.raises(InputError, match=r"UniPCMultistepScheduler cannot be called .* argument 'generator'"):
+            scheduler.step(torch.zeros(1, 4, 8, 8), scheduler.timesteps[0], torch.zeros(1, 4, 8, 8), generator=None)
+        with pytest.raises(InputError, match="missing a required argument: 'sample'"):
+            scheduler.step(torch.zeros(1, 4, 8, 8), scheduler.timesteps[0])
 
 
 def test_what_cannot_be_taken_is_refused_with_the_reason(pipeline):

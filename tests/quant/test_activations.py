@@ -55,9 +55,10 @@ def test_codes_are_whole_numbers_within_their_limits_and_zero_stays_zero(values,
 
 def test_an_image_has_one_range_and_a_token_its_own():
     values = torch.tensor([[[[1.0, 2.0]], [[4.0, 255.0]]], [[[0.1, 0.2]], [[0.4, 25.5]]]])  # [2, 2, 1, 2]
-    image = ActivationQuantizer(8).codes(values, is_image=True)
+    image = ActivationQuantizer(8).codes(values, n_axes=3)
     assert image.scale.flatten().tolist() == pytest.approx([1.0, 0.1])
     assert image.codes[1].flatten().tolist() == [1, 2, 4, 255]
+    assert torch.equal(ActivationQuantizer(8).codes(values[1], n_axes=3).codes, image.codes[1])  # an image alone
     assert ActivationQuantizer(8).codes(values).scale.shape == (2, 2, 1, 1)
 
 
@@ -68,7 +69,7 @@ def test_a_static_range_clips_and_each_group_of_timesteps_has_its_own():
     assert quantizer(values, group=1)[0].tolist() == pytest.approx([0.0, 1.2, 2.55], abs=1e-6)
     two = InputQuantizers({"layer": quantizer}, (999.0, 10.0))
     assert [two.group(t) for t in (1000.0, 600.0, 500.0, 0.0)] == [0, 0, 1, 1]
-    assert two.round("layer", values, is_image=False, timestep=3.0).tolist() == quantizer(values, group=1).tolist()
+    assert two.round("layer", values, n_axes=1, timestep=3.0).tolist() == quantizer(values, group=1).tolist()
 
 
 def test_nothing_but_zeros_stays_and_half_precision_keeps_its_dtype():
@@ -81,6 +82,15 @@ def test_nothing_but_zeros_stays_and_half_precision_keeps_its_dtype():
     assert ActivationQuantizer(8)(torch.tensor([[1.0, math.nan]])).isnan().all()  # what is broken stays visible
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_grid_point_beyond_half_precision_is_its_greatest_number(bits):
+    values = torch.tensor([[65504.0, -45856.0, 0.0]], dtype=torch.float16)
+    found = ActivationQuantizer(bits)(values)
+    exact = ActivationQuantizer(bits)(values.float())
+    assert torch.equal(found.double(), exact.clamp(-65504, 65504).half().double())
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -88,6 +98,7 @@ def test_nothing_but_zeros_stays_and_half_precision_keeps_its_dtype():
         (lambda: StaticRange((), ()), "as many finite low as high"),
         (lambda: StaticRange((0.0,), (math.nan,)), "as many finite low as high"),
         (lambda: StaticRange((2.0,), (1.0,)), "low <= high"),
+        (lambda: StaticRange((-3e38,), (3e38,)), r"at most 2\^126 from zero"),
         (lambda: InputQuantizers({"a": ActivationQuantizer(8, range=StaticRange((0.0,) * 2, (1.0,) * 2))}), "2 static"),
         (lambda: InputQuantizers({}, (math.inf,)), "must be finite"),
         (lambda: Activations(static={"a": {}}).quantizers({"a": 8}), "no static range is known .* 'a' at 8 bits"),

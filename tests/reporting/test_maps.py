@@ -244,6 +244,9 @@ def test_the_page_of_blocks_claims_nothing_that_is_not_shown():
 
 def test_blocks_that_diverge_have_a_page_too():
     gone = estimate(-math.inf, math.nan, 16)
+    exact, nothing = estimate(math.inf, 0.0, 16), estimate(0.0, 0.0, 16)
+    silent = replace(block_page({"a": 1.0}), rows=(BlockRow("a", ("a",), 1, 1, exact, nothing),), everything=exact)
+    assert "<svg" not in render_block_page(silent)
     rows = (BlockRow("a", ("a",), 1, 1, gone, estimate(math.nan, math.nan, 16)),)
     page = render_block_page(replace(block_page({"a": 1.0}), rows=rows, everything=gone))
     assert "<svg" not in page

@@ -13,6 +13,7 @@ from sedimo.quant.formats import parse_formats
 from sedimo.reporting.building import summarize
 from sedimo.reporting.html import render
 from sedimo.reporting.summary import Evidence, FrontierPoint
+from sedimo.reporting.sweep_charts import ranks_matrix
 from sedimo.sensitivity.table import SensitivityTable
 
 TABLE = make_table(list(dit_layers(n_blocks=2)), 3)
@@ -55,3 +56,10 @@ def test_measures_without_an_interval_are_shown_as_they_are():
     page = render(summarize(TABLE, allocate(TABLE, bits=3.5), model="m", evidence=found))
     assert "no difference shown" in page
     assert "∞" not in page
+
+
+def test_a_rank_correlation_that_is_no_number_is_an_empty_cell():
+    chart = ranks_matrix(["ddim", "unipc", "euler"], {("ddim", "unipc"): math.nan, ("ddim", "euler"): -0.25})
+    assert "<svg" in chart
+    assert chart.count("-0.250") == 2
+    assert "nan" not in chart.lower()

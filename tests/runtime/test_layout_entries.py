@@ -61,11 +61,20 @@ def test_ties_are_described_once(packed_dit):
     assert layers["pos_embed.proj"].kind == "Conv2d"
 
 
+def entry_with(number_format):
+    return {"kind": "Linear", "shape": [4, 4], "parts": [{"start": 0, "stop": 4, "format": number_format}]}
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         ("kmc4", "must be an object"),
         (None, "must be an object"),
+        (5, "must be an object"),
+        (["same_as"], "must be an object"),
+        (entry_with("uaq4a8"), "no activation bits.*got uaq4a8"),
+        (entry_with("uaq\N{ARABIC-INDIC DIGIT FOUR}"), "is not a format"),
+        (entry_with("uaq" + "4" * 5000), "is not a format"),
         ({"kind": "Linear", "shape": [0, 4], "parts": []}, "2 positive sizes"),
         ({"kind": "Linear", "shape": [4, 4], "parts": []}, "must cover the 4 input channels"),
         ({"kind": "Linear", "shape": [4, 4, 1], "parts": []}, "2 positive sizes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import DiTTransformer2DModel
 
 from packed_weights import denoise
 from sedimo.errors import InputError, StateError
+from sedimo.pipelines.trajectory import timestep_of
 from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, StaticRange
 from sedimo.quant.quantization import quantize_weight
 from sedimo.runtime.activations import round_inputs, rounded_inputs, unround_inputs
@@ -62,6 +64,21 @@ def test_ranges_follow_the_timestep(dit):
     assert rounded_inputs(dit) == narrow
 
 
+@pytest.mark.parametrize(
+    ("inputs", "level"),
+    [
+        ({"timestep": torch.tensor([0, 0, 500])}, 500.0),  # known frames come first, free of noise
+        ({"timestep": torch.tensor([[0.0, 0.25], [0.25, 0.25]])}, 0.25),
+        ({"timestep": None, "sigma": torch.tensor(3.5)}, 3.5),
+        ({"timestep": 7, "sigma": torch.tensor(3.5)}, 7.0),
+        ({"timestep": None}, math.nan),
+        ({}, math.nan),
+    ],
+)
+def test_the_noise_level_of_a_call_is_the_greatest_that_it_is_told(inputs, level):
+    assert timestep_of(inputs) == pytest.approx(level, nan_ok=True)
+
+
 def test_a_checkpoint_says_how_and_loading_does_it(dit, tmp_path):
     packed = {LAYER: quantize_weight(dit.get_submodule(LAYER).weight, "uaq4")}
     replace_weights(dit, packed, inputs=RULES)
@@ -85,6 +102,8 @@ def test_a_checkpoint_says_how_and_loading_does_it(dit, tmp_path):
         (lambda a: a["layers"][LAYER].update(bits=40), "2..8 bits"),
         (lambda a: a["layers"][LAYER]["range"].update(high=[2.0, -7.0]), "low <= high"),
         (lambda a: a["layers"][LAYER]["range"].update(high=[2.0, {"float": "inf"}]), "low <= high"),
+        (lambda a: a["layers"][LAYER]["range"].update(high=[2.0, 1e300]), r"at most 2\^126"),
+        (lambda a: a["layers"][LAYER]["range"].update(high=[2.0, 10**400]), "integer of 1329 bits"),
         (lambda a: a.update(timesteps=[1.0]), "2 static ranges for 1 timesteps"),
         (lambda a: a.update(more=1), "more"),
     ],

@@ -14,13 +14,16 @@ from torch import nn
 from packed_weights import OWNER, random_packed
 from sedimo.errors import InputError, StateError
 from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.parts import TensorSpec
 from sedimo.quant.quantization import quantize_weight
 from sedimo.runtime.checkpoint import change_layers, check_checkpoint
 from sedimo.runtime.integrity import make_seal
 from sedimo.runtime.layout import Configuration, read_configuration
 from sedimo.runtime.smoothed import (
     DIVISOR,
+    check_divisor_specs,
     mark_smoothed,
+    prepare_divisors,
     remove_divisor,
     set_divisor,
     smoothed_layers,
@@ -138,6 +141,28 @@ def test_a_divisor_for_no_layer_is_refused(folder):
     edit_ways(folder, {**WAYS, "nothing": "divided"})
     seal_again(folder)
     assert_refused(folder, "differ in nothing.input_divisor")
+
+
+@pytest.mark.parametrize("how", ["divided", "folded"])
+@pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.Embedding(3, 4), nn.Conv2d(4, 4, 1, groups=2), nn.SiLU()])
+def test_what_has_no_channels_to_divide_is_refused(module, how):
+    with pytest.raises(StateError, match="'odd', which is no Linear or ungrouped Conv layer"):
+        prepare_divisors(nn.ModuleDict({"odd": module}), {"odd": how})
+
+
+@pytest.mark.parametrize("present", [{}, {"norm.weight": TensorSpec(torch.float32, (4,))}])
+def test_a_divisor_without_a_weight_of_inputs_is_refused(present):
+    found = present | {f"norm.{DIVISOR}": TensorSpec(torch.float32, (4,))}
+    with pytest.raises(StateError, match="a layer without a weight"):
+        check_divisor_specs(found, {"norm": "divided"}, {})
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_an_image_alone_is_divided_as_one_of_many(kind):
+    layer = kind(3, 2, 1)
+    images = torch.randn(2, 3, *[3] * (layer.weight.ndim - 2), generator=torch.Generator().manual_seed(0))
+    set_divisor(layer, torch.tensor([1.0, 2.0, 4.0]))
+    assert torch.equal(layer(images[0]), layer(images[:1])[0])
 
 
 @pytest.mark.parametrize("ways", [[], "all", {PACKED: "scaled"}, {PACKED: 1}, None])

@@ -76,6 +76,35 @@ def test_a_huge_beta_leaves_numbers():
     assert found.tolist() == [0, 0, 0, 1]
 
 
+def test_importances_of_single_steps_are_shares_of_the_largest():
+    """A report draws their logarithms: whatever beta is, the largest has one; an unknown layer must not count."""
+    unknown = matrix_of(0.9, 0.8, 0.0, 0.9, 0.0, 0.0)
+    for beta in (1.0, 1e5):
+        found = importance(probe_of(part_of(ALIKE), part_of(unknown, constant=("d",))), ImportanceOptions(beta=beta))
+        assert np.nanmax(found.per_step) == found.per_step[0, 3] == 1
+        gamma = (ALIKE.sum(axis=1) - 1) / 3
+        assert found.per_step[0] == pytest.approx(np.exp(-beta * (gamma - gamma.min())))
+        assert np.isnan(found.per_step[1]).tolist() == [False, False, False, True]
+        assert np.isfinite(found.theta).all()
+
+
+@pytest.mark.parametrize("tau", [1e5, -1e5, 1e300])
+def test_a_huge_beta_beside_a_huge_tau_ranks_by_the_timesteps_that_count(tau):
+    """The least repetition may be where the weight is too small for a number."""
+    other = matrix_of(0.2, 0.7, 0.8, 0.6, 0.7, 0.9)
+    parts = (part_of(other), part_of(ALIKE))
+    found = importance(probe_of(*(parts if tau > 0 else parts[::-1])), ImportanceOptions(beta=1e4, tau=tau))
+    assert found.theta == pytest.approx([0, 1, 0, 0], abs=1e-12)  # b repeats others least in `other`
+    assert np.isfinite(found.standard_error).all()
+
+
+def test_a_layer_seen_at_steps_of_little_weight_alone_is_as_important_as_there():
+    lone = part_of(matrix_of(0.0, 0.0, 0.0, 0.5, 0.5, 0.5), constant=("a",))
+    all_seen = part_of(matrix_of(*[0.5] * 6))
+    found = importance(probe_of(lone, all_seen), ImportanceOptions(tau=1e4)).theta
+    assert found == pytest.approx([1, 1, 1, 1])
+
+
 def test_beta_zero_makes_all_alike():
     assert importance(probe_of(part_of(ALIKE)), ImportanceOptions(beta=0)).theta.tolist() == [1, 1, 1, 1]
 
@@ -230,6 +259,17 @@ def test_more_timesteps_change_little_once_there_are_enough():
         3: pytest.approx(1.0),
         4: pytest.approx(1),
     }
+
+
+def test_timesteps_that_rank_nothing_have_no_rank_correlation():
+    nothing = part_of(matrix_of(*[0.0] * 6), constant=NAMES)
+    found = converged(
+        probe_of(part_of(EARLY), nothing, part_of(LATE))
+    )  # of one timestep, that is the one in the middle
+    assert math.isnan(found[1])
+    assert found[3] == pytest.approx(1)
+    alike = converged(probe_of(part_of(matrix_of(*[0.5] * 6)), part_of(matrix_of(*[0.5] * 6))))
+    assert all(map(math.isnan, alike.values()))
 
 
 @pytest.mark.parametrize("change", [{"beta": -1.0}, {"tau": math.inf}, {"beta": math.nan}, {"objective": "guess"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -283,3 +284,15 @@ def test_the_geometric_mean_of_two_tables():
     other = error_table(SPACE, [c for c in CANDIDATES if c.format != UAQ6])
     with pytest.raises(InputError, match="different choices"):
         geometric_mean(first, other)
+
+
+@pytest.mark.parametrize("other", [0.0, 1.0])
+def test_what_one_table_forbids_stays_forbidden_in_the_geometric_mean(other):
+    plain = error_table(SPACE, CANDIDATES)
+    key, *rest = plain.index
+    costs = [replace(c, cost=math.inf if k == key else c.cost) for k, c in plain.index.items()]
+    beside = [replace(c, cost=other if k == key else c.cost) for k, c in plain.index.items()]
+    tables = replace(plain, costs=tuple(costs)), replace(plain, costs=tuple(beside))
+    for mean in (geometric_mean(*tables), geometric_mean(*tables[::-1])):
+        assert mean.index[key].cost == math.inf
+        assert [mean.index[k].cost for k in rest] == pytest.approx([plain.index[k].cost for k in rest])

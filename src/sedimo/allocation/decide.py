@@ -36,7 +36,7 @@ def decide(problem: Problem[object], *, rule: str, gap: float, starts: Sequence[
     """The choice of one of `SEARCHES`, never worse than the `starts` that fit; None when nothing fits.
 
     Raises:
-        InputError: a rule other than `milp` ends without a choice, which proves nothing.
+        InputError: the search ends without a choice, which proves nothing.
     """
     if (problem.least_sizes > problem.limit).any():
         return None
@@ -69,7 +69,9 @@ def _decide_exactly(
     mended = None if solved.choice is None else repair(problem, solved.choice)
     found = [*known, *([] if mended is None else [fill(problem, mended)])]
     if not found:
-        return None
+        if solved.choice is None:
+            return None
+        raise InputError("the solver's answers exceed a budget by a little, which proves nothing; loosen one.")
     choice = _best(problem, found)
     proven = min(solved.bound, problem.total_cost(choice)) if solved.choice is not None else -math.inf
     bound = max(relaxed.bound, proven)

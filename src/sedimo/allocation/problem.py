@@ -29,6 +29,7 @@ IntArray = NDArray[np.int64]
 Option_co = TypeVar("Option_co", covariant=True)
 Resource = TypeVar("Resource")
 
+_NO_LIMIT = 1 << 62  # nothing is as large, and differences stay integers of 64 bits
 _ROUNDING = 1e-12  # relative; bits that were computed as 8 * bytes / weights must give the bytes back
 
 
@@ -94,7 +95,7 @@ class Budget:
         Attention takes its bit operations first, so that a limit may be negative.
         """
         bops = None if self.bops is None else self.bops - attention_bops
-        return np.array([limit for limit in (self.size_bytes, bops) if limit is not None], dtype=np.int64)
+        return np.array([min(limit, _NO_LIMIT) for limit in (self.size_bytes, bops) if limit is not None], np.int64)
 
     def sizes(self, cost: Cost | Variant) -> tuple[int, ...]:
         """What one option takes of each limited resource, [R]."""

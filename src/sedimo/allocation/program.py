@@ -72,7 +72,7 @@ def solve_highs(problem: Problem[object], unit: float, gap: float) -> Answer:
     """The integer programme by HiGHS (`scipy.optimize.milp`).
 
     Raises:
-        SedimoError: HiGHS fails with anything but infeasibility or its node limit.
+        SedimoError: HiGHS fails with anything but infeasibility, or reaches its node limit without a choice.
     """
     rows, columns = np.nonzero(np.isfinite(problem.cost))
     least = problem.cost.min(axis=1)
@@ -95,6 +95,11 @@ def solve_highs(problem: Problem[object], unit: float, gap: float) -> Answer:
     bound = result.mip_dual_bound
     total = math.fsum(least) + unit * float(bound) if bound is not None else -math.inf
     if result.x is None:
+        if result.status != _INFEASIBLE:
+            raise SedimoError(
+                f"the solver found no choice for {len(least)} decisions within {NODE_LIMIT} nodes, which does not "
+                "prove that there is none: loosen one of the budgets"
+            )
         return Answer(None, total)
     picked = np.full(problem.cost.shape, -1.0)
     picked[rows, columns] = result.x

@@ -171,12 +171,15 @@ def attribute(source: Bank | Probe | Study, method: str = "") -> SensitivityTabl
 def trials_of(study: Study, known: Known, objective: str = "") -> tuple[Trial, ...]:
     """The trials of whole recipes under the setting that has most of them, sorted by key.
 
+    Those of other weights, or measured smoothed or rounded otherwise than what is known, are left out.
+
     Raises:
         InputError: too few for a predictor.
     """
     by_setting: dict[str, list[Trial]] = {}
     for trial in study.trials():
-        if objective in ("", trial.setting.objective) and fits_space(trial, known.space):
+        is_of_these = known.digest in ("", trial.setting.weights_digest) and fits_space(trial, known.space)
+        if is_of_these and objective in ("", trial.setting.objective):
             by_setting.setdefault(trial.setting.key, []).append(trial)
     largest: Sequence[Trial] = max(by_setting.values(), key=len, default=())
     if len(largest) < MIN_RECIPES:

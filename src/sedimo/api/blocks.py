@@ -7,10 +7,21 @@ from pathlib import Path
 
 from sedimo.api.hybrid import BlocksResult, measure_hybrid
 from sedimo.api.keep_order import KeepOrder
+from sedimo.api.measuring import make_bank
 from sedimo.api.opening import open_pipeline
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, BudgetOrder, Compute, SamplingOrder
+from sedimo.api.order import (
+    DEFAULT_COMPUTE,
+    DEFAULT_SAMPLING,
+    DYNAMIC_ACTIVATIONS,
+    ActivationOrder,
+    BudgetOrder,
+    Compute,
+    SamplingOrder,
+)
 from sedimo.api.searching import Measuring
-from sedimo.bank import SILENT, Progress, fit_bank
+from sedimo.api.smooth_order import SmoothOrder
+from sedimo.api.smoothing import smooth_source
+from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import ObjectiveName
@@ -22,7 +33,7 @@ class BlocksOrder:
     """What to measure block by block, and by which one rule blocks stay at 16 bits; without a rule none do.
 
     `keep_db` keeps those whose protection gains so much [dB], `keep` so many, `bits` as many as the average paper bits
-    allow.
+    allow. With `smooth`, all of it is about the smoothed weights; `activations` say how inputs are rounded.
     """
 
     source: str
@@ -35,6 +46,8 @@ class BlocksOrder:
     variant: str | None = None
     sampling: SamplingOrder = DEFAULT_SAMPLING
     compute: Compute = DEFAULT_COMPUTE
+    activations: ActivationOrder = DYNAMIC_ACTIVATIONS
+    smooth: SmoothOrder | None = None
 
     def __post_init__(self) -> None:
         """Refuses a format that changes no weight, an objective without curves, several rules, and no numbers."""
@@ -58,15 +71,10 @@ def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksRes
         InputError: the source cannot be sampled, no layer can take the format, or a budget below all quantized.
         Interrupted: Ctrl-C; what was measured is kept.
     """
-    opened = open_pipeline(
-        order.source,
-        f"{order.number_format},fp16",
-        compute=order.compute,
-        variant=order.variant,
-        streams=False,  # one format for whole blocks: nothing is decided
-    )
+    opened = open_pipeline(order, f"{order.number_format},fp16", streams=False)  # nothing is decided on single layers
     with Study(order.store) as study:
-        bank = fit_bank(opened.weights, opened.space, cache=study.path.parent, progress=progress)
+        smooth_source(opened, study, progress)
+        bank = make_bank(opened, study, is_exact=True, progress=progress)
         searched, fresh = (
             Measuring.on(opened.pipe, bank, study, plan, objective=order.objective, progress=progress)
             for plan in (order.sampling.searching(opened.pipe), order.sampling.checking(opened.pipe))

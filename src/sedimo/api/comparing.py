@@ -17,7 +17,9 @@ from sedimo.api.opening import Opened, check_budget, open_source
 from sedimo.api.order import (
     DEFAULT_COMPUTE,
     DEFAULT_SAMPLING,
+    DYNAMIC_ACTIVATIONS,
     METHODS,
+    ActivationOrder,
     BudgetOrder,
     Compute,
     Order,
@@ -28,6 +30,8 @@ from sedimo.api.planning import MeasuredMethod
 from sedimo.api.predicting import refuse_other_space
 from sedimo.api.search_order import SearchOrder
 from sedimo.api.searching import Measuring, allocated, draw_around
+from sedimo.api.smooth_order import SmoothOrder
+from sedimo.api.smoothing import smooth_source
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
@@ -75,7 +79,8 @@ class CompareOrder:
     """Which methods at which paper bits, measured on `n_fresh` seeds; `n_trials` in three rounds are for `gnn`.
 
     Every budget has the limit `bops` of bit operations besides, if there is one; `ends` is the format of the first and
-    last layers in every recipe, None: they are decided on like the others; `streams` as in `Order`.
+    last layers in every recipe, None: they are decided on like the others; `streams` as in `Order`. With `smooth`,
+    everything is about the smoothed weights; `activations` say how inputs are rounded.
     """
 
     source: str
@@ -91,6 +96,8 @@ class CompareOrder:
     bops: BopsOrder | None = None
     ends: str | None = None
     streams: bool = True
+    activations: ActivationOrder = DYNAMIC_ACTIVATIONS
+    smooth: SmoothOrder | None = None
 
     def __post_init__(self) -> None:
         """Refuses unknown methods, budgets that no weight has, and too few seeds for an error bar."""
@@ -133,6 +140,8 @@ class CompareOrder:
             importance=importance_of(method),
             ends=self.ends,
             streams=self.streams,
+            activations=self.activations,
+            smooth=self.smooth,
         )
 
 
@@ -160,7 +169,7 @@ class Comparison:
     """All rows; `n_comparisons` paired differences were looked at, `notes` say what is missing or not as ordered.
 
     `costs` are those of finding a method's recipes at all budgets: what it used of measurements, each once, whoever
-    made them and whenever, and its own computing; the fits that all share are left out.
+    made them and whenever, and its own computing; fits, smoothing and calibration, which all share, are left out.
 
     `agreement` is Kendall's tau between operations' costs by each method's table and by the measured ablation, at the
     formats nearest to the middle budget.
@@ -219,7 +228,9 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
     """
     opened = open_source(order.job(REFERENCE, min(order.bits)))
     with Study(order.store) as study:
-        bank = make_bank(opened, study, is_exact=True, progress=progress)
+        with study.ledger() as shared:
+            smooth_source(opened, study, progress)
+            bank = make_bank(opened, study, is_exact=True, progress=progress)
         opened.space = bank.space
         _refuse_impossible(order, bank.space, study)
         plan = opened.order.sampling.checking(opened.pipe)  # the same for all methods and budgets
@@ -237,10 +248,13 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
         seeds=f"{plan.seeds[0]} to {plan.seeds[-1]}",
         n_steps=plan.n_steps,
         rows=tuple(rows),
-        costs={method: _cost([e for (m, _), e in entries.items() if m == method]) for method in order.in_order},
+        costs={m: _cost([e for (name, _), e in entries.items() if name == m], shared) for m in order.in_order},
         n_comparisons=sum(row.ahead is not None for row in rows),
         agreement=agreement(tables, middle),
-        notes=tuple(f"{m} at {b:g} bits: {note}" for (m, b), e in entries.items() for note in e.decided.notes),
+        notes=(
+            *opened.rules,
+            *(f"{m} at {b:g} bits: {note}" for (m, b), e in entries.items() for note in e.decided.notes),
+        ),
     )
 
 
@@ -359,7 +373,7 @@ def _reference(methods: Sequence[str]) -> str:
     return next((m for m in methods if m != UNIFORM), UNIFORM)
 
 
-def _cost(entries: Sequence[_Entry]) -> Spent:
-    """What a method took at all budgets."""
-    measured = add_up(entry.used for entry in entries)
+def _cost(entries: Sequence[_Entry], shared: Ledger) -> Spent:
+    """What a method took at all budgets, without what all share."""
+    measured = add_up(entry.used.without(shared) for entry in entries)
     return replace(measured, seconds=measured.seconds + sum(entry.own_seconds for entry in entries))

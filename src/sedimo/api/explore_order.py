@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from sedimo.api.order import DEFAULT_COMPUTE, DEFAULT_SAMPLING, Compute, SamplingOrder, refuse_blind
+from sedimo.api.order import (
+    DEFAULT_COMPUTE,
+    DEFAULT_SAMPLING,
+    DYNAMIC_ACTIVATIONS,
+    ActivationOrder,
+    Compute,
+    SamplingOrder,
+    refuse_blind,
+)
 from sedimo.api.search_order import check_study
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.errors import InputError
 from sedimo.measurement.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
 from sedimo.measurement.objective import MIN_IMAGES
@@ -29,7 +38,8 @@ class ExploreOrder:
     Recipe i is a function of (`study_seed`, i), of the formats and the sampler; the seeds of `sampling` are those of
     the samples. Every recipe is measured by each of the `objectives`. `workers` is for the executor `process`. The
     `prior` is measured first, for the predictors that are trained on the study. `ends` is the format of the first and
-    last layers, None: they vary like the others. With `streams`, those of a layer's input vary by themselves.
+    last layers, None: they vary like the others. With `streams`, those of a layer's input vary by themselves. With
+    `smooth`, all of it is about the smoothed weights; `activations` say how inputs are rounded.
     """
 
     source: str
@@ -49,6 +59,8 @@ class ExploreOrder:
     prior: str = "jacobian"
     ends: str | None = None
     streams: bool = True
+    activations: ActivationOrder = DYNAMIC_ACTIVATIONS
+    smooth: SmoothOrder | None = None
 
     def __post_init__(self) -> None:
         """Refuses what can be seen to be senseless before the source is opened.

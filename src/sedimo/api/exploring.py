@@ -15,10 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from sedimo.api.explore_order import EXPLORATION, GRAPH, SOURCE, SPACE, ExploreOrder
-from sedimo.api.opening import OpenedSource, open_pipeline
-from sedimo.api.order import Compute
+from sedimo.api.measuring import make_bank
+from sedimo.api.opening import OpenedSource, load_stored, open_pipeline
+from sedimo.api.order import DYNAMIC_ACTIVATIONS, ActivationOrder, Compute
 from sedimo.api.planning import cost_of_prior, seconds_per_fit
 from sedimo.api.predicting import PRIOR, know
+from sedimo.api.smooth_order import SmoothOrder
+from sedimo.api.smoothing import smooth_source, smooth_stored
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.codec import to_plain
 from sedimo.errors import InputError, StateError
@@ -26,13 +29,15 @@ from sedimo.measurement import campaign
 from sedimo.measurement.executors import Executor, MakeWorker, ProcessExecutor, SerialExecutor
 from sedimo.measurement.exploration import Exploration
 from sedimo.measurement.images import Features, compare_distributions, draw_latents_and_features
+from sedimo.measurement.smoothing import Smoothing, smooth_weights
 from sedimo.measurement.study import FILE_NAME, Study
 from sedimo.measurement.trial import ObjectiveName, Setting, Trial
 from sedimo.measurement.worker import CallTiming, TrialWorker, setting_of, time_calls
-from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import FileWeights, denoiser_folder
+from sedimo.quant.activations import DYNAMIC, Activations
 from sedimo.quant.memory import memory_bytes
 from sedimo.space import SearchSpace
 
@@ -44,7 +49,8 @@ _BYTES_OF_A_FIT = 1_000  # names, sums and a row
 class ExploredSource:
     """What the trials of an explored study are about; `source` is how it was named last.
 
-    `ends` is the format of the first and last layers, empty where they vary like the others.
+    `ends` is the format of the first and last layers, empty where they vary like the others. `weights_digest` is that
+    of the files; `digest` names the weights as smoothed and the rules for activations, as trials do; empty: the same.
     """
 
     source: str
@@ -52,6 +58,9 @@ class ExploredSource:
     weights_digest: str
     formats: tuple[str, ...]
     ends: str = ""
+    smooth: SmoothOrder | None = None
+    activations: ActivationOrder | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +152,28 @@ def explore_source(order: ExploreOrder, progress: Progress = SILENT) -> ExploreR
     """
     begin = time.monotonic()
     opened = open_for_exploring(order)
-    sampling, settings = settings_of(opened, order)
     with Study(order.store) as study:
         refuse_other_study(study, opened, order)
-        bank = fit_bank(opened.weights, opened.space, cache=study.path.parent, progress=progress)
-        _keep_records(study, opened, bank.space, order)
+        files_digest = opened.weights.digest
+        smooth_source(opened, study, progress)
+        bank = make_bank(opened, study, is_exact=True, progress=progress)
+        sampling, settings = settings_of(opened, order, bank.digest)
+        _keep_records(study, opened, bank, order, files_digest)
         on_prior = sampling.first(MAX_PRIOR_SAMPLES)
         know(opened.pipe, opened.graph, bank, study, prior=order.prior, sampling=on_prior, progress=progress)
         n_before, measuring = len(study.trial_keys()), time.monotonic()
         trials: list[Trial] = []
         for objective, setting in settings.items():
             wanted = WorkerOrder(
-                opened.folder, order.compute, order.variant, bank.space, study.path.parent, sampling, objective
+                folder=opened.folder,
+                compute=order.compute,
+                variant=order.variant,
+                space=bank.space,
+                cache=study.path.parent,
+                sampling=sampling,
+                objective=objective,
+                smoothing=opened.smoothing,
+                activations=bank.activations,
             )
             trials += campaign.explore(
                 study,
@@ -181,14 +200,7 @@ def open_for_exploring(order: ExploreOrder) -> OpenedSource:
     Raises:
         InputError: see `explore_source`.
     """
-    opened = open_pipeline(
-        order.source,
-        order.formats,
-        compute=order.compute,
-        variant=order.variant,
-        ends=order.ends,
-        streams=order.streams,
-    )
+    opened = open_pipeline(order, order.formats, ends=order.ends, streams=order.streams)
     if order.store.resolve().is_relative_to(opened.folder.resolve()):
         raise InputError(f"the study {order.store} must not lie in the source {opened.folder}")
     order.exploration(opened.space)
@@ -198,16 +210,18 @@ def open_for_exploring(order: ExploreOrder) -> OpenedSource:
     return opened
 
 
-def settings_of(opened: OpenedSource, order: ExploreOrder) -> tuple[Sampling, dict[ObjectiveName, Setting]]:
-    """How recipes are sampled, and the setting of each objective's trials."""
-    sampling, digest = order.sampling.searching(opened.pipe), opened.weights.digest
+def settings_of(
+    opened: OpenedSource, order: ExploreOrder, digest: str
+) -> tuple[Sampling, dict[ObjectiveName, Setting]]:
+    """How recipes are sampled, and the setting of each objective's trials; `digest` is that of the bank."""
+    sampling = order.sampling.searching(opened.pipe)
     return sampling, {
         name: setting_of(opened.pipe, sampling, weights_digest=digest, objective=name) for name in order.objectives
     }
 
 
 def _plan(opened: OpenedSource, order: ExploreOrder, study: Study | None) -> ExplorationPlan:
-    sampling, settings = settings_of(opened, order)
+    sampling, settings = settings_of(opened, order, _digest_of_trials(opened, study))
     is_fitted = study is not None and SPACE in study.record_names()
     space = study.record(SearchSpace, SPACE) if study is not None and is_fitted else opened.space
     exploration = order.exploration(space)
@@ -246,6 +260,13 @@ def _plan(opened: OpenedSource, order: ExploreOrder, study: Study | None) -> Exp
     )
 
 
+def _digest_of_trials(opened: OpenedSource, study: Study | None) -> str:
+    """What names the trials of a study that was begun with this order; before that, nothing has been measured."""
+    is_begun = study is not None and SOURCE in study.record_names()
+    begun = study.record(ExploredSource, SOURCE).digest if study is not None and is_begun else ""
+    return begun or opened.weights.digest
+
+
 def _seconds_of_images(pipe: DiffusersPipeline, sampling: Sampling, timing: CallTiming) -> float:
     """What a trial's images and their comparison take besides the denoiser: one batch timed, and one comparison [s]."""
     n, first = len(sampling.seeds), sampling.seeds[: sampling.batch_size]
@@ -273,7 +294,7 @@ def refuse_other_study(study: Study, opened: OpenedSource, order: ExploreOrder) 
     """Refuses a study that was begun otherwise, saying in what; before anything is fitted.
 
     Raises:
-        StateError: other weights, formats, seed, sampler or range of bits.
+        StateError: other weights, formats, smoothing, rules for activations, seed, sampler or range of bits.
     """
     names = study.record_names()
     pairs: list[tuple[str, object, object]] = []
@@ -282,6 +303,8 @@ def refuse_other_study(study: Study, opened: OpenedSource, order: ExploreOrder) 
         pairs.append(("weights", source.weights_digest[:12], opened.weights.digest[:12]))
         pairs.append(("formats", ",".join(source.formats), ",".join(order.format_texts)))
         pairs.append(("ends", source.ends or None, order.ends))
+        pairs.append(("smoothing", source.smooth, order.smooth))
+        pairs.append(("activations", source.activations or DYNAMIC_ACTIVATIONS, order.activations))
     if EXPLORATION in names:
         begun = study.record(Exploration, EXPLORATION)
         pairs.append(("study seed", begun.seed, order.study_seed))
@@ -301,14 +324,13 @@ def _shown(value: object) -> str:
     return "unset" if value is None else str(value)
 
 
-def _keep_records(study: Study, opened: OpenedSource, space: SearchSpace, order: ExploreOrder) -> None:
+def _keep_records(study: Study, opened: OpenedSource, bank: Bank, order: ExploreOrder, files_digest: str) -> None:
     """What later stages need to know of the trials."""
-    study.claim(EXPLORATION, order.exploration(space))
-    study.put_record(SPACE, space)
+    study.claim(EXPLORATION, order.exploration(bank.space))
+    study.put_record(SPACE, bank.space)
     study.put_record(GRAPH, opened.graph)
-    digest = opened.weights.digest
-    source = ExploredSource(order.source, order.variant, digest, order.format_texts, order.ends or "")
-    study.put_record(SOURCE, source)
+    about = (order.source, order.variant, files_digest, order.format_texts, order.ends or "")
+    study.put_record(SOURCE, ExploredSource(*about, order.smooth, order.activations, bank.digest))
 
 
 def _executor(order: ExploreOrder) -> Executor:
@@ -317,7 +339,10 @@ def _executor(order: ExploreOrder) -> Executor:
 
 @dataclass(frozen=True, slots=True)
 class WorkerOrder:
-    """What a process of its own needs to know to become a worker; the bank is in the folder `cache` already."""
+    """What a process of its own needs to know to become a worker; the bank is in the folder `cache` already.
+
+    It smooths its pipeline and its weights as the driver did, and rounds activations by the driver's ranges.
+    """
 
     folder: Path
     compute: Compute
@@ -326,6 +351,8 @@ class WorkerOrder:
     cache: Path
     sampling: Sampling
     objective: ObjectiveName
+    smoothing: Smoothing | None = None
+    activations: Activations = DYNAMIC
 
 
 def make_worker(order: WorkerOrder) -> TrialWorker:
@@ -338,8 +365,11 @@ def make_worker(order: WorkerOrder) -> TrialWorker:
     pipe = load_pipeline(order.folder, device=compute.device, dtype=compute.dtype, variant=order.variant)
     if not isinstance(pipe, DiffusersPipeline):
         raise InputError(f"{order.folder} is a denoiser without its pipeline and cannot be sampled")
-    weights = FileWeights(denoiser_folder(order.folder), order.variant)
-    bank = fit_bank(weights, order.space, cache=order.cache)
+    weights: WeightSource = FileWeights(denoiser_folder(order.folder), order.variant)
+    if order.smoothing is not None:
+        smooth_weights(pipe.denoiser, order.smoothing)
+        weights, _ = smooth_stored(load_stored(order.folder, order.variant)[1].denoiser, order.smoothing)
+    bank = fit_bank(weights, order.space, cache=order.cache).rounding(order.activations)
     return TrialWorker(pipe, bank, order.sampling, objective=order.objective)
 
 

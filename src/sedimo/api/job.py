@@ -164,8 +164,7 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     order.check_places(opened.folder)
     with Study(_required(order.study_folder)) as study:
         method = _kept_plan(opened, study)
-        if order.smooth is not None:
-            opened.smoothing = smooth_source(opened, order.smooth, study, progress)
+        smooth_source(opened, study, progress)
         measured, allocation = _decide(opened, method, study, progress)
         bank, table = measured.bank, measured.table
         opened.space = bank.space  # without formats that a weight does not fit into

@@ -10,7 +10,7 @@ from sedimo.allocation.problem import Allocation, read_budget
 from sedimo.api.explaining import Seeds, explain
 from sedimo.api.finals import hold_finals
 from sedimo.api.hybrid import BlocksResult, measure_hybrid
-from sedimo.api.opening import Opened
+from sedimo.api.opening import Opened, OpenedSource
 from sedimo.api.planning import FITTED, N_SCALING_CHECKS, PARTS, SAMPLE_CHANNELS, MeasuredMethod, ablation_options
 from sedimo.api.predicting import know
 from sedimo.api.probing import LEAST_SAMPLES, Probe, ProbeMethod, attribute_measured, measure_probes, probe
@@ -61,7 +61,7 @@ def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress
     return MeasuredTable(bank, table, scaling, probes=tuple(probes))
 
 
-def make_bank(opened: Opened, study: Study, *, is_exact: bool, progress: Progress = SILENT) -> Bank:
+def make_bank(opened: OpenedSource, study: Study, *, is_exact: bool, progress: Progress = SILENT) -> Bank:
     """All candidates: fitted in full, or with errors estimated from some output channels; activations as ordered."""
     channels, cache = None if is_exact else SAMPLE_CHANNELS, study.path.parent
     bank = fit_bank(opened.weights, opened.space, sample_channels=channels, cache=cache, progress=progress)
@@ -69,7 +69,9 @@ def make_bank(opened: Opened, study: Study, *, is_exact: bool, progress: Progres
     return bank.rounding(_rules(opened, widths, study, progress)) if widths else bank
 
 
-def _rules(opened: Opened, widths: Mapping[str, Collection[int]], study: Study, progress: Progress) -> Activations:
+def _rules(
+    opened: OpenedSource, widths: Mapping[str, Collection[int]], study: Study, progress: Progress
+) -> Activations:
     wanted = opened.order.activations
     if wanted.calibration is None:
         return Activations(wanted.symmetric)

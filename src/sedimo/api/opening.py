@@ -6,13 +6,15 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
 
 from sedimo.allocation.solve import allocate
 from sedimo.api import verbs
-from sedimo.api.order import Compute, Order
+from sedimo.api.order import DYNAMIC_ACTIVATIONS, ActivationOrder, Compute, Order, SamplingOrder
+from sedimo.api.smooth_order import SmoothOrder
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
@@ -21,7 +23,7 @@ from sedimo.pipelines.adapter import WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, refuse_endless, stored_dtype
-from sedimo.quant.formats import Format
+from sedimo.quant.formats import Format, parse_formats
 from sedimo.sensitivity.costs import EXACTLY_NOTHING, build_table
 from sedimo.space import SearchSpace, search_space
 
@@ -30,9 +32,40 @@ logger = logging.getLogger(__name__)
 MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
 
 
+class SourceOrder(Protocol):
+    """What every order says of its source: which, computed how, sampled how, smoothed and with inputs rounded how."""
+
+    @property
+    def source(self) -> str:
+        """A folder, a hub id or `zoo:NAME`."""
+
+    @property
+    def variant(self) -> str | None:
+        """The `fp16` of `*.fp16.safetensors`."""
+
+    @property
+    def compute(self) -> Compute:
+        """Dtype and device."""
+
+    @property
+    def sampling(self) -> SamplingOrder:
+        """The samples that everything is measured on, ranges included."""
+
+    @property
+    def activations(self) -> ActivationOrder:
+        """How the inputs of layers are rounded."""
+
+    @property
+    def smooth(self) -> SmoothOrder | None:
+        """How inputs are smoothed beforehand, if at all."""
+
+
 @dataclass(kw_only=True)
 class OpenedSource:
-    """A source made ready. The whole pipeline is loaded when it is first needed."""
+    """A source made ready for an order. The whole pipeline is loaded when it is first needed.
+
+    Once it is smoothed, `smoothing` says how; `denoiser`, `weights` and `pipe` are then the smoothed ones.
+    """
 
     name: str
     folder: Path
@@ -43,6 +76,8 @@ class OpenedSource:
     weights: WeightSource
     compute: Compute
     variant: str | None
+    order: SourceOrder
+    smoothing: Smoothing | None = None
     _pipe: DiffusersPipeline | None = field(default=None)
 
     @property
@@ -76,6 +111,13 @@ class OpenedSource:
         return self._pipe
 
     @property
+    def rules(self) -> tuple[str, ...]:
+        """How it was smoothed and how its inputs are rounded, in words, where that is not the default."""
+        smoothed = () if self.smoothing is None else (str(self.smoothing),)
+        rounded = self.order.activations
+        return (*smoothed, *(() if rounded == DYNAMIC_ACTIVATIONS else (f"activations: {rounded}",)))
+
+    @property
     def loaded_bytes(self) -> int:
         """About what the loaded pipeline takes [bytes]."""
         files = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
@@ -98,7 +140,6 @@ class Opened(OpenedSource):
     """A source made ready for an order of the main job."""
 
     order: Order
-    smoothing: Smoothing | None = None
 
 
 def open_source(order: Order) -> Opened:
@@ -114,38 +155,30 @@ def open_source(order: Order) -> Opened:
     if order.recipe is not None:
         formats = ",".join(sorted({str(f) for f in order.recipe.formats} | {"fp16"}))
         streams = [layer for layer, entry in order.recipe.layers.items() if not isinstance(entry, Format)]
-    found = open_pipeline(
-        order.source, formats, compute=order.compute, variant=order.variant, ends=order.ends, streams=streams
-    )
+    found = open_pipeline(order, formats, ends=order.ends, streams=streams)
     if order.recipe is not None:
         found.space.check(order.recipe)
     check_budget(order, found.space)
-    return Opened(order=order, **vars(found))
+    return Opened(**{**vars(found), "order": order})
 
 
 def open_pipeline(
-    source: str,
-    formats: str,
-    *,
-    compute: Compute,
-    variant: str | None = None,
-    ends: str | None = None,
-    streams: bool | Collection[str] = True,
+    order: SourceOrder, formats: str, *, ends: str | None = None, streams: bool | Collection[str] = True
 ) -> OpenedSource:
     """Loads the denoiser in the dtype that it is stored in, and traces it; no budget is needed.
 
     What is decided on follows from formats, `ends` and `streams` (see `search_space`).
 
     Raises:
-        InputError: the source cannot be used, is quantized already, holds NaN, or its inputs are unknown.
+        InputError: the source cannot be used, is quantized already, holds NaN, or its inputs are unknown; or rules for
+            activations that no format rounds.
         StateError: a damaged file.
     """
-    name, folder = locate(source, variant)
-    inner = denoiser_folder(folder)
-    weights = FileWeights(inner, variant)
-    bare = load_pipeline(str(inner), device="cpu", dtype=stored_dtype(weights.files), variant=variant)
+    order.activations.refuse_idle([*parse_formats(formats), *([] if ends is None else [Format.parse(ends)])])
+    name, folder = locate(order.source, order.variant)
+    weights, bare = load_stored(folder, order.variant)
     refuse_endless(bare.denoiser)
-    graph = _traced(bare, folder, compute=compute, variant=variant)
+    graph = _traced(bare, folder, compute=order.compute, variant=order.variant)
     return OpenedSource(
         name=name,
         folder=folder,
@@ -154,9 +187,17 @@ def open_pipeline(
         space=search_space(graph, formats, ends=ends, streams=streams),
         files=weights,
         weights=weights,
-        compute=compute,
-        variant=variant,
+        compute=order.compute,
+        variant=order.variant,
+        order=order,
     )
+
+
+def load_stored(folder: Path, variant: str | None) -> tuple[FileWeights, verbs.Loaded]:
+    """The files of a folder's denoiser, and the denoiser alone in the dtype that they have, on the CPU."""
+    inner = denoiser_folder(folder)
+    weights = FileWeights(inner, variant)
+    return weights, load_pipeline(str(inner), device="cpu", dtype=stored_dtype(weights.files), variant=variant)
 
 
 def check_budget(order: Order, space: SearchSpace) -> None:

@@ -17,7 +17,7 @@ from sedimo.measurement.calibration import CalibrationOptions
 from sedimo.measurement.reconstruction import ReconstructionOptions
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.quant.formats import Format, parse_formats
+from sedimo.quant.formats import FULL_BITS, Format, parse_formats
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions
 from sedimo.space import Recipe
 
@@ -179,6 +179,28 @@ class ActivationOrder:
         """Refuses calibration on nothing."""
         if self.n_samples < 1:
             raise InputError(f"ranges are calibrated on at least one sample, got {self.n_samples}")
+
+    def refuse_idle(self, formats: Iterable[Format]) -> None:
+        """Refuses rules for activations where no format rounds any.
+
+        Raises:
+            InputError: saying what to add.
+        """
+        is_default = not self.symmetric and self.calibration is None
+        if not is_default and all(f.activation_bits == FULL_BITS for f in formats):
+            raise InputError(
+                f"activations are to be {self}, but no format has activation bits. Add --act a8, or write formats such "
+                "as uaq4a8; or leave out --act-ranges and --act-symmetric"
+            )
+
+    def __str__(self) -> str:
+        """For people."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        if self.calibration is None:
+            return f"{kind}, by each token's or image's own range"
+        how = self.calibration
+        steps = f"{how.n_steps or 'all'} steps" + (", for each of them" if how.by_timestep else "")
+        return f"{kind}, static ranges by {how.method} at {steps}"
 
 
 DEFAULT_COMPUTE = Compute()

@@ -51,13 +51,14 @@ class Known:
     """What is known of a model before recipes are measured.
 
     `graph` has a node for each decision; `candidates` are those of a bank by (decision, format); `tables` sensitivities
-    by method, that of the prior first.
+    by method, that of the prior first. `digest` is that of the bank, empty where an older version kept none.
     """
 
     graph: DenoiserGraph
     space: SearchSpace
     candidates: Mapping[tuple[str, Format], Candidate]
     tables: Mapping[str, SensitivityTable]
+    digest: str = ""
 
     @property
     def choices(self) -> Choices:
@@ -80,6 +81,7 @@ class KeptCandidates:
     """The candidates of a bank as a record of a study."""
 
     candidates: tuple[Candidate, ...]
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,9 @@ def know(
         tables = {name: found, **tables}
     study.put_record(GRAPH, graph)
     study.put_record(SPACE, bank.space)
-    study.put_record(CANDIDATES, KeptCandidates(bank.candidates))
+    study.put_record(CANDIDATES, KeptCandidates(bank.candidates, bank.digest))
     study.put_record(PRIOR, tables[prior])
-    return Known(split_streams(graph, bank.space), bank.space, bank.index, tables)
+    return Known(split_streams(graph, bank.space), bank.space, bank.index, tables, bank.digest)
 
 
 def refuse_other_space(study: Study, space: SearchSpace) -> None:
@@ -145,10 +147,12 @@ def recall(study: Study) -> Known:
         InputError: the study has no such records: it was not made by `sedimo explore` or `sedimo run`.
     """
     graph, space = study.record(DenoiserGraph, GRAPH), study.record(SearchSpace, SPACE)
-    candidates = {(c.decision, c.format): c for c in study.record(KeptCandidates, CANDIDATES).candidates}
+    kept = study.record(KeptCandidates, CANDIDATES)
+    candidates = {(c.decision, c.format): c for c in kept.candidates}
     prior = study.record(SensitivityTable, PRIOR)
     error = error_table(space, candidates.values())
-    return Known(split_streams(graph, space), space, candidates, {prior.method: prior, "error": error})
+    tables = {prior.method: prior, "error": error}
+    return Known(split_streams(graph, space), space, candidates, tables, kept.digest)
 
 
 def measures_of(trial: Trial, space: SearchSpace) -> dict[str, float]:

@@ -27,6 +27,11 @@ class SmoothOrder:
         if not 0 < self.share <= 1:
             raise InputError(f"the share of smoothed layers must lie in 0..1 and not be 0, got {self.share}")
 
+    def __str__(self) -> str:
+        """For people."""
+        which = ", ".join(self.layers) or f"{self.share:g} of the layers"
+        return f"alpha {self.alpha:g} on {which}"
+
     @property
     def is_given(self) -> bool:
         """Whether the layers need not be ranked."""

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from sedimo.api.opening import Opened
+from sedimo.api.opening import OpenedSource
 from sedimo.api.probing import LEAST_SAMPLES
 from sedimo.api.smooth_order import DEFAULT_SMOOTHING, SmoothOrder
 from sedimo.api.verbs import captured_inputs, trace, weights_of
@@ -61,22 +62,25 @@ def smooth(
     return found
 
 
-def smooth_source(opened: Opened, order: SmoothOrder, study: Study, progress: Progress = SILENT) -> Smoothing:
-    """Smooths what an order is about, in place: the pipeline that is measured and the weights that are packed.
+def smooth_source(opened: OpenedSource, study: Study, progress: Progress = SILENT) -> None:
+    """Smooths a source if its order says so, in place: the pipeline that is measured and the weights that are packed.
 
-    Both get the same powers of two, so that what is measured is what is written. The plan is kept in the study.
+    To be done before a bank is made. Both get the same powers of two, so that what is measured is what is written. The
+    plan is kept in the study.
 
     Raises:
         InputError: the pipeline cannot be sampled.
         StateError: as `smooth`.
     """
-    (found,) = plan_source(opened, [order], study, progress)
+    if opened.order.smooth is None:
+        return
+    (found,) = plan_source(opened, [opened.order.smooth], study, progress)
     smooth_opened(opened, found)
-    return found
+    opened.smoothing = found
 
 
 def plan_source(
-    opened: Opened, orders: Sequence[SmoothOrder], study: Study, progress: Progress = SILENT
+    opened: OpenedSource, orders: Sequence[SmoothOrder], study: Study, progress: Progress = SILENT
 ) -> tuple[Smoothing, ...]:
     """How orders that differ in alpha alone smooth what a source is about; ranges are measured once, plans are kept.
 
@@ -98,7 +102,7 @@ def plan_source(
     return tuple(study.record(Smoothing, name) for name in names)
 
 
-def smooth_opened(opened: Opened, found: Smoothing) -> Callable[[], None]:
+def smooth_opened(opened: OpenedSource, found: Smoothing) -> Callable[[], None]:
     """Smooths the pipeline and the weights of a source in place; the result gives both back bit-exactly.
 
     Raises:
@@ -106,8 +110,9 @@ def smooth_opened(opened: Opened, found: Smoothing) -> Callable[[], None]:
     """
     weights = opened.weights
     undo = [apply_smoothing(opened.pipe, found, _ranges_plan(opened))]
-    undo.append(smooth_weights(opened.denoiser, found, widen=True))
-    opened.weights = ModuleWeights(opened.denoiser)
+    smoothed, restore_stored = smooth_stored(opened.denoiser, found)
+    undo.append(restore_stored)
+    opened.weights = smoothed
 
     def restore() -> None:
         for one in undo:
@@ -115,6 +120,12 @@ def smooth_opened(opened: Opened, found: Smoothing) -> Callable[[], None]:
         opened.weights = weights
 
     return restore
+
+
+def smooth_stored(denoiser: nn.Module, found: Smoothing) -> tuple[ModuleWeights, Callable[[], None]]:
+    """Smooths a denoiser in the dtype that it is stored in, in place: the weights to pack, and what undoes it."""
+    restore = smooth_weights(denoiser, found, widen=True)
+    return ModuleWeights(denoiser), restore
 
 
 def measure_smoothing(
@@ -156,17 +167,18 @@ def apply_smoothing(pipe: DiffusersPipeline, smoothing: Smoothing, sampling: Sam
     restore = smooth_weights(pipe.denoiser, smoothing)
     with torch.no_grad():
         for call in calls:
-            change = (replay(pipe.denoiser, call) - call.output).double().norm() / call.output.double().norm()
-            if not float(change) <= _TOLERANCES.get(pipe.dtype, _COARSE_TOLERANCE):
+            before = call.output.double()
+            change, size = (float(x.norm()) for x in (replay(pipe.denoiser, call).double() - before, before))
+            if not change <= _TOLERANCES.get(pipe.dtype, _COARSE_TOLERANCE) * size:  # nothing but zeros stay zeros
                 restore()
                 raise StateError(
-                    f"smoothing changed the output of {pipe.name} by {float(change):.1e} of it: its calls are not as "
-                    "they were traced. Leave smoothing out, and report this denoiser"
+                    f"smoothing changed the output of {pipe.name}, of norm {size:.3g}, by {change:.1e}: its calls are "
+                    "not as they were traced. Leave smoothing out, and report this denoiser"
                 )
     return restore
 
 
-def _ranges_plan(opened: Opened) -> Sampling:
+def _ranges_plan(opened: OpenedSource) -> Sampling:
     """The samples that ranges and the ranking of layers come from."""
     return opened.order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES["sqnr"])
 

@@ -152,7 +152,10 @@ def _schedulers(work: _Work) -> Sweep:
     made: dict[str, object] = {}
     for name in work.order.texts:
         try:
-            made[name] = scheduler_named(pipeline, name, plan.n_steps)
+            scheduler = scheduler_named(pipeline, name, plan.n_steps)
+            with scheduled(pipeline, scheduler):
+                work.opened.pipe.sample(replace(plan.first(1), n_steps=1))  # some steps lack arguments
+            made[name] = scheduler
         except InputError as error:
             notes.append(f"left out: {error}")
     if len(made) < 2:

@@ -145,9 +145,7 @@ def smoothing_options(command: Command) -> Command:
         click.option(
             "--smooth-share",
             type=float,
-            default=0.1,
-            show_default=True,
-            help="Share of the layers to smooth, most sensitive first; 1 for all.",
+            help="Share of the layers to smooth, most sensitive first; 1 for all; default: 0.1.",
         ),
         click.option(
             "--smooth",

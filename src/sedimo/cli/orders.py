@@ -24,7 +24,7 @@ from sedimo.api.order import (
     SamplingOrder,
 )
 from sedimo.api.search_order import SearchOrder
-from sedimo.api.smooth_order import SmoothOrder
+from sedimo.api.smooth_order import DEFAULT_SHARE, SmoothOrder
 from sedimo.api.sweep_order import SweepOrder
 from sedimo.errors import InputError
 from sedimo.measurement.calibration import CalibrationOptions
@@ -64,9 +64,15 @@ def order_of(options: Mapping[str, Any]) -> Order:
 
 
 def smooth_order_of(options: Mapping[str, Any]) -> SmoothOrder | None:
-    """How to smooth, if at all."""
-    alpha = options["smooth"]
-    return None if alpha is None else SmoothOrder(alpha, options["smooth_share"])
+    """How to smooth, if at all.
+
+    Raises:
+        InputError: a share without `--smooth`.
+    """
+    alpha, share = options["smooth"], options["smooth_share"]
+    if alpha is None and share is not None:
+        raise InputError("--smooth-share says which layers to smooth: give --smooth 0.7, too")
+    return None if alpha is None else SmoothOrder(alpha, DEFAULT_SHARE if share is None else share)
 
 
 def reconstruction_of(options: Mapping[str, Any]) -> ReconstructionOptions | None:
@@ -90,9 +96,15 @@ def importance_of(options: Mapping[str, Any]) -> ImportanceOptions:
 
 
 def activations_of(options: Mapping[str, Any]) -> ActivationOrder:
-    """How activations are rounded."""
+    """How activations are rounded.
+
+    Raises:
+        InputError: what belongs to static ranges, without them.
+    """
     method, symmetric = options["act_ranges"], options["act_symmetric"]
     if method == "dynamic":
+        if options["act_steps"] or options["act_by_timestep"]:
+            raise InputError("--act-steps and --act-by-timestep are for static ranges: give --act-ranges min-max, too")
         return ActivationOrder(symmetric)
     chosen = CalibrationOptions(
         method, options["act_steps"], symmetric=symmetric, by_timestep=options["act_by_timestep"]
@@ -125,6 +137,8 @@ def explore_order_of(options: Mapping[str, Any]) -> ExploreOrder:
         compute=compute_of(options),
         variant=options["variant"],
         executor=options["executor"],
+        activations=activations_of(options),
+        smooth=smooth_order_of(options),
         workers=options["workers"],
     )
 
@@ -137,6 +151,8 @@ def blocks_order_of(options: Mapping[str, Any]) -> BlocksOrder:
         number_format=Format.parse(options["number_format"]),
         sampling=sampling_of(options),
         compute=compute_of(options),
+        activations=activations_of(options),
+        smooth=smooth_order_of(options),
     )
 
 
@@ -153,16 +169,20 @@ def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
         methods=methods,
         sampling=sampling_of(options),
         compute=compute_of(options),
+        activations=activations_of(options),
+        smooth=smooth_order_of(options),
     )
 
 
 def sweep_order_of(options: Mapping[str, Any]) -> SweepOrder:
     """The order of `sedimo sweep`."""
     names = ("question", "source", "store", "signal", "variant")
-    number_format = options["number_format"]
+    number_format, values = options["number_format"], tuple(_parts(options["values"]))
+    if options["values"] and not values:
+        raise InputError(f"--values are separated by commas, such as 1,2,5; got {options['values']!r}")
     return SweepOrder(
         **{name: options[name] for name in names},
-        values=tuple(_parts(options["values"])),
+        values=values,
         number_format=None if number_format is None else Format.parse(number_format),
         activations=activations_of(options),
         share=options["smooth_share"],

@@ -81,6 +81,8 @@ def attribute(run: Path, as_json: bool, method: str, **options: object) -> None:
 @click.option("--bits", type=float, help="Keep as many blocks at 16 bits as so many paper bits per weight allow.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the recipe.")
 @click.option("--page", type=click.Path(dir_okay=False, path_type=Path), help="File for a page with both curves.")
+@activation_options
+@smoothing_options
 @click.option("--variant", help="Variant of the source's weights, such as fp16.")
 @sampling_options
 @json_option
@@ -111,6 +113,8 @@ def blocks(as_json: bool, out: Path | None, page: Path | None, **options: object
 @click.option("--methods", default="all", show_default=True, help="all, or some of them, separated by commas.")
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 @format_options
+@activation_options
+@smoothing_options
 @click.option("--fresh", "n_fresh", default=64, show_default=True, help="Fresh seeds that every recipe is measured on.")
 @click.option("--trials", "n_trials", default=120, show_default=True, help="Measured recipes of gnn, per budget.")
 @click.option("--variant", help="Variant of the source's weights, such as fp16.")

@@ -71,10 +71,10 @@ def blocks(found: BlocksResult) -> None:
         for row in found.rows
     ]
     print_table(f"{found.number_format}, SQNR of blocks", columns, rows)
-    click.echo(f"all blocks at {found.number_format}: {_with_error(found.everything)} dB")
+    click.echo(f"all blocks at {found.number_format}: {_with_error(found.everything, unit=' dB')}")
     if found.hybrid is not None and found.hybrid_gain is not None:
         click.echo(
-            f"hybrid, {found.paper_bits:.3f} paper bits: {_with_error(found.hybrid)} dB on fresh seeds, "
+            f"hybrid, {found.paper_bits:.3f} paper bits: {_with_error(found.hybrid, unit=' dB')} on fresh seeds, "
             f"{_signed(found.hybrid_gain)} against all blocks at {found.number_format}"
         )
 
@@ -138,7 +138,8 @@ def sweep(found: Sweep) -> None:
         print_table(title, ("", "against", "rank correlation [95 %]", "decisions"), ranks)
         errors = [(name, f"{error:.3g}") for name, error in found.errors.items()]
         print_table("", ("", "mean standard error [dB]"), errors)
-    click.echo("\n".join([f"{found.n_comparisons} comparisons, each with its own interval", *found.notes]))
+    counted = "1 comparison" if found.n_comparisons == 1 else f"{found.n_comparisons} comparisons"
+    click.echo("\n".join([f"{counted}, each with its own interval", *found.notes]))
 
 
 def attribution(found: Attribution) -> None:
@@ -168,7 +169,7 @@ def _signed(value: Estimate) -> str:
     return f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
 
 
-def _with_error(value: Estimate) -> str:
+def _with_error(value: Estimate, *, unit: str = "") -> str:
     if math.isinf(value.value):
         return "exact" if value.value > 0 else "diverged"
-    return f"{value.value:.2f} ± {value.standard_error:.2f}"
+    return f"{value.value:.2f} ± {value.standard_error:.2f}{unit}"

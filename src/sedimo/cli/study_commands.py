@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from sedimo.cli import console, show_study
-from sedimo.cli.options import format_options, json_option, run_argument, sampling_options
+from sedimo.cli.options import (
+    activation_options,
+    format_options,
+    json_option,
+    run_argument,
+    sampling_options,
+    smoothing_options,
+)
 
 
 @click.command()
@@ -15,6 +22,8 @@ from sedimo.cli.options import format_options, json_option, run_argument, sampli
 @click.option("--store", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 @click.option("--trials", type=int, required=True, help="Number of random recipes; those the study has count.")
 @format_options
+@activation_options
+@smoothing_options
 @click.option(
     "--objective",
     default="final_latents",

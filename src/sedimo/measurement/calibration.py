@@ -33,7 +33,7 @@ from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import sample_until
 from sedimo.quant.activations import ActivationQuantizer, Activations, StaticRange
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 RangeMethod = Literal["min-max", "percentile", "mse"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 _N_VALUES = 1 << 16  # of bfloat16
@@ -44,8 +44,9 @@ _SHRINK_FACTORS = tuple(0.95**power for power in range(90))  # from all of the r
 class CalibrationOptions:
     """How ranges are found.
 
-    `n_steps` of the trajectory are looked at, evenly spaced from the first on: 0 means all, 1 is the step of greatest
-    noise alone, as published; that loses much where later steps have wider ranges (docs/results.md). `percentile` is
+    `n_steps` of the trajectory's denoiser calls are looked at, evenly spaced from the first on: 0 means all, 1 is that
+    of greatest noise alone, as published; it loses much where later steps have wider ranges (docs/results.md).
+    `percentile` is
     for that method: so many percent of the values lie below the upper end, and above the lower one. `by_timestep`
     gives each step that is looked at ranges of its own.
 
@@ -68,10 +69,10 @@ class CalibrationOptions:
         if not 50 < self.percentile <= 100:
             raise InputError(f"the percentile must lie above 50 and at most at 100, got {self.percentile}")
 
-    def steps(self, n_steps: int) -> tuple[int, ...]:
-        """The steps of a trajectory that are looked at."""
-        wanted = min(self.n_steps or n_steps, n_steps)
-        return tuple(sorted({round(i * n_steps / wanted) for i in range(wanted)}))
+    def steps(self, n_calls: int) -> tuple[int, ...]:
+        """Which of a trajectory's denoiser calls are looked at."""
+        wanted = min(self.n_steps or n_calls, n_calls)
+        return tuple(round(i * n_calls / wanted) for i in range(wanted))
 
 
 def calibrate(
@@ -149,7 +150,8 @@ def _count(
 ) -> tuple[Counts, tuple[float, ...]]:
     """The inputs of layers by layer and group of steps, and the timesteps of the groups."""
     sampling, options = how
-    look = _Look(options.steps(sampling.n_steps), options)
+    n_calls = 1 if options.n_steps == 1 else _count_calls(adapter, sampling)
+    look = _Look(options.steps(n_calls), options)
     progress.start(sampling.n_batches * len(look.steps), "calibrating activations")
     with graceful_interrupt() as stop, hooked(adapter.denoiser, {layer: look.hook(layer) for layer in layers}):
 
@@ -161,6 +163,13 @@ def _count(
         sample_until(adapter, sampling, look.steps[-1], see)
     progress.done()
     return look.found, tuple(look.timesteps[step] for step in look.steps)
+
+
+def _count_calls(adapter: PipelineAdapter, sampling: Sampling) -> int:
+    """How often one sample calls the denoiser: some schedulers and pipelines do so more than once a step."""
+    steps: list[int] = []
+    adapter.sample(sampling.first(1), observer=lambda call: steps.append(call.step))
+    return len(steps)
 
 
 class _Look:

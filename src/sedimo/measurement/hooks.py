@@ -47,6 +47,6 @@ def rounding_change(
     module: nn.Module, layer: str, inputs: torch.Tensor, quantizers: InputQuantizers, timestep: float
 ) -> torch.Tensor:
     """What rounding its inputs adds to the output of a layer; exact, for a layer is linear in them."""
-    rounded = quantizers.round(layer, inputs, is_image=isinstance(module, _ConvNd), timestep=timestep)
     weight: torch.Tensor = module.weight  # type: ignore[assignment]  # every such layer has one
+    rounded = quantizers.round(layer, inputs, n_axes=weight.ndim - 1, timestep=timestep)
     return linear_part(module, rounded.float() - inputs.float(), weight)

@@ -22,7 +22,7 @@ from torch import nn
 
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
-from sedimo.errors import UnsupportedError
+from sedimo.errors import InputError, UnsupportedError
 from sedimo.measurement.guidance import find_row_weights
 from sedimo.measurement.interrupt import graceful_interrupt
 from sedimo.measurement.objective import batches_of, rows_for, rows_of
@@ -98,6 +98,7 @@ def probe_jacobian(
     With a study, each call's part is saved when it is finished and not measured again.
 
     Raises:
+        InputError: an output that is zero or not finite.
         Interrupted: the user stopped it (with a study, calling again goes on).
         UnsupportedError: a weight is used in a way that hooks on its layer do not see.
     """
@@ -259,7 +260,14 @@ class _Totals:
 def _directions(plan: _RowPlan, index: int, options: JacobianOptions) -> list[torch.Tensor]:
     """Random u on the predictions, divided by their norms and spread over the rows, `[R, ...]` each."""
     prediction = plan.combined()
-    norms = prediction.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    norms = prediction.flatten(1).norm(dim=1)
+    wrong = norms[~(norms > 0) | norms.isinf()]
+    if len(wrong):
+        raise InputError(
+            f"noise is measured beside the output, whose norm must be positive and finite, but at timestep "
+            f"{plan.call.timestep:g} it is {float(wrong[0]):g} for a sample. Repair "
+            "the checkpoint, or take a method that does not look at the output: error, or sqnr"
+        )
     found = []
     for number in range(options.n_directions):
         words = f"sedimo direction {options.seed} {index} {number}"

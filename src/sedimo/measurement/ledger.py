@@ -19,6 +19,12 @@ class Ledger:
     parts: dict[str, Execution | None] = field(default_factory=dict)
     measuring_seconds: float = 0.0
 
+    def without(self, other: Ledger) -> Ledger:
+        """What was asked for here and not in another."""
+        trials = {key: trial for key, trial in self.trials.items() if key not in other.trials}
+        parts = {key: execution for key, execution in self.parts.items() if key not in other.parts}
+        return Ledger(trials, parts, self.measuring_seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class Spent:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sedimo.errors import UnsupportedError
+from sedimo.errors import InputError, UnsupportedError
 from sedimo.pipelines.trajectory import timestep_of
 
 _NEEDED = ("model_output", "timestep", "sample")
@@ -60,14 +60,24 @@ class StepCall:
 
 @contextmanager
 def handled_steps(scheduler: object, handle: Callable[[StepCall], object]) -> Iterator[None]:
-    """`handle` answers every call of `scheduler.step` meanwhile; the scheduler is exactly what it was on leaving."""
+    """`handle` answers every call of `scheduler.step` meanwhile; the scheduler is exactly what it was on leaving.
+
+    Raises:
+        InputError: a call with arguments that the step does not take.
+    """
     original: Callable[..., object] = scheduler.step  # type: ignore[attr-defined]  # every scheduler has it
     is_own = "step" in vars(scheduler)
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def step(*args: object, **kwargs: object) -> object:
-        return handle(StepCall(signature.bind(*args, **kwargs).arguments, signature, original))
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(
+                f"{type(scheduler).__name__} cannot be called as this pipeline calls it: its step {error}; take another"
+            ) from error
+        return handle(StepCall(bound.arguments, signature, original))
 
     scheduler.step = step  # type: ignore[attr-defined]
     try:

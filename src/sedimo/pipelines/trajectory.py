@@ -98,6 +98,9 @@ def output_tensor(output: object) -> torch.Tensor:
 
 
 def timestep_of(inputs: Mapping[str, object]) -> float:
-    """The noise level that a denoiser was told, by the name of its argument; not a number if there is none."""
-    value = next((inputs[name] for name in TIMESTEP_NAMES if name in inputs), float("nan"))
-    return float(value.flatten()[0] if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]
+    """The noise level that a denoiser was told, by the name of its argument; not a number if there is none.
+
+    The greatest one of several: some pipelines call known frames or tokens free of noise.
+    """
+    value = next((found for name in TIMESTEP_NAMES if (found := inputs.get(name)) is not None), float("nan"))
+    return float(value.max() if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]

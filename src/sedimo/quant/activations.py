@@ -29,6 +29,7 @@ from sedimo.errors import InputError
 from sedimo.quant.formats import FULL_BITS, MAX_BITS, MIN_BITS
 
 RangeKind = Literal["dynamic", "static"]
+_LARGEST = 2.0**126  # the width of a range fits float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class StaticRange:
     """The range of a layer's inputs, fixed beforehand: least and greatest value, per group of timesteps.
 
     Raises:
-        InputError: no pair, lists of different length, a value that is not finite, or one above its partner.
+        InputError: no pair, lists of different length, a value above its partner, or one that is no number of float32.
     """
 
     low: tuple[float, ...]
@@ -45,9 +46,11 @@ class StaticRange:
     def __post_init__(self) -> None:
         """Refuses ranges that are none."""
         pairs = list(zip(self.low, self.high, strict=False))
-        if not pairs or len(self.low) != len(self.high) or not all(-math.inf < a <= b < math.inf for a, b in pairs):
+        is_range = all(-_LARGEST <= a <= b <= _LARGEST for a, b in pairs)
+        if not pairs or len(self.low) != len(self.high) or not is_range:
             raise InputError(
-                f"a static range needs as many finite low as high values, low <= high, got {self.low}, {self.high}"
+                "a static range needs as many finite low as high values, low <= high, at most 2^126 from zero, "
+                f"got {self.low}, {self.high}"
             )
 
 
@@ -78,26 +81,33 @@ class ActivationQuantizer:
         """Greatest code."""
         return (1 << self.bits - 1) - 1 if self.symmetric else (1 << self.bits) - 1
 
-    def codes(self, inputs: Tensor, *, is_image: bool = False, group: int = 0) -> ActivationCodes:
-        """The codes of a layer's inputs: `[..., in]` of a Linear layer, or images `[B, C, ...]` of a convolution.
+    def codes(self, inputs: Tensor, *, n_axes: int = 1, group: int = 0) -> ActivationCodes:
+        """The codes of a layer's inputs: tokens `[..., in]` of a Linear layer, images `[..., C, ...]` of a convolution.
 
-        `group` is the group of timesteps that a static range is taken from.
+        `n_axes` last axes are one token (1) or image (2, 3 or 4), and share a range where ranges are their own; it is
+        one less than the layer's weight has. `group` is the group of timesteps that a static range is taken from.
         """
         values = inputs.float()
-        scale, zero_point = self._grid(*self._limits(values, is_image, group))
+        scale, zero_point = self._grid(*self._limits(values, n_axes, group))
         codes = torch.div(values, scale).round_().add_(zero_point).clamp_(self.qmin, self.qmax)
         return ActivationCodes(codes, scale, zero_point)
 
-    def __call__(self, inputs: Tensor, *, is_image: bool = False, group: int = 0) -> Tensor:
-        """A layer's inputs, rounded: same shape and dtype."""
-        return self.codes(inputs, is_image=is_image, group=group).dequantize().to(inputs.dtype)
+    def __call__(self, inputs: Tensor, *, n_axes: int = 1, group: int = 0) -> Tensor:
+        """A layer's inputs, rounded: same shape and dtype.
 
-    def _limits(self, values: Tensor, is_image: bool, group: int) -> tuple[Tensor, Tensor]:
+        The outermost point of the grid may lie half a step beyond the range; the dtype's greatest number stands for
+        one that it does not reach.
+        """
+        largest = torch.finfo(inputs.dtype).max
+        values = self.codes(inputs, n_axes=n_axes, group=group).dequantize()
+        return values.clamp_(-largest, largest).to(inputs.dtype)
+
+    def _limits(self, values: Tensor, n_axes: int, group: int) -> tuple[Tensor, Tensor]:
         """Least and greatest value of each token, each image, or of all inputs."""
         if self.range is not None:
             position = min(group, len(self.range.low) - 1)
             return values.new_tensor(self.range.low[position]), values.new_tensor(self.range.high[position])
-        axes = tuple(range(1, values.ndim)) if is_image else (-1,)
+        axes = tuple(range(-n_axes, 0))
         return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
 
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,9 +160,9 @@ class InputQuantizers:
         """Which of the ranges a call at this noise level takes: those of the nearest timestep, 0 if all are alike."""
         return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep), default=0)
 
-    def round(self, layer: str, inputs: Tensor, *, is_image: bool, timestep: float) -> Tensor:
+    def round(self, layer: str, inputs: Tensor, *, n_axes: int, timestep: float) -> Tensor:
         """A layer's inputs at a noise level, rounded: same shape and dtype."""
-        return self.layers[layer](inputs, is_image=is_image, group=self.group(timestep))
+        return self.layers[layer](inputs, n_axes=n_axes, group=self.group(timestep))
 
 
 @dataclass(frozen=True)

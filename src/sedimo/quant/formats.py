@@ -18,7 +18,7 @@ Family = Literal["uaq", "kmc", "kma", "fp"]
 
 MIN_BITS, MAX_BITS = 2, 8
 FULL_BITS = 16
-_PATTERN = re.compile(r"(uaq|kmc|kma)(\d+)(?:g(\d+))?(?:a(\d+))?|fp16(?:a(\d+))?")
+_PATTERN = re.compile(r"(uaq|kmc|kma)(\d{1,9})(?:g(\d{1,9}))?(?:a(\d{1,9}))?|fp16(?:a(\d{1,9}))?", re.ASCII)
 _CHOICES = "Choose one of uaq2..uaq8 (with an optional group size, uaq4g64), kmc2..kmc8, kma2..kma8, or fp16."
 
 

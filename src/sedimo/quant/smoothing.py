@@ -1,8 +1,9 @@
 """SmoothQuant's factors: how much of a channel's range moves from the inputs of a layer into its weights.
 
 Dividing channel j of the input by s_j and multiplying column j of the weight by s_j leaves the layer's function as it
-is. Here s_j is a power of two, which floating-point numbers take without rounding, in float16, too: the smoothed
-denoiser is the same function bit for bit where no constant is involved, and can be undone. Its distance from the
+is. Here s_j is a power of two, which floating-point numbers in their normal range take without rounding: the
+smoothed denoiser is the same function bit for bit where no constant is involved, and can be undone (in float16, weights
+far below the largest of their column may become subnormal and lose bits). Its distance from the
 published factor is at most the square root of two, less than what one step of alpha changes.
 
 Source:

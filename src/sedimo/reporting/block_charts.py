@@ -24,8 +24,11 @@ _FEW = 16  # blocks, whose labels are large
 def blocks_curves(
     rows: Sequence[BlockRow], everything: Estimate, *, kept: Sequence[str] = (), gain_db: float | None = None
 ) -> str:
-    """Both curves over the same blocks with 95 % intervals; `kept` stay at 16 bits, `gain_db` is their threshold."""
-    if not any(math.isfinite(row.up_to.value) or math.isfinite(row.alone_kept.value) for row in rows):
+    """Both curves over the same blocks with 95 % intervals; `kept` stay at 16 bits, `gain_db` is their threshold.
+
+    Blocks that make no noise have no chart.
+    """
+    if not any(math.isfinite(row.up_to.value) for row in rows):
         return ""
     labels, common = block_labels([row.block for row in rows])
     shown = [short(label, 28) for label in labels]

@@ -11,8 +11,7 @@ from markupsafe import Markup
 from sedimo.measurement.ledger import Spent
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.pipelines.folder import write_file
-from sedimo.reporting.curve_charts import curve_chart
-from sedimo.reporting.explanation import CurvePoint
+from sedimo.reporting.comparison_chart import methods_chart
 from sedimo.reporting.explanation_tables import figure
 from sedimo.reporting.html import page
 from sedimo.reporting.rounding import count, duration
@@ -66,13 +65,12 @@ def write_comparison(comparison: ComparisonPage, path: Path) -> None:
 def render_comparison(comparison: ComparisonPage) -> str:
     """The page as HTML text."""
     c = comparison
-    points = [CurvePoint(line.method, "method", line.paper_bits, line.measured) for line in c.lines]
     return page(
         "comparison.html.j2",
         {
             "c": c,
             "headline": _headline(c.lines),
-            "chart": Markup(curve_chart(points, here=float("nan"))),  # texts in it are escaped
+            "chart": Markup(_chart(c)),  # texts in it are escaped
             "rows": [
                 (
                     line.method,
@@ -101,12 +99,20 @@ def render_comparison(comparison: ComparisonPage) -> str:
     )
 
 
+def _chart(comparison: ComparisonPage) -> str:
+    budgets: dict[str, dict[str, Estimate]] = {}
+    for line in sorted(comparison.lines, key=lambda x: x.budget):
+        budgets.setdefault(f"{line.budget:g} bits", {})[line.method] = line.measured
+    return methods_chart(budgets, reference=comparison.reference)
+
+
 def _headline(lines: Sequence[ComparisonLine]) -> str:
     """Which method is highest at which budgets."""
     best: dict[str, list[float]] = {}
     for budget in sorted({line.budget for line in lines}):
-        first = max((line for line in lines if line.budget == budget), key=lambda line: ranked(line.measured.value))
-        best.setdefault(first.method, []).append(budget)
+        values = {line.method: ranked(line.measured.value) for line in lines if line.budget == budget}
+        first = [method for method, value in values.items() if value == max(values.values())]
+        best.setdefault("` and `".join(first), []).append(budget)
     places = (f"`{method}` at {' and '.join(f'{b:g}' for b in budgets)} bits" for method, budgets in best.items())
     return f"Highest quality: {', '.join(places)}."
 

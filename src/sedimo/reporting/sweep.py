@@ -169,7 +169,7 @@ def _best_value(sweep: Sweep) -> str:
 def _least_agreement(sweep: Sweep) -> str:
     """Which two schedulers differ most, beside what another choice of seeds does."""
     again = next(r for r in sweep.ranks if r.second == f"{r.first}{OTHER_SEEDS}")
-    lowest = min((r for r in sweep.ranks if not r.second.endswith(OTHER_SEEDS)), key=lambda r: r.srcc.value)
+    lowest = min((r for r in sweep.ranks if not r.second.endswith(OTHER_SEEDS)), key=lambda r: ranked(r.srcc.value))
     return (
         f"Between schedulers the rank correlation is at least {number(lowest.srcc.value)} (`{lowest.first}` and "
         f"`{lowest.second}`); of `{again.first}` with itself on other seeds it is {number(again.srcc.value)}."

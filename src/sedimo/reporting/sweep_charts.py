@@ -74,18 +74,19 @@ def ranks_chart(errors: Mapping[str, float], srcc: Mapping[str, Estimate], *, kn
 
 
 def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float]) -> str:
-    """Rank correlation of every two sensitivities as a matrix with its numbers."""
+    """Rank correlation of every two sensitivities as a matrix with its numbers; one that is none is left empty."""
     matrix, index = np.eye(len(names)), {name: i for i, name in enumerate(names)}
     for (first, second), value in srcc.items():
         matrix[index[first], index[second]] = matrix[index[second], index[first]] = value
-    low = math.floor(10 * matrix.min()) / 10
+    low = math.floor(10 * np.nanmin(matrix)) / 10
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         image = draw_cells(axes, matrix, (low, 1.0))
         axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
         axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
-        for (row, column), value in np.ndenumerate(matrix):
+        for row, column in np.argwhere(np.isfinite(matrix)):
+            value = matrix[row, column]
             colour = "#ffffff" if value < low + _DARK * (1.0 - low) else "#000000"
             axes.text(column, row, f"{value:.3f}", ha="center", va="center", color=colour)
         colour_bar(figure, axes, image, "rank correlation")

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import TIMESTEP_NAMES, timestep_of
@@ -44,7 +43,7 @@ class _Rounding:
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         group = 0 if self.clock is None else self.clock.group
-        return (self.quantizer(args[0], is_image=isinstance(module, _ConvNd), group=group), *args[1:])
+        return (self.quantizer(args[0], n_axes=module.get_parameter("weight").ndim - 1, group=group), *args[1:])
 
 
 class _Hook(NamedTuple):

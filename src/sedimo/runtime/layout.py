@@ -63,8 +63,10 @@ class PartEntry:
         """The stored tensors by field, for a layer of the given weight shape.
 
         Raises:
-            InputError: a dtype that does not belong to the format.
+            InputError: a dtype that does not belong to the format, or activation bits, which are told elsewhere.
         """
+        if self.format != self.format.weight_format:
+            raise InputError(f"a packed weight has no activation bits, they belong in 'activations'; got {self.format}")
         name = self.codebook or self.values
         if (self.codebook is not None) != (self.format.family in ("kmc", "kma")):
             raise InputError(f"'codebook' belongs to kmc and kma and is required there; the format is {self.format}")
@@ -184,7 +186,8 @@ def read_layers(plain: object, *, place: str) -> dict[str, LayerEntry | TiedEntr
         raise StateError(f"{place} must be an object of layer names, got {type(plain).__name__}")
     found: dict[str, LayerEntry | TiedEntry] = {}
     for name, entry in plain.items():
-        kind: type[LayerEntry] | type[TiedEntry] = TiedEntry if "same_as" in (entry or ()) else LayerEntry
+        is_tied = isinstance(entry, Mapping) and "same_as" in entry
+        kind: type[LayerEntry] | type[TiedEntry] = TiedEntry if is_tied else LayerEntry
         try:
             found[name] = from_plain(kind, entry, place=f"{place}[{name!r}]")
         except InputError as error:

@@ -19,6 +19,7 @@ How = Literal["divided", "folded"]
 DIVISOR = "input_divisor"
 _MARK = "_sedimo_smoothed"
 _SHOWN = 5
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def smoothed_layers(denoiser: nn.Module) -> dict[str, How]:
@@ -40,7 +41,7 @@ def divide_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[tor
     inputs, *rest = args
     divisor: torch.Tensor = module.get_buffer(DIVISOR).to(inputs.dtype)
     if not isinstance(module, nn.Linear):
-        divisor = divisor.reshape(-1, *[1] * (inputs.ndim - 2))
+        divisor = divisor.reshape(-1, *[1] * (module.get_parameter("weight").ndim - 2))  # an image may come alone
     return (inputs / divisor, *rest)
 
 
@@ -86,16 +87,19 @@ def prepare_divisors(model: nn.Module, smoothed: Mapping[str, How]) -> None:
     """Gives the divided layers of a model that is about to be loaded a place for their divisors.
 
     Raises:
-        StateError: the model has no such layer.
+        StateError: the model has no such layer, or its channels are grouped.
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, how in smoothed.items():
-        try:
-            weight = model.get_submodule(name).get_parameter("weight")
-        except AttributeError as error:
-            raise StateError(f"config.json smooths the layer {name!r}, which the model does not have") from error
+        module = modules.get(name)
+        if not isinstance(module, _LAYERS) or getattr(module, "groups", 1) != 1:
+            raise StateError(
+                f"config.json smooths the layer {name!r}, which is no Linear or ungrouped Conv layer of the model. "
+                "The checkpoint is damaged or foreign: copy or download it again."
+            )
         if how == "divided":
-            device = weight.device
-            set_divisor(model.get_submodule(name), torch.empty(weight.shape[1], dtype=torch.float32, device=device))
+            weight = module.get_parameter("weight")
+            set_divisor(module, torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device))
     mark_smoothed(model, smoothed)
 
 
@@ -116,7 +120,9 @@ def check_divisor_specs(
     for name in wanted:
         layer, spec = name.removesuffix(f".{DIVISOR}"), found[name]
         weight = found.get(f"{layer}.weight")
-        n_inputs = shapes.get(layer) if weight is None else weight.shape[1]
+        n_inputs = shapes.get(layer) if weight is None else next(iter(weight.shape[1:]), None)
+        if n_inputs is None:
+            raise StateError(f"tensor {name!r} divides the input of a layer without a weight [out, in, ...]")
         if spec.shape != (n_inputs,) or not spec.dtype.is_floating_point:
             raise StateError(f"tensor {name!r} must be [{n_inputs}] of floating point, got {spec.dtype} {spec.shape}")
 

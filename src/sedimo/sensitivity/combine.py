@@ -21,7 +21,7 @@ from sedimo.sensitivity.table import Cost, SensitivityTable
 def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> SensitivityTable:
     """Cost = sqrt(first x second), after the second was scaled to the first's geometric mean.
 
-    The relative standard errors are combined as if independent.
+    The relative standard errors are combined as if independent. What one table forbids stays forbidden.
 
     Raises:
         InputError: the tables are about other choices.
@@ -29,7 +29,7 @@ def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> Sensiti
     if first.index.keys() != second.index.keys() or first.layers != second.layers:
         raise InputError(f"the tables {first.method} and {second.method} are about different choices")
     pairs = [(c, second.index[key]) for key, c in first.index.items()]
-    logs = [math.log(a.cost / b.cost) for a, b in pairs if a.cost > 0 and b.cost > 0]
+    logs = [math.log(a.cost / b.cost) for a, b in pairs if 0 < a.cost < math.inf and 0 < b.cost < math.inf]
     scale = math.exp(sum(logs) / len(logs)) if logs else 1.0
     return SensitivityTable(
         method=f"{first.method}+{second.method}",
@@ -83,6 +83,8 @@ def rank_average(tables: Sequence[SensitivityTable]) -> SensitivityTable:
 
 
 def _mean(first: Cost, second: Cost, scale: float) -> CostEstimate:
+    if math.inf in (first.cost, second.cost):
+        return CostEstimate(math.inf, 0.0, min(first.n, second.n))
     value = math.sqrt(first.cost * second.cost * scale)
     if value == 0:
         return CostEstimate(0.0, 0.0, min(first.n, second.n))

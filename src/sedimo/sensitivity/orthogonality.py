@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
+from scipy.special import logsumexp
 
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
@@ -68,7 +70,7 @@ DEFAULT_IMPORTANCE = ImportanceOptions()
 
 @dataclass(frozen=True)
 class Importance:
-    """theta `[L]` of `layers`, the largest 1, with jackknife errors; `per_step` `[T, L]` is exp(-beta gamma_t).
+    """theta `[L]` of `layers` with jackknife errors; `per_step` `[T, L]` is exp(-beta gamma_t). The largest are 1.
 
     Of `constant` layers (the same for all samples at every timestep) and of `unread` ones (samples cannot be told apart
     in their outputs) nothing is known; they have the mean of the others. `unused` layers, never called, have 0.
@@ -98,16 +100,16 @@ def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_I
     unread = tuple(name for name in unknown if any(name in part.unread for part in probe.parts))
     constant = tuple(name for name in unknown if name not in unused and name not in unread)
     is_used = np.array([name not in unused for name in probe.layers])
-    weights = _step_weights(len(probe.parts), options.tau)
+    logs = _log_step_weights(len(probe.parts), options.tau)
     replicates = np.array([part.replicates for part in probe.parts])  # [T, R, L]
     sums = probe.sums
-    theta = _theta(sums, known, weights, options) * is_used
-    thetas = np.stack([_theta(replicates[:, r], known, weights, options) for r in range(replicates.shape[1])]) * is_used
+    theta = _theta(sums, known, logs, options) * is_used
+    thetas = np.stack([_theta(replicates[:, r], known, logs, options) for r in range(replicates.shape[1])]) * is_used
     n = len(thetas)
     error = np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0))
-    per_step = np.exp(-options.beta * _gamma(sums, known))
-    shown = np.where(known, per_step, np.nan)
-    return Importance(probe.layers, theta, error, shown, weights, constant, unused, unread)
+    gamma = np.where(known, _gamma(sums, known), np.nan)
+    per_step = np.exp(-options.beta * (gamma - np.nanmin(gamma)))
+    return Importance(probe.layers, theta, error, per_step, np.exp(logs), constant, unused, unread)
 
 
 def orthogonality_table(
@@ -160,16 +162,19 @@ def orthogonality_table(
 
 
 def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Mapping[int, float]:
-    """Rank correlation of importances from fewer timesteps with those from all, by number of timesteps."""
-    from scipy import stats
+    """Rank correlation of importances from fewer timesteps with those from all, by number of timesteps.
 
+    It is not a number where fewer timesteps, or all, rank nothing: no two layers differ between samples there, or all
+    are alike.
+    """
     everything, n = importance(probe, options).theta, len(probe.parts)
     found = {}
     for k in range(1, n + 1):
         chosen = sorted({round(i) for i in np.linspace(0, n - 1, k)}) if k > 1 else [n // 2]
-        part = OrthogonalityProbe(probe.setting, probe.layers, tuple(probe.parts[i] for i in chosen), probe.execution)
-        theta = importance(part, options).theta
-        found[k] = float(stats.spearmanr(theta, everything).statistic) if np.ptp(theta) > 0 else math.nan
+        part = replace(probe, parts=tuple(probe.parts[i] for i in chosen))
+        theta = importance(part, options).theta if _known(part).any() else np.ones(len(everything))
+        can_rank = np.ptp(theta) > 0 and np.ptp(everything) > 0
+        found[k] = float(stats.spearmanr(theta, everything).statistic) if can_rank else math.nan
     return found
 
 
@@ -180,11 +185,11 @@ def _known(probe: OrthogonalityProbe) -> npt.NDArray[np.bool_]:
     return known
 
 
-def _step_weights(n: int, tau: float) -> Values:
-    progress = np.linspace(0.0, 1.0, n) if n > 1 else np.zeros(1)
-    logs = tau * (1.0 - progress)
-    weights: Values = np.exp(logs - logs.max()) / np.exp(logs - logs.max()).sum()
-    return weights
+def _log_step_weights(n: int, tau: float) -> Values:
+    """Logarithms of weights over timesteps, whose sum is 1."""
+    logs = tau * (1.0 - np.linspace(0.0, 1.0, n))
+    found: Values = logs - logsumexp(logs)
+    return found
 
 
 def _gamma(sums: Values, known: npt.NDArray[np.bool_]) -> Values:
@@ -194,14 +199,15 @@ def _gamma(sums: Values, known: npt.NDArray[np.bool_]) -> Values:
     return found
 
 
-def _theta(sums: Values, known: npt.NDArray[np.bool_], weights: Values, options: ImportanceOptions) -> Values:
-    gamma = _gamma(sums, known)
-    each = np.exp(-options.beta * (gamma - gamma[known].min())) * known  # the least one keeps exponentials in range
-    shares = weights[:, None] * known
-    total = np.maximum(shares.sum(axis=0), 1e-300)
-    theta = (shares * each).sum(axis=0) / total
+def _theta(sums: Values, known: npt.NDArray[np.bool_], log_weights: Values, options: ImportanceOptions) -> Values:
+    """In logarithms up to the end, so that no beta and no tau leaves nothing of all layers."""
     is_known = known.any(axis=0)
-    theta = np.where(is_known, theta, theta[is_known].mean())
+    shares = np.where(known, log_weights[:, None], -np.inf)[:, is_known]
+    each = -options.beta * _gamma(sums, known)[:, is_known]
+    logs = logsumexp(shares + each, axis=0) - logsumexp(shares, axis=0)
+    theta = np.ones(len(is_known))
+    theta[is_known] = np.exp(logs - logs.max())
+    theta[~is_known] = theta[is_known].mean()
     if options.tail_mean:
         theta = np.cumsum(theta[::-1])[::-1] / np.arange(len(theta), 0, -1)
     found: Values = theta / theta.max()
