@@ -178,7 +178,7 @@ def _lines_table(found: TrajectoryLines) -> Table:
 
 def _importance_table(found: Repetition) -> Table:
     rows = [
-        (name, f"{theta:.3f} ± {_NORMAL_95 * error:.3f}", str(bits))
+        (name, f"{theta:.3f} ± {_NORMAL_95 * error:.3f}", f"{bits:.3g}")
         for name, theta, error, bits in zip(found.layers, found.theta, found.standard_error, found.bits, strict=True)
     ]
     return Table("Importance with its 95 % interval", ("layer", "importance", "bits"), tuple(rows))

@@ -139,9 +139,9 @@ def _theta(axes: Axes, found: Repetition) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _bits(axes: Axes, bits: Sequence[int]) -> None:
+def _bits(axes: Axes, bits: Sequence[float]) -> None:
     """Bars from nothing to each layer's bits, in the colours of the map of layers."""
-    colours, edge = [bit_colour(b) for b in bits], 0 if len(bits) > MAX_ROW_LABELS else 0.5
+    colours, edge = [bit_colour(round(b)) for b in bits], 0 if len(bits) > MAX_ROW_LABELS else 0.5
     axes.barh(range(len(bits)), bits, height=0.86, color=colours, edgecolor=INK, linewidth=edge)
     axes.set_xlim(0, max(bits) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
@@ -150,9 +150,9 @@ def _bits(axes: Axes, bits: Sequence[int]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _bits_strip(axes: Axes, bits: Sequence[int]) -> None:
+def _bits_strip(axes: Axes, bits: Sequence[float]) -> None:
     for row, b in enumerate(bits):
-        axes.add_patch(Rectangle((0, row - 0.5), 1, 1, facecolor=bit_colour(b), linewidth=0))
+        axes.add_patch(Rectangle((0, row - 0.5), 1, 1, facecolor=bit_colour(round(b)), linewidth=0))
     axes.set_xlim(0, 1)
     axes.set_xticks([0.5], ["bits"], rotation=90, fontsize=8)
     axes.tick_params(length=0, labelleft=False)
