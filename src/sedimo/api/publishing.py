@@ -107,7 +107,7 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
         command=facts.get("command", ""),
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         seeds=seeds,
-        sampling=_sorted({"steps": str(sampling.n_steps), "method": table.method, **table.settings}),
+        sampling=_sorted({"steps": str(sampling.n_steps), **table.settings}),
         versions=_sorted(versions()),
         machine=f"{platform.system()} {platform.machine()}, {_processor()}",
         seconds={"the whole job": float(facts.get("seconds", 0))},

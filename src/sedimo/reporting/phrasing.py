@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.signal import decibel
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.rounding import bits, byte_size, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, LearnedRounding, Summary
@@ -25,7 +26,7 @@ FAMILIES = {
 }
 METHODS = {
     "error": "the squared error of its weights, relative to their size and weighted by its share of the work",
-    "jacobian": "the noise that its weight error puts on the denoiser's output, to first order",
+    "jacobian": "the noise that its rounding puts on the denoiser's output, to first order",
     "ablation": "the noise measured when it alone is quantized",
     "sqnr": "the noise at its own output",
     "gnn": "what a graph network learned from measured recipes",
@@ -56,11 +57,6 @@ def family(number_format: Format) -> str:
 def name(text: str) -> str:
     """A name between backticks, whatever it contains."""
     return f"`{text.replace('`', chr(39))}`"
-
-
-def decibel(noise: float) -> float:
-    """SQNR of a relative noise power [dB]."""
-    return -10 * math.log10(noise) if noise > 0 else math.inf
 
 
 def noise_estimate_db(noise: Estimate) -> Estimate:
@@ -247,9 +243,9 @@ def _methods_sentence(summary: Summary) -> str:
     weights: Counter[str] = Counter()
     for row in summary.decisions:
         weights[family(row.format)] += row.params
-    parts = [f"{FAMILIES[kind]} serves {share(n / summary.sizes.params)}" for kind, n in weights.most_common()]
-    parts = [p.replace("left at 16 bits serves", "no quantization at all is left to") for p in parts]
-    return f"Of the weights, {_join(parts)}."
+    shares = {kind: share(n / summary.sizes.params) for kind, n in weights.most_common()}
+    left = [f"{shares.pop('fp')} stay at 16 bits"] if "fp" in shares else []
+    return f"Of the weights, {_join([*(f'{FAMILIES[kind]} serves {part}' for kind, part in shares.items()), *left])}."
 
 
 def _activations_sentence(summary: Summary) -> str | None:

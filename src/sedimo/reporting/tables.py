@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.reporting.phrasing import cost_sentences
 from sedimo.reporting.rounding import MINUS, bits, byte_size, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, RecipeRow, Step, Summary
@@ -122,10 +122,6 @@ def comparison(summary: Summary) -> Comparison:
 
 
 def _decision_line(row: DecisionRow) -> DecisionLine:
-    cost = number(row.cost, row.standard_error)
-    if row.standard_error > 0:
-        half = 1.959964 * row.standard_error
-        cost = with_error(Estimate(row.cost, row.standard_error, row.cost - half, row.cost + half, row.n))
     return DecisionLine(
         name=row.name,
         shared=len(row.layers) - 1,
@@ -133,7 +129,7 @@ def _decision_line(row: DecisionRow) -> DecisionLine:
         level=bit_level(row.format.bits),
         shape="\N{MULTIPLICATION SIGN}".join(map(str, row.shape)),
         stored=byte_size(row.stored_bytes),
-        cost=cost,
+        cost=with_error(normal_estimate(row.cost, row.standard_error, row.n)),
         share="" if row.share is None else share(row.share),
         larger=_step(row.larger),
         smaller=_step(row.smaller),
