@@ -202,4 +202,4 @@ def test_agreement_is_kendalls_tau_of_operations():
 
 
 def test_all_methods_have_a_name():
-    assert len(set(COMPARED)) == len(COMPARED) == 11
+    assert len(set(COMPARED)) == len(COMPARED) == 13

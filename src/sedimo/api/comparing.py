@@ -153,6 +153,11 @@ class ComparedRow:
     recipe: Recipe | None
     formats: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_peer(self) -> bool:
+        """Whether the method is another tool's, with formats of its own."""
+        return self.recipe is None
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -183,7 +188,9 @@ class Comparison:
     def as_page(self) -> ComparisonPage:
         """What the page tells."""
         lines = [
-            ComparisonLine(r.method, r.bits, r.paper_bits, r.stored_bits, r.is_full, r.bops, r.sqnr_db, r.ahead)
+            ComparisonLine(
+                r.method, r.bits, r.paper_bits, r.stored_bits, r.is_full, r.bops, r.sqnr_db, r.ahead, r.is_peer
+            )
             for r in self.rows
         ]
         costs = [CostLine(method, spent, self.agreement.get(method)) for method, spent in self.costs.items()]

@@ -22,7 +22,7 @@ from sedimo.reporting.rounding import count, duration
 class ComparisonLine:
     """A method at a budget, which its recipe uses up if it `is_full`; `ahead` is None for the reference.
 
-    `bops` are bit operations of one sample and call.
+    `bops` are bit operations of one sample and call; a peer has formats of its own.
     """
 
     method: str
@@ -33,6 +33,12 @@ class ComparisonLine:
     bops: int
     measured: Estimate
     ahead: Estimate | None
+    is_peer: bool = False
+
+    @property
+    def label(self) -> str:
+        """The method, as it is shown."""
+        return f"{self.method} (peer)" if self.is_peer else self.method
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +72,17 @@ def write_comparison(comparison: ComparisonPage, path: Path) -> None:
 def render_comparison(comparison: ComparisonPage) -> str:
     """The page as HTML text."""
     c = comparison
-    points = [CurvePoint(line.method, "method", line.paper_bits, line.measured) for line in c.lines]
+    points = [CurvePoint(line.label, "method", line.paper_bits, line.measured) for line in c.lines]
     return page(
         "comparison.html.j2",
         {
             "c": c,
             "headline": _headline(c.lines),
+            "peers": " and ".join(dict.fromkeys(line.method for line in c.lines if line.is_peer)),
             "chart": Markup(curve_chart(points, here=float("nan"))),  # texts in it are escaped
             "rows": [
                 (
-                    line.method,
+                    line.label,
                     f"{line.budget:g}",
                     f"{line.paper_bits:.3f}",
                     line.is_full,
