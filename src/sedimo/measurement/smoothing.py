@@ -120,8 +120,8 @@ def plan_smoothing(
 def smooth_weights(denoiser: nn.Module, smoothing: Smoothing, *, widen: bool = False) -> Callable[[], None]:
     """Smooths a denoiser in place; calling the result gives every original parameter back.
 
-    A diffusers model then saves itself with its divisors. Parameters keep their dtype; with `widen`, those that it cannot hold exactly become float32, as suits weights that
-    are to be stored and not computed with.
+    A diffusers model then saves itself with its divisors. Parameters keep their dtype; with `widen`, those that it
+    cannot hold exactly become float32, as suits weights that are to be stored and not computed with.
 
     Raises:
         InputError: the denoiser is smoothed already, lacks a parameter, or has one of another size.
