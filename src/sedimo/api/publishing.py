@@ -69,7 +69,11 @@ def summary_of(
         recipes=() if check is None else recipe_rows(check, table.method),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(
-            frontier(table, even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND))
+            frontier(
+                table,
+                even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND),
+                bops=allocation.budget_bops,
+            )
         ),
         pictures=() if check is None else tuple(Picture(*parts) for parts in pictures_of(check)),
         file_bytes=written.file_bytes,

@@ -350,23 +350,30 @@ def _concentration(summary: Summary) -> str | None:
 
 def _next_bits(summary: Summary) -> str | None:
     choice, points = summary.choice, summary.evidence.frontier
-    here = choice.budget_bits
-    if here is None or choice.budget_bops is not None or not choice.is_noise or not points or choice.cost.value <= 0:
-        return None  # the curve knows of no limit of bit operations
+    here = summary.sizes.paper_bits if choice.accounting == "paper" else summary.sizes.stored_bits
+    is_limited = choice.budget_bits is not None or choice.budget_bops is not None
+    if not is_limited or not choice.is_noise or not points or choice.cost.value <= 0:
+        return None
     more = [p for p in points if p.bits > here + 0.2 and p.cost > 0]
     fewer = [p for p in points if p.bits < here - 0.2 and p.cost > 0]
     parts = []
     if more:
         p = min(more, key=lambda p: abs(p.bits - here - 0.5))
-        parts.append(f"{bits(round(p.bits, 2))} bits would lower the noise by {_apart(choice.cost.value, p.cost)} dB")
+        gain = _apart(choice.cost.value, p.cost)
+        what = f"lower the noise by {gain:.1f} dB" if gain >= _TINY_DB else "hardly lower the noise"
+        parts.append(f"{bits(round(p.bits, 2))} bits would {what}")
+    elif choice.budget_bops is not None:
+        parts.append("more bits would not lower the noise")
     if fewer:
         p = min(fewer, key=lambda p: abs(p.bits - here + 0.5))
-        parts.append(f"{bits(round(p.bits, 2))} bits would raise it by {_apart(p.cost, choice.cost.value)} dB")
-    return f"By prediction, {_join(parts)}." if parts else None
+        loss = _apart(p.cost, choice.cost.value)
+        parts.append(f"{bits(round(p.bits, 2))} bits would raise {'it' if parts else 'the noise'} by {loss:.1f} dB")
+    within = "" if choice.budget_bops is None else " and under the same limit of bit operations"
+    return f"By prediction{within}, {_join(parts)}." if parts else None
 
 
-def _apart(larger: float, smaller: float) -> str:
-    return f"{10 * math.log10(larger / smaller):.1f}"
+def _apart(larger: float, smaller: float) -> float:
+    return 10 * math.log10(larger / smaller)
 
 
 def _unsigned(difference: Estimate) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.reporting.phrasing import cost_sentences
-from sedimo.reporting.rounding import MINUS, bits, byte_size, interval, number, share, with_error
+from sedimo.reporting.rounding import MINUS, bits, byte_size, count, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, RecipeRow, Step, Summary
 from sedimo.reporting.theme import bit_level
 
@@ -85,6 +85,7 @@ class Comparison:
     differences: tuple[DifferenceLine, ...]
     has_notes: bool
     has_beside: bool
+    bops_limit: str
     agreement: str
 
 
@@ -117,6 +118,7 @@ def comparison(summary: Summary) -> Comparison:
         differences=tuple(_difference_line(row) for row in evidence.differences),
         has_notes=any(row.note for row in shown),
         has_beside=bool(evidence.beside_frontier),
+        bops_limit="" if summary.choice.budget_bops is None else count(summary.choice.budget_bops),
         agreement=f"{agreement.n} {evidence.agreement_of}." if agreement else "",
     )
 
