@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
+from sedimo.api.agreeing import agreement
 from sedimo.api.bops_order import BopsOrder
 from sedimo.api.checking import UNIFORM_SLACK_BITS
 from sedimo.api.measuring import make_bank, measure_table, search_recipe
@@ -45,7 +44,6 @@ from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine
 from sedimo.sensitivity.combine import rank_average
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.orthogonality import ImportanceOptions, Objective
-from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
 from sedimo.sensitivity.table import SensitivityTable, of_family
 from sedimo.space import Recipe, SearchSpace
 
@@ -65,7 +63,6 @@ MEASURED: Mapping[str, MeasuredMethod] = {
 }
 RANK_AVERAGE, AVERAGED = "rank-average", ("jacobian", "ablation", "sqnr")
 COMPARED = (UNIFORM, *MEASURED, RANK_AVERAGE, "gnn", *PEERS)
-HOLD_ABLATION = ("ablation", "combined", RANK_AVERAGE)  # whose agreement with the ablation would say little
 
 
 def importance_of(method: str) -> ImportanceOptions:
@@ -269,33 +266,6 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
     )
 
 
-def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, Estimate]:
-    """Kendall's tau between operations' costs by each method and by the ablation, with bootstrap intervals.
-
-    An operation's cost is the mean over its decisions, at each one's format nearest to `bits`. Fewer than three
-    operations have no order worth a number. Methods that contain the ablation are left out.
-    """
-    if "ablation" not in tables:
-        return {}
-    truth, found = _of_operations(tables["ablation"], bits), {}
-    for method, table in tables.items():
-        costs = _of_operations(table, bits)
-        if method not in HOLD_ABLATION and len(truth) >= LEAST_RECIPES:
-            found[method] = prediction_quality([costs[name] for name in truth], list(truth.values())).kendall_tau
-    return found
-
-
-def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
-    sums: dict[str, list[float]] = {}
-    for decision, costs in table.by_decision.items():
-        quantized = [c for c in costs if c.format.is_quantized]
-        if not quantized:
-            continue
-        nearest = min(quantized, key=lambda c: (abs(8 * c.paper_bytes / table.params[decision] - bits), c.cost))
-        sums.setdefault(table.operations[decision], []).append(nearest.cost)
-    return {name: float(np.mean(values)) for name, values in sums.items()}
-
-
 def _refuse_impossible(order: CompareOrder, space: SearchSpace, study: Study) -> None:
     """Refuses budgets that the formats do not allow, and a study of another space, before anything is measured."""
     for bits in order.bits:
@@ -371,22 +341,29 @@ def _rows(
     trials = zip(own, fresh.trials(list(own.values())), strict=True)
     powers = {method: trial.powers for method, trial in trials}
     powers |= {method: of_peers[r.key] for method, r in found.items() if isinstance(r, PeerRecipe)}
-    space, reference = bank.space, _reference(tuple(found))
+    reference = _reference(tuple(found))
     for method, recipe in found.items():
-        is_peer = isinstance(recipe, PeerRecipe)
-        paper_bits = recipe.paper_bits if is_peer else space.paper_bits(recipe)
+        paper_bits, stored_bits, bops = _size_of(bank, recipe)
         yield ComparedRow(
             method=method,
             bits=bits,
             paper_bits=paper_bits,
-            stored_bits=paper_bits if is_peer else 8 * bank.stored_bytes(recipe) / space.params,
-            bops=recipe.bops if is_peer else space.bops(recipe),
+            stored_bits=stored_bits,
+            bops=bops,
             is_full=paper_bits >= LEAST_USED * bits,
             sqnr_db=sqnr_estimates(summarize(powers[method]))["sqnr_db"],
             ahead=None if method == reference else paired_difference(powers[method], powers[reference]).estimate,
-            recipe=None if is_peer else recipe,
-            formats=recipe.formats if is_peer else {},
+            recipe=recipe if isinstance(recipe, Recipe) else None,
+            formats=recipe.formats if isinstance(recipe, PeerRecipe) else {},
         )
+
+
+def _size_of(bank: Bank, recipe: Recipe | PeerRecipe) -> tuple[float, float, int]:
+    """Paper bits and stored bits per weight, and bit operations."""
+    if isinstance(recipe, PeerRecipe):
+        return recipe.paper_bits, recipe.paper_bits, recipe.bops
+    space = bank.space
+    return space.paper_bits(recipe), 8 * bank.stored_bytes(recipe) / space.params, space.bops(recipe)
 
 
 def _reference(methods: Sequence[str]) -> str:

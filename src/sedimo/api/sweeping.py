@@ -21,7 +21,7 @@ from sedimo.bank import SILENT, Bank, Progress
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
-from sedimo.metrics.signal import SAME_UP_TO_ROUNDING, paired_difference, sqnr_estimates, summarize
+from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, paired_difference, sqnr_estimates, summarize
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.schedulers import scheduled, scheduler_named
 from sedimo.reporting.sweep import OTHER_SEEDS, Confirmation, Sweep, SweptRanks, SweptValue, highest_value
@@ -200,18 +200,19 @@ _ANSWERS: Mapping[Question, Callable[[_Work], Sweep]] = {
 }
 
 
-def _valued(work: _Work, names: Sequence[str], measure: Measure, **same: float) -> Sweep:
+def _valued(work: _Work, names: Sequence[str], measure: Measure, tolerance: float = SAME) -> Sweep:
     """The values with their SQNR, each paired with the first, which is the baseline; the highest is measured again."""
     found = {name: measure(name, work.fresh) for name in names}
     baseline, values = names[0], []
     for name, one in found.items():
         powers = one.trial.powers
-        ahead = paired_difference(powers, found[baseline].trial.powers, **same).estimate
+        ahead = paired_difference(powers, found[baseline].trial.powers, tolerance=tolerance).estimate
         sqnr = sqnr_estimates(summarize(powers))["sqnr_db"]
         values.append(SweptValue(name, one.paper_bits, sqnr, None if name == baseline else ahead, one.note))
     highest = highest_value(values)
-    again = [measure(name, work.further).trial.powers for name in (highest, baseline)]
-    confirmed = Confirmation(highest, paired_difference(*again, **same).estimate, _span(work.further.seeds))
+    best, least = (measure(name, work.further).trial.powers for name in (highest, baseline))
+    ahead = paired_difference(best, least, tolerance=tolerance).estimate
+    confirmed = Confirmation(highest, ahead, _span(work.further.seeds))
     answer = _sweep(work, [work.fresh], n_comparisons=len(values) - 1, values=tuple(values))
     return replace(answer, confirmed=confirmed)
 
