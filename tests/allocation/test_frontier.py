@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from allocation_tables import random_table, tiny_tables
+from allocation_tables import brute_force, random_table, tiny_tables
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sedimo.allocation.frontier import even_budgets, frontier
-from sedimo.allocation.problem import bits_range
+from sedimo.allocation.problem import bits_range, bytes_for_bits
 from sedimo.errors import InputError
 
 
@@ -54,3 +55,20 @@ def test_even_budgets_may_end_early():
 def test_too_few_points_are_refused(call):
     with pytest.raises(InputError, match="at least"):
         call(random_table(3, seed=0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(tiny_tables(), st.integers(0, 120))
+def test_a_limit_of_operations_holds_along_the_curve(table, bops):
+    budgets = sorted(set(even_budgets(table, 5)))
+    curve = frontier(table, budgets, gap=0.0, rule="milp", bops=bops)
+    best = [brute_force(table, bytes_for_bits(bits, table.total_params), bops) for bits in budgets]
+    assert [a.objective for a in curve] == pytest.approx([cost for cost in best if cost is not None], abs=1e-9)
+    assert all(a.bops <= bops == a.budget_bops for a in curve)
+
+
+def test_without_a_limit_of_operations_a_budget_that_nothing_keeps_is_refused():
+    table = random_table(10, seed=7)
+    with pytest.raises(InputError, match="no choice of formats"):
+        frontier(table, [1.0, 4.0])
+    assert frontier(table, [1.0, 4.0], bops=0) == ()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from sedimo_zoo import MODELS
 
 import sedimo
@@ -14,18 +18,21 @@ from sedimo.api.verbs import trace, weights_of
 from sedimo.bank import SILENT, fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.measurement.sqnr import probe_sqnr
+from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.trajectory import record, replay
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.formats import Format
-from sedimo.runtime.smoothed import smoothed_layers
+from sedimo.runtime.checkpoint import check_checkpoint
+from sedimo.runtime.smoothed import DIVISOR, divide_input, smoothed_layers
+from sedimo.runtime.weights import dequantize_weights
 from sedimo.sensitivity.sqnr import noisiest_decisions
 from sedimo.space import search_space
 
 
 @pytest.fixture
 def tiny(tiny_pipeline_folder):
-    return load_pipeline(str(tiny_pipeline_folder))
+    return sedimo.load(tiny_pipeline_folder)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,6 +88,7 @@ def test_smoothing_can_be_undone(tiny):
     assert not torch.equal(tiny.sample(plan), before)
     undo()
     assert torch.equal(tiny.sample(plan), before)
+    assert not tiny.is_quantized
 
 
 def test_a_function_that_changed_is_refused_and_undone(tiny, monkeypatch):
@@ -115,3 +123,73 @@ def test_a_study_keeps_what_was_measured(tiny, tmp_path, monkeypatch):
 def test_senseless_shares_are_refused(share):
     with pytest.raises(InputError, match="share of smoothed layers"):
         SmoothOrder(share=share)
+
+
+def smoothed_everywhere(pipe):
+    found = smooth(pipe, SmoothOrder(share=1), sampling=pipe.default_sampling(range(2), 1))
+    assert set(found.ways.values()) == {"divided", "folded"}
+    return found.ways
+
+
+def sample_of(pipeline):
+    pipe = DiffusersPipeline(pipeline)
+    return pipe.sample(pipe.default_sampling(range(2), 2))
+
+
+@pytest.mark.parametrize("writer", ["diffusers", "sedimo"])
+def test_divisors_are_saved_though_nothing_is_packed(tiny, tmp_path, writer):
+    ways = smoothed_everywhere(tiny)
+    (tiny if writer == "sedimo" else tiny.pipeline).save_pretrained(tmp_path / "out")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert smoothed_layers(loaded.transformer) == ways
+    assert torch.equal(sample_of(loaded), sample_of(tiny.pipeline))
+    checkpoint = check_checkpoint(tmp_path / "out" / "transformer")
+    assert (checkpoint.layers, checkpoint.smoothed) == ({}, ways)
+
+
+def test_what_is_folded_alone_is_an_ordinary_model(tiny, tmp_path):
+    smooth(tiny, SmoothOrder(layers=("proj_out_2",)), sampling=tiny.default_sampling(range(2), 1))
+    tiny.pipeline.save_pretrained(tmp_path / "out")
+    assert "quantization_config" not in (tmp_path / "out" / "transformer" / "config.json").read_text()
+    assert torch.equal(sample_of(DiffusionPipeline.from_pretrained(tmp_path / "out")), sample_of(tiny.pipeline))
+
+
+def test_a_saved_smoothed_pipeline_is_packed_as_in_memory(tiny, tmp_path):
+    smoothed_everywhere(tiny)
+    tiny.save_pretrained(tmp_path / "out")
+    loaded = sedimo.load(tmp_path / "out")
+    for pipe in (tiny, loaded):
+        sedimo.quantize(pipe, {"proj_out_1": "kmc4", "proj_out_2": "uaq4"})
+    assert torch.equal(sample_of(loaded.pipeline), sample_of(tiny.pipeline))
+    with pytest.raises(InputError, match="already quantized"):
+        sedimo.quantize(loaded, {"proj_out_1": "kmc4"})
+
+
+def test_copies_and_casts_keep_divisors(tiny):
+    ways, plan = smoothed_everywhere(tiny), tiny.default_sampling(range(2), 1)
+    (call,) = record(tiny, plan).calls
+    copied = copy.deepcopy(tiny.denoiser).to("cpu")
+    dequantize_weights(tiny.denoiser)
+    assert smoothed_layers(copied) == ways
+    assert torch.equal(replay(copied, call), call.output)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        cast = copy.deepcopy(copied).to(dtype)
+        plain = copy.deepcopy(cast)
+        dequantize_weights(plain)
+        latents = call.inputs["hidden_states"].to(dtype)
+        same = replace(call, inputs={**call.inputs, "hidden_states": latents})
+        assert torch.equal(replay(cast, same), replay(plain, same))  # powers of two: no dtype rounds them
+    divisor = copied.get_buffer(f"proj_out_1.{DIVISOR}")
+    (moved,) = divide_input(copied.proj_out_1, (torch.ones(2, divisor.numel(), device="meta"),))
+    assert moved.device.type == "meta"  # offloading moves a layer's tensors after its hooks have run
+
+
+@pytest.mark.parametrize("undo", [dequantize_weights, lambda denoiser: denoiser.dequantize()])
+def test_an_unsmoothed_pipeline_is_an_ordinary_one(tiny, tmp_path, undo):
+    smoothed_everywhere(tiny)
+    wanted = sample_of(tiny.pipeline)
+    undo(tiny.denoiser)
+    assert torch.equal(sample_of(tiny.pipeline), wanted)
+    tiny.pipeline.save_pretrained(tmp_path / "out")
+    assert "quantization_config" not in (tmp_path / "out" / "transformer" / "config.json").read_text()
+    assert torch.equal(sample_of(DiffusionPipeline.from_pretrained(tmp_path / "out")), wanted)

@@ -50,7 +50,7 @@ def test_options_of_calibration_need_calibrated_ranges(more):
 
 
 def test_a_share_of_smoothed_layers_needs_smoothing():
-    with pytest.raises(InputError, match="give --smooth 0.7, too"):
+    with pytest.raises(InputError, match="give --smooth"):
         smooth_order_of({"smooth": None, "smooth_share": 0.5})
     assert smooth_order_of({"smooth": None, "smooth_share": None}) is None
     assert smooth_order_of({"smooth": 0.5, "smooth_share": None}) == SmoothOrder(0.5, 0.1)

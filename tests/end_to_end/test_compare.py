@@ -203,7 +203,7 @@ def test_agreement_is_kendalls_tau_of_operations():
 
 
 def test_all_methods_have_a_name():
-    assert len(set(COMPARED)) == len(COMPARED) == 11
+    assert len(set(COMPARED)) == len(COMPARED) == 13
 
 
 def test_the_chart_has_a_panel_for_each_budget_and_skips_what_diverged():

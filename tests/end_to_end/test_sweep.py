@@ -48,13 +48,13 @@ def sweep(tiny_pipeline_folder, tmp_path_factory):
     return answer
 
 
-def by_hand(pipe, reference, rules=None):
-    """SQNR [dB] of each fresh seed with uaq8a8 wherever it can be, against samples of full precision."""
+def by_hand(pipe, reference, rules=None, seeds=FRESH):
+    """SQNR [dB] of each seed with uaq8a8 wherever it can be, against samples of full precision."""
     bank = fit_bank(weights_of(pipe), search_space(trace(pipe), "uaq8a8,fp16"))
     bank = bank if rules is None else bank.rounding(rules)
     recipe = hybrid_recipe(bank.space, UAQ8A8, [])
     with probed(pipe.denoiser, bank.quantize(recipe), inputs=bank.input_quantizers(recipe)):
-        return relative_noise(reference, pipe.sample(pipe.default_sampling(FRESH, 2))).sqnr_db
+        return relative_noise(reference, pipe.sample(pipe.default_sampling(seeds, 2))).sqnr_db
 
 
 def test_alpha_is_swept_from_the_same_denoiser(sweep, tiny, tiny_pipeline_folder):
@@ -93,6 +93,21 @@ def test_static_ranges_are_compared_with_dynamic_ones(sweep, tiny):
         rules = calibrate(tiny, widths, plan, weights_digest=digest, options=options)
         assert row["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference, rules).mean(), abs=1e-6)
     assert "One-step against multi-step" in page
+    again = found["confirmed"]
+    assert again["seeds"] == "75 to 77"  # past those of RANGES
+    seeds = range(75, 78)
+    reference = tiny.sample(tiny.default_sampling(seeds, 2))
+    rules = calibrate(
+        *(tiny, widths, plan),
+        weights_digest=digest,
+        options=CalibrationOptions("percentile", int(again["value"].removeprefix("all "))),
+    )
+    ahead = by_hand(tiny, reference, rules, seeds) - by_hand(tiny, reference, None, seeds)
+    assert again["ahead"]["value"] == pytest.approx(ahead.mean(), abs=1e-6)
+    assert again["ahead"]["n"] == 3
+    highest = max(found["values"][1:], key=lambda row: row["ahead"]["value"])
+    assert again["value"] == highest["value"] or any(row["ahead"]["low"] > 0 for row in found["values"][1:])
+    assert "Measured again on seeds 75 to 77" in page
 
 
 def test_blocks_stay_in_the_order_of_what_each_gains(sweep, tiny_pipeline_folder):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 from sedimo.bank import fit_bank
@@ -15,6 +18,7 @@ from sedimo.measurement.sqnr import probe_sqnr
 from sedimo.measurement.study import Study
 from sedimo.measurement.worker import TrialWorker
 from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.loading import load_pipeline
 from sedimo.quant.activations import ActivationQuantizer, Activations, StaticRange
 from sedimo.quant.formats import Format
 from sedimo.sensitivity.jacobian import jacobian_table
@@ -89,6 +93,61 @@ def test_each_timestep_can_have_ranges_of_its_own():
     found = calibrate(adapter, LAYERS, SAMPLING, weights_digest="w", options=options)
     assert found.timesteps == pytest.approx((1.0, 2 / 3, 1 / 3))
     assert found.static["conv_in"]["a8"].high == tuple(float(given[step].max()) for step in range(3))
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "n_calls", "wanted"),
+    [
+        (0, 5, (0, 1, 2, 3, 4)),
+        (1, 5, (0,)),
+        (2, 5, (0, 1, 4)),
+        (3, 5, (0, 1, 2, 3, 4)),
+        (2, 4, (0, 1, 3)),
+        (2, 3, (0, 2)),
+    ],
+)
+def test_a_step_is_all_calls_that_it_takes(n_steps, n_calls, wanted):
+    assert CalibrationOptions(n_steps=n_steps).calls(3, n_calls) == wanted
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of KDPM2's own tables
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler])
+def test_calls_belong_to_the_steps_of_real_schedulers(kind):
+    scheduler = kind(**({"skip_prk_steps": True} if kind is PNDMScheduler else {}))
+    scheduler.set_timesteps(7)
+    n_calls, options = len(scheduler.timesteps), CalibrationOptions(n_steps=2)
+    first = (0, 1)
+    last = {HeunDiscreteScheduler: (8, 9), KDPM2DiscreteScheduler: (8, 9), PNDMScheduler: (5,)}[kind]
+    assert options.calls(7, n_calls) == (*first, *last)  # steps 0 and 4
+    assert CalibrationOptions().calls(7, n_calls) == tuple(range(n_calls))
+
+
+def test_both_calls_of_a_step_are_looked_at(tiny_pipeline_folder):
+    """Heun takes 5 calls for 3 steps, two each but for the last."""
+    pipe = load_pipeline(str(tiny_pipeline_folder))
+    pipe.pipeline.scheduler = HeunDiscreteScheduler.from_config(pipe.pipeline.scheduler.config)
+    plan = replace(pipe.default_sampling(range(3), 3), batch_size=2)
+    given, times = [], []
+    handle = pipe.denoiser.proj_out_2.register_forward_hook(lambda _m, args, _o: given.append(args[0].aminmax()))
+    pipe.sample(plan, observer=lambda call: times.append(call.timestep))
+    handle.remove()
+    assert len(times) == 2 * 5  # two batches
+
+    def wanted(*calls):
+        pairs = [given[batch + call] for batch in (0, 5) for call in calls]
+        return min(float(low) for low, _ in pairs), max(float(high) for _, high in pairs)
+
+    def found(**options):
+        return calibrate(pipe, {"proj_out_2": (8,)}, plan, weights_digest="w", options=CalibrationOptions(**options))
+
+    for n_steps, calls in ((0, range(5)), (1, [0]), (2, [0, 1, 4])):
+        static = found(n_steps=n_steps).static["proj_out_2"]["a8"]
+        assert (*static.low, *static.high) == wanted(*calls)
+    by_timestep = found(by_timestep=True)
+    assert times[1:5:2] == times[2:5:2]
+    assert by_timestep.timesteps == (times[0], times[1], times[3])
+    static = by_timestep.static["proj_out_2"]["a8"]
+    assert list(zip(static.low, static.high, strict=True)) == [wanted(0), wanted(1, 2), wanted(3, 4)]
 
 
 @pytest.mark.parametrize("percentile", [99.0, 90.0, 100.0])

@@ -12,7 +12,7 @@ from toy_pipeline import ToyAdapter
 import sedimo
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError, StateError
-from sedimo.measurement.objective import batches_of, measure, measure_reference, rows_of, trajectory_of
+from sedimo.measurement.objective import batches_of, measure, measure_reference, rows_of
 from sedimo.measurement.probe import probed
 from sedimo.measurement.trial import Setting
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
@@ -77,11 +77,8 @@ def test_rows_belong_to_samples_batch_after_batch():
     adapter = ToyAdapter(guided=True)
     reference = measure_reference("step", adapter, SAMPLING)
     assert [samples for _, samples in batches_of(SAMPLING, reference.calls)] == [range(2)] * 3 + [range(2, 3)] * 3
-    assert trajectory_of(reference).n_calls == 6
     with pytest.raises(StateError, match="does not fit"):
         list(batches_of(Sampling((5, 6, 7), 3, batch_size=3), reference.calls))
-    with pytest.raises(StateError, match="records no denoiser calls"):
-        trajectory_of(measure_reference("final_latents", adapter, SAMPLING))
 
 
 def test_inputs_are_cut_by_rows_and_copied():

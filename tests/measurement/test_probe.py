@@ -10,9 +10,11 @@ from toy_pipeline import ToyDenoiser, ToyWeights, toy_space
 
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError
+from sedimo.measurement import probe
 from sedimo.measurement.probe import Prober, probed
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.activations import round_inputs, rounded_inputs
 from sedimo.space import Recipe
 
 UAQ3, UAQ8 = Format("uaq", 3), Format("uaq", 8)
@@ -128,3 +130,27 @@ def test_a_packed_weight_is_dequantized_in_the_dtype_of_the_layer(denoiser, supp
         assert half.twice.weight.dtype == torch.float16
         assert not isinstance(half.twice.weight, QuantizedTensor)
         assert torch.equal(half.twice.weight, packed.to(torch.float16).dequantize())
+
+
+def test_hooks_stay_while_activations_do(denoiser, supply, monkeypatch):
+    given = []
+
+    def count(module, inputs):
+        given.append(inputs)
+        round_inputs(module, inputs)
+
+    monkeypatch.setattr(probe, "round_inputs", count)
+    plain, rounded = Recipe({"first": UAQ3}), Recipe({"first": Format.parse("uaq3a4")})
+    with Prober(denoiser, supply) as prober:
+        for recipe in (plain, Recipe({"first": UAQ8}), plain):
+            prober.switch(recipe)
+        assert len(given) == 1  # takes off what may have been there
+        for recipe, n_given in ((rounded, 2), (rounded, 2), (plain, 3), (rounded, 4)):
+            prober.switch(recipe)
+            assert len(given) == n_given
+            assert rounded_inputs(denoiser).layers.keys() == ({"first"} if recipe is rounded else set())
+        prober.restore()
+        assert not rounded_inputs(denoiser).layers
+        prober.switch(rounded)
+        assert rounded_inputs(denoiser).layers.keys() == {"first"}
+    assert not rounded_inputs(denoiser).layers

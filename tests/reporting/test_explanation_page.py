@@ -206,6 +206,7 @@ def test_records_of_earlier_versions_are_still_read():
         (("block 3", ""), ["block 3", "outside"]),
         (("transformer_blocks.0", "single_transformer_blocks.0"), ["transformer 0", "single_transformer 0"]),
         (("down_blocks.1.attentions.0.transformer_blocks.3", "outside blocks"), ["down 1.0.3", "outside"]),
+        (("down_blocks.0.resnets.0", "down_blocks.0", "up_blocks.0"), ["down 0.0", "down 0", "up 0"]),
     ],
 )
 def test_blocks_have_short_labels(blocks, labels):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from map_examples import channel_ranges, noise_map, repetition, trajectory_lines
+from matplotlib.figure import Figure
 from report_examples import dit_layers, dit_summary, estimate, make_table
 from test_html import HARM, read
 
@@ -25,7 +26,7 @@ from sedimo.reporting.maps import BlockCurves, ChannelRanges, Maps, local_map
 from sedimo.reporting.maps import repetition as repetition_of
 from sedimo.reporting.maps_view import maps_view
 from sedimo.reporting.range_chart import merged, ranges_chart
-from sedimo.reporting.repetition_charts import convergence_chart, importance_chart, matrix_chart
+from sedimo.reporting.repetition_charts import convergence_chart, importance_chart, label_layers, matrix_chart
 from sedimo.reporting.theme import PLACEHOLDER
 from sedimo.sensitivity.blocks import BlockRow
 from sedimo.sensitivity.orthogonality import importance
@@ -70,6 +71,16 @@ def test_what_is_not_quantized_is_exact_and_what_cannot_take_a_format_is_left_ou
     assert set(found.sqnr_db[1]) == set(found.sqnr_db[2]) == {math.inf}
     assert set(found.standard_error[1]) == {0.0}
     assert math.isfinite(found.sqnr_db[0][0])
+
+
+def test_local_noise_has_that_of_rounded_inputs_too():
+    noise = {"kmc4": LocalNoise(0.003, 0.0003), "a8": LocalNoise(0.001, 0.0004)}
+    parts = tuple(SqnrPart(t, dict.fromkeys(TABLE.layers, noise)) for t in (1000.0, 500.0))
+    probe = SqnrProbe(SETTING, parts, EXECUTION)
+    for text, power, error in (("kmc4a8", 0.004, 0.0005), ("fp16a8", 0.001, 0.0004), ("kmc4", 0.003, 0.0003)):
+        found = local_map(probe, TABLE, dict.fromkeys(TABLE.layers, Format.parse(text)))
+        assert np.array(found.sqnr_db) == pytest.approx(-10 * math.log10(power))
+        assert np.array(found.standard_error) == pytest.approx(10 / math.log(10) * error / power)
 
 
 def test_repetition_keeps_the_matrices_and_the_bits_of_each_layer():
@@ -155,8 +166,6 @@ def test_nothing_finite_is_no_chart():
 
 @pytest.mark.parametrize(("n_steps", "ticks"), [(3, [0, 1, 2]), (20, [0, *range(3, 20, 2)])])
 def test_steps_are_labelled_at_even_distances(n_steps, ticks):
-    from matplotlib.figure import Figure
-
     axes = Figure().subplots()
     label_steps(axes, [math.nan] * n_steps)
     assert list(axes.get_xticks()) == ticks
@@ -196,9 +205,44 @@ def test_a_page_of_a_large_denoiser_has_all_of_it(whole):
 
 
 def test_from_where_on_timesteps_suffice():
-    found = replace(repetition(2, 4), converged=(0.9, 0.995, 0.98, 1.0))
+    found = replace(repetition(2, 5), converged=(0.9, 0.995, 0.98, 0.995, 1.0))
     texts = [figure.text for group in maps_view(Maps(repetition=found)) for figure in group]
     assert any("From 4 on, the rank correlation is at least 0.99." in text for text in texts)
+
+
+def test_where_no_fewer_timesteps_suffice():
+    found = replace(repetition(2, 3), converged=(0.9, 0.98, 1.0))
+    assert (
+        "No fewer than all 3 keep the rank correlation at 0.99 or above."
+        in maps_view(Maps(repetition=found))[-1][0].text
+    )
+
+
+def test_layers_that_do_not_tell_samples_apart_are_explained():
+    one = repetition(2, 3)  # its first layer does not
+    rows = [(math.nan, math.nan, *row[2:]) for row in one.per_step]
+    none = [(0.5, *row[1:]) for row in one.per_step]
+    texts = [maps_view(Maps(repetition=replace(one, per_step=tuple(r))))[0][0].text for r in (one.per_step, rows, none)]
+    assert ["The dark line is" in texts[0], "Dark lines are the 2 layers" in texts[1], "ark line" in texts[2]] == [
+        *(True, True, False)
+    ]
+
+
+@pytest.mark.parametrize("n_most", [10, 45])
+def test_labels_of_many_layers_stand_apart_and_name_outermost_blocks(n_most):
+    """In a U-Net, blocks of a few layers follow each other, and one kind of them goes on after another."""
+    inside = ["resnets.0"] * 3 + ["attentions.0"] + ["attentions.0.transformer_blocks.0"] * 10 + ["attentions.0"]
+    names = [
+        f"{stage}.{part}" for stage in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0") for part in inside
+    ]
+    blocks = ("", *names, "up_blocks.0", "")
+    axes = Figure().subplots()
+    found = replace(repetition(2, 2), layers=tuple(f"layer {i}" for i in range(len(blocks))), blocks=blocks)
+    label_layers(axes, found, n_most=n_most)
+    assert list(axes.get_yticks()) == [1, 16, 31, 46]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["down 0", "down 1", "mid", "up 0"]
+    label_layers(axes, found, n_most=3)
+    assert list(axes.get_yticks()) == [1, 31]
 
 
 def test_maps_survive_being_saved(whole):

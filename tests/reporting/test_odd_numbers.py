@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 from report_examples import dit_evidence, dit_layers, make_table
 
 from sedimo.allocation.solve import allocate
+from sedimo.api.verbs import report
 from sedimo.quant.formats import parse_formats
 from sedimo.reporting.building import summarize
 from sedimo.reporting.html import render
+from sedimo.reporting.rounding import count
 from sedimo.reporting.summary import Evidence, FrontierPoint
 from sedimo.reporting.sweep_charts import ranks_matrix
 from sedimo.sensitivity.table import SensitivityTable
@@ -63,3 +66,19 @@ def test_a_rank_correlation_that_is_no_number_is_an_empty_cell():
     assert "<svg" in chart
     assert chart.count("-0.250") == 2
     assert "nan" not in chart.lower()
+
+
+def test_more_bits_buy_little_under_a_limit_of_bit_operations(tmp_path):
+    """The curve keeps the limit, so that this recipe is on it and not above."""
+    table = replace(TABLE, costs=tuple(replace(c, bops=TABLE.params[c.decision] * c.format.bits) for c in TABLE.costs))
+    limit = allocate(table, bits=4.0).bops
+    choice = allocate(table, bits=12.0, budget_bops=limit)
+    page = report(None, table, choice, path=tmp_path / "report.html").read_text()
+    assert f"within {count(limit)} bit operations" in page
+    assert re.search(
+        r"under the same limit of bit operations, more bits would not lower the noise and [\d.]+ bits would raise it",
+        page,
+    )
+    free = report(None, table, allocate(table, bits=6.0), path=tmp_path / "free.html").read_text()
+    assert "within" not in free.split("The best recipe at each budget")[1][:40]
+    assert re.search(r"By prediction, [\d.]+ bits would lower the noise by [\d.]+ dB and", free)

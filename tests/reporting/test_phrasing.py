@@ -6,12 +6,15 @@ import math
 from dataclasses import replace
 
 import pytest
-from report_examples import dit_summary, estimate, unet_summary
+from report_examples import dit_summary, estimate, make_table, unet_layers, unet_summary
 
+from sedimo.allocation.solve import allocate
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 from sedimo.reporting import phrasing
+from sedimo.reporting.building import summarize
 from sedimo.reporting.summary import DifferenceRow, Evidence, RecipeRow
+from sedimo.sensitivity.error import UNITS
 
 THIN = "\N{NARROW NO-BREAK SPACE}"
 
@@ -62,6 +65,21 @@ def test_there_are_four_tiles_measured_or_not(summary, bare):
     assert [t.unit for t in phrasing.tiles(summary)] == ["bits", "smaller", "dB SQNR", "FID"]
     assert [t.unit for t in phrasing.tiles(bare)] == ["bits", "smaller", "dB, predicted", "decisions"]
     assert "not measured" in phrasing.tiles(bare)[2].note
+
+
+def test_costs_that_are_no_noise_are_not_told_in_decibels():
+    table = replace(make_table(list(unet_layers()), 2), method="error", unit=UNITS["macs"])
+    found = summarize(table, allocate(table, bits=3.7), model="unet")
+    assert [t.unit for t in phrasing.tiles(found)] == ["bits", "smaller", "decisions"]
+    texts = [*phrasing.decision_sentences(found), *phrasing.reason_sentences(found), phrasing.method_sentence(found)]
+    assert any(" of the cost" in text for text in texts)
+    assert not any("noise" in text or "dB" in text for text in texts)
+
+
+def test_what_stays_at_sixteen_bits_is_said_last(summary):
+    first, *rest = summary.decisions
+    found = replace(summary, decisions=(replace(first, format=Format.parse("fp16")), *rest))
+    assert phrasing.decision_sentences(found)[0].endswith(" stay at 16 bits.")
 
 
 def test_the_gain_over_uniform_stands_in_for_a_missing_fid(summary):

@@ -94,6 +94,7 @@ def test_error_costs_are_weighted_by_macs_or_plain():
     assert table.index["b", UAQ3].cost == pytest.approx(0.3 * relative_error("b", UAQ3))
     assert table.settings["weighting"] == "macs"
     plain = error_table(SPACE, make_candidates(SPACE, n=8, standard_error=0.01), weighting="plain")
+    assert plain.unit == "relative weight error"
     cost = plain.index["b", UAQ3]
     assert (cost.cost, cost.standard_error, cost.n) == (relative_error("b", UAQ3), 0.01, 8)
     assert (plain.index["b", FP16].cost, plain.index["b", FP16].n) == (0.0, 0)
@@ -103,7 +104,7 @@ def test_error_costs_are_weighted_by_macs_or_plain():
 
 def test_a_table_knows_all_that_allocation_needs():
     table = error_table(SPACE, CANDIDATES)
-    assert table.unit == "relative noise power"
+    assert table.unit == "relative weight error, weighted by share of work"
     assert set(table.index) == {(n, f) for n in NAMES for f in FORMATS}
     assert table.total_params == SPACE.params
     assert (table.operations["a"], table.blocks["a"], table.layers["a"]) == ("op_a", "block_a", ("a",))

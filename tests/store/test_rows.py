@@ -38,8 +38,6 @@ def test_a_row_comes_back_after_the_file_is_closed(tmp_path):
         assert rows.get("trial", "c") is None
         rows.put("trial", "a", '{"x":3}')
         assert rows.get("trial", "a") == '{"x":3}'
-        rows.delete("trial", ["a", "nowhere"])
-        assert rows.keys("trial") == ("b",)
 
 
 def test_many_rows_are_written_together_or_not_at_all(tmp_path):

@@ -18,22 +18,28 @@ def frontier(
     accounting: Accounting = "paper",
     gap: float = GAP,
     rule: str = "greedy",
+    bops: int | None = None,
 ) -> tuple[Allocation, ...]:
     """The allocation at each budget [bits per weight], in rising order of the budgets.
 
     By exchanges unless `rule` is `milp`: a curve needs no proofs, and each point still carries its bound and gap.
     The objective never rises along the curve: every answer is offered to the next, larger budget, so that
-    the gap at which a search stops cannot bend the curve upwards.
+    the gap at which a search stops cannot bend the curve upwards. With `bops`, every point keeps that limit of bit
+    operations, too; budgets at which no choice is found that keeps both are left out.
 
     Raises:
-        InputError: no budgets, or one that no choice keeps.
+        InputError: no budgets, or (without `bops`) one that no choice keeps.
     """
     if not budgets:
         raise InputError("a frontier needs at least one budget, got none.")
     found: list[Allocation] = []
     for bits in sorted(set(budgets)):
-        budget = Budget(bytes_for_bits(bits, table.total_params), accounting)
-        found.append(allocate_within(table, budget, rule=rule, gap=gap, known=found[-1] if found else None))
+        budget = Budget(bytes_for_bits(bits, table.total_params), accounting, bops)
+        try:
+            found.append(allocate_within(table, budget, rule=rule, gap=gap, known=found[-1] if found else None))
+        except InputError:
+            if bops is None:
+                raise
     return tuple(found)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
+from sedimo.api.agreeing import agreement
 from sedimo.api.bops_order import BopsOrder
 from sedimo.api.checking import UNIFORM_SLACK_BITS
 from sedimo.api.measuring import make_bank, measure_table, search_recipe
@@ -26,6 +25,7 @@ from sedimo.api.order import (
     SamplingOrder,
     refuse_blind,
 )
+from sedimo.api.peer import LEAST_USED, PEERS, PeerRecipe, decide_peer, measure_peers, wanted_methods
 from sedimo.api.planning import MeasuredMethod
 from sedimo.api.predicting import refuse_other_space
 from sedimo.api.search_order import SearchOrder
@@ -37,15 +37,13 @@ from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError
 from sedimo.measurement.ledger import Ledger, Spent, add_up
 from sedimo.measurement.study import Study
-from sedimo.measurement.trial import Trial
 from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
+from sedimo.metrics.signal import NoisePowers, paired_difference, sqnr_estimates, summarize
 from sedimo.quant.formats import parse_formats
 from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine
 from sedimo.sensitivity.combine import rank_average
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.orthogonality import ImportanceOptions, Objective
-from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
 from sedimo.sensitivity.table import SensitivityTable, of_family
 from sedimo.space import Recipe, SearchSpace
 
@@ -64,9 +62,7 @@ MEASURED: Mapping[str, MeasuredMethod] = {
     **dict.fromkeys(ORTHOGONALITY, "orthogonality"),
 }
 RANK_AVERAGE, AVERAGED = "rank-average", ("jacobian", "ablation", "sqnr")
-COMPARED = (UNIFORM, *MEASURED, RANK_AVERAGE, "gnn")
-HOLD_ABLATION = ("ablation", "combined", RANK_AVERAGE)  # whose agreement with the ablation would say little
-LEAST_USED = 0.995  # of a budget, for a recipe to count as of equal size
+COMPARED = (UNIFORM, *MEASURED, RANK_AVERAGE, "gnn", *PEERS)
 
 
 def importance_of(method: str) -> ImportanceOptions:
@@ -109,7 +105,7 @@ class CompareOrder:
         for bits in self.bits:
             BudgetOrder(bits=bits)
         for method in self.methods:
-            if method != UNIFORM:
+            if method not in (UNIFORM, *PEERS):
                 refuse_blind(MEASURED.get(method, method), parse_formats(self.formats), importance_of(method))
         if self.n_fresh < 2:
             raise InputError(f"comparing needs at least two fresh seeds, got {self.n_fresh}")
@@ -150,7 +146,8 @@ class ComparedRow:
     """A method at a budget: its recipe measured on the fresh seeds, and what it is ahead of the reference, paired.
 
     `bops` are bit operations of one sample and denoiser call, attention included [BOPs].
-    `is_full` tells whether it uses at least 99.5 % of the budget.
+    `is_full` tells whether it uses at least 99.5 % of the budget. A peer has no recipe in Sedimo's formats; `formats`
+    are then its own by layer.
     """
 
     method: str
@@ -161,7 +158,13 @@ class ComparedRow:
     is_full: bool
     sqnr_db: Estimate
     ahead: Estimate | None
-    recipe: Recipe
+    recipe: Recipe | None
+    formats: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether the method is another tool's, with formats of its own."""
+        return self.recipe is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,9 @@ class Comparison:
     def as_page(self) -> ComparisonPage:
         """What the page tells."""
         lines = [
-            ComparisonLine(r.method, r.bits, r.paper_bits, r.stored_bits, r.is_full, r.bops, r.sqnr_db, r.ahead)
+            ComparisonLine(
+                r.method, r.bits, r.paper_bits, r.stored_bits, r.is_full, r.bops, r.sqnr_db, r.ahead, r.is_peer
+            )
             for r in self.rows
         ]
         costs = [CostLine(method, spent, self.agreement.get(method)) for method, spent in self.costs.items()]
@@ -205,7 +210,7 @@ class Comparison:
 class _Decided:
     """A method's recipe at a budget (None: it has none there), and the table behind it, if it has one."""
 
-    recipe: Recipe | None
+    recipe: Recipe | PeerRecipe | None
     table: SensitivityTable | None = None
     notes: tuple[str, ...] = ()
 
@@ -226,6 +231,8 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
         InputError: the source cannot be sampled, or a budget that its formats do not allow.
         Interrupted: Ctrl-C; what was measured is kept.
     """
+    methods, missing = wanted_methods(order.in_order, everything=COMPARED)
+    order = replace(order, methods=methods)
     opened = open_source(order.job(REFERENCE, min(order.bits)))
     with Study(order.store) as study:
         with study.ledger() as shared:
@@ -239,7 +246,9 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
             opened.order = order.job(method, bits)
             entries[method, bits] = _accounted(opened, bank, study, method, progress)
         fresh = Measuring.on(opened.pipe, bank, study, plan, progress=progress)
-        rows = [row for bits in order.bits for row in _rows(bank, bits, _recipes_at(entries, bits), fresh)]
+        peers = [e.decided.recipe for e in entries.values() if isinstance(e.decided.recipe, PeerRecipe)]
+        powers = measure_peers(opened.pipe, study, plan, peers, weights_digest=bank.weights_digest, progress=progress)
+        rows = [row for bits in order.bits for row in _rows(bank, bits, _recipes_at(entries, bits), fresh, powers)]
     middle = sorted(order.bits)[len(order.bits) // 2]
     tables = {m: e.decided.table for (m, bits), e in entries.items() if bits == middle and e.decided.table is not None}
     return Comparison(
@@ -252,37 +261,11 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
         n_comparisons=sum(row.ahead is not None for row in rows),
         agreement=agreement(tables, middle),
         notes=(
+            *missing,
             *opened.rules,
             *(f"{m} at {b:g} bits: {note}" for (m, b), e in entries.items() for note in e.decided.notes),
         ),
     )
-
-
-def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, Estimate]:
-    """Kendall's tau between operations' costs by each method and by the ablation, with bootstrap intervals.
-
-    An operation's cost is the mean over its decisions, at each one's format nearest to `bits`. Fewer than three
-    operations have no order worth a number. Methods that contain the ablation are left out.
-    """
-    if "ablation" not in tables:
-        return {}
-    truth, found = _of_operations(tables["ablation"], bits), {}
-    for method, table in tables.items():
-        costs = _of_operations(table, bits)
-        if method not in HOLD_ABLATION and len(truth) >= LEAST_RECIPES:
-            found[method] = prediction_quality([costs[name] for name in truth], list(truth.values())).kendall_tau
-    return found
-
-
-def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
-    sums: dict[str, list[float]] = {}
-    for decision, costs in table.by_decision.items():
-        quantized = [c for c in costs if c.format.is_quantized]
-        if not quantized:
-            continue
-        nearest = min(quantized, key=lambda c: (abs(8 * c.paper_bytes / table.params[decision] - bits), c.cost))
-        sums.setdefault(table.operations[decision], []).append(nearest.cost)
-    return {name: float(np.mean(values)) for name, values in sums.items()}
 
 
 def _refuse_impossible(order: CompareOrder, space: SearchSpace, study: Study) -> None:
@@ -312,6 +295,9 @@ def _decide(opened: Opened, bank: Bank, study: Study, method: str, progress: Pro
     if method == "gnn":
         measured, allocation = search_recipe(opened, study, progress)
         return _Decided(allocation.recipe, measured.table)
+    if method in PEERS:
+        recipe, notes = decide_peer(opened, bank, study, method, progress)
+        return _Decided(recipe, notes=notes)
     budget, rule = opened.order.budget, opened.order.rule
     if method == RANK_AVERAGE:
         table = rank_average([measure_table(opened, MEASURED[name], study, progress).table for name in AVERAGED])
@@ -342,28 +328,45 @@ def _best_uniform(opened: Opened, bank: Bank, study: Study, progress: Progress) 
     return _Decided(best.recipe, notes=best.notes)
 
 
-def _recipes_at(entries: Mapping[tuple[str, float], _Entry], bits: float) -> dict[str, Recipe]:
+def _recipes_at(entries: Mapping[tuple[str, float], _Entry], bits: float) -> dict[str, Recipe | PeerRecipe]:
     found = {m: entry.decided.recipe for (m, at), entry in entries.items() if at == bits}
     return {method: recipe for method, recipe in found.items() if recipe is not None}
 
 
-def _rows(bank: Bank, bits: float, found: Mapping[str, Recipe], fresh: Measuring) -> Iterator[ComparedRow]:
-    trials: dict[str, Trial] = dict(zip(found, fresh.trials(list(found.values())), strict=True))
-    space, reference = bank.space, _reference(tuple(found))
+def _rows(
+    bank: Bank,
+    bits: float,
+    found: Mapping[str, Recipe | PeerRecipe],
+    fresh: Measuring,
+    of_peers: Mapping[str, NoisePowers],
+) -> Iterator[ComparedRow]:
+    own = {method: recipe for method, recipe in found.items() if isinstance(recipe, Recipe)}
+    trials = zip(own, fresh.trials(list(own.values())), strict=True)
+    powers = {method: trial.powers for method, trial in trials}
+    powers |= {method: of_peers[r.key] for method, r in found.items() if isinstance(r, PeerRecipe)}
+    reference = _reference(tuple(found))
     for method, recipe in found.items():
-        paper_bits = space.paper_bits(recipe)
-        ahead = paired_difference(trials[method].powers, trials[reference].powers).estimate
+        paper_bits, stored_bits, bops = _size_of(bank, recipe)
         yield ComparedRow(
             method=method,
             bits=bits,
             paper_bits=paper_bits,
-            stored_bits=8 * bank.stored_bytes(recipe) / space.params,
-            bops=space.bops(recipe),
+            stored_bits=stored_bits,
+            bops=bops,
             is_full=paper_bits >= LEAST_USED * bits,
-            sqnr_db=sqnr_estimates(summarize(trials[method].powers))["sqnr_db"],
-            ahead=None if method == reference else ahead,
-            recipe=recipe,
+            sqnr_db=sqnr_estimates(summarize(powers[method]))["sqnr_db"],
+            ahead=None if method == reference else paired_difference(powers[method], powers[reference]).estimate,
+            recipe=recipe if isinstance(recipe, Recipe) else None,
+            formats=recipe.formats if isinstance(recipe, PeerRecipe) else {},
         )
+
+
+def _size_of(bank: Bank, recipe: Recipe | PeerRecipe) -> tuple[float, float, int]:
+    """Paper bits and stored bits per weight, and bit operations."""
+    if isinstance(recipe, PeerRecipe):
+        return recipe.paper_bits, recipe.paper_bits, recipe.bops
+    space = bank.space
+    return space.paper_bits(recipe), 8 * bank.stored_bytes(recipe) / space.params, space.bops(recipe)
 
 
 def _reference(methods: Sequence[str]) -> str:

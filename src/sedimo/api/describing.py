@@ -62,8 +62,8 @@ def card_writer(name: str, source: Path | None) -> Finish:
 
     def finish(folder: Path, placed: str) -> None:
         home = denoiser_folder(folder)
-        if is_packed(home):
-            checkpoint = open_checkpoint(home)
+        checkpoint = open_checkpoint(home) if is_packed(home) else None
+        if checkpoint is not None and checkpoint.layers:
             origin = Origin(base_model, recipe_json=recipe_of(checkpoint).to_json())
             write_card(folder, origin, checkpoint, placed)
 

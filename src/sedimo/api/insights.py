@@ -10,6 +10,7 @@ import numpy as np
 
 from sedimo.allocation.problem import Allocation
 from sedimo.api.searching import Measuring, Search
+from sedimo.metrics.estimate import NORMAL_95
 from sedimo.metrics.signal import paired_difference
 from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Insight, verdict_of
@@ -17,7 +18,6 @@ from sedimo.sensitivity.choices import Choices, Codes
 from sedimo.space import Decision, Recipe, SearchSpace
 
 N_INSIGHTS = 8
-_NORMAL_95 = 1.959964
 _LEAST_DB = 0.05  # a change that is predicted to be smaller says nothing
 _Other = Callable[[Decision, Format, Search], Format | None]
 
@@ -44,7 +44,7 @@ def insights(search: Search, measuring: Measuring) -> tuple[Insight, ...]:
     found = []
     for change, trial in zip(changes, trials[1:], strict=True):
         measured = paired_difference(trial.powers, base.powers).estimate
-        half = _NORMAL_95 * change.error_db
+        half = NORMAL_95 * change.error_db
         found.append(
             Insight(
                 change.sentence,

@@ -69,7 +69,11 @@ def summary_of(
         recipes=() if check is None else recipe_rows(check, table.method),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(
-            frontier(table, even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND))
+            frontier(
+                table,
+                even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND),
+                bops=allocation.budget_bops,
+            )
         ),
         pictures=() if check is None else tuple(Picture(*parts) for parts in pictures_of(check)),
         file_bytes=written.file_bytes,
@@ -107,7 +111,7 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
         command=facts.get("command", ""),
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         seeds=seeds,
-        sampling=_sorted({"steps": str(sampling.n_steps), "method": table.method, **table.settings}),
+        sampling=_sorted({"steps": str(sampling.n_steps), **table.settings}),
         versions=_sorted(versions()),
         machine=f"{platform.system()} {platform.machine()}, {_processor()}",
         seconds={"the whole job": float(facts.get("seconds", 0))},

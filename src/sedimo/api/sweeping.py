@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from sedimo.api.hybrid import blocks_by_gain
 from sedimo.api.measuring import make_bank
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import ActivationOrder
-from sedimo.api.probing import attribute_measured, probe
+from sedimo.api.probing import LEAST_SAMPLES, attribute_measured, probe
 from sedimo.api.searching import Measuring
 from sedimo.api.smoothing import plan_source, smooth_opened
 from sedimo.api.sweep_order import Question, Signal, SweepOrder
@@ -20,10 +21,10 @@ from sedimo.bank import SILENT, Bank, Progress
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
-from sedimo.metrics.signal import SAME_UP_TO_ROUNDING, paired_difference, sqnr_estimates, summarize
+from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, paired_difference, sqnr_estimates, summarize
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.schedulers import scheduled, scheduler_named
-from sedimo.reporting.sweep import OTHER_SEEDS, Sweep, SweptRanks, SweptValue
+from sedimo.reporting.sweep import OTHER_SEEDS, Confirmation, Sweep, SweptRanks, SweptValue, highest_value
 from sedimo.sensitivity.blocks import changeable_blocks, hybrid_recipe, refuse_keeping_all
 from sedimo.sensitivity.quality import LEAST_RECIPES, prediction_quality
 from sedimo.sensitivity.table import Cost
@@ -45,6 +46,14 @@ class _Work:
         """The seeds that values are measured on."""
         return self.order.sampling.checking(self.opened.pipe)
 
+    @property
+    def further(self) -> Sampling:
+        """As many seeds again, past those of all other plans: nothing was chosen on them."""
+        sampling, pipe = self.order.sampling, self.opened.pipe
+        n_ranges = max(LEAST_SAMPLES["sqnr"], self.order.activations.n_samples)
+        first = 1 + max(*self.fresh.seeds, *sampling.sampling_many(pipe, n_ranges).seeds)
+        return sampling.plan(pipe, range(first, first + sampling.n_check_seeds))
+
     def bank(self, *, is_exact: bool = False) -> Bank:
         """The bank of the weights and the rules for activations that are in force."""
         return make_bank(self.opened, self.study, is_exact=is_exact, progress=self.progress)
@@ -53,11 +62,11 @@ class _Work:
         """Measuring recipes on a plan, where the study lacks them."""
         return Measuring.on(self.opened.pipe, bank, self.study, plan, progress=self.progress)
 
-    def everywhere(self, note: str = "") -> _Measured:
-        """The format everywhere, measured with what is in force."""
+    def everywhere(self, plan: Sampling, note: str = "") -> _Measured:
+        """The format everywhere, measured on a plan with what is in force."""
         bank = self.bank()
         recipe = hybrid_recipe(bank.space, self.order.format, [])
-        (trial,) = self.measuring(bank, self.fresh).trials([recipe])
+        (trial,) = self.measuring(bank, plan).trials([recipe])
         return _Measured(bank.space.paper_bits(recipe), trial, note)
 
     def sensitivities(self, bank: Bank, signal: Signal, plan: Sampling) -> dict[str, Cost]:
@@ -73,6 +82,9 @@ class _Measured:
     paper_bits: float
     trial: Trial
     note: str = ""
+
+
+Measure = Callable[[str, Sampling], _Measured]  # a value of the knob, on a plan
 
 
 def sweep(order: SweepOrder, progress: Progress = SILENT) -> Sweep:
@@ -96,26 +108,31 @@ def sweep(order: SweepOrder, progress: Progress = SILENT) -> Sweep:
 
 def _alpha(work: _Work) -> Sweep:
     plans = plan_source(work.opened, work.order.smoothing, work.study, work.progress)
-    found = {"none": work.everywhere()}
-    for smoothing in plans:
-        undo = smooth_opened(work.opened, smoothing)
+    smoothings = {f"{smoothing.alpha:g}": smoothing for smoothing in plans}
+
+    def measure(name: str, plan: Sampling) -> _Measured:
+        if name not in smoothings:
+            return work.everywhere(plan)
+        undo = smooth_opened(work.opened, smoothings[name])
         try:
-            n_changed = sum(any(layer.exponents) for layer in smoothing.layers.values())
-            found[f"{smoothing.alpha:g}"] = work.everywhere(f"{n_changed} layers smoothed")
+            n_changed = sum(any(layer.exponents) for layer in smoothings[name].layers.values())
+            return work.everywhere(plan, f"{n_changed} layers smoothed")
         finally:
             undo()
-    return _valued(work, found, tolerance=SAME_UP_TO_ROUNDING)
+
+    return _valued(work, ["none", *smoothings], measure, tolerance=SAME_UP_TO_ROUNDING)
 
 
 def _calibration(work: _Work) -> Sweep:
     order, n_all = work.order, work.order.sampling.n_steps
     rules = {"dynamic": ActivationOrder(order.activations.symmetric)}
     rules |= {f"all {n}" if n == n_all else str(n): order.calibrated(n) for n in order.counts}
-    found = {}
-    for name, activations in rules.items():
-        work.opened.order = replace(order.job, activations=activations)
-        found[name] = work.everywhere()
-    return _valued(work, found)
+
+    def measure(name: str, plan: Sampling) -> _Measured:
+        work.opened.order = replace(order.job, activations=rules[name])
+        return work.everywhere(plan)
+
+    return _valued(work, [*rules], measure)
 
 
 def _threshold(work: _Work) -> Sweep:
@@ -128,13 +145,16 @@ def _threshold(work: _Work) -> Sweep:
     searched = work.order.sampling.searching(work.opened.pipe)
     by_gain = blocks_by_gain(bank.space, number_format, work.measuring(bank, searched))
     counts = (0, *(n for n in counts if n))
-    recipes = [hybrid_recipe(bank.space, number_format, by_gain[:n]) for n in counts]
-    trials = work.measuring(bank, work.fresh).trials(recipes)
-    found = {
-        str(n): _Measured(bank.space.paper_bits(recipe), trial, ", ".join(by_gain[before:n]))
-        for before, n, recipe, trial in zip((0, *counts), counts, recipes, trials, strict=False)
-    }
-    return _valued(work, found)
+    before = dict(zip(counts[1:], counts, strict=False))
+    measuring = functools.cache(functools.partial(work.measuring, bank))  # of a plan; full precision is sampled once
+
+    def measure(name: str, plan: Sampling) -> _Measured:
+        n = int(name)
+        recipe = hybrid_recipe(bank.space, number_format, by_gain[:n])
+        (trial,) = measuring(plan).trials([recipe])
+        return _Measured(bank.space.paper_bits(recipe), trial, ", ".join(by_gain[before.get(n, 0) : n]))
+
+    return _valued(work, [*map(str, counts)], measure)
 
 
 def _samples(work: _Work) -> Sweep:
@@ -180,16 +200,21 @@ _ANSWERS: Mapping[Question, Callable[[_Work], Sweep]] = {
 }
 
 
-def _valued(work: _Work, found: Mapping[str, _Measured], **same: float) -> Sweep:
-    """The values with their SQNR, each paired with the first, which is the baseline."""
-    baseline = next(iter(found))
-    values = []
+def _valued(work: _Work, names: Sequence[str], measure: Measure, tolerance: float = SAME) -> Sweep:
+    """The values with their SQNR, each paired with the first, which is the baseline; the highest is measured again."""
+    found = {name: measure(name, work.fresh) for name in names}
+    baseline, values = names[0], []
     for name, one in found.items():
         powers = one.trial.powers
-        ahead = paired_difference(powers, found[baseline].trial.powers, **same).estimate
+        ahead = paired_difference(powers, found[baseline].trial.powers, tolerance=tolerance).estimate
         sqnr = sqnr_estimates(summarize(powers))["sqnr_db"]
         values.append(SweptValue(name, one.paper_bits, sqnr, None if name == baseline else ahead, one.note))
-    return _sweep(work, [work.fresh], values=tuple(values), n_comparisons=len(values) - 1)
+    highest = highest_value(values)
+    best, least = (measure(name, work.further).trial.powers for name in (highest, baseline))
+    ahead = paired_difference(best, least, tolerance=tolerance).estimate
+    confirmed = Confirmation(highest, ahead, _span(work.further.seeds))
+    answer = _sweep(work, [work.fresh], n_comparisons=len(values) - 1, values=tuple(values))
+    return replace(answer, confirmed=confirmed)
 
 
 def _ranked(
@@ -222,12 +247,11 @@ def _sweep(
     errors: Mapping[str, float] = MappingProxyType({}),
     notes: tuple[str, ...] = (),
 ) -> Sweep:
-    seeds = sorted(seed for plan in plans for seed in plan.seeds)
     return Sweep(
         question=work.order.question,
         source=work.opened.name,
         number_format=str(work.order.format),
-        seeds=f"{seeds[0]} to {seeds[-1]}",
+        seeds=_span([seed for plan in plans for seed in plan.seeds]),
         n_steps=plans[0].n_steps,
         n_comparisons=n_comparisons,
         values=values,
@@ -235,3 +259,7 @@ def _sweep(
         errors=errors,
         notes=notes,
     )
+
+
+def _span(seeds: Sequence[int]) -> str:
+    return f"{min(seeds)} to {max(seeds)}"

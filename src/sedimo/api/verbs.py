@@ -170,7 +170,7 @@ def report(
     """
     agreed = None if study is None else check_additivity(table, whole_recipes(study, table))
     evidence = Evidence(
-        frontier=frontier_points(frontier(table, even_budgets(table, N_FRONTIER_POINTS))),
+        frontier=frontier_points(frontier(table, even_budgets(table, N_FRONTIER_POINTS), bops=choice.budget_bops)),
         agreement=agreed,
         agreement_of="" if agreed is None else f"{agreed.n} recipes of the study",
     )

@@ -92,7 +92,7 @@ def comparison(found: Comparison) -> None:
     )
     rows = [
         (
-            row.method,
+            f"{row.method} (peer)" if row.is_peer else row.method,
             f"{row.bits:g}",
             f"{row.paper_bits:.3f}" + ("" if row.is_full else " (not full)"),
             f"{row.stored_bits:.3f}",

@@ -139,10 +139,6 @@ def _text(of: str) -> Form:
     return lambda s: s.floats(s.batch, s.n_tokens(of), s.width(of))
 
 
-def _text_per_frame(of: str) -> Form:
-    return lambda s: s.floats(s.batch * s.frames, s.n_tokens(of), s.width(of))
-
-
 def _mask(of: str) -> tuple[Form, ...]:
     return (
         lambda s: s.integers(s.batch, s.n_tokens(of)),

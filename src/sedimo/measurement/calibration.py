@@ -33,7 +33,7 @@ from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import sample_until
 from sedimo.quant.activations import ActivationQuantizer, Activations, StaticRange
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 2  # raised when ranges of the same settings change
 RangeMethod = Literal["min-max", "percentile", "mse"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 _N_VALUES = 1 << 16  # of bfloat16
@@ -44,11 +44,11 @@ _SHRINK_FACTORS = tuple(0.95**power for power in range(90))  # from all of the r
 class CalibrationOptions:
     """How ranges are found.
 
-    `n_steps` of the trajectory's denoiser calls are looked at, evenly spaced from the first on: 0 means all, 1 is that
-    of greatest noise alone, as published; it loses much where later steps have wider ranges (docs/results.md).
-    `percentile` is
-    for that method: so many percent of the values lie below the upper end, and above the lower one. `by_timestep`
-    gives each step that is looked at ranges of its own.
+    `n_steps` of the trajectory are looked at, evenly spaced from the first on: 0 means all, 1 is the call of greatest
+    noise alone, as published; that loses much where later steps have wider ranges (docs/results.md). Of a scheduler
+    that calls the denoiser several times in a step, all calls of a step are looked at. `percentile` is for that method:
+    so many percent of the values lie below the upper end, and above the lower one. `by_timestep` gives each timestep
+    that is looked at ranges of its own.
 
     Raises:
         InputError: an unknown method, or numbers outside their ranges.
@@ -69,10 +69,18 @@ class CalibrationOptions:
         if not 50 < self.percentile <= 100:
             raise InputError(f"the percentile must lie above 50 and at most at 100, got {self.percentile}")
 
-    def steps(self, n_calls: int) -> tuple[int, ...]:
-        """Which of a trajectory's denoiser calls are looked at."""
-        wanted = min(self.n_steps or n_calls, n_calls)
-        return tuple(round(i * n_calls / wanted) for i in range(wanted))
+    def calls(self, n_steps: int, n_calls: int) -> tuple[int, ...]:
+        """Which of the denoiser's `n_calls` in `n_steps` of a trajectory are looked at, from 0.
+
+        Step i of N has the calls from ceil(i C / N) to below ceil((i + 1) C / N): with C = 2 N - 1 (Heun, KDPM2) two
+        each and the last one, with C = N + 1 (PNDM) two in the first and one in the others.
+        """
+        wanted = min(self.n_steps or n_steps, n_steps)
+        if wanted == 1:
+            return (0,)
+        steps = {round(i * n_steps / wanted) for i in range(wanted)}
+        first = [-(-i * n_calls // n_steps) for i in range(n_steps + 1)]
+        return tuple(call for step in sorted(steps) for call in range(first[step], first[step + 1]))
 
 
 def calibrate(
@@ -129,6 +137,12 @@ class _Values:
             found = torch.bincount(bits, minlength=_N_VALUES).cpu()
             self.counts = found if self.counts is None else self.counts + found
 
+    def merge(self, other: _Values) -> None:
+        """Adds what was seen elsewhere."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        if other.counts is not None:
+            self.counts = other.counts if self.counts is None else self.counts + other.counts
+
     def sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The values that occurred, float32, ascending, and how often each did."""
         counts = torch.zeros(_N_VALUES) if self.counts is None else self.counts
@@ -138,7 +152,7 @@ class _Values:
         return values[order], counts[found][order].double()
 
 
-Counts = Mapping[tuple[str, int], _Values]
+Counts = Mapping[tuple[str, float], _Values]  # by layer and timestep, 0 for all unless they are told apart
 
 
 def _count(
@@ -148,11 +162,10 @@ def _count(
     kept: Parts,
     progress: Progress,
 ) -> tuple[Counts, tuple[float, ...]]:
-    """The inputs of layers by layer and group of steps, and the timesteps of the groups."""
+    """The inputs of layers by layer and timestep, and the timesteps in the order of sampling."""
     sampling, options = how
-    n_calls = 1 if options.n_steps == 1 else _count_calls(adapter, sampling)
-    look = _Look(options.steps(n_calls), options)
-    progress.start(sampling.n_batches * len(look.steps), "calibrating activations")
+    look = _Look(options.calls(sampling.n_steps, _n_calls(adapter, how)), options)
+    progress.start(sampling.n_batches * len(look.calls), "calibrating activations")
     with graceful_interrupt() as stop, hooked(adapter.denoiser, {layer: look.hook(layer) for layer in layers}):
 
         def see(call: DenoiserCall) -> None:
@@ -160,50 +173,58 @@ def _count(
                 progress.advance(1)
             kept.check(stop)
 
-        sample_until(adapter, sampling, look.steps[-1], see)
+        sample_until(adapter, sampling, look.calls[-1], see)
     progress.done()
-    return look.found, tuple(look.timesteps[step] for step in look.steps)
+    return look.found, tuple(look.timesteps)
 
 
-def _count_calls(adapter: PipelineAdapter, sampling: Sampling) -> int:
-    """How often one sample calls the denoiser: some schedulers and pipelines do so more than once a step."""
-    steps: list[int] = []
-    adapter.sample(sampling.first(1), observer=lambda call: steps.append(call.step))
-    return len(steps)
+def _n_calls(adapter: PipelineAdapter, how: tuple[Sampling, CalibrationOptions]) -> int:
+    """How often the denoiser is called in a trajectory: the first sample tells, where more than one call is wanted."""
+    sampling, options = how
+    if options.n_steps == 1:
+        return 1
+    seen: list[int] = []
+    adapter.sample(sampling.first(1), observer=lambda call: seen.append(call.step))
+    return len(seen)
 
 
 class _Look:
-    """Looks at the inputs of layers while the denoiser is at one of some steps."""
+    """Looks at the inputs of layers during some calls of the denoiser."""
 
-    def __init__(self, steps: tuple[int, ...], options: CalibrationOptions) -> None:
-        self.steps, self.timesteps = steps, dict[int, float]()
-        self.found: dict[tuple[str, int], _Values] = {}
-        self._options, self._step = options, 0
+    def __init__(self, calls: tuple[int, ...], options: CalibrationOptions) -> None:
+        self.calls, self.timesteps = calls, dict[float, None]()  # a dictionary keeps their order
+        self.found: dict[tuple[str, float], _Values] = {}
+        self._options, self._call = options, 0
+        self._now: dict[str, _Values] = {}
 
     def hook(self, layer: str) -> Hook:
         """The hook on a layer."""
         return functools.partial(self._add, layer)
 
     def see(self, call: DenoiserCall) -> bool:
-        """Ends a call; the next one is the next step, or the first of the next batch. Tells if it was looked at."""
-        self._step = 0 if call.step >= self.steps[-1] else call.step + 1
-        if call.step in self.steps:
-            self.timesteps[call.step] = call.timestep
-        return call.step in self.steps
+        """Ends a call; the next one is the next, or the first of the next batch. Tells if it was looked at."""
+        self._call = 0 if call.step >= self.calls[-1] else call.step + 1
+        if call.step not in self.calls:
+            return False
+        self.timesteps[call.timestep] = None
+        timestep = call.timestep if self._options.by_timestep else 0.0
+        for layer, values in self._now.items():
+            self.found.setdefault((layer, timestep), _Values()).merge(values)
+        self._now.clear()
+        return True
 
     def _add(self, layer: str, _module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
-        if self._step not in self.steps:
+        if self._call not in self.calls:
             return
-        group = self.steps.index(self._step) if self._options.by_timestep else 0
         try:
-            values = self.found.setdefault((layer, group), _Values())
+            values = self._now.setdefault(layer, _Values())
             values.add(args[0].detach(), is_counted=self._options.method != "min-max")
         except InputError as error:
             raise InputError(f"layer {layer!r}: {error}") from error
 
 
 def _ranges(layer: str, counts: Counts, widths: Collection[int], options: CalibrationOptions) -> dict[str, StaticRange]:
-    groups = [counts[key] for key in sorted(key for key in counts if key[0] == layer)]
+    groups = [values for (name, _), values in counts.items() if name == layer]  # in the order of sampling
     if not groups:
         raise InputError(f"layer {layer!r} was never called, so its inputs have no range; leave its activations alone")
     found = {}

@@ -21,7 +21,7 @@ from sedimo.measurement.trial import ObjectiveName
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import NoisePowers, relative_noise
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import Trajectory, output_tensor, record
+from sedimo.pipelines.trajectory import output_tensor, record
 
 MAX_ROWS = 64  # of a recorded call that run at once when layers are looked at
 MIN_IMAGES = 20  # of which a jackknife can leave parts out
@@ -233,14 +233,3 @@ def _measure_steps(adapter: PipelineAdapter, reference: Reference) -> NoisePower
         for call, samples in batches_of(reference.sampling, reference.calls):
             average.add(call.output, output_tensor(adapter.denoiser(**rows_of(call, slice(None)))), samples)
     return average.powers()
-
-
-def trajectory_of(reference: Reference) -> Trajectory:
-    """The recorded calls as a trajectory.
-
-    Raises:
-        StateError: the objective keeps none.
-    """
-    if not reference.calls:
-        raise StateError(f"the objective {reference.objective!r} records no denoiser calls")
-    return Trajectory(reference.sampling, reference.calls, reference.latents)

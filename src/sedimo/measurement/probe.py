@@ -68,6 +68,7 @@ class Prober:
         self._denoiser, self._exchange = denoiser, _Exchange(denoiser)
         self._supply, self._inputs = supply, inputs
         self._entries: dict[str, Entry] = {}
+        self._rounded: InputQuantizers | None = None  # None: what the denoiser came with
 
     def __enter__(self) -> Prober:
         return self
@@ -93,18 +94,20 @@ class Prober:
             self._exchange.release(released)
             if changed:
                 self._exchange.put(self._supply(Recipe(changed)))
-            round_inputs(self._denoiser, self._inputs(recipe))
+            inputs = self._inputs(recipe)
+            if inputs != self._rounded:  # hooks are put on by a walk through all modules
+                round_inputs(self._denoiser, inputs)
         except BaseException:
             self.restore()
             raise
-        self._entries = wanted
+        self._entries, self._rounded = wanted, inputs
         return len(released) + len(changed)
 
     def restore(self) -> None:
         """Puts every original parameter back and leaves activations alone."""
         self._exchange.restore()
         unround_inputs(self._denoiser)
-        self._entries = {}
+        self._entries, self._rounded = {}, None
 
 
 class _Exchange:

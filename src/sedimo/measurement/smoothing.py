@@ -20,6 +20,7 @@ from sedimo.graph.folding import NONE, Folding
 from sedimo.measurement.ranges import ChannelRange, RangesProbe
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.smoothing import DEFAULT_ALPHA, check_alpha, factor_exponents, smoothing_factors
+from sedimo.runtime.diffusers_plugin import attach
 from sedimo.runtime.smoothed import How, mark_smoothed, remove_divisor, set_divisor, smoothed_layers
 
 
@@ -119,8 +120,8 @@ def plan_smoothing(
 def smooth_weights(denoiser: nn.Module, smoothing: Smoothing, *, widen: bool = False) -> Callable[[], None]:
     """Smooths a denoiser in place; calling the result gives every original parameter back.
 
-    Parameters keep their dtype; with `widen`, those that it cannot hold exactly become float32, as suits weights that
-    are to be stored and not computed with.
+    A diffusers model then saves itself with its divisors. Parameters keep their dtype; with `widen`, those that it
+    cannot hold exactly become float32, as suits weights that are to be stored and not computed with.
 
     Raises:
         InputError: the denoiser is smoothed already, lacks a parameter, or has one of another size.
@@ -138,6 +139,7 @@ def smooth_weights(denoiser: nn.Module, smoothing: Smoothing, *, widen: bool = F
         for module in divided:
             remove_divisor(module)
         mark_smoothed(denoiser, {})
+        attach(denoiser)
 
     for module, name, parameter in places:
         module._parameters[name] = parameter
@@ -148,6 +150,7 @@ def smooth_weights(denoiser: nn.Module, smoothing: Smoothing, *, widen: bool = F
             divisor = torch.exp2(torch.tensor(smoothing.layers[name].exponents, dtype=torch.float32))
             set_divisor(module, divisor.to(weight.device))
     mark_smoothed(denoiser, smoothing.ways)
+    attach(denoiser)
     return restore
 
 

@@ -12,6 +12,7 @@ from scipy import stats
 from sedimo.errors import InputError
 
 CONFIDENCE = 0.95
+NORMAL_95 = 1.959964  # half of a 95 % interval in standard errors, where errors are normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,12 @@ def ranked(value: float) -> float:
         1.0
     """
     return -math.inf if math.isnan(value) else value
+
+
+def normal_estimate(value: float, standard_error: float, n: int = 0) -> Estimate:
+    """A value whose error is known, such as a sum of many: its interval is that of the normal distribution."""
+    half = NORMAL_95 * standard_error
+    return Estimate(value, standard_error, value - half, value + half, n)
 
 
 def mean_estimate(values: npt.ArrayLike) -> Estimate:

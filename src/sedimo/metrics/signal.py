@@ -225,15 +225,16 @@ def _powers(reference: Vector, test: Vector) -> tuple[float, float]:
 
 def _pooled(powers: NoisePowers) -> tuple[float, float]:
     noise, signal = powers.noise.sum(), powers.signal.sum()
-    value = _decibel(noise / signal)
+    value = decibel(noise / signal)
     if powers.n < 2 or not math.isfinite(noise):
         return value, math.nan
-    replicates = [_decibel((noise - x) / (signal - s)) for x, s in zip(powers.noise, powers.signal, strict=True)]
+    replicates = [decibel((noise - x) / (signal - s)) for x, s in zip(powers.noise, powers.signal, strict=True)]
     return value, jackknife_estimate(value, replicates, powers.n).standard_error
 
 
-def _decibel(ratio: float) -> float:
-    return -10 * math.log10(ratio) if ratio > 0 else math.inf
+def decibel(noise: float) -> float:
+    """SQNR of a relative noise power [dB]: endless without noise, not a number if that is none."""
+    return math.inf if noise <= 0 else -10 * math.log10(noise)
 
 
 def _endless_difference(first: NoisePowers, second: NoisePowers) -> PairedDifference:

@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from sedimo.allocation.problem import Accounting, Allocation
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.placement import OUTSIDE, kinds, operation_label, stage
 from sedimo.reporting.summary import (
-    NOISE_UNIT,
     Choice,
     DecisionRow,
     Evidence,
@@ -22,9 +21,8 @@ from sedimo.reporting.summary import (
     Step,
     Summary,
 )
+from sedimo.sensitivity.costs import NOISE_POWER
 from sedimo.sensitivity.table import Cost, SensitivityTable
-
-_NORMAL_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def summarize(
@@ -43,7 +41,7 @@ def summarize(
     """
     reference = reference_format(table, allocation)
     rows = _decision_rows(table, allocation, shapes or {}, reference)
-    total = _standard(allocation.objective, allocation.standard_error)
+    total = normal_estimate(allocation.objective, allocation.standard_error)
     found = evidence or Evidence()
     has_one_kind = len([k for k in kinds(rows) if k != OUTSIDE]) == 1
     return Summary(
@@ -116,11 +114,6 @@ def _choice(table: SensitivityTable, allocation: Allocation, cost: Estimate) -> 
     )
 
 
-def _standard(value: float, standard_error: float) -> Estimate:
-    half = _NORMAL_95 * standard_error
-    return Estimate(value, standard_error, value - half, value + half, 0)
-
-
 def _decision_rows(
     table: SensitivityTable, allocation: Allocation, shapes: Mapping[str, tuple[int, ...]], reference: Format
 ) -> tuple[DecisionRow, ...]:
@@ -143,7 +136,7 @@ def _decision_row(
     total: float,
     share: float | None,
 ) -> DecisionRow:
-    name, is_noise = entry.decision, table.unit == NOISE_UNIT
+    name, is_noise = entry.decision, table.unit == NOISE_POWER
     return DecisionRow(
         name=name,
         layers=tuple(table.layers[name]),
@@ -177,7 +170,7 @@ def _step(table: SensitivityTable, entry: Cost, total: float, *, larger: bool) -
         return None
     pick = max if larger else min
     other = pick(useful, key=lambda c: (c.cost - entry.cost) / (entry.stored_bytes - c.stored_bytes))
-    is_noise = table.unit == NOISE_UNIT
+    is_noise = table.unit == NOISE_POWER
     return Step(
         format=other.format,
         cost_change=other.cost - entry.cost,

@@ -10,8 +10,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from sedimo.metrics.estimate import Estimate
-from sedimo.reporting.phrasing import decibel
+from sedimo.metrics.estimate import NORMAL_95, Estimate
+from sedimo.metrics.signal import decibel
 from sedimo.reporting.placement import OUTSIDE, stage_labels
 from sedimo.reporting.rounding import share, superscript, with_error
 from sedimo.reporting.summary import GroupRow, RecipeRow, Summary
@@ -20,8 +20,8 @@ from sedimo.reporting.theme import ACCENT, INK, MUTED, OTHER, SOFT, SURFACE, bit
 WIDTH = 760
 ROW = 25
 MAX_ROWS = 24
-_NORMAL_95 = 1.959964
 _BITS_AHEAD = 3.0  # how far beyond this recipe the frontier is drawn
+_MANY_TIMES = 30  # the least cost, beyond which a curve of costs has a logarithmic axis
 _FEW_DECADES = 2.2  # below, a logarithmic axis has ticks at 1, 2 and 5
 
 
@@ -116,7 +116,8 @@ def frontier_chart(summary: Summary) -> str:
         axes = figure.subplots()
         shown = [p for p in points if not choice.is_noise or p.cost > 0]
         shown = [p for p in shown if p.bits <= here + _BITS_AHEAD]
-        axes.plot([p.bits for p in shown], [scale(p.cost) for p in shown], color=MUTED, marker="o", markersize=4)
+        costs = [p.cost for p in shown]
+        axes.plot([p.bits for p in shown], [scale(c) for c in costs], color=MUTED, marker="o", markersize=4)
         beside = [p for p in summary.evidence.beside_frontier if not choice.is_noise or p.cost > 0]
         for point in beside:
             axes.plot(point.bits, scale(point.cost), marker="s", color=OTHER, markersize=6)
@@ -128,15 +129,17 @@ def frontier_chart(summary: Summary) -> str:
             axes.annotate(
                 "this recipe",
                 (here, scale(choice.cost.value)),
-                xytext=(-8, 8),
+                xytext=(-8 if choice.is_noise else 8, 8),  # above the curve, which rises or falls
                 textcoords="offset points",
-                ha="right",
+                ha="right" if choice.is_noise else "left",
                 color=ACCENT,
                 fontweight="bold",
             )
+        if costs and not choice.is_noise and max(costs) > _MANY_TIMES * min(costs) > 0:
+            _logarithmic(axes.yaxis, costs)
         axes.grid()
         axes.set_xlabel(f"bits per weight, {'as in the papers' if choice.accounting == 'paper' else 'as stored'}")
-        axes.set_ylabel("predicted SQNR [dB]" if choice.is_noise else f"cost [{choice.unit}]")
+        axes.set_ylabel("predicted SQNR [dB]" if choice.is_noise else "predicted cost")
 
     description = "; ".join(f"{p.bits:.2f} bits {scale(p.cost):.3g}" for p in points if p.cost > 0)
     return themed_svg(
@@ -174,7 +177,7 @@ def _comparable(groups: Sequence[GroupRow]) -> list[GroupRow]:
 
 def _points(axes: Axes, x: Sequence[float], y: Sequence[float], rows: Sequence[GroupRow], *, horizontal: bool) -> None:
     """Dots on a logarithmic axis with bars that never reach zero."""
-    half = [_NORMAL_95 * g.reference_standard_error for g in rows]
+    half = [NORMAL_95 * g.reference_standard_error for g in rows]
     bars = [[min(h, 0.9 * g.reference_cost) for h, g in zip(half, rows, strict=True)], half]
     _logarithmic(axes.xaxis if horizontal else axes.yaxis, x if horizontal else y)
     axes.errorbar(
@@ -246,9 +249,9 @@ def has_interval(estimate: Estimate) -> bool:
 
 
 def _cost_label(summary: Summary, *, is_short: bool = False) -> str:
-    what = "noise" if summary.choice.is_noise else summary.choice.unit
     if is_short:
-        return f"{what} at {summary.reference_format}"
+        return f"{'noise' if summary.choice.is_noise else 'cost'} at {summary.reference_format}"
+    what = "noise" if summary.choice.is_noise else f"cost [{summary.choice.unit}]"
     return f"{what} if all its layers were at {summary.reference_format} (logarithmic; bars: 95 % interval)"
 
 

@@ -21,7 +21,7 @@ from sedimo.reporting.rounding import count, duration
 class ComparisonLine:
     """A method at a budget, which its recipe uses up if it `is_full`; `ahead` is None for the reference.
 
-    `bops` are bit operations of one sample and call.
+    `bops` are bit operations of one sample and call; a peer has formats of its own.
     """
 
     method: str
@@ -32,6 +32,12 @@ class ComparisonLine:
     bops: int
     measured: Estimate
     ahead: Estimate | None
+    is_peer: bool = False
+
+    @property
+    def label(self) -> str:
+        """The method, as it is shown."""
+        return f"{self.method} (peer)" if self.is_peer else self.method
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,11 @@ def render_comparison(comparison: ComparisonPage) -> str:
         {
             "c": c,
             "headline": _headline(c.lines),
+            "peers": " and ".join(dict.fromkeys(line.method for line in c.lines if line.is_peer)),
             "chart": Markup(_chart(c)),  # texts in it are escaped
             "rows": [
                 (
-                    line.method,
+                    line.label,
                     f"{line.budget:g}",
                     f"{line.paper_bits:.3f}",
                     line.is_full,
@@ -102,7 +109,7 @@ def render_comparison(comparison: ComparisonPage) -> str:
 def _chart(comparison: ComparisonPage) -> str:
     budgets: dict[str, dict[str, Estimate]] = {}
     for line in sorted(comparison.lines, key=lambda x: x.budget):
-        budgets.setdefault(f"{line.budget:g} bits", {})[line.method] = line.measured
+        budgets.setdefault(f"{line.budget:g} bits", {})[line.label] = line.measured
     return methods_chart(budgets, reference=comparison.reference)
 
 

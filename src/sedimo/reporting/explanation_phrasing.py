@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import NORMAL_95, Estimate
 from sedimo.reporting.explanation import OVERALL, Explanation, Insight, PredictorRow, Verdict
 from sedimo.reporting.phrasing import name
 from sedimo.reporting.rounding import interval, number
@@ -24,7 +24,6 @@ OBJECTIVES = {
     "step": "at single steps of denoising",
     "fid": "on sets of finished images",
 }
-_NORMAL_95 = 1.959964
 _MAX_NAMES = 3
 _NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")  # whole parts of a dotted name
 
@@ -105,7 +104,7 @@ def change(insight: Insight) -> str:
 
 def predicted(insight: Insight) -> str:
     """The predicted change with its interval [dB]."""
-    spread = (insight.predicted_high - insight.predicted_low) / (2 * _NORMAL_95)
+    spread = (insight.predicted_high - insight.predicted_low) / (2 * NORMAL_95)
     error = spread if math.isfinite(spread) and spread > 0 else math.nan
     return decibels(Estimate(insight.predicted_db, error, insight.predicted_low, insight.predicted_high, 0))
 

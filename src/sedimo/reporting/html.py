@@ -77,7 +77,7 @@ def _context(summary: Summary, theme: Theme | None) -> dict[str, object]:
     pictures = show_pictures(summary.evidence.pictures, budget_bytes=_PICTURE_BYTES)
     compared = comparison(summary)
     is_tiny = bool(pictures) and pictures[0].is_small
-    found = summary.evidence.explanation
+    found, cost_name = summary.evidence.explanation, "noise" if summary.choice.is_noise else "cost"
     return {
         "s": summary,
         "x": explanation_view(found, here=summary.sizes.paper_bits) if found else None,
@@ -89,12 +89,12 @@ def _context(summary: Summary, theme: Theme | None) -> dict[str, object]:
         "decided": phrasing.decision_sentences(summary),
         "reasons": phrasing.reason_sentences(summary),
         "method_text": phrasing.method_sentence(summary),
-        "cost_name": "noise" if summary.choice.is_noise else "cost",
+        "cost_name": cost_name,
         "bar": bits_bar(summary),
         "levels": sorted({bit_level(d.format.bits) for d in summary.decisions}),
         "marks": _marks(summary),
         "has_copies": any(cell.is_copy for panel in shown for cell in panel.cells),
-        "panels": [{"title": _panel_title(p), "svg": Markup(panel_svg(p))} for p in shown],
+        "panels": [{"title": _panel_title(p), "svg": Markup(panel_svg(p, cost_name=cost_name))} for p in shown],
         "table": decision_lines(summary),
         "charts": _charts(summary),
         "cost": compared,
@@ -148,7 +148,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("Bit operations", _operations(summary.sizes)),
         ("Denoiser", summary.denoiser),
         ("Seeds", origin.seeds),
-        *origin.sampling.items(),
+        *((key.removeprefix("n_").replace("_", " ").capitalize(), value) for key, value in origin.sampling.items()),
         ("Time", ", ".join(f"{name} {duration(value)}" for name, value in origin.seconds.items())),
         ("Machine", origin.machine),
         ("Versions", ", ".join(f"{name} {version}" for name, version in origin.versions.items())),

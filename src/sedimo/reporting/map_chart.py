@@ -21,7 +21,7 @@ _COLUMNS_WITH_DIGITS = 24
 _GAP = 2
 
 
-def panel_svg(panel: Panel) -> str:
+def panel_svg(panel: Panel, *, cost_name: str = "noise") -> str:
     """One panel of the map; as wide as its cells need, so that a small screen scrolls."""
     left = 14 + _LETTER * max(len(row) for row in panel.rows)
     cell_width = _WIDE if len(panel.columns) <= _COLUMNS_WITH_DIGITS else _NARROW
@@ -40,7 +40,7 @@ def panel_svg(panel: Panel) -> str:
         turn = f' transform="rotate(-90 {x + 4:.1f} {y:.1f})" x="{x + 4:.1f}"' if is_upright else f' x="{x:.1f}"'
         parts.append(f'<text class="column{" turned" if is_upright else ""}" y="{y:.1f}"{turn}>{escape(label)}</text>')
     for cell in panel.cells:
-        parts.append(_cell(cell, left + cell_width * cell.column, top + _HEIGHT * cell.row, cell_width))
+        parts.append(_cell(cell, left + cell_width * cell.column, top + _HEIGHT * cell.row, cell_width, cost_name))
     return "".join([*parts, "</svg>"])
 
 
@@ -52,7 +52,7 @@ def mark_svg(number_format: Format) -> str:
     )
 
 
-def _cell(cell: Cell, x: float, y: float, width: float) -> str:
+def _cell(cell: Cell, x: float, y: float, width: float, cost_name: str) -> str:
     row = cell.decision
     level, has_digit = bit_level(row.format.bits), width >= _WIDE
     box_width, box_height = width - _GAP, _HEIGHT - _GAP
@@ -62,7 +62,7 @@ def _cell(cell: Cell, x: float, y: float, width: float) -> str:
     )
     place = x + (26 if has_digit else box_width / 2)
     return (
-        f'<g class="cell{" copy" if cell.is_copy else ""}"><title>{escape(_tooltip(cell))}</title>'
+        f'<g class="cell{" copy" if cell.is_copy else ""}"><title>{escape(_tooltip(cell, cost_name))}</title>'
         f'<rect class="b{level}" x="{x:.1f}" y="{y:.1f}" width="{box_width:.1f}" height="{box_height}" rx="3"/>'
         f"{digit}{_mark(row.format, place, middle, f'on{level}')}</g>"
     )
@@ -82,14 +82,14 @@ def _mark(number_format: Format, x: float, y: float, ink: str) -> str:
     return f'<path class="{ink} line" d="{path}"/>'
 
 
-def _tooltip(cell: Cell) -> str:
+def _tooltip(cell: Cell, cost_name: str) -> str:
     row = cell.decision
     what = cell.layer if cell.is_copy else row.name
     text = f"{what}: {row.format} ({FAMILIES[family(row.format)]}), {byte_size(row.stored_bytes)}"
     if row.share is not None:
-        text += f", {share(row.share)} of the noise"
+        text += f", {share(row.share)} of the {cost_name}"
     else:
-        text += f", cost {number(row.cost, row.standard_error)}"
+        text += f", {cost_name} {number(row.cost, row.standard_error)}"
     return f"{text}; stored once with {row.layers[0]}" if cell.is_copy else text
 
 

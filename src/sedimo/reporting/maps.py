@@ -18,6 +18,7 @@ from sedimo.measurement.orthogonality import OrthogonalityProbe
 from sedimo.measurement.sqnr import LocalNoise, SqnrPart, SqnrProbe
 from sedimo.measurement.trajectory import TrajectoryProbe
 from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.signal import decibel
 from sedimo.quant.formats import Format
 from sedimo.sensitivity.blocks import BlockRow
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions, converged, importance
@@ -189,7 +190,7 @@ def trajectory_lines(probe: TrajectoryProbe) -> TrajectoryLines:
 def local_map(
     probe: SqnrProbe, table: SensitivityTable, formats: Mapping[str, Format], *, number_format: str = ""
 ) -> NoiseMap:
-    """Local noise of each decision at its format, as the mean power over the decisions of a block.
+    """Local noise of each decision at its format, weight and activations, as the mean power over those of a block.
 
     Decisions that `formats` lacks and those that were never called are left out.
     """
@@ -201,7 +202,7 @@ def local_map(
     return NoiseMap(
         blocks=tuple(members),
         timesteps=tuple(part.timestep for part in probe.parts),
-        sqnr_db=tuple(tuple(_decibel(cell.mean) for cell in row) for row in cells),
+        sqnr_db=tuple(tuple(decibel(cell.mean) for cell in row) for row in cells),
         standard_error=tuple(tuple(_error(cell) for cell in row) for row in cells),
         n=probe.n_samples,
         number_format=number_format,
@@ -244,12 +245,7 @@ def _bits_of(decisions: Sequence[str], table: SensitivityTable, choice: Mapping[
 
 
 def _noise_of(part: SqnrPart, names: Sequence[str], formats: Mapping[str, Format]) -> Iterable[LocalNoise]:
-    for name in names:
-        number_format = formats[name].weight_format
-        if not number_format.is_quantized:
-            yield LocalNoise(0.0, 0.0)
-        elif name in part.noise:
-            yield part.noise[name][str(number_format)]
+    return (part.of(name, formats[name]) for name in names if name in part.noise or not formats[name].changes)
 
 
 def _mean(cells: Iterable[LocalNoise]) -> LocalNoise:
@@ -258,10 +254,6 @@ def _mean(cells: Iterable[LocalNoise]) -> LocalNoise:
     if not found:
         return LocalNoise(math.nan, math.nan)
     return LocalNoise(sum(c.mean for c in found) / len(found), sum(c.standard_error for c in found) / len(found))
-
-
-def _decibel(power: float) -> float:
-    return math.inf if power == 0 else -10 * math.log10(power)
 
 
 def _error(cell: LocalNoise) -> float:

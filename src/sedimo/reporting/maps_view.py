@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from sedimo.metrics.estimate import NORMAL_95
 from sedimo.reporting.block_charts import blocks_curves
 from sedimo.reporting.block_phrasing import headline, hybrid_sentence
 from sedimo.reporting.heat_charts import noise_map_chart, trajectory_chart
@@ -17,7 +18,6 @@ from sedimo.reporting.range_chart import ranges_chart
 from sedimo.reporting.repetition_charts import convergence_chart, importance_chart, matrix_chart
 from sedimo.reporting.rounding import number, share, with_error
 
-_NORMAL_95 = 1.959964
 _SOME = 0.99  # rank correlation from which on more timesteps change little
 
 
@@ -107,16 +107,13 @@ def _of_repetition(found: Repetition) -> list[list[Figure]]:
     matrix = (
         f"How alike the outputs of two layers are between {found.n} samples (linear CKA, 0 to 1), mean of "
         f"{len(found.timesteps)} timesteps. At the right, the bits that each layer got, coloured as in the map above."
+        f"{_dark(found)}"
     )
     importance = (
-        "A layer that repeats others less is more important. Left, by timestep (empty: its output was the same for all "
-        "samples); middle, over all timesteps, the greatest being 1; right, the bits that it got."
+        "A layer that repeats others less is more important. Left, by timestep (empty: its output does not tell "
+        "samples apart); middle, over all timesteps, the greatest being 1; right, the bits that it got."
     )
-    too_few = max((i + 1 for i, value in enumerate(found.converged) if not value >= _SOME), default=0)
-    converged = (
-        "How soon importances from few timesteps have the order of those from all. From "
-        f"{too_few + 1} on, the rank correlation is at least {_SOME}."
-    )
+    converged = f"How soon importances from few timesteps have the order of those from all. {_sufficient(found)}"
     chart, table = Markup(importance_chart(found)), _importance_table(found)
     single = [
         Figure(f"The {name} timestep alone", Markup(matrix_chart(found, name, is_small=True)), "Colours as above.")
@@ -128,6 +125,23 @@ def _of_repetition(found: Repetition) -> list[list[Figure]]:
         [Figure("Importance, and the bits it led to", chart, importance, table)],
         [Figure("Enough timesteps?", Markup(convergence_chart(found)), converged)],
     ]
+
+
+def _dark(found: Repetition) -> str:
+    """What layers of which nothing is known look like in the matrix."""
+    n_dark = int(np.isnan(np.array(found.per_step)).all(axis=0).sum())
+    if not n_dark:
+        return ""
+    which = "The dark line is a layer" if n_dark == 1 else f"Dark lines are the {n_dark} layers"
+    return f" {which} whose outputs do not tell samples apart, such as those that see the timestep alone."
+
+
+def _sufficient(found: Repetition) -> str:
+    """From how many timesteps on more of them change little."""
+    too_few = max((i + 1 for i, value in enumerate(found.converged) if not value >= _SOME), default=0)
+    if too_few + 1 >= len(found.converged):
+        return f"No fewer than all {len(found.converged)} keep the rank correlation at {_SOME} or above."
+    return f"From {too_few + 1} on, the rank correlation is at least {_SOME}."
 
 
 def _of_ranges(found: ChannelRanges, position: int) -> Figure:
@@ -178,7 +192,7 @@ def _lines_table(found: TrajectoryLines) -> Table:
 
 def _importance_table(found: Repetition) -> Table:
     rows = [
-        (name, f"{theta:.3f} ± {_NORMAL_95 * error:.3f}", f"{bits:.3g}")
+        (name, f"{theta:.3f} ± {NORMAL_95 * error:.3f}", f"{bits:.3g}")
         for name, theta, error, bits in zip(found.layers, found.theta, found.standard_error, found.bits, strict=True)
     ]
     return Table("Importance with its 95 % interval", ("layer", "importance", "bits"), tuple(rows))

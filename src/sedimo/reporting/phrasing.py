@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.signal import decibel
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.rounding import bits, byte_size, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, LearnedRounding, Summary
@@ -25,7 +26,7 @@ FAMILIES = {
 }
 METHODS = {
     "error": "the squared error of its weights, relative to their size and weighted by its share of the work",
-    "jacobian": "the noise that its weight error puts on the denoiser's output, to first order",
+    "jacobian": "the noise that its rounding puts on the denoiser's output, to first order",
     "ablation": "the noise measured when it alone is quantized",
     "sqnr": "the noise at its own output",
     "gnn": "what a graph network learned from measured recipes",
@@ -56,11 +57,6 @@ def family(number_format: Format) -> str:
 def name(text: str) -> str:
     """A name between backticks, whatever it contains."""
     return f"`{text.replace('`', chr(39))}`"
-
-
-def decibel(noise: float) -> float:
-    """SQNR of a relative noise power [dB]."""
-    return -10 * math.log10(noise) if noise > 0 else math.inf
 
 
 def noise_estimate_db(noise: Estimate) -> Estimate:
@@ -247,9 +243,9 @@ def _methods_sentence(summary: Summary) -> str:
     weights: Counter[str] = Counter()
     for row in summary.decisions:
         weights[family(row.format)] += row.params
-    parts = [f"{FAMILIES[kind]} serves {share(n / summary.sizes.params)}" for kind, n in weights.most_common()]
-    parts = [p.replace("left at 16 bits serves", "no quantization at all is left to") for p in parts]
-    return f"Of the weights, {_join(parts)}."
+    shares = {kind: share(n / summary.sizes.params) for kind, n in weights.most_common()}
+    left = [f"{shares.pop('fp')} stay at 16 bits"] if "fp" in shares else []
+    return f"Of the weights, {_join([*(f'{FAMILIES[kind]} serves {part}' for kind, part in shares.items()), *left])}."
 
 
 def _activations_sentence(summary: Summary) -> str | None:
@@ -354,23 +350,30 @@ def _concentration(summary: Summary) -> str | None:
 
 def _next_bits(summary: Summary) -> str | None:
     choice, points = summary.choice, summary.evidence.frontier
-    here = choice.budget_bits
-    if here is None or choice.budget_bops is not None or not choice.is_noise or not points or choice.cost.value <= 0:
-        return None  # the curve knows of no limit of bit operations
+    here = summary.sizes.paper_bits if choice.accounting == "paper" else summary.sizes.stored_bits
+    is_limited = choice.budget_bits is not None or choice.budget_bops is not None
+    if not is_limited or not choice.is_noise or not points or choice.cost.value <= 0:
+        return None
     more = [p for p in points if p.bits > here + 0.2 and p.cost > 0]
     fewer = [p for p in points if p.bits < here - 0.2 and p.cost > 0]
     parts = []
     if more:
         p = min(more, key=lambda p: abs(p.bits - here - 0.5))
-        parts.append(f"{bits(round(p.bits, 2))} bits would lower the noise by {_apart(choice.cost.value, p.cost)} dB")
+        gain = _apart(choice.cost.value, p.cost)
+        what = f"lower the noise by {gain:.1f} dB" if gain >= _TINY_DB else "hardly lower the noise"
+        parts.append(f"{bits(round(p.bits, 2))} bits would {what}")
+    elif choice.budget_bops is not None:
+        parts.append("more bits would not lower the noise")
     if fewer:
         p = min(fewer, key=lambda p: abs(p.bits - here + 0.5))
-        parts.append(f"{bits(round(p.bits, 2))} bits would raise it by {_apart(p.cost, choice.cost.value)} dB")
-    return f"By prediction, {_join(parts)}." if parts else None
+        loss = _apart(p.cost, choice.cost.value)
+        parts.append(f"{bits(round(p.bits, 2))} bits would raise {'it' if parts else 'the noise'} by {loss:.1f} dB")
+    within = "" if choice.budget_bops is None else " and under the same limit of bit operations"
+    return f"By prediction{within}, {_join(parts)}." if parts else None
 
 
-def _apart(larger: float, smaller: float) -> str:
-    return f"{10 * math.log10(larger / smaller):.1f}"
+def _apart(larger: float, smaller: float) -> float:
+    return 10 * math.log10(larger / smaller)
 
 
 def _unsigned(difference: Estimate) -> tuple[float, float]:

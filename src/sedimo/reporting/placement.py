@@ -58,12 +58,12 @@ def place(operation: str, block: str) -> Place:
     if not block:
         return Place(OUTSIDE, "", "", operation)
     words = [part for part in block.split(".") if not part.isdigit()]
-    numbers = ".".join(part for part in block.split(".") if part.isdigit())
+    numbers = _numbers(block)
     prefix = ".".join(words) + "."
     local = operation.removeprefix(prefix)
     kind = words[-1] if words else "blocks"
-    top = re.sub(r"_?blocks?$", "", words[0]) if len(words) > 1 else ""
-    return Place(kind, block, f"{top} {numbers}".strip() or block, local)
+    label = f"{_without_block(words[0])} {numbers}".strip() if len(words) > 1 else numbers
+    return Place(kind, block, label or block, local)
 
 
 def operation_label(row: DecisionRow, *, has_one_kind: bool) -> str:
@@ -100,14 +100,9 @@ def stage_labels(stages: Sequence[str]) -> tuple[list[str], str]:
     """
     named = [s for s in stages if s != OUTSIDE]
     containers = {_without_numbers(s) for s in named}
-    labels = []
-    for found in stages:
-        numbers = ".".join(part for part in found.split(".") if part.isdigit())
-        word = re.sub(r"_?blocks?$", "", _without_numbers(found)) or _without_numbers(found)
-        labels.append(
-            "outside" if found == OUTSIDE else numbers if len(containers) == 1 else f"{word} {numbers}".strip()
-        )
-    return labels, containers.pop() if len(containers) == 1 else ""
+    if len(containers) != 1:
+        return [_stage_label(found) for found in stages], ""
+    return ["outside" if s == OUTSIDE else _numbers(s) for s in stages], containers.pop()
 
 
 def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
@@ -116,14 +111,14 @@ def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
     Example:
         >>> block_labels(["transformer_blocks.0", "transformer_blocks.1"])
         (['0', '1'], 'transformer_blocks')
-        >>> block_labels(["down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "mid_block.resnets.1"])
-        (['down 1.0 resnets', 'down 1.0 attentions', 'mid 1'], '')
+        >>> block_labels(["down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "down_blocks.1"])
+        (['down 1.0 resnets', 'down 1.0 attentions', 'down 1'], '')
     """
     named = [OUTSIDE if block in ("", OUTSIDE) else block for block in blocks]
     if all("." not in _without_numbers(block) for block in named):
         labels, common = stage_labels(named)
     else:
-        labels, common = ["outside" if b == OUTSIDE else place("", b).label for b in named], ""
+        labels, common = [place("", b).label if "." in _without_numbers(b) else _stage_label(b) for b in named], ""
     labels = [label or block for label, block in zip(labels, named, strict=True)]
     is_alone = [labels.count(label) == 1 for label in labels]
     return [
@@ -187,6 +182,20 @@ def _order(block: str) -> tuple[tuple[int, int, str], ...]:
     return tuple(
         (1, int(part), "") if part.isdigit() else (0, way.get(part.split("_")[0], 0), part) for part in block.split(".")
     )
+
+
+def _stage_label(block: str) -> str:
+    """Of a block that is not nested in another: `down 1`, `mid`."""
+    words = _without_numbers(block)
+    return "outside" if block == OUTSIDE else f"{_without_block(words) or words} {_numbers(block)}".strip()
+
+
+def _without_block(word: str) -> str:
+    return re.sub(r"_?blocks?$", "", word)
+
+
+def _numbers(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part.isdigit())
 
 
 def _without_numbers(path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,15 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sedimo.metrics.estimate import NORMAL_95
 from sedimo.reporting.charts import WIDTH
 from sedimo.reporting.heat_charts import MAX_ROW_LABELS, colour_bar, draw_cells, label_steps, row_height
 from sedimo.reporting.maps import Repetition
-from sedimo.reporting.placement import OUTSIDE, block_labels
+from sedimo.reporting.placement import stage, stage_labels
 from sedimo.reporting.rounding import number
 from sedimo.reporting.theme import ACCENT, INK, MUTED, SURFACE, bit_colour, themed_svg
 
 _SMALL = 372  # width of a chart that stands beside another [px]
-_NORMAL_95 = 1.959964
 _LEAST = 1e-4  # of the greatest importance, below which differences do not matter
 _NAME = 34  # characters of a layer's label
 _TITLES = {"mean": "mean of the timesteps", "first": "first timestep", "last": "last timestep"}
@@ -38,7 +37,7 @@ def matrix_chart(found: Repetition, name: str, *, is_small: bool = False) -> str
         image = draw_cells(axes, matrix, (0.0, 1.0))
         axes.set_aspect("equal")
         _bits_strip(axes.inset_axes((1.012, 0, 0.03, 1), sharey=axes), found.bits)
-        _label_layers(axes, found, n_most=round(width / 17))
+        label_layers(axes, found, n_most=round(width / 17))
         ticks, labels = list(axes.get_yticks()), [text.get_text() for text in axes.get_yticklabels()]
         axes.set_xticks(ticks, labels, rotation=90, fontsize=8)
         if not is_small:
@@ -74,7 +73,7 @@ def importance_chart(found: Repetition) -> str:
         _theta(panels[1], found)
         _bits(panels[2], found.bits)
         panels[0].set_ylim(n - 0.5, -0.5)
-        _label_layers(panels[0], found, n_most=MAX_ROW_LABELS)
+        label_layers(panels[0], found, n_most=MAX_ROW_LABELS)
 
     order = np.argsort(found.theta)
     ends = "; ".join(f"{found.layers[i]} {found.theta[i]:.2f}, {found.bits[i]:.3g} bits" for i in (order[-1], order[0]))
@@ -121,7 +120,7 @@ def _logarithms(importances: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
 
 def _theta(axes: Axes, found: Repetition) -> None:
     rows = range(len(found.theta))
-    half = [_NORMAL_95 * e for e in found.standard_error]
+    half = [NORMAL_95 * e for e in found.standard_error]
     is_dense = len(found.theta) > MAX_ROW_LABELS
     axes.errorbar(
         found.theta,
@@ -164,17 +163,21 @@ def _label(name: str) -> str:
     return name if len(name) <= _NAME else f"{name[:20]}\N{HORIZONTAL ELLIPSIS}{name[-(_NAME - 21) :]}"
 
 
-def _label_layers(axes: Axes, found: Repetition, *, n_most: int) -> None:
-    """Every layer by its name while there is room, else the first layer of each block by the block's."""
+def label_layers(axes: Axes, found: Repetition, *, n_most: int) -> None:
+    """Every layer by its name while there is room, else where an outermost block begins, as far as there is room."""
     n = len(found.layers)
     if n <= n_most:
         axes.set_yticks(range(n), [_label(name) for name in found.layers], fontsize=9)
         axes.tick_params(axis="y", length=0)
         return
-    begins = [i for i in range(n) if found.blocks[i] and (i == 0 or found.blocks[i] != found.blocks[i - 1])]
-    names = list(dict.fromkeys(found.blocks[i] for i in begins))
-    labels = dict(zip(names, block_labels(names)[0], strict=True)) if names else {}
-    every = math.ceil(len(begins) / n_most) if begins else 1
-    ticks = begins[::every]
-    axes.set_yticks(ticks, [labels.get(found.blocks[i], OUTSIDE) for i in ticks], fontsize=8)
+    begins: dict[str, int] = {}
+    for i, block in enumerate(found.blocks):
+        if block:
+            begins.setdefault(stage(block), i)
+    labels = stage_labels(list(begins))[0]
+    shown: dict[int, str] = {}
+    for tick, label in zip(begins.values(), labels, strict=True):
+        if not shown or tick - next(reversed(shown)) >= n / n_most:
+            shown[tick] = label
+    axes.set_yticks(list(shown), list(shown.values()), fontsize=8)
     axes.set_ylabel("layers, labelled where a block begins")

@@ -19,9 +19,9 @@ from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.maps import NO_MAPS, Maps
 from sedimo.sensitivity.agreement import Agreement
+from sedimo.sensitivity.costs import NOISE_POWER
 
 RecipeKind = Literal["this", "uniform", "random", "method", "peer"]
-NOISE_UNIT = "relative noise power"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class Choice:
     @property
     def is_noise(self) -> bool:
         """Whether costs are noise powers, so that decibels make sense."""
-        return self.unit == NOISE_UNIT
+        return self.unit == NOISE_POWER
 
 
 @dataclass(frozen=True, slots=True)

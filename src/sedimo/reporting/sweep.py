@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,15 @@ class SweptValue:
 
 
 @dataclass(frozen=True, slots=True)
+class Confirmation:
+    """What the highest value is ahead of the baseline on further `seeds`, on which it was not chosen, paired [dB]."""
+
+    value: str
+    ahead: Estimate
+    seeds: str
+
+
+@dataclass(frozen=True, slots=True)
 class SweptRanks:
     """Rank correlation (Spearman) of the costs of `srcc.n` decisions, measured in two ways."""
 
@@ -50,6 +59,7 @@ class Sweep:
 
     `errors` are the standard errors of those sensitivities, as the mean over decisions [dB]. Values were measured on
     `seeds` in `n_steps`; `n_comparisons` were looked at, each with its own interval.
+    The highest value is `confirmed` on further seeds.
     """
 
     question: str
@@ -62,6 +72,7 @@ class Sweep:
     ranks: tuple[SweptRanks, ...]
     errors: Mapping[str, float]
     notes: tuple[str, ...]
+    confirmed: Confirmation | None = None
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -138,6 +149,7 @@ def render_sweep(sweep: Sweep, *, theme: Theme | None = None) -> str:
             "headline": headline(sweep),
             "chart": Markup(_chart(sweep, words.knob)),  # texts in it are escaped
             "values": values,
+            "again": sweep.confirmed and figure(sweep.confirmed.ahead),
             "has_notes": any(v.note for v in sweep.values),
             "ranks": [(r.first, r.second, figure(r.srcc), r.srcc.n) for r in sweep.ranks],
             "errors": [(name, number(error)) for name, error in sweep.errors.items()],
@@ -147,23 +159,30 @@ def render_sweep(sweep: Sweep, *, theme: Theme | None = None) -> str:
 
 def headline(sweep: Sweep) -> str:
     """The answer in a sentence."""
-    if sweep.values:
-        return _best_value(sweep)
+    if sweep.confirmed is not None:
+        return _confirmed_value(sweep, sweep.confirmed)
     if sweep.question == _SCHEDULERS:
         return _least_agreement(sweep)
     told = ", ".join(f"{number(r.srcc.value, r.srcc.standard_error)} from {r.first}" for r in sweep.ranks)
     return f"Rank correlation with {sweep.ranks[0].second} samples: {told} samples."
 
 
-def _best_value(sweep: Sweep) -> str:
-    """The baseline, and which value is highest beside it."""
-    baseline, *others = sweep.values
-    start = f"The baseline, `{baseline.value}`, has {with_error(baseline.sqnr_db, 'dB')}"
-    paired = [(v.value, v.ahead) for v in others if v.ahead is not None]
+def highest_value(values: Sequence[SweptValue]) -> str:
+    """The value that is most ahead of the baseline; of those that are shown to be ahead, if any are."""
+    paired = [(v.value, v.ahead) for v in values if v.ahead is not None]
     shown = [(value, ahead) for value, ahead in paired if ahead.low > 0]
-    value, ahead = max(shown or paired, key=lambda pair: ranked(pair[1].value))
-    best = f"{_WORDS[sweep.question].phrase.format(f'`{value}`')}, {with_error(ahead, 'dB', signed=True)}"
-    return f"{start}; highest is {best}." if shown else f"{start}; nothing is shown to be better, highest is {best}."
+    return max(shown or paired, key=lambda pair: ranked(pair[1].value))[0]
+
+
+def _confirmed_value(sweep: Sweep, confirmed: Confirmation) -> str:
+    """The baseline, and what the value that is highest beside it is worth on seeds on which it was not chosen."""
+    baseline = sweep.values[0]
+    start = f"The baseline, `{baseline.value}`, has {with_error(baseline.sqnr_db, 'dB')}"
+    value = _WORDS[sweep.question].phrase.format(f"`{confirmed.value}`")
+    ahead = f"{with_error(confirmed.ahead, 'dB', signed=True)} on further seeds"
+    if confirmed.ahead.low > 0:
+        return f"{start}; highest is {value}, {ahead}."
+    return f"{start}; nothing is shown to be better, highest is {value}, {ahead}."
 
 
 def _least_agreement(sweep: Sweep) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.reporting.phrasing import cost_sentences
-from sedimo.reporting.rounding import MINUS, bits, byte_size, interval, number, share, with_error
+from sedimo.reporting.rounding import MINUS, bits, byte_size, count, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, RecipeRow, Step, Summary
 from sedimo.reporting.theme import bit_level
 
@@ -85,6 +85,7 @@ class Comparison:
     differences: tuple[DifferenceLine, ...]
     has_notes: bool
     has_beside: bool
+    bops_limit: str
     agreement: str
 
 
@@ -117,15 +118,12 @@ def comparison(summary: Summary) -> Comparison:
         differences=tuple(_difference_line(row) for row in evidence.differences),
         has_notes=any(row.note for row in shown),
         has_beside=bool(evidence.beside_frontier),
+        bops_limit="" if summary.choice.budget_bops is None else count(summary.choice.budget_bops),
         agreement=f"{agreement.n} {evidence.agreement_of}." if agreement else "",
     )
 
 
 def _decision_line(row: DecisionRow) -> DecisionLine:
-    cost = number(row.cost, row.standard_error)
-    if row.standard_error > 0:
-        half = 1.959964 * row.standard_error
-        cost = with_error(Estimate(row.cost, row.standard_error, row.cost - half, row.cost + half, row.n))
     return DecisionLine(
         name=row.name,
         shared=len(row.layers) - 1,
@@ -133,7 +131,7 @@ def _decision_line(row: DecisionRow) -> DecisionLine:
         level=bit_level(row.format.bits),
         shape="\N{MULTIPLICATION SIGN}".join(map(str, row.shape)),
         stored=byte_size(row.stored_bytes),
-        cost=cost,
+        cost=with_error(normal_estimate(row.cost, row.standard_error, row.n)),
         share="" if row.share is None else share(row.share),
         larger=_step(row.larger),
         smaller=_step(row.smaller),

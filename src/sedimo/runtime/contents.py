@@ -13,7 +13,7 @@ from torch import nn
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.layout import LAYER_TYPES, LayerEntry, Layers, TiedEntry, entry_of, kind_of, packed_tensors
+from sedimo.runtime.layout import LAYER_TYPES, METHOD, LayerEntry, Layers, TiedEntry, entry_of, kind_of, packed_tensors
 
 
 def packed_layers(denoiser: nn.Module) -> dict[str, QuantizedTensor]:
@@ -134,7 +134,7 @@ def refuse_unfit_source(denoiser: nn.Module) -> None:
         InputError: it is already quantized, or has adapters (LoRA), attached or merged.
     """
     method = getattr(denoiser, "quantization_method", None) if hasattr(denoiser, "hf_quantizer") else None
-    if method is not None or packed_layers(denoiser):
+    if method not in (None, METHOD) or packed_layers(denoiser):  # ours without packed weights is smoothed only
         raise InputError(
             f"the denoiser is already quantized ({method or 'packed weights'}): quantize the full-precision source, "
             "or change single layers with replace_weights(denoiser, {layer: weight})"

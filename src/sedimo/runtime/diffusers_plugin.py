@@ -287,14 +287,14 @@ class SedimoQuantizer(DiffusersQuantizer):
 
 
 def attach(model: nn.Module) -> None:
-    """Tells a diffusers model what is packed in it, so that it saves itself; other modules need nothing.
+    """Tells a diffusers model what of it diffusers does not know, so that it saves itself; other modules need nothing.
 
-    A model without packed weights forgets that it ever had some.
+    That is: packed weights, divided and rounded inputs. A model that has none of them forgets that it ever had some.
     """
     if not isinstance(model, ConfigMixin):
         return
     config = SedimoConfig.of(model)
-    if not config.layers:
+    if not config.configuration.is_needed:
         _forget(model)
         model.__dict__.pop("hf_quantizer", None)
         return

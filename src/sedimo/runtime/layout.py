@@ -136,6 +136,11 @@ class Configuration:
         return found
 
     @property
+    def is_needed(self) -> bool:
+        """Whether the tensors mean something else without it; folded layers are ordinary ones."""
+        return bool(self.layers or self.inputs.layers or "divided" in self.smoothed.values())
+
+    @property
     def key(self) -> str:
         """sha256 that ties a weights file to all that its configuration says of computing with it."""
         told = {name: value for name, value in self.plain.items() if name in ("layers", "activations", "smoothed")}

@@ -39,7 +39,7 @@ def mark_smoothed(denoiser: nn.Module, layers: Mapping[str, How]) -> None:
 def divide_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The hook of a divided layer: input `[..., in]` of a Linear, `[B, in, ...]` of a convolution, by its divisor."""
     inputs, *rest = args
-    divisor: torch.Tensor = module.get_buffer(DIVISOR).to(inputs.dtype)
+    divisor: torch.Tensor = module.get_buffer(DIVISOR).to(inputs)  # offloading moves it only after this hook
     if not isinstance(module, nn.Linear):
         divisor = divisor.reshape(-1, *[1] * (module.get_parameter("weight").ndim - 2))  # an image may come alone
     return (inputs / divisor, *rest)

@@ -15,7 +15,7 @@ from sedimo.quant.formats import FP16, Format, count_bops
 from sedimo.sensitivity.table import Cost, SensitivityTable
 from sedimo.space import Decision, SearchSpace
 
-UNIT = "relative noise power"
+NOISE_POWER = "relative noise power"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def build_table(
     estimate: Callable[[Candidate], CostEstimate],
     settings: Mapping[str, str],
     *,
-    unit: str = UNIT,
+    unit: str = NOISE_POWER,
     sees_activations: bool = False,
 ) -> SensitivityTable:
     """The table of one method; fp16 costs nothing. What sees weights alone is not asked about their activations.

@@ -12,12 +12,15 @@ from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import SearchSpace
 
 Weighting = Literal["macs", "plain"]
+UNITS = {"macs": "relative weight error, weighted by share of work", "plain": "relative weight error"}
 
 
 def error_table(
     space: SearchSpace, candidates: Iterable[Candidate], *, weighting: Weighting = "macs"
 ) -> SensitivityTable:
     """Cost = relative squared weight error times the decision's share of all MACs, or alone (`plain`).
+
+    What that does to any output is not known: costs are no noise powers, and nothing in decibels follows from them.
 
     Raises:
         InputError: another weighting.
@@ -34,4 +37,4 @@ def error_table(
         share = shares[candidate.decision]
         return CostEstimate(share * candidate.error, share * candidate.standard_error, candidate.n)
 
-    return build_table("error", space, candidates, estimate, {"weighting": weighting})
+    return build_table("error", space, candidates, estimate, {"weighting": weighting}, unit=UNITS[weighting])

@@ -205,7 +205,7 @@ def _theta(sums: Values, known: npt.NDArray[np.bool_], log_weights: Values, opti
     shares = np.where(known, log_weights[:, None], -np.inf)[:, is_known]
     each = -options.beta * _gamma(sums, known)[:, is_known]
     logs = logsumexp(shares + each, axis=0) - logsumexp(shares, axis=0)
-    theta = np.ones(len(is_known))
+    theta = np.ones(known.shape[1])
     theta[is_known] = np.exp(logs - logs.max())
     theta[~is_known] = theta[is_known].mean()
     if options.tail_mean:

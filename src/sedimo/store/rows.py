@@ -99,11 +99,6 @@ class Rows:
         found = self._connection.execute("SELECT key, json FROM rows WHERE kind = ? ORDER BY key", (kind,))
         return tuple(found)
 
-    def delete(self, kind: str, keys: Iterable[str]) -> None:
-        """Removes rows; keys that do not exist are no error."""
-        with self._transaction():
-            self._connection.executemany("DELETE FROM rows WHERE kind = ? AND key = ?", [(kind, k) for k in keys])
-
     def close(self) -> None:
         """Closes the file; the object cannot be used afterwards."""
         self._connection.close()

@@ -21,8 +21,6 @@ from sedimo.sensitivity.gnn.costs import (
     noise_table,
     noise_variant_table,
     score_table,
-    sum_of_variant_scores,
-    variant_table,
 )
 from sedimo.sensitivity.gnn.model import network_input
 from sedimo.sensitivity.gnn.scoring import (
@@ -208,25 +206,6 @@ def test_scores_are_calibrated_without_the_term_for_bits(data, paper):
     assert min(c.cost for c in table.costs) == 0
     with pytest.raises(InputError, match="scores, not noise"):
         noise_table(paper, candidates_of(data.choices), data.codes[0])
-
-
-def test_variants_add_up_over_groups(data, fast):
-    graph = planted_graph()
-    qualities = hop_qualities(fast, planted_graph(), data.codes)
-    groups = [group_scores(fast, graph, g, qualities) for g in disjoint_groups(fast, graph, graph.groups)]
-    total = sum_of_variant_scores(groups, data.codes)
-    first = 0.0
-    for group in groups:
-        row = np.flatnonzero((group.choice == data.codes[0, list(group.decisions)]).all(axis=1))
-        first += group.scores.mean[row[0]]
-    assert total[0] == pytest.approx(first)
-    found = variant_table(
-        data.choices,
-        groups,
-        calibrate(total, data.choices.paper_bits(data.codes), data.quality),
-        candidates_of(data.choices),
-    )
-    assert sum(g.n_variants for g in found.groups) == 3 * 64 + 4
 
 
 def test_a_group_adds_what_its_layers_add_in_the_whole_network(data, fast, paper):

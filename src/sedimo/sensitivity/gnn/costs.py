@@ -21,7 +21,7 @@ from sedimo.quant.formats import Format
 from sedimo.sensitivity.choices import Choices, Codes, Values, picked
 from sedimo.sensitivity.costs import CostEstimate, build_table
 from sedimo.sensitivity.gnn.model import NoiseNetwork, network_input
-from sedimo.sensitivity.gnn.scoring import GroupNoise, GroupScores
+from sedimo.sensitivity.gnn.scoring import GroupNoise
 from sedimo.sensitivity.gnn.training import FoldModel, Predictor
 from sedimo.sensitivity.noise_model import NoiseModel
 from sedimo.sensitivity.table import SensitivityTable
@@ -129,18 +129,6 @@ def score_table(
     return options_table(choices, candidates, slope * (best - mean), errors=slope * spread, settings=known)
 
 
-def variant_table(
-    choices: Choices, groups: Sequence[GroupScores], calibration: Calibration, candidates: Candidates
-) -> VariantTable:
-    """Costs of all variants of all groups: the quality that a variant loses against the group's best."""
-    slope = max(calibration.slope, 0.0)
-    rows = [
-        _variants(choices, g, candidates, slope * (g.scores.mean.max() - g.scores.mean), slope * g.scores.spread)
-        for g in groups
-    ]
-    return build_variant_table("gnn", choices.space, rows)
-
-
 def noise_variant_table(
     predictor: Predictor, groups: Sequence[GroupNoise], candidates: Candidates, *, confidence: float = 0.0
 ) -> VariantTable:
@@ -168,18 +156,8 @@ def _unknown(group: GroupNoise, deviation: Values) -> Values:
     return found
 
 
-def sum_of_variant_scores(groups: Sequence[GroupScores], codes: Codes) -> Values:
-    """Sum over groups of the score of the variant that each recipe `[T, D]` takes, `[T]`."""
-    total = np.zeros(len(codes))
-    for group in groups:
-        sizes = group.choice.max(axis=0) + 1
-        strides = np.array([int(np.prod(sizes[i + 1 :])) for i in range(len(sizes))])
-        total += group.scores.mean[codes[:, list(group.decisions)] @ strides]
-    return total
-
-
 def _variants(
-    choices: Choices, group: GroupScores | GroupNoise, candidates: Candidates, cost: Values, error: Values
+    choices: Choices, group: GroupNoise, candidates: Candidates, cost: Values, error: Values
 ) -> GroupVariants:
     decisions = [choices.space.decisions[d] for d in group.decisions]
     paper, stored, bops = variant_sizes(decisions, group.choice.astype(np.int8), candidates=candidates)
