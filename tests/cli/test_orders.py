@@ -29,7 +29,7 @@ def test_widths_of_activations_widen_the_formats(formats, act, expected):
         ({"act": "w8"}, "are written such as a8"),
         ({"act": ","}, "are written such as a8"),
         ({"act": "a8", "method": "uniform:kmc4"}, "write uniform:uaq4a8"),
-        ({"act": "a8", "recipe": "r.json"}, "a recipe or a uniform format has its own"),
+        ({"act": "a8", "recipe": "r.json"}, "a recipe or a single format has its own"),
         ({"act": "a8", "formats": "uaq4a8"}, "has activation bits already"),
     ],
 )
