@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from running import run, run_json
 from safetensors.torch import load_file
+from torch import nn
 from torch.func import functional_call
 
 import sedimo
@@ -22,6 +23,7 @@ from sedimo.measurement.sqnr import probe_sqnr
 from sedimo.measurement.taps import Changes, Taps
 from sedimo.pipelines.trajectory import record
 from sedimo.quant.formats import FP16, Format
+from sedimo.runtime.smoothed import smoothed_layers
 from sedimo.sensitivity.choices import Choices
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.gnn.features import graph_features
@@ -248,3 +250,15 @@ def test_layers_stay_whole_where_that_is_asked_for_or_inputs_are_rounded(folder,
     run("quantize", folder, "--method", "uniform:kmc4", "--no-check", "-o", tmp_path / "uniform")
     formats = {layer["format"] for layer in run_json("inspect", tmp_path / "uniform")["layers"]}
     assert formats <= {"kmc4", "fp16"}
+
+
+def test_convolutions_are_smoothed_and_then_learned(folder, tmp_path):
+    """While rounding is learned, weights are no parameters of their layers."""
+    order = ("--method", "uniform:uaq3", "--smooth", "0.7", "--smooth-share", "1", "--reconstruct")
+    out, quick = tmp_path / "out", ("--reconstruct-steps", "2", "--seeds", "2", "--steps", "2", "--no-check")
+    found = run_json("quantize", folder, *order, *quick, "-o", out)
+    layers = found["smoothing"]["layers"]
+    modules = dict(sedimo.load(folder).denoiser.named_modules())
+    assert any(how == "divided" for name, how in layers.items() if isinstance(modules[name], nn.Conv2d))
+    assert found["reconstruction"]["blocks"]
+    assert smoothed_layers(DDIMPipeline.from_pretrained(out).unet) == layers

@@ -7,7 +7,7 @@ the columns of its weight hold the factor. A folded layer's input is divided by 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -41,7 +41,8 @@ def divide_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[tor
     inputs, *rest = args
     divisor: torch.Tensor = module.get_buffer(DIVISOR).to(inputs)  # offloading moves it only after this hook
     if not isinstance(module, nn.Linear):
-        divisor = divisor.reshape(-1, *[1] * (module.get_parameter("weight").ndim - 2))  # an image may come alone
+        n_axes = len(cast("tuple[int, ...]", module.kernel_size))
+        divisor = divisor.reshape(-1, *[1] * n_axes)  # an image may come alone
     return (inputs / divisor, *rest)
 
 
