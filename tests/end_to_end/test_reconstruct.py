@@ -83,7 +83,7 @@ def test_a_dry_run_counts_the_learning(tiny_pipeline_folder, tmp_path):
 def test_latents_of_fresh_seeds_gain_on_the_embedded_model(text):
     pipe = sedimo.load("zoo:cifar-dit")
     graph = sedimo.trace(pipe)
-    bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{text},fp16"), sample_channels=1)
+    bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{text},fp16"), sample_channels=2)
     recipe = bank.space.uniform(sedimo.Format.parse(text))
     options = ReconstructionOptions(RoundingSchedule(n_steps=60), n_timesteps=5)
     found = reconstruct(

@@ -134,7 +134,7 @@ def test_differences_say_what_their_interval_allows():
 def test_methods_are_explained_also_when_combined(summary):
     assert "when it alone is quantized" in phrasing.method_sentence(summary)
     mixed = replace(summary, choice=replace(summary.choice, method="jacobian+ablation"))
-    assert "geometric mean of the noise that its weight error" in phrasing.method_sentence(mixed)
+    assert "geometric mean of the noise that its rounding" in phrasing.method_sentence(mixed)
     odd = replace(summary, choice=replace(summary.choice, method="own"))
     assert "the figure of the method `own`" in phrasing.method_sentence(odd)
 
