@@ -85,11 +85,11 @@ def test_latents_of_fresh_seeds_gain_on_the_embedded_model(text):
     graph = sedimo.trace(pipe)
     bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{text},fp16"), sample_channels=2)
     recipe = bank.space.uniform(sedimo.Format.parse(text))
-    options = ReconstructionOptions(RoundingSchedule(n_steps=60), n_timesteps=5)
+    options = ReconstructionOptions(RoundingSchedule(n_steps=100))
     found = reconstruct(
-        pipe, bank, plan_reconstruction(graph, recipe), SamplingOrder(n_seeds=4).searching(pipe), options=options
+        pipe, bank, plan_reconstruction(graph, recipe), SamplingOrder(n_seeds=8).searching(pipe), options=options
     )
-    plan = SamplingOrder(first_seed=1000, n_seeds=8).searching(pipe)
+    plan = SamplingOrder(first_seed=1000, n_seeds=16).searching(pipe)
     reference, powers = pipe.sample(plan).numpy(), []
     for weights in (found.weights, bank.quantize(recipe)):
         with probed(pipe.denoiser, weights):
