@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -171,12 +172,26 @@ def test_the_page_tells_what_is_not_full_incomplete_or_left_out_and_no_nan_wins(
     lines = [nan, ComparisonLine("error", 4.0, 4.0, 4.2, True, 12, estimate(12.0), estimate(0.5))]
     costs = [CostLine("error", Spent(5.0, 1234, False), None)]
     page = render_comparison(ComparisonPage("toy", "broken", "0 to 3", 2, 1, lines, costs, ["uniform is left out"]))
-    assert page.count("(not full)") == 1
+    assert '<span class="minor">*</span> 3.900<' in page
+    assert page.count("*</span>") == 1
     assert "at least 1,234" in page
     assert "<li>uniform is left out</li>" in page
     headline = page[page.index("Highest quality") :][:100]
     assert "<code>error</code>" in headline
     assert "broken" not in headline
+
+
+def test_the_table_has_a_body_for_each_budget_with_the_best_first():
+    lines = [
+        ComparisonLine(method, budget, budget, budget, True, 10, estimate(value), ahead)
+        for budget in (4.0, 3.0, 3.5)
+        for method, value, ahead in (("error", 1.0, estimate(-9.0)), ("jacobian", 2.0, None))
+    ]
+    page = render_comparison(ComparisonPage("toy", "jacobian", "0 to 3", 2, 3, lines, []))
+    assert re.findall(r'<th scope="rowgroup" colspan="9">([^<]*)</th>', page) == ["3 bits", "3.5 bits", "4 bits"]
+    assert re.findall(r"<td>(error|jacobian)</td>", page) == ["jacobian", "error"] * 3
+    assert page.count('<td class="left worse">worse</td>') == 3
+    assert "<code>jacobian</code> at 3, 3.5 and 4 bits." in page
 
 
 def table_of(method, costs):

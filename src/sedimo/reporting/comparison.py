@@ -78,20 +78,8 @@ def render_comparison(comparison: ComparisonPage) -> str:
             "headline": _headline(c.lines),
             "peers": " and ".join(dict.fromkeys(line.method for line in c.lines if line.is_peer)),
             "chart": Markup(_chart(c)),  # texts in it are escaped
-            "rows": [
-                (
-                    line.label,
-                    f"{line.budget:g}",
-                    f"{line.paper_bits:.3f}",
-                    line.is_full,
-                    f"{line.stored_bits:.3f}",
-                    count(line.bops),
-                    figure(line.measured),
-                    None if line.ahead is None else figure(line.ahead),
-                    verdict(line.ahead),
-                )
-                for line in sorted(c.lines, key=lambda x: (x.budget, -ranked(x.measured.value)))
-            ],
+            "budgets": _rows_by_budget(c.lines),
+            "is_full": all(line.is_full for line in c.lines),
             "costs": [
                 (
                     line.method,
@@ -106,10 +94,26 @@ def render_comparison(comparison: ComparisonPage) -> str:
     )
 
 
+def _rows_by_budget(lines: Sequence[ComparisonLine]) -> dict[str, list[tuple[object, ...]]]:
+    """The cells of each line, the highest quality first, by the name of its budget."""
+    rows: dict[str, list[tuple[object, ...]]] = {}
+    for line in sorted(lines, key=lambda x: (x.budget, -ranked(x.measured.value))):
+        ahead = None if line.ahead is None else figure(line.ahead)
+        sizes = (f"{line.paper_bits:.3f}", line.is_full, f"{line.stored_bits:.3f}", count(line.bops))
+        rows.setdefault(_budget_name(line.budget), []).append(
+            (line.label, *sizes, figure(line.measured), ahead, verdict(line.ahead))
+        )
+    return rows
+
+
+def _budget_name(budget: float) -> str:
+    return f"{budget:g} bits"
+
+
 def _chart(comparison: ComparisonPage) -> str:
     budgets: dict[str, dict[str, Estimate]] = {}
     for line in sorted(comparison.lines, key=lambda x: x.budget):
-        budgets.setdefault(f"{line.budget:g} bits", {})[line.label] = line.measured
+        budgets.setdefault(_budget_name(line.budget), {})[line.label] = line.measured
     return methods_chart(budgets, reference=comparison.reference)
 
 
@@ -120,8 +124,14 @@ def _headline(lines: Sequence[ComparisonLine]) -> str:
         values = {line.method: ranked(line.measured.value) for line in lines if line.budget == budget}
         first = [method for method, value in values.items() if value == max(values.values())]
         best.setdefault("` and `".join(first), []).append(budget)
-    places = (f"`{method}` at {' and '.join(f'{b:g}' for b in budgets)} bits" for method, budgets in best.items())
+    places = (f"`{method}` at {_listed(budgets)} bits" for method, budgets in best.items())
     return f"Highest quality: {', '.join(places)}."
+
+
+def _listed(budgets: Sequence[float]) -> str:
+    """`3, 3.5 and 4`."""
+    *most, last = (f"{budget:g}" for budget in budgets)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def verdict(ahead: Estimate | None) -> str:
