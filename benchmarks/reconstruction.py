@@ -1,15 +1,17 @@
 """What learned rounding gains over nearest rounding at equal bytes.
 
-    python benchmarks/reconstruction.py [--source SRC] [--formats uaq3,uaq4,mixed] [--steps 500] [--samples 32]
+    python benchmarks/reconstruction.py [--source SRC] [--formats uaq3,uaq4,mixed,jacobian] [--steps 500] [--samples 32]
 
 Each recipe is rounded to nearest, and reconstructed block by block on seeds from 0 on; both are then sampled from the
 same fresh seeds. `mixed` is an allocation by weight error among uaq3, uaq4g64, kmc4 and uaq6 at 4.0 paper bits, so that
-some layers keep their codes. Printed: SQNR of both, and learned minus nearest with its 95 % interval, paired by seed.
+some layers keep their codes; `jacobian` is one by first-order noise among uaq of 2 to 6 bits and uaq4g64. Printed:
+SQNR of both, and learned minus nearest with its 95 % interval, paired by seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 
 import sedimo
@@ -20,16 +22,23 @@ from sedimo.measurement.reconstruction import ReconstructionOptions, plan_recons
 from sedimo.metrics.signal import paired_difference, relative_noise, summarize
 from sedimo.quant.rounding import RoundingSchedule
 
-MIXED_FORMATS, MIXED_BITS = "uaq3,uaq4g64,kmc4,uaq6", 4.0
+MIXED_BITS = 4.0
+# allocations by weight error and by first-order noise
+MIXED = {"mixed": "uaq3,uaq4g64,kmc4,uaq6", "jacobian": "uaq2,uaq3,uaq4,uaq4g64,uaq5,uaq6"}
+    "mixed": "uaq3,uaq4g64,kmc4,uaq6",
+    "jacobian": "uaq2,uaq3,uaq4,uaq4g64,uaq5,uaq6",
+}  # by error, by first-order noise
 
 
 def recipe_of(pipe, graph, name: str):
-    """The bank and the recipe of a format, or of `mixed`."""
-    if name != "mixed":
+    """The bank and the recipe of a format, or of an allocation."""
+    if name not in MIXED:
         bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{name},fp16"), sample_channels=2)
         return bank, bank.space.uniform(sedimo.Format.parse(name))
-    bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{MIXED_FORMATS},fp16"), sample_channels=16)
-    return bank, sedimo.allocate(sedimo.attribute(bank), bits=MIXED_BITS).recipe
+    space = sedimo.search_space(graph, f"{MIXED[name]},fp16")
+    bank = sedimo.fit(pipe, space, sample_channels=16 if name == "mixed" else None)
+    known = bank if name == "mixed" else sedimo.probe(pipe, bank, name, store=tempfile.mkdtemp())
+    return bank, sedimo.allocate(sedimo.attribute(known), bits=MIXED_BITS).recipe
 
 
 def measure(pipe, plan, reference, weights):
@@ -42,7 +51,7 @@ def main() -> None:
     """Prints a line per recipe."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="zoo:cifar-dit")
-    parser.add_argument("--formats", default="uaq3,uaq4,mixed")
+    parser.add_argument("--formats", default="uaq3,uaq4,mixed,jacobian")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--fresh", type=int, default=32)
