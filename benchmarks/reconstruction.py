@@ -25,9 +25,6 @@ from sedimo.quant.rounding import RoundingSchedule
 MIXED_BITS = 4.0
 # allocations by weight error and by first-order noise
 MIXED = {"mixed": "uaq3,uaq4g64,kmc4,uaq6", "jacobian": "uaq2,uaq3,uaq4,uaq4g64,uaq5,uaq6"}
-    "mixed": "uaq3,uaq4g64,kmc4,uaq6",
-    "jacobian": "uaq2,uaq3,uaq4,uaq4g64,uaq5,uaq6",
-}  # by error, by first-order noise
 
 
 def recipe_of(pipe, graph, name: str):
