@@ -44,7 +44,7 @@ def setting_of(
 class TrialWorker:
     """Measures recipes on one pipeline. The reference is sampled when the first one comes.
 
-    Workers whose denoisers are the same function at full precision may share `references`, which holds what was sampled.
+    Workers whose denoisers are the same function at full precision may share the `references` that were sampled.
     """
 
     def __init__(
