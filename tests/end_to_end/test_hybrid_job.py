@@ -67,6 +67,10 @@ def test_the_report_has_the_curves_and_can_be_had_again(made):
     plain = json.loads(json.dumps(result.as_json()))
     assert plain["hybrid"]["hybrid_gain"]["n"] == 2
     assert "recipe" not in plain["hybrid"]
+    assert plain["method"] == "hybrid:uaq8a8"
+    assert "hybrid:uaq8a8 (this report)" in page
+    assert "none used for the search" not in page
+    assert "method: hybrid:uaq8a8\n" in (out / "README.md").read_text()
 
 
 def test_a_budget_is_kept_and_the_same_as_that_of_the_blocks_command(tiny_pipeline_folder, tmp_path):

@@ -15,7 +15,9 @@ from sedimo.api.smooth_order import SmoothOrder
 from sedimo.api.smoothing import smooth
 from sedimo.api.verbs import trace, weights_of
 from sedimo.bank import fit_bank
+from sedimo.measurement import worker
 from sedimo.measurement.calibration import CalibrationOptions, calibrate
+from sedimo.measurement.objective import measure_reference
 from sedimo.measurement.probe import probed
 from sedimo.measurement.study import Study
 from sedimo.metrics.signal import relative_noise
@@ -186,6 +188,24 @@ def test_a_scheduler_whose_step_the_pipeline_cannot_call_is_left_out(tmp_path):
     assert [(r["first"], r["second"]) for r in found["ranks"]][:1] == [("ddim", "dpm-solver++")]
     (note,) = found["notes"]
     assert "left out: UniPCMultistepScheduler cannot be called as this pipeline calls it" in note
+
+
+@pytest.mark.parametrize(
+    ("question", "values", "plans"),
+    [("alpha", "0.5,0.7", 2), ("calibration", "1,2", 2), ("threshold", "0,1", 3)],  # fresh, further, and searched seeds
+)
+def test_full_precision_is_sampled_once_for_all_values(
+    tiny_pipeline_folder, tmp_path, monkeypatch, question, values, plans
+):
+    sampled = []
+
+    def counted(objective, pipe, plan):
+        sampled.append(plan.seeds)
+        return measure_reference(objective, pipe, plan)
+
+    monkeypatch.setattr(worker, "measure_reference", counted)
+    run("sweep", question, tiny_pipeline_folder, "--store", tmp_path, *QUICK, "--values", values)
+    assert len(sampled) == len(set(sampled)) == plans
 
 
 @pytest.mark.parametrize(

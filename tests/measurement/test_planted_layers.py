@@ -12,6 +12,7 @@ from toy_pipeline import ToyAdapter, ToyWeights
 from sedimo.api.predicting import Known, training_set
 from sedimo.bank import fit_bank
 from sedimo.graph.model import DenoiserGraph, Node
+from sedimo.measurement import modelopt
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.exploration import Exploration
 from sedimo.measurement.jacobian import probe_jacobian
@@ -22,7 +23,7 @@ from sedimo.measurement.target import Target
 from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.pipelines.adapter import Sampling
 from sedimo.sensitivity.ablation import Measured, ablation_table, plan_probes
-from sedimo.sensitivity.combine import geometric_mean
+from sedimo.sensitivity.combine import geometric_mean, rank_average
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.gnn.costs import noise_table
 from sedimo.sensitivity.gnn.training import FAST, train_predictor
@@ -102,6 +103,9 @@ class Setup:
         probe = probe_orthogonality(self.adapter, layers, SAMPLING, weights_digest=self.bank.weights_digest)
         return orthogonality_table(*self.about, probe, ImportanceOptions(beta=3.0, objective=objective))
 
+    def rank_average(self):
+        return rank_average([self.jacobian(), self.ablation(), self.sqnr()])
+
     def gnn(self):
         """Costs of a predictor that starts from weight errors, which do not see the plant, and learns from trials."""
         known = Known(self.graph, self.bank.space, self.bank.index, {"error": self.error()})
@@ -141,6 +145,20 @@ def test_methods_that_look_at_weights_or_layers_alone_cannot_see_it(planted, met
     alive, dead = costs_of(table, ALIVE), costs_of(table, DEAD)
     assert min(dead) > 0
     assert max(dead) > min(alive)  # some dead layer would get bits before some layer that matters
+
+
+def test_an_average_of_ranks_sees_it_where_most_of_its_methods_do(planted):
+    table = planted.rank_average()
+    assert max(costs_of(table, DEAD)) < min(costs_of(table, ALIVE))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not modelopt.is_installed(), reason="the extra `peers` is not installed")
+def test_modelopt_sees_it_by_its_gradients(planted):
+    shapes = {name: tuple(planted.adapter.denoiser.get_submodule(name).weight.shape) for name in (*ALIVE, *DEAD)}
+    found = modelopt.measure_scores(planted.adapter, shapes, SAMPLING, weights_digest="planted")
+    scores = {layer: group.scores["int3"] for group in found.groups for layer in group.layers}
+    assert {name for name, score in scores.items() if score == 0.0} == set(DEAD)
 
 
 def test_a_predictor_learns_it_from_measured_recipes(planted):

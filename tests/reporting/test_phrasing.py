@@ -139,6 +139,25 @@ def test_methods_are_explained_also_when_combined(summary):
     assert "the figure of the method `own`" in phrasing.method_sentence(odd)
 
 
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("uniform:uaq4", "The recipe was ordered: `uaq4` for all layers"),
+        ("hybrid:uaq8a8", "The recipe has `uaq8a8` for all but the blocks that gain most"),
+        ("given", "The recipe was given."),
+    ],
+)
+def test_weight_errors_that_decided_nothing_are_not_told_as_the_reason(summary, rule, words):
+    found = replace(summary, choice=replace(summary.choice, method="error", rule=rule))
+    assert phrasing.method_sentence(found).startswith(words)
+    assert "decided nothing" in phrasing.method_sentence(found)
+    assert found.choice.decided_by == rule
+    assert not any("can do with the fewest bits" in text for text in phrasing.reason_sentences(found))
+    decided = replace(summary, choice=replace(summary.choice, method="error", rule="milp"))
+    assert phrasing.method_sentence(decided).startswith("A layer's sensitivity (`error`)")
+    assert any("can do with the fewest bits" in text for text in phrasing.reason_sentences(decided))
+
+
 def test_heuristics_claim_no_proof(summary):
     rule = replace(summary, choice=replace(summary.choice, status="heuristic"))
     assert not any("proven" in s or "No other" in s for s in phrasing.decision_sentences(rule))

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from sedimo.allocation.decide import SEARCHES
 from sedimo.allocation.problem import Allocation, Budget, Problem, make_problem
 from sedimo.allocation.record import Outcome, as_variant, least_cost, record
 from sedimo.allocation.relaxation import relax
@@ -22,6 +23,15 @@ ARGMIN, UNIFORM = "argmin", "uniform:"
 def is_fixed(rule: str) -> bool:
     """Whether a rule needs no budget."""
     return rule == ARGMIN or rule.startswith(UNIFORM)
+
+
+def decided_by(method: str, rule: str) -> str:
+    """The method whose costs decided, or the rule, where weight errors only describe what it gave.
+
+    Such rules are a recipe that was given, one format for all, and blocks at 16 bits.
+    """
+    is_described = method == "error" and rule not in (*SEARCHES, ARGMIN)
+    return rule if is_described else method
 
 
 def allocate_fixed(table: SensitivityTable, budget: Budget | None, rule: str) -> Allocation:

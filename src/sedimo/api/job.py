@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from sedimo.allocation.fixed import allocate_given
+from sedimo.allocation.fixed import allocate_given, decided_by
 from sedimo.allocation.problem import Allocation
 from sedimo.api.additivity import NO_NOISE, check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
@@ -93,7 +93,7 @@ class JobResult:
         choice = self.allocation
         found: dict[str, object] = {
             "recipe": {name: str(entry) for name, entry in choice.recipe.layers.items()},
-            "method": choice.method,
+            "method": decided_by(choice.method, choice.rule),
             "reason": self.plan.reason,
             "paper_bits": choice.paper_bits,
             "stored_bits": choice.stored_bits,
@@ -277,10 +277,11 @@ def _write(
 ) -> WrittenCheckpoint:
     order = opened.order
     packed, inputs = quantized
+    decided = (decided_by(allocation.method, allocation.rule), allocation.rule)
     replace_weights(opened.denoiser, packed, inputs=inputs)
     origin = Origin(
         base_model=order.source if is_hub_id(order.source) else opened.name,
-        method=f"{allocation.method}, {allocation.rule}{', learned rounding' if order.reconstruct else ''}",
+        method=f"{', '.join(dict.fromkeys(decided))}{', learned rounding' if order.reconstruct else ''}",
         recipe_json=allocation.recipe.to_json(),
         smoothing="" if opened.smoothing is None else str(opened.smoothing),
     )

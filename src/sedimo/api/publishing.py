@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from sedimo.allocation.fixed import decided_by
 from sedimo.allocation.frontier import even_budgets, frontier
 from sedimo.allocation.problem import Allocation
 from sedimo.api.checking import NEAREST, Check, CheckedRecipe, pictures_of
@@ -66,7 +67,7 @@ def summary_of(
         explanation=evidence.explanation,
         maps=evidence.maps,
         rounding=evidence.rounding,
-        recipes=() if check is None else recipe_rows(check, table.method),
+        recipes=() if check is None else recipe_rows(check, decided_by(table.method, allocation.rule)),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(
             frontier(
@@ -90,7 +91,7 @@ def summary_of(
 
 
 def recipe_rows(check: Check, method: str) -> tuple[RecipeRow, ...]:
-    """The result, called by its method, and its rivals with their measures."""
+    """The result, called by what decided it, and its rivals with their measures."""
     kinds: dict[str, RecipeKind] = {NEAREST: "method"}
     return _row(method, "this", check.this), *(_row(r.name, kinds.get(r.name, "uniform"), r) for r in check.rivals)
 
@@ -104,7 +105,8 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
     """How the numbers came about, in words."""
     sampling = opened.order.sampling
     searched = f"{sampling.first_seed} to {sampling.first_seed + sampling.n_seeds - 1}"
-    seeds = f"searched on {searched}" if table.method != "error" else "none used for the search"
+    is_measured = table.method != "error" or opened.order.hybrid_format is not None
+    seeds = f"searched on {searched}" if is_measured else "none used for the search"
     if check is not None:
         seeds += f"; checked on {check.seeds[0]} to {check.seeds[-1]}"
     return Provenance(

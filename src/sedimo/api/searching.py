@@ -29,7 +29,7 @@ from sedimo.measurement.exploration import Exploration, possible_bits
 from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
 from sedimo.measurement.trial import ObjectiveName, Setting, Trial
-from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.measurement.worker import References, TrialWorker, setting_of
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.sensitivity.choices import Choices, Codes, Values
@@ -67,11 +67,15 @@ class Measuring:
         plan: Sampling,
         *,
         objective: ObjectiveName = "final_latents",
+        references: References | None = None,
         progress: Progress = SILENT,
     ) -> Measuring:
-        """Measuring recipes of a bank on a pipeline under a plan; one worker, which samples full precision once."""
+        """Measuring recipes of a bank on a pipeline under a plan; one worker, which samples full precision once.
+
+        It samples it not at all where `references` of the same function have it.
+        """
         setting = setting_of(pipe, plan, weights_digest=bank.digest, objective=objective)
-        make = functools.cache(lambda: TrialWorker(pipe, bank, plan, objective=objective))
+        make = functools.cache(lambda: TrialWorker(pipe, bank, plan, objective=objective, references=references))
         return cls(study, setting, make, progress=progress)
 
     def trials(self, recipes: Sequence[Recipe]) -> tuple[Trial, ...]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from types import MappingProxyType
 
@@ -21,6 +20,7 @@ from sedimo.bank import SILENT, Bank, Progress
 from sedimo.errors import InputError
 from sedimo.measurement.study import Study
 from sedimo.measurement.trial import Trial
+from sedimo.measurement.worker import References
 from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, paired_difference, sqnr_estimates, summarize
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.schedulers import scheduled, scheduler_named
@@ -34,12 +34,16 @@ _DECIBEL = 10 / math.log(10)  # per relative change of a power
 
 @dataclass(frozen=True)
 class _Work:
-    """What a question is answered with: a source made ready for the format, its order, and where results are kept."""
+    """What a question is answered with: a source made ready for the format, its order, and where results are kept.
+
+    No value changes what the denoiser computes at full precision, so `references` are sampled once for all.
+    """
 
     opened: Opened
     order: SweepOrder
     study: Study
     progress: Progress
+    references: References = field(default_factory=dict)
 
     @property
     def fresh(self) -> Sampling:
@@ -60,7 +64,8 @@ class _Work:
 
     def measuring(self, bank: Bank, plan: Sampling) -> Measuring:
         """Measuring recipes on a plan, where the study lacks them."""
-        return Measuring.on(self.opened.pipe, bank, self.study, plan, progress=self.progress)
+        sources = (self.opened.pipe, bank, self.study, plan)
+        return Measuring.on(*sources, references=self.references, progress=self.progress)
 
     def everywhere(self, plan: Sampling, note: str = "") -> _Measured:
         """The format everywhere, measured on a plan with what is in force."""
@@ -146,12 +151,11 @@ def _threshold(work: _Work) -> Sweep:
     by_gain = blocks_by_gain(bank.space, number_format, work.measuring(bank, searched))
     counts = (0, *(n for n in counts if n))
     before = dict(zip(counts[1:], counts, strict=False))
-    measuring = functools.cache(functools.partial(work.measuring, bank))  # of a plan; full precision is sampled once
 
     def measure(name: str, plan: Sampling) -> _Measured:
         n = int(name)
         recipe = hybrid_recipe(bank.space, number_format, by_gain[:n])
-        (trial,) = measuring(plan).trials([recipe])
+        (trial,) = work.measuring(bank, plan).trials([recipe])
         return _Measured(bank.space.paper_bits(recipe), trial, ", ".join(by_gain[before.get(n, 0) : n]))
 
     return _valued(work, [*map(str, counts)], measure)

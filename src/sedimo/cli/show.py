@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sedimo.allocation.fixed import decided_by
 from sedimo.cli.console import duration, print_table
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ def result(found: JobResult) -> None:
         click.echo(f"Rounding learned in {n_learned} of {len(blocks)} blocks, from {n_samples} samples.")
     params = found.table.total_params
     before, after = size(2 * params), size(choice.stored_bits * params / 8)
+    method = decided_by(choice.method, choice.rule)
     click.echo(
-        f"\nmethod {choice.method} ({found.plan.reason}); {choice.status}, gap {choice.gap:.1e}\n"
+        f"\nmethod {method} ({found.plan.reason}); {choice.status}, gap {choice.gap:.1e}\n"
         f"{choice.paper_bits:.3f} paper bits, {choice.stored_bits:.3f} stored bits per weight; "
         f"Linear and Conv weights {before} at 16 bits -> {after}, denoiser file {size(written.file_bytes)}\n"
         f"{_operations(choice.bops, found.table.full_bops)}\n"

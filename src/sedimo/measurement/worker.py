@@ -18,6 +18,8 @@ from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.zoo import feature_extractor
 from sedimo.space import Recipe
 
+References = dict[tuple[ObjectiveName, Sampling], Reference]
+
 
 def setting_of(
     adapter: PipelineAdapter, sampling: Sampling, *, weights_digest: str, objective: ObjectiveName = "final_latents"
@@ -40,21 +42,33 @@ def setting_of(
 
 
 class TrialWorker:
-    """Measures recipes on one pipeline. The reference is sampled when the first one comes."""
+    """Measures recipes on one pipeline. The reference is sampled when the first one comes.
 
-    def __init__(self, adapter: PipelineAdapter, bank: Bank, sampling: Sampling, *, objective: ObjectiveName) -> None:
+    Workers whose denoisers are the same function at full precision may share the `references` that were sampled.
+    """
+
+    def __init__(
+        self,
+        adapter: PipelineAdapter,
+        bank: Bank,
+        sampling: Sampling,
+        *,
+        objective: ObjectiveName,
+        references: References | None = None,
+    ) -> None:
         self._adapter, self._sampling = adapter, sampling
         self.setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective=objective)
         self._prober = Prober(adapter.denoiser, bank.quantize, bank.input_quantizers)
-        self._reference: Reference | None = None
+        self._references: References = {} if references is None else references
 
     @property
     def reference(self) -> Reference:
         """What the full-precision pipeline gives."""
-        if self._reference is None:
+        wanted = (self.setting.objective, self._sampling)
+        if wanted not in self._references:
             self._prober.restore()
-            self._reference = measure_reference(self.setting.objective, self._adapter, self._sampling)
-        return self._reference
+            self._references[wanted] = measure_reference(self.setting.objective, self._adapter, self._sampling)
+        return self._references[wanted]
 
     def measure(self, recipe: Recipe) -> Trial:
         """The trial of a recipe."""

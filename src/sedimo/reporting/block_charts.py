@@ -119,4 +119,4 @@ def _label(axes: Axes, labels: Sequence[str], common: str) -> None:
     ticks = list(range(0, len(labels), math.ceil(len(labels) / _MOST_LABELS)))
     size = 11 if len(labels) <= _FEW else 9 if len(labels) <= _MOST_LABELS // 2 else 7
     axes.set_xticks(ticks, [labels[i] for i in ticks], rotation=90 if _is_upright(labels) else 0, fontsize=size)
-    axes.set_xlabel(f"{common or 'block'}, from input to output")
+    axes.set_xlabel(f"{common or 'block'}, from input to output", labelpad=10)  # a browser's letters may be longer

@@ -46,7 +46,7 @@ def operations_chart(summary: Summary) -> str:
     title = f"Sensitivity by operation, all at {summary.reference_format}"
     description = "; ".join(f"{g.name} {g.reference_cost:.2e}, {g.paper_bits:.1f} bits" for g in reversed(rows))
     return themed_svg(
-        draw, width=WIDTH, height=70 + ROW * len(rows), title=title, description=description, prefix="operations"
+        draw, width=WIDTH, height=86 + ROW * len(rows), title=title, description=description, prefix="operations"
     )
 
 
@@ -252,7 +252,7 @@ def _cost_label(summary: Summary, *, is_short: bool = False) -> str:
     if is_short:
         return f"{'noise' if summary.choice.is_noise else 'cost'} at {summary.reference_format}"
     what = "noise" if summary.choice.is_noise else f"cost [{summary.choice.unit}]"
-    return f"{what} if all its layers were at {summary.reference_format} (logarithmic; bars: 95 % interval)"
+    return f"{what} if all its layers were at {summary.reference_format}\n(logarithmic; bars: 95 % interval)"
 
 
 def short(text: str, n: int) -> str:

@@ -144,7 +144,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     choice, origin = summary.choice, summary.provenance
     found = [
         ("Sensitivity by", choice.method),
-        ("Chosen by", f"{choice.rule}, at most {_limits(choice)}"),
+        ("Chosen by", choice.rule if choice.decided_by == choice.rule else f"{choice.rule}, at most {_limits(choice)}"),
         ("Bit operations", _operations(summary.sizes)),
         ("Denoiser", summary.denoiser),
         ("Seeds", origin.seeds),

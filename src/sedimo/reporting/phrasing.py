@@ -183,7 +183,20 @@ def method_sentence(summary: Summary) -> str:
     ]
     what = parts[0] if len(parts) == 1 else f"the geometric mean of {' and '.join(parts)}"
     tail = " Lower is better, and costs of layers add up." if choice.is_noise else " Lower is better."
+    if choice.decided_by != choice.method:
+        return f"{_given_sentence(choice.rule)} Costs of layers describe it and decided nothing; each is {what}.{tail}"
     return f"A layer's sensitivity ({name(choice.method)}) is {what}.{tail}"
+
+
+def _given_sentence(rule: str) -> str:
+    kind, _, number_format = rule.partition(":")
+    if kind == "uniform":
+        return f"The recipe was ordered: {name(number_format)} for all layers that can take it."
+    if kind == "hybrid":
+        return (
+            f"The recipe has {name(number_format)} for all but the blocks that gain most by staying at 16 bits (below)."
+        )
+    return "The recipe was given."
 
 
 def _signal_tile(summary: Summary) -> Tile | None:
@@ -323,7 +336,7 @@ def _added(row: DecisionRow, db: float, total: float) -> str:
 
 def _thriftiest(summary: Summary) -> str | None:
     shown = [g for g in summary.operations if g.cost_share is not None and g.params >= 0.02 * summary.sizes.params]
-    if len(shown) < 2:
+    if len(shown) < 2 or summary.choice.decided_by != summary.choice.method:  # fewest bits by no cost prove nothing
         return None
     best = min(shown, key=lambda g: g.paper_bits)
     return (

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sedimo.allocation.fixed import decided_by
 from sedimo.allocation.problem import Accounting, Status
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
@@ -154,6 +155,11 @@ class Choice:
     status: Status
     notes: tuple[str, ...] = ()
     budget_bops: int | None = None
+
+    @property
+    def decided_by(self) -> str:
+        """The method whose costs decided; the rule, where none did."""
+        return decided_by(self.method, self.rule)
 
     @property
     def is_noise(self) -> bool:
