@@ -135,7 +135,7 @@ def compare_recipes(arguments, tools, data) -> dict[str, object]:
     """The recipe of each objective, measured on other seeds by both, and pictures of them for the eye."""
     pipe, bank, known, study, progress = tools
     budget = BudgetOrder(bits=arguments.bits)
-    recipes = {"jacobian": allocated(known.tables["jacobian"], budget).recipe}
+    recipes = {"jacobian": allocated(known.table, budget).recipe}
     for name, one in data.items():
         model = fit_noise_model(one.choices, one.prior, one.codes, one.quality)
         recipes[f"{name}, noise model"] = allocated(model_table(known, model.log_costs), budget).recipe

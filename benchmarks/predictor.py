@@ -36,6 +36,7 @@ from sedimo.measurement.exploration import Exploration, random_recipe_near
 from sedimo.measurement.study import Study
 from sedimo.measurement.target import Target
 from sedimo.metrics.signal import paired_difference, summarize
+from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.gnn.scoring import hop_qualities, option_scores
 from sedimo.sensitivity.gnn.training import FAST, PAPER, train_predictor
 
@@ -200,9 +201,9 @@ def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[st
         "gnn, refined": final.allocation.recipe,
         "one shot, no final": allocation.recipe,
         "refined, no final": refined.allocation.recipe,
-        "jacobian": allocated(bench.known.tables["jacobian"], budget).recipe,
+        "jacobian": allocated(bench.known.table, budget).recipe,
         "ablation": allocated(attribute_measured(probed), budget).recipe,
-        "error": allocated(bench.known.tables["error"], budget).recipe,
+        "error": allocated(error_table(space, bench.known.candidates.values()), budget).recipe,
         "best uniform": best_of(selection, [u for u in uniform if space.paper_bits(u) <= bits + 0.1]),
         "best random": best_of(selection, [t.recipe for t in within[:5]]),
     }

@@ -129,6 +129,20 @@ def test_bytes_are_those_of_codes_and_scales_of_every_layer_once(space):
     assert peer_recipe(space, groups, ["int4"] * len(groups)).bops == space.bops(space.uniform(uaq4(space)))
 
 
+def test_a_peer_decides_on_layers_whose_streams_are_decisions_as_a_whole(tiny_dit, space):
+    graph = trace(tiny_dit)
+    cut = next(d.name for d in space.decisions if len(d.layers) == 1 and d.shape[1] > 3)
+    nodes = [replace(n, streams=(3, n.shape[1] - 3)) if n.name == cut else n for n in graph.nodes]
+    split = search_space(replace(graph, nodes=tuple(nodes)), "uaq4,fp16")
+    assert len(split.decisions) == len(space.decisions) + 1
+    scores = scores_of(shapes_of(space))
+    groups, whole = grouped(split, scores), grouped(space, scores)
+    assert [g.n_weights for g in groups] == [g.n_weights for g in whole]
+    for name in ("fp16", "int3"):
+        chosen = [name] * len(groups)
+        assert peer_recipe(split, groups, chosen) == peer_recipe(space, whole, chosen)
+
+
 def uaq4(space):
     return next(f for f in space.common_formats if str(f) == "uaq4")
 

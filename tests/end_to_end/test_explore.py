@@ -188,7 +188,9 @@ def test_a_study_of_other_weights_is_refused(explored, tiny_pipeline_folder, tmp
     tensors["proj_out_2.weight"] *= 2
     save_file(tensors, file)
     command = ("explore", tmp_path / "other", "--store", explored[0], "--trials", 2, *QUICK)
-    assert "was begun with weights" in run(*command, code=4).stderr
+    refused = run(*command, code=4).stderr
+    assert "was begun with weights" in refused
+    assert "--whole-layers" not in refused  # which is about streams alone
 
 
 @pytest.mark.parametrize(

@@ -149,3 +149,14 @@ def test_options_that_do_not_go_together_are_refused(tiny_pipeline_folder, tmp_p
     done = run(command, tiny_pipeline_folder, *SMALL, *weights_alone[command], *options, code=3)
     assert complaint in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_with_several_widths_of_activations_can_be_explored_and_learned_from(tiny_pipeline_folder, tmp_path):
+    """Methods that see weights alone cannot tell such widths apart; an exploration does not ask them."""
+    widths = ("--formats", "uaq4,uaq6", "--act", "a4,a8")
+    found = run_json("explore", tiny_pipeline_folder, "--store", tmp_path / "run", "--trials", 3, *SMALL, *widths)
+    assert found["measured"] == 3
+    with Study(tmp_path / "run", create=False) as study:
+        assert recall(study).table.method == "jacobian"
+        used = {f.activation_bits for trial in study.trials() for f in trial.recipe.formats}
+    assert used == {4, 8}

@@ -108,7 +108,7 @@ class Setup:
 
     def gnn(self):
         """Costs of a predictor that starts from weight errors, which do not see the plant, and learns from trials."""
-        known = Known(self.graph, self.bank.space, self.bank.index, {"error": self.error()})
+        known = Known(self.graph, self.bank.space, self.bank.index, self.error())
         exploration = Exploration(0, self.bank.space, "stratified")
         data = training_set(
             known, self.trials([exploration.recipe(i) for i in range(N_TRIALS)]), Target.parse("sqnr_db")

@@ -23,9 +23,7 @@ N_RECIPES = 30
 TOLERANCE_BITS = 0.25
 MIN_TRIALS = 3
 
-NO_NOISE = frozenset(
-    {"error", "hybrid", "orthogonality", "gnn"}
-)  # a predictor is judged otherwise; the rest predict none
+NO_NOISE = frozenset({"error", "hybrid", "orthogonality", "gnn"})  # gnn is judged otherwise; the rest predict none
 
 
 def measure_random_recipes(

@@ -62,6 +62,7 @@ MEASURED: Mapping[str, MeasuredMethod] = {
     **dict.fromkeys(ORTHOGONALITY, "orthogonality"),
 }
 RANK_AVERAGE, AVERAGED = "rank-average", ("jacobian", "ablation", "sqnr")
+_UNNAMED = (("streams", True), ("keep_db", None), ("keep", None))  # defaults of orders that older studies do not name
 COMPARED = (UNIFORM, *MEASURED, RANK_AVERAGE, "gnn", *PEERS)
 
 
@@ -279,14 +280,19 @@ def _refuse_impossible(order: CompareOrder, space: SearchSpace, study: Study) ->
 
 def _accounted(opened: Opened, bank: Bank, study: Study, method: str, progress: Progress) -> _Entry:
     """What a method decides under the order that is open; its own seconds are those of the first time."""
-    asked = {name: value for name, value in to_plain(opened.order).items() if (name, value) != ("streams", True)}
-    name = f"computing:{content_key([method, asked])[:16]}"  # without the default that older studies did not name
+    name = computing_name(method, opened.order)
     begin = time.monotonic()
     with study.ledger() as used:
         decided = _decide(opened, bank, study, method, progress)
     if name not in study.record_names():
         study.put_record(name, max(0.0, time.monotonic() - begin - used.measuring_seconds))
     return _Entry(decided, used, study.record(float, name))
+
+
+def computing_name(method: str, order: Order) -> str:
+    """Where a study keeps the seconds of a method's own computing under an order."""
+    asked = {name: value for name, value in to_plain(order).items() if (name, value) not in _UNNAMED}
+    return f"computing:{content_key([method, asked])[:16]}"
 
 
 def _decide(opened: Opened, bank: Bank, study: Study, method: str, progress: Progress) -> _Decided:

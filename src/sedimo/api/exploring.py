@@ -314,9 +314,10 @@ def refuse_other_study(study: Study, opened: OpenedSource, order: ExploreOrder) 
         pairs.append(("high bits", begun.high_bits, order.high_bits))
     differing = [f"{name} {_shown(old)}, not {_shown(new)}" for name, old, new in pairs if old != new]
     if differing:
+        hint = " (--whole-layers decides on no streams)" if any("streams" in text for text in differing) else ""
         raise StateError(
             f"the study {study.path} was begun with {'; '.join(differing)}. "
-            "Give the same (--whole-layers decides on no streams), or another folder with --store"
+            f"Give the same{hint}, or another folder with --store"
         )
 
 

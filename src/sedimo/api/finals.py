@@ -41,7 +41,7 @@ def hold_finals(known: Known, found: Search, budget: BudgetOrder, measuring: Mea
 
 def finalists(known: Known, found: Search, budget: BudgetOrder) -> Mapping[str, Recipe]:
     """The recipes among which the final decides, by name, each once; the predictor's own first."""
-    prior = next(iter(known.tables.values()))
+    prior = known.table
     mean = geometric_mean(found.table, prior)
     entries = {
         BUILT: found.allocation.recipe,

@@ -62,7 +62,7 @@ class PeerTrial:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Decisions that a peer gives one format, and its score of each."""
+    """Weights that a peer gives one format, each told as a decision (it knows no streams), and its score of each."""
 
     decisions: tuple[Decision, ...]
     scores: Mapping[str, float]
@@ -105,7 +105,7 @@ def decide_peer(
     space, budget = bank.space, opened.order.budget.in_bits(bank.space.params)
     scores = modelopt.measure_scores(
         opened.pipe,
-        {layer: d.shape for d in space.decisions for layer in d.layers},
+        {layer: w.shape for w in space.weights for layer in w.layers},
         opened.order.sampling.searching(opened.pipe),
         weights_digest=bank.weights_digest,
         study=study,
@@ -140,8 +140,8 @@ def nearest_below(budget: float, solve: Callable[[float], PeerRecipe | None]) ->
 
 
 def grouped(space: SearchSpace, scores: ModelOptScores, *, factor: float = 1.0) -> tuple[Group, ...]:
-    """A peer's scores by decisions, times a factor: layers of equal weights are scored together and counted once."""
-    home = {layer: d for d in space.decisions for layer in d.layers}
+    """A peer's scores by weights, times a factor: layers of equal weights are scored together and counted once."""
+    home = {layer: w for w in space.weights for layer in w.layers}
     found: list[Group] = []
     for scored in scores.groups:
         decisions = dict.fromkeys(home[layer] for layer in scored.layers)
@@ -155,11 +155,11 @@ def grouped(space: SearchSpace, scores: ModelOptScores, *, factor: float = 1.0) 
 
 
 def peer_recipe(space: SearchSpace, groups: Sequence[Group], chosen: Sequence[str] | None) -> PeerRecipe | None:
-    """The recipe of one format per group, decisions of no group at 16 bits; None where nothing was chosen."""
+    """The recipe of one format per group, weights of no group at 16 bits; None where nothing was chosen."""
     if chosen is None:
         return None
     pairs = zip(groups, chosen, strict=True)
-    names = dict.fromkeys(space.decisions, FULL) | {d: name for group, name in pairs for d in group.decisions}
+    names = dict.fromkeys(space.weights, FULL) | {d: name for group, name in pairs for d in group.decisions}
     n_bytes = sum(_n_bytes(d, name) for d, name in names.items())
     macs = sum(d.macs * (FULL_BITS if name == FULL else FORMATS[name].bits) for d, name in names.items())
     return PeerRecipe(

@@ -24,7 +24,6 @@ from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.formats import Format
 from sedimo.sensitivity.baselines import Held, run_baselines
 from sedimo.sensitivity.choices import Choices, Codes, Values
-from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.gnn.features import graph_features
 from sedimo.sensitivity.gnn.streams import split_streams
 from sedimo.sensitivity.gnn.training import Predictor, TrainingSet
@@ -50,14 +49,14 @@ MIN_IN_BAND = 8  # recipes that a rank correlation in a band needs
 class Known:
     """What is known of a model before recipes are measured.
 
-    `graph` has a node for each decision; `candidates` are those of a bank by (decision, format); `tables` sensitivities
-    by method, that of the prior first. `digest` is that of the bank, empty where an older version kept none.
+    `graph` has a node for each decision; `candidates` are those of a bank by (decision, format); `table` has the
+    sensitivities by the prior. `digest` is that of the bank, empty where an older version kept none.
     """
 
     graph: DenoiserGraph
     space: SearchSpace
     candidates: Mapping[tuple[str, Format], Candidate]
-    tables: Mapping[str, SensitivityTable]
+    table: SensitivityTable
     digest: str = ""
 
     @property
@@ -67,8 +66,7 @@ class Known:
 
     def prior(self) -> Values:
         """Costs that the noise model starts from, `[D, K]`."""
-        name = next(iter(self.tables))
-        return self.choices.costs(self.tables[name])
+        return self.choices.costs(self.table)
 
     def stored_bytes(self, recipe: Recipe) -> int:
         """Bytes of the tensors of all weights under a recipe [bytes]."""
@@ -106,7 +104,7 @@ def know(
     sampling: Sampling | None = None,
     progress: Progress = SILENT,
 ) -> Known:
-    """Measures the prior, puts it beside weight errors, and keeps all of it in the study for `recall`.
+    """Measures the prior and keeps what is known in the study for `recall`.
 
     Raises:
         InputError: an unknown prior, or a study of another space.
@@ -114,16 +112,16 @@ def know(
     refuse_other_space(study, bank.space)
     if prior not in PRIORS:
         raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {prior!r}")
-    tables = {"error": attribute_measured(bank)}
-    if prior != "error":
+    if prior == "error":
+        table = attribute_measured(bank)
+    else:
         name: ProbeMethod = "jacobian" if prior == "jacobian" else "ablation"
-        found = attribute_measured(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
-        tables = {name: found, **tables}
+        table = attribute_measured(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
     study.put_record(GRAPH, graph)
     study.put_record(SPACE, bank.space)
     study.put_record(CANDIDATES, KeptCandidates(bank.candidates, bank.digest))
-    study.put_record(PRIOR, tables[prior])
-    return Known(split_streams(graph, bank.space), bank.space, bank.index, tables, bank.digest)
+    study.put_record(PRIOR, table)
+    return Known(split_streams(graph, bank.space), bank.space, bank.index, table, bank.digest)
 
 
 def refuse_other_space(study: Study, space: SearchSpace) -> None:
@@ -149,10 +147,8 @@ def recall(study: Study) -> Known:
     graph, space = study.record(DenoiserGraph, GRAPH), study.record(SearchSpace, SPACE)
     kept = study.record(KeptCandidates, CANDIDATES)
     candidates = {(c.decision, c.format): c for c in kept.candidates}
-    prior = study.record(SensitivityTable, PRIOR)
-    error = error_table(space, candidates.values())
-    tables = {prior.method: prior, "error": error}
-    return Known(split_streams(graph, space), space, candidates, tables, kept.digest)
+    table = study.record(SensitivityTable, PRIOR)
+    return Known(split_streams(graph, space), space, candidates, table, kept.digest)
 
 
 def measures_of(trial: Trial, space: SearchSpace) -> dict[str, float]:
@@ -215,7 +211,7 @@ def judge(
     mine = Held(
         "this predictor", predictor.cross_validated(data.n), predictor.predict(codes) if len(codes) else measured
     )
-    costs = {name: data.choices.costs(table) for name, table in known.tables.items() if name != "error"}
+    costs = {} if known.table.method == "error" else {known.table.method: known.prior()}
     errors = data.choices.errors(known.candidates)
     tests = [fold.test for fold in predictor.folds]
     rivals = run_baselines(replace(data, quality=truth), codes, tests=tests, costs=costs, errors=errors)
