@@ -207,7 +207,9 @@ def formats_text_of(options: Mapping[str, Any]) -> str:
     if act is None:
         return str(formats)
     if options.get("recipe") is not None or str(options.get("method")).startswith((UNIFORM, HYBRID)):
-        raise InputError("--act widens --formats; a recipe or a single format has its own: write uniform:uaq4a8")
+        raise InputError(
+            "--act widens --formats; a recipe or a single format has its own: write uniform:uaq4a8 or hybrid:uaq4a8"
+        )
     widths = [part.removeprefix("a") for part in _parts(act)]
     if not widths or not all(width.isdecimal() for width in widths):
         raise InputError(f"widths of activations are written such as a8 or a4,a6,a8; got {act!r}")
