@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sedimo.allocation.fixed import decided_by
 from sedimo.cli.console import duration, print_table
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ def plan(found: JobPlan) -> None:
 
 def result(found: JobResult) -> None:
     """What a job did, and where its report is."""
+    from sedimo.allocation.fixed import decided_by
+
     choice, written = found.allocation, found.written
     if found.check is not None:
         rows = [
