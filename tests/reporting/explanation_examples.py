@@ -83,10 +83,10 @@ def curve(n_random: int, seed: int = 3) -> tuple[CurvePoint, ...]:
         *random,
         *(CurvePoint(f"uniform {f}", "uniform", b, estimate(v, 0.26, 64)) for f, b, v in uniform),
         *(
-            CurvePoint("ablation", "method", b, estimate(v, 0.29, 64))
+            CurvePoint("ablation", "uniform", b, estimate(v, 0.29, 64))
             for b, v in ((3.25, 7.1), (3.5, 9.1), (4.0, 12.2))
         ),
-        CurvePoint("weight error", "method", 3.5, estimate(7.4, 0.3, 64)),
+        CurvePoint("weight error", "uniform", 3.5, estimate(7.4, 0.3, 64)),
         *(
             CurvePoint("graph network", "this", b, estimate(v, 0.28, 64))
             for b, v in ((3.1, 5.3), (3.25, 7.9), (3.5, 10.2), (3.75, 11.9), (4.0, 13.1), (4.25, 14.2))

@@ -18,7 +18,6 @@ from sedimo.api.order import (
     Compute,
     SamplingOrder,
 )
-from sedimo.api.searching import Measuring
 from sedimo.api.smooth_order import SmoothOrder
 from sedimo.api.smoothing import smooth_source
 from sedimo.bank import SILENT, Progress
@@ -75,8 +74,5 @@ def measure_blocks(order: BlocksOrder, progress: Progress = SILENT) -> BlocksRes
     with Study(order.store) as study:
         smooth_source(opened, study, progress)
         bank = make_bank(opened, study, is_exact=True, progress=progress)
-        searched, fresh = (
-            Measuring.on(opened.pipe, bank, study, plan, objective=order.objective, progress=progress)
-            for plan in (order.sampling.searching(opened.pipe), order.sampling.checking(opened.pipe))
-        )
-        return measure_hybrid(opened.name, bank.space, order.number_format, order.keeping, searched, fresh)
+        how = (order.number_format, order.keeping)
+        return measure_hybrid(opened, bank, study, *how, objective=order.objective, progress=progress)

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sedimo.api.keep_order import KeepOrder
+from sedimo.api.opening import OpenedSource
 from sedimo.api.searching import Measuring
+from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
+from sedimo.measurement.study import Study
 from sedimo.measurement.trial import ObjectiveName, Trial
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
@@ -79,19 +82,28 @@ class BlocksResult:
 
 
 def measure_hybrid(
-    source: str,
-    space: SearchSpace,
+    opened: OpenedSource,
+    bank: Bank,
+    study: Study,
     number_format: Format,
     keeping: KeepOrder,
-    searched: Measuring,
-    fresh: Measuring,
+    *,
+    objective: ObjectiveName = "final_latents",
+    progress: Progress = SILENT,
 ) -> BlocksResult:
     """Both curves of a format on the searched seeds, and the hybrid recipe of a rule, measured on the fresh ones.
+
+    Resumes in the study.
 
     Raises:
         InputError: no layer can take the format, a budget below all quantized, or a rule that keeps every block.
         Interrupted: Ctrl-C; what was measured is kept.
     """
+    space, sampling, pipe = bank.space, opened.order.sampling, opened.pipe
+    searched, fresh = (
+        Measuring.on(pipe, bank, study, plan, objective=objective, progress=progress)
+        for plan in (sampling.searching(pipe), sampling.checking(pipe))
+    )
     free = _free_bytes(keeping, number_format, space)  # refuses a small budget before anything is measured
     refuse_keeping_all(space, number_format, keeping.keep or 0, remedy=_KEEP_FEWER)
     rows, everything = _curves(space, number_format, searched)
@@ -103,8 +115,8 @@ def measure_hybrid(
         mine, plain = fresh.trials([recipe, hybrid_recipe(space, number_format, [])])
         hybrid, gain = _sqnr(mine), paired_difference(mine.powers, plain.powers).estimate
     return BlocksResult(
-        source=source,
-        objective=searched.setting.objective,
+        source=opened.name,
+        objective=objective,
         seeds=f"{searched.setting.seeds[0]} to {searched.setting.seeds[-1]}",
         n_steps=searched.setting.n_steps,
         rule=str(keeping),

@@ -110,13 +110,8 @@ def hybrid_of(
     Raises:
         InputError: as `measure_hybrid`.
     """
-    order, pipe = opened.order, opened.pipe
-    bank = make_bank(opened, study, is_exact=True, progress=progress)
-    searched, fresh = (
-        Measuring.on(pipe, bank, study, plan, progress=progress)
-        for plan in (order.sampling.searching(pipe), order.sampling.checking(pipe))
-    )
-    found = measure_hybrid(opened.name, bank.space, number_format, order.keeping, searched, fresh)
+    order, bank = opened.order, make_bank(opened, study, is_exact=True, progress=progress)
+    found = measure_hybrid(opened, bank, study, number_format, order.keeping, progress=progress)
     table = error_table(bank.space, bank.candidates)
     budget = read_budget(table.total_params, **order.budget.named(table.full_bops))
     allocation = allocate_given(table, bank.space.choice(found.recipe), budget, rule=order.method)

@@ -7,7 +7,6 @@ as near to ours as its choices come and never above.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from sedimo.measurement.worker import setting_of
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.quant.formats import FULL_BITS, parse_formats
+from sedimo.quant.formats import FP16, FULL_BITS, parse_formats
 from sedimo.space import Decision, SearchSpace
 
 PEERS: Mapping[str, float] = {"modelopt": modelopt.LOSS_SCALE, "modelopt-unscaled": 1.0}  # factor on the loss
@@ -225,5 +224,5 @@ def _why_not(order: Order) -> str:
 
 def _n_bytes(decision: Decision, name: str) -> int:
     if name == FULL:
-        return math.prod(decision.shape) * FULL_BITS // 8
+        return decision.paper_bytes(FP16)
     return FORMATS[name].n_bytes(decision.shape)

@@ -18,7 +18,6 @@ from sedimo.reporting.theme import ACCENT, INK, MUTED, OTHER, SOFT, SURFACE, the
 
 _ROW = 30
 _MARKERS = ("o", "D", "s", "^", "v")  # of the subsets, all recipes first
-_METHOD_MARKERS = ("^", "v", "P", "X", "<", ">")
 _FLOOR = 0.0  # SRCC of guessing
 
 
@@ -110,13 +109,11 @@ def _grouped(points: Sequence[CurvePoint]) -> dict[tuple[str, str], list[CurvePo
 
 
 def _draw_named(axes: Axes, lines: Mapping[tuple[str, str], Sequence[CurvePoint]]) -> list[Label]:
-    """This system and each method as a line, uniform recipes as squares; returns what to write beside them."""
-    methods = [name for kind, name in lines if kind == "method"]
+    """This system as a line, uniform recipes as squares; returns what to write beside them."""
     labels = []
     for (kind, name), line in lines.items():
         is_this = kind == "this"
-        markers = _METHOD_MARKERS[methods.index(name) % len(_METHOD_MARKERS)] if kind == "method" else "s"
-        _draw_line(axes, line, marker="D" if is_this else markers, is_this=is_this)
+        _draw_line(axes, line, marker="D" if is_this else "s", is_this=is_this)
         text, colour = ("this system", ACCENT) if is_this else (short(name, 30), INK)
         labels.append(Label(text, line[-1].bits, line[-1].measured.value, colour, is_bold=is_this))
     return labels[::-1]  # this system takes its place first

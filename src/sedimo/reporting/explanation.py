@@ -17,7 +17,7 @@ from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 
-CurveKind = Literal["this", "random", "uniform", "method"]
+CurveKind = Literal["this", "random", "uniform"]
 Verdict = Literal["confirmed", "refuted", "open", "not measured"]
 OVERALL = "all"  # the subset of a `PredictorRow` that holds every held-out recipe
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -113,7 +113,7 @@ class FoldRow:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """A recipe that was really measured [dB]; points of kind `this` or of one method's name form a line."""
+    """A recipe that was really measured [dB]; points of kind `this` or of one name form a line."""
 
     name: str
     kind: CurveKind
