@@ -4,10 +4,12 @@
     python zoo/train.py classifier  --data DIR --minutes 8 --work DIR
     python zoo/train.py denoiser    --data DIR --minutes 60 --work DIR
     python zoo/train.py unet        --data DIR --minutes 60 --work DIR
+    python zoo/train.py suite       --data DIR --minutes 15 --work DIR --start PIPELINE [--models NAME ...]
     python zoo/train.py assemble    --data DIR --work DIR --out zoo/src/sedimo_zoo/data
 
 `denoiser` is the transformer of `cifar-dit`, `unet` the U-Net of `cifar-ldm` and its text encoder; `assemble` writes a
-folder for each that the work folder holds, and the classifier if it holds that.
+folder for each that the work folder holds, and the classifier if it holds that. `suite` trains the denoisers of
+`benchmarks/generalization.py`, ready to use in `WORK/suite`, with the autoencoder of an embedded pipeline.
 
 Every stage stops when its minutes are spent, and goes on where it was when started again with more. With
 `--start PIPELINE` both denoisers use the autoencoder of a pipeline that was assembled before, and the transformer
@@ -27,13 +29,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "src"))
 
-from training import assemble, autoencoder, classifier, denoiser, unet
+from training import assemble, autoencoder, classifier, denoiser, suite, unet
 
 STAGES = {
     "autoencoder": autoencoder.run,
     "classifier": classifier.run,
     "denoiser": denoiser.run,
     "unet": unet.run,
+    "suite": suite.run,
     "assemble": assemble.run,
 }
 
@@ -48,6 +51,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="folder of an assembled pipeline to go on from")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", nargs="*", help="of the suite, all by default")
+    parser.add_argument("--threads", type=int, help="of the suite's training")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

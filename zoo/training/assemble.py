@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -51,9 +52,7 @@ def _write_dit(work: Path, autoencoder: AutoencoderKL, out: Path) -> None:
         build_scheduler(),
         id2label=dict(enumerate(CLASS_NAMES)),
     )
-    _write_pipeline(pipeline, out)
-    labels = {str(number): name for number, name in enumerate(CLASS_NAMES)}
-    _add_to_json(out / "model_index.json", id2label=labels)  # diffusers forgets it
+    write_pipeline(pipeline, out, dict(enumerate(CLASS_NAMES)))
 
 
 def _write_ldm(work: Path, autoencoder: AutoencoderKL, out: Path) -> None:
@@ -68,7 +67,12 @@ def _write_ldm(work: Path, autoencoder: AutoencoderKL, out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    _write_pipeline(pipeline, out)
+    write_pipeline(pipeline, out)
+    write_text_parts_for_all(tokenizer, out)
+
+
+def write_text_parts_for_all(tokenizer: CLIPTokenizer, out: Path) -> None:
+    """Brings tokenizer and text encoder of a written pipeline into a form that transformers 4 reads, too."""
     tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # the two files that transformers 4 reads
     _write_text_encoder_for_all(out / "text_encoder")
 
@@ -87,11 +91,14 @@ def _write_text_encoder_for_all(folder: Path) -> None:
     _add_to_json(folder / "config.json", task_specific_params=suited, dtype="float32")
 
 
-def _write_pipeline(pipeline: DiffusionPipeline, out: Path) -> None:
+def write_pipeline(pipeline: DiffusionPipeline, out: Path, labels: Mapping[int, str] | None = None) -> None:
+    """The pipeline in float16 as a folder, with the names of its classes, which diffusers forgets."""
     shutil.rmtree(out, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(out)
     for config in out.glob("*/config.json"):
         _add_to_json(config)
+    if labels is not None:
+        _add_to_json(out / "model_index.json", id2label={str(number): name for number, name in labels.items()})
 
 
 def _add_to_json(path: Path, **entries: object) -> None:

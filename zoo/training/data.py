@@ -1,4 +1,4 @@
-"""CIFAR-10 from a parquet file with the columns `jpeg` and `label`."""
+"""Images to learn from: CIFAR-10 from a parquet file (columns `jpeg` and `label`), digits, and drawn shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from sklearn.datasets import load_digits
 
 
 def read_images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,6 +18,32 @@ def read_images(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     decoded = [np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for blob in table["jpeg"].to_pylist()]
     images = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
+
+
+def read_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The 1,797 handwritten digits that scikit-learn ships, `[N, 3, 32, 32]` uint8, and what they are."""
+    found = load_digits()
+    grey = torch.from_numpy(found.images).float().unsqueeze(1) * (255 / 16)
+    large = torch.nn.functional.interpolate(grey, (32, 32), mode="bicubic").clamp(0, 255)
+    return large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(found.target).long()
+
+
+def draw_shapes(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`n` pictures of one shape on a plain ground, `[N, 3, 32, 32]` uint8; class = corners (3 to 7) + 5 if hollow - 3."""
+    generator = np.random.default_rng(0)
+    images, labels = [], []
+    for _ in range(n):
+        corners, is_hollow = int(generator.integers(3, 8)), bool(generator.integers(2))
+        ground, ink = (tuple(generator.integers(0, 256, 3).tolist()) for _ in range(2))
+        radius, turn = generator.uniform(6, 13), generator.uniform(0, 360)
+        middle = generator.uniform(radius, 31 - radius, 2)
+        image = Image.new("RGB", (32, 32), ground)
+        shape = (*middle.tolist(), float(radius))
+        fill = None if is_hollow else ink
+        ImageDraw.Draw(image).regular_polygon(shape, corners, rotation=float(turn), fill=fill, outline=ink, width=2)
+        images.append(np.asarray(image))
+        labels.append(corners - 3 + 5 * is_hollow)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
 def to_unit_range(images: torch.Tensor) -> torch.Tensor:

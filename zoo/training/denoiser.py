@@ -108,13 +108,12 @@ def run(arguments: argparse.Namespace) -> None:
     budget = Budget(arguments.minutes, learning_rate=8e-4, ema_decay=0.9985, warmup_steps=200)
     path = arguments.work / "denoiser.safetensors"
     average = train(model, loss_function, budget, path, seed=arguments.seed)
-    _untie(average).save_pretrained(arguments.work / "transformer")
+    untie(average, build().eval()).save_pretrained(arguments.work / "transformer")
 
 
 @torch.no_grad()
-def _untie(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """The same network with one copy of the embedders per block; unused class rows are zero."""
-    plain = build().eval()
+def untie(model: DiTTransformer2DModel, plain: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """`plain`, of the same build, with the weights and one copy of the embedders per block; unused classes are zero."""
     plain.load_state_dict(model.state_dict())
     for block in plain.transformer_blocks:
         block.norm1.emb.class_embedder.embedding_table.weight[N_CLASSES:NULL_CLASS] = 0.0

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ def _learning_rate(budget: Budget, step: int, spent: float) -> float:
     return budget.learning_rate * warmup * max(decay, 0.01)
 
 
-def _atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
+def atomic_save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, metadata=metadata)
     temporary.replace(path)
 
@@ -87,7 +89,7 @@ class _State:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()} | moments
         progress = json.dumps({"step": self.step, "seconds": self.seconds})
-        _atomic_save(tensors, self.path, {"progress": progress})
+        atomic_save(tensors, self.path, {"progress": progress})
 
     def _load(self) -> None:
         with safe_open(self.path, "pt") as file:

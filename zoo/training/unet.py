@@ -69,11 +69,11 @@ def run(arguments: argparse.Namespace) -> None:
     scheduler, tokenizer = build_scheduler(), build_tokenizer()
     model = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}).to(device).train()
     model["unet"].set_attn_processor(AttnProcessor())  # the fused attention's backward pass is slow on a CPU
-    table = _token_table(tokenizer).to(device)
+    table = token_table(tokenizer).to(device)
 
     def loss_function(step: int, generator: torch.Generator) -> torch.Tensor:
         batch = draw(latents, BATCH, generator, device)
-        captions = _draw_captions(labels[batch.index], generator).to(device)
+        captions = draw_captions(labels[batch.index], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             noisy = scheduler.add_noise(batch.clean, batch.noise, batch.timestep)
             told = model["text_encoder"](table)[0][captions]  # B 16 128
@@ -88,13 +88,13 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer.save_pretrained(arguments.work / "tokenizer")
 
 
-def _token_table(tokenizer: CLIPTokenizer) -> torch.Tensor:
+def token_table(tokenizer: CLIPTokenizer) -> torch.Tensor:
     """Tokens `[1 + 10 * 5, 16]` of the empty caption, then of each class in each template."""
     texts = ["", *(text for name in CLASS_NAMES for text in captions_of(name))]
     return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
-def _draw_captions(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def draw_captions(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Rows `[B]` of the table of tokens: a random template of each label's class, or the empty caption."""
     template = torch.randint(0, len(TEMPLATES), labels.shape, generator=generator)
     is_dropped = torch.rand(labels.shape, generator=generator) < CAPTION_DROPOUT

@@ -15,6 +15,7 @@ from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.formats import FP16
+from sedimo.sensitivity.adjoint import Effects
 from sedimo.sensitivity.agreement import Agreement, agreement, predict
 from sedimo.sensitivity.table import SensitivityTable
 from sedimo.space import Recipe
@@ -32,26 +33,34 @@ def measure_random_recipes(
     study: Study,
     bits: float,
     plan: tuple[Sampling, Progress] | None = None,
+    *,
+    n: int = N_RECIPES,
 ) -> tuple[Trial, ...]:
-    """Trials of random recipes of about `bits` paper bits; what the study has is not measured again."""
+    """Trials of `n` random recipes of about `bits` paper bits; what the study has is not measured again."""
     sampling, progress = plan or (pipe.default_sampling(range(8), 10), SILENT)
     return run_trials(
         study,
-        _recipes(bank, bits),
+        _recipes(bank, bits, n),
         setting=setting_of(pipe, sampling, weights_digest=bank.digest),
         make_worker=lambda: TrialWorker(pipe, bank, sampling, objective="final_latents"),
         progress=progress,
     )
 
 
-def check_additivity(table: SensitivityTable, trials: Iterable[Trial]) -> Agreement | None:
-    """Sum of costs against measured mean relative noise; None with fewer than three recipes of these formats."""
+def check_additivity(
+    table: SensitivityTable, trials: Iterable[Trial], effects: Effects | None = None
+) -> Agreement | None:
+    """Predicted against measured mean relative noise; None with fewer than three recipes of these formats.
+
+    Predicted by the sum of the table's costs, or, with `effects`, by the mean square of their sum.
+    """
     predicted, measured = [], []
     for trial in trials:
         found = {d: trial.recipe.format_of(layers[0], table.streams.get(d)) for d, layers in table.layers.items()}
+        choice = {d: f for d, f in found.items() if f is not None}
         noise = float(trial.powers.ratio.mean())
         try:
-            cost = predict(table, {d: f for d, f in found.items() if f is not None})
+            cost = predict(table, choice) if effects is None else float(effects.noise(choice).mean())
         except InputError:
             continue  # a recipe with formats that the table does not know
         if 0 < cost < math.inf and 0 < noise < math.inf:
@@ -75,10 +84,10 @@ def whole_recipes(study: Study, table: SensitivityTable) -> tuple[Trial, ...]:
     return tuple(trial for trials in largest for trial in trials)
 
 
-def _recipes(bank: Bank, bits: float) -> list[Recipe]:
-    """As many as can be drawn: a narrow space may not have thirty recipes of that size."""
+def _recipes(bank: Bank, bits: float, n: int) -> list[Recipe]:
+    """As many as can be drawn: a narrow space may not have so many recipes of that size."""
     found: dict[str, Recipe] = {}
-    for index in range(N_RECIPES):
+    for index in range(n):
         try:
             recipe = random_recipe_near(bank.space, bits, seed=0, index=index, tolerance=TOLERANCE_BITS)
         except InputError:

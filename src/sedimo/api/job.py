@@ -11,14 +11,15 @@ import psutil
 
 from sedimo.allocation.fixed import allocate_given, decided_by
 from sedimo.allocation.problem import Allocation
-from sedimo.api.additivity import NO_NOISE, check_additivity, measure_random_recipes
+from sedimo.api.additivity import N_RECIPES, NO_NOISE, check_additivity, measure_random_recipes
 from sedimo.api.checking import Check, check_recipe
 from sedimo.api.hybrid import BlocksResult
+from sedimo.api.judging import judge_prediction
 from sedimo.api.mapping import maps_of, probe_result
-from sedimo.api.measuring import MeasuredTable, hybrid_of, make_bank, measure_table, search_recipe
+from sedimo.api.measuring import MeasuredTable, decide_by_effects, hybrid_of, make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, open_source
 from sedimo.api.order import Order
-from sedimo.api.planning import MethodPlan, plan_job
+from sedimo.api.planning import N_RECIPES_BESIDE, MethodPlan, plan_job
 from sedimo.api.publishing import Found, summary_of
 from sedimo.api.reconstructing import learned_rounding, reconstruct_recipe, reconstruction_json
 from sedimo.api.rereport import keep_report
@@ -37,6 +38,7 @@ from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.html import write_report
 from sedimo.reporting.maps import NO_MAPS, Maps
+from sedimo.reporting.prediction import Entrant, Prediction
 from sedimo.runtime.card import Origin
 from sedimo.runtime.weights import replace_weights
 from sedimo.runtime.writing import Finish, WriteOptions, WrittenCheckpoint, write_checkpoint
@@ -87,6 +89,8 @@ class JobResult:
     smoothing: Smoothing | None = None
     reconstruction: Reconstruction | None = None
     blocks: BlocksResult | None = None
+    prediction: Prediction | None = None
+    entrants: tuple[Entrant, ...] = ()
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see docs/cli.md)."""
@@ -117,6 +121,10 @@ class JobResult:
             found["maps"] = self.maps.as_json()
         if self.blocks is not None:
             found["hybrid"] = {name: value for name, value in self.blocks.as_json().items() if name != "recipe"}
+        if self.prediction is not None:
+            found["prediction"] = self.prediction.as_json()
+        if self.entrants:
+            found["entrants"] = to_plain(self.entrants)
         if self.smoothing is not None:
             found["smoothing"] = {"alpha": self.smoothing.alpha, "layers": self.smoothing.ways}
         if self.reconstruction is not None:
@@ -173,14 +181,19 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
         rounded = reconstruct_recipe(opened, bank, allocation, study, progress)
         learned = None if rounded is None else rounded.weights
         check = None if method.unchecked else check_recipe(opened, bank, allocation, progress, learned=learned)
-        additivity = None if method.unchecked else _additivity(opened, bank, study, (table, allocation), progress)
+        additivity = None if method.unchecked else _additivity(opened, bank, study, (measured, allocation), progress)
+        prediction = (
+            None if check is None or learned else judge_prediction(opened, measured, allocation, check, study, progress)
+        )
         probed = None if method.unchecked else probe_result(opened, measured, allocation, study, progress)
         maps = maps_of(opened, measured, allocation, probed)
 
         def finish(folder: Path, written: WrittenCheckpoint) -> None:
             facts = {"command": command, "seconds": f"{time.monotonic() - begin:.0f}"}
             rounding = None if rounded is None else learned_rounding(rounded)
-            evidence = Found(check, additivity, measured.scaling, measured.explanation, maps, rounding)
+            evidence = Found(
+                check, additivity, measured.scaling, measured.explanation, maps, rounding, prediction, measured.entrants
+            )
             summary = summary_of(opened, (table, allocation), written, evidence, facts)
             keep_report(study, table, summary)
             write_report(summary, folder / REPORT_NAME)
@@ -191,7 +204,7 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     report = written.folder / REPORT_NAME
     seconds = time.monotonic() - begin
     memory = peak_rss_bytes()
-    found = measured.explanation, maps, opened.smoothing, rounded, measured.blocks
+    found = measured.explanation, maps, opened.smoothing, rounded, measured.blocks, prediction, measured.entrants
     return JobResult(allocation, table, written, report, check, method, seconds, memory, *found)
 
 
@@ -216,6 +229,7 @@ def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     """The plan of this order, made once: a resumed run must not take another method because it is slower now."""
     order = opened.order
     more = [part for part in (order.ends, order.keep_db, order.keep) if part is not None]
+    more += [] if order.minutes is None else [f"minutes {order.minutes:g}"]
     asked = (order.method, order.formats, str(order.budget), order.check, *more, *opened.space.streams)
     parts = (order.search, order.importance, order.activations, order.sampling, order.compute, order.smooth)
     facts = (*asked, *(to_plain(part) for part in (*parts, order.reconstruct)))
@@ -229,6 +243,8 @@ def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress
     order = opened.order
     if method.method == "gnn":
         return search_recipe(opened, study, progress)
+    if method.method == "adjoint":
+        return decide_by_effects(opened, study, progress)
     if order.hybrid_format is not None:
         return hybrid_of(opened, order.hybrid_format, study, progress)
     if not order.is_given:
@@ -242,13 +258,15 @@ def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress
 
 
 def _additivity(
-    opened: Opened, bank: Bank, study: Study, decided: tuple[SensitivityTable, Allocation], progress: Progress
+    opened: Opened, bank: Bank, study: Study, decided: tuple[MeasuredTable, Allocation], progress: Progress
 ) -> Agreement | None:
-    table, allocation = decided
-    if table.method in NO_NOISE:
+    measured, allocation = decided
+    if measured.table.method in NO_NOISE:
         return None
     plan = (opened.order.sampling.searching(opened.pipe), progress)
-    return check_additivity(table, measure_random_recipes(opened.pipe, bank, study, allocation.paper_bits, plan))
+    n = N_RECIPES if measured.effects is None else N_RECIPES_BESIDE
+    trials = measure_random_recipes(opened.pipe, bank, study, allocation.paper_bits, plan, n=n)
+    return check_additivity(measured.table, trials, measured.effects)
 
 
 def _keep_budget(bank: Bank, allocation: Allocation, packed: Mapping[str, QuantizedTensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sedimo.allocation.fixed import allocate_given
 from sedimo.allocation.problem import Allocation, read_budget
@@ -12,17 +12,22 @@ from sedimo.api.finals import hold_finals
 from sedimo.api.hybrid import BlocksResult, measure_hybrid
 from sedimo.api.opening import Opened, OpenedSource
 from sedimo.api.planning import FITTED, N_SCALING_CHECKS, PARTS, SAMPLE_CHANNELS, MeasuredMethod, ablation_options
+from sedimo.api.portfolio import FINAL_FACTOR, Noise, Portfolio, allocate_by_effects, hold_portfolio, predict
 from sedimo.api.predicting import know
 from sedimo.api.probing import LEAST_SAMPLES, Probe, ProbeMethod, attribute_measured, measure_probes, probe
+from sedimo.api.refining import refine
 from sedimo.api.searching import Measuring, search
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
+from sedimo.errors import StateError
 from sedimo.measurement.calibration import calibrate
 from sedimo.measurement.passes import activation_bits
 from sedimo.measurement.study import Study
 from sedimo.quant.activations import Activations
 from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Explanation
+from sedimo.reporting.prediction import Entrant
 from sedimo.sensitivity.ablation import check_scaling, plan_checks
+from sedimo.sensitivity.adjoint import Effects, effects_of
 from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.combine import geometric_mean
 from sedimo.sensitivity.error import error_table
@@ -37,7 +42,9 @@ class MeasuredTable:
 
     `scaling` compares measured with predicted noise of formats that the ablation did not probe; None when it probed
     all of them, or was not part of the method. `explanation` tells what a search by measured recipes has learned.
-    `probes` are what the table was made from, `blocks` the curves that a hybrid recipe follows from.
+    `probes` are what the table was made from, `blocks` the curves that a hybrid recipe follows from. For method adjoint,
+    `effects` are what it measured, `predicted` the relative noise `[n]` that they say of the recipe, and `entrants` the
+    recipes that it was chosen among.
     """
 
     bank: Bank
@@ -46,6 +53,9 @@ class MeasuredTable:
     explanation: Explanation | None = None
     probes: tuple[Probe, ...] = ()
     blocks: BlocksResult | None = None
+    effects: Effects | None = None
+    predicted: Noise | None = None
+    entrants: tuple[Entrant, ...] = ()
 
 
 def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT) -> MeasuredTable:
@@ -58,7 +68,9 @@ def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress
     tables = [attribute_measured(one, importance=opened.order.importance) for one in probes]
     scaling = _scaling(opened, probes[0], tables[0], study, progress) if parts[0] == "ablation" else None
     table = tables[0] if len(tables) == 1 else geometric_mean(*tables)
-    return MeasuredTable(bank, table, scaling, probes=tuple(probes))
+    first = probes[0].adjoint
+    effects = None if first is None else effects_of(bank.candidates, first)
+    return MeasuredTable(bank, table, scaling, probes=tuple(probes), effects=effects)
 
 
 def make_bank(opened: OpenedSource, study: Study, *, is_exact: bool, progress: Progress = SILENT) -> Bank:
@@ -84,6 +96,30 @@ def _rules(
         study=study,
         progress=progress,
     )
+
+
+def decide_by_effects(opened: Opened, study: Study, progress: Progress = SILENT) -> tuple[MeasuredTable, Allocation]:
+    """The recipe by signed effects on the final latents; with method `auto` the best of several rules' recipes.
+
+    Then exchanges that are measured, for as many minutes as were ordered.
+    """
+    order, measured = opened.order, measure_table(opened, "adjoint", study, progress)
+    bank, table, effects = measured.bank, measured.table, measured.effects
+    if effects is None:
+        raise StateError("the method adjoint ended without effects; this is a fault of Sedimo")
+    searching = Measuring.on(opened.pipe, bank, study, order.sampling.searching(opened.pipe), progress=progress)
+    final = order.sampling.deciding(opened.pipe).first(FINAL_FACTOR * order.sampling.n_seeds)
+    deciding = Measuring.on(opened.pipe, bank, study, final, progress=progress)
+    if order.method == "auto":
+        found = hold_portfolio(table, effects, bank, order.budget, searching=searching, deciding=deciding)
+    else:
+        allocation = allocate_by_effects(table, effects, order.budget)
+        found = Portfolio(allocation, predict(table, effects, bank, order.budget), ())
+    if order.minutes is not None:
+        wide = order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES["adjoint"])
+        searching = Measuring.on(opened.pipe, bank, study, wide, progress=progress)
+        found = refine(found, table, effects, bank, order, searching=searching, deciding=deciding)
+    return replace(measured, predicted=found.predicted, entrants=found.entrants), found.allocation
 
 
 def search_recipe(opened: Opened, study: Study, progress: Progress = SILENT) -> tuple[MeasuredTable, Allocation]:

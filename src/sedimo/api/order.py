@@ -22,7 +22,7 @@ from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptio
 from sedimo.space import Recipe
 
 Method = Literal[
-    "auto", "error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "orthogonality-lp", "gnn"
+    "auto", "error", "adjoint", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "orthogonality-lp", "gnn"
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
 UNIFORM, HYBRID, BY_LP = "uniform:", "hybrid:", "-lp"
@@ -219,7 +219,8 @@ class Order:
     `ends` is the format of the first and last layers, None: they are decided on like the others. With `streams`, each
     stream that a layer's input is a concatenation of is decided on by itself. With `smooth`, inputs
     of layers are smoothed first, and everything is about the smoothed weights. `reconstruct` has the rounding of uaq
-    formats learned, however the recipe was decided.
+    formats learned, however the recipe was decided. `minutes` are for exchanges that are measured, after the default
+    (or `adjoint`) has decided.
     """
 
     source: str
@@ -245,6 +246,7 @@ class Order:
     reconstruct: ReconstructionOptions | None = None
     keep_db: float | None = None
     keep: int | None = None
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.
@@ -262,7 +264,19 @@ class Order:
             Format.parse(self.ends)
         if self.recipe is not None and (self.budget.is_given or self.method != "auto" or self.ends is not None):
             raise InputError("a recipe decides everything: leave out --method, --ends and the budget")
+        self._check_minutes()
         self._check_budget() if self.hybrid_format is None else self._check_keeping(self.hybrid_format)
+
+    def _check_minutes(self) -> None:
+        if self.minutes is None:
+            return
+        if not 0 < self.minutes < math.inf:
+            raise InputError(f"--minutes is a positive number of minutes, got {self.minutes:g}")
+        if self.recipe is not None or self.method not in ("auto", "adjoint"):
+            raise InputError(
+                f"--minutes are for exchanges after the default method, or adjoint; got {self.method!r}. Leave it out, "
+                "or search by measured recipes with sedimo run"
+            )
 
     def _check_budget(self) -> None:
         if self.keep_db is not None or self.keep is not None:

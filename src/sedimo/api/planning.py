@@ -16,25 +16,32 @@ import torch
 from sedimo.api.additivity import N_RECIPES, NO_NOISE
 from sedimo.api.opening import Opened, OpenedSource
 from sedimo.api.order import FINAL_FACTOR, refuse_blind
+from sedimo.api.portfolio import FINAL_FACTOR as FINAL_SEEDS_FACTOR
+from sedimo.api.portfolio import N_FINALISTS as N_FINALISTS_OF_DEFAULT
 from sedimo.api.probing import LEAST_SAMPLES, AblationOptions, ProbeMethod
 from sedimo.api.smooth_order import SmoothOrder
 from sedimo.bank import fit_bank, possible, read_weight
-from sedimo.errors import InputError
+from sedimo.errors import InputError, UnsupportedError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
 from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_runs
 from sedimo.measurement.reconstruction import ReconstructionOptions, plan_reconstruction
 from sedimo.measurement.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
 from sedimo.measurement.worker import CallTiming, setting_of, time_calls
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.fitting import fit_parameters
 from sedimo.quant.formats import parse_formats
 from sedimo.sensitivity.ablation import DEFAULT_BITS, plan_probes
 from sedimo.sensitivity.blocks import blocks_of
 from sedimo.space import Recipe, SearchSpace
 
-MeasuredMethod = Literal["error", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn", "hybrid"]
+MeasuredMethod = Literal[
+    "error", "adjoint", "jacobian", "ablation", "combined", "sqnr", "orthogonality", "gnn", "hybrid"
+]
 PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
     "error": (),
+    "adjoint": ("adjoint",),
     "jacobian": ("jacobian",),
     "ablation": ("ablation",),
     "combined": ("ablation", "jacobian"),
@@ -43,14 +50,17 @@ PARTS: Mapping[MeasuredMethod, tuple[ProbeMethod, ...]] = {
     "gnn": ("jacobian",),
     "hybrid": (),
 }
-FITTED = frozenset({"jacobian", "sqnr"})  # probes that look at the weight changes of all formats
+FITTED = frozenset({"adjoint", "jacobian", "sqnr"})  # probes that look at the weight changes of all formats
 TRAINING_FACTOR = 3e-3  # seconds per trial and node, of training a predictor in five folds
 PATIENCE_SECONDS = 30 * 60
 SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
 N_SCALING_CHECKS = 12  # formats measured to see how well the others are scaled
 N_CHECKED = 5  # full precision, the result and three uniform recipes
 JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls
+ADJOINT_FACTOR = 14.0  # the same, with gradients of the inputs
 JACOBIAN_MEMORY_BYTES = 2 << 30
+N_ENTRANTS = 7  # recipes of the default on the searched seeds, at most
+N_RECIPES_BESIDE = 10  # random recipes beside those of the default
 TIMED_WEIGHTS = 1 << 18
 ROWS_PER_SAMPLE = 2  # with guidance
 N_RECONSTRUCTED = 32  # samples that rounding is learned from, unless more are searched on
@@ -161,12 +171,33 @@ def ablation_options(opened: Opened) -> AblationOptions:
 
 
 def _best(opened: Opened) -> MethodPlan:
-    """First-order noise, which no other method beat at any budget (docs/results.md), if that is quick enough."""
-    timing = time_calls(opened.pipe, opened.order.sampling.searching(opened.pipe))
+    """First-order effects on the final latents, with a final of several recipes, if that is quick enough.
+
+    No other method was ahead of it over many models (docs/results.md). Where the sampler has no derivative, or where
+    that takes too long, the noise of single steps.
+    """
+    sampling = opened.order.sampling.searching(opened.pipe)
+    timing = time_calls(opened.pipe, sampling)
+    reason = "the best that takes less than half an hour"
+    obstacle = why_not_differentiated(opened.pipe, sampling)
+    cost = _search_cost(opened, "adjoint", timing)
+    if obstacle is None and cost.seconds <= PATIENCE_SECONDS:
+        return _sampled(opened, "adjoint", timing, reason)
+    reason = f"{obstacle or _too_slow('looking through the whole run', cost.seconds)}, so single steps have to do"
     cost = _search_cost(opened, "jacobian", timing)
     if cost.seconds <= PATIENCE_SECONDS:
-        return _sampled(opened, "jacobian", timing, "the best that takes less than half an hour")
+        return _sampled(opened, "jacobian", timing, reason)
     return _unsampled(opened, _error_cost(opened), _resort(_too_slow("measuring", cost.seconds)), timing)
+
+
+def why_not_differentiated(pipe: DiffusersPipeline, sampling: Sampling) -> str | None:
+    """Why final latents cannot be differentiated, shown by a short run of one sample; None when they can."""
+    short = replace(sampling.first(1), n_steps=min(2, sampling.n_steps))
+    try:
+        pipe.differentiable(short)
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 def _resort(obstacle: str) -> str:
@@ -179,7 +210,8 @@ def _too_slow(what: str, seconds: float, how_sure: str = "about") -> str:
 
 def _sampled(opened: Opened, method: MeasuredMethod, timing: CallTiming, reason: str) -> MethodPlan:
     cost = _search_cost(opened, method, timing)
-    check = _check_cost(opened, timing, n_random=0 if method in NO_NOISE else N_RECIPES)
+    n_random = N_RECIPES_BESIDE if method == "adjoint" else N_RECIPES
+    check = _check_cost(opened, timing, n_random=0 if method in NO_NOISE else n_random)
     return _joined(opened, method, reason, cost, check)
 
 
@@ -239,6 +271,8 @@ def _check_cost(opened: Opened, timing: CallTiming, *, n_random: int) -> _Cost:
 def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> _Cost:
     parts = PARTS[method]
     costs = []
+    if "adjoint" in parts:
+        costs.append(_adjoint_cost(opened, timing))
     if "jacobian" in parts:
         costs.append(_jacobian_cost(opened, timing))
     if "ablation" in parts:
@@ -324,11 +358,23 @@ def _jacobian_cost(opened: Opened, timing: CallTiming) -> _Cost:
     return _Cost(seconds + _full_fits(opened), n_calls, JACOBIAN_MEMORY_BYTES)
 
 
+def _adjoint_cost(opened: Opened, timing: CallTiming) -> _Cost:
+    """Every format fitted, runs of more samples gone back through, and the default's recipes measured."""
+    seconds, n_calls = cost_of_prior("adjoint", opened.space, timing)
+    measured = (N_ENTRANTS + FINAL_SEEDS_FACTOR * (2 + N_FINALISTS_OF_DEFAULT)) * timing.n_calls
+    measured = round(measured) if opened.order.method == "auto" else 0
+    share = _share_of(opened, "adjoint")
+    seconds = share * seconds + measured * timing.seconds_per_call + _full_fits(opened)
+    refining = 60 * (opened.order.minutes or 0.0)
+    return _Cost(seconds + refining, round(share * n_calls) + measured, JACOBIAN_MEMORY_BYTES)
+
+
 def cost_of_prior(prior: str, space: SearchSpace, timing: CallTiming) -> tuple[float, int]:
     """Seconds and denoiser calls of measuring a prior whose formats are fitted; an ablation's are an upper limit."""
-    if prior == "jacobian":
+    if prior in ("adjoint", "jacobian"):
+        factor = ADJOINT_FACTOR if prior == "adjoint" else JACOBIAN_FACTOR
         n_calls = timing.n_calls * (1 + count_passes(space))
-        return timing.seconds_per_call * (timing.n_calls + JACOBIAN_FACTOR * (n_calls - timing.n_calls)), n_calls
+        return timing.seconds_per_call * (timing.n_calls + factor * (n_calls - timing.n_calls)), n_calls
     if prior == "ablation":
         families = [len({(f.family, f.group_size) for f in d.formats if f.is_quantized}) for d in space.decisions]
         n_calls = timing.n_calls * (1 + len(DEFAULT_BITS) * sum(families))

@@ -10,6 +10,7 @@ from typing import Literal
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.errors import InputError
 from sedimo.graph.model import Group
+from sedimo.measurement.adjoint import AdjointProbe, probe_adjoint
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.jacobian import JacobianProbe, probe_jacobian
 from sedimo.measurement.orthogonality import OrthogonalityProbe, probe_orthogonality
@@ -19,13 +20,14 @@ from sedimo.measurement.worker import TrialWorker, setting_of
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.sensitivity.ablation import DEFAULT_BITS, AblationProbe, Measured, ablation_table, plan_probes
+from sedimo.sensitivity.adjoint import adjoint_table
 from sedimo.sensitivity.error import error_table
 from sedimo.sensitivity.jacobian import jacobian_table
 from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions, orthogonality_table
 from sedimo.sensitivity.sqnr import sqnr_table
 from sedimo.sensitivity.table import SensitivityTable
 
-ProbeMethod = Literal["jacobian", "ablation", "sqnr", "orthogonality"]
+ProbeMethod = Literal["adjoint", "jacobian", "ablation", "sqnr", "orthogonality"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Probe:
 
     method: ProbeMethod
     bank: Bank
+    adjoint: AdjointProbe | None = None
     jacobian: JacobianProbe | None = None
     ablation: tuple[Measured, ...] = ()
     sqnr: SqnrProbe | None = None
@@ -52,7 +55,7 @@ class AblationOptions:
 
 
 N_SAMPLES = 8
-LEAST_SAMPLES: Mapping[str, int] = {"sqnr": 64, "orthogonality": 32}  # of methods that need more
+LEAST_SAMPLES: Mapping[str, int] = {"adjoint": 24, "sqnr": 64, "orthogonality": 32}  # of methods that need more
 DEFAULT_ABLATION = AblationOptions()
 
 
@@ -68,10 +71,11 @@ def probe(
 ) -> Probe:
     """Measures what each decision does to the denoiser, and keeps it in the study `store`; resumes there.
 
-    `jacobian` takes the first-order noise of all formats at once from one trajectory; `ablation` quantizes each
+    `adjoint` takes the first-order effects of all formats on the final latents, through the whole sampling run;
+    `jacobian` takes the first-order noise on the denoiser's output at each step; `ablation` quantizes each
     decision alone at a few formats and samples; `sqnr` takes the noise of all formats at the layers' own outputs;
     `orthogonality` compares the outputs of all layers between at least four samples. Without `sampling`, there are
-    8 samples, 64 for `sqnr`, 32 for `orthogonality`.
+    8 samples, 24 for `adjoint`, 64 for `sqnr`, 32 for `orthogonality`.
 
     Raises:
         InputError: another method, or a pipeline that cannot be sampled.
@@ -85,6 +89,8 @@ def probe(
     if isinstance(store, str | Path):
         with Study(store) as study:
             return probe(pipe, bank, method, store=study, sampling=plan, ablation=ablation, progress=progress)
+    if method == "adjoint":
+        return Probe(method, bank, adjoint=probe_adjoint(pipe, bank, plan, study=store, progress=progress))
     if method == "jacobian":
         return Probe(method, bank, jacobian=probe_jacobian(pipe, bank, plan, study=store, progress=progress))
     if method == "sqnr":
@@ -92,7 +98,7 @@ def probe(
     if method == "orthogonality":
         return Probe(method, bank, orthogonality=_probe_orthogonality(pipe, bank, plan, store, progress))
     if method != "ablation":
-        raise InputError(f"a probe is by 'jacobian', 'ablation', 'sqnr' or 'orthogonality', got {method!r}")
+        raise InputError(f"a probe is by 'adjoint', 'jacobian', 'ablation', 'sqnr' or 'orthogonality', got {method!r}")
     probes = plan_probes(bank.space, bank.candidates, near_bits=ablation.near_bits, groups=ablation.groups)
     return Probe(method, bank, ablation=measure_probes(pipe, bank, store, probes, (plan, progress)))
 
@@ -135,11 +141,13 @@ def attribute_measured(
     """
     known = "error" if isinstance(source, Bank) else source.method
     if method not in ("", known):
-        remedy = "sedimo.probe measures jacobian, ablation, sqnr and orthogonality, a bank gives error"
+        remedy = "sedimo.probe measures adjoint, jacobian, ablation, sqnr and orthogonality, a bank gives error"
         raise InputError(f"method {method!r} cannot be had from this {type(source).__name__.lower()}: {remedy}")
     if isinstance(source, Bank):
         return error_table(source.space, source.candidates)
     space, candidates = source.bank.space, source.bank.candidates
+    if source.adjoint is not None:
+        return adjoint_table(space, candidates, source.adjoint)
     if source.jacobian is not None:
         return jacobian_table(space, candidates, source.jacobian)
     if source.sqnr is not None:

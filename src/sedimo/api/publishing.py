@@ -21,6 +21,7 @@ from sedimo.metrics.signal import sqnr_estimates
 from sedimo.reporting.building import frontier_points, summarize
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.maps import NO_MAPS, Maps
+from sedimo.reporting.prediction import Entrant, Prediction
 from sedimo.reporting.summary import (
     DifferenceRow,
     Evidence,
@@ -36,6 +37,7 @@ from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.table import SensitivityTable
 
 FRONTIER_BITS_BEYOND = 3.0
+N_SHOWN_CONDITIONS = 12
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Found:
     explanation: Explanation | None = None
     maps: Maps = NO_MAPS
     rounding: LearnedRounding | None = None
+    prediction: Prediction | None = None
+    entrants: tuple[Entrant, ...] = ()
 
 
 def summary_of(
@@ -67,6 +71,8 @@ def summary_of(
         explanation=evidence.explanation,
         maps=evidence.maps,
         rounding=evidence.rounding,
+        prediction=evidence.prediction,
+        entrants=evidence.entrants,
         recipes=() if check is None else recipe_rows(check, decided_by(table.method, allocation.rule)),
         differences=() if check is None else difference_rows(check),
         frontier=frontier_points(
@@ -113,12 +119,25 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
         command=facts.get("command", ""),
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         seeds=seeds,
-        sampling=_sorted({"steps": str(sampling.n_steps), **table.settings}),
+        sampling=_sorted({"steps": str(sampling.n_steps), **table.settings, **_drawn(opened)}),
         versions=_sorted(versions()),
         machine=f"{platform.system()} {platform.machine()}, {_processor()}",
         seconds={"the whole job": float(facts.get("seconds", 0))},
         notes=(*opened.space.notes, *(() if opened.smoothing is None else (str(opened.smoothing),))),
     )
+
+
+def _drawn(opened: Opened) -> dict[str, str]:
+    """What the samples were told to show, and how strongly: a default may not be what the model was made for."""
+    if not opened.is_pipeline or opened.why_not_sampled() is not None:
+        return {}
+    plan = opened.order.sampling.searching(opened.pipe)
+    told = plan.conditions
+    shown = ", ".join(told[:N_SHOWN_CONDITIONS]) + (
+        f" and {len(told) - N_SHOWN_CONDITIONS} more" if len(told) > N_SHOWN_CONDITIONS else ""
+    )
+    guidance = "the pipeline's own" if plan.guidance is None else f"{plan.guidance:g}"
+    return {"conditions": shown or "none", "guidance": guidance}
 
 
 def _row(name: str, kind: RecipeKind, recipe: CheckedRecipe) -> RecipeRow:

@@ -191,7 +191,7 @@ class _Pass:
                 unused = taps.unused
                 for decision, squares in _mean_squares(taps, output, [d[rows] for d in directions], len(units)).items():
                     found.setdefault(decision, []).append(squares)
-        _refuse_hidden_use(self.denoiser, plan.call, [layer for d in unused for layer in self._changes[d].layers])
+        refuse_hidden_use(self.denoiser, plan.call, [layer for d in unused for layer in self._changes[d].layers])
         return {d: torch.cat(parts) for d, parts in found.items()}, unused
 
     def _loaded(self, decision: str) -> Changes:
@@ -291,7 +291,7 @@ def _mean_squares(
     return total
 
 
-def _refuse_hidden_use(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[str]) -> None:
+def refuse_hidden_use(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[str]) -> None:
     """Layers that were not called must have no influence: their weights must get no gradient."""
     if not layers:
         return

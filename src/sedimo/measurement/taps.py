@@ -56,13 +56,12 @@ class _Sums:
             total = products.sum(0)
             self.pooled = total if self.pooled is None else self.pooled + total
 
-    def squares(self, n_samples: int) -> torch.Tensor:
-        """Squared inner products `[n, F]`, a sample's rows added first; the mean where samples mix."""
+    def products(self, n_samples: int) -> torch.Tensor:
+        """Inner products `[n, F]`, a sample's rows added; `[1, F]`, of all samples together, where they mix."""
         rows = None if self.rows is None else self.rows.double().reshape(-1, n_samples, self.rows.shape[1]).sum(0)
         if self.pooled is None:
-            return torch.zeros(()) if rows is None else rows.square()
-        total = self.pooled.double() if rows is None else self.pooled.double() + rows.sum(0)
-        return (total.square() / n_samples).expand(n_samples, -1)
+            return torch.zeros(()) if rows is None else rows
+        return (self.pooled.double() if rows is None else self.pooled.double() + rows.sum(0)).unsqueeze(0)
 
 
 @dataclass
@@ -127,9 +126,14 @@ class Taps:
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     @property
+    def used(self) -> tuple[str, ...]:
+        """Decisions of which a layer was called since `begin`."""
+        return tuple(n for n, c in self._changes.items() if self._state.uses.intersection(c.layers))
+
+    @property
     def unused(self) -> tuple[str, ...]:
         """Decisions none of whose layers was called since `begin`."""
-        return tuple(n for n, c in self._changes.items() if not self._state.uses.intersection(c.layers))
+        return tuple(n for n in self._changes if n not in self.used)
 
     def squared_products(
         self, output: torch.Tensor, direction: torch.Tensor, *, n_samples: int | None = None
@@ -137,13 +141,36 @@ class Taps:
         """<G_s, delta_f>^2 `[n, F]` float64 by decision, G_s the gradient of <direction_s, output_s>.
 
         Row r belongs to sample `r mod n_samples` (to a sample of its own by default); the products of a sample's
-        rows are added before they are squared. The graph is kept for further directions. Decisions that were not
-        used are absent.
+        rows are added before they are squared, and samples that mix get the mean each. The graph is kept for further
+        directions. Decisions that were not used are absent.
         """
-        self._state.sums, self._n_rows = {}, output.shape[0]
-        if output.requires_grad:
-            torch.autograd.grad(output, self._anchor, direction, retain_graph=True, allow_unused=True)
-        return {name: sums.squares(n_samples or self._n_rows) for name, sums in self._state.sums.items()}
+        n = n_samples or output.shape[0]
+        found, _ = self.products([output], [direction], n_samples=n)
+        return {name: (p.square() * len(p) / n).expand(n, -1) for name, p in found.items()}
+
+    def products(
+        self,
+        outputs: Sequence[torch.Tensor],
+        directions: Sequence[torch.Tensor | None],
+        *,
+        n_samples: int,
+        entries: Sequence[torch.Tensor] = (),
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor | None]]:
+        """<G_s, delta_f> `[n, F]` float64 by decision, and the gradients with respect to `entries`, None where zero.
+
+        G_s is the gradient of the sum of <direction_s, output_s> over the outputs; a direction that is None counts as
+        zero. Rows, and decisions that were not used, as in `squared_products`; where samples mix, there is one row
+        `[1, F]` for all of them.
+        """
+        self._state.sums, self._n_rows = {}, outputs[0].shape[0]
+        pairs = [(o, d) for o, d in zip(outputs, directions, strict=True) if d is not None and o.requires_grad]
+        gradients: list[torch.Tensor | None] = [None] * len(entries)
+        if pairs:
+            roots, given = [o for o, _ in pairs], [d for _, d in pairs]
+            wanted = [self._anchor, *entries]
+            found = torch.autograd.grad(roots, wanted, given, retain_graph=True, allow_unused=True)
+            gradients = list(found[1:])
+        return {name: sums.products(n_samples) for name, sums in self._state.sums.items()}, gradients
 
     def _tap(self, layer: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         inputs = args[0].detach()

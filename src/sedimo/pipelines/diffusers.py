@@ -15,6 +15,7 @@ from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Observer, Sampling
 from sedimo.pipelines.conditions import default_conditions, default_guidance
 from sedimo.pipelines.decoding import decode_latents
+from sedimo.pipelines.differentiable import DifferentiableRun, run_differentiably
 from sedimo.pipelines.identity import pipeline_identity
 from sedimo.pipelines.objects import PipelineObject
 from sedimo.pipelines.sampling import sample_batch
@@ -95,6 +96,15 @@ class DiffusersPipeline:
         n = len(sampling.seeds)
         batches = [range(i, min(i + sampling.batch_size, n)) for i in range(0, n, sampling.batch_size)]
         return torch.cat([sample_batch(self.pipeline, self.denoiser, sampling, b, observer) for b in batches])
+
+    def differentiable(self, sampling: Sampling) -> DifferentiableRun:
+        """The samples of a plan as one batch, with what it takes to differentiate their final latents.
+
+        Raises:
+            InputError: as `sample`.
+            UnsupportedError: the way from the denoiser to the final latents has no derivative.
+        """
+        return run_differentiably(self.pipeline, self.denoiser, sampling, range(len(sampling.seeds)))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `[n, 3, H, W]` float32 in [0, 1] of final latents.

@@ -12,6 +12,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +22,7 @@ from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import DenoiserCall, Observer, Sampling
 from sedimo.pipelines.conditions import call_parameters, condition_arguments
 from sedimo.pipelines.objects import PipelineObject
-from sedimo.pipelines.steps import StepCall, handled_steps, previous_sample
+from sedimo.pipelines.steps import StepCall, handled_steps, previous_sample, with_previous_sample
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
 logger = logging.getLogger(__name__)
@@ -41,22 +42,44 @@ def sample_batch(
     Raises:
         InputError: the pipeline does not take what the plan asks for.
     """
-    generators = [torch.Generator().manual_seed(sampling.seeds[i]) for i in indices]
-    arguments = _call_arguments(pipeline, sampling, indices) | {"generator": generators}
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_without_progress_bar(pipeline))
-        stack.enter_context(_repeatable_global_noise(pipeline, sampling.seeds[indices[0]]))
+    with torch.no_grad(), ready_to_sample(pipeline, sampling, indices) as ready:
         if observer is not None:
-            stack.enter_context(observed_calls(denoiser, observer))
-        steps = stack.enter_context(_watched_steps(pipeline.scheduler, generators))
-        if not _gives_latents(pipeline):
-            stack.enter_context(_skipped_decoding(pipeline))
-        result = pipeline(**arguments)[0]
-    latents = result if _gives_latents(pipeline) else steps.last
+            ready.stack.enter_context(observed_calls(denoiser, observer))
+        result = pipeline(**ready.arguments)[0]
+    latents = result if gives_latents(pipeline) else ready.steps.last
     if not isinstance(latents, torch.Tensor):
         raise StateError(f"{type(pipeline).__name__} ended without latents: its scheduler made no step")
     return latents[: len(indices)].detach().to("cpu", torch.float32)  # guidance doubles DiT's batch
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A pipeline in which nothing is missing for a batch: the arguments of its call, and what its steps gave.
+
+    `stack` takes what has to be undone when the batch is finished.
+    """
+
+    arguments: dict[str, object]
+    steps: SeenSteps
+    stack: ExitStack
+
+
+@contextmanager
+def ready_to_sample(pipeline: PipelineObject, sampling: Sampling, indices: Sequence[int]) -> Iterator[Ready]:
+    """The pipeline made ready for the samples `indices` of a plan; on leaving it is what it was.
+
+    Raises:
+        InputError: the pipeline does not take what the plan asks for.
+    """
+    generators = [torch.Generator().manual_seed(sampling.seeds[i]) for i in indices]
+    arguments = _call_arguments(pipeline, sampling, indices) | {"generator": generators}
+    with ExitStack() as stack:
+        stack.enter_context(_without_progress_bar(pipeline))
+        stack.enter_context(_repeatable_global_noise(pipeline, sampling.seeds[indices[0]]))
+        steps = stack.enter_context(_watched_steps(pipeline.scheduler, generators))
+        if not gives_latents(pipeline):
+            stack.enter_context(_skipped_decoding(pipeline))
+        yield Ready(arguments, steps, stack)
 
 
 def _call_arguments(pipeline: PipelineObject, sampling: Sampling, indices: Sequence[int]) -> dict[str, object]:
@@ -70,7 +93,7 @@ def _call_arguments(pipeline: PipelineObject, sampling: Sampling, indices: Seque
     if sampling.resolution is not None:
         arguments |= {"height": sampling.resolution, "width": sampling.resolution}
     if "output_type" in parameters:
-        arguments["output_type"] = _LATENT_OUTPUT if _gives_latents(pipeline) else "pt"
+        arguments["output_type"] = _LATENT_OUTPUT if gives_latents(pipeline) else "pt"
     words = {"guidance_scale": "guidance", "height": "resolution", "width": "resolution"}
     refused = [words.get(a, a) for a in arguments if a not in parameters]
     if refused:
@@ -78,7 +101,7 @@ def _call_arguments(pipeline: PipelineObject, sampling: Sampling, indices: Seque
     return arguments
 
 
-def _gives_latents(pipeline: PipelineObject) -> bool:
+def gives_latents(pipeline: PipelineObject) -> bool:
     """Whether the call compares its `output_type` with "latent"; there is no list of those that do."""
     function = inspect.unwrap(type(pipeline).__call__)
     return "output_type" in call_parameters(pipeline) and _LATENT_OUTPUT in function.__code__.co_consts
@@ -111,10 +134,23 @@ def _repeatable_global_noise(pipeline: PipelineObject, seed: int) -> Iterator[No
             )
 
 
+@dataclass
+class SeenSteps:
+    """What the scheduler's steps gave: the latest previous sample, and how many there were.
+
+    With `cuts_last`, the pipeline gets the last step's sample without its history of gradients: it goes on to make
+    pictures of it in ways that know none.
+    """
+
+    last: torch.Tensor | None = None
+    n_steps: int = 0
+    cuts_last: bool = False
+
+
 @contextmanager
-def _watched_steps(scheduler: object, generators: Sequence[torch.Generator]) -> Iterator[SimpleNamespace]:
-    """Watches `scheduler.step`: `.last` of the yielded namespace is the latest previous sample."""
-    seen = SimpleNamespace(last=None)
+def _watched_steps(scheduler: object, generators: Sequence[torch.Generator]) -> Iterator[SeenSteps]:
+    """Watches `scheduler.step`, and gives it the samples' generators."""
+    seen = SeenSteps()
 
     def watch(call: StepCall) -> object:
         changes: dict[str, object] = {}
@@ -122,8 +158,9 @@ def _watched_steps(scheduler: object, generators: Sequence[torch.Generator]) -> 
             rows = len(next(iter(call.arguments.values())))
             changes["generator"] = _one_per_row(generators, rows)
         result = call.run(**changes)
-        seen.last = previous_sample(result)
-        return result
+        seen.last, seen.n_steps = previous_sample(result), seen.n_steps + 1
+        is_cut = seen.cuts_last and seen.n_steps == len(scheduler.timesteps)  # type: ignore[attr-defined]
+        return with_previous_sample(result, seen.last.detach()) if is_cut else result
 
     with handled_steps(scheduler, watch):
         yield seen

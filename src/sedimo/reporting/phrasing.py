@@ -26,6 +26,7 @@ FAMILIES = {
 }
 METHODS = {
     "error": "the squared error of its weights, relative to their size and weighted by its share of the work",
+    "adjoint": "what its rounding does to the final latents through the whole sampling run, to first order",
     "jacobian": "the noise that its rounding puts on the denoiser's output, to first order",
     "ablation": "the noise measured when it alone is quantized",
     "sqnr": "the noise at its own output",

@@ -19,6 +19,7 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.maps import NO_MAPS, Maps
+from sedimo.reporting.prediction import Entrant, Prediction
 from sedimo.sensitivity.agreement import Agreement
 from sedimo.sensitivity.costs import NOISE_POWER
 
@@ -240,7 +241,8 @@ class Evidence:
 
     `agreement` compares predicted with measured noise of `agreement_of` (in words, "30 random recipes"), `scaling`
     that of single formats which were not probed, `explanation` tells what a predictor learned from measured recipes,
-    `maps` what was measured layer by layer and step by step.
+    `maps` what was measured layer by layer and step by step, `prediction` compares what was predicted of this recipe
+    with what was measured, `entrants` are the recipes that it was chosen among.
     """
 
     recipes: tuple[RecipeRow, ...] = ()
@@ -256,6 +258,8 @@ class Evidence:
     explanation: Explanation | None = None
     maps: Maps = NO_MAPS
     rounding: LearnedRounding | None = None
+    prediction: Prediction | None = None
+    entrants: tuple[Entrant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,207 @@
+"""A sampling run whose final latents can be differentiated, any number of steps in the memory of one call.
+
+The pipeline's own code runs with gradients: guidance, the scheduler's arithmetic with its history, and whatever else
+lies between two calls of a network. At each call of a network the graph is cut: the network runs without gradients,
+its inputs are copied and its outputs begin anew. On the way back, from the last call to the first, the run gives the
+gradients of the final latents with respect to a call's outputs; whoever walks makes that one call again, with
+gradients, and hands on those with respect to its inputs. Between calls there are only tensors of the size of latents,
+and random numbers of a sampler are constants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from sedimo.errors import UnsupportedError
+from sedimo.pipelines.adapter import DenoiserCall, Sampling
+from sedimo.pipelines.objects import PipelineObject
+from sedimo.pipelines.sampling import gives_latents, ready_to_sample
+from sedimo.pipelines.trajectory import output_tensor, timestep_of
+
+Tensors = list[torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class CutCall:
+    """A call of a network in a run: what it was given, where the graph was cut, and its first output.
+
+    `places` are the positions, among the leaves of `call.inputs`, of the inputs that depend on earlier calls.
+    """
+
+    network: nn.Module
+    call: DenoiserCall
+    places: tuple[int, ...]
+    entries: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+
+
+Handle = Callable[[CutCall, Sequence[Tensors]], Sequence[Tensors]]
+
+
+@dataclass(frozen=True)
+class DifferentiableRun:
+    """One batch: its cut calls in order, and its final latents `[B, ...]`, which remember how they were made."""
+
+    cuts: tuple[CutCall, ...]
+    latents: torch.Tensor
+
+    def walk_back(self, directions: Sequence[torch.Tensor], handle: Handle) -> None:
+        """Shows `handle` each call, the last one first, with its output gradients of <direction, latents>.
+
+        `directions` are of the latents' shape; for each of them, `handle` is given the gradients with respect to the
+        call's outputs (None: no influence) and answers with those with respect to its inputs at `places`.
+        """
+        later: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[(self.latents, d)] for d in directions]
+        for cut in reversed(self.cuts):
+            gradients = [_gradients(pairs, cut.outputs) for pairs in later]
+            answers = handle(cut, gradients)
+            for pairs, answer in zip(later, answers, strict=True):
+                pairs += [(e, g) for e, g in zip(cut.entries, answer, strict=True) if g is not None]
+
+
+def _gradients(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], outputs: Sequence[torch.Tensor]) -> Tensors:
+    roots, gradients = [root for root, _ in pairs], [gradient for _, gradient in pairs]
+    found = torch.autograd.grad(roots, outputs, gradients, retain_graph=True, allow_unused=True)
+    return list(found)
+
+
+def run_differentiably(
+    pipeline: PipelineObject, denoiser: nn.Module, sampling: Sampling, indices: Sequence[int]
+) -> DifferentiableRun:
+    """Samples `indices` of a plan as one batch, as `sample_batch` does, and remembers how.
+
+    Raises:
+        InputError: the pipeline does not take what the plan asks for.
+        UnsupportedError: final latents do not follow from the denoiser's outputs by operations that have a derivative.
+    """
+    name = f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
+    call = inspect.unwrap(type(pipeline).__call__)  # diffusers switches gradients off around it
+    cuts: list[CutCall] = []
+    with contextlib.ExitStack() as stack:
+        ready = stack.enter_context(ready_to_sample(pipeline, sampling, indices))
+        ready.steps.cuts_last = not gives_latents(pipeline)
+        for network in _networks(pipeline):
+            stack.enter_context(_cut(network, cuts, is_always_cut=network is denoiser))
+        try:
+            with torch.enable_grad():
+                result = call(pipeline, **ready.arguments)[0]
+        except RuntimeError as error:
+            raise UnsupportedError(f"{name} cannot be run with gradients: {error}") from error
+    latents = result if gives_latents(pipeline) else ready.steps.last
+    n_timesteps = len(pipeline.scheduler.timesteps)  # type: ignore[attr-defined]  # every scheduler has them
+    if not gives_latents(pipeline) and ready.steps.n_steps > n_timesteps:
+        raise UnsupportedError(f"{name} makes {ready.steps.n_steps} steps at {n_timesteps} timesteps")
+    if not isinstance(latents, torch.Tensor) or not latents.requires_grad:
+        raise UnsupportedError(f"{name} gives final latents that have no derivative by the denoiser's outputs")
+    return DifferentiableRun(tuple(cuts), latents[: len(indices)])
+
+
+def make_again(cut: CutCall, inputs: Mapping[str, object]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Makes a call again with gradients, on its inputs or rows of them; its outputs, and the inputs at `places`."""
+    leaves, spec = pytree.tree_flatten(dict(inputs))
+    entries = []
+    for place in cut.places:
+        leaves[place] = leaves[place].detach().requires_grad_(True)
+        entries.append(leaves[place])
+    with torch.enable_grad():
+        given = [x.clone() if i in cut.places else x for i, x in enumerate(leaves)]  # may be changed in place
+        output = cut.network(**pytree.tree_unflatten(given, spec))
+    return [x for x in pytree.tree_leaves(output) if _is_number(x)], entries
+
+
+def pull_through(cut: CutCall, gradients: Sequence[Tensors]) -> list[Tensors]:
+    """The gradients with respect to a call's inputs, for a network that nothing else is wanted of."""
+    outputs, entries = make_again(cut, cut.call.inputs)
+    found: list[Tensors] = []
+    for one in gradients:
+        pairs = [(o, g) for o, g in zip(outputs, one, strict=True) if g is not None and o.requires_grad]
+        found.append(_gradients(pairs, entries) if pairs else [None] * len(entries))
+    return found
+
+
+def _networks(pipeline: PipelineObject) -> list[nn.Module]:
+    return [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
+
+
+@contextlib.contextmanager
+def _cut(network: nn.Module, cuts: list[CutCall], *, is_always_cut: bool) -> Iterator[None]:
+    """While the context lasts, calls of the network are cut out of the graph, and its parameters are constants.
+
+    A network that is not always cut (a text encoder, a control network) is cut where its inputs depend on earlier
+    calls, and else gives constants.
+    """
+    wanting = [p for p in network.parameters() if p.requires_grad]
+    original, is_own = network.forward, "forward" in vars(network)
+    cutter = _Cutter(network, original, cuts, is_always_cut=is_always_cut)
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    network.forward = cutter.forward  # as accelerate does; undone below
+    try:
+        yield
+    finally:
+        if is_own:
+            network.forward = original
+        else:
+            del network.forward
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+
+
+class _Cutter:
+    """The forward pass of a network for a while: without gradients, each call noted where the graph is cut."""
+
+    def __init__(
+        self, network: nn.Module, original: Callable[..., object], cuts: list[CutCall], *, is_always_cut: bool
+    ) -> None:
+        self._network, self._original, self._cuts, self._is_always_cut = network, original, cuts, is_always_cut
+        self._signature = inspect.signature(original)
+        self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._n_calls = 0
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        leaves, spec = pytree.tree_flatten(self._named(args, kwargs))
+        places = tuple(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.requires_grad)
+        if not places and not self._is_always_cut:
+            with torch.no_grad():
+                return self._original(*args, **kwargs)
+        entries = tuple(leaves[i].clone() for i in places)  # a later change in place of the originals is none of these
+        inputs = pytree.tree_unflatten([self._copy(i, x) for i, x in enumerate(leaves)], spec)
+        with torch.no_grad():
+            output = self._original(*args, **kwargs)
+        parts, shape = pytree.tree_flatten(output)
+        outputs = tuple(x.detach().clone().requires_grad_(True) for x in parts if _is_number(x))
+        call = DenoiserCall(self._n_calls, timestep_of(inputs), inputs, output_tensor(output).detach())
+        self._n_calls += 1
+        self._cuts.append(CutCall(self._network, call, places, entries, outputs))
+        following = iter(outputs)
+        renewed = [next(following).clone() if _is_number(x) else x for x in parts]  # a leaf may not be changed in place
+        return pytree.tree_unflatten(renewed, shape)
+
+    def _named(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
+        given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        for parameter in self._signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        given.pop("return_dict", None)  # how the caller wants the answer is no input
+        return given
+
+    def _copy(self, place: int, value: object) -> object:
+        """The value now; a tensor that is passed unchanged to several calls (a prompt's embedding) is copied once."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        source, version, copy = self._copies.get(place, (None, -1, value))
+        if source is not value or version != value._version:
+            copy = value.detach().clone()
+            self._copies[place] = (value, value._version, copy)
+        return copy
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
