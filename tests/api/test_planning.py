@@ -21,12 +21,36 @@ def opened(source, method="auto", bits=4.5, **options):
     return open_source(Order(str(source), None, BudgetOrder(bits=bits), method, sampling=SAMPLING, **options))
 
 
-def test_auto_takes_first_order_noise_and_an_order_is_followed(tiny_pipeline_folder):
-    auto, combined = (planning.plan_job(opened(tiny_pipeline_folder, m)) for m in ("auto", "combined"))
-    assert (auto.method, combined.method) == ("jacobian", "combined")
-    assert (auto.unchecked, combined.unchecked) == ("", "")
-    assert combined.seconds > auto.seconds > 0
-    assert combined.n_calls > auto.n_calls > 0
+def test_auto_looks_through_the_whole_run_and_an_order_is_followed(tiny_pipeline_folder):
+    plans = [planning.plan_job(opened(tiny_pipeline_folder, m)) for m in ("jacobian", "adjoint", "auto", "combined")]
+    step, run, auto, combined = plans
+    assert [plan.method for plan in plans] == ["jacobian", "adjoint", "adjoint", "combined"]
+    assert all(plan.unchecked == "" for plan in plans)
+    assert auto.n_calls > run.n_calls > 0  # several recipes are measured, too
+    assert combined.seconds > step.seconds > 0
+    assert combined.n_calls > step.n_calls > 0
+
+
+def test_auto_looks_at_fewer_samples_then_at_single_steps_where_that_takes_long(tiny_pipeline_folder, monkeypatch):
+    monkeypatch.setattr(planning, "time_calls", lambda *_: CallTiming(1.0, 20))
+    monkeypatch.setattr(planning, "seconds_per_fit", lambda _: 0.0)
+    source = opened(tiny_pipeline_folder)
+    whole, fewer, step = (planning._adjoint_cost(source, CallTiming(1.0, 20), n).seconds for n in (24, 8, 2))
+    monkeypatch.setattr(planning, "PATIENCE_SECONDS", whole)
+    assert planning.plan_job(source).n_samples == 24
+    monkeypatch.setattr(planning, "PATIENCE_SECONDS", fewer)
+    assert planning.plan_job(source).n_samples == 8
+    monkeypatch.setattr(planning, "PATIENCE_SECONDS", step)
+    plan = planning.plan_job(source)
+    assert plan.method == "jacobian"
+    assert "so single steps have to do" in plan.reason
+
+
+def test_auto_tells_why_a_sampler_is_not_looked_through(tiny_pipeline_folder, monkeypatch):
+    monkeypatch.setattr(planning, "why_not_differentiated", lambda *_: "this sampler has no derivative")
+    plan = planning.plan_job(opened(tiny_pipeline_folder))
+    assert plan.method == "jacobian"
+    assert plan.reason == "this sampler has no derivative, so single steps have to do"
 
 
 def test_a_slow_machine_gets_the_error_and_says_so(tiny_pipeline_folder, monkeypatch):

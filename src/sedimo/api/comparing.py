@@ -62,7 +62,12 @@ MEASURED: Mapping[str, MeasuredMethod] = {
     **dict.fromkeys(ORTHOGONALITY, "orthogonality"),
 }
 RANK_AVERAGE, AVERAGED = "rank-average", ("jacobian", "ablation", "sqnr")
-_UNNAMED = (("streams", True), ("keep_db", None), ("keep", None))  # defaults of orders that older studies do not name
+_UNNAMED = (
+    ("streams", True),
+    ("keep_db", None),
+    ("keep", None),
+    ("minutes", None),
+)  # defaults of orders that older studies do not name
 COMPARED = (UNIFORM, *MEASURED, RANK_AVERAGE, "gnn", *PEERS)
 
 

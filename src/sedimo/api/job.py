@@ -182,9 +182,7 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
         learned = None if rounded is None else rounded.weights
         check = None if method.unchecked else check_recipe(opened, bank, allocation, progress, learned=learned)
         additivity = None if method.unchecked else _additivity(opened, bank, study, (measured, allocation), progress)
-        prediction = (
-            None if check is None or learned else judge_prediction(opened, measured, allocation, check, study, progress)
-        )
+        prediction = None if learned else judge_prediction(opened, measured, allocation, check, study, progress)
         probed = None if method.unchecked else probe_result(opened, measured, allocation, study, progress)
         maps = maps_of(opened, measured, allocation, probed)
 
@@ -244,7 +242,7 @@ def _decide(opened: Opened, method: MethodPlan, study: Study, progress: Progress
     if method.method == "gnn":
         return search_recipe(opened, study, progress)
     if method.method == "adjoint":
-        return decide_by_effects(opened, study, progress)
+        return decide_by_effects(opened, study, progress, n_samples=method.n_samples)
     if order.hybrid_format is not None:
         return hybrid_of(opened, order.hybrid_format, study, progress)
     if not order.is_given:

@@ -21,6 +21,7 @@ from sedimo.reporting.prediction import Blamed, Prediction
 from sedimo.sensitivity.adjoint import expected_db
 from sedimo.space import compose
 
+NO_PREDICTION = NO_NOISE | {"sqnr"}  # which looks at the outputs of layers
 N_SUSPECTS = 8  # half of them by what they are predicted to add, half by their weight error
 N_BLAMED = 3
 
@@ -29,23 +30,27 @@ def judge_prediction(
     opened: Opened,
     measured: MeasuredTable,
     allocation: Allocation,
-    check: Check,
+    check: Check | None,
     study: Study,
     progress: Progress = SILENT,
 ) -> Prediction | None:
-    """The prediction of the chosen recipe beside the check on fresh seeds; None for a method that predicts no noise.
+    """The prediction of the chosen recipe beside the check on fresh seeds, if there was one.
+
+    None for a method that predicts no noise of final latents.
 
     Where they are far apart, some suspects go back to 16 bits, one after the other, and the recipe is measured again.
 
     Raises:
         Interrupted: Ctrl-C; what was measured is kept.
     """
-    if measured.table.method in NO_NOISE:
+    if measured.table.method in NO_PREDICTION:
         return None
     if measured.effects is None or measured.predicted is None:
         predicted = _as_db(normal_estimate(allocation.objective, allocation.standard_error))
     else:
         predicted = expected_db(measured.predicted, measured.effects.shape[1])
+    if check is None:
+        return Prediction(predicted, None)
     found = Prediction(predicted, sqnr_estimates(summarize(check.this.signals.powers))["sqnr_db"])
     if found.is_trusted:
         return found

@@ -42,9 +42,9 @@ class MeasuredTable:
 
     `scaling` compares measured with predicted noise of formats that the ablation did not probe; None when it probed
     all of them, or was not part of the method. `explanation` tells what a search by measured recipes has learned.
-    `probes` are what the table was made from, `blocks` the curves that a hybrid recipe follows from. For method adjoint,
-    `effects` are what it measured, `predicted` the relative noise `[n]` that they say of the recipe, and `entrants` the
-    recipes that it was chosen among.
+    `probes` are what the table was made from, `blocks` the curves that a hybrid recipe follows from. For method
+    adjoint, `effects` are what it measured, `predicted` the relative noise `[n]` that they say of the recipe, and
+    `entrants` the recipes that it was chosen among.
     """
 
     bank: Bank
@@ -58,13 +58,20 @@ class MeasuredTable:
     entrants: tuple[Entrant, ...] = ()
 
 
-def measure_table(opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT) -> MeasuredTable:
-    """The bank and the table of a method. What the study holds already is not measured again."""
+def measure_table(
+    opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT, *, n_samples: int = 0
+) -> MeasuredTable:
+    """The bank and the table of a method, of as many samples as it needs, or of `n_samples`.
+
+    What the study holds already is not measured again.
+    """
     parts = PARTS[method]
     bank = make_bank(opened, study, is_exact=not FITTED.isdisjoint(parts), progress=progress)
     if not parts:
         return MeasuredTable(bank, error_table(bank.space, bank.candidates))
-    probes = [_probe(opened, bank, name, study, progress) for name in parts]
+    probes = [
+        _probe(opened, bank, name, study, progress, n_samples=n_samples or LEAST_SAMPLES.get(name, 0)) for name in parts
+    ]
     tables = [attribute_measured(one, importance=opened.order.importance) for one in probes]
     scaling = _scaling(opened, probes[0], tables[0], study, progress) if parts[0] == "ablation" else None
     table = tables[0] if len(tables) == 1 else geometric_mean(*tables)
@@ -98,12 +105,15 @@ def _rules(
     )
 
 
-def decide_by_effects(opened: Opened, study: Study, progress: Progress = SILENT) -> tuple[MeasuredTable, Allocation]:
-    """The recipe by signed effects on the final latents; with method `auto` the best of several rules' recipes.
+def decide_by_effects(
+    opened: Opened, study: Study, progress: Progress = SILENT, *, n_samples: int = LEAST_SAMPLES["adjoint"]
+) -> tuple[MeasuredTable, Allocation]:
+    """The recipe by signed effects on the final latents of `n_samples`; with method `auto` the best of several rules'.
 
     Then exchanges that are measured, for as many minutes as were ordered.
     """
-    order, measured = opened.order, measure_table(opened, "adjoint", study, progress)
+    order = opened.order
+    measured = measure_table(opened, "adjoint", study, progress, n_samples=n_samples)
     bank, table, effects = measured.bank, measured.table, measured.effects
     if effects is None:
         raise StateError("the method adjoint ended without effects; this is a fault of Sedimo")
@@ -116,7 +126,7 @@ def decide_by_effects(opened: Opened, study: Study, progress: Progress = SILENT)
         allocation = allocate_by_effects(table, effects, order.budget)
         found = Portfolio(allocation, predict(table, effects, bank, order.budget), ())
     if order.minutes is not None:
-        wide = order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES["adjoint"])
+        wide = order.sampling.sampling_many(opened.pipe, n_samples)
         searching = Measuring.on(opened.pipe, bank, study, wide, progress=progress)
         found = refine(found, table, effects, bank, order, searching=searching, deciding=deciding)
     return replace(measured, predicted=found.predicted, entrants=found.entrants), found.allocation
@@ -154,8 +164,10 @@ def hybrid_of(
     return MeasuredTable(bank, table, blocks=found), allocation
 
 
-def _probe(opened: Opened, bank: Bank, method: ProbeMethod, study: Study, progress: Progress) -> Probe:
-    sampling = opened.order.sampling.sampling_many(opened.pipe, LEAST_SAMPLES.get(method, 0))
+def _probe(
+    opened: Opened, bank: Bank, method: ProbeMethod, study: Study, progress: Progress, *, n_samples: int
+) -> Probe:
+    sampling = opened.order.sampling.sampling_many(opened.pipe, n_samples)
     options = ablation_options(opened)
     return probe(opened.pipe, bank, method, store=study, sampling=sampling, ablation=options, progress=progress)
 

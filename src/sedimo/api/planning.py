@@ -59,6 +59,7 @@ N_CHECKED = 5  # full precision, the result and three uniform recipes
 JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls
 ADJOINT_FACTOR = 14.0  # the same, with gradients of the inputs
 JACOBIAN_MEMORY_BYTES = 2 << 30
+FEWEST_SAMPLES = 8  # for the default, where more would take too long
 N_ENTRANTS = 7  # recipes of the default on the searched seeds, at most
 N_RECIPES_BESIDE = 10  # random recipes beside those of the default
 TIMED_WEIGHTS = 1 << 18
@@ -76,7 +77,7 @@ class MethodPlan:
     """A method and what it takes on this machine, the check of the result included.
 
     `reason` says why this method, for people; `unchecked` why the result will not be sampled, empty if it will.
-    `memory_bytes` is needed besides the loaded pipeline.
+    `memory_bytes` is needed besides the loaded pipeline. `n_samples` are those that method adjoint looks at.
     """
 
     method: MeasuredMethod
@@ -86,6 +87,7 @@ class MethodPlan:
     n_calls: int
     memory_bytes: int
     disk_bytes: int
+    n_samples: int = LEAST_SAMPLES["adjoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +182,11 @@ def _best(opened: Opened) -> MethodPlan:
     timing = time_calls(opened.pipe, sampling)
     reason = "the best that takes less than half an hour"
     obstacle = why_not_differentiated(opened.pipe, sampling)
-    cost = _search_cost(opened, "adjoint", timing)
-    if obstacle is None and cost.seconds <= PATIENCE_SECONDS:
-        return _sampled(opened, "adjoint", timing, reason)
+    for n_samples in () if obstacle else (LEAST_SAMPLES["adjoint"], FEWEST_SAMPLES):
+        cost = _adjoint_cost(opened, timing, n_samples)
+        if cost.seconds <= PATIENCE_SECONDS:
+            check = _check_cost(opened, timing, n_random=N_RECIPES_BESIDE)
+            return replace(_joined(opened, "adjoint", reason, cost, check), n_samples=n_samples)
     reason = f"{obstacle or _too_slow('looking through the whole run', cost.seconds)}, so single steps have to do"
     cost = _search_cost(opened, "jacobian", timing)
     if cost.seconds <= PATIENCE_SECONDS:
@@ -358,12 +362,12 @@ def _jacobian_cost(opened: Opened, timing: CallTiming) -> _Cost:
     return _Cost(seconds + _full_fits(opened), n_calls, JACOBIAN_MEMORY_BYTES)
 
 
-def _adjoint_cost(opened: Opened, timing: CallTiming) -> _Cost:
+def _adjoint_cost(opened: Opened, timing: CallTiming, n_samples: int = LEAST_SAMPLES["adjoint"]) -> _Cost:
     """Every format fitted, runs of more samples gone back through, and the default's recipes measured."""
     seconds, n_calls = cost_of_prior("adjoint", opened.space, timing)
     measured = (N_ENTRANTS + FINAL_SEEDS_FACTOR * (2 + N_FINALISTS_OF_DEFAULT)) * timing.n_calls
     measured = round(measured) if opened.order.method == "auto" else 0
-    share = _share_of(opened, "adjoint")
+    share = max(1.0, n_samples / opened.order.sampling.n_seeds)
     seconds = share * seconds + measured * timing.seconds_per_call + _full_fits(opened)
     refining = 60 * (opened.order.minutes or 0.0)
     return _Cost(seconds + refining, round(share * n_calls) + measured, JACOBIAN_MEMORY_BYTES)

@@ -23,8 +23,9 @@ from sedimo.cli.options import (
 )
 
 METHODS = (
-    "auto, error, jacobian, ablation, combined, sqnr, orthogonality, orthogonality-lp (by the published programme), "
-    "gnn (see sedimo run), uniform:FORMAT, or hybrid:FORMAT (blocks but those kept by --keep-db, --keep or --bits)"
+    "auto, adjoint, jacobian, error, ablation, combined, sqnr, orthogonality, orthogonality-lp (by the published "
+    "programme), gnn (see sedimo run), uniform:FORMAT, or hybrid:FORMAT (blocks but those kept by --keep-db, --keep or "
+    "--bits)"
 )
 
 
@@ -57,6 +58,7 @@ def inspect(source: str, variant: str | None, as_json: bool) -> None:
 @activation_options
 @smoothing_options
 @reconstruction_options
+@click.option("--minutes", type=float, help="After the default method: exchange formats and measure, for so long.")
 @job_options
 @sampling_options
 @json_option

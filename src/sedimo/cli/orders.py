@@ -60,6 +60,7 @@ def order_of(options: Mapping[str, Any]) -> Order:
         reconstruct=reconstruction_of(options),
         keep_db=options.get("keep_db"),
         keep=options.get("keep"),
+        minutes=options.get("minutes"),
     )
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sedimo.api.job import JobPlan, JobResult
     from sedimo.metrics.estimate import Estimate
     from sedimo.metrics.signal import SignalSummary
+    from sedimo.reporting.prediction import Prediction
 
 
 def inspection(found: Mapping[str, object]) -> None:
@@ -82,6 +83,8 @@ def result(found: JobResult) -> None:
         print_table(title, ("recipe", "paper bits", "stored bits", "SQNR [dB] ± standard error"), rows)
     else:
         click.echo(f"The result was not sampled: {found.plan.unchecked}.")
+    if found.prediction is not None:
+        _prediction(found.prediction)
     if found.reconstruction is not None:
         blocks = found.reconstruction.blocks
         n_learned, n_samples = sum(block.is_learned for block in blocks), found.reconstruction.n_samples
@@ -97,6 +100,22 @@ def result(found: JobResult) -> None:
         f"checkpoint {written.folder}\nreport     {found.report}\n"
         f"took {duration(found.seconds)}, peak memory {size(found.peak_rss_bytes)}"
     )
+
+
+def _prediction(found: Prediction) -> None:
+    """What was predicted, and a warning where it proved wrong."""
+    predicted, measured = found.predicted_db, found.measured_db
+    text = f"Predicted {predicted.value:.1f} ± {predicted.standard_error:.1f} dB"
+    if measured is None:
+        click.echo(f"{text}; not measured.")
+        return
+    click.echo(f"{text}, measured {measured.value:.1f} ± {measured.standard_error:.1f} dB.")
+    if not found.is_trusted:
+        blamed = ", ".join(f"{b.decision} at {b.format}" for b in found.blamed)
+        click.echo(
+            f"Warning: {abs(found.difference_db):.1f} dB apart, so other predicted figures are as uncertain"
+            + (f"; look at {blamed}." if blamed else ".")
+        )
 
 
 def allocation(found: Allocation) -> None:

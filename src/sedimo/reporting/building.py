@@ -40,8 +40,11 @@ def summarize(
     that of the denoiser.
     """
     reference = reference_format(table, allocation)
-    rows = _decision_rows(table, allocation, shapes or {}, reference)
-    total = normal_estimate(allocation.objective, allocation.standard_error)
+    chosen = [table.index[key] for key in allocation.choice.items()]
+    summed = math.fsum(c.cost for c in chosen)  # an objective may have cross terms; shares are parts of the sum
+    error = math.sqrt(math.fsum(c.standard_error**2 for c in chosen))
+    total = normal_estimate(summed, error)
+    rows = _decision_rows(table, allocation, shapes or {}, reference, total=summed)
     found = evidence or Evidence()
     has_one_kind = len([k for k in kinds(rows) if k != OUTSIDE]) == 1
     return Summary(
@@ -115,9 +118,13 @@ def _choice(table: SensitivityTable, allocation: Allocation, cost: Estimate) -> 
 
 
 def _decision_rows(
-    table: SensitivityTable, allocation: Allocation, shapes: Mapping[str, tuple[int, ...]], reference: Format
+    table: SensitivityTable,
+    allocation: Allocation,
+    shapes: Mapping[str, tuple[int, ...]],
+    reference: Format,
+    *,
+    total: float,
 ) -> tuple[DecisionRow, ...]:
-    total = allocation.objective
     has_shares = total > 0 and min(c.cost for c in table.costs) >= 0
     rows = []
     for name in table.layers:

@@ -88,6 +88,7 @@ def _context(summary: Summary, theme: Theme | None) -> dict[str, object]:
         "tiles": phrasing.tiles(summary),
         "decided": phrasing.decision_sentences(summary),
         "reasons": phrasing.reason_sentences(summary),
+        "warnings": phrasing.warning_sentences(summary),
         "method_text": phrasing.method_sentence(summary),
         "cost_name": cost_name,
         "bar": bits_bar(summary),

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sedimo.allocation.exchange import SIGNED
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import decibel
 from sedimo.quant.formats import FULL_BITS, Format
@@ -136,19 +137,74 @@ def reason_sentences(summary: Summary) -> tuple[str, ...]:
 
 def cost_sentences(summary: Summary) -> tuple[str, ...]:
     """What it cost: each difference with its verdict, and whether predictions can be trusted."""
-    found = [difference_sentence(row) for row in summary.evidence.differences]
     evidence = summary.evidence
+    judged = (_prediction_sentence(summary), _entrants_sentence(summary))
+    found = [*filter(None, judged), *(difference_sentence(row) for row in evidence.differences)]
     if evidence.scaling is not None:
         found.append(
             "Not every format was measured; the costs of the others were scaled by weight error. "
             + _agreement_sentence(evidence.scaling, "formats of single layers that were measured to check this")
         )
     if evidence.agreement is not None:
-        found.append(
-            "The costs were added up on the assumption that noise adds. "
-            + _agreement_sentence(evidence.agreement, evidence.agreement_of)
+        how = (
+            "Effects of layers were added up with their signs. "
+            if summary.choice.rule == SIGNED
+            else "The costs were added up on the assumption that noise adds. "
         )
+        found.append(how + _agreement_sentence(evidence.agreement, evidence.agreement_of))
     return tuple(found)
+
+
+def warning_sentences(summary: Summary) -> tuple[str, ...]:
+    """What a reader has to know before trusting the predicted figures; empty where they proved right."""
+    found = summary.evidence.prediction
+    if found is None or found.is_trusted or found.measured_db is None:
+        return ()
+    more = "more" if found.difference_db < 0 else "less"
+    text = (
+        f"The prediction is off by {number(abs(found.difference_db))} dB: the recipe has {more} noise than predicted. "
+        "Predicted figures on this page, of single layers and of other budgets, are as uncertain."
+    )
+    if not found.blamed:
+        return (text,)
+    parts = [
+        f"{name(b.decision)} at {name(b.format)} ({_decibels(b.predicted_db)} predicted, {_decibels(b.measured_db)} "
+        "measured)"
+        for b in found.blamed
+    ]
+    blamed = f"Of the decisions tried, these explain most of it; in brackets, what 16 bits would gain: {_join(parts)}."
+    return text, blamed
+
+
+def _decibels(value: float) -> str:
+    return f"{number(value, 0.05, signed=True)} dB"
+
+
+def _prediction_sentence(summary: Summary) -> str | None:
+    found = summary.evidence.prediction
+    if found is None or not math.isfinite(found.predicted_db.value):
+        return None
+    text = f"Before it was measured, the recipe's SQNR was predicted to be {with_error(found.predicted_db)} dB"
+    if found.measured_db is None:
+        return f"{text}; it was not measured."
+    return (
+        f"{text}; measured on {found.measured_db.n} fresh seeds it is {with_error(found.measured_db)} dB, "
+        f"{number(abs(found.difference_db), 0.05)} dB {'more' if found.difference_db > 0 else 'less'}."
+    )
+
+
+def _entrants_sentence(summary: Summary) -> str | None:
+    entrants = summary.evidence.entrants
+    if len(entrants) < 2:
+        return None
+    winner = next((e for e in entrants if e.is_winner), None)
+    finalists = sum(e.final is not None for e in entrants)
+    if winner is None or not finalists:
+        return None
+    return (
+        f"{len(entrants)} recipes were measured, and {finalists} of them again on seeds that nothing was searched on; "
+        f"{name(winner.name)} won."
+    )
 
 
 def _agreement_sentence(agreement: Agreement, pairs: str) -> str:
@@ -183,7 +239,13 @@ def method_sentence(summary: Summary) -> str:
         METHODS.get(part.split(":")[0], f"the figure of the method {name(part)}") for part in choice.method.split("+")
     ]
     what = parts[0] if len(parts) == 1 else f"the geometric mean of {' and '.join(parts)}"
-    tail = " Lower is better, and costs of layers add up." if choice.is_noise else " Lower is better."
+    tail = (
+        " Lower is better. Errors of layers may add up or cancel, so a recipe is judged by the signed sum of effects."
+        if choice.rule == SIGNED
+        else " Lower is better, and costs of layers add up."
+        if choice.is_noise
+        else " Lower is better."
+    )
     if choice.decided_by != choice.method:
         return f"{_given_sentence(choice.rule)} Costs of layers describe it and decided nothing; each is {what}.{tail}"
     return f"A layer's sensitivity ({name(choice.method)}) is {what}.{tail}"
@@ -211,7 +273,8 @@ def _signal_tile(summary: Summary) -> Tile | None:
         )
     if not summary.choice.is_noise:
         return None
-    predicted = noise_estimate_db(summary.choice.cost)
+    prediction = summary.evidence.prediction
+    predicted = noise_estimate_db(summary.choice.cost) if prediction is None else prediction.predicted_db
     return Tile(
         number(predicted.value, predicted.standard_error),
         "dB, predicted",

@@ -29,18 +29,20 @@ class Blamed:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Mean SQNR of the whole recipe [dB]: predicted before it was measured, and measured on fresh seeds.
+    """Mean SQNR of the whole recipe [dB]: predicted before it was measured, and measured on fresh seeds, if it was.
 
     `blamed` are the decisions that explain most of a disagreement; empty where there is none.
     """
 
     predicted_db: Estimate
-    measured_db: Estimate
+    measured_db: Estimate | None
     blamed: tuple[Blamed, ...] = ()
 
     @property
     def difference_db(self) -> float:
         """Measured minus predicted [dB]: negative where there is more noise than predicted."""
+        if self.measured_db is None:
+            return math.nan
         pair = self.measured_db.value, self.predicted_db.value
         return pair[0] - pair[1] if all(map(math.isfinite, pair)) else math.nan
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.reporting.phrasing import cost_sentences
+from sedimo.reporting.prediction import Entrant
 from sedimo.reporting.rounding import MINUS, bits, byte_size, count, interval, number, share, with_error
 from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, RecipeRow, Step, Summary
 from sedimo.reporting.theme import bit_level
@@ -75,6 +76,18 @@ class DifferenceLine:
 
 
 @dataclass(frozen=True, slots=True)
+class EntrantLine:
+    """One line of the recipes that the result was chosen among."""
+
+    name: str
+    stored: str
+    predicted: str
+    searched: str
+    final: str
+    is_winner: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """What the part about costs shows."""
 
@@ -83,6 +96,7 @@ class Comparison:
     measures: tuple[Value, ...]
     rows: tuple[RecipeLine, ...]
     differences: tuple[DifferenceLine, ...]
+    entrants: tuple[EntrantLine, ...]
     has_notes: bool
     has_beside: bool
     bops_limit: str
@@ -116,6 +130,7 @@ def comparison(summary: Summary) -> Comparison:
         measures=tuple(Value(_title(m), common[m]) for m in measures),
         rows=tuple(_recipe_line(row, common) for row in shown) if measures else (),
         differences=tuple(_difference_line(row) for row in evidence.differences),
+        entrants=tuple(_entrant_line(one) for one in evidence.entrants),
         has_notes=any(row.note for row in shown),
         has_beside=bool(evidence.beside_frontier),
         bops_limit="" if summary.choice.budget_bops is None else count(summary.choice.budget_bops),
@@ -192,6 +207,17 @@ def _difference_line(row: DifferenceRow) -> DifferenceLine:
         n=difference.n,
         verdict=row.verdict,
         words=_VERDICTS[row.verdict],
+    )
+
+
+def _entrant_line(one: Entrant) -> EntrantLine:
+    return EntrantLine(
+        name=one.name,
+        stored=bits(round(one.stored_bits, 2)),
+        predicted="" if one.predicted_db is None else number(one.predicted_db, 0.5),
+        searched=with_error(one.searched),
+        final="" if one.final is None else with_error(one.final),
+        is_winner=one.is_winner,
     )
 
 
