@@ -11,7 +11,7 @@ from pathlib import Path
 from sedimo.api.agreeing import agreement
 from sedimo.api.bops_order import BopsOrder
 from sedimo.api.checking import UNIFORM_SLACK_BITS
-from sedimo.api.measuring import make_bank, measure_table, search_recipe
+from sedimo.api.measuring import decide_by_effects, make_bank, measure_table, search_recipe
 from sedimo.api.opening import Opened, check_budget, open_source
 from sedimo.api.order import (
     DEFAULT_COMPUTE,
@@ -55,6 +55,7 @@ ORTHOGONALITY: Mapping[str, Objective] = {
 }
 MEASURED: Mapping[str, MeasuredMethod] = {
     "error": "error",
+    "adjoint": "adjoint",
     "jacobian": "jacobian",
     "ablation": "ablation",
     "combined": "combined",
@@ -68,7 +69,8 @@ _UNNAMED = (
     ("keep", None),
     ("minutes", None),
 )  # defaults of orders that older studies do not name
-COMPARED = (UNIFORM, *MEASURED, RANK_AVERAGE, "gnn", *PEERS)
+DEFAULT, SIGNED = "auto", "adjoint"
+COMPARED = (UNIFORM, DEFAULT, *MEASURED, RANK_AVERAGE, "gnn", *PEERS)
 
 
 def importance_of(method: str) -> ImportanceOptions:
@@ -305,6 +307,9 @@ def _decide(opened: Opened, bank: Bank, study: Study, method: str, progress: Pro
         return _best_uniform(opened, bank, study, progress)
     if method == "gnn":
         measured, allocation = search_recipe(opened, study, progress)
+        return _Decided(allocation.recipe, measured.table)
+    if method in (DEFAULT, SIGNED):
+        measured, allocation = decide_by_effects(opened, study, progress)
         return _Decided(allocation.recipe, measured.table)
     if method in PEERS:
         recipe, notes = decide_peer(opened, bank, study, method, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
@@ -115,8 +116,9 @@ def know(
     if prior == "error":
         table = attribute_measured(bank)
     else:
-        name: ProbeMethod = "jacobian" if prior == "jacobian" else "ablation"
-        table = attribute_measured(probe(pipe, bank, name, store=study, sampling=sampling, progress=progress))
+        table = attribute_measured(
+            probe(pipe, bank, cast("ProbeMethod", prior), store=study, sampling=sampling, progress=progress)
+        )
     study.put_record(GRAPH, graph)
     study.put_record(SPACE, bank.space)
     study.put_record(CANDIDATES, KeptCandidates(bank.candidates, bank.digest))

@@ -55,7 +55,7 @@ class AblationOptions:
 
 
 N_SAMPLES = 8
-LEAST_SAMPLES: Mapping[str, int] = {"adjoint": 24, "sqnr": 64, "orthogonality": 32}  # of methods that need more
+LEAST_SAMPLES: Mapping[str, int] = {"adjoint": 32, "sqnr": 64, "orthogonality": 32}  # of methods that need more
 DEFAULT_ABLATION = AblationOptions()
 
 
@@ -75,7 +75,7 @@ def probe(
     `jacobian` takes the first-order noise on the denoiser's output at each step; `ablation` quantizes each
     decision alone at a few formats and samples; `sqnr` takes the noise of all formats at the layers' own outputs;
     `orthogonality` compares the outputs of all layers between at least four samples. Without `sampling`, there are
-    8 samples, 24 for `adjoint`, 64 for `sqnr`, 32 for `orthogonality`.
+    8 samples, 32 for `adjoint`, 64 for `sqnr`, 32 for `orthogonality`.
 
     Raises:
         InputError: another method, or a pipeline that cannot be sampled.

@@ -11,7 +11,7 @@ from sedimo.sensitivity.gnn.training import FAST, MIN_RECIPES, TrainingOptions
 
 Level = Literal["decisions", "groups"]
 TARGETS = ("sqnr_db", "sqnr_pooled_db")
-PRIORS = ("jacobian", "ablation", "error")
+PRIORS = ("jacobian", "adjoint", "ablation", "error")
 
 
 @dataclass(frozen=True, slots=True)

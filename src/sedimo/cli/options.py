@@ -217,7 +217,7 @@ def search_options(command: Command) -> Command:
             "--prior",
             default="jacobian",
             show_default=True,
-            help="What the predictor starts from: jacobian, ablation, or error.",
+            help="What the predictor starts from: jacobian, adjoint, ablation, or error.",
         ),
         click.option("--refine", type=int, default=3, show_default=True, help="Rounds of measuring what is proposed."),
         click.option("--trials", type=int, default=300, show_default=True, help="Number of measured recipes."),

@@ -43,7 +43,7 @@ from sedimo.cli.options import (
     "--prior",
     default="jacobian",
     show_default=True,
-    help="What predictors of this study start from: jacobian, ablation, or error.",
+    help="What predictors of this study start from: jacobian, adjoint, ablation, or error.",
 )
 @click.option("--executor", default="serial", show_default=True, help="serial, or process: several pipelines at once.")
 @click.option("--workers", type=int, help="Number of processes of --executor process.")

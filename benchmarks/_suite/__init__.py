@@ -1,0 +1,1 @@
+"""Parts of `generalization.py`: the models, what is measured of each, and the tables."""
