@@ -35,11 +35,13 @@ def test_auto_looks_at_fewer_samples_then_at_single_steps_where_that_takes_long(
     monkeypatch.setattr(planning, "time_calls", lambda *_: CallTiming(1.0, 20))
     monkeypatch.setattr(planning, "seconds_per_fit", lambda _: 0.0)
     source = opened(tiny_pipeline_folder)
-    whole, fewer, step = (planning._adjoint_cost(source, CallTiming(1.0, 20), n).seconds for n in (32, 8, 2))
+    timing = CallTiming(1.0, 20)
+    whole, fewer = (planning._adjoint_cost(source, timing, n).seconds for n in (8, 2))
+    step = planning._search_cost(source, "jacobian", timing).seconds
     monkeypatch.setattr(planning, "PATIENCE_SECONDS", whole)
-    assert planning.plan_job(source).n_samples == 32
-    monkeypatch.setattr(planning, "PATIENCE_SECONDS", fewer)
     assert planning.plan_job(source).n_samples == 8
+    monkeypatch.setattr(planning, "PATIENCE_SECONDS", fewer)
+    assert planning.plan_job(source).n_samples == 2
     monkeypatch.setattr(planning, "PATIENCE_SECONDS", step)
     plan = planning.plan_job(source)
     assert plan.method == "jacobian"

@@ -61,7 +61,7 @@ class MeasuredTable:
 def measure_table(
     opened: Opened, method: MeasuredMethod, study: Study, progress: Progress = SILENT, *, n_samples: int = 0
 ) -> MeasuredTable:
-    """The bank and the table of a method, of as many samples as it needs, or of `n_samples`.
+    """The bank and the table of a method, of as many samples as it needs unless there are `n_samples`.
 
     What the study holds already is not measured again.
     """
@@ -69,9 +69,9 @@ def measure_table(
     bank = make_bank(opened, study, is_exact=not FITTED.isdisjoint(parts), progress=progress)
     if not parts:
         return MeasuredTable(bank, error_table(bank.space, bank.candidates))
-    probes = [
-        _probe(opened, bank, name, study, progress, n_samples=n_samples or LEAST_SAMPLES.get(name, 0)) for name in parts
-    ]
+    own = {**LEAST_SAMPLES, "adjoint": opened.order.sampling.n_adjoint}
+    wanted = {name: n_samples or own.get(name, 0) for name in parts}
+    probes = [_probe(opened, bank, name, study, progress, n_samples=n) for name, n in wanted.items()]
     tables = [attribute_measured(one, importance=opened.order.importance) for one in probes]
     scaling = _scaling(opened, probes[0], tables[0], study, progress) if parts[0] == "ablation" else None
     table = tables[0] if len(tables) == 1 else geometric_mean(*tables)
@@ -106,9 +106,9 @@ def _rules(
 
 
 def decide_by_effects(
-    opened: Opened, study: Study, progress: Progress = SILENT, *, n_samples: int = LEAST_SAMPLES["adjoint"]
+    opened: Opened, study: Study, progress: Progress = SILENT, *, n_samples: int = 0
 ) -> tuple[MeasuredTable, Allocation]:
-    """The recipe by signed effects on the final latents of `n_samples`; with method `auto` the best of several rules'.
+    """The recipe by signed effects on the final latents; with method `auto` the best of several rules'.
 
     Then exchanges that are measured, for as many minutes as were ordered.
     """
@@ -126,7 +126,7 @@ def decide_by_effects(
         allocation = allocate_by_effects(table, effects, order.budget)
         found = Portfolio(allocation, predict(table, effects, bank, order.budget), ())
     if order.minutes is not None:
-        wide = order.sampling.sampling_many(opened.pipe, n_samples)
+        wide = order.sampling.sampling_many(opened.pipe, n_samples or order.sampling.n_adjoint)
         searching = Measuring.on(opened.pipe, bank, study, wide, progress=progress)
         found = refine(found, table, effects, bank, order, searching=searching, deciding=deciding)
     return replace(measured, predicted=found.predicted, entrants=found.entrants), found.allocation

@@ -101,6 +101,7 @@ class BudgetOrder:
         return " and ".join(parts) or "no budget"
 
 
+ADJOINT_FACTOR = 4  # samples of method adjoint per seed of the search
 FINAL_FACTOR = 4  # seeds of the final per seed of the search
 
 
@@ -123,6 +124,11 @@ class SamplingOrder:
         """Refuses a guidance scale that is no number."""
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"the guidance scale must be a finite number, got {self.guidance}")
+
+    @property
+    def n_adjoint(self) -> int:
+        """Samples whose runs are gone back through: products of few samples are cancelled by chance."""
+        return ADJOINT_FACTOR * self.n_seeds
 
     def searching(self, pipe: DiffusersPipeline) -> Sampling:
         """The plan on which recipes are searched."""

@@ -59,7 +59,6 @@ N_CHECKED = 5  # full precision, the result and three uniform recipes
 JACOBIAN_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls
 ADJOINT_FACTOR = 14.0  # the same, with gradients of the inputs
 JACOBIAN_MEMORY_BYTES = 2 << 30
-FEWEST_SAMPLES = 8  # for the default, where more would take too long
 N_ENTRANTS = 7  # recipes of the default on the searched seeds, at most
 N_RECIPES_BESIDE = 10  # random recipes beside those of the default
 TIMED_WEIGHTS = 1 << 18
@@ -77,7 +76,8 @@ class MethodPlan:
     """A method and what it takes on this machine, the check of the result included.
 
     `reason` says why this method, for people; `unchecked` why the result will not be sampled, empty if it will.
-    `memory_bytes` is needed besides the loaded pipeline. `n_samples` are those that method adjoint looks at.
+    `memory_bytes` is needed besides the loaded pipeline. `n_samples` are those that method adjoint looks at, 0 its own
+    number.
     """
 
     method: MeasuredMethod
@@ -87,7 +87,7 @@ class MethodPlan:
     n_calls: int
     memory_bytes: int
     disk_bytes: int
-    n_samples: int = LEAST_SAMPLES["adjoint"]
+    n_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,8 @@ def _best(opened: Opened) -> MethodPlan:
     timing = time_calls(opened.pipe, sampling)
     reason = "the best that takes less than half an hour"
     obstacle = why_not_differentiated(opened.pipe, sampling)
-    for n_samples in () if obstacle else (LEAST_SAMPLES["adjoint"], FEWEST_SAMPLES):
+    order = opened.order.sampling
+    for n_samples in () if obstacle else (order.n_adjoint, order.n_seeds):
         cost = _adjoint_cost(opened, timing, n_samples)
         if cost.seconds <= PATIENCE_SECONDS:
             check = _check_cost(opened, timing, n_random=N_RECIPES_BESIDE)
@@ -276,7 +277,7 @@ def _search_cost(opened: Opened, method: MeasuredMethod, timing: CallTiming) -> 
     parts = PARTS[method]
     costs = []
     if "adjoint" in parts:
-        costs.append(_adjoint_cost(opened, timing))
+        costs.append(_adjoint_cost(opened, timing, opened.order.sampling.n_adjoint))
     if "jacobian" in parts:
         costs.append(_jacobian_cost(opened, timing))
     if "ablation" in parts:
@@ -362,7 +363,7 @@ def _jacobian_cost(opened: Opened, timing: CallTiming) -> _Cost:
     return _Cost(seconds + _full_fits(opened), n_calls, JACOBIAN_MEMORY_BYTES)
 
 
-def _adjoint_cost(opened: Opened, timing: CallTiming, n_samples: int = LEAST_SAMPLES["adjoint"]) -> _Cost:
+def _adjoint_cost(opened: Opened, timing: CallTiming, n_samples: int) -> _Cost:
     """Every format fitted, runs of more samples gone back through, and the default's recipes measured."""
     seconds, n_calls = cost_of_prior("adjoint", opened.space, timing)
     measured = (N_ENTRANTS + FINAL_SEEDS_FACTOR * (2 + N_FINALISTS_OF_DEFAULT)) * timing.n_calls
