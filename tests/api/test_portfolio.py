@@ -139,11 +139,11 @@ def test_what_is_predicted_of_a_rule_is_cross_validated():
     assert compared > 0
 
 
-def test_each_recipe_enters_once_by_the_first_of_its_rules():
+def test_each_recipe_enters_once_and_a_uniform_one_as_that():
     world = World(formats="uaq4,fp16")
     found = held(world, BudgetOrder(bits=4.6))
     (only,) = found.entrants
-    assert (only.name, only.final, only.is_winner) == (SIGNED_NAME, None, True)
+    assert (only.name, only.final, only.is_winner) == ("uniform uaq4", None, True)
     assert found.allocation.recipe == world.space.uniform(Format.parse("uaq4"))
     assert world.deciding.asked == []  # nothing is left to decide
 

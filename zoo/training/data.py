@@ -29,7 +29,7 @@ def read_digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def draw_shapes(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`n` pictures of one shape on a plain ground, `[N, 3, 32, 32]` uint8; class = corners (3 to 7) + 5 if hollow - 3."""
+    """`n` pictures of one shape on a plain ground, `[N, 3, 32, 32]` uint8; class: corners less 3, and 5 if hollow."""
     generator = np.random.default_rng(0)
     images, labels = [], []
     for _ in range(n):

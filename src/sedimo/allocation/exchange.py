@@ -27,7 +27,7 @@ from sedimo.quant.formats import Format
 from sedimo.sensitivity.adjoint import Effects
 from sedimo.sensitivity.table import Cost, SensitivityTable
 
-SIGNED = "signed"  # the rule, by name
+SIGNED, SUMMED = "signed", "milp"  # rules, by name
 N_FOLDS = 4
 _N_MOVES = 512  # of which pairs are tried
 MOST_EXCHANGES = 4000
@@ -84,7 +84,9 @@ def allocate_signed(
     Raises:
         InputError: no choice keeps the budget.
     """
-    start = known or allocate_within(table, budget)
+    is_summed = known is not None and known.rule == SUMMED
+    summed = known if known is not None and is_summed else allocate_within(table, budget, rule=SUMMED)
+    start = known or summed
     problem = _arrays(table, effects, budget, effects.trust if trust is None else trust)
     columns = [
         next(k for k, entry in enumerate(row) if entry.format == start.choice[row[0].decision])
@@ -92,9 +94,9 @@ def allocate_signed(
     ]
     choice = _exchanged(problem, np.array(columns, dtype=np.int64), most_exchanges)
     chosen = tuple(as_variant(row[int(k)]) for row, k in zip(problem.entries, choice, strict=True))
-    outcome = Outcome(chosen, 0.0, 0.0, start.n_solves, is_heuristic=True)
+    outcome = Outcome(chosen, 0.0, 0.0, summed.n_solves, is_heuristic=True)
     found = record(table, budget, SIGNED, outcome)
-    objective, bound = problem.objective(choice), (1 - problem.trust) * start.bound
+    objective, bound = problem.objective(choice), (1 - problem.trust) * summed.bound
     ratio = objective / max(found.objective, _SMALLEST_POWER)
     return replace(
         found,

@@ -106,7 +106,7 @@ def hold_portfolio(
 
 
 def _rules(table: SensitivityTable, effects: Effects, budget: Budget, bank: Bank) -> dict[str, _Rule]:
-    """Each rule with its recipe, each recipe once."""
+    """Each rule with its recipe, each recipe once: by its first rule, a uniform one as that."""
     summed = allocate_within(table, budget)
     found = {
         SIGNED_NAME: _Rule("effects", allocate_signed(table, effects, budget, known=summed), _signed_choice(budget)),
@@ -115,15 +115,17 @@ def _rules(table: SensitivityTable, effects: Effects, budget: Budget, bank: Bank
     fine = _fine(table)
     if fine is not None:
         try:
-            allocation = allocate_signed(fine, effects, budget)
+            among_fine = allocate_signed(fine, effects, budget)
+            allocation = allocate_signed(table, effects, budget, known=among_fine, most_exchanges=0)
             found[FINE_NAME] = _Rule(
                 "effects", allocation, lambda c, e: allocate_signed(_fine(c) or c, e, budget).choice
             )
         except InputError:  # so few bits that coarse formats are needed
             pass
     found |= {f"uniform {f}": _Rule("uniform", a, _always(a)) for f, a in _uniform(table, budget, bank).items()}
-    first = {rule.allocation.recipe.key: name for name, rule in reversed(found.items())}
-    return {name: rule for name, rule in found.items() if first[rule.allocation.recipe.key] == name}
+    uniform = {name: rule for name, rule in found.items() if rule.kind == "uniform"}
+    entered = {rule.allocation.recipe.key: name for rules in (found, uniform) for name, rule in reversed(rules.items())}
+    return {name: rule for name, rule in found.items() if entered[rule.allocation.recipe.key] == name}
 
 
 def _signed_choice(budget: Budget) -> Decide:

@@ -63,6 +63,7 @@ def refine(
             best, trial = proposed, tried
     if best.recipe.key == start.recipe.key:
         return found
+    best = allocate_signed(table, effects, budget, known=best, most_exchanges=0)  # by all samples
     before, after = deciding.trials([start.recipe, best.recipe])
     return _better(found, best, searched=(first, trial), final=(before, after))
 

@@ -168,7 +168,12 @@ class Taps:
         if pairs:
             roots, given = [o for o, _ in pairs], [d for _, d in pairs]
             wanted = [self._anchor, *entries]
-            found = torch.autograd.grad(roots, wanted, given, retain_graph=True, allow_unused=True)
+            try:
+                found = torch.autograd.grad(roots, wanted, given, retain_graph=True, allow_unused=True)
+            except InputChangedError:
+                raise
+            except RuntimeError as error:
+                raise UnsupportedError(f"the denoiser cannot be differentiated on its own inputs: {error}") from error
             gradients = list(found[1:])
         return {name: sums.products(n_samples) for name, sums in self._state.sums.items()}, gradients
 

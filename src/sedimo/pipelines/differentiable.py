@@ -122,7 +122,7 @@ def pull_through(cut: CutCall, gradients: Sequence[Tensors]) -> list[Tensors]:
     found: list[Tensors] = []
     for one in gradients:
         pairs = [(o, g) for o, g in zip(outputs, one, strict=True) if g is not None and o.requires_grad]
-        found.append(_gradients(pairs, entries) if pairs else [None] * len(entries))
+        found.append(_gradients(pairs, entries) if pairs and entries else [None] * len(entries))
     return found
 
 
@@ -173,8 +173,11 @@ class _Cutter:
                 return self._original(*args, **kwargs)
         entries = tuple(leaves[i].clone() for i in places)  # a later change in place of the originals is none of these
         inputs = pytree.tree_unflatten([self._copy(i, x) for i, x in enumerate(leaves)], spec)
+        versions = [leaves[i]._version for i in places]
         with torch.no_grad():
             output = self._original(*args, **kwargs)
+        if versions != [leaves[i]._version for i in places]:
+            raise UnsupportedError(f"{type(self._network).__name__} overwrites latents that it is given")
         parts, shape = pytree.tree_flatten(output)
         outputs = tuple(x.detach().clone().requires_grad_(True) for x in parts if _is_number(x))
         call = DenoiserCall(self._n_calls, timestep_of(inputs), inputs, output_tensor(output).detach())

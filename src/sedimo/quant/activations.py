@@ -98,8 +98,8 @@ class ActivationQuantizer:
         The outermost point of the grid may lie half a step beyond the range; the dtype's greatest number stands for
         one that it does not reach.
         """
-        largest = torch.finfo(inputs.dtype).max
         values = self.codes(inputs, n_axes=n_axes, group=group).dequantize()
+        largest = min(torch.finfo(inputs.dtype).max, torch.finfo(values.dtype).max)
         return values.clamp_(-largest, largest).to(inputs.dtype)
 
     def _limits(self, values: Tensor, n_axes: int, group: int) -> tuple[Tensor, Tensor]:

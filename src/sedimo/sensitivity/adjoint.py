@@ -103,6 +103,8 @@ def effects_of(candidates: Iterable[Candidate], probe: AdjointProbe) -> Effects:
     candidates = tuple(candidates)
     changed = [c for c in candidates if c.format != FP16]
     products = {(c.decision, c.format): probe.vectors(c.decision, c.format.changes) for c in changed}
+    if not products:
+        raise InputError("every choice leaves the weights as they are and has no effect; add formats such as kmc4")
     levels = _levels(list(products.values()))
     return _estimated({key: one / levels[:, None] for key, one in products.items()}, levels, candidates)
 
