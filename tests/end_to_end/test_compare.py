@@ -112,7 +112,7 @@ def test_the_search_is_one_of_the_methods(tiny_pipeline_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--bits", "5", "--methods", "guess"), "methods to compare are uniform, error"),
+        (("--bits", "5", "--methods", "guess"), "methods to compare are uniform, auto, error"),
         (("--bits", "x"), "numbers separated by commas"),
         (("--bits", ""), "at least one budget"),
         (("--bits", "5", "--fresh", "1"), "two fresh seeds"),
@@ -218,7 +218,7 @@ def test_agreement_is_kendalls_tau_of_operations():
 
 
 def test_all_methods_have_a_name():
-    assert len(set(COMPARED)) == len(COMPARED) == 13
+    assert len(set(COMPARED)) == len(COMPARED) == 15
 
 
 def test_the_chart_has_a_panel_for_each_budget_and_skips_what_diverged():
