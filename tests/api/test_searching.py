@@ -153,7 +153,7 @@ def test_measures_and_targets_of_trials(done):
     [
         ({"n_trials": 5}, "at least 20 trials"),
         ({"n_trials": 25, "n_rounds": 2}, "too few for 2 rounds"),
-        ({"prior": "guess"}, "prior must be one of jacobian, ablation, error"),
+        ({"prior": "guess"}, "prior must be one of jacobian, adjoint, ablation, error"),
         ({"level": "blocks"}, "level must be one of decisions, groups"),
         ({"confidence": -1.0}, "standard deviations from 0 to 10"),
         ({"target": "sqnr_db +"}, "."),
