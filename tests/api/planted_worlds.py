@@ -71,6 +71,6 @@ class World:
 
 def _power(factors):
     def power(name, change):
-        return factors[name] * (1.0 if change == "gain" else error_of(Format.parse(change)))
+        return factors[name] * error_of(Format.parse(change))
 
     return power

@@ -37,15 +37,12 @@ def normal(words: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def weight_changes(bank) -> dict[tuple[str, str], torch.Tensor]:
-    """What each weight format changes, and the weight itself, by decision and name; of a stream its part alone."""
-    found = {}
-    for decision in bank.space.decisions:
-        weight = bank.weights.read(decision.layers[0]).double()
-        stream = decision.stream
-        part = weight if stream is None else weight[:, stream.start : stream.stop]
-        found |= {(decision.name, str(f)): delta.double() for f, delta in bank.changes(decision.name)}
-        found[decision.name, "gain"] = part.double()
-    return found
+    """What each weight format changes, by decision and name; of a stream its part alone."""
+    return {
+        (decision.name, str(f)): delta.double()
+        for decision in bank.space.decisions
+        for f, delta in bank.changes(decision.name)
+    }
 
 
 def weight_gradients(denoiser, bank, value: torch.Tensor) -> dict[str, torch.Tensor]:

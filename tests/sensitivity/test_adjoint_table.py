@@ -27,8 +27,6 @@ EXACT = 1e-9  # relative: sums in float64 in another order
 
 def planted(name, change):
     """Weight error x factor of the decision x factor of the format."""
-    if change == "gain":
-        return FACTORS[name]
     f = Format.parse(change)
     return error_of(f) * FACTORS[name] * (2.0 if f.bits == 2 else 1.0)
 

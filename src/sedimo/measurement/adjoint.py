@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedimo.bank import SILENT, Bank, Progress, read_weight
+from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
 from sedimo.measurement.interrupt import graceful_interrupt
@@ -39,7 +39,6 @@ from sedimo.measurement.passes import (
     input_roundings,
     passes,
     weight_changes,
-    weight_formats,
 )
 from sedimo.measurement.study import Study
 from sedimo.measurement.taps import Changes, InputChangedError, Taps
@@ -47,12 +46,10 @@ from sedimo.measurement.trial import Execution, Setting
 from sedimo.measurement.worker import setting_of
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
-from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
 
 ADJOINT_VERSION = 1
-GAIN = "gain"  # the change that is the weight itself
 _DIGITS = 7
 
 Products = Mapping[str, Mapping[str, tuple[float, ...]]]
@@ -175,7 +172,7 @@ class _Pass:
         self, adapter: DifferentiableAdapter, bank: Bank, decisions: Sequence[str], options: AdjointOptions
     ) -> None:
         self._denoiser, self._bank, self._options = adapter.denoiser, bank, options
-        self.changes = {d: [*_weight_changes(bank.space, d), GAIN, *_input_changes(bank.space, d)] for d in decisions}
+        self.changes = {d: change_names(bank.space, d) for d in decisions}
         self._loaded: dict[str, Changes] | None = None
         self._copies_inputs, self._max_rows = False, options.max_rows
 
@@ -223,17 +220,7 @@ class _Pass:
     def _load(self, decision: str) -> Changes:
         deltas = weight_changes(self._bank, self._denoiser, decision)
         known = self._bank.space.decision_index[decision]
-        whole = read_weight(self._bank.weights, known).to(deltas)
-        deltas = torch.cat([deltas, whole.unsqueeze(0)])
         return Changes(known.layers, deltas.flatten(2), input_roundings(self._bank, known), known.stream)
-
-
-def _weight_changes(space: SearchSpace, decision: str) -> list[str]:
-    return [str(f) for f in weight_formats(space, decision)]
-
-
-def _input_changes(space: SearchSpace, decision: str) -> list[str]:
-    return change_names(space, decision)[len(weight_formats(space, decision)) :]
 
 
 class _Walk:
