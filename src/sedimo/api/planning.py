@@ -175,8 +175,8 @@ def ablation_options(opened: Opened) -> AblationOptions:
 def _best(opened: Opened) -> MethodPlan:
     """First-order effects on the final latents, with a final of several recipes, if that is quick enough.
 
-    No other method was ahead of it over many models (docs/results.md). Where the sampler has no derivative, or where
-    that takes too long, the noise of single steps.
+    No other method was ahead of it on the models that were looked at (docs/results.md). Where the sampler has
+    no derivative, or where that takes too long, the noise of single steps.
     """
     sampling = opened.order.sampling.searching(opened.pipe)
     timing = time_calls(opened.pipe, sampling)

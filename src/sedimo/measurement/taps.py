@@ -133,7 +133,8 @@ class Taps:
     @property
     def unused(self) -> tuple[str, ...]:
         """Decisions none of whose layers was called since `begin`."""
-        return tuple(n for n in self._changes if n not in self.used)
+        used = set(self.used)
+        return tuple(n for n in self._changes if n not in used)
 
     def squared_products(
         self, output: torch.Tensor, direction: torch.Tensor, *, n_samples: int | None = None

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from sedimo.errors import UnsupportedError
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.objects import PipelineObject
-from sedimo.pipelines.sampling import gives_latents, ready_to_sample
+from sedimo.pipelines.sampling import InputCopies, gives_latents, named_inputs, ready_to_sample
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
 Tensors = list[torch.Tensor | None]
@@ -162,17 +162,18 @@ class _Cutter:
     ) -> None:
         self._network, self._original, self._cuts, self._is_always_cut = network, original, cuts, is_always_cut
         self._signature = inspect.signature(original)
-        self._copies: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._copies = InputCopies()
         self._n_calls = 0
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        leaves, spec = pytree.tree_flatten(self._named(args, kwargs))
+        leaves, spec = pytree.tree_flatten(named_inputs(self._signature, args, kwargs))
         places = tuple(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.requires_grad)
         if not places and not self._is_always_cut:
             with torch.no_grad():
                 return self._original(*args, **kwargs)
         entries = tuple(leaves[i].clone() for i in places)  # a later change in place of the originals is none of these
-        inputs = pytree.tree_unflatten([self._copy(i, x) for i, x in enumerate(leaves)], spec)
+        copies = [self._copies.copy(x, str(i)) if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)]
+        inputs = pytree.tree_unflatten(copies, spec)
         versions = [leaves[i]._version for i in places]
         with torch.no_grad():
             output = self._original(*args, **kwargs)
@@ -186,24 +187,6 @@ class _Cutter:
         following = iter(outputs)
         renewed = [next(following).clone() if _is_number(x) else x for x in parts]  # a leaf may not be changed in place
         return pytree.tree_unflatten(renewed, shape)
-
-    def _named(self, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
-        given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        for parameter in self._signature.parameters.values():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                given |= given.pop(parameter.name, {})
-        given.pop("return_dict", None)  # how the caller wants the answer is no input
-        return given
-
-    def _copy(self, place: int, value: object) -> object:
-        """The value now; a tensor that is passed unchanged to several calls (a prompt's embedding) is copied once."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        source, version, copy = self._copies.get(place, (None, -1, value))
-        if source is not value or version != value._version:
-            copy = value.detach().clone()
-            self._copies[place] = (value, value._version, copy)
-        return copy
 
 
 def _is_number(value: object) -> bool:

@@ -200,6 +200,36 @@ def observed_calls(denoiser: nn.Module, observer: Observer) -> Iterator[None]:
         after.remove()
 
 
+def named_inputs(
+    signature: inspect.Signature, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    """The inputs of a network's call by argument name; how the caller wants the answer is none."""
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(parameter.name, {})
+    given.pop("return_dict", None)
+    return given
+
+
+class InputCopies:
+    """Copies of tensors as they are now, for the call may change them.
+
+    A tensor that is passed unchanged to several calls (a prompt's embedding) is copied once.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+    def copy(self, value: torch.Tensor, place: str) -> torch.Tensor:
+        """The copy of what stands at a place of the inputs."""
+        source, version, copy = self._kept.get(place, (None, -1, value))
+        if source is not value or version != value._version:
+            copy = value.detach().clone()
+            self._kept[place] = (value, value._version, copy)
+        return copy
+
+
 class _Watcher:
     """Copies inputs before a call, for the call may change them, and reports them with the output after it.
 
@@ -210,14 +240,10 @@ class _Watcher:
         self._signature, self._observer = signature, observer
         self._step = 0
         self._inputs: Mapping[str, object] = {}
-        self._copies: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._copies = InputCopies()
 
     def before(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        for parameter in self._signature.parameters.values():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                given |= given.pop(parameter.name, {})
-        given.pop("return_dict", None)  # how the caller wants the answer is no input
+        given = named_inputs(self._signature, args, kwargs)
         self._inputs = {name: self._copy(value, name) for name, value in given.items()}
 
     def after(self, _module: nn.Module, _args: tuple[object, ...], output: object) -> None:
@@ -227,16 +253,9 @@ class _Watcher:
 
     def _copy(self, value: object, place: str) -> object:
         if isinstance(value, torch.Tensor):
-            return self._copy_tensor(value, place)
+            return self._copies.copy(value, place)
         if isinstance(value, Mapping):
             return {k: self._copy(v, f"{place}.{k}") for k, v in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self._copy(v, f"{place}.{i}") for i, v in enumerate(value))
         return value
-
-    def _copy_tensor(self, value: torch.Tensor, place: str) -> torch.Tensor:
-        source, version, copy = self._copies.get(place, (None, -1, value))
-        if source is not value or version != value._version:
-            copy = value.detach().clone()
-            self._copies[place] = (value, value._version, copy)
-        return copy
