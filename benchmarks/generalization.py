@@ -5,10 +5,11 @@
     python benchmarks/generalization.py --out DIR --summary
 
 Every method chooses among formats `wide` at 3.0, 3.5, 4.0 and 5.0 stored bits, and is measured on the same 32 fresh
-seeds of 10 steps, SQNR of the final latents in float32. `default` is what `sedimo quantize` does, `signed` and
-`summed` are two of the rules that it chooses from, `jacobian` was the default before; `uniform` is the best uniform
-recipe of at most the budget, chosen on the fresh seeds themselves, which favours it; `modelopt` is ModelOpt's
-auto_quantize. One model after the other; a finished one has a JSON and is skipped, an unfinished one goes on.
+seeds of 10 steps, SQNR of the final latents in float32. `default` is what `sedimo quantize` does; `signed` and
+`summed` are two of the rules that it chooses from. Codes are by error feedback, but for the rows of nearest codes
+(`jacobian, nearest codes` was the default before) and ModelOpt, whose auto_quantize rounds as ModelOpt does. `uniform`
+is the best uniform recipe of at most the budget, with error feedback, chosen on the fresh seeds themselves, which
+favours it. One model after the other; a finished one has a JSON and is skipped, an unfinished one goes on.
 """
 
 from __future__ import annotations

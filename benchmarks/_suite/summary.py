@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-from _suite.measuring import BUDGETS, DEFAULT, FINE, JACOBIAN, METHODS, MODELOPT, UNIFORM
+from _suite.measuring import BUDGETS, DEFAULT, FORMER, JACOBIAN, METHODS, MODELOPT, NEAREST, UNIFORM
 from _suite.models import HALVES
 from sedimo.codec import from_plain
 from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.metrics.signal import NoisePowers, PairedDifference, paired_difference
 
-RIVALS = (JACOBIAN, MODELOPT, UNIFORM)
+RIVALS = (FORMER, MODELOPT, UNIFORM, JACOBIAN, NEAREST)
 CLOSE_DB = 0.5
 _SAME_DB = 1e-9
 
@@ -112,25 +112,23 @@ def print_setting(results: Sequence[Result]) -> None:
 def print_rows(results: Sequence[Result]) -> None:
     """SQNR of every row."""
     print("\nSQNR [dB], mean ± standard error:\n")
-    methods = [*METHODS, FINE]
     body = [
-        [r.name, f"{bits:.1f}", *(_pm(r.rows.get((bits, m))) for m in methods), _uniform(r, bits)]
+        [r.name, f"{bits:.1f}", *(_pm(r.rows.get((bits, m))) for m in METHODS), _uniform(r, bits)]
         for r in results
         for bits in BUDGETS
     ]
-    print_table(["model", "bits", *methods, "best uniform"], body)
+    print_table(["model", "bits", *METHODS, "best uniform"], body)
 
 
 def print_differences(results: Sequence[Result]) -> None:
     """The default minus each rival, paired by seed."""
     print("\nThe default minus a rival [dB], 95 % interval, paired by seed:\n")
-    rivals = [*RIVALS, FINE]
     body = [
-        [r.name, f"{bits:.1f}", *(_interval(r.difference(bits, m)) for m in rivals)]
+        [r.name, f"{bits:.1f}", *(_interval(r.difference(bits, m)) for m in RIVALS)]
         for r in results
         for bits in BUDGETS
     ]
-    print_table(["model", "bits", *rivals], body)
+    print_table(["model", "bits", *RIVALS], body)
 
 
 def print_predictions(results: Sequence[Result]) -> None:
@@ -149,7 +147,7 @@ def print_means(results: Sequence[Result]) -> None:
     """Means over models of the paired differences, with Student's t over models."""
     print(f"\nThe default minus a rival [dB], mean over {len(results)} models, 95 % interval by t over models:\n")
     body = []
-    for rival in (*METHODS[1:], FINE):
+    for rival in METHODS[1:]:
         cells = [_mean_cell(_differences(results, [bits], rival)) for bits in BUDGETS]
         body.append([rival, *cells, _mean_cell(_differences(results, BUDGETS, rival))])
     print_table(["minus", *(f"{bits:.1f}" for bits in BUDGETS), "all budgets"], body)

@@ -8,7 +8,7 @@ recomputed from the weight. Weights are read one layer at a time.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,11 +18,13 @@ from typing import Protocol, TypeVar
 import torch
 
 from sedimo._bank_cache import BankCache
+from sedimo._last_used import LastUsed
 from sedimo.codec import content_key
 from sedimo.errors import InputError, UnfitFormatError
 from sedimo.graph.model import Stream
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.activations import DYNAMIC, Activations, InputQuantizers
+from sedimo.quant.compensation import Feedback, Moments, compensated, feedback_of
 from sedimo.quant.entries import Entry, PartFormat, parts_of
 from sedimo.quant.fitting import FittedParameters, FittedWeight, error_estimates, fit_parameters, with_codes
 from sedimo.quant.formats import FP16, Format, stored_bytes
@@ -33,6 +35,7 @@ from sedimo.space import Decision, Recipe, SearchSpace
 Made = TypeVar("Made")
 FIT_VERSION = 1  # raise it when a fit changes: cached parameters and errors are then made anew
 _PACKED_BYTES_KEPT = 1 << 30
+_FEEDBACK_BYTES_KEPT = 1 << 29
 
 
 class Progress(Protocol):
@@ -95,13 +98,16 @@ class Bank:
         *,
         cache: BankCache | None = None,
         activations: Activations = DYNAMIC,
+        moments: Moments | None = None,
         packed_bytes_kept: int = _PACKED_BYTES_KEPT,
     ) -> None:
-        self.weights, self.space, self.activations = weights, space, activations
+        self.weights, self.space, self.activations, self.moments = weights, space, activations, moments
         self.candidates = tuple(candidates)
         self._cache = cache or BankCache(None)
-        self._packed: OrderedDict[tuple[str, Entry], QuantizedTensor] = OrderedDict()
-        self._packed_bytes, self._packed_bytes_kept = 0, packed_bytes_kept
+        self._packed = LastUsed[tuple[str, Entry], QuantizedTensor](
+            packed_bytes_kept, lambda packed: packed.stored_bytes
+        )
+        self._feedback = LastUsed[tuple[str, int, int], list[Feedback]](_FEEDBACK_BYTES_KEPT, _feedback_bytes)
 
     @property
     def weights_digest(self) -> str:
@@ -110,13 +116,22 @@ class Bank:
 
     @property
     def digest(self) -> str:
-        """Names what turns a recipe into a denoiser: the full-precision weights, and how activations are rounded."""
-        key = self.activations.key
-        return content_key({"weights": self.weights_digest, "activations": key}) if key else self.weights_digest
+        """Names what turns a recipe into a denoiser: the full-precision weights, and how all is rounded."""
+        keys = {"activations": self.activations.key, "moments": self.moments.key if self.moments else ""}
+        named = {name: key for name, key in keys.items() if key}
+        return content_key({"weights": self.weights_digest, **named}) if named else self.weights_digest
 
     def rounding(self, activations: Activations) -> Bank:
         """The same bank with other rules for activations; nothing is fitted again."""
-        return Bank(self.weights, self.space, self.candidates, cache=self._cache, activations=activations)
+        return self._with(activations, self.moments)
+
+    def compensating(self, moments: Moments) -> Bank:
+        """The same bank with codes by error feedback (see `quant.compensation`); nothing is fitted again."""
+        return self._with(self.activations, moments)
+
+    def _with(self, activations: Activations, moments: Moments | None) -> Bank:
+        cache, known = self._cache, (self.weights, self.space, self.candidates)
+        return Bank(*known, cache=cache, activations=activations, moments=moments)
 
     def input_quantizers(self, recipe: Recipe) -> InputQuantizers:
         """How a recipe rounds the inputs of layers.
@@ -157,8 +172,9 @@ class Bank:
         formats = tuple(dict.fromkeys(f.weight_format for f in known.formats if f.is_quantized))
         weight = read_weight(self.weights, known)
         exact = weight.float()
+        first = 0 if known.stream is None else known.stream.start
         for number_format, parameters in self._parameters(known.name, weight, formats).items():
-            yield number_format, with_codes(weight, parameters, layer_name=decision).dequantize() - exact
+            yield number_format, self._coded(known, first, weight, parameters).dequantize() - exact
 
     def stored_bytes(self, recipe: Recipe) -> int:
         """Bytes of the tensors of all weights under a recipe, those left alone as their source has them [bytes]."""
@@ -187,20 +203,13 @@ class Bank:
 
     def _held(self, weight: Decision, entry: Entry) -> QuantizedTensor:
         """The packed weight of an entry, kept from an earlier use or made; `weight` may be a stream's."""
-        key = (weight.name, entry)
-        if key not in self._packed:
-            self._packed[key] = self._make(weight, parts_of(entry, weight.shape[1]))
-            self._packed_bytes += self._packed[key].stored_bytes
-        self._packed.move_to_end(key)
-        while self._packed_bytes > self._packed_bytes_kept and len(self._packed) > 1:
-            _, dropped = self._packed.popitem(last=False)
-            self._packed_bytes -= dropped.stored_bytes
-        return self._packed[key]
+        return self._packed.get((weight.name, entry), lambda: self._make(weight, parts_of(entry, weight.shape[1])))
 
     def _make(self, weight: Decision, parts: Sequence[PartFormat]) -> QuantizedTensor:
         values, n_inputs = read_weight(self.weights, weight), weight.shape[1]
         if [p.start for p in parts] != [0, *(p.stop for p in parts[:-1])] or parts[-1].stop != n_inputs:
             raise InputError(f"parts of layer {weight.name!r} must cover its {n_inputs} inputs in order")
+        first = 0 if weight.stream is None else weight.stream.start
         pieces: list[FittedWeight | torch.Tensor] = []
         for part in parts:
             if not part.format.is_quantized:
@@ -210,10 +219,21 @@ class Bank:
             name = weight.name if is_whole else Stream(part.start, part.stop, n_inputs).named(weight.name)
             piece = values[:, part.start : part.stop]
             parameters = self._parameters(name, piece, (part.format,))[part.format]
-            pieces.append(with_codes(piece, parameters, layer_name=name))
+            pieces.append(self._coded(weight, first + part.start, piece, parameters))
         packed = QuantizedTensor.from_fitted(pieces, values.dtype)
         packed.layer_name = weight.layers[0]
         return packed
+
+    def _coded(self, weight: Decision, first: int, piece: torch.Tensor, parameters: FittedParameters) -> FittedWeight:
+        """The piece of a weight that begins at an input channel of its layer: nearest codes, or by error feedback."""
+        name, width = weight.name, math.prod(piece.shape[2:])
+        whole = self._weight_of[weight.layers[0]].name
+        columns = whole, first * width, (first + piece.shape[1]) * width
+        moments = self.moments
+        parts = self._feedback.get(columns, lambda: feedback_of(moments.blocks(whole), *columns[1:])) if moments else []
+        if not parts:
+            return with_codes(piece, parameters, layer_name=name)
+        return compensated(piece, parameters, parts, layer_name=name)
 
     def _parameters(self, name: str, weight: torch.Tensor, formats: Sequence[Format]) -> dict[Format, FittedParameters]:
         """The parameters of a layer's weight or of the part of it that is so named."""
@@ -224,6 +244,10 @@ class Bank:
             self._cache.put_parameters(name, made)
             known = {**known, **made}
         return {f: known[f] for f in formats}
+
+
+def _feedback_bytes(parts: Sequence[Feedback]) -> int:
+    return sum(part.n_bytes for part in parts)
 
 
 def fit_bank(

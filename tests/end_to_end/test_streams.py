@@ -17,6 +17,7 @@ import sedimo
 from sedimo.api.verbs import weights_of
 from sedimo.bank import fit_bank
 from sedimo.measurement.jacobian import JacobianOptions, probe_jacobian
+from sedimo.measurement.moments import measure_moments
 from sedimo.measurement.orthogonality import probe_orthogonality
 from sedimo.measurement.passes import weight_changes
 from sedimo.measurement.sqnr import probe_sqnr
@@ -262,3 +263,25 @@ def test_convolutions_are_smoothed_and_then_learned(folder, tmp_path):
     assert any(how == "divided" for name, how in layers.items() if isinstance(modules[name], nn.Conv2d))
     assert found["reconstruction"]["blocks"]
     assert smoothed_layers(DDIMPipeline.from_pretrained(out).unet) == layers
+
+
+def test_streams_are_compensated_by_the_moments_of_their_own_inputs(made, tmp_path):
+    """What probes are told of a stream is what the packed layer has there, and it disturbs the layer less."""
+    pipe, _, space, bank = made
+    plan = pipe.default_sampling(range(3), 2)
+    moments = measure_moments(pipe, space, plan, weights_digest=bank.weights_digest, folder=tmp_path)
+    ours = bank.compensating(moments)
+    choice = drawn(space, 5)
+    packed = ours.quantize(space.recipe(choice))
+    streams = [d for d in space.decisions if d.stream is not None and choice[d.name].is_quantized]
+    assert len(streams) > 8
+    for d in streams:
+        piece = slice(d.stream.start, d.stream.stop)
+        exact = bank.weights.read(d.layers[0])[:, piece]
+        found = packed[d.layers[0]].dequantize()[:, piece] - exact
+        assert torch.equal(found, dict(ours.changes(d.name))[choice[d.name]])
+        (block,) = moments.blocks(d.layers[0])
+        width = exact[0, 0].numel()
+        own = block[piece.start * width : piece.stop * width, piece.start * width : piece.stop * width]
+        rows, nearest = (c.reshape(len(c), -1) for c in (found, dict(bank.changes(d.name))[choice[d.name]]))
+        assert ((rows @ own) * rows).sum() < ((nearest @ own) * nearest).sum()

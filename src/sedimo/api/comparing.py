@@ -68,6 +68,7 @@ _UNNAMED = (
     ("keep_db", None),
     ("keep", None),
     ("minutes", None),
+    ("compensate", None),
 )  # defaults of orders that older studies do not name
 DEFAULT, SIGNED = "auto", "adjoint"
 COMPARED = (UNIFORM, DEFAULT, *MEASURED, RANK_AVERAGE, "gnn", *PEERS)
@@ -84,7 +85,8 @@ class CompareOrder:
 
     Every budget has the limit `bops` of bit operations besides, if there is one; `ends` is the format of the first and
     last layers in every recipe, None: they are decided on like the others; `streams` as in `Order`. With `smooth`,
-    everything is about the smoothed weights; `activations` say how inputs are rounded.
+    everything is about the smoothed weights; `activations` say how inputs are rounded. Codes of all methods but peers
+    are the nearest ones, or with `compensate` by error feedback.
     """
 
     source: str
@@ -102,6 +104,7 @@ class CompareOrder:
     streams: bool = True
     activations: ActivationOrder = DYNAMIC_ACTIVATIONS
     smooth: SmoothOrder | None = None
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         """Refuses unknown methods, budgets that no weight has, and too few seeds for an error bar."""
@@ -146,6 +149,7 @@ class CompareOrder:
             streams=self.streams,
             activations=self.activations,
             smooth=self.smooth,
+            compensate=self.compensate or None,
         )
 
 
@@ -242,6 +246,7 @@ def compare_methods(order: CompareOrder, progress: Progress = SILENT) -> Compari
     methods, missing = wanted_methods(order.in_order, everything=COMPARED)
     order = replace(order, methods=methods)
     opened = open_source(order.job(REFERENCE, min(order.bits)))
+    opened.is_compensated = order.compensate
     with Study(order.store) as study:
         with study.ledger() as shared:
             smooth_source(opened, study, progress)

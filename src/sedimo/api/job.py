@@ -99,6 +99,7 @@ class JobResult:
             "recipe": {name: str(entry) for name, entry in choice.recipe.layers.items()},
             "method": decided_by(choice.method, choice.rule),
             "reason": self.plan.reason,
+            "compensated": self.plan.is_compensated,
             "paper_bits": choice.paper_bits,
             "stored_bits": choice.stored_bits,
             "bops": choice.bops,
@@ -173,6 +174,7 @@ def run(order: Order, progress: Progress = SILENT, *, command: str = "") -> JobR
     with Study(_required(order.study_folder)) as study:
         method = _kept_plan(opened, study)
         smooth_source(opened, study, progress)
+        opened.is_compensated = method.is_compensated
         measured, allocation = _decide(opened, method, study, progress)
         bank, table = measured.bank, measured.table
         opened.space = bank.space  # without formats that a weight does not fit into
@@ -228,6 +230,7 @@ def _kept_plan(opened: Opened, study: Study) -> MethodPlan:
     order = opened.order
     more = [part for part in (order.ends, order.keep_db, order.keep) if part is not None]
     more += [] if order.minutes is None else [f"minutes {order.minutes:g}"]
+    more += [] if order.compensate is None else [f"compensate {order.compensate}"]
     asked = (order.method, order.formats, str(order.budget), order.check, *more, *opened.space.streams)
     parts = (order.search, order.importance, order.activations, order.sampling, order.compute, order.smooth)
     facts = (*asked, *(to_plain(part) for part in (*parts, order.reconstruct)))
@@ -293,11 +296,13 @@ def _write(
 ) -> WrittenCheckpoint:
     order = opened.order
     packed, inputs = quantized
-    decided = (decided_by(allocation.method, allocation.rule), allocation.rule)
+    decided = [decided_by(allocation.method, allocation.rule), allocation.rule]
+    decided += ["learned rounding"] if order.reconstruct else []
+    decided += ["error feedback"] if opened.is_compensated else []
     replace_weights(opened.denoiser, packed, inputs=inputs)
     origin = Origin(
         base_model=order.source if is_hub_id(order.source) else opened.name,
-        method=f"{', '.join(dict.fromkeys(decided))}{', learned rounding' if order.reconstruct else ''}",
+        method=", ".join(dict.fromkeys(decided)),
         recipe_json=allocation.recipe.to_json(),
         smoothing="" if opened.smoothing is None else str(opened.smoothing),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sedimo.allocation.fixed import allocate_given
 from sedimo.allocation.problem import Allocation, read_budget
@@ -20,9 +21,11 @@ from sedimo.api.searching import Measuring, search
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import StateError
 from sedimo.measurement.calibration import calibrate
+from sedimo.measurement.moments import measure_moments
 from sedimo.measurement.passes import activation_bits
 from sedimo.measurement.study import Study
 from sedimo.quant.activations import Activations
+from sedimo.quant.compensation import Moments
 from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.prediction import Entrant
@@ -81,11 +84,19 @@ def measure_table(
 
 
 def make_bank(opened: OpenedSource, study: Study, *, is_exact: bool, progress: Progress = SILENT) -> Bank:
-    """All candidates: fitted in full, or with errors estimated from some output channels; activations as ordered."""
+    """All candidates: fitted in full, or with errors estimated from some output channels; rounded as ordered."""
     channels, cache = None if is_exact else SAMPLE_CHANNELS, study.path.parent
     bank = fit_bank(opened.weights, opened.space, sample_channels=channels, cache=cache, progress=progress)
     widths = {layer: bits for d in bank.space.decisions if (bits := activation_bits(d)) for layer in d.layers}
-    return bank.rounding(_rules(opened, widths, study, progress)) if widths else bank
+    bank = bank.rounding(_rules(opened, widths, study, progress)) if widths else bank
+    return bank.compensating(_moments(opened, bank, cache, progress)) if opened.is_compensated else bank
+
+
+def _moments(opened: OpenedSource, bank: Bank, folder: Path, progress: Progress) -> Moments:
+    """Of the inputs of all weights, on samples of their own: what is fitted to some is judged on others."""
+    sampling = opened.order.sampling.compensating(opened.pipe)
+    digest = opened.weights.digest
+    return measure_moments(opened.pipe, bank.space, sampling, weights_digest=digest, folder=folder, progress=progress)
 
 
 def _rules(

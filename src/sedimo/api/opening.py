@@ -29,6 +29,7 @@ from sedimo.space import SearchSpace, search_space
 
 logger = logging.getLogger(__name__)
 
+COMPENSATED = "codes by error feedback"
 MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
 
 
@@ -64,7 +65,8 @@ class SourceOrder(Protocol):
 class OpenedSource:
     """A source made ready for an order. The whole pipeline is loaded when it is first needed.
 
-    Once it is smoothed, `smoothing` says how; `denoiser`, `weights` and `pipe` are then the smoothed ones.
+    Once it is smoothed, `smoothing` says how; `denoiser`, `weights` and `pipe` are then the smoothed ones. When it
+    `is_compensated`, codes are chosen by error feedback.
     """
 
     name: str
@@ -78,6 +80,7 @@ class OpenedSource:
     variant: str | None
     order: SourceOrder
     smoothing: Smoothing | None = None
+    is_compensated: bool = False
     _pipe: DiffusersPipeline | None = field(default=None)
 
     @property
@@ -112,10 +115,11 @@ class OpenedSource:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """How it was smoothed and how its inputs are rounded, in words, where that is not the default."""
-        smoothed = () if self.smoothing is None else (str(self.smoothing),)
+        """How it was smoothed and how weights and inputs are rounded, in words, where that is not the default."""
         rounded = self.order.activations
-        return (*smoothed, *(() if rounded == DYNAMIC_ACTIVATIONS else (f"activations: {rounded}",)))
+        said = [] if self.smoothing is None else [str(self.smoothing)]
+        said += [COMPENSATED] if self.is_compensated else []
+        return (*said, *([] if rounded == DYNAMIC_ACTIVATIONS else [f"activations: {rounded}"]))
 
     @property
     def loaded_bytes(self) -> int:

@@ -103,6 +103,7 @@ class BudgetOrder:
 
 ADJOINT_FACTOR = 4  # samples of method adjoint per seed of the search
 FINAL_FACTOR = 4  # seeds of the final per seed of the search
+MOMENTS_FACTOR = 4  # samples behind the moments of inputs per seed of the search
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,11 @@ class SamplingOrder:
         first = self.first_seed + (1 + FINAL_FACTOR) * self.n_seeds + self.n_check_seeds
         more = range(first, first + max(0, n_samples - self.n_seeds))
         return self.plan(pipe, (*range(self.first_seed, self.first_seed + self.n_seeds), *more))
+
+    def compensating(self, pipe: DiffusersPipeline) -> Sampling:
+        """The plan for the moments of inputs that error feedback goes by: seeds past those of all other plans."""
+        first = self.first_seed + (1 + FINAL_FACTOR + ADJOINT_FACTOR) * self.n_seeds + self.n_check_seeds
+        return self.plan(pipe, range(first, first + MOMENTS_FACTOR * self.n_seeds))
 
     def plan(self, pipe: DiffusersPipeline, seeds: Sequence[int]) -> Sampling:
         """A plan for some seeds, with the pipeline's defaults where nothing was ordered."""
@@ -225,7 +231,8 @@ class Order:
     `ends` is the format of the first and last layers, None: they are decided on like the others. With `streams`, each
     stream that a layer's input is a concatenation of is decided on by itself. With `smooth`, inputs
     of layers are smoothed first, and everything is about the smoothed weights. `reconstruct` has the rounding of uaq
-    formats learned, however the recipe was decided. `minutes` are for exchanges that are measured, after the default
+    formats learned, however the recipe was decided. With `compensate`, codes are chosen by error feedback; None: with
+    method `auto`, wherever the pipeline runs. `minutes` are for exchanges that are measured, after the default
     (or `adjoint`) has decided.
     """
 
@@ -253,6 +260,7 @@ class Order:
     keep_db: float | None = None
     keep: int | None = None
     minutes: float | None = None
+    compensate: bool | None = None
 
     def __post_init__(self) -> None:
         """Checks method, formats, budget and output together.
@@ -270,6 +278,8 @@ class Order:
             Format.parse(self.ends)
         if self.recipe is not None and (self.budget.is_given or self.method != "auto" or self.ends is not None):
             raise InputError("a recipe decides everything: leave out --method, --ends and the budget")
+        if self.compensate and self.reconstruct is not None:
+            raise InputError("--compensate and --reconstruct both choose the codes: give one of them")
         self._check_minutes()
         self._check_budget() if self.hybrid_format is None else self._check_keeping(self.hybrid_format)
 

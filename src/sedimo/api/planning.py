@@ -6,6 +6,7 @@ says that a call would take too long, none is timed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
+from sedimo.measurement.moments import block_columns
 from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_runs
 from sedimo.measurement.reconstruction import ReconstructionOptions, plan_reconstruction
 from sedimo.measurement.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
@@ -61,6 +63,8 @@ ADJOINT_FACTOR = 14.0  # the same, with gradients of the inputs
 JACOBIAN_MEMORY_BYTES = 2 << 30
 N_ENTRANTS = 7  # recipes of the default on the searched seeds, at most
 N_RECIPES_BESIDE = 10  # random recipes beside those of the default
+MOMENTS_CALL_FACTOR = 2.0  # a call whose inputs are looked at, in plain ones
+SECONDS_PER_FEEDBACK = 1e-7  # of one weight in one format on one core
 TIMED_WEIGHTS = 1 << 18
 ROWS_PER_SAMPLE = 2  # with guidance
 N_RECONSTRUCTED = 32  # samples that rounding is learned from, unless more are searched on
@@ -77,7 +81,7 @@ class MethodPlan:
 
     `reason` says why this method, for people; `unchecked` why the result will not be sampled, empty if it will.
     `memory_bytes` is needed besides the loaded pipeline. `n_samples` are those that method adjoint looks at, 0 its own
-    number.
+    number. `is_compensated` tells whether codes are chosen by error feedback.
     """
 
     method: MeasuredMethod
@@ -88,6 +92,7 @@ class MethodPlan:
     memory_bytes: int
     disk_bytes: int
     n_samples: int = 0
+    is_compensated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +112,40 @@ def plan_job(opened: Opened) -> MethodPlan:
     found, order = _plan_method(opened), opened.order
     costs = [_smoothing_cost(opened, order.smooth)] if order.smooth else []
     costs += [_reconstruction_cost(opened, order.reconstruct)] if order.reconstruct else []
+    is_compensated = _is_compensated(opened, found)
+    costs += [_compensation_cost(opened)] if is_compensated else []
     return replace(
         found,
+        is_compensated=is_compensated,
         seconds=found.seconds + sum(cost.seconds for cost in costs),
         n_calls=found.n_calls + sum(cost.n_calls for cost in costs),
         disk_bytes=found.disk_bytes + sum(cost.disk_bytes for cost in costs),
     )
+
+
+def _is_compensated(opened: Opened, found: MethodPlan) -> bool:
+    """Whether codes are chosen by error feedback: as ordered, else with method `auto` where it runs the pipeline.
+
+    Raises:
+        InputError: it was ordered, and the pipeline cannot run.
+    """
+    order = opened.order
+    if order.compensate is None:
+        return order.method == "auto" and not order.is_given and order.reconstruct is None and found.n_calls > 0
+    obstacle = opened.why_not_sampled() if order.compensate else None
+    if obstacle is not None:
+        raise InputError(f"--compensate runs the pipeline to see inputs of layers, but {obstacle}. Leave it out")
+    return order.compensate
+
+
+def _compensation_cost(opened: Opened) -> _Cost:
+    """A run of some samples with sums beside it, a few times what rounding takes, and what is kept of the inputs."""
+    timing = time_calls(opened.pipe, opened.order.sampling.compensating(opened.pipe))
+    columns = [math.prod(weight.shape[1:]) for weight in opened.space.weights]
+    width, n_formats = block_columns(columns), max(len(d.formats) for d in opened.space.decisions)
+    rounding = SECONDS_PER_FEEDBACK * opened.space.params * n_formats
+    n_bytes = sum(4 * n * min(n, width) for n in columns)
+    return _Cost(MOMENTS_CALL_FACTOR * timing.n_calls * timing.seconds_per_call + rounding, timing.n_calls, 0, n_bytes)
 
 
 def _smoothing_cost(opened: Opened, smooth: SmoothOrder) -> _Cost:

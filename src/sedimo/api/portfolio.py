@@ -33,7 +33,7 @@ SIGNED_NAME, SUMMED_NAME, FINE_NAME = "signed effects", "summed noise", "signed 
 N_UNIFORM = 4
 N_FINALISTS = 2  # besides the best uniform recipe
 FINAL_FACTOR = 2  # seeds of the final per searched one
-_COARSE_BITS = 2
+COARSE_BITS = 2
 
 Noise = npt.NDArray[np.float64]
 Decide = Callable[[SensitivityTable, Effects], Mapping[str, Format]]
@@ -138,7 +138,7 @@ def _always(allocation: Allocation) -> Decide:
 
 def _fine(table: SensitivityTable) -> SensitivityTable | None:
     """The table without its coarsest formats; None where it has none, or a decision would have nothing left."""
-    kept = tuple(c for c in table.costs if c.format.bits > _COARSE_BITS)
+    kept = tuple(c for c in table.costs if c.format.bits > COARSE_BITS)
     is_whole = {c.decision for c in kept} == set(table.layers)
     return replace(table, costs=kept) if is_whole and len(kept) < len(table.costs) else None
 

@@ -123,7 +123,7 @@ def provenance(opened: Opened, table: SensitivityTable, check: Check | None, fac
         versions=_sorted(versions()),
         machine=f"{platform.system()} {platform.machine()}, {_processor()}",
         seconds={"the whole job": float(facts.get("seconds", 0))},
-        notes=(*opened.space.notes, *(() if opened.smoothing is None else (str(opened.smoothing),))),
+        notes=(*opened.space.notes, *opened.rules),
     )
 
 

@@ -157,9 +157,14 @@ def smoothing_options(command: Command) -> Command:
 
 
 def reconstruction_options(command: Command) -> Command:
-    """Learned rounding of uniform codes."""
+    """How codes are chosen: the nearest, by error feedback, or learned."""
     return _with(
         command,
+        click.option(
+            "--compensate/--no-compensate",
+            default=None,
+            help="Codes that make up for one another's errors (error feedback); default: with --method auto.",
+        ),
         click.option(
             "--reconstruct-steps",
             type=click.IntRange(1),

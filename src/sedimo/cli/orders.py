@@ -61,6 +61,7 @@ def order_of(options: Mapping[str, Any]) -> Order:
         keep_db=options.get("keep_db"),
         keep=options.get("keep"),
         minutes=options.get("minutes"),
+        compensate=options["compensate"],
     )
 
 
@@ -159,7 +160,7 @@ def blocks_order_of(options: Mapping[str, Any]) -> BlocksOrder:
 
 def compare_order_of(options: Mapping[str, Any]) -> CompareOrder:
     """The order of `sedimo compare`."""
-    names = ("source", "store", "ends", "variant", "n_fresh", "n_trials")
+    names = ("source", "store", "ends", "variant", "n_fresh", "n_trials", "compensate")
     methods = COMPARED if options["methods"] == "all" else tuple(_parts(options["methods"]))
     return CompareOrder(
         **{name: options[name] for name in names},

@@ -115,6 +115,7 @@ def blocks(as_json: bool, out: Path | None, page: Path | None, **options: object
 @format_options
 @activation_options
 @smoothing_options
+@click.option("--compensate", is_flag=True, help="Codes of all methods by error feedback, as the default has them.")
 @click.option("--fresh", "n_fresh", default=64, show_default=True, help="Fresh seeds that every recipe is measured on.")
 @click.option("--trials", "n_trials", default=120, show_default=True, help="Measured recipes of gnn, per budget.")
 @click.option("--variant", help="Variant of the source's weights, such as fp16.")

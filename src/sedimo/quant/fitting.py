@@ -108,7 +108,7 @@ def fit_many(weight: Tensor, formats: Iterable[Format], *, layer_name: str = "")
     Raises:
         InputError: as `fit`.
     """
-    rows, asked = _read_rows(weight, layer_name), tuple(formats)
+    rows, asked = read_rows(weight, layer_name), tuple(formats)
     return {
         f: FittedWeight(f, tuple(weight.shape), _codes(rows, f, stored), *stored.fields)
         for f, stored in _fit_all(weight, rows, asked, layer_name).items()
@@ -123,7 +123,7 @@ def fit_parameters(
     Raises:
         InputError: as `fit`.
     """
-    rows, asked = _read_rows(weight, layer_name), tuple(formats)
+    rows, asked = read_rows(weight, layer_name), tuple(formats)
     norm = float(_squared_norms(rows).sum())
     return {
         f: FittedParameters(f, tuple(weight.shape), *stored.fields, float(_squared_errors(rows, f, stored).sum()), norm)
@@ -141,7 +141,7 @@ def assign(weight: Tensor, parameters: FittedParameters | FittedWeight, *, layer
         raise InputError(
             f"{_name(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {parameters.shape}"
         )
-    return _codes(_read_rows(weight, layer_name), parameters.format, _stored(parameters))
+    return _codes(read_rows(weight, layer_name), parameters.format, _stored(parameters))
 
 
 def with_codes(weight: Tensor, parameters: FittedParameters, *, layer_name: str = "") -> FittedWeight:
@@ -193,7 +193,7 @@ def error_estimates(
         raise InputError(f"{_name(layer_name)}: an error bar needs at least 2 output channels, got {n_channels=}")
     n = min(n_channels, n_all)
     index = torch.randperm(n_all, generator=generator)[:n].sort().values
-    rows = _read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
+    rows = read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
     is_sampled = weight.element_size() > 2 and weight.numel() > _KMA_SAMPLE
     values = _tensor_values(_draw(weight, generator) if is_sampled else weight, asked, layer_name)
     norms = _squared_norms(rows)
@@ -230,8 +230,12 @@ def _check(weight: Tensor, layer_name: str) -> None:
         )
 
 
-def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
-    """The weight as finite float32 rows `[C, N]` on the CPU."""
+def read_rows(weight: Tensor, layer_name: str) -> Tensor:
+    """The weight as finite float32 rows `[C, N]` on the CPU.
+
+    Raises:
+        InputError: as `fit`.
+    """
     _check(weight, layer_name)
     rows = weight.detach().to(device="cpu", dtype=torch.float32).reshape(weight.shape[0], -1).contiguous()
     _check_finite(float(rows.amin()), float(rows.amax()), layer_name)

@@ -79,7 +79,7 @@ def fit_tensor_codebooks(values: Values, n_levels: Sequence[int]) -> list[Codebo
 
 def relative_error(values: Values, codebook: Tensor) -> float:
     """Squared error of all values with their nearest stored centroids `[1, K]`, over their squared norm."""
-    codes = np.searchsorted(_thresholds(codebook)[0], values.values)
+    codes = np.searchsorted(thresholds(codebook)[0], values.values)
     wide = values.values.astype(np.float64)
     weights = values.counts if len(values.counts) else np.ones(len(wide))
     norm = float(weights @ wide**2)
@@ -175,7 +175,7 @@ def _histogram(weight: Tensor) -> Values:
     return Values(values[order], counts[used][order].astype(np.float64))
 
 
-def _thresholds(codebook: Tensor) -> NDArray[np.float32]:
+def thresholds(codebook: Tensor) -> NDArray[np.float32]:
     """float32 numbers that a float32 weight exceeds exactly when it exceeds the middle of two centroids."""
     wide = codebook.to(torch.float64).numpy()
     middles = (wide[:, 1:] + wide[:, :-1]) / 2
@@ -188,7 +188,7 @@ def _assign(rows: Tensor, codebook: Tensor, codes: Tensor | None, errors: Tensor
     """Fills codes uint8 `[R, N]`, or squared errors float64 `[R]`, or both."""
     from sedimo.quant._row_kernels import codebook_codes, codebook_errors  # loaded here: importing compiles
 
-    values, limits, centroids = rows.numpy(), _thresholds(codebook), codebook.to(torch.float32).numpy()
+    values, limits, centroids = rows.numpy(), thresholds(codebook), codebook.to(torch.float32).numpy()
     is_shared = len(centroids) == 1
 
     def task(start: int, stop: int) -> None:

@@ -1,0 +1,156 @@
+"""Second moments of inputs: what a change of a weight does to a layer's output, in one matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
+
+from sedimo.bank import fit_bank
+from sedimo.errors import InputError, StateError
+from sedimo.measurement import moments as module
+from sedimo.measurement.hooks import hooked, linear_part
+from sedimo.measurement.moments import FoldedMoments, block_columns, measure_moments
+from sedimo.pipelines.adapter import Sampling
+from sedimo.quant.formats import Format
+
+PLAN = Sampling(seeds=(1, 2, 3), n_steps=3, batch_size=2)
+
+
+def measured(adapter, folder, plan=PLAN) -> FoldedMoments:
+    space = toy_space(adapter.denoiser)
+    return measure_moments(adapter, space, plan, weights_digest="d" * 64, folder=folder)
+
+
+def inputs_of(adapter, layers, plan=PLAN) -> dict[str, list[torch.Tensor]]:
+    found = {layer: [] for layer in layers}
+    hooks = {layer: lambda _m, args, _o, layer=layer: found[layer].append(args[0].clone()) for layer in layers}
+    with hooked(adapter.denoiser, hooks):
+        adapter.sample(plan)
+    return found
+
+
+def power_of_change(layer, change, inputs) -> float:
+    """Squared norm of what a changed weight adds to the output, over all inputs: the layer's own forward pass."""
+    return sum(float(linear_part(layer, x, change).double().square().sum()) for x in inputs)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_they_predict_the_power_of_any_change(guided, tmp_path):
+    adapter = ToyAdapter(guided=guided)
+    found = measured(adapter, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    users = {"conv_in": ["conv_in"], "time": ["time"], "twice": ["twice"], "out": ["out"], "first": ["first", "second"]}
+    for weight, layers in users.items():
+        (block,) = found.blocks(weight)
+        change = torch.randn(adapter.denoiser.get_submodule(weight).weight.shape, generator=generator)
+        seen = inputs_of(adapter, layers)
+        wanted = sum(power_of_change(adapter.denoiser.get_submodule(name), change, seen[name]) for name in layers)
+        rows = change.reshape(len(change), -1)
+        assert float(((rows @ block) * rows).sum()) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 8, 3, padding=2, stride=2, dilation=2),
+        nn.Conv2d(2, 8, (3, 2), padding="same", padding_mode="reflect"),
+        nn.Conv2d(2, 8, 4, stride=3, padding=(1, 2), padding_mode="replicate"),
+    ],
+    ids=["strided", "reflected", "uneven"],
+)
+def test_convolutions_of_any_form(layer):
+    inputs = torch.randn(3, 2, 9, 11)
+    change = torch.randn_like(layer.weight)
+    rows = torch.cat(module._rows(layer, inputs, 0))
+    wanted = power_of_change(layer, change, [inputs])
+    assert float((rows @ change.reshape(8, -1).T).square().sum()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_sequences_of_a_convolution():
+    layer, inputs = nn.Conv1d(4, 6, 3, padding=1, stride=2, dilation=2), torch.randn(2, 4, 17)
+    rows = torch.cat(module._rows(layer, inputs, 0))
+    wanted = power_of_change(layer, layer.weight.detach(), [inputs])
+    assert float((rows @ layer.weight.detach().reshape(6, -1).T).square().sum()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_of_many_positions_some_are_taken_and_in_time_all(monkeypatch):
+    monkeypatch.setattr(module, "MOST_POSITIONS", 4)
+    layer, inputs = nn.Linear(3, 2), torch.arange(2 * 10 * 3.0).reshape(2, 10, 3)
+    calls = [module._rows(layer, inputs, call)[0] for call in range(3)]
+    assert [len(rows) for rows in calls] == [8, 6, 6]
+    assert sorted(torch.cat(calls)[:, 0].tolist()) == inputs[..., 0].flatten().tolist()
+
+
+def test_layers_without_such_a_form_or_never_called_have_none(tmp_path):
+    found = measured(ToyAdapter(), tmp_path)
+    assert not found.blocks("grouped")
+    assert not found.blocks("unused")
+    assert not found.blocks("of another model")
+
+
+def test_they_are_measured_once(tmp_path):
+    adapter = ToyAdapter()
+    first = measured(adapter, tmp_path)
+    n_calls = adapter.n_calls
+    second = measured(adapter, tmp_path)
+    assert adapter.n_calls == n_calls
+    assert second.key == first.key
+    other = measured(adapter, tmp_path, Sampling(seeds=(4,), n_steps=3))
+    assert other.key != first.key
+    assert adapter.n_calls > n_calls
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    found = measured(ToyAdapter(), tmp_path)
+    for path in found.folder.iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(StateError, match=r"is damaged.*Delete .*moments-"):
+        found.blocks("time")
+
+
+def test_inputs_that_overflow_are_named_and_nothing_is_kept(tmp_path):
+    denoiser = ToyDenoiser()
+    with torch.no_grad():
+        denoiser.first.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="inputs of layer 'second' hold NaN or infinity"):
+        measured(ToyAdapter(denoiser), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wide_layers_have_blocks_on_the_diagonal(tmp_path, monkeypatch):
+    adapter = ToyAdapter()
+    whole = measured(adapter, tmp_path / "whole")
+    monkeypatch.setattr(module, "MOST_COLUMNS", 10)
+    monkeypatch.setattr(module, "LEAST_COLUMNS", 10)
+    cut = measured(adapter, tmp_path / "cut")
+    assert [len(block) for block in cut.blocks("time")] == [10, 10, 10, 2]
+    torch.testing.assert_close(cut.blocks("time")[1], whole.blocks("time")[0][10:20, 10:20])
+
+
+def test_blocks_narrow_until_all_fit():
+    assert block_columns([512] * 10) == module.MOST_COLUMNS
+    widths = [3072] * 800 + [12288] * 100
+    width = block_columns(widths)
+    assert width == module.LEAST_COLUMNS or sum(4 * n * min(n, width) for n in widths) <= module.MOST_BYTES
+    assert width < module.MOST_COLUMNS
+
+
+def test_a_bank_compensates_by_them_and_says_so(tmp_path):
+    """Changes that probes look at are those of the packed weights, which disturb the output less."""
+    adapter = ToyAdapter()
+    plain = fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser))
+    moments = measured(adapter, tmp_path)
+    bank = plain.compensating(moments)
+    assert bank.digest != plain.digest
+    assert bank.rounding(bank.activations).moments is moments
+    uaq3 = Format.parse("uaq3")
+    for weight in ("conv_in", "time", "twice", "first"):
+        change = dict(bank.changes(weight))[uaq3]
+        exact = bank.weights.read(weight)
+        assert torch.equal(change, bank.quantized(weight, uaq3).dequantize() - exact)
+        rows, nearest = (c.reshape(len(c), -1) for c in (change, dict(plain.changes(weight))[uaq3]))
+        (block,) = moments.blocks(weight)
+        assert float(((rows @ block) * rows).sum()) < float(((nearest @ block) * nearest).sum())
+    assert torch.equal(dict(bank.changes("grouped"))[uaq3], dict(plain.changes("grouped"))[uaq3])
