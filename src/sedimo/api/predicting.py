@@ -23,6 +23,7 @@ from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.quant.formats import Format
+from sedimo.sensitivity.adjoint import Effects, effects_of
 from sedimo.sensitivity.baselines import Held, run_baselines
 from sedimo.sensitivity.choices import Choices, Codes, Values
 from sedimo.sensitivity.gnn.features import graph_features
@@ -51,7 +52,8 @@ class Known:
     """What is known of a model before recipes are measured.
 
     `graph` has a node for each decision; `candidates` are those of a bank by (decision, format); `table` has the
-    sensitivities by the prior. `digest` is that of the bank, empty where an older version kept none.
+    sensitivities by the prior. `digest` is that of the bank, empty where an older version kept none. `effects` are
+    those that a prior by method adjoint comes from, where they were measured just now.
     """
 
     graph: DenoiserGraph
@@ -59,6 +61,7 @@ class Known:
     candidates: Mapping[tuple[str, Format], Candidate]
     table: SensitivityTable
     digest: str = ""
+    effects: Effects | None = None
 
     @property
     def choices(self) -> Choices:
@@ -113,17 +116,18 @@ def know(
     refuse_other_space(study, bank.space)
     if prior not in PRIORS:
         raise InputError(f"the prior must be one of {', '.join(PRIORS)}, got {prior!r}")
+    effects = None
     if prior == "error":
         table = attribute_measured(bank)
     else:
-        table = attribute_measured(
-            probe(pipe, bank, cast("ProbeMethod", prior), store=study, sampling=sampling, progress=progress)
-        )
+        measured = probe(pipe, bank, cast("ProbeMethod", prior), store=study, sampling=sampling, progress=progress)
+        table = attribute_measured(measured)
+        effects = None if measured.adjoint is None else effects_of(bank.candidates, measured.adjoint)
     study.put_record(GRAPH, graph)
     study.put_record(SPACE, bank.space)
     study.put_record(CANDIDATES, KeptCandidates(bank.candidates, bank.digest))
     study.put_record(PRIOR, table)
-    return Known(split_streams(graph, bank.space), bank.space, bank.index, table, bank.digest)
+    return Known(split_streams(graph, bank.space), bank.space, bank.index, table, bank.digest, effects)
 
 
 def refuse_other_space(study: Study, space: SearchSpace) -> None:
@@ -216,7 +220,9 @@ def judge(
     costs = {} if known.table.method == "error" else {known.table.method: known.prior()}
     errors = data.choices.errors(known.candidates)
     tests = [fold.test for fold in predictor.folds]
-    rivals = run_baselines(replace(data, quality=truth), codes, tests=tests, costs=costs, errors=errors)
+    rivals = run_baselines(
+        replace(data, quality=truth), codes, tests=tests, costs=costs, errors=errors, effects=known.effects
+    )
     bits = data.choices.paper_bits(data.codes)
     subsets: dict[str, tuple[Values, Mapping[str, Values]]] = {
         "all": (truth, {h.name: h.folds for h in (mine, *rivals)})

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sedimo.sensitivity.adjoint import Effects, expected_db
 from sedimo.sensitivity.choices import Choices, Codes, Values, picked
 from sedimo.sensitivity.gnn.training import TrainingSet
 from sedimo.sensitivity.noise_model import fit_noise_model
 
 Fit = Callable[[Codes, Values], Callable[[Codes], Values]]
+SIGNED_EFFECTS = "signed effects"
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -40,10 +42,11 @@ def run_baselines(
     tests: Sequence[npt.NDArray[np.int64]],
     costs: Mapping[str, Values],
     errors: Values,
+    effects: Effects | None = None,
 ) -> tuple[Held, ...]:
     """All baselines on the folds whose test recipes are `tests`.
 
-    `costs` are those of tables `[D, K]` by name, `errors` relative weight errors `[D, K]`.
+    `costs` are those of tables `[D, K]` by name, `errors` relative weight errors `[D, K]`; `effects` keep their signs.
     """
     choices = data.choices
     fits: dict[str, Fit] = {
@@ -51,6 +54,7 @@ def run_baselines(
         "weight error, summed": _line(lambda c: -np.log10(picked(errors, c).sum(axis=1) + 1e-12)),
         "ridge on one-hot choices": _ridge(choices),
         **{f"{name} costs, summed": _line(_sum_of(values)) for name, values in costs.items()},
+        **({} if effects is None else {SIGNED_EFFECTS: _line(_signed(choices, effects))}),
         "noise model, no graph": lambda c, y: fit_noise_model(choices, data.prior, c, y).predict,
     }
     return tuple(_held(name, fit, data, extra, tests) for name, fit in fits.items())
@@ -71,6 +75,16 @@ def _sum_of(costs: Values) -> Callable[[Codes], Values]:
     def quantity(codes: Codes) -> Values:
         found: Values = -10 * np.log10(picked(costs, codes).sum(axis=1) + 1e-12)
         return found
+
+    return quantity
+
+
+def _signed(choices: Choices, effects: Effects) -> Callable[[Codes], Values]:
+    """SQNR of each recipe by the mean square of the sum of its effects [dB]."""
+
+    def quantity(codes: Codes) -> Values:
+        recipes = [choices.choice(row) for row in codes]
+        return np.array([expected_db(effects.noise(choice), effects.shape[1]).value for choice in recipes])
 
     return quantity
 
