@@ -143,3 +143,27 @@ def test_scaling_is_checked_where_formats_were_not_probed(tiny_pipeline_folder, 
     few = opened(tiny_pipeline_folder, "ablation", 6.0, formats="uaq4,fp16")
     with Study(tmp_path / "few") as study:
         assert measure_table(few, "ablation", study).scaling is None
+
+
+def test_codes_by_feedback_are_planned_with_the_default_alone(tiny_pipeline_folder):
+    plans = {
+        name: planning.plan_job(opened(tiny_pipeline_folder, method, compensate=asked))
+        for name, method, asked in (
+            ("auto", "auto", None),
+            ("off", "auto", False),
+            ("published", "jacobian", None),
+            ("asked", "jacobian", True),
+        )
+    }
+    told = {name: plan.is_compensated for name, plan in plans.items()}
+    assert told == {"auto": True, "off": False, "published": False, "asked": True}
+    for more, fewer in (("auto", "off"), ("asked", "published")):
+        assert plans[more].n_calls > plans[fewer].n_calls
+        assert plans[more].disk_bytes > plans[fewer].disk_bytes
+
+
+def test_a_denoiser_without_its_pipeline_is_not_compensated(tiny_pipeline_folder):
+    alone = tiny_pipeline_folder / "transformer"
+    assert not planning.plan_job(opened(alone)).is_compensated
+    with pytest.raises(InputError, match="--compensate runs the pipeline to see inputs of layers, but the source is"):
+        planning.plan_job(opened(alone, "error", compensate=True))

@@ -119,6 +119,7 @@ def plan_job(opened: Opened) -> MethodPlan:
         is_compensated=is_compensated,
         seconds=found.seconds + sum(cost.seconds for cost in costs),
         n_calls=found.n_calls + sum(cost.n_calls for cost in costs),
+        memory_bytes=max(found.memory_bytes, *(cost.memory_bytes for cost in costs), 0),
         disk_bytes=found.disk_bytes + sum(cost.disk_bytes for cost in costs),
     )
 
@@ -145,7 +146,9 @@ def _compensation_cost(opened: Opened) -> _Cost:
     width, n_formats = block_columns(columns), max(len(d.formats) for d in opened.space.decisions)
     rounding = SECONDS_PER_FEEDBACK * opened.space.params * n_formats
     n_bytes = sum(4 * n * min(n, width) for n in columns)
-    return _Cost(MOMENTS_CALL_FACTOR * timing.n_calls * timing.seconds_per_call + rounding, timing.n_calls, 0, n_bytes)
+    return _Cost(
+        MOMENTS_CALL_FACTOR * timing.n_calls * timing.seconds_per_call + rounding, timing.n_calls, n_bytes, n_bytes
+    )
 
 
 def _smoothing_cost(opened: Opened, smooth: SmoothOrder) -> _Cost:
