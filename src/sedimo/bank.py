@@ -35,7 +35,7 @@ from sedimo.space import Decision, Recipe, SearchSpace
 Made = TypeVar("Made")
 FIT_VERSION = 1  # raise it when a fit changes: cached parameters and errors are then made anew
 _PACKED_BYTES_KEPT = 1 << 30
-_FEEDBACK_BYTES_KEPT = 1 << 29
+_FEEDBACK_BYTES_KEPT = 3 << 30  # all of it: recipes go through layers in order, and what is dropped is needed next
 
 
 class Progress(Protocol):
@@ -70,7 +70,8 @@ class Candidate:
     """What one format does to one decision.
 
     `error` is the relative squared weight error ||W - W_q||^2 / ||W||^2 with its standard error; `n` is the
-    number of output channels it was estimated from, 0 when it is exact. `paper_bytes` and `stored_bytes` are
+    number of output channels it was estimated from, 0 when it is exact. It is that of the nearest codes; codes by error
+    feedback have a larger one, for less error in what the layer gives. `paper_bytes` and `stored_bytes` are
     those of the weight, stored once [bytes].
     """
 

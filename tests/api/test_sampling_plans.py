@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import sedimo
@@ -30,6 +32,16 @@ def test_what_takes_many_samples_adds_seeds_past_all_others(pipe, n_seeds, wante
     assert len(plan.seeds) == max(n_seeds, wanted)
     assert set(order.searching(pipe).seeds) <= set(plan.seeds)
     assert not set(plan.seeds) & {*order.checking(pipe).seeds, *order.deciding(pipe).seeds}
+
+
+@pytest.mark.parametrize("order", [SamplingOrder(), SamplingOrder(n_seeds=2, first_seed=7, n_check_seeds=64)])
+def test_moments_of_inputs_are_of_samples_that_nothing_else_looks_at(pipe, order):
+    """And checking on more seeds does not change them, and with them the codes."""
+    own = set(order.compensating(pipe).seeds)
+    assert len(own) == 4 * order.n_seeds
+    plans = (order.searching, order.checking, order.deciding, lambda p: order.sampling_many(p, 1024))
+    assert not own & {seed for plan in plans for seed in plan(pipe).seeds}
+    assert set(dataclasses.replace(order, n_check_seeds=5).compensating(pipe).seeds) == own
 
 
 def test_the_first_samples_of_a_plan_are_the_same_samples():

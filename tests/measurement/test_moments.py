@@ -63,24 +63,60 @@ def test_they_predict_the_power_of_any_change(guided, tmp_path):
 def test_convolutions_of_any_form(layer):
     inputs = torch.randn(3, 2, 9, 11)
     change = torch.randn_like(layer.weight)
-    rows = torch.cat(module._rows(layer, inputs, 0))
+    rows = torch.cat(list(module._rows(layer, inputs, "once")))
     wanted = power_of_change(layer, change, [inputs])
     assert float((rows @ change.reshape(8, -1).T).square().sum()) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_sequences_of_a_convolution():
     layer, inputs = nn.Conv1d(4, 6, 3, padding=1, stride=2, dilation=2), torch.randn(2, 4, 17)
-    rows = torch.cat(module._rows(layer, inputs, 0))
+    rows = torch.cat(list(module._rows(layer, inputs, "once")))
     wanted = power_of_change(layer, layer.weight.detach(), [inputs])
     assert float((rows @ layer.weight.detach().reshape(6, -1).T).square().sum()) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_of_many_positions_some_are_taken_and_in_time_all(monkeypatch):
+def test_of_many_positions_some_are_drawn_at_each_call_and_in_time_all(monkeypatch):
+    """However many layers there are, and however often each is called."""
     monkeypatch.setattr(module, "MOST_POSITIONS", 4)
-    layer, inputs = nn.Linear(3, 2), torch.arange(2 * 10 * 3.0).reshape(2, 10, 3)
-    calls = [module._rows(layer, inputs, call)[0] for call in range(3)]
-    assert [len(rows) for rows in calls] == [8, 6, 6]
-    assert sorted(torch.cat(calls)[:, 0].tolist()) == inputs[..., 0].flatten().tolist()
+    layers = nn.ModuleDict({f"layer{i}": nn.Linear(1, 1) for i in range(8)})
+    sums, seen = module._Sums(10), {name: set() for name in layers}
+    for _ in range(40):
+        for name, layer in layers.items():
+            inputs = 2.0 ** torch.arange(12).reshape(1, 12, 1)
+            sums.blocks.clear()
+            sums.add(name, name, layer, (inputs,), None)
+            added = int(sums.blocks[name][0].item())
+            drawn = {i for i in range(12) if added >> (2 * i) & 1}
+            assert len(drawn) == 4
+            seen[name] |= drawn
+    assert all(positions == set(range(12)) for positions in seen.values())
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_drawn_pixels_are_those_of_the_convolution(padding_mode, monkeypatch):
+    monkeypatch.setattr(module, "MOST_POSITIONS", 7)
+    layer = nn.Conv2d(3, 5, 3, padding=1, stride=2, padding_mode=padding_mode, bias=False)
+    inputs = torch.randn(2, 3, 9, 11)
+    outputs = layer(inputs).detach().flatten(2).movedim(1, 2)  # B positions out
+    for image, rows in zip(outputs, module._rows(layer, inputs, "a call"), strict=True):
+        made = rows @ layer.weight.detach().reshape(5, -1).T
+        assert len(made) == 7
+        distance = (made[:, None] - image).abs().amax(-1)
+        assert (distance.amin(1) < 1e-4).all()
+        assert len(set(distance.argmin(1).tolist())) == 7
+
+
+def test_images_are_taken_one_by_one():
+    """Unfolded they are nine times as large: what is handed on holds one image's pixels and nothing else."""
+    layer, inputs = nn.Conv2d(8, 4, 3, padding=1), torch.randn(3, 8, 32, 32)
+    for rows in module._rows(layer, inputs, "a call"):
+        assert rows.untyped_storage().nbytes() <= 4 * module.MOST_POSITIONS * 72
+
+
+def test_half_precision_is_summed_in_float32():
+    layer = nn.Linear(4, 2)
+    (rows,) = module._rows(layer, torch.full((1, 3, 4), 300.0, dtype=torch.float16), "a call")
+    assert rows.dtype == torch.float32
 
 
 def test_layers_without_such_a_form_or_never_called_have_none(tmp_path):
@@ -102,19 +138,38 @@ def test_they_are_measured_once(tmp_path):
     assert adapter.n_calls > n_calls
 
 
-def test_a_damaged_file_is_named(tmp_path):
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:20]), lambda path: path.unlink()])
+def test_a_damaged_or_missing_file_is_named(damage, tmp_path):
+    """Else codes would silently be the nearest ones, under the same name."""
     found = measured(ToyAdapter(), tmp_path)
-    for path in found.folder.iterdir():
-        path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(StateError, match=r"is damaged.*Delete .*moments-"):
+    for path in found.folder.glob("*.safetensors"):
+        damage(path)
+    with pytest.raises(StateError, match=r"is damaged or gone.*Delete .*moments-"):
         found.blocks("time")
+    (found.folder / "index.json").write_text("{")
+    with pytest.raises(StateError, match=r"index.json is damaged or gone"):
+        FoldedMoments(found.folder, found.key).blocks("time")
+
+
+def test_what_a_killed_run_left_behind_is_no_obstacle(tmp_path, monkeypatch):
+    first = measured(ToyAdapter(), tmp_path / "a")
+    (tmp_path / "b" / f"{first.folder.name}.0.tmp").mkdir(parents=True)
+    assert measured(ToyAdapter(), tmp_path / "b").blocks("time")
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(StateError, match=r"cannot be kept in .*No space left on device.*Make room"):
+        measured(ToyAdapter(), tmp_path / "c")
+    assert not list((tmp_path / "c").iterdir())
 
 
 def test_inputs_that_overflow_are_named_and_nothing_is_kept(tmp_path):
     denoiser = ToyDenoiser()
     with torch.no_grad():
         denoiser.first.bias.fill_(torch.nan)
-    with pytest.raises(InputError, match="inputs of layer 'second' hold NaN or infinity"):
+    with pytest.raises(InputError, match="inputs of layer 'second' hold NaN, infinity or numbers too large"):
         measured(ToyAdapter(denoiser), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -133,8 +188,12 @@ def test_blocks_narrow_until_all_fit():
     assert block_columns([512] * 10) == module.MOST_COLUMNS
     widths = [3072] * 800 + [12288] * 100
     width = block_columns(widths)
-    assert width == module.LEAST_COLUMNS or sum(4 * n * min(n, width) for n in widths) <= module.MOST_BYTES
-    assert width < module.MOST_COLUMNS
+    assert width == module.LEAST_COLUMNS  # these many are more than the bytes even so
+    some = widths[:700]
+    width = block_columns(some)
+    assert module.LEAST_COLUMNS <= width < module.MOST_COLUMNS
+    assert module.moments_bytes(some, width) == sum(4 * n * min(n, width) for n in some)
+    assert module.moments_bytes(some, 2 * width) > module.MOST_BYTES
 
 
 def test_a_bank_compensates_by_them_and_says_so(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedimo.errors import InputError
-from sedimo.quant.compensation import Feedback, compensated, feedback, feedback_of
+from sedimo.quant.compensation import compensated, feedback, feedback_of
 from sedimo.quant.fitting import FittedWeight, dequantize, fit_parameters, with_codes
 from sedimo.quant.formats import WIDE_FORMATS, Format
 
@@ -98,13 +98,11 @@ def test_inputs_of_few_kinds_leave_next_to_nothing() -> None:
 def test_errors_stay_within_a_part() -> None:
     weight, moments, number_format = random_weight(8, 40), correlated_moments(40, 4), Format.parse("kmc3")
     parameters = fit_parameters(weight, [number_format])[number_format]
-    parts = feedback_of([moments[:24, :24], moments[24:, 24:]], 0, 40)
-    whole = torch.zeros(40, 40)
-    whole[:24, :24], whole[24:, 24:] = moments[:24, :24], moments[24:, 24:]
-    found = compensated(weight, parameters, parts).codes
-    first = [Feedback(parts[0].order, parts[0].factor), feedback(torch.eye(16))]
-    assert torch.equal(found[:, :24], compensated(weight, parameters, first).codes[:, :24])
-    assert not torch.equal(found[:, 24:], with_codes(weight, parameters).codes[:, 24:])
+    both = feedback_of([moments[:24, :24], moments[24:, 24:]], 0, 40)
+    found = compensated(weight, parameters, both).codes
+    first_alone = compensated(weight, parameters, [both[0], feedback(torch.eye(16))]).codes
+    assert torch.equal(found[:, :24], first_alone[:, :24])
+    assert not torch.equal(found[:, 24:], first_alone[:, 24:])
 
 
 @settings(deadline=None)
@@ -133,16 +131,24 @@ def test_singular_moments_have_a_feedback() -> None:
     assert torch.isfinite(found.factor).all()
 
 
-@pytest.mark.parametrize("moments", [torch.full((3, 3), torch.nan), torch.ones(3, 4), torch.ones(3)])
-def test_what_is_no_matrix_of_moments_is_refused(moments: torch.Tensor) -> None:
-    with pytest.raises(InputError, match="second moments are a finite square matrix"):
+@pytest.mark.parametrize(
+    ("moments", "said"),
+    [
+        (torch.full((3, 3), torch.nan), "hold NaN or infinity"),
+        (torch.ones(3, 4), r"are a square matrix, got \(3, 4\)"),
+        (torch.ones(3), r"are a square matrix, got \(3,\)"),
+        (torch.tensor([[1.0, 9.0], [9.0, 1.0]]), "far from positive semidefinite"),
+    ],
+)
+def test_what_are_no_moments_is_refused(moments: torch.Tensor, said: str) -> None:
+    with pytest.raises(InputError, match=said):
         feedback(moments)
 
 
 def test_moments_of_another_layer_are_refused() -> None:
     weight, number_format = random_weight(4, 12), Format.parse("uaq3")
     parameters = fit_parameters(weight, [number_format])[number_format]
-    with pytest.raises(InputError, match="has 12 columns, its moments are of another number"):
+    with pytest.raises(InputError, match="has 12 columns, its moments are of 11"):
         compensated(weight, parameters, [feedback(torch.eye(11))], layer_name="proj")
     with pytest.raises(InputError, match="its parameters were fitted for"):
         compensated(weight[:, :6], parameters, [feedback(torch.eye(6))], layer_name="proj")

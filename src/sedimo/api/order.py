@@ -103,6 +103,7 @@ class BudgetOrder:
 
 ADJOINT_FACTOR = 4  # samples of method adjoint per seed of the search
 FINAL_FACTOR = 4  # seeds of the final per seed of the search
+MOMENTS_OFFSET = 1_000_000  # from the first seed to those behind the moments of inputs
 MOMENTS_FACTOR = 4  # samples behind the moments of inputs per seed of the search
 
 
@@ -152,8 +153,8 @@ class SamplingOrder:
         return self.plan(pipe, (*range(self.first_seed, self.first_seed + self.n_seeds), *more))
 
     def compensating(self, pipe: DiffusersPipeline) -> Sampling:
-        """The plan for the moments of inputs that error feedback goes by: seeds past those of all other plans."""
-        first = self.first_seed + (1 + FINAL_FACTOR + ADJOINT_FACTOR) * self.n_seeds + self.n_check_seeds
+        """The plan for the moments of inputs that error feedback goes by: seeds far past those of all other plans."""
+        first = self.first_seed + MOMENTS_OFFSET
         return self.plan(pipe, range(first, first + MOMENTS_FACTOR * self.n_seeds))
 
     def plan(self, pipe: DiffusersPipeline, seeds: Sequence[int]) -> Sampling:

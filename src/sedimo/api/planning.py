@@ -25,7 +25,7 @@ from sedimo.bank import fit_bank, possible, read_weight
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.measurement.campaign import plan_campaign
 from sedimo.measurement.jacobian import count_passes
-from sedimo.measurement.moments import block_columns
+from sedimo.measurement.moments import block_columns, moments_bytes
 from sedimo.measurement.orthogonality import MEMORY_BYTES, N_TIMESTEPS, sample_runs
 from sedimo.measurement.reconstruction import ReconstructionOptions, plan_reconstruction
 from sedimo.measurement.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
@@ -65,6 +65,7 @@ N_ENTRANTS = 7  # recipes of the default on the searched seeds, at most
 N_RECIPES_BESIDE = 10  # random recipes beside those of the default
 MOMENTS_CALL_FACTOR = 2.0  # a call whose inputs are looked at, in plain ones
 SECONDS_PER_FEEDBACK = 1e-7  # of one weight in one format on one core
+SECONDS_PER_FACTOR = 3e-10  # of a block of n columns, per n cubed
 TIMED_WEIGHTS = 1 << 18
 ROWS_PER_SAMPLE = 2  # with guidance
 N_RECONSTRUCTED = 32  # samples that rounding is learned from, unless more are searched on
@@ -140,15 +141,15 @@ def _is_compensated(opened: Opened, found: MethodPlan) -> bool:
 
 
 def _compensation_cost(opened: Opened) -> _Cost:
-    """A run of some samples with sums beside it, a few times what rounding takes, and what is kept of the inputs."""
+    """A run of some samples with sums beside it, factors of the sums, rounding of every format, and what is kept."""
     timing = time_calls(opened.pipe, opened.order.sampling.compensating(opened.pipe))
     columns = [math.prod(weight.shape[1:]) for weight in opened.space.weights]
     width, n_formats = block_columns(columns), max(len(d.formats) for d in opened.space.decisions)
+    running = MOMENTS_CALL_FACTOR * timing.n_calls * timing.seconds_per_call
+    factors = SECONDS_PER_FACTOR * sum(n * min(n, width) ** 2 for n in columns)
     rounding = SECONDS_PER_FEEDBACK * opened.space.params * n_formats
-    n_bytes = sum(4 * n * min(n, width) for n in columns)
-    return _Cost(
-        MOMENTS_CALL_FACTOR * timing.n_calls * timing.seconds_per_call + rounding, timing.n_calls, n_bytes, n_bytes
-    )
+    n_bytes = moments_bytes(columns, width)
+    return _Cost(running + factors + rounding, timing.n_calls, 2 * n_bytes, n_bytes)
 
 
 def _smoothing_cost(opened: Opened, smooth: SmoothOrder) -> _Cost:

@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 _LANES = 16  # rows that are computed side by side, as processors do
+_MANY_LIMITS = 64  # from so many on, searching is quicker than counting
 _ROWS, _CODES, _INDEX = "float32[:, ::1]", "uint8[:, ::1]", "int64[::1]"
 _kernel = partial(njit, cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 
@@ -60,11 +61,22 @@ def grid_block(rows, factor, group_of, scales, zero_points, qmax, codes):
 
 @_kernel(f"void({_ROWS}, {_ROWS}, int32[::1], int64)", inline="always")
 def _count_below(tile, limits, below, column):
-    """Number of limits `[K - 1, lanes]` below each weight of a column."""
+    """Number of limits `[K - 1, lanes]`, ascending, below each weight of a column."""
     below[:] = 0
-    for index in range(limits.shape[0]):
-        for lane in range(_LANES):
-            below[lane] += tile[column, lane] > limits[index, lane]
+    if limits.shape[0] < _MANY_LIMITS:
+        for index in range(limits.shape[0]):
+            for lane in range(_LANES):
+                below[lane] += tile[column, lane] > limits[index, lane]
+        return
+    for lane in range(_LANES):
+        low, high = 0, limits.shape[0]
+        while low < high:
+            middle = (low + high) // 2
+            if tile[column, lane] > limits[middle, lane]:
+                low = middle + 1
+            else:
+                high = middle
+        below[lane] = low
 
 
 @_kernel(f"void({_ROWS}, {_ROWS}, {_ROWS}, {_ROWS}, {_CODES})")

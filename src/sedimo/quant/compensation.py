@@ -23,12 +23,13 @@ from torch import Tensor
 from sedimo.errors import InputError
 from sedimo.quant import kmeans
 from sedimo.quant._threads import over_rows
-from sedimo.quant.fitting import FittedParameters, FittedWeight, read_rows
+from sedimo.quant.fitting import FittedParameters, FittedWeight, named, read_rows
 
+FEEDBACK_VERSION = 1  # raise it when codes change: trials are then measured anew
 DAMPING = 0.01  # added to every power of an input, as a share of their mean
 _BLOCK = 32  # columns between two updates of all that follow
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
-_WORK = 8  # of a weight here, as a multiple of a plain rounding's: tasks are that much smaller
+_WORK = 32  # of a weight here, as a multiple of a plain rounding's: tasks are that much smaller
 
 
 class Moments(Protocol):
@@ -65,23 +66,33 @@ def feedback(moments: Tensor, *, damping: float = DAMPING) -> Feedback:
     Inputs that are never used, and moments that are too nearly singular, are damped more until a factor exists.
 
     Raises:
-        InputError: moments that are not square, or not finite.
+        InputError: moments that are not square, not finite, or those of no inputs.
     """
-    if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or not torch.isfinite(moments).all():
-        raise InputError(f"second moments are a finite square matrix, got {tuple(moments.shape)} with infinity or NaN")
-    power = moments.diagonal().double()
+    if moments.ndim != 2 or moments.shape[0] != moments.shape[1]:
+        raise InputError(f"second moments are a square matrix, got {tuple(moments.shape)}")
+    wide = moments.detach().cpu().double()
+    if not torch.isfinite(wide).all():
+        raise InputError(
+            "second moments hold NaN or infinity: measure them in another dtype, or leave codes as they are"
+        )
+    power = wide.diagonal()
     order = torch.argsort(power, descending=True, stable=True)
-    sorted_moments = moments.double()[order][:, order]
-    mean = float(power.mean())
-    while mean > 0 and damping <= _MOST_DAMPING:
-        damped = sorted_moments + torch.eye(len(power), dtype=torch.float64) * (damping * mean)
+    mean, damped = float(power.mean()), wide[order][:, order]
+    if mean == 0:  # no inputs were seen: nothing is passed on
+        return Feedback(order, torch.eye(len(power), dtype=torch.float32))
+    added = 0.0
+    while damping <= _MOST_DAMPING:
+        damped.diagonal().add_((damping - added) * mean)
+        added = damping
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
             return Feedback(order, (upper / upper.diagonal().unsqueeze(1)).float().contiguous())
         damping = max(10 * damping, _LEAST_DAMPING)
-    return Feedback(torch.arange(len(power)), torch.eye(len(power)))  # no inputs were seen: nothing is passed on
+    raise InputError(
+        "second moments that are far from positive semidefinite are those of no inputs: measure them again"
+    )
 
 
 def feedback_of(blocks: Sequence[Tensor], start: int, stop: int) -> list[Feedback]:
@@ -112,10 +123,11 @@ def compensated(
     rows = read_rows(weight, layer_name)
     if tuple(weight.shape) != parameters.shape:
         raise InputError(
-            f"layer {layer_name!r} has shape {tuple(weight.shape)}, its parameters were fitted for {parameters.shape}"
+            f"{named(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {parameters.shape}"
         )
-    if sum(len(part.order) for part in parts) != rows.shape[1]:
-        raise InputError(f"layer {layer_name!r} has {rows.shape[1]} columns, its moments are of another number")
+    n = sum(len(part.order) for part in parts)
+    if n != rows.shape[1]:
+        raise InputError(f"{named(layer_name)} has {rows.shape[1]} columns, its moments are of {n}")
     codes, start = torch.empty(rows.shape, dtype=torch.uint8), 0
     for part in parts:
         columns = part.order + start

@@ -139,7 +139,7 @@ def assign(weight: Tensor, parameters: FittedParameters | FittedWeight, *, layer
     """
     if tuple(weight.shape) != parameters.shape:
         raise InputError(
-            f"{_name(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {parameters.shape}"
+            f"{named(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {parameters.shape}"
         )
     return _codes(read_rows(weight, layer_name), parameters.format, _stored(parameters))
 
@@ -190,7 +190,7 @@ def error_estimates(
     _check(weight, layer_name)
     n_all, asked = weight.shape[0], tuple(formats)
     if n_channels < min(2, n_all):
-        raise InputError(f"{_name(layer_name)}: an error bar needs at least 2 output channels, got {n_channels=}")
+        raise InputError(f"{named(layer_name)}: an error bar needs at least 2 output channels, got {n_channels=}")
     n = min(n_channels, n_all)
     index = torch.randperm(n_all, generator=generator)[:n].sort().values
     rows = read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
@@ -218,14 +218,15 @@ def _ratio_estimate(errors: Tensor, norms: Tensor, n_all: int) -> ErrorEstimate:
     return ErrorEstimate(mean, math.sqrt((1 - n / n_all) * variance / n) / (total / n), n)
 
 
-def _name(layer_name: str) -> str:
+def named(layer_name: str) -> str:
+    """How errors speak of a weight."""
     return f"layer {layer_name!r}" if layer_name else "the weight"
 
 
 def _check(weight: Tensor, layer_name: str) -> None:
     if weight.dtype not in _DTYPES or weight.ndim < 2 or weight.numel() == 0:
         raise InputError(
-            f"{_name(layer_name)} must be a non-empty floating tensor [out, in, ...] to be quantized, "
+            f"{named(layer_name)} must be a non-empty floating tensor [out, in, ...] to be quantized, "
             f"got {weight.dtype} of shape {tuple(weight.shape)}"
         )
 
@@ -246,7 +247,7 @@ def _check_finite(low: float, high: float, layer_name: str) -> None:
     """The least and greatest value tell: both are NaN when any value is."""
     if not (math.isfinite(low) and math.isfinite(high)):
         raise InputError(
-            f"{_name(layer_name)} holds NaN or infinity (as float32) and cannot be quantized. Leave it at fp16."
+            f"{named(layer_name)} holds NaN or infinity (as float32) and cannot be quantized. Leave it at fp16."
         )
 
 
@@ -281,14 +282,14 @@ def _fit_rows(
     try:
         return found | {f: _Stored(uaq.fit_grid(rows, f), None) for f in formats if f.family == "uaq"}
     except UnfitFormatError as error:
-        raise UnfitFormatError(f"{_name(layer_name)}: {error}") from error
+        raise UnfitFormatError(f"{named(layer_name)}: {error}") from error
 
 
 def _fit_all(weight: Tensor, rows: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, _Stored]:
     """As `_fit_rows`, for all rows of a weight, in the order asked for; fp16 is refused."""
     for number_format in formats:
         if not number_format.is_quantized:
-            raise InputError(f"{_name(layer_name)}: {number_format} leaves a weight alone; there is nothing to fit")
+            raise InputError(f"{named(layer_name)}: {number_format} leaves a weight alone; there is nothing to fit")
     found = _fit_rows(rows, _tensor_values(weight, formats, layer_name), formats, layer_name)
     return {f: found[f] for f in formats}
 
