@@ -115,7 +115,7 @@ def test_blocks_are_cut_to_the_columns(start: int, width: int, block: int) -> No
     assert sum(len(part.order) for part in parts) == stop - start
     first = parts[0]
     end = start + len(first.order)
-    assert torch.equal(first.factor, feedback(moments[start:end, start:end]).factor)
+    assert torch.equal(first.asked, feedback(moments[start:end, start:end]).asked)
 
 
 def test_inputs_that_are_never_used_change_nothing() -> None:
@@ -128,7 +128,7 @@ def test_inputs_that_are_never_used_change_nothing() -> None:
 def test_singular_moments_have_a_feedback() -> None:
     moments = torch.ones(50, 50)
     found = feedback(moments, damping=0.0)
-    assert torch.isfinite(found.factor).all()
+    assert torch.isfinite(found.asked).all()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from sedimo.sensitivity.adjoint import Effects, expected_db
 from sedimo.sensitivity.table import SensitivityTable
 
 SIGNED_NAME, SUMMED_NAME, FINE_NAME = "signed effects", "summed noise", "signed effects, 3 bits and more"
-N_UNIFORM = 4
+N_UNIFORM = 2
 N_FINALISTS = 2  # besides the best uniform recipe
 FINAL_FACTOR = 2  # seeds of the final per searched one
 COARSE_BITS = 2
@@ -122,7 +122,9 @@ def _rules(table: SensitivityTable, effects: Effects, budget: Budget, bank: Bank
             )
         except InputError:  # so few bits that coarse formats are needed
             pass
-    found |= {f"uniform {f}": _Rule("uniform", a, _always(a)) for f, a in _uniform(table, budget, bank).items()}
+    found |= {
+        f"uniform {f}": _Rule("uniform", a, _always(a)) for f, a in _uniform(table, effects, budget, bank).items()
+    }
     uniform = {name: rule for name, rule in found.items() if rule.kind == "uniform"}
     entered = {rule.allocation.recipe.key: name for rules in (found, uniform) for name, rule in reversed(rules.items())}
     return {name: rule for name, rule in found.items() if entered[rule.allocation.recipe.key] == name}
@@ -143,18 +145,16 @@ def _fine(table: SensitivityTable) -> SensitivityTable | None:
     return replace(table, costs=kept) if is_whole and len(kept) < len(table.costs) else None
 
 
-def _uniform(table: SensitivityTable, budget: Budget, bank: Bank) -> dict[Format, Allocation]:
-    """Of the formats that all decisions can take within the budget, the largest of each kind."""
+def _uniform(table: SensitivityTable, effects: Effects, budget: Budget, bank: Bank) -> dict[Format, Allocation]:
+    """Of the formats that all decisions can take within the budget, those that let expect most."""
     fitting: dict[Format, Allocation] = {}
     for f in bank.space.common_formats:
         if f.is_quantized:
             allocation = allocate(table, rule=f"uniform:{f}")
             if _fits(table, allocation, budget):
                 fitting[f] = allocation
-    kinds: dict[tuple[str, bool], Format] = {}
-    for f in sorted(fitting, key=lambda f: -fitting[f].stored_bits):
-        kinds.setdefault((f.family, f.group_size is not None), f)
-    return {f: fitting[f] for f in list(kinds.values())[:N_UNIFORM]}
+    expected = {f: expected_db(effects.noise(a.choice), effects.shape[1]).value for f, a in fitting.items()}
+    return {f: fitting[f] for f in sorted(fitting, key=lambda f: -expected[f])[:N_UNIFORM]}
 
 
 def _fits(table: SensitivityTable, allocation: Allocation, budget: Budget) -> bool:

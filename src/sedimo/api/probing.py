@@ -10,7 +10,7 @@ from typing import Literal
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.errors import InputError
 from sedimo.graph.model import Group
-from sedimo.measurement.adjoint import AdjointProbe, probe_adjoint
+from sedimo.measurement.adjoint import AdjointOptions, AdjointProbe, probe_adjoint
 from sedimo.measurement.campaign import run_trials
 from sedimo.measurement.jacobian import JacobianProbe, probe_jacobian
 from sedimo.measurement.orthogonality import OrthogonalityProbe, probe_orthogonality
@@ -55,6 +55,7 @@ class AblationOptions:
 
 
 N_SAMPLES = 8
+N_DIRECTIONS, N_DIRECTIONS_COMPENSATED = 4, 2  # of adjoint: compensated errors add up less, so fewer tell enough
 LEAST_SAMPLES: Mapping[str, int] = {"adjoint": 32, "sqnr": 64, "orthogonality": 32}  # of methods that need more
 DEFAULT_ABLATION = AblationOptions()
 
@@ -90,7 +91,10 @@ def probe(
         with Study(store) as study:
             return probe(pipe, bank, method, store=study, sampling=plan, ablation=ablation, progress=progress)
     if method == "adjoint":
-        return Probe(method, bank, adjoint=probe_adjoint(pipe, bank, plan, study=store, progress=progress))
+        options = AdjointOptions(n_directions=N_DIRECTIONS if bank.moments is None else N_DIRECTIONS_COMPENSATED)
+        return Probe(
+            method, bank, adjoint=probe_adjoint(pipe, bank, plan, options=options, study=store, progress=progress)
+        )
     if method == "jacobian":
         return Probe(method, bank, jacobian=probe_jacobian(pipe, bank, plan, study=store, progress=progress))
     if method == "sqnr":

@@ -2,8 +2,8 @@
 
 Rounded activations are one more change: of the layer's output, which the output gradient is multiplied with directly.
 
-For a layer with inputs X_b and output gradients D_b, the gradient of sample b with respect to the weight is
-G_b = D_b^T X_b. It is formed for one layer at a time (in slices of output channels), multiplied with the layer's
+For a layer with inputs X_s and output gradients D_s, the gradient of sample s with respect to the weight is
+G_s = D_s^T X_s. It is formed for one layer at a time (in slices of output channels), multiplied with the layer's
 weight changes, and dropped: the gradients of all layers never exist together.
 """
 
@@ -44,24 +44,22 @@ class Changes:
 
 @dataclass
 class _Sums:
-    """<G_b, delta_f> summed over all uses of a decision in one backward pass."""
+    """<G_s, delta_f> summed over all uses of a decision in one backward pass."""
 
-    rows: torch.Tensor | None = None  # [R, F]
-    pooled: torch.Tensor | None = None  # [F], of uses whose first axis is not the batch
+    own: torch.Tensor | None = None  # [n, F]
+    pooled: torch.Tensor | None = None  # [1, F], of uses whose first axis is not the batch
 
     def add(self, products: torch.Tensor, *, per_row: bool) -> None:
         if per_row:
-            self.rows = products if self.rows is None else self.rows + products
+            self.own = products if self.own is None else self.own + products
         else:
-            total = products.sum(0)
-            self.pooled = total if self.pooled is None else self.pooled + total
+            self.pooled = products if self.pooled is None else self.pooled + products
 
-    def products(self, n_samples: int) -> torch.Tensor:
+    def products(self) -> torch.Tensor:
         """Inner products `[n, F]`, a sample's rows added; `[1, F]`, of all samples together, where they mix."""
-        rows = None if self.rows is None else self.rows.double().reshape(-1, n_samples, self.rows.shape[1]).sum(0)
         if self.pooled is None:
-            return torch.zeros(()) if rows is None else rows
-        return (self.pooled.double() if rows is None else self.pooled.double() + rows.sum(0)).unsqueeze(0)
+            return torch.zeros(()) if self.own is None else self.own.double()
+        return self.pooled.double() if self.own is None else self.pooled.double() + self.own.double().sum(0)
 
 
 @dataclass
@@ -100,7 +98,7 @@ class Taps:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._wanting: list[nn.Parameter] = []
         self._state, self._timestep = _State(), math.nan
-        self._n_rows = 0
+        self._n_rows = self._n_samples = 0
 
     def __enter__(self) -> Taps:
         self._wanting = [p for p in self._denoiser.parameters() if p.requires_grad]
@@ -163,7 +161,7 @@ class Taps:
         zero. Rows, and decisions that were not used, as in `squared_products`; where samples mix, there is one row
         `[1, F]` for all of them.
         """
-        self._state.sums, self._n_rows = {}, outputs[0].shape[0]
+        self._state.sums, self._n_rows, self._n_samples = {}, outputs[0].shape[0], n_samples
         pairs = [(o, d) for o, d in zip(outputs, directions, strict=True) if d is not None and o.requires_grad]
         gradients: list[torch.Tensor | None] = [None] * len(entries)
         if pairs:
@@ -176,7 +174,7 @@ class Taps:
             except RuntimeError as error:
                 raise UnsupportedError(f"the denoiser cannot be differentiated on its own inputs: {error}") from error
             gradients = list(found[1:])
-        return {name: sums.products(n_samples) for name, sums in self._state.sums.items()}, gradients
+        return {name: sums.products() for name, sums in self._state.sums.items()}, gradients
 
     def _tap(self, layer: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         inputs = args[0].detach()
@@ -198,18 +196,18 @@ class Taps:
     def _products(
         self, module: nn.Module, use: _Use, gradient: torch.Tensor, changes: Changes, *, per_row: bool
     ) -> torch.Tensor:
-        """The products of one use with the changes of one decision, `[B or 1, F + A]`."""
+        """The products of one use with the changes of one decision, `[n or 1, F + A]`."""
         inputs = stream_of(module, use.inputs, changes.stream)
+        n = self._n_samples if per_row else 1
         if isinstance(module, _ConvNd):
-            products = _conv_products(module, inputs, gradient, changes.deltas)
+            products = _conv_products(module, inputs, gradient, changes.deltas, n)
         else:
-            n = self._n_rows if per_row else 1
             products = _linear_products(_matrices(inputs, n), _matrices(gradient, n), changes.deltas)
         rounded = [
-            self._rounding_products(module, use, gradient, quantizers)
+            self._rounding_products(module, use, gradient, quantizers).reshape(-1, n, 1).sum(0)
             for quantizers in changes.roundings.get(use.name, ())
         ]
-        return torch.cat([products, *(one if per_row else one.sum(0, keepdim=True) for one in rounded)], 1)
+        return torch.cat([products, *rounded], 1)
 
     def _rounding_products(
         self, module: nn.Module, use: _Use, gradient: torch.Tensor, quantizers: InputQuantizers
@@ -219,25 +217,31 @@ class Taps:
         return (change * gradient.float()).flatten(1).sum(1, keepdim=True)
 
 
-def _matrices(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """`[B, ..., K]` as `[B, N, K]`."""
-    return tensor.reshape(n_rows, -1, tensor.shape[-1])
+def _matrices(tensor: torch.Tensor, n: int) -> torch.Tensor:
+    """`[B, ..., K]`, row r of sample r mod n, as `[n, N, K]`: a sample's rows become more of its positions."""
+    grouped = tensor.reshape(-1, n, math.prod(tensor.shape[1:-1]), tensor.shape[-1]) if n > 1 else tensor.unsqueeze(1)
+    return grouped.transpose(0, 1).reshape(n, -1, tensor.shape[-1])
 
 
 def _linear_products(inputs: torch.Tensor, gradient: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
-    """<D_b^T X_b, delta_f> `[B, F]` of inputs `[B, N, in]`, gradients `[B, N, out]` and deltas `[F, out, in]`."""
-    n_rows, n_formats, n_out, n_in = inputs.shape[0], *deltas.shape
-    step = max(1, _GRADIENT_BYTES // (4 * n_rows * n_in))
-    found = torch.zeros(n_rows, n_formats, device=deltas.device, dtype=torch.float32)
+    """<D_s^T X_s, delta_f> `[n, F]` of inputs `[n, N, in]`, gradients `[n, N, out]` and deltas `[F, out, in]`."""
+    n, n_formats, n_out, n_in = inputs.shape[0], *deltas.shape
+    step = max(1, _GRADIENT_BYTES // (4 * n * n_in))
+    found = torch.zeros(n, n_formats, device=deltas.device, dtype=torch.float32)
     for begin in range(0, n_out, step):
-        weight_gradient = torch.bmm(gradient[:, :, begin : begin + step].transpose(1, 2), inputs)  # [B, step, in]
+        weight_gradient = torch.bmm(gradient[:, :, begin : begin + step].transpose(1, 2), inputs)  # [n, step, in]
         changes = deltas[:, begin : begin + step].flatten(1)
-        found += (weight_gradient.reshape(n_rows, -1).to(changes.dtype) @ changes.T).float()
+        found += (weight_gradient.reshape(n, -1).to(changes.dtype) @ changes.T).float()
     return found
 
 
-def _conv_products(module: _ConvNd, inputs: torch.Tensor, gradient: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
-    """<G_b, delta_f> `[B, F]` of a convolution; G_b by the framework's own weight gradient, one sample at a time."""
+def _conv_products(
+    module: _ConvNd, inputs: torch.Tensor, gradient: torch.Tensor, deltas: torch.Tensor, n: int
+) -> torch.Tensor:
+    """<G_s, delta_f> `[n, F]` of a convolution; G_s by the framework's own weight gradient, one sample at a time.
+
+    Row r belongs to sample r mod n.
+    """
     padding = module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -245,8 +249,8 @@ def _conv_products(module: _ConvNd, inputs: torch.Tensor, gradient: torch.Tensor
         padding = (0,) * len(module.kernel_size)
     changes = deltas.flatten(1)
     rows = []
-    for i in range(inputs.shape[0]):
-        weight_gradient = _conv_weight_gradient(module, inputs[i : i + 1], gradient[i : i + 1], padding)
+    for i in range(n):
+        weight_gradient = _conv_weight_gradient(module, inputs[i::n], gradient[i::n], padding)
         rows.append((changes @ weight_gradient.reshape(-1).to(changes.dtype)).float())
     return torch.stack(rows)
 

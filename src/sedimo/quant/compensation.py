@@ -27,7 +27,6 @@ from sedimo.quant.fitting import FittedParameters, FittedWeight, named, read_row
 
 FEEDBACK_VERSION = 1  # raise it when codes change: trials are then measured anew
 DAMPING = 0.01  # added to every power of an input, as a share of their mean
-_BLOCK = 32  # columns between two updates of all that follow
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
 _WORK = 32  # of a weight here, as a multiple of a plain rounding's: tasks are that much smaller
 
@@ -47,17 +46,17 @@ class Moments(Protocol):
 class Feedback:
     """How the errors of some columns are passed on to later ones.
 
-    `order` int64 `[N]` is that in which columns are rounded; `factor` float32 `[N, N]`, upper triangular in that order,
-    what a unit of error in one asks of each later column.
+    `order` int64 `[N]` is that in which columns are rounded; `asked` float32 `[N, N]`, lower triangular in that order:
+    in row j what a unit of error in each earlier column asks of column j.
     """
 
     order: Tensor
-    factor: Tensor
+    asked: Tensor
 
     @property
     def n_bytes(self) -> int:
         """Memory that it takes [bytes]."""
-        return self.order.nbytes + self.factor.nbytes
+        return self.order.nbytes + self.asked.nbytes
 
 
 def feedback(moments: Tensor, *, damping: float = DAMPING) -> Feedback:
@@ -88,7 +87,7 @@ def feedback(moments: Tensor, *, damping: float = DAMPING) -> Feedback:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed:
-            return Feedback(order, (upper / upper.diagonal().unsqueeze(1)).float().contiguous())
+            return Feedback(order, (upper / upper.diagonal().unsqueeze(1)).T.float().contiguous())
         damping = max(10 * damping, _LEAST_DAMPING)
     raise InputError(
         "second moments that are far from positive semidefinite are those of no inputs: measure them again"
@@ -131,37 +130,25 @@ def compensated(
     codes, start = torch.empty(rows.shape, dtype=torch.uint8), 0
     for part in parts:
         columns = part.order + start
-        found = _codes(rows[:, columns], columns, part.factor, parameters)
-        codes[:, columns] = found
+        codes[:, columns] = _codes(rows[:, columns], columns, part, parameters)
         start += len(part.order)
     p = parameters
     return FittedWeight(p.format, p.shape, codes, p.scale, p.zero_point, p.codebook)
 
 
-def _codes(rows: Tensor, columns: Tensor, factor: Tensor, parameters: FittedParameters) -> Tensor:
-    """Codes of rows `[C, n]`, which are changed, whose columns are in the order of rounding."""
+def _codes(rows: Tensor, columns: Tensor, part: Feedback, parameters: FittedParameters) -> Tensor:
+    """Codes of rows `[C, n]` whose columns, of which the weight has these numbers, are in the order of rounding."""
+    from sedimo.quant._feedback_kernels import codebook_codes, grid_codes  # loaded here: importing compiles
+
     codes = torch.empty(rows.shape, dtype=torch.uint8)
-    for start in range(0, rows.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, rows.shape[1])
-        errors, found = rows[:, start:stop].contiguous(), torch.empty(len(rows), stop - start, dtype=torch.uint8)
-        _round(errors, columns[start:stop], factor[start:stop, start:stop].contiguous(), parameters, found)
-        codes[:, start:stop] = found
-        rows[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes
-
-
-def _round(block: Tensor, columns: Tensor, factor: Tensor, parameters: FittedParameters, codes: Tensor) -> None:
-    """Fills the codes of a block of columns, and puts the errors in its place."""
-    from sedimo.quant._feedback_kernels import codebook_block, grid_block  # loaded here: importing compiles
-
-    rows, between, found, p = block.numpy(), factor.numpy(), codes.numpy(), parameters
+    weights, asked, found, p = rows.numpy(), part.asked.numpy(), codes.numpy(), parameters
     if p.codebook is not None:
         limits, centroids = kmeans.thresholds(p.codebook), p.codebook.to(torch.float32).numpy()
         shared = slice(None) if len(centroids) == 1 else None
 
         def task(start: int, stop: int) -> None:
-            part, own = slice(start, stop), shared or slice(start, stop)
-            codebook_block(rows[part], between, limits[own], centroids[own], found[part])
+            own = shared or slice(start, stop)
+            codebook_codes(weights[start:stop], asked, limits[own], centroids[own], found[start:stop])
 
     elif p.scale is not None and p.zero_point is not None:
         scales, zeros = p.scale.to(torch.float32).numpy(), p.zero_point.to(torch.float32).numpy()
@@ -169,9 +156,10 @@ def _round(block: Tensor, columns: Tensor, factor: Tensor, parameters: FittedPar
         group_of = (torch.zeros_like(columns) if size is None else columns // size).numpy()
 
         def task(start: int, stop: int) -> None:
-            part = slice(start, stop)
-            grid_block(rows[part], between, group_of, scales[part], zeros[part], qmax, found[part])
+            own = slice(start, stop)
+            grid_codes(weights[own], asked, group_of, scales[own], zeros[own], qmax, found[own])
 
     else:
         raise InputError(f"{p.format} needs scale and zero point (uaq) or a codebook (kmc, kma), which are missing")
     over_rows(len(rows), rows.shape[1] * _WORK, task)
+    return codes
