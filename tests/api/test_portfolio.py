@@ -14,6 +14,7 @@ from sedimo.api.order import BudgetOrder, Order
 from sedimo.api.portfolio import (
     FINE_NAME,
     N_FINALISTS,
+    N_UNIFORM,
     SIGNED_NAME,
     SUMMED_NAME,
     allocate_by_effects,
@@ -88,9 +89,12 @@ def test_the_best_uniform_recipe_is_in_the_final_and_never_better(budget, misled
     entered = {e.name: e for e in found.entrants if e.kind == "uniform"}
     fitting = uniform_within(world, budget)
     assert {Format.parse(name.removeprefix("uniform ")) for name in entered} <= set(fitting)
-    for kind in {(f.family, f.group_size) for f in fitting}:
-        largest = max((f for f in fitting if (f.family, f.group_size) == kind), key=lambda f: f.bits)
-        assert f"uniform {largest}" in entered
+    assert len(entered) == min(N_UNIFORM, len(fitting))
+    largest = max(fitting, key=lambda f: world.space.stored_bytes(fitting[f]))
+    assert f"uniform {largest}" in entered
+    told = {f: world.effects.noise(world.space.choice(recipe)) for f, recipe in fitting.items()}
+    promising = max(told, key=lambda f: expected_db(told[f], world.effects.shape[1]).value)
+    assert f"uniform {promising}" in entered
     best = max(entered.values(), key=lambda e: e.searched.value)
     assert best.final is not None
     result = world.noise(found.allocation.recipe)[N_SEARCHED:]

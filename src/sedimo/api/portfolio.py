@@ -146,7 +146,7 @@ def _fine(table: SensitivityTable) -> SensitivityTable | None:
 
 
 def _uniform(table: SensitivityTable, effects: Effects, budget: Budget, bank: Bank) -> dict[Format, Allocation]:
-    """Of the formats that all decisions can take within the budget, those that let expect most."""
+    """Of the formats that all decisions can take within the budget, the largest, and those that let expect most."""
     fitting: dict[Format, Allocation] = {}
     for f in bank.space.common_formats:
         if f.is_quantized:
@@ -154,7 +154,9 @@ def _uniform(table: SensitivityTable, effects: Effects, budget: Budget, bank: Ba
             if _fits(table, allocation, budget):
                 fitting[f] = allocation
     expected = {f: expected_db(effects.noise(a.choice), effects.shape[1]).value for f, a in fitting.items()}
-    return {f: fitting[f] for f in sorted(fitting, key=lambda f: -expected[f])[:N_UNIFORM]}
+    largest = sorted(fitting, key=lambda f: -fitting[f].stored_bits)[:1]  # effects may be wrong about all of them
+    chosen = dict.fromkeys([*largest, *sorted(fitting, key=lambda f: -expected[f])])
+    return {f: fitting[f] for f in list(chosen)[:N_UNIFORM]}
 
 
 def _fits(table: SensitivityTable, allocation: Allocation, budget: Budget) -> bool:
