@@ -31,7 +31,7 @@ def found_in(problem: SignedProblem, budget: Budget, trust: float, **settings):
     return allocate_signed(problem.table, problem.effects, budget, trust=trust, **settings)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(derandomize=True, max_examples=30)
 @given(problems, st.floats(0, 1), st.floats(0, 1), st.booleans())
 def test_the_budget_is_kept_and_the_start_is_never_better(problem, share, trust, with_bops):
     budget = problem.budget(share, with_bops=with_bops)
@@ -73,7 +73,7 @@ def test_exchanges_nearly_always_end_at_the_best_of_all_choices():
     assert worst < WORST
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 @given(problems, st.floats(0, 1))
 def test_without_trust_it_is_the_sum_of_costs(problem, share):
     budget = problem.budget(share)
@@ -84,7 +84,7 @@ def test_without_trust_it_is_the_sum_of_costs(problem, share):
     assert found.standard_error == pytest.approx(summed.standard_error, abs=slack)
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 @given(problems, st.floats(0.1, 1), st.integers(0, 2**32))
 def test_more_formats_never_cost_more_by_the_sum(problem, share, seed):
     rng, budget = np.random.default_rng(seed), problem.budget(share)
@@ -149,7 +149,7 @@ def _other(cost, value, *, stored_bytes):
     return replace(cost, format=other, cost=value, stored_bytes=stored_bytes)
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 @given(problems, st.integers(0, 2**32))
 def test_forbidden_formats_are_never_taken(problem, seed):
     """Each would cancel all the rest, if it might."""

@@ -12,7 +12,7 @@ from sedimo.allocation.problem import bits_range, bytes_for_bits
 from sedimo.errors import InputError
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tiny_tables())
 def test_the_objective_never_rises_with_the_budget(table):
     curve = frontier(table, even_budgets(table, 9), gap=0.0)
@@ -57,7 +57,7 @@ def test_too_few_points_are_refused(call):
         call(random_table(3, seed=0))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tiny_tables(), st.integers(0, 120))
 def test_a_limit_of_operations_holds_along_the_curve(table, bops):
     budgets = sorted(set(even_budgets(table, 5)))

@@ -24,7 +24,7 @@ PAIRS = with_activations(WEIGHTS, WIDTHS)
 ROUNDING = 1e-5  # HiGHS's absolute tolerance of 1e-6 in units of the mean cost per decision, with a margin
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tiny_tables(), st.integers(1, 120) | st.none(), st.integers(0, 120) | st.none())
 def test_the_exact_programme_is_never_worse_than_rounding_nor_over_a_budget(table, size_bytes, bops):
     assume(size_bytes is not None or bops is not None)
@@ -66,7 +66,7 @@ thetas = st.lists(st.floats(0.01, 1), min_size=3, max_size=3)
 sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), min_size=3, max_size=3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(thetas, sizes, st.floats(0.01, 1), st.floats(0.01, 1))
 def test_pairs_under_both_budgets_equal_brute_force(thetas, sizes, size_share, bops_share):
     """All 46,656 choices of three decisions with 36 pairs each."""
@@ -82,7 +82,7 @@ def test_pairs_under_both_budgets_equal_brute_force(thetas, sizes, size_share, b
     assert found.bound <= best + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.floats(2.05, 7.95))
 def test_the_rule_lp_is_the_published_programme_and_the_exact_one_beats_its_rounding(seed, bits):
     """OMPQ's: continuous bits that maximise importance times bits within a size, then rounded to whole bits."""

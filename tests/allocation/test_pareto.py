@@ -31,7 +31,7 @@ def options(draw):
     return cost, rng.integers(0, top, (n_resources, n)), np.array([rng.permutation(n) // 2, np.arange(n)])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(options())
 def test_what_stays_is_what_no_other_option_beats(drawn):
     assert pareto(*drawn).tolist() == by_definition(*drawn)

@@ -22,7 +22,7 @@ ROUNDING = 1e-5  # HiGHS's absolute tolerance of 1e-6 in units of the mean cost 
 KMC4, UAQ3 = Format.parse("kmc4"), Format.parse("uaq3")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tiny_tables(), st.integers(1, 120))
 def test_the_exact_rule_equals_brute_force(table, size_bytes):
     best = brute_force(table, size_bytes)
@@ -37,7 +37,7 @@ def test_the_exact_rule_equals_brute_force(table, size_bytes):
     assert found.status == "optimal"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(tiny_tables(4), st.integers(1, 100) | st.none(), st.integers(0, 80))
 def test_operations_alone_or_beside_a_size_equal_brute_force(table, size_bytes, bops):
     best = brute_force(table, size_bytes, bops)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sedimo.errors import InputError
@@ -105,7 +105,6 @@ def test_errors_stay_within_a_part() -> None:
     assert not torch.equal(found[:, 24:], first_alone[:, 24:])
 
 
-@settings(deadline=None)
 @given(start=st.integers(0, 39), width=st.integers(1, 40), block=st.integers(1, 40))
 def test_blocks_are_cut_to_the_columns(start: int, width: int, block: int) -> None:
     stop = min(start + width, 40)

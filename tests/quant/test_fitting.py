@@ -85,7 +85,7 @@ def test_any_shape_dtype_and_layout_gives_the_same_rows(dtype, shape):
         )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 90))
 def test_formats_fitted_together_equal_formats_fitted_alone(seed, n_rows, n_inputs):
     weight = make_weight(n_rows, n_inputs, seed=seed, dtype=torch.float16)

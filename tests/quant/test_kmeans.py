@@ -78,7 +78,7 @@ def test_fit_is_the_optimum_of_kmeans1d(kind, n_inputs):
             assert float(error) == pytest.approx(optimum, rel=OPTIMUM)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.floats(-2, 2, width=16)
@@ -262,7 +262,7 @@ def test_codebook_of_float32_where_float16_would_hurt(centroids):
     assert codebook.tolist() == torch.tensor(centroids, dtype=torch.float32).tolist()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.sampled_from([2, 4, 16, 32, 256]), st.booleans(), st.booleans())
 def test_codes_are_the_nearest_centroid_the_lower_one_at_equal_distance(seed, k, is_shared, is_half):
     generator = torch.Generator().manual_seed(seed)

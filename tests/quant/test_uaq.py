@@ -43,7 +43,7 @@ def dequantized(rows, number_format):
     return grid, codes, uaq.dequantize_grid(codes, grid, number_format.group_size)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 8), st.integers(2, 700), st.sampled_from([0.0, 3.0, -3.0]), st.integers(0, 2**32))
 def test_rows_equal_the_published_search(bits, n_inputs, shift, seed):
     rows = make_rows(3, n_inputs, seed, shift)
@@ -58,7 +58,7 @@ def test_rows_equal_the_published_search(bits, n_inputs, shift, seed):
             assert ours == pytest.approx(score, rel=EQUAL_SCORES)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 8), st.integers(2, 200), st.integers(2, 70), st.integers(0, 2**32))
 def test_groups_search_with_the_scale_that_is_stored(bits, n_inputs, group_size, seed):
     rows = make_rows(2, n_inputs, seed, shift=0.2)
@@ -88,7 +88,6 @@ def test_a_short_last_group_is_fitted_like_a_row_of_its_own():
 
 
 @given(st.integers(2, 8), st.integers(-300, 300), st.integers(-8, 3))
-@settings(deadline=None)
 def test_values_on_a_grid_come_back_exactly(bits, zero_point, exponent):
     levels = torch.arange(1 << bits, dtype=torch.float32).flip(0).reshape(1, -1)
     rows = (levels - zero_point) * 2.0**exponent
@@ -102,7 +101,7 @@ def test_values_on_a_grid_come_back_exactly(bits, zero_point, exponent):
 
 
 @given(st.integers(0, 2**32), st.integers(2, 8), st.sampled_from([None, 16]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_error_is_half_a_step_inside_the_range_and_codes_are_stable(seed, bits, group_size):
     rows = make_rows(3, 50, seed)
     number_format = Format("uaq", bits, group_size)

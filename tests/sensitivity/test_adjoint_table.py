@@ -79,7 +79,7 @@ def test_exact_products_give_exact_costs():
     assert table.settings == {"n_samples": "6", "n_steps": "4", "n_directions": "2", "unused_decisions": "none"}
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 @given(st.integers(0, 2**32), st.integers(2, 6), st.integers(1, 2), st.floats(0, 2))
 def test_more_bits_never_cost_more_within_a_family(seed, n, n_directions, scatter):
     space = space_of(3, "uaq2,uaq3,uaq4,uaq3g64,uaq4g64,kmc2,kmc4,uaq2a8,uaq4a8,fp16")

@@ -236,7 +236,7 @@ def test_what_sees_weights_alone_refuses_several_widths():
         refuse_blind(method, space.decisions[0].formats)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     entries=st.lists(st.floats(0.01, 0.99), min_size=6, max_size=6),
     bits=st.floats(3.6, 6.9),

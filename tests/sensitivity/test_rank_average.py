@@ -32,7 +32,7 @@ def costs_of(table):
 lists_of_costs = st.lists(st.integers(0, 30).map(float), min_size=len(KEYS), max_size=len(KEYS))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lists_of_costs)
 def test_tables_of_one_order_give_the_first_back_and_rising_transformations_change_nothing(costs):
     first, other = table_of(costs), ERROR

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -150,7 +150,6 @@ def _with_error(candidate, error):
     return Candidate(candidate.decision, candidate.format, error, 0.0, 0, candidate.paper_bytes, candidate.stored_bytes)
 
 
-@settings(deadline=None)  # a loaded machine is no failure
 @given(st.floats(0.5, 2.0))
 def test_scaling_is_exact_between_probes_in_a_world_of_power_laws(slope):
     probes = plan_probes(SPACE, CANDIDATES, near_bits=(3.0, 6.5))

@@ -21,6 +21,12 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "chosen by k-means, so that the weights move as little as possible.",
     ),
     (
+        "Error feedback",
+        "A way to choose codes. The nearest code of each weight is the best for that weight, and not for the layer: "
+        "where two inputs rise and fall together, the error of one weight can be cancelled by the other. With error "
+        "feedback, weights are rounded one after another, and each makes up for what the ones before it missed.",
+    ),
+    (
         "Decision",
         "One choice of a format. It covers one layer, or several whose weights are equal and stored once.",
     ),
