@@ -6,7 +6,7 @@ after each the columns that are still to come move to where they make up best fo
 power come first. Where inputs are strongly correlated (embedded timesteps, modulation), most of the error vanishes.
 
 Source:
-    Frantar et al. 2022, GPTQ (arXiv 2210.17323): the order of columns, the Cholesky form of the updates, blocks, and
+    Frantar et al. 2022, GPTQ (arXiv 2210.17323): the order of columns, the Cholesky form of the updates, and
     damping by 1 % of the mean power. Scales, zero points and codebooks are those of the format's own fit.
 """
 
