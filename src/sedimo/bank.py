@@ -173,9 +173,8 @@ class Bank:
         formats = tuple(dict.fromkeys(f.weight_format for f in known.formats if f.is_quantized))
         weight = read_weight(self.weights, known)
         exact = weight.float()
-        first = 0 if known.stream is None else known.stream.start
         for number_format, parameters in self._parameters(known.name, weight, formats).items():
-            yield number_format, self._coded(known, first, weight, parameters).dequantize() - exact
+            yield number_format, self._coded(known, 0, weight, parameters).dequantize() - exact
 
     def stored_bytes(self, recipe: Recipe) -> int:
         """Bytes of the tensors of all weights under a recipe, those left alone as their source has them [bytes]."""
@@ -210,7 +209,6 @@ class Bank:
         values, n_inputs = read_weight(self.weights, weight), weight.shape[1]
         if [p.start for p in parts] != [0, *(p.stop for p in parts[:-1])] or parts[-1].stop != n_inputs:
             raise InputError(f"parts of layer {weight.name!r} must cover its {n_inputs} inputs in order")
-        first = 0 if weight.stream is None else weight.stream.start
         pieces: list[FittedWeight | torch.Tensor] = []
         for part in parts:
             if not part.format.is_quantized:
@@ -220,21 +218,24 @@ class Bank:
             name = weight.name if is_whole else Stream(part.start, part.stop, n_inputs).named(weight.name)
             piece = values[:, part.start : part.stop]
             parameters = self._parameters(name, piece, (part.format,))[part.format]
-            pieces.append(self._coded(weight, first + part.start, piece, parameters))
+            pieces.append(self._coded(weight, part.start, piece, parameters))
         packed = QuantizedTensor.from_fitted(pieces, values.dtype)
         packed.layer_name = weight.layers[0]
         return packed
 
     def _coded(self, weight: Decision, first: int, piece: torch.Tensor, parameters: FittedParameters) -> FittedWeight:
-        """The piece of a weight that begins at an input channel of its layer: nearest codes, or by error feedback."""
-        name, width = weight.name, math.prod(piece.shape[2:])
-        whole = self._weight_of[weight.layers[0]].name
-        columns = whole, first * width, (first + piece.shape[1]) * width
-        moments = self.moments
-        parts = self._feedback.get(columns, lambda: feedback_of(moments.blocks(whole), *columns[1:])) if moments else []
+        """The piece of a weight that begins at one of its input channels: nearest codes, or by error feedback."""
+        parts = [] if self.moments is None else self._feedback_of(self.moments, weight, first, piece)
         if not parts:
-            return with_codes(piece, parameters, layer_name=name)
-        return compensated(piece, parameters, parts, layer_name=name)
+            return with_codes(piece, parameters, layer_name=weight.name)
+        return compensated(piece, parameters, parts, layer_name=weight.name)
+
+    def _feedback_of(self, moments: Moments, weight: Decision, first: int, piece: torch.Tensor) -> list[Feedback]:
+        """That of the piece's columns among those of its layer, of which a stream has a part."""
+        whole, width = self._weight_of[weight.layers[0]].name, math.prod(piece.shape[2:])
+        first += 0 if weight.stream is None else weight.stream.start
+        start, stop = first * width, (first + piece.shape[1]) * width
+        return self._feedback.get((whole, start, stop), lambda: feedback_of(moments.blocks(whole), start, stop))
 
     def _parameters(self, name: str, weight: torch.Tensor, formats: Sequence[Format]) -> dict[Format, FittedParameters]:
         """The parameters of a layer's weight or of the part of it that is so named."""

@@ -85,7 +85,7 @@ def allocate_signed(
         InputError: no choice keeps the budget.
     """
     is_summed = known is not None and known.rule == SUMMED
-    summed = known if known is not None and is_summed else allocate_within(table, budget, rule=SUMMED)
+    summed = known if known and is_summed else allocate_within(table, budget, rule=SUMMED)
     start = known or summed
     problem = _arrays(table, effects, budget, effects.trust if trust is None else trust)
     columns = [

@@ -120,7 +120,7 @@ def plan_job(opened: Opened) -> MethodPlan:
         is_compensated=is_compensated,
         seconds=found.seconds + sum(cost.seconds for cost in costs),
         n_calls=found.n_calls + sum(cost.n_calls for cost in costs),
-        memory_bytes=max(found.memory_bytes, *(cost.memory_bytes for cost in costs), 0),
+        memory_bytes=max([found.memory_bytes, *(cost.memory_bytes for cost in costs)]),
         disk_bytes=found.disk_bytes + sum(cost.disk_bytes for cost in costs),
     )
 

@@ -152,7 +152,7 @@ class _Sums:
                 self.blocks[weight] = [part.new_zeros(part.shape[1], part.shape[1]) for part in parts]
             for total, part in zip(self.blocks[weight], parts, strict=True):
                 total.addmm_(part.T, part)
-                if not torch.isfinite(total).all():
+                if not torch.isfinite(total.diagonal()).all():  # all others are smaller than the largest of these
                     raise InputError(
                         f"the inputs of layer {layer!r} hold NaN, infinity or numbers too large to be squared at full "
                         "precision: use another --dtype, or leave the codes uncompensated"
@@ -165,10 +165,9 @@ def _rows(module: nn.Module, inputs: torch.Tensor, call: str) -> Iterator[torch.
     Of more than `MOST_POSITIONS` tokens or pixels, which are much alike, so many are drawn by the name of the call.
     """
     if isinstance(module, nn.Linear):
-        tokens = inputs.unsqueeze(0) if inputs.ndim < 3 else inputs.flatten(1, -2)
-        if inputs.ndim >= 3:
-            tokens = tokens[:, _drawn(tokens.shape[1], call, inputs.device)]
-        yield tokens.reshape(-1, inputs.shape[-1]).float()
+        rows = inputs if inputs.ndim > 1 else inputs.unsqueeze(0)
+        tokens = rows.reshape(len(rows), -1, rows.shape[-1])
+        yield tokens[:, _drawn(tokens.shape[1], call, inputs.device)].flatten(0, 1).float()
     elif isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1:
         yield from _patches(module, inputs, call)
 
@@ -210,14 +209,13 @@ def _write(moments: Mapping[str, Sequence[torch.Tensor]], place: Path) -> None:
             save_file(tensors, draft / _file_name(weight))
         (draft / _INDEX).write_text(json.dumps(sorted(moments)))
         draft.replace(place)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError) and not place.exists():  # else another process was quicker
+    except (OSError, SafetensorError) as error:
+        if not place.exists():  # else another process was quicker
             raise StateError(
                 f"second moments cannot be kept in {place}: {error}. Make room, and run it again"
             ) from error
-        if not isinstance(error, OSError):
-            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # gone already where it took its place
 
 
 def _file_name(weight: str) -> str:

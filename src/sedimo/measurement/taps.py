@@ -219,7 +219,7 @@ class Taps:
 
 def _matrices(tensor: torch.Tensor, n: int) -> torch.Tensor:
     """`[B, ..., K]`, row r of sample r mod n, as `[n, N, K]`: a sample's rows become more of its positions."""
-    grouped = tensor.reshape(-1, n, math.prod(tensor.shape[1:-1]), tensor.shape[-1]) if n > 1 else tensor.unsqueeze(1)
+    grouped = tensor.reshape(-1, n, math.prod(tensor.shape[1:-1]), tensor.shape[-1])
     return grouped.transpose(0, 1).reshape(n, -1, tensor.shape[-1])
 
 

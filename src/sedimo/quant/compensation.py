@@ -23,7 +23,7 @@ from torch import Tensor
 from sedimo.errors import InputError
 from sedimo.quant import kmeans
 from sedimo.quant._threads import over_rows
-from sedimo.quant.fitting import FittedParameters, FittedWeight, named, read_rows
+from sedimo.quant.fitting import FittedParameters, FittedWeight, named, rows_fitted_by
 
 FEEDBACK_VERSION = 1  # raise it when codes change: trials are then measured anew
 DAMPING = 0.01  # added to every power of an input, as a share of their mean
@@ -119,11 +119,7 @@ def compensated(
     Raises:
         InputError: another shape than that of the parameters, or parts that do not cover the columns.
     """
-    rows = read_rows(weight, layer_name)
-    if tuple(weight.shape) != parameters.shape:
-        raise InputError(
-            f"{named(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {parameters.shape}"
-        )
+    rows = rows_fitted_by(parameters, weight, layer_name)
     n = sum(len(part.order) for part in parts)
     if n != rows.shape[1]:
         raise InputError(f"{named(layer_name)} has {rows.shape[1]} columns, its moments are of {n}")

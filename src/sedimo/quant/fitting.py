@@ -108,7 +108,7 @@ def fit_many(weight: Tensor, formats: Iterable[Format], *, layer_name: str = "")
     Raises:
         InputError: as `fit`.
     """
-    rows, asked = read_rows(weight, layer_name), tuple(formats)
+    rows, asked = _read_rows(weight, layer_name), tuple(formats)
     return {
         f: FittedWeight(f, tuple(weight.shape), _codes(rows, f, stored), *stored.fields)
         for f, stored in _fit_all(weight, rows, asked, layer_name).items()
@@ -123,7 +123,7 @@ def fit_parameters(
     Raises:
         InputError: as `fit`.
     """
-    rows, asked = read_rows(weight, layer_name), tuple(formats)
+    rows, asked = _read_rows(weight, layer_name), tuple(formats)
     norm = float(_squared_norms(rows).sum())
     return {
         f: FittedParameters(f, tuple(weight.shape), *stored.fields, float(_squared_errors(rows, f, stored).sum()), norm)
@@ -137,11 +137,20 @@ def assign(weight: Tensor, parameters: FittedParameters | FittedWeight, *, layer
     Raises:
         InputError: the weight's shape is another one, or as `fit`.
     """
+    return _codes(rows_fitted_by(parameters, weight, layer_name), parameters.format, _stored(parameters))
+
+
+def rows_fitted_by(parameters: FittedParameters | FittedWeight, weight: Tensor, layer_name: str) -> Tensor:
+    """The weight as rows `[C, N]`, if it is one that these parameters were fitted for.
+
+    Raises:
+        InputError: as `assign`.
+    """
     if tuple(weight.shape) != parameters.shape:
         raise InputError(
             f"{named(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {parameters.shape}"
         )
-    return _codes(read_rows(weight, layer_name), parameters.format, _stored(parameters))
+    return _read_rows(weight, layer_name)
 
 
 def with_codes(weight: Tensor, parameters: FittedParameters, *, layer_name: str = "") -> FittedWeight:
@@ -193,7 +202,7 @@ def error_estimates(
         raise InputError(f"{named(layer_name)}: an error bar needs at least 2 output channels, got {n_channels=}")
     n = min(n_channels, n_all)
     index = torch.randperm(n_all, generator=generator)[:n].sort().values
-    rows = read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
+    rows = _read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
     is_sampled = weight.element_size() > 2 and weight.numel() > _KMA_SAMPLE
     values = _tensor_values(_draw(weight, generator) if is_sampled else weight, asked, layer_name)
     norms = _squared_norms(rows)
@@ -231,12 +240,8 @@ def _check(weight: Tensor, layer_name: str) -> None:
         )
 
 
-def read_rows(weight: Tensor, layer_name: str) -> Tensor:
-    """The weight as finite float32 rows `[C, N]` on the CPU.
-
-    Raises:
-        InputError: as `fit`.
-    """
+def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
+    """The weight as finite float32 rows `[C, N]` on the CPU."""
     _check(weight, layer_name)
     rows = weight.detach().to(device="cpu", dtype=torch.float32).reshape(weight.shape[0], -1).contiguous()
     _check_finite(float(rows.amin()), float(rows.amax()), layer_name)
