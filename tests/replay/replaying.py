@@ -348,7 +348,7 @@ def near(golden: float, found: float) -> bool:
 
 
 def _missing_numbers(golden: dict[str, list[float]], found: dict[str, list[float]]) -> list[str]:
-    told = [f"rows differ by {key}" for key in sorted(golden.keys() ^ found.keys())]
+    told = [f"no row {key} any more" for key in sorted(golden.keys() - found.keys())]
     for key in sorted(golden.keys() & found.keys()):
         lost = [n for n in golden[key] if not any(near(n, other) for other in found[key])]
         told += [f"{key}: no {n} any more" for n in lost]
