@@ -52,7 +52,7 @@ def test_a_page_may_look_different_but_must_say_the_same():
     kept = page_cells(page)["cells"]
     assert kept == ["(1.50 ± 0.2) 10⁻⁵", "a.b"]
     for other, lost in (
-        ("<ul><li>a.b <b>(1.51 ± 0.2) 10⁻⁵</b>, once", ""),
+        ("<ul><li>a.b <b>(1.51 ± 0.2) 10⁻⁵</b> , once", ""),
         ("<ul><li>a.b <b>(1.60 ± 0.2) 10⁻⁵</b> once", "1.50"),
         ("<ul><li>a.b <b>(1.50 ± 0.2) 10⁻⁴</b> once", "1.50"),
         ("<ul><li>a.c <b>(1.50 ± 0.2) 10⁻⁵</b> once", "a.b"),
