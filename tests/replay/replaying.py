@@ -202,7 +202,8 @@ def study_keys(file: Path) -> dict[str, list[str]]:
     """The keys of all rows by kind, 16 digits of each content key."""
     found: dict[str, list[str]] = {}
     for kind, key, _ in _rows(file):
-        found.setdefault(kind, []).append(re.sub(r"[0-9a-f]{64}", lambda m: m[0][:16], key))
+        name = f"computing:{VARIES}" if key.startswith("computing:") else key  # hashed with the source's path
+        found.setdefault(kind, []).append(re.sub(r"[0-9a-f]{64}", lambda m: m[0][:16], name))
     return found
 
 
