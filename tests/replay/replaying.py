@@ -106,7 +106,7 @@ class Workshop:
             return {f.relative_to(here).as_posix(): self._plain(read(f), case) for f in sorted(here.rglob(pattern))}
 
         found = {
-            "studies": each("study.sqlite", study_keys),
+            "studies": each("study.sqlite", study_keys if case.has_stable_keys else study_counts),
             "numbers": {} if case.is_chaotic else each("study.sqlite", study_numbers),
             "pages": {} if case.is_chaotic else each("*.html", lambda f: page_cells(self._text(f))),
             "cards": {} if case.is_chaotic else each("README.md", lambda f: self._text(f).splitlines()),
@@ -205,6 +205,11 @@ def study_keys(file: Path) -> dict[str, list[str]]:
         name = f"computing:{VARIES}" if key.startswith("computing:") else key  # hashed with the source's path
         found.setdefault(kind, []).append(re.sub(r"[0-9a-f]{64}", lambda m: m[0][:16], name))
     return found
+
+
+def study_counts(file: Path) -> dict[str, int]:
+    """How many rows of each kind there are."""
+    return {kind: len(keys) for kind, keys in study_keys(file).items()}
 
 
 def study_numbers(file: Path) -> dict[str, list[float]]:
