@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread in each of several processes: the networks of the tests are too small for more. Whole modules stay together,
+# so that what their tests share is made once; more than four processes spend their time importing.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint bench clean
+.PHONY: help install demo test test-full lint docs bench clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt zoo/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./zoo --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./zoo --editable '.[dev,docs]'
 	touch $@
 
 install: $(STAMP)  ## Create .venv with everything that development needs
@@ -30,13 +33,16 @@ lint: $(STAMP)  ## Style, types, import layers, sizes
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/size.py
 
-test: lint  ## Lint, then all tests that need seconds
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow and not gpu and not network"
+test: lint docs  ## Lint, documents, then all tests that need seconds, in random order
+	$(PYTEST) -m "not slow and not gpu and not network"
 
-test-full: lint  ## All tests that this machine can run
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not network"
+test-full: lint docs  ## All tests that this machine can run
+	SEDIMO_TEST_ALL_EXAMPLES=1 $(PYTEST) -m "not network"
 
-bench: $(STAMP)  ## The benchmarks that docs/results.md quotes (hours)
+docs: $(STAMP)  ## The documents as a site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(STAMP)  ## The benchmarks that docs/results quotes (hours)
 	$(BIN)/python benchmarks/run_all.py
 
 clean:  ## Remove the environment and caches

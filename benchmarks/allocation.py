@@ -26,8 +26,8 @@ import numpy as np
 
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate
+from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.quant.formats import Format, count_bops, paper_bytes, parse_formats, stored_bytes, with_activations
-from sedimo.sensitivity.table import Cost, SensitivityTable
 
 GOAL_SECONDS = 5.0
 BITS, BOPS_SHARES = (3.3, 3.7, 4.5), (0.15, 0.4)  # of the way from the fewest to the most operations

@@ -25,9 +25,9 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 import sedimo
-from sedimo.api.job import peak_rss_bytes
 from sedimo.bank import fit_bank
 from sedimo.cli.console import ConsoleProgress
+from sedimo.jobs.quantize import peak_rss_bytes
 from sedimo.pipelines.weights import FileWeights
 
 PIXART = {

@@ -17,17 +17,12 @@ from pathlib import Path
 
 import torch
 
-from sedimo.api.measuring import make_bank
-from sedimo.api.opening import open_source
-from sedimo.api.order import BudgetOrder, Order, SamplingOrder
-from sedimo.api.searching import Measuring
-from sedimo.bank import Bank
+import sedimo
 from sedimo.cli.console import ConsoleProgress
-from sedimo.measurement.moments import measure_moments
-from sedimo.measurement.study import Study
 from sedimo.metrics.estimate import mean_estimate
 from sedimo.metrics.signal import NoisePowers, paired_difference
 from sedimo.quant.compensation import DAMPING, Moments
+from sedimo.treatments.error_feedback import ErrorFeedback, measure_moments
 
 FIRST_FRESH = 20_000
 N_STEPS, STEPS = 10, (10, 20, 50)
@@ -64,50 +59,50 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=32)
     parser.add_argument("--run", type=Path, default=Path("runs/compensation"))
     arguments = parser.parse_args()
-    progress, sampling = ConsoleProgress(), SamplingOrder(guidance=arguments.guidance, n_steps=N_STEPS)
-    opened = open_source(
-        Order(arguments.source, None, BudgetOrder(bits=4), formats=arguments.formats, sampling=sampling)
+    plain = sedimo.Lab(
+        arguments.source,
+        store=arguments.run,
+        formats=arguments.formats,
+        sampling=sedimo.SamplingSettings(guidance=arguments.guidance, n_steps=N_STEPS),
+        progress=ConsoleProgress(),
     )
-    pipe = opened.pipe
-    with Study(arguments.run) as study:
-        plain = make_bank(opened, study, is_exact=True, progress=progress)
+    space = plain.bank.space
+    recipes = {str(f): space.uniform(f) for f in space.common_formats}
 
-        def moments(n: int) -> Moments:
-            plan = replace(sampling.compensating(pipe), seeds=tuple(range(1_000_000, 1_000_000 + n)))
-            digest = opened.weights.digest
-            return measure_moments(pipe, plain.space, plan, weights_digest=digest, folder=study.path.parent)
+    def moments(n: int) -> Moments:
+        return measure_moments(plain, plain.seeds.plan(range(1_000_000, 1_000_000 + n)), arguments.run)
 
-        def noise(bank: Bank, name: str, n_steps: int = N_STEPS) -> NoisePowers:
-            seeds = range(FIRST_FRESH, FIRST_FRESH + arguments.fresh)
-            plan = replace(sampling.plan(pipe, seeds), n_steps=n_steps)
-            recipe = next(plain.space.uniform(f) for f in plain.space.common_formats if str(f) == name)
-            (trial,) = Measuring.on(pipe, bank, study, plan, progress=progress).trials([recipe])
-            return trial.powers
+    def fed_by(some: Moments) -> sedimo.Lab:
+        return plain.treated(ErrorFeedback(some))
 
-        begin = time.perf_counter()
-        standard = moments(32)
-        print(f"moments of 32 samples: {time.perf_counter() - begin:.1f} s")
-        ours = plain.compensating(standard)
-        print("| format | steps | nearest codes | error feedback | gain [dB], paired |\n|---|---|---|---|---|")
-        names = arguments.formats.split(",")
-        for name in names:
-            for n_steps in STEPS:
-                near, fed = noise(plain, name, n_steps), noise(ours, name, n_steps)
-                gain = paired_difference(fed, near)
-                interval = f"{gain.mean_db:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
-                print(f"| `{name}` | {n_steps} | {shown(near)} | {shown(fed)} | {interval} |", flush=True)
-        reference = noise(ours, names[0])
-        print(f"\n| `{names[0]}` | SQNR [dB] | minus the standard, paired |\n|---|---|---|")
-        variants = {f"{n} samples": moments(n) for n in SAMPLES}
-        variants |= {f"damping {d:g}": Changed(standard, added=d - DAMPING) for d in DAMPINGS}
-        variants |= {f"blocks of {w} columns": Changed(standard, width=w) for w in WIDTHS}
-        for name, one in variants.items():
-            found = noise(plain.compensating(one), names[0])
-            change = paired_difference(found, reference)
-            print(
-                f"| {name} | {shown(found)} | {change.mean_db:+.1f} [{change.low:+.1f}, {change.high:+.1f}] |",
-                flush=True,
-            )
+    def noise(lab: sedimo.Lab, name: str, n_steps: int = N_STEPS) -> NoisePowers:
+        plan = replace(lab.seeds.plan(range(FIRST_FRESH, FIRST_FRESH + arguments.fresh)), n_steps=n_steps)
+        (trial,) = lab.measure([recipes[name]], plan)
+        return trial.powers
+
+    begin = time.perf_counter()
+    standard = moments(32)
+    print(f"moments of 32 samples: {time.perf_counter() - begin:.1f} s")
+    ours = fed_by(standard)
+    print("| format | steps | nearest codes | error feedback | gain [dB], paired |\n|---|---|---|---|---|")
+    names = arguments.formats.split(",")
+    for name in names:
+        for n_steps in STEPS:
+            near, fed = noise(plain, name, n_steps), noise(ours, name, n_steps)
+            gain = paired_difference(fed, near)
+            interval = f"{gain.mean_db:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
+            print(f"| `{name}` | {n_steps} | {shown(near)} | {shown(fed)} | {interval} |", flush=True)
+    reference = noise(ours, names[0])
+    print(f"\n| `{names[0]}` | SQNR [dB] | minus the standard, paired |\n|---|---|---|")
+    variants = {f"{n} samples": moments(n) for n in SAMPLES}
+    variants |= {f"damping {d:g}": Changed(standard, added=d - DAMPING) for d in DAMPINGS}
+    variants |= {f"blocks of {w} columns": Changed(standard, width=w) for w in WIDTHS}
+    for name, one in variants.items():
+        found = noise(fed_by(one), names[0])
+        change = paired_difference(found, reference)
+        print(
+            f"| {name} | {shown(found)} | {change.mean_db:+.1f} [{change.low:+.1f}, {change.high:+.1f}] |", flush=True
+        )
 
 
 def shown(powers: NoisePowers) -> str:

@@ -17,13 +17,14 @@ import time
 import numpy as np
 
 import sedimo
-from sedimo.api.order import SamplingOrder
 from sedimo.cli.console import ConsoleProgress
-from sedimo.measurement.correction import CORRECTION_PATHS, probe_correction
-from sedimo.measurement.probe import probed
+from sedimo.lab.exchange import probed
+from sedimo.lab.lab import Lab
+from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.metrics.signal import paired_difference, relative_noise, summarize
 from sedimo.pipelines.correction import corrected
-from sedimo.pipelines.steps import handled_steps
+from sedimo.pipelines.schedulers import handled_steps
+from sedimo.treatments.noise_correction import CORRECTION_PATHS, probe_correction
 
 FRESH_SEED = 1000
 say = functools.partial(print, flush=True)
@@ -61,7 +62,7 @@ def measure(pipe, bank, recipe, plans, eta: float) -> None:
     say(line(f"eta {eta:g}, plain", plain))
     for path in CORRECTION_PATHS[: 1 if eta else None]:
         with noisy(pipe, eta):
-            probe = probe_correction(pipe, bank, recipe, learning, path=path, progress=ConsoleProgress())
+            probe = probe_correction(Lab.on(pipe, bank, progress=ConsoleProgress()), recipe, learning, path=path)
         for fit in probe.fits:
             bias = np.abs([b.value for b in fit.bias]).max()
             say(
@@ -86,8 +87,8 @@ def main() -> None:
     options = parser.parse_args()
     pipe, begin = sedimo.load(options.source), time.perf_counter()
     graph = sedimo.trace(pipe)
-    learning = SamplingOrder(n_seeds=options.samples).searching(pipe)
-    fresh = SamplingOrder(first_seed=FRESH_SEED, n_seeds=options.fresh).searching(pipe)
+    learning = Seeds(SamplingSettings(options.samples), pipe.default_sampling).search
+    fresh = Seeds(SamplingSettings(options.fresh, FRESH_SEED), pipe.default_sampling).search
     for name in options.formats.split(","):
         bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{name},fp16"), sample_channels=2)
         say(name)

@@ -18,15 +18,14 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+import sedimo
 from _suite.steps import StepNoise, Steps
-from sedimo.api.measuring import MeasuredTable, make_bank, measure_table
-from sedimo.api.opening import Opened, open_source
-from sedimo.api.order import BudgetOrder, Order, SamplingOrder
-from sedimo.api.searching import Measuring, allocated
-from sedimo.bank import Bank
+from sedimo.allocation.effects import Effects
+from sedimo.allocation.table import SensitivityTable
 from sedimo.cli.console import ConsoleProgress
-from sedimo.measurement.probe import probed
-from sedimo.measurement.study import Study
+from sedimo.lab.exchange import probed
+from sedimo.methods.adjoint import ADJOINT
+from sedimo.methods.method import Task
 from sedimo.quant.formats import Format
 
 WIDTHS = (2, 3, 4, 5)
@@ -39,28 +38,25 @@ Values = Mapping[str, float]
 class Case:
     """A model with what is known of it, and the recipe that is looked at."""
 
-    opened: Opened
-    study: Study
-    bank: Bank
-    jacobian: MeasuredTable
-    adjoint: MeasuredTable
+    lab: sedimo.Lab
+    jacobian: SensitivityTable
+    adjoint: SensitivityTable
+    effects: Effects
     choice: Mapping[str, Format]
 
     @property
     def n_seeds(self) -> int:
         """Samples that are measured, which are the first of the adjoint's."""
-        return self.opened.order.sampling.n_seeds
+        return self.lab.seeds.settings.n_seeds
 
     def raw(self, choice: Mapping[str, Format]) -> np.ndarray:
         """The adjoint's noise of a choice on the measured samples, `[n]`, as its products say."""
-        assert self.adjoint.effects is not None  # noqa: S101
-        return self.adjoint.effects.noise(choice)[: self.n_seeds]
+        return self.effects.noise(choice)[: self.n_seeds]
 
     def cost(self, name: str, number_format: Format) -> float:
         """The adjoint's cost, which all choices together tell, for the measured samples."""
-        assert self.adjoint.effects is not None  # noqa: S101
-        level = np.square(self.adjoint.effects.levels[: self.n_seeds]).mean()
-        return self.adjoint.table.index[name, number_format].cost * float(level)
+        level = np.square(self.effects.levels[: self.n_seeds]).mean()
+        return self.adjoint.index[name, number_format].cost * float(level)
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,7 @@ class Sampled:
 
 def sample_alone(case: Case) -> Sampled:
     """The final latents with each decision quantized alone, and with the whole recipe."""
-    pipe, bank = case.opened.pipe, case.bank
-    plan = case.opened.order.sampling.searching(pipe)
+    pipe, bank, plan = case.lab.pipe, case.lab.bank, case.lab.seeds.search
     reference = pipe.sample(plan).double().flatten(1).numpy()
     norms = np.linalg.norm(reference, axis=1, keepdims=True)
 
@@ -102,14 +97,14 @@ def compare(title: str, predicted: Values, measured: Values) -> list[str]:
 
 def show_methods(case: Case, sampled: Sampled, first: StepNoise, finite: StepNoise) -> None:
     """(a) to (d), and (f) beside them."""
-    choice, measured, index = case.choice, sampled.measured, case.jacobian.table.index
+    choice, measured, index = case.choice, sampled.measured, case.jacobian.index
     predictions: dict[str, Values] = {
         "(a) `jacobian`, per step, relative to its output": {n: index[n, f].cost for n, f in choice.items()},
         "(a) the same by plain autograd": {n: first.relative(n) for n in choice},
         "(b) per step, absolute": {n: first.absolute(n) for n in choice},
         "(c) `adjoint`, products of the same samples": {n: float(case.raw({n: f}).mean()) for n, f in choice.items()},
         "(c) `adjoint`, costs of the table": {n: case.cost(n, f) for n, f in choice.items()},
-        "(d) weight error": {n: case.bank.index[n, f].error for n, f in choice.items()},
+        "(d) weight error": {n: case.lab.bank.index[n, f].error for n, f in choice.items()},
         "(f) finite change at recorded inputs, relative": {n: finite.relative(n) for n in choice},
         "(f) finite change at recorded inputs, absolute": {n: finite.absolute(n) for n in choice},
     }
@@ -138,14 +133,11 @@ def show_steps(case: Case, first: StepNoise, finite: StepNoise) -> None:
 
 def show_widths(case: Case, n_decisions: int) -> None:
     """(e) Whether the whole run is linear, by bits and by size of the noise."""
-    space = case.bank.space
+    space = case.lab.bank.space
     able = [d.name for d in space.decisions if {Format("uaq", b) for b in WIDTHS} <= set(d.formats)]
     names = [able[i] for i in sorted({round(i) for i in np.linspace(0, len(able) - 1, min(n_decisions, len(able)))})]
     keys = [(name, Format("uaq", bits)) for bits in WIDTHS for name in names]
-    pipe = case.opened.pipe
-    plan = case.opened.order.sampling.searching(pipe)
-    measuring = Measuring.on(pipe, case.bank, case.study, plan, progress=ConsoleProgress())
-    trials = measuring.trials([space.recipe({name: f}) for name, f in keys])
+    trials = case.lab.measure([space.recipe({name: f}) for name, f in keys], case.lab.seeds.search)
     measured = np.array([t.powers.ratio.mean() for t in trials])
     raw = np.array([case.raw(dict([key])).mean() for key in keys])
     cost = np.array([case.cost(*key) for key in keys])
@@ -191,9 +183,9 @@ def show_sums(case: Case, sampled: Sampled) -> None:
 
 def show_operations(case: Case, sampled: Sampled) -> None:
     """Which operations the noise of single steps misjudges."""
-    measured, index = sampled.measured, case.jacobian.table.index
+    measured, index = sampled.measured, case.jacobian.index
     operations: dict[str, list[str]] = {}
-    for d in case.bank.space.decisions:
+    for d in case.lab.bank.space.decisions:
         if d.name in measured:
             operations.setdefault(d.operation, []).append(d.name)
     common = np.median([measured[n] / index[n, f].cost for n, f in case.choice.items() if index[n, f].cost > 0])
@@ -236,25 +228,26 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=40, help="that are measured at several widths")
     parser.add_argument("--work", type=Path, default=Path("runs/first_order"))
     arguments = parser.parse_args()
-    budget, sampling = BudgetOrder(stored_bits=arguments.bits), SamplingOrder(guidance=arguments.guidance)
-    opened = open_source(Order(arguments.source, None, budget, sampling=sampling))
-    with Study(arguments.work / Path(arguments.source.removeprefix("zoo:")).name) as study:
-        bank = make_bank(opened, study, is_exact=True, progress=ConsoleProgress())
-        opened.space = bank.space
-        jacobian, adjoint = (measure_table(opened, m, study, ConsoleProgress()) for m in ("jacobian", "adjoint"))
-        chosen = allocated(jacobian.table, budget)
-        choice = {name: f for name, f in chosen.choice.items() if f.is_quantized}
-        case = Case(opened, study, bank, jacobian, adjoint, choice)
-        print(f"\n## {arguments.source}, the recipe of `jacobian` at {chosen.stored_bits:.2f} stored bits")
-        sampled, steps = sample_alone(case), Steps(opened.pipe, sampling.searching(opened.pipe))
-        weights = ", ".join(f"{w:.2f}" for w in steps.weights)
-        print(f"\nA sample's rows count by {weights} in its prediction.")
-        first, finite = steps.first_order(bank, choice), steps.finite(bank, choice)
-        show_methods(case, sampled, first, finite)
-        show_steps(case, first, finite)
-        show_widths(case, arguments.decisions)
-        show_sums(case, sampled)
-        show_operations(case, sampled)
+    lab = sedimo.Lab(
+        arguments.source,
+        store=arguments.work / Path(arguments.source.removeprefix("zoo:")).name,
+        sampling=sedimo.SamplingSettings(guidance=arguments.guidance),
+        progress=ConsoleProgress(),
+    )
+    jacobian, adjoint = lab.table("jacobian"), ADJOINT.measure(lab, Task(ADJOINT.knobs()))
+    chosen = sedimo.allocate(jacobian, stored_bits=arguments.bits)
+    choice = {name: f for name, f in chosen.choice.items() if f.is_quantized}
+    case = Case(lab, jacobian, adjoint.table, adjoint.need(Effects), choice)
+    print(f"\n## {arguments.source}, the recipe of `jacobian` at {chosen.stored_bits:.2f} stored bits")
+    sampled, steps = sample_alone(case), Steps(lab.pipe, lab.seeds.search)
+    weights = ", ".join(f"{w:.2f}" for w in steps.weights)
+    print(f"\nA sample's rows count by {weights} in its prediction.")
+    first, finite = steps.first_order(lab.bank, choice), steps.finite(lab.bank, choice)
+    show_methods(case, sampled, first, finite)
+    show_steps(case, first, finite)
+    show_widths(case, arguments.decisions)
+    show_sums(case, sampled)
+    show_operations(case, sampled)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import torch_geometric
 from torch import nn
 from torch_geometric.nn import GATv2Conv
 
-from sedimo.sensitivity.gnn.attention import SharedGATv2, make_topology
+from sedimo.methods.predictor.features import make_topology
+from sedimo.methods.predictor.model import SharedGATv2
 
 N_NODES, N_EDGES, N_GRAPHS, HIDDEN, N_LAYERS = 568, 818, 128, 64, 4
 TOLERANCE = 1e-4  # of the greatest value, after four layers in float32

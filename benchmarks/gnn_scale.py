@@ -26,11 +26,11 @@ from denoisers import PUBLISHED, published
 from sedimo.bank import Candidate
 from sedimo.graph.groups import split_groups
 from sedimo.graph.trace import trace_denoiser
-from sedimo.measurement.exploration import Exploration
-from sedimo.sensitivity.choices import Choices, picked
-from sedimo.sensitivity.gnn.features import graph_features
-from sedimo.sensitivity.gnn.scoring import disjoint_groups, group_scores, hop_qualities, most_common
-from sedimo.sensitivity.gnn.training import FAST, PAPER, TrainingSet, train_predictor
+from sedimo.lab.exploration import Exploration
+from sedimo.methods.predictor.choices import Choices, picked
+from sedimo.methods.predictor.features import graph_features
+from sedimo.methods.predictor.scoring import disjoint_groups, group_scores, hop_qualities, most_common
+from sedimo.methods.predictor.training import FAST, PAPER, TrainingSet, train_predictor
 from sedimo.space import search_space
 
 MAX_VARIANTS = 8_000

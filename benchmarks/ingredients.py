@@ -19,35 +19,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sedimo
-from sedimo.api.hybrid import blocks_by_gain
-from sedimo.api.order import SamplingOrder
-from sedimo.api.searching import Measuring
-from sedimo.api.smooth_order import SmoothOrder
-from sedimo.api.smoothing import apply_smoothing, measure_smoothing
-from sedimo.api.verbs import weights_of
-from sedimo.bank import fit_bank
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.measurement.calibration import CalibrationOptions, calibrate
-from sedimo.measurement.study import Study
+from sedimo.lab.trial import Trial
+from sedimo.methods.blocks import hybrid_recipe
+from sedimo.methods.hybrid import blocks_by_gain
 from sedimo.metrics.signal import paired_difference, summarize
-from sedimo.pipelines.weights import ModuleWeights
-from sedimo.quant.activations import DYNAMIC, Activations
-from sedimo.quant.formats import Format
-from sedimo.sensitivity.blocks import hybrid_recipe
-from sedimo.space import search_space
+from sedimo.treatments.smoothing import DEFAULT_SMOOTHING, plan_smoothings
+from sedimo.treatments.static_ranges import DYNAMIC_ACTIVATIONS, ActivationSettings, round_activations
 
-ALL_STEPS, ONE_STEP = CalibrationOptions(symmetric=True), CalibrationOptions(n_steps=1, symmetric=True)
-LEAST_ERROR = CalibrationOptions("mse")
+ALL_STEPS, ONE_STEP = (ActivationSettings("min-max", symmetric=True, n_steps=n) for n in (0, 1))
+LEAST_ERROR = ActivationSettings("mse")
+N_CALIBRATION, N_RANKING = 64, 8  # samples that ranges come from, and that blocks are ranked on
 FRESH_SEED = 1000
 
 
 @dataclass(frozen=True)
 class Row:
-    """Which ingredients a row has; `rules` None: each token's or image's own range."""
+    """Which ingredients a row has."""
 
     name: str
-    rules: CalibrationOptions | None = ALL_STEPS
+    rules: ActivationSettings = ALL_STEPS
     is_hybrid: bool = False
     is_smoothed: bool = False
 
@@ -60,78 +52,34 @@ ROWS = (
     Row("hybrid, smoothing, single step", ONE_STEP, is_hybrid=True, is_smoothed=True),
     Row("hybrid, smoothing", is_hybrid=True, is_smoothed=True),
     Row("least squared error, asymmetric", LEAST_ERROR),
-    Row("dynamic, asymmetric", None),
-    Row("dynamic, asymmetric, hybrid, smoothing", None, is_hybrid=True, is_smoothed=True),
+    Row("dynamic, asymmetric", DYNAMIC_ACTIVATIONS),
+    Row("dynamic, asymmetric, hybrid, smoothing", DYNAMIC_ACTIVATIONS, is_hybrid=True, is_smoothed=True),
 )
 
 
-class Bench:
-    """A pipeline, as it came or smoothed, at one format."""
-
-    def __init__(self, pipe, number_format: Format, study: Study, progress: ConsoleProgress) -> None:
-        self.pipe, self.format, self.study, self.progress = pipe, number_format, study, progress
-        self.graph = sedimo.trace(pipe)
-        self.space = search_space(self.graph, [number_format, "fp16"])
-        self.calibration = SamplingOrder(n_seeds=64).searching(pipe)
-        self.cache = study.path.parent
-
-    def bank(self, *, is_smoothed: bool):
-        """The bank of the weights as they are now."""
-        weights = ModuleWeights(self.pipe.denoiser) if is_smoothed else weights_of(self.pipe)
-        return fit_bank(weights, self.space, sample_channels=2, cache=self.cache)
-
-    def ranked_blocks(self, n_seeds: int) -> list[str]:
-        """Blocks by what staying at 16 bits gains at the base's rules, greatest first."""
-        bank = self.rounding(self.bank(is_smoothed=False), ALL_STEPS)
-        plan = SamplingOrder(n_seeds=n_seeds).searching(self.pipe)
-        measuring = Measuring.on(self.pipe, bank, self.study, plan, progress=self.progress)
-        return blocks_by_gain(self.space, self.format, measuring)
-
-    def rounding(self, bank, rules: CalibrationOptions | None):
-        """The bank with activations rounded by some rules."""
-        return bank.rounding(DYNAMIC if rules is None else self._calibrated(bank, rules))
-
-    def _calibrated(self, bank, rules: CalibrationOptions) -> Activations:
-        widths = {layer: (self.format.activation_bits,) for d in self.space.decisions for layer in d.layers}
-        return calibrate(
-            self.pipe,
-            widths,
-            self.calibration,
-            weights_digest=bank.weights_digest,
-            options=rules,
-            study=self.study,
-            progress=self.progress,
-        )
-
-    def trials(self, rows: list[Row], kept: list[str], plan) -> dict[str, object]:
-        """The trials of rows that are smoothed alike."""
-        found = {}
-        for row in rows:
-            bank = self.rounding(self.bank(is_smoothed=row.is_smoothed), row.rules)
-            recipe = hybrid_recipe(self.space, self.format, kept if row.is_hybrid else [])
-            (found[row.name],) = Measuring.on(self.pipe, bank, self.study, plan, progress=self.progress).trials(
-                [recipe]
-            )
-        return found
+def rounding(lab: sedimo.Lab, rules: ActivationSettings) -> sedimo.Lab:
+    """The lab with activations rounded by some rules, calibrated on it."""
+    found = round_activations(lab, rules)
+    return lab if found is None else lab.treated(found)
 
 
-def measure(bench: Bench, n_kept: int, n_fresh: int) -> dict[str, object]:
-    """All rows of one format; smoothing is undone at the end."""
-    plan = SamplingOrder(first_seed=FRESH_SEED, n_seeds=n_fresh).searching(bench.pipe)
-    kept = bench.ranked_blocks(8)[:n_kept]
-    trials = bench.trials([row for row in ROWS if not row.is_smoothed], kept, plan)
-    how = (bench.calibration, bench.study, bench.progress)
-    smoothing = measure_smoothing(bench.pipe, bench.graph, weights_of(bench.pipe), SmoothOrder(), how)
-    restore = apply_smoothing(bench.pipe, smoothing, bench.calibration)
-    try:
-        trials |= bench.trials([row for row in ROWS if row.is_smoothed], kept, plan)
-    finally:
-        restore()
-    base = trials[ROWS[0].name]
+def measure(lab: sedimo.Lab, number_format: sedimo.Format, n_kept: int, n_fresh: int) -> dict[str, object]:
+    """All rows of one format."""
+    base = rounding(lab, ALL_STEPS)
+    kept = blocks_by_gain(base, number_format, lab.seeds.plan(range(N_RANKING)))[:n_kept]
+    plan = lab.seeds.plan(range(FRESH_SEED, FRESH_SEED + n_fresh))
+    (smoothing,) = plan_smoothings(lab, [DEFAULT_SMOOTHING])
+    smoothed = lab.treated(smoothing)
+    trials: dict[str, Trial] = {}
+    for row in sorted(ROWS, key=lambda row: row.is_smoothed):  # the denoiser is smoothed once
+        bench = rounding(smoothed if row.is_smoothed else lab, row.rules)
+        recipe = hybrid_recipe(lab.space, number_format, kept if row.is_hybrid else [])
+        (trials[row.name],) = bench.measure([recipe], plan)
+    first = trials[ROWS[0].name]
     rows = {
         row.name: {
             **to_plain(summarize(trials[row.name].powers)),
-            "ahead": to_plain(paired_difference(trials[row.name].powers, base.powers).estimate),
+            "ahead": to_plain(paired_difference(trials[row.name].powers, first.powers).estimate),
         }
         for row in ROWS
     }
@@ -160,11 +108,16 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/ingredients"))
     parser.add_argument("--out", type=Path, default=Path("runs/ingredients.json"))
     options = parser.parse_args()
-    progress, results = ConsoleProgress(), {}
+    results = {}
     for text in options.formats.split(","):
-        with Study(options.run / text) as study:
-            bench = Bench(sedimo.load(options.source), Format.parse(text), study, progress)
-            results[text] = measure(bench, options.keep, options.fresh)
+        lab = sedimo.Lab(
+            options.source,
+            store=options.run / text,
+            formats=f"{text},fp16",
+            sampling=sedimo.SamplingSettings(n_seeds=N_CALIBRATION),
+            progress=ConsoleProgress(),
+        )
+        results[text] = measure(lab, sedimo.Format.parse(text), options.keep, options.fresh)
         show(text, results[text])
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")

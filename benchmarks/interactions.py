@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from sedimo.api.predicting import recall
-from sedimo.measurement.exploration import Exploration
-from sedimo.measurement.study import Study
-from sedimo.sensitivity.choices import picked
-from sedimo.sensitivity.gnn.features import graph_features
-from sedimo.sensitivity.gnn.training import FAST, TrainingSet, train_predictor
+from sedimo.lab.exploration import Exploration
+from sedimo.lab.study import Study
+from sedimo.methods.predictor.choices import picked
+from sedimo.methods.predictor.features import graph_features
+from sedimo.methods.predictor.study import read_background
+from sedimo.methods.predictor.training import FAST, TrainingSet, train_predictor
 
 N_TEST, ERROR_DB, REACH = 200, 0.3, 2
 LOW_BITS, HIGH_BITS = 3.3, 3.7
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/interactions.json"))
     arguments = parser.parse_args()
     with Study(arguments.run, create=False) as study:
-        known = recall(study)
+        known = read_background(study)
     found = []
     for strength in arguments.strengths:
         for n_trials in arguments.trials:

@@ -24,9 +24,9 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
+from sedimo.quant.families.kmeans import fit_codebooks
 from sedimo.quant.fitting import fit_parameters
 from sedimo.quant.formats import PAPER_FORMATS, Format
-from sedimo.quant.kmeans import fit_codebooks
 
 TIED = 1e-9  # relative difference at which two squared errors count as equal
 MODEL_WEIGHTS = 610e6  # PixArt-XL

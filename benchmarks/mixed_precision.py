@@ -16,39 +16,35 @@ import json
 from pathlib import Path
 
 import sedimo
-from sedimo.api.order import BudgetOrder
-from sedimo.api.probing import attribute_measured, probe
-from sedimo.api.searching import Measuring, allocated
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.measurement.study import Study
+from sedimo.lab.subject import Compute
+from sedimo.methods.orthogonality import LEAST_SAMPLES, ImportanceOptions
 from sedimo.metrics.signal import paired_difference, summarize
-from sedimo.quant.formats import Format, parse_formats, with_activations
-from sedimo.sensitivity.orthogonality import ImportanceOptions
+from sedimo.quant.formats import parse_formats, with_activations
 
 MORE = (1.0, 1.165)
 FIRST_IMAGE = 100_000
 
 
-def recipes_of(pipe, bank, study: Study, fixed, progress: ConsoleProgress) -> dict[str, object]:
+def recipes_of(lab: sedimo.Lab, fixed: sedimo.Recipe) -> dict[str, sedimo.Recipe]:
     """The fixed recipe and the mixed ones by name."""
-    space = bank.space
-    orthogonality = probe(pipe, bank, "orthogonality", store=study, progress=progress)
-    published = attribute_measured(orthogonality, importance=ImportanceOptions(tail_mean=True))
+    wide = lab.sampled(sedimo.SamplingSettings(n_seeds=LEAST_SAMPLES))
+
+    def orthogonality(**knobs: object) -> sedimo.SensitivityTable:
+        return wide.table("orthogonality", knobs=ImportanceOptions(**knobs))
+
     tables = {
-        "orthogonality, published programme": (published, "lp"),
-        "orthogonality, exact": (attribute_measured(orthogonality), "milp"),
-        "orthogonality x noise": (
-            attribute_measured(orthogonality, importance=ImportanceOptions(objective="noise")),
-            "milp",
-        ),
-        "jacobian": (attribute_measured(probe(pipe, bank, "jacobian", store=study, progress=progress)), "milp"),
+        "orthogonality, published programme": (orthogonality(tail_mean=True), "lp"),
+        "orthogonality, exact": (orthogonality(), "milp"),
+        "orthogonality x noise": (orthogonality(objective="noise"), "milp"),
+        "jacobian": (lab.table("jacobian"), "milp"),
     }
     found = {"fixed": fixed}
     for more in MORE:
-        budget = BudgetOrder(bits=space.paper_bits(fixed) * more * (1 + 1e-12))
+        bits = lab.bank.space.paper_bits(fixed) * more * (1 + 1e-12)
         for name, (table, rule) in tables.items():
-            found[f"{name}, {more - 1:+.1%}"] = allocated(table, budget, rule=rule).recipe
+            found[f"{name}, {more - 1:+.1%}"] = sedimo.allocate(table, bits=bits, rule=rule).recipe
     return found
 
 
@@ -64,20 +60,23 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/mixed"))
     parser.add_argument("--out", type=Path, default=Path("runs/mixed.json"))
     options = parser.parse_args()
-    progress, number_format = ConsoleProgress(), Format.parse(options.fixed)
-    pipe = sedimo.load(options.source, dtype=options.dtype)
-    graph = sedimo.trace(pipe)
+    number_format = sedimo.Format.parse(options.fixed)
     formats = with_activations(parse_formats(options.weights), (number_format.activation_bits,))
-    with Study(options.run) as study:
-        bank = sedimo.fit(pipe, sedimo.search_space(graph, formats), cache=options.run / "bank", progress=progress)
-        recipes = recipes_of(pipe, bank, study, bank.space.uniform(number_format), progress)
-        plan = pipe.default_sampling(range(FIRST_IMAGE, FIRST_IMAGE + options.images), options.steps)
-        measuring = Measuring.on(pipe, bank, study, plan, objective="fid", progress=progress)
-        trials = dict(zip(recipes, measuring.trials(list(recipes.values())), strict=True))
+    lab = sedimo.Lab(
+        options.source,
+        store=options.run,
+        formats=",".join(map(str, formats)),
+        compute=Compute(options.dtype),
+        progress=ConsoleProgress(),
+    ).fitted
+    space = lab.bank.space
+    recipes = recipes_of(lab, space.uniform(number_format))
+    plan = lab.pipe.default_sampling(range(FIRST_IMAGE, FIRST_IMAGE + options.images), options.steps)
+    trials = dict(zip(recipes, lab.measure(list(recipes.values()), plan, objective="fid"), strict=True))
     results, fixed = {}, trials["fixed"]
     for name, trial in trials.items():
         ahead, fid = paired_difference(trial.powers, fixed.powers).estimate, trial.measures["fid_difference"]
-        bits = bank.space.paper_bits(trial.recipe)
+        bits = space.paper_bits(trial.recipe)
         results[name] = {
             "paper_bits": bits,
             **to_plain(summarize(trial.powers)),

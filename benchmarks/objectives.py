@@ -19,21 +19,21 @@ from PIL import Image
 from scipy import stats
 
 import sedimo
-from sedimo.api.attributing import trials_of
-from sedimo.api.order import BudgetOrder
-from sedimo.api.predicting import know, measures_of, training_set
-from sedimo.api.searching import allocated, build, model_table
+from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.measurement.images import draw
-from sedimo.measurement.probe import Prober
-from sedimo.measurement.study import Study
-from sedimo.measurement.target import Target
-from sedimo.measurement.worker import TrialWorker
+from sedimo.lab.exchange import Prober
+from sedimo.lab.images import draw
+from sedimo.lab.lab import Lab
+from sedimo.lab.study import Study
+from sedimo.lab.worker import TrialWorker
+from sedimo.methods.predictor.choices import picked
+from sedimo.methods.predictor.goal import Goal
+from sedimo.methods.predictor.noise_model import fit_noise_model
+from sedimo.methods.predictor.study import measure_background, measures_of, training_set, trials_of
+from sedimo.methods.predictor.training import FAST, train_predictor
+from sedimo.methods.search import build, model_table
 from sedimo.metrics.signal import summarize
-from sedimo.sensitivity.choices import picked
-from sedimo.sensitivity.gnn.training import FAST, train_predictor
-from sedimo.sensitivity.noise_model import fit_noise_model
 
 TARGETS = {"sqnr": "sqnr_db", "fid": "-fid"}
 N_SPLITS, PENALTY = 400, 1.0
@@ -95,9 +95,10 @@ def main() -> None:
     with Study(arguments.run, create=False) as study:
         graph = sedimo.trace(pipe)
         bank = sedimo.fit(pipe, sedimo.search_space(graph, "paper"), cache=arguments.run, progress=progress)
-        known = know(pipe, graph, bank, study, sampling=pipe.default_sampling(range(16), 10), progress=progress)
+        lab = Lab.on(pipe, bank, graph=graph, study=study, progress=progress)
+        known = measure_background(lab, on=pipe.default_sampling(range(16), 10))
         trials = trials_of(study, known, "fid")
-        data = {name: training_set(known, trials, Target.parse(text)) for name, text in TARGETS.items()}
+        data = {name: training_set(known, trials, Goal.parse(text)) for name, text in TARGETS.items()}
         found = compare_rankings(known, trials, data)
         print(json.dumps(found, indent=1), flush=True)
         found["recipes"] = compare_recipes(arguments, (pipe, bank, known, study, progress), data)
@@ -134,7 +135,7 @@ def compare_rankings(known, trials, data) -> dict[str, object]:
 def compare_recipes(arguments, tools, data) -> dict[str, object]:
     """The recipe of each objective, measured on other seeds by both, and pictures of them for the eye."""
     pipe, bank, known, study, progress = tools
-    budget = BudgetOrder(bits=arguments.bits)
+    budget = BudgetSettings(bits=arguments.bits)
     recipes = {"jacobian": allocated(known.table, budget).recipe}
     for name, one in data.items():
         model = fit_noise_model(one.choices, one.prior, one.codes, one.quality)

@@ -18,8 +18,9 @@ import psutil
 import torch
 from torch import nn
 
-from sedimo.api.job import peak_rss_bytes
-from sedimo.measurement.orthogonality import probe_orthogonality
+from sedimo.jobs.quantize import peak_rss_bytes
+from sedimo.lab.lab import Lab
+from sedimo.methods.orthogonality import probe_orthogonality
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 
 N_BLOCKS, N_AROUND, N_CAPTION_TOKENS, CHANNELS = 28, 7, 120, 8
@@ -84,7 +85,7 @@ def main() -> None:
     names = [f"layers.{i}" for i in range(len(adapter.denoiser.layers))]
     plan = Sampling(tuple(range(arguments.samples)), arguments.timesteps, batch_size=arguments.batch)
     loaded, begin = psutil.Process().memory_info().rss, time.perf_counter()
-    probe = probe_orthogonality(adapter, names, plan, weights_digest="0" * 64, n_timesteps=arguments.timesteps)
+    probe = probe_orthogonality(Lab.on(adapter), names, plan, n_timesteps=arguments.timesteps)
     found = {
         **{name: value for name, value in vars(arguments).items() if name != "json"},
         "layers": len(names),

@@ -32,8 +32,8 @@ import torch
 from _peers import modelopt_adapter, quanto_adapter, sdnq_adapter, sedimo_adapter, tables
 from _peers.evaluation import Evaluation, Row, search_plan
 from _peers.weights import Quantized
-from sedimo.api.order import SamplingOrder
 from sedimo.codec import to_plain
+from sedimo.lab.seeds import SamplingSettings
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 
@@ -137,7 +137,7 @@ def _peer_rows(name: str, evaluation: Evaluation, scratch: Path, wanted: list[st
 
 def _sedimo_rows(arguments: argparse.Namespace, evaluation: Evaluation, peers: list[Row]) -> Iterator[Row]:
     layers, version = evaluation.layers, importlib.metadata.version(sedimo_adapter.PACKAGE)
-    sampling = SamplingOrder(n_seeds=arguments.search_seeds, n_steps=arguments.search_steps)
+    sampling = SamplingSettings(n_seeds=arguments.search_seeds, n_steps=arguments.search_steps)
     searches = sedimo_adapter.Searches(arguments.source, arguments.cache, sampling, layers)
     wanted = [r for r in peers if arguments.match_all or r.tool in MATCHED]
     goals = (

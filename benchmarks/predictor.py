@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,22 +24,25 @@ import numpy as np
 from scipy import stats
 
 import sedimo
-from sedimo.api.attributing import predictor_table
-from sedimo.api.finals import hold_finals
-from sedimo.api.order import BudgetOrder
-from sedimo.api.predicting import Known, judge, know, measures_of, training_set
-from sedimo.api.probing import AblationOptions, attribute_measured, probe
-from sedimo.api.search_order import SearchOrder
-from sedimo.api.searching import Measuring, Search, allocated, build, keeps, search
+from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.measurement.exploration import Exploration, random_recipe_near
-from sedimo.measurement.study import Study
-from sedimo.measurement.target import Target
+from sedimo.lab.exploration import Exploration, random_recipe_near
+from sedimo.lab.lab import Lab
+from sedimo.lab.subject import Compute
+from sedimo.lab.trial import Trial
+from sedimo.methods.ablation import ABLATION
+from sedimo.methods.error import error_table
+from sedimo.methods.method import NO_KNOBS, Task
+from sedimo.methods.predictor.costs import calibrated_table
+from sedimo.methods.predictor.goal import Goal
+from sedimo.methods.predictor.quality import Band, rate
+from sedimo.methods.predictor.scoring import hop_qualities, option_scores
+from sedimo.methods.predictor.study import Background, measure_background, measures_of, training_set
+from sedimo.methods.predictor.training import FAST, PAPER, train_predictor
+from sedimo.methods.search import Search, SearchSettings, build, hold_final, keeps, search
 from sedimo.metrics.signal import paired_difference, summarize
-from sedimo.sensitivity.error import error_table
-from sedimo.sensitivity.gnn.scoring import hop_qualities, option_scores
-from sedimo.sensitivity.gnn.training import FAST, PAPER, train_predictor
+from sedimo.pipelines.adapter import Sampling
 
 BUDGETS = {"paper": (3.3, 3.5, 3.7, 4.0), "wide": (3.5, 4.0, 4.5, 5.0)}
 RANGES = {"paper": (3.0, 4.5), "wide": (3.0, 5.0)}
@@ -46,35 +50,43 @@ BAND = {"paper": 3.5, "wide": 4.0}
 N_TRIALS, N_EXTRA, N_ROUNDS = 300, 60, 3
 CURVE = (50, 100, 200, 300, 500)
 QUALITIES = ("srcc", "kendall_tau", "ndcg_at_10", "mae")
-TARGET = Target.parse("sqnr_db")
+GOAL = Goal.parse("sqnr_db")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One set of formats."""
+    """One set of formats; the lab is in the dtype of the trials."""
 
-    pipe: object
-    sampled: object  # the same pipeline in the dtype of the trials
-    bank: object
-    known: Known
-    study: Study
+    lab: Lab
+    known: Background
     formats: str
     progress: ConsoleProgress
 
-    def on(self, first: int, n: int, n_steps: int, objective: str = "final_latents") -> Measuring:
-        """Measuring on seeds `first` to `first + n`."""
-        plan = self.sampled.default_sampling(range(first, first + n), n_steps)
-        return Measuring.on(self.sampled, self.bank, self.study, plan, objective=objective, progress=self.progress)
+    def on(self, first: int, n: int, n_steps: int) -> Sampling:
+        """The plan of seeds `first` to `first + n`."""
+        return self.lab.pipe.default_sampling(range(first, first + n), n_steps)
+
+    def searched(self, recipes: Sequence[sedimo.Recipe]) -> tuple[Trial, ...]:
+        """Trials on the seeds of the search."""
+        return self.lab.measure(recipes, self.on(0, 8, 10))
+
+    def fresh(self, recipes: Sequence[sedimo.Recipe]) -> tuple[Trial, ...]:
+        """Trials on the seeds of the figures."""
+        return self.lab.measure(recipes, self.on(1000, 64, 20))
 
 
-def open_bench(pipes, formats: str, run: Path, progress: ConsoleProgress, study: Study) -> Bench:
-    """Bank and prior, of a pipeline in float32 and in the dtype of the trials."""
-    pipe, sampled = pipes
-    graph = sedimo.trace(pipe)
-    bank = sedimo.fit(pipe, sedimo.search_space(graph, formats), cache=run / "bank", progress=progress)
-    plan = pipe.default_sampling(range(8), 10)
-    known = know(pipe, graph, bank, study, sampling=plan, progress=progress)
-    return Bench(pipe, sampled, bank, known, study, formats, progress)
+def open_bench(arguments: argparse.Namespace, formats: str, progress: ConsoleProgress) -> Bench:
+    """Bank and prior in float32, and a lab in the dtype of the trials."""
+    exact = sedimo.Lab(
+        arguments.source,
+        store=arguments.run / formats,
+        formats=formats,
+        compute=Compute("fp32"),
+        progress=progress,
+    )
+    pipe = sedimo.load(arguments.source, dtype=arguments.dtype)
+    lab = Lab.on(pipe, exact.bank, graph=exact.graph, study=exact.study, progress=progress)
+    return Bench(lab, measure_background(exact), formats, progress)
 
 
 def exploration_of(bench: Bench, seed: int) -> Exploration:
@@ -92,106 +104,85 @@ def near_recipes(bench: Bench) -> list[object]:
 def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], object, object]:
     """The predictor beside its rivals; returns it and its training set."""
     begin = time.perf_counter()
-    on_search = bench.on(0, 8, 10)
     exploration = exploration_of(bench, seed)
-    trials = on_search.trials([exploration.recipe(i) for i in range(N_TRIALS)])
+    trials = bench.searched([exploration.recipe(i) for i in range(N_TRIALS)])
     measured_seconds = time.perf_counter() - begin
     near = near_recipes(bench)
-    extra = on_search.trials(near)
-    data = training_set(bench.known, trials, TARGET)
+    data, extra = (training_set(bench.known, some, GOAL) for some in (trials, bench.searched(near)))
     begin = time.perf_counter()
     predictor = train_predictor(data, FAST, progress=bench.progress)
     seconds = time.perf_counter() - begin
-    codes, truth = extra_set(bench, extra)
-    bits = BAND[bench.formats]
-    report = judge(predictor, data, bench.known, extra=(codes, truth), band=(bits - 0.25, bits + 0.25))
-    other = [measures_of(t, bench.known.space)["sqnr_db"] for t in bench.on(500, 8, 10).trials(near)]
+    ratings = rate(predictor, data, bench.known, extra=extra, band=Band.around(BAND[bench.formats]))
+    other = [measures_of(t, bench.known.space)["sqnr_db"] for t in bench.lab.measure(near, bench.on(500, 8, 10))]
     found = {
         "measured_seconds_if_new": measured_seconds,
         "training_seconds": seconds,
         "epochs": [fold.n_epochs for fold in predictor.folds],
         "hop_srcc": np.mean([fold.hop_srcc for fold in predictor.folds], axis=0).tolist(),
-        "noise_ceiling_srcc": float(stats.spearmanr(truth, other).statistic),
+        "noise_ceiling_srcc": float(stats.spearmanr(extra.quality, other).statistic),
         "rows": [
             {
-                "predictor": n,
-                "subset": s,
-                **{k: to_plain(getattr(q, k)) for k in QUALITIES},
+                "predictor": r.predictor,
+                "subset": r.subset,
+                **{k: to_plain(getattr(r.quality, k)) for k in QUALITIES},
             }
-            for n, s, q in report.rows
+            for r in ratings
         ],
-        "ahead_of": {f"{n} | {s}": to_plain(d) for (n, s), d in report.differences.items()},
+        "ahead_of": {f"{r.predictor} | {r.subset}": to_plain(r.ahead) for r in ratings if r.ahead is not None},
     }
     return found, predictor, data
 
 
-def extra_set(bench: Bench, trials) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and SQNR of further recipes."""
-    space = bench.known.space
-    return (
-        bench.known.choices.codes([t.recipe for t in trials]),
-        np.array([measures_of(t, space)["sqnr_db"] for t in trials]),
-    )
-
-
 def learning_curve(bench: Bench, seed: int) -> list[dict[str, float]]:
     """SRCC on the extra recipes by number of trials."""
-    on_search, exploration = bench.on(0, 8, 10), exploration_of(bench, seed)
-    trials = on_search.trials([exploration.recipe(i) for i in range(max(CURVE))])
+    exploration = exploration_of(bench, seed)
+    trials = bench.searched([exploration.recipe(i) for i in range(max(CURVE))])
     near = near_recipes(bench)
-    codes, truth = extra_set(bench, on_search.trials(near))
+    extra = training_set(bench.known, bench.searched(near), GOAL)
     found = []
     for n in CURVE:
-        data = training_set(bench.known, trials[:n], TARGET)
+        data = training_set(bench.known, trials[:n], GOAL)
         predictor = train_predictor(data, FAST)
-        base = np.mean([fold.noise.predict(codes) for fold in predictor.folds], axis=0)
-        srcc = float(stats.spearmanr(predictor.predict(codes), truth).statistic)
-        found.append({"trials": n, "srcc": srcc, "srcc_without_graph": float(stats.spearmanr(base, truth).statistic)})
+        base = np.mean([fold.noise.predict(extra.codes) for fold in predictor.folds], axis=0)
+        srcc = float(stats.spearmanr(predictor.predict(extra.codes), extra.quality).statistic)
+        found.append(
+            {"trials": n, "srcc": srcc, "srcc_without_graph": float(stats.spearmanr(base, extra.quality).statistic)}
+        )
         print(found[-1], flush=True)
     return found
 
 
 def published(bench: Bench, seed: int) -> dict[str, object]:
     """The preset `paper` on the same recipes: how it ranks, and its recipe by calibrated scores, measured."""
-    on_search, known, bits = bench.on(0, 8, 10), bench.known, BAND[bench.formats]
-    trials = on_search.trials([exploration_of(bench, seed).recipe(i) for i in range(N_TRIALS)])
-    data, extra = training_set(known, trials, TARGET), extra_set(bench, on_search.trials(near_recipes(bench)))
+    known, bits = bench.known, BAND[bench.formats]
+    trials = bench.searched([exploration_of(bench, seed).recipe(i) for i in range(N_TRIALS)])
+    data, extra = (training_set(known, some, GOAL) for some in (trials, bench.searched(near_recipes(bench))))
     begin = time.perf_counter()
     predictor = train_predictor(data, PAPER, progress=bench.progress)
     seconds = time.perf_counter() - begin
     scores = option_scores(predictor, hop_qualities(predictor, known.graph, data.codes))
-    table, _ = predictor_table(known, predictor, data, scores, (1.0, True))
-    recipe = allocated(table, BudgetOrder(bits=bits)).recipe
-    report = judge(predictor, data, known, extra=extra)
-    rows = {s: to_plain(q.srcc) for n, s, q in report.rows if n == "this predictor"}
+    table, _ = calibrated_table(predictor, known.candidates, data, scores, confidence=1.0, goal=GOAL)
+    recipe = allocated(table, BudgetSettings(bits=bits)).recipe
+    ratings = rate(predictor, data, known, extra=extra)
+    rows = {r.subset: to_plain(r.quality.srcc) for r in ratings if r.ahead is None}
     return {
         "training_seconds": seconds,
         "epochs": [fold.n_epochs for fold in predictor.folds],
         "srcc": rows,
-        "recipe": to_plain(summarize(bench.on(1000, 64, 20).trials([recipe])[0].powers)),
+        "recipe": to_plain(summarize(bench.fresh([recipe])[0].powers)),
     }
 
 
 def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[str, object]:
     """One shot, refined, and what needs no search, at one budget."""
-    budget = BudgetOrder(bits=bits)
-    on_search, on_finals, selection = bench.on(0, 8, 10), bench.on(4000, 32, 10), bench.on(3000, 16, 20)
-    refined = search(bench.known, on_search, SearchOrder(N_TRIALS, N_ROUNDS, seed), budget)
+    budget = BudgetSettings(bits=bits)
+    settings = SearchSettings(N_TRIALS, N_ROUNDS, seed=seed)
+    refined = search(bench.lab, bench.known, settings, budget)
     table, allocation = build(bench.known, predictor, data, budget, confidence=1.0)
-    random = on_search.trials([exploration_of(bench, seed).recipe(i) for i in range(N_TRIALS)])
+    random = bench.searched([exploration_of(bench, seed).recipe(i) for i in range(N_TRIALS)])
     one_shot = Search(table, allocation, predictor, data, random, (), N_TRIALS)
-    final, first = (hold_finals(bench.known, found, budget, on_finals) for found in (refined, one_shot))
-    near = (max(2.2, bits - 0.5), bits + 1.0)
-    plan = bench.pipe.default_sampling(range(8), 10)
-    probed = probe(
-        bench.sampled,
-        bench.bank,
-        "ablation",
-        store=bench.study,
-        sampling=plan,
-        ablation=AblationOptions(near_bits=near),
-        progress=bench.progress,
-    )
+    final, first = (hold_final(bench.lab, bench.known, found, budget) for found in (refined, one_shot))
+    ablation = ABLATION.measure(bench.lab, Task(NO_KNOBS, budget, is_checked=False, on=bench.on(0, 8, 10))).table
     space = bench.known.space
     uniform = [space.uniform(f) for f in space.common_formats]
     within = [t for t in random if keeps(bench.known, t.recipe, budget)]
@@ -202,26 +193,26 @@ def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[st
         "one shot, no final": allocation.recipe,
         "refined, no final": refined.allocation.recipe,
         "jacobian": allocated(bench.known.table, budget).recipe,
-        "ablation": allocated(attribute_measured(probed), budget).recipe,
+        "ablation": allocated(ablation, budget).recipe,
         "error": allocated(error_table(space, bench.known.candidates.values()), budget).recipe,
-        "best uniform": best_of(selection, [u for u in uniform if space.paper_bits(u) <= bits + 0.1]),
-        "best random": best_of(selection, [t.recipe for t in within[:5]]),
+        "best uniform": best_of(bench, [u for u in uniform if space.paper_bits(u) <= bits + 0.1]),
+        "best random": best_of(bench, [t.recipe for t in within[:5]]),
     }
 
 
-def best_of(measuring: Measuring, recipes):
+def best_of(bench: Bench, recipes: Sequence[sedimo.Recipe]) -> sedimo.Recipe:
     """The best on seeds that the figures do not use."""
-    return max(measuring.trials(recipes), key=lambda t: t.score).recipe
+    return max(bench.lab.measure(recipes, bench.on(3000, 16, 20)), key=lambda t: t.score).recipe
 
 
 def compare(bench: Bench, recipes: dict[str, object]) -> dict[str, object]:
     """SQNR on fresh seeds, and the refined recipe minus each other one, paired."""
-    trials = dict(zip(recipes, bench.on(1000, 64, 20).trials(list(recipes.values())), strict=True))
+    trials = dict(zip(recipes, bench.fresh(list(recipes.values())), strict=True))
     space = bench.known.space
     rows = {
         n: {
             "paper_bits": space.paper_bits(recipes[n]),
-            "stored_bits": 8 * bench.bank.stored_bytes(recipes[n]) / space.params,
+            "stored_bits": 8 * bench.lab.bank.stored_bytes(recipes[n]) / space.params,
             **to_plain(summarize(t.powers)),
         }
         for n, t in trials.items()
@@ -244,7 +235,7 @@ def show_quality(found: dict[str, object]) -> None:
 def distances(bench: Bench, recipes: dict[str, object], n_images: int) -> dict[str, object]:
     """FID of recipes, and their difference to full precision on the same seeds."""
     recipes = {name: recipe for name, recipe in recipes.items() if not name.endswith("no final")}
-    trials = bench.on(100_000, n_images, 10, "fid").trials(list(recipes.values()))
+    trials = bench.lab.measure(list(recipes.values()), bench.on(100_000, n_images, 10), objective="fid")
     return {
         name: {"sqnr_db": summarize(trial.powers).sqnr_db, **{k: to_plain(v) for k, v in trial.measures.items()}}
         for name, trial in zip(recipes, trials, strict=True)
@@ -265,7 +256,6 @@ def show(title: str, found: dict[str, object]) -> None:
 def main() -> None:
     arguments = parse()
     progress = ConsoleProgress()
-    pipes = (sedimo.load(arguments.source), sedimo.load(arguments.source, dtype=arguments.dtype))
     arguments.run.mkdir(parents=True, exist_ok=True)
     results: dict[str, object] = {}
 
@@ -274,29 +264,28 @@ def main() -> None:
         arguments.out.write_text(json.dumps(results, indent=1))
 
     for formats in arguments.formats:
-        with Study(arguments.run / formats) as study:
-            bench = open_bench(pipes, formats, arguments.run, progress, study)
-            if arguments.published:
-                put(f"published preset, {formats}", published(bench, arguments.seeds[0]))
-                print(json.dumps(results[f"published preset, {formats}"]), flush=True)
-                continue
-            first = {}
-            for seed in arguments.seeds:
-                found, predictor, data = quality_of_predictor(bench, seed)
-                put(f"predictor, {formats}, seed {seed}", found)
-                show_quality(found)
-                for bits in arguments.bits or BUDGETS[formats]:
-                    title = f"recipes, {formats}, {bits} bits, seed {seed}"
-                    recipes = recipes_at(bench, seed, bits, predictor, data)
-                    put(title, compare(bench, recipes))
-                    show(title, results[title])
-                    first.setdefault(bits, recipes)
-            if not arguments.no_curve:
-                put(f"learning curve, {formats}", learning_curve(bench, arguments.seeds[0]))
-            for bits, recipes in first.items() if arguments.images else ():
-                title = f"FID, {formats}, {bits} bits, seed {arguments.seeds[0]}"
-                put(title, distances(bench, recipes, arguments.images))
-                print(title, json.dumps(results[title]), flush=True)
+        bench = open_bench(arguments, formats, progress)
+        if arguments.published:
+            put(f"published preset, {formats}", published(bench, arguments.seeds[0]))
+            print(json.dumps(results[f"published preset, {formats}"]), flush=True)
+            continue
+        first = {}
+        for seed in arguments.seeds:
+            found, predictor, data = quality_of_predictor(bench, seed)
+            put(f"predictor, {formats}, seed {seed}", found)
+            show_quality(found)
+            for bits in arguments.bits or BUDGETS[formats]:
+                title = f"recipes, {formats}, {bits} bits, seed {seed}"
+                recipes = recipes_at(bench, seed, bits, predictor, data)
+                put(title, compare(bench, recipes))
+                show(title, results[title])
+                first.setdefault(bits, recipes)
+        if not arguments.no_curve:
+            put(f"learning curve, {formats}", learning_curve(bench, arguments.seeds[0]))
+        for bits, recipes in first.items() if arguments.images else ():
+            title = f"FID, {formats}, {bits} bits, seed {arguments.seeds[0]}"
+            put(title, distances(bench, recipes, arguments.images))
+            print(title, json.dumps(results[title]), flush=True)
 
 
 def parse() -> argparse.Namespace:

@@ -12,105 +12,111 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 import sedimo
-from sedimo.api.additivity import check_additivity, measure_random_recipes
-from sedimo.api.probing import AblationOptions, measure_probes
+from sedimo.allocation.budget import BudgetSettings
+from sedimo.allocation.combine import geometric_mean
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.measurement.campaign import run_trials
-from sedimo.measurement.exploration import random_recipe_near
-from sedimo.measurement.images import compare_distributions, draw_features
-from sedimo.measurement.jacobian import JacobianOptions, probe_jacobian
-from sedimo.measurement.probe import Prober
-from sedimo.measurement.study import Study
-from sedimo.measurement.worker import TrialWorker, setting_of
+from sedimo.jobs.additivity import N_RECIPES, check_additivity, measure_random_recipes
+from sedimo.lab.exchange import Prober
+from sedimo.lab.exploration import random_recipe_near
+from sedimo.lab.images import compare_distributions, draw_features
+from sedimo.methods.ablation import (
+    AblationProbe,
+    ablation_table,
+    check_scaling,
+    measure_probes,
+    near_bits,
+    plan_checks,
+    plan_probes,
+)
+from sedimo.methods.jacobian import JacobianOptions, jacobian_table, probe_jacobian
+from sedimo.methods.method import NO_KNOBS, Task
 from sedimo.metrics.signal import paired_difference, summarize
-from sedimo.sensitivity.ablation import check_scaling, plan_checks
-from sedimo.sensitivity.combine import geometric_mean
-from sedimo.sensitivity.jacobian import jacobian_table
+from sedimo.pipelines.adapter import Sampling
 
 N_RANDOM = 20
 FID_DTYPE = "bf16"  # both sides; three times as fast as float32 on processors that know it
 AGREEMENT = ("n", "slope", "slope_standard_error", "ratio", "srcc")
 
 
+Recipes = Mapping[str, sedimo.Recipe]
+Tables = Mapping[str, sedimo.SensitivityTable]
+
+
 @dataclass(frozen=True)
 class Bench:
-    """What all parts share."""
+    """What all parts share; `paper` and `wide` are labs of those formats, every format fitted in full."""
 
     source: str
-    pipe: object
-    graph: object
     run: Path
-    study: Study
-    search: object
-    selection: object
-    fresh: object
+    n_seeds: int
+    n_steps: int
     progress: ConsoleProgress
 
+    @cached_property
+    def paper(self) -> sedimo.Lab:
+        """The four formats that papers compare."""
+        return sedimo.Lab(self.source, store=self.run, formats="paper", progress=self.progress).fitted
 
-def measured(bench: Bench, bank, recipes, sampling):
-    """Trials of recipes under a plan."""
-    return run_trials(
-        bench.study,
-        recipes,
-        setting=setting_of(bench.pipe, sampling, weights_digest=bank.digest),
-        make_worker=lambda: TrialWorker(bench.pipe, bank, sampling, objective="final_latents"),
-        progress=bench.progress,
-    )
+    @cached_property
+    def wide(self) -> sedimo.Lab:
+        """The formats that Sedimo chooses among, in the same study."""
+        found = self.paper.decided_on(sedimo.search_space(self.paper.graph, "wide"))
+        return found.fitted
+
+    @property
+    def selection(self) -> Sampling:
+        """Seeds that rivals are ranked on."""
+        return self.paper.pipe.default_sampling(range(3000, 3016), self.n_steps)
+
+    @property
+    def fresh(self) -> Sampling:
+        """Seeds of the figures."""
+        return self.paper.pipe.default_sampling(range(1000, 1000 + self.n_seeds), self.n_steps)
 
 
-def ablation_near(bits: float) -> AblationOptions:
-    """Probes around a budget, as the main job plans them."""
-    return AblationOptions(near_bits=(max(2.2, bits - 0.5), bits + 1.0))
-
-
-def tables_of(bench: Bench, bank, bits: float):
+def tables_of(lab: sedimo.Lab, bits: float) -> tuple[Tables, Sequence[AblationProbe]]:
     """Tables of all methods, probed near `bits`; and the probes of the ablation."""
-    common = {"store": bench.study, "sampling": bench.search, "progress": bench.progress}
-    probed = sedimo.probe(bench.pipe, bank, "ablation", ablation=ablation_near(bits), **common)
-    ablation = sedimo.attribute(probed)
-    jacobian, apart = jacobian_of(bench, bank), jacobian_of(bench, bank, combine_rows=False)
+    bank, budget = lab.bank, BudgetSettings(bits=bits)
+    probes = plan_probes(bank.space, bank.candidates, near_bits=near_bits(lab, Task(NO_KNOBS, budget)))
+    ablation = ablation_table(bank.space, bank.candidates, measure_probes(lab, lab.seeds.search, probes))
+    jacobian, apart = lab.table("jacobian"), jacobian_apart(lab)
     tables = {
         "combined": geometric_mean(ablation, jacobian),
         "jacobian": jacobian,
         "ablation": ablation,
-        "error": sedimo.attribute(bank),
+        "error": lab.table("error"),
         "combined, rows apart": geometric_mean(ablation, apart),
         "jacobian, rows apart": apart,
     }
-    return tables, [one.probe for one in probed.ablation]
+    return tables, probes
 
 
-def jacobian_of(bench: Bench, bank, *, combine_rows: bool = True):
-    """The table of first-order noise, guided rows taken together as the sampler does, or each for itself."""
-    options = JacobianOptions(combine_rows=combine_rows)
-    probe = probe_jacobian(bench.pipe, bank, bench.search, study=bench.study, options=options, progress=bench.progress)
-    return jacobian_table(bank.space, bank.candidates, probe)
+def jacobian_apart(lab: sedimo.Lab) -> sedimo.SensitivityTable:
+    """The table of first-order noise, each guided row for itself, not together as the sampler does."""
+    probe = probe_jacobian(lab, lab.seeds.search, options=JacobianOptions(combine_rows=False))
+    return jacobian_table(lab.bank.space, lab.bank.candidates, probe)
 
 
-def bank_of(bench: Bench, formats: str):
-    """Bank of a set of formats."""
-    space = sedimo.search_space(bench.graph, formats)
-    return sedimo.fit(bench.pipe, space, cache=bench.run / "bank", progress=bench.progress)
-
-
-def rivals_of(bench: Bench, bank, bits: float) -> dict[str, object]:
+def rivals_of(bench: Bench, lab: sedimo.Lab, bits: float) -> Recipes:
     """Uniform recipes of at most `bits` + 0.1, and the best and the median of 20 random ones.
 
     Which ones are the best is decided on seeds that the figures do not use.
     """
-    space = bank.space
+    space = lab.bank.space
     every = {f"uniform {f}": space.uniform(f) for f in space.common_formats}
     uniform = {n: r for n, r in every.items() if space.paper_bits(r) <= bits + 0.1}
     random = {f"random {i}": random_recipe_near(space, bits, seed=1, index=i) for i in range(N_RANDOM)}
     drawn = {**uniform, **random}
-    trials = dict(zip(drawn, measured(bench, bank, list(drawn.values()), bench.selection), strict=True))
+    trials = dict(zip(drawn, lab.measure(list(drawn.values()), bench.selection), strict=True))
     order = sorted(drawn, key=lambda n: -summarize(trials[n].powers).sqnr_db)
     ranked = [n for n in order if n in random]
     first = next(n for n in order if n in uniform)
@@ -119,11 +125,13 @@ def rivals_of(bench: Bench, bank, bits: float) -> dict[str, object]:
     return {**named, f"best of {N_RANDOM} random": best, f"median of {N_RANDOM} random": median}
 
 
-def compare(bench: Bench, bank, tables, bits: float, rivals=None) -> dict[str, object]:
+def compare(
+    bench: Bench, lab: sedimo.Lab, tables: Tables, bits: float, rivals: Recipes | None = None
+) -> dict[str, object]:
     """SQNR of each method's recipe at `bits`, and of its rivals, on fresh seeds; paired differences of all methods."""
-    space = bank.space
+    bank, space = lab.bank, lab.bank.space
     recipes = {name: sedimo.allocate(table, bits=bits).recipe for name, table in tables.items()} | (rivals or {})
-    trials = dict(zip(recipes, measured(bench, bank, list(recipes.values()), bench.fresh), strict=True))
+    trials = dict(zip(recipes, lab.measure(list(recipes.values()), bench.fresh), strict=True))
     rows = {
         name: {
             "paper_bits": space.paper_bits(recipes[name]),
@@ -153,24 +161,24 @@ def show(title: str, found: dict[str, object]) -> None:
         print(text, flush=True)
 
 
-def additivity(bench: Bench, bank, tables, bits: float) -> dict[str, object]:
+def additivity(lab: sedimo.Lab, tables: Tables, bits: float) -> dict[str, object]:
     """Predicted against measured noise of 30 random recipes."""
-    trials = measure_random_recipes(bench.pipe, bank, bench.study, bits, (bench.search, bench.progress))
+    trials = measure_random_recipes(lab, lab.bank.space, bits, n=N_RECIPES)
     agreed = {name: check_additivity(table, trials) for name, table in tables.items()}
     return {name: {k: getattr(one, k) for k in AGREEMENT} for name, one in agreed.items()}
 
 
-def scaling(bench: Bench, bank, table, probes) -> dict[str, object]:
+def scaling(lab: sedimo.Lab, table: sedimo.SensitivityTable, probes: Sequence[AblationProbe]) -> dict[str, object]:
     """Measured noise of 24 pairs that the ablation did not probe, against what it was scaled to."""
-    pairs = plan_checks(bank.space, bank.candidates, probes, n=24)
-    agreed = check_scaling(table, measure_probes(bench.pipe, bank, bench.study, pairs, (bench.search, bench.progress)))
+    pairs = plan_checks(lab.bank.space, lab.bank.candidates, probes, n=24)
+    agreed = check_scaling(table, measure_probes(lab, lab.seeds.search, pairs))
     return {k: getattr(agreed, k) for k in AGREEMENT}
 
 
-def distributions(bench: Bench, bank, recipe, n_images: int) -> dict[str, object]:
+def distributions(bench: Bench, recipe: sedimo.Recipe, n_images: int) -> dict[str, object]:
     """FID and KID of a recipe beside full precision."""
-    plan = bench.pipe.default_sampling(range(100_000, 100_000 + n_images), 10)
-    pipe = sedimo.load(bench.source, dtype=FID_DTYPE)
+    bank, pipe = bench.paper.bank, sedimo.load(bench.source, dtype=FID_DTYPE)
+    plan = pipe.default_sampling(range(100_000, 100_000 + n_images), 10)
     full = draw_features(pipe, plan, label="full precision", progress=bench.progress)
     with Prober(pipe.denoiser, bank.quantize, bank.input_quantizers) as prober:
         prober.switch(recipe)
@@ -189,21 +197,13 @@ def main() -> None:
     parser.add_argument("--jacobian-bits", type=float, nargs="*", default=[3.3, 4.5, 5.0, 6.0], help="formats wide")
     parser.add_argument("--images", type=int, default=0)
     arguments = parser.parse_args()
-    pipe = sedimo.load(arguments.source)
-    plans = {
-        "search": pipe.default_sampling(range(8), 10),
-        "selection": pipe.default_sampling(range(3000, 3016), arguments.steps),
-        "fresh": pipe.default_sampling(range(1000, 1000 + arguments.seeds), arguments.steps),
-    }
     arguments.run.mkdir(parents=True, exist_ok=True)
-    with Study(arguments.run) as study:
-        graph = sedimo.trace(pipe)
-        bench = Bench(arguments.source, pipe, graph, arguments.run, study, **plans, progress=ConsoleProgress())
-        results = Results(arguments.out)
-        recipe = measure_paper(bench, results)
-        measure_wide(bench, results, arguments)
-        if arguments.images:
-            results.put("distributions", distributions(bench, bank_of(bench, "paper"), recipe, arguments.images))
+    bench = Bench(arguments.source, arguments.run, arguments.seeds, arguments.steps, ConsoleProgress())
+    results = Results(arguments.out)
+    recipe = measure_paper(bench, results)
+    measure_wide(bench, results, arguments)
+    if arguments.images:
+        results.put("distributions", distributions(bench, recipe, arguments.images))
     print(f"\nwritten to {arguments.out}", file=sys.stderr)
 
 
@@ -223,29 +223,29 @@ class Results:
             print(f"\n{name}\n{json.dumps(found, indent=1)}", flush=True)
 
 
-def measure_paper(bench: Bench, results: Results):
+def measure_paper(bench: Bench, results: Results) -> sedimo.Recipe:
     """Formats `paper` at 3.5 and 4.0 bits; the recipe of the ablation at 3.5."""
-    bank = bank_of(bench, "paper")
-    tables, _ = tables_of(bench, bank, 3.5)
-    results.put("formats paper, 3.5 bits", compare(bench, bank, tables, 3.5, rivals_of(bench, bank, 3.5)))
-    results.put("additivity, formats paper, 3.5 bits", additivity(bench, bank, tables, 3.5))
-    results.put("formats paper, 4.0 bits", compare(bench, bank, tables_of(bench, bank, 4.0)[0], 4.0))
+    lab = bench.paper
+    tables, _ = tables_of(lab, 3.5)
+    results.put("formats paper, 3.5 bits", compare(bench, lab, tables, 3.5, rivals_of(bench, lab, 3.5)))
+    results.put("additivity, formats paper, 3.5 bits", additivity(lab, tables, 3.5))
+    results.put("formats paper, 4.0 bits", compare(bench, lab, tables_of(lab, 4.0)[0], 4.0))
     return sedimo.allocate(tables["ablation"], bits=3.5).recipe
 
 
 def measure_wide(bench: Bench, results: Results, arguments: argparse.Namespace) -> None:
     """Formats `wide`, and beside them the same methods with formats `paper` at 4.0 bits."""
-    bank, paper = bank_of(bench, "wide"), bank_of(bench, "paper")
+    lab = bench.wide
     for bits in arguments.wide_bits:
-        tables, probes = tables_of(bench, bank, bits)
+        tables, probes = tables_of(lab, bits)
         narrow = {
             f"{n}, formats paper": sedimo.allocate(t, bits=bits).recipe
-            for n, t in tables_of(bench, paper, bits)[0].items()
+            for n, t in tables_of(bench.paper, bits)[0].items()
         }
-        results.put(f"formats wide, {bits} bits", compare(bench, bank, tables, bits, narrow))
-        results.put(f"scaling of the ablation, wide, {bits} bits", scaling(bench, bank, tables["ablation"], probes))
+        results.put(f"formats wide, {bits} bits", compare(bench, lab, tables, bits, narrow))
+        results.put(f"scaling of the ablation, wide, {bits} bits", scaling(lab, tables["ablation"], probes))
     for bits in arguments.jacobian_bits:
-        results.put(f"formats wide, {bits} bits", compare(bench, bank, {"jacobian": jacobian_of(bench, bank)}, bits))
+        results.put(f"formats wide, {bits} bits", compare(bench, lab, {"jacobian": lab.table("jacobian")}, bits))
 
 
 if __name__ == "__main__":

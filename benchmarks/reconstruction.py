@@ -11,16 +11,19 @@ SQNR of both, and learned minus nearest with its 95 % interval, paired by seed.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 
 import sedimo
-from sedimo.api.order import SamplingOrder
 from sedimo.cli.console import ConsoleProgress
-from sedimo.measurement.probe import probed
-from sedimo.measurement.reconstruction import ReconstructionOptions, plan_reconstruction, reconstruct
+from sedimo.lab.exchange import probed
+from sedimo.lab.lab import Lab
+from sedimo.lab.seeds import SamplingSettings, Seeds
+from sedimo.methods.error import ERROR
+from sedimo.methods.jacobian import JACOBIAN
+from sedimo.methods.method import Task
 from sedimo.metrics.signal import paired_difference, relative_noise, summarize
 from sedimo.quant.rounding import RoundingSchedule
+from sedimo.treatments.learned_rounding import ReconstructionOptions, plan_reconstruction, reconstruct
 
 MIXED_BITS = 4.0
 # allocations by weight error and by first-order noise
@@ -34,8 +37,9 @@ def recipe_of(pipe, graph, name: str):
         return bank, bank.space.uniform(sedimo.Format.parse(name))
     space = sedimo.search_space(graph, f"{MIXED[name]},fp16")
     bank = sedimo.fit(pipe, space, sample_channels=16 if name == "mixed" else None)
-    known = bank if name == "mixed" else sedimo.probe(pipe, bank, name, store=tempfile.mkdtemp())
-    return bank, sedimo.allocate(sedimo.attribute(known), bits=MIXED_BITS).recipe
+    method = ERROR if name == "mixed" else JACOBIAN
+    table = method.measure(Lab.on(pipe, bank, graph=graph), Task(method.knobs())).table
+    return bank, sedimo.allocate(table, bits=MIXED_BITS).recipe
 
 
 def measure(pipe, plan, reference, weights):
@@ -56,16 +60,15 @@ def main() -> None:
     options = parser.parse_args()
     pipe = sedimo.load(options.source)
     graph = sedimo.trace(pipe)
-    learning = SamplingOrder(n_seeds=options.samples).searching(pipe)
-    fresh = SamplingOrder(first_seed=options.fresh_seed, n_seeds=options.fresh).searching(pipe)
+    learning = Seeds(SamplingSettings(options.samples), pipe.default_sampling).search
+    fresh = Seeds(SamplingSettings(options.fresh, options.fresh_seed), pipe.default_sampling).search
     reference = pipe.sample(fresh).numpy()
     how = ReconstructionOptions(RoundingSchedule(n_steps=options.steps))
     for name in options.formats.split(","):
         bank, recipe = recipe_of(pipe, graph, name)
         begin = time.perf_counter()
-        found = reconstruct(
-            pipe, bank, plan_reconstruction(graph, recipe), learning, options=how, progress=ConsoleProgress()
-        )
+        lab = Lab.on(pipe, bank, progress=ConsoleProgress())
+        found = reconstruct(lab, bank, plan_reconstruction(graph, recipe), learning, options=how)
         seconds = time.perf_counter() - begin
         powers = [measure(pipe, fresh, reference, w) for w in (bank.quantize(recipe), found.weights)]
         nearest, learned = (summarize(p) for p in powers)

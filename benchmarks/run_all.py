@@ -1,4 +1,4 @@
-"""Runs every benchmark that docs/results.md quotes, one after the other, and keeps their output under runs/.
+"""Runs every benchmark that docs/results quotes, one after the other, and keeps their output under runs/.
 
     python benchmarks/run_all.py            # about five hours on two cores; a killed run goes on
 
@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -31,6 +32,7 @@ COMMANDS = (
 
 def main() -> int:
     """Runs all; the exit code is the number of failures."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     RUNS.mkdir(exist_ok=True)
     failures = 0
     for name, (script, *arguments) in COMMANDS:

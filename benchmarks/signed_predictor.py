@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from sedimo.api.measuring import make_bank
-from sedimo.api.opening import open_source
-from sedimo.api.order import BudgetOrder, Order, SamplingOrder
-from sedimo.api.predicting import judge, know, measures_of, training_set
-from sedimo.api.searching import Measuring
+import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.measurement.exploration import Exploration, random_recipe_near
-from sedimo.measurement.study import Study
-from sedimo.measurement.target import Target
-from sedimo.sensitivity.gnn.training import FAST, train_predictor
+from sedimo.lab.exploration import Exploration, random_recipe_near
+from sedimo.methods.adjoint import ADJOINT, SAMPLES_PER_SEED
+from sedimo.methods.predictor.goal import Goal
+from sedimo.methods.predictor.quality import Band, rate
+from sedimo.methods.predictor.study import measure_background, training_set
+from sedimo.methods.predictor.training import FAST, train_predictor
+from sedimo.treatments.error_feedback import FeedbackSettings, feed_back
 
-LOW, HIGH, BAND, HALF_WIDTH = 3.0, 5.0, 4.0, 0.25
+LOW, HIGH, BAND = 3.0, 5.0, 4.0
 QUALITIES = ("srcc", "kendall_tau", "mae")
 
 
@@ -43,26 +39,29 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/signed-predictor"))
     parser.add_argument("--out", type=Path, help="a JSON besides")
     arguments = parser.parse_args()
-    progress, sampling = ConsoleProgress(), SamplingOrder(guidance=arguments.guidance)
-    order = Order(arguments.source, None, BudgetOrder(bits=BAND), sampling=sampling)
-    opened = replace(open_source(order), is_compensated=arguments.compensate)
-    pipe = opened.pipe
-    with Study(arguments.run) as study:
-        bank = make_bank(opened, study, is_exact=True, progress=progress)
-        wide = sampling.sampling_many(pipe, sampling.n_adjoint)
-        known = know(pipe, opened.graph, bank, study, prior="adjoint", sampling=wide, progress=progress)
-        on_search = Measuring.on(pipe, bank, study, sampling.searching(pipe), progress=progress)
-        exploration = Exploration(0, bank.space, "stratified", LOW, HIGH)
-        trials = on_search.trials([exploration.recipe(i) for i in range(arguments.trials)])
-        near = [random_recipe_near(bank.space, BAND, 99, i, tolerance=0.05) for i in range(arguments.extra)]
-        extra = on_search.trials(near)
-    data = training_set(known, trials, Target.parse("sqnr_db"))
+    progress = ConsoleProgress()
+    sampling = sedimo.SamplingSettings(guidance=arguments.guidance)
+    lab = sedimo.Lab(arguments.source, store=arguments.run, sampling=sampling, progress=progress)
+    if arguments.compensate:
+        lab = lab.treated(feed_back(lab, FeedbackSettings()))
+    space = lab.bank.space
+    known = measure_background(lab, ADJOINT.name, lab.seeds.more(SAMPLES_PER_SEED * sampling.n_seeds))
+    exploration = Exploration(0, space, "stratified", LOW, HIGH)
+    trials = lab.measure([exploration.recipe(i) for i in range(arguments.trials)], lab.seeds.search)
+    near = [random_recipe_near(space, BAND, 99, i, tolerance=0.05) for i in range(arguments.extra)]
+    further = lab.measure(near, lab.seeds.search)
+    data, extra = (training_set(known, some, Goal.parse("sqnr_db")) for some in (trials, further))
     predictor = train_predictor(data, FAST, progress=progress)
-    truth = np.array([measures_of(t, known.space)["sqnr_db"] for t in extra])
-    codes = known.choices.codes([t.recipe for t in extra])
-    report = judge(predictor, data, known, extra=(codes, truth), band=(BAND - HALF_WIDTH, BAND + HALF_WIDTH))
-    rows = [{"predictor": n, "subset": s, **{k: to_plain(getattr(q, k)) for k in QUALITIES}} for n, s, q in report.rows]
-    ahead = {f"{n} | {s}": to_plain(d) for (n, s), d in report.differences.items()}
+    ratings = rate(predictor, data, known, extra=extra, band=Band.around(BAND))
+    rows = [
+        {
+            "predictor": r.predictor,
+            "subset": r.subset,
+            **{k: to_plain(getattr(r.quality, k)) for k in QUALITIES},
+        }
+        for r in ratings
+    ]
+    ahead = {f"{r.predictor} | {r.subset}": to_plain(r.ahead) for r in ratings if r.ahead is not None}
     print("| subset | predictor | SRCC | mean absolute error [dB] |\n|---|---|---|---|")
     for row in rows:
         srcc, mae = row["srcc"], row["mae"]

@@ -11,8 +11,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from sedimo.api import job
-from sedimo.api.order import BudgetOrder, Order
+import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.pipelines.weights import denoiser_folder
 from sedimo.pipelines.zoo import zoo_path
@@ -32,10 +31,17 @@ def main() -> None:
     source = zoo_path(arguments.source.removeprefix("zoo:")) if ":" in arguments.source else Path(arguments.source)
     before = sum(f.stat().st_size for f in denoiser_folder(source).glob("*.safetensors"))
     with tempfile.TemporaryDirectory() as scratch:
-        budget = BudgetOrder(bits=arguments.bits)
-        order = Order(arguments.source, Path(scratch) / "out", budget, "jacobian", arguments.formats, check=False)
-        job.run(order, ConsoleProgress())
-        checkpoint = open_checkpoint(denoiser_folder(Path(scratch) / "out"))
+        out = Path(scratch) / "out"
+        sedimo.quantize(
+            arguments.source,
+            out=out,
+            bits=arguments.bits,
+            method="jacobian",
+            formats=arguments.formats,
+            check=False,
+            progress=ConsoleProgress(),
+        )
+        checkpoint = open_checkpoint(denoiser_folder(out))
     entries = [e for e in checkpoint.layers.values() if isinstance(e, LayerEntry)]
     halves = 2 * sum(math.prod(e.shape) for e in entries)
     print(f"packed layers {checkpoint.stored_bytes} of {halves} bytes at fp16: {checkpoint.stored_bytes / halves:.4f}")

@@ -13,12 +13,9 @@ import json
 from pathlib import Path
 
 import sedimo
-from sedimo.api.order import BudgetOrder
-from sedimo.api.probing import attribute_measured, probe
-from sedimo.api.searching import Measuring, allocated
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.measurement.study import Study
+from sedimo.lab.subject import Compute
 from sedimo.metrics.signal import paired_difference, summarize
 
 FIRST_FRESH = 8
@@ -37,23 +34,27 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/streams"))
     parser.add_argument("--out", type=Path, default=Path("runs/streams.json"))
     options = parser.parse_args()
-    progress, bits = ConsoleProgress(), [float(text) for text in options.bits.split(",")]
-    pipe = sedimo.load(options.source, dtype=options.dtype)
-    graph, trials = sedimo.trace(pipe), {}
-    searched = pipe.default_sampling(range(options.seeds), options.steps)
-    fresh = pipe.default_sampling(range(FIRST_FRESH, FIRST_FRESH + options.fresh), options.steps)
-    with Study(options.run) as study:
-        for name, streams in {"streams": True, "layers": False}.items():
-            space = sedimo.search_space(graph, options.formats, streams=streams)
-            bank = sedimo.fit(pipe, space, cache=options.run / "bank", progress=progress)
-            table = attribute_measured(probe(pipe, bank, "jacobian", store=study, sampling=searched, progress=progress))
-            recipes = [allocated(table, BudgetOrder(bits=b)).recipe for b in bits]
-            found = Measuring.on(pipe, bank, study, fresh, progress=progress).trials(recipes)
-            trials[name] = [(bank.space.paper_bits(trial.recipe), trial) for trial in found]
-    results = []
-    for budget, (split_bits, split), (whole_bits, whole) in zip(bits, trials["streams"], trials["layers"], strict=True):
-        ahead = paired_difference(split.powers, whole.powers)
-        ours, theirs = summarize(split.powers), summarize(whole.powers)
+    bits = [float(text) for text in options.bits.split(",")]
+    split = sedimo.Lab(
+        options.source,
+        store=options.run,
+        formats=options.formats,
+        sampling=sedimo.SamplingSettings(n_seeds=options.seeds, n_steps=options.steps),
+        compute=Compute(options.dtype),
+        progress=ConsoleProgress(),
+    )
+    whole = split.decided_on(sedimo.search_space(split.graph, options.formats, streams=False))
+    fresh = split.seeds.plan(range(FIRST_FRESH, FIRST_FRESH + options.fresh))
+    results, trials = [], {}
+    for name, lab in {"streams": split, "layers": whole}.items():
+        table = lab.table("jacobian")
+        found = lab.measure([sedimo.allocate(table, bits=b).recipe for b in bits], fresh)
+        trials[name] = [(lab.bank.space.paper_bits(trial.recipe), trial) for trial in found]
+    for budget, (split_bits, by_stream), (whole_bits, by_layer) in zip(
+        bits, trials["streams"], trials["layers"], strict=True
+    ):
+        ahead = paired_difference(by_stream.powers, by_layer.powers)
+        ours, theirs = summarize(by_stream.powers), summarize(by_layer.powers)
         results.append(
             {
                 "budget_bits": budget,

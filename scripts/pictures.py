@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 import sedimo
-from sedimo.measurement.images import draw
+from sedimo.lab.images import draw
 
 N_CLASSES, N_ROWS, N_STEPS, SCALE = 10, 4, 30, 2
 OUT = Path(__file__).parent.parent / "docs" / "pictures"

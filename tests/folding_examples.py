@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sedimo.graph.folding import Folding, find_folding
-from sedimo.measurement.ranges import ChannelRange
-from sedimo.measurement.smoothing import Smoothing, plan_smoothing
 from sedimo.pipelines.weights import ModuleWeights
+from sedimo.treatments.ranges import ChannelRange
+from sedimo.treatments.smoothing_plan import Smoothing, plan_smoothing
 
 C = 8
 EXACT = 1e-12  # of float64, where only the constants of modulations are rounded

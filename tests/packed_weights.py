@@ -36,10 +36,15 @@ def random_packed(
         fmt, n_inputs = Format.parse(text), n_channels * math.prod(shape[2:])
         tensors = {
             name: _random(name, spec.shape, fmt, n_inputs, generator).to(spec.dtype)
-            for name, spec in expected_tensors(fmt, shape[0], n_inputs, wide=wide).items()
+            for name, spec in expected_tensors(fmt, shape[0], n_inputs, dtypes_of(fmt, wide)).items()
         }
-        parts.append(WeightPart(start, start + n_channels, fmt, **tensors))
+        parts.append(WeightPart(start, start + n_channels, fmt, tensors))
     return QuantizedTensor.from_parts(parts, shape, dtype)
+
+
+def dtypes_of(fmt: Format, wide: torch.dtype | None) -> dict[str, torch.dtype]:
+    """`wide` for the tensors of a format whose dtype depends on the weight."""
+    return {} if wide is None else dict.fromkeys(fmt.numerics.dtypes, wide)
 
 
 def _random(name: str, shape: Sequence[int], fmt: Format, n_inputs: int, generator: torch.Generator) -> torch.Tensor:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sedimo.allocation.costs import EXACTLY_NOTHING, build_table
 from sedimo.bank import Candidate
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.measurement.adjoint import AdjointProbe
-from sedimo.measurement.passes import change_names
-from sedimo.measurement.trial import Execution, Setting
+from sedimo.lab.passes import change_names
+from sedimo.lab.trial import Execution, Setting
+from sedimo.methods.adjoint import AdjointProbe
 from sedimo.quant.formats import Format
-from sedimo.sensitivity.costs import EXACTLY_NOTHING, build_table
 from sedimo.space import SearchSpace, search_space
 
 Power = Callable[[str, str], float]  # of a decision's change, by their names

@@ -9,9 +9,9 @@ import pytest
 
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph, Group, Node, Stream
-from sedimo.quant.entries import PartFormat
+from sedimo.methods.predictor.features import node_names, split_streams
 from sedimo.quant.formats import FP16, Format, count_bops, paper_bytes, stored_bytes
-from sedimo.sensitivity.gnn.streams import node_names, split_streams
+from sedimo.quant.parts import PartFormat
 from sedimo.space import Recipe, search_space
 
 KMC4, UAQ3 = Format("kmc", 4), Format("uaq", 3)

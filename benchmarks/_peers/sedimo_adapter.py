@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,30 +16,26 @@ from torch import nn
 
 import sedimo
 from _peers.weights import Layers, Quantized, QuantizedLayer
+from sedimo.allocation.budget import BudgetSettings
 from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import allocate
-from sedimo.api.finals import hold_finals
-from sedimo.api.measuring import measure_table
-from sedimo.api.opening import Opened, open_source
-from sedimo.api.order import BudgetOrder, Compute, Order, SamplingOrder
-from sedimo.api.planning import MeasuredMethod
-from sedimo.api.predicting import know
-from sedimo.api.search_order import SearchOrder
-from sedimo.api.searching import Measuring, search
+from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.cli.console import ConsoleProgress
-from sedimo.measurement.study import Study
-from sedimo.pipelines.adapter import Sampling
-from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.lab.lab import Lab
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.subject import Compute
+from sedimo.methods import method_named
+from sedimo.methods.method import Task
+from sedimo.methods.predictor.study import measure_background
+from sedimo.methods.search import SearchSettings, hold_final, search
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.weights import replace_weights
-from sedimo.sensitivity.table import SensitivityTable
 
 PACKAGE = "sedimo"
 SINGLE_TABLE_METHODS = ("error", "jacobian")  # do not depend on the budget
 SEARCH, SEARCH_DTYPE = "gnn", "bf16"
 N_TRIALS, N_ROUNDS = 300, 3
-_MEASURING_SOURCES = ("quant", "pipelines", "measurement", "sensitivity", "bank.py", "space.py")
+_MEASURING_SOURCES = ("quant", "pipelines", "lab", "methods", "bank.py", "space.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,67 +54,50 @@ def goals(bits: Sequence[float], layers: Layers) -> tuple[Goal, ...]:
 class Searches:
     """Tables and banks of one denoiser; what was measured is kept in `folder` and not measured again."""
 
-    def __init__(self, source: str, folder: Path, sampling: SamplingOrder, layers: Layers) -> None:
+    def __init__(self, source: str, folder: Path, sampling: SamplingSettings, layers: Layers) -> None:
         self.source, self.sampling, self.layers = source, sampling, layers
         self._folder = folder / f"sedimo-{_source_digest()[:16]}"
         self._tables: dict[tuple[str, int], tuple[Bank, SensitivityTable]] = {}
 
-    def allocation(self, method: MeasuredMethod | str, goal: Goal) -> tuple[Bank, Allocation]:
+    def allocation(self, method: str, goal: Goal) -> tuple[Bank, Allocation]:
         """The recipe of least cost in at most the goal's bytes, or what the search by measured recipes finds there."""
         if method == SEARCH:
             return self._searched(goal)
         bank, table = self._table(method, goal)
-        return bank, allocate(table, budget_bytes=goal.n_bytes)
+        return bank, sedimo.allocate(table, budget_bytes=goal.n_bytes)
 
     def _searched(self, goal: Goal) -> tuple[Bank, Allocation]:
-        with Study(self._folder) as study:
-            bank, _ = self._table("jacobian", goal)
-            known = know(
-                self._first.pipe, self._first.graph, bank, study, sampling=self._plan, progress=ConsoleProgress()
-            )
-            measuring = Measuring.on(self._sampled, bank, study, self._plan, progress=ConsoleProgress())
-            finals = Measuring.on(
-                self._sampled, bank, study, SamplingOrder().deciding(self._sampled), progress=ConsoleProgress()
-            )
-            order = SearchOrder(N_TRIALS, N_ROUNDS)
-            budget = BudgetOrder(n_bytes=goal.n_bytes)
-            return bank, hold_finals(known, search(known, measuring, order, budget), budget, finals).allocation
+        known, budget = measure_background(self._lab), BudgetSettings(n_bytes=goal.n_bytes)
+        found = search(self._sampled, known, SearchSettings(N_TRIALS, N_ROUNDS), budget)
+        return self._lab.bank, hold_final(self._sampled, known, found, budget).allocation
 
-    @cached_property
-    def _sampled(self) -> DiffusersPipeline:
-        return sedimo.load(self.source, dtype=SEARCH_DTYPE)
-
-    @cached_property
-    def _plan(self) -> Sampling:
-        return self._sampled.default_sampling(range(self.sampling.n_seeds), self.sampling.n_steps)
-
-    def _table(self, method: MeasuredMethod, goal: Goal) -> tuple[Bank, SensitivityTable]:
+    def _table(self, method: str, goal: Goal) -> tuple[Bank, SensitivityTable]:
         key = (method, 0 if method in SINGLE_TABLE_METHODS else goal.n_bytes)
         if key not in self._tables:
-            with Study(self._folder) as study:
-                found = measure_table(self._opened(goal), method, study, ConsoleProgress())
-            self._tables[key] = (found.bank, found.table)
+            one, _ = method_named(method)
+            finding = one.measure(self._lab, Task(one.knobs(), BudgetSettings(n_bytes=goal.n_bytes), is_checked=False))
+            self._tables[key] = (finding.bank, finding.table)
         return self._tables[key]
 
-    def _opened(self, goal: Goal) -> Opened:
-        budget = BudgetOrder(stored_bits=8 * goal.n_bytes / self.layers.n_distinct_weights)
-        return replace(self._first, order=replace(self._first.order, budget=budget))
-
     @cached_property
-    def _first(self) -> Opened:
-        order = Order(
+    def _lab(self) -> sedimo.Lab:
+        found = sedimo.Lab(
             self.source,
-            None,
-            BudgetOrder(stored_bits=4.0),
-            method="jacobian",
-            formats="wide",
+            store=self._folder,
             sampling=self.sampling,
             compute=Compute("fp32", "cpu"),
+            progress=ConsoleProgress(),
         )
-        opened = open_source(order)
-        if opened.space.params != self.layers.n_distinct_weights:
-            raise ValueError(f"{opened.space.params} weights in the space, {self.layers.n_distinct_weights} counted")
-        return opened
+        if found.space.params != self.layers.n_distinct_weights:
+            raise ValueError(f"{found.space.params} weights in the space, {self.layers.n_distinct_weights} counted")
+        return found
+
+    @cached_property
+    def _sampled(self) -> Lab:
+        """The same in the dtype that recipes are measured in."""
+        exact, pipe = self._lab, sedimo.load(self.source, dtype=SEARCH_DTYPE)
+        more = {"graph": exact.graph, "study": exact.study, "sampling": self.sampling, "progress": exact.progress}
+        return Lab.on(pipe, exact.bank, **more)
 
 
 def quantize(denoiser: nn.Module, bank: Bank, allocation: Allocation) -> Quantized:

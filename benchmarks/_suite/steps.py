@@ -14,9 +14,9 @@ import torch
 
 from sedimo.bank import Bank
 from sedimo.codec import content_key
-from sedimo.measurement.guidance import find_row_weights
-from sedimo.measurement.objective import batches_of, rows_for, rows_of
-from sedimo.measurement.probe import probed
+from sedimo.lab.exchange import probed
+from sedimo.lab.objective import batches_of, rows_for, rows_of
+from sedimo.methods.guidance import find_row_weights
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.trajectory import Trajectory, output_tensor, record

@@ -18,31 +18,34 @@ _HOME = {
     "DenoiserGraph": "sedimo.graph.model",
     "Format": "sedimo.quant.formats",
     "InputError": "sedimo.errors",
+    "Lab": "sedimo.jobs.face",
     "MissingExtraError": "sedimo.errors",
     "QuantizedTensor": "sedimo.quant.tensor",
     "Recipe": "sedimo.space",
     "Sampling": "sedimo.pipelines.adapter",
+    "SamplingSettings": "sedimo.lab.seeds",
     "SearchSpace": "sedimo.space",
     "SedimoError": "sedimo.errors",
-    "SensitivityTable": "sedimo.sensitivity.table",
+    "SensitivityTable": "sedimo.allocation.table",
+    "SmoothingSettings": "sedimo.treatments.smoothing",
     "StateError": "sedimo.errors",
-    "Study": "sedimo.measurement.study",
+    "Study": "sedimo.lab.study",
     "UnsupportedError": "sedimo.errors",
     "allocate": "sedimo.allocation.solve",
-    "attribute": "sedimo.api.attributing",
-    "evaluate": "sedimo.api.comparison",
-    "explore": "sedimo.api.verbs",
-    "fit": "sedimo.api.verbs",
-    "load": "sedimo.api.verbs",
-    "memory_bytes": "sedimo.api.verbs",
-    "probe": "sedimo.api.probing",
-    "quantize": "sedimo.api.verbs",
-    "quantize_weight": "sedimo.quant.quantization",
-    "report": "sedimo.api.verbs",
+    "evaluate": "sedimo.jobs.evaluate",
+    "fit": "sedimo.jobs.face",
+    "load": "sedimo.jobs.face",
+    "memory_bytes": "sedimo.jobs.face",
+    "quantize": "sedimo.jobs.face",
+    "quantize_weight": "sedimo.quant.fitting",
+    "replace": "sedimo.jobs.face",
+    "report": "sedimo.jobs.face",
     "search_space": "sedimo.space",
-    "smooth": "sedimo.api.smoothing",
-    "trace": "sedimo.api.verbs",
+    "smooth": "sedimo.treatments.smoothing",
+    "trace": "sedimo.lab.subject",
 }
+
+_OLD = dict.fromkeys(("attribute", "explore", "probe"), "sedimo.jobs.face")  # end with the next release
 
 __all__ = [  # the literal table above is the list; a test holds both together
     *sorted(_HOME),
@@ -51,9 +54,10 @@ __all__ = [  # the literal table above is the list; a test holds both together
 
 def __getattr__(name: str) -> object:
     """Loads a public name from its home."""
-    if name not in _HOME:
+    home = _HOME.get(name) or _OLD.get(name)
+    if home is None:
         raise AttributeError(f"module 'sedimo' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

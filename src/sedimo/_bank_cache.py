@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from sedimo.codec import from_json, to_json
 from sedimo.errors import StateError
-from sedimo.quant.fitting import FittedParameters
 from sedimo.quant.formats import Format
+from sedimo.quant.parts import Fitted
 from sedimo.store.rows import Rows
 
-_FIELDS = ("scale", "zero_point", "codebook")
 _SUMS = "sums"  # squared error and squared norm, float64 [2]
 _SHAPE = "shape"
 Record = TypeVar("Record")
@@ -33,7 +32,7 @@ class BankCache:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._memory: dict[str, dict[Format, FittedParameters]] = {}
+        self._memory: dict[str, dict[Format, Fitted]] = {}
         self._rows = Rows(folder / "bank.sqlite") if folder else None
         self._candidates: dict[str, object] = {}
 
@@ -52,7 +51,7 @@ class BankCache:
         else:
             self._rows.put_many("candidate", [(key, to_json(c)) for key, c in candidates.items()])
 
-    def parameters(self, decision: str) -> dict[Format, FittedParameters]:
+    def parameters(self, decision: str) -> dict[Format, Fitted]:
         """The fitted parameters of a decision by format.
 
         Raises:
@@ -63,7 +62,7 @@ class BankCache:
         path = _path(self._folder, decision)
         return _read(path) if path.exists() else {}
 
-    def put_parameters(self, decision: str, fitted: Mapping[Format, FittedParameters]) -> None:
+    def put_parameters(self, decision: str, fitted: Mapping[Format, Fitted]) -> None:
         """Keeps fitted parameters."""
         known = {**self.parameters(decision), **fitted}
         if self._folder is None:
@@ -76,8 +75,9 @@ def _path(folder: Path, decision: str) -> Path:
     return folder / f"{hashlib.sha256(decision.encode()).hexdigest()[:32]}.safetensors"
 
 
-def _write(path: Path, known: Mapping[Format, FittedParameters]) -> None:
-    tensors = {f"{f}.{name}": t.contiguous() for f, fitted in known.items() for name, t in _tensors(fitted).items()}
+def _write(path: Path, known: Mapping[Format, Fitted]) -> None:
+    own = {f"{f}.{name}": t for f, fitted in known.items() for name, t in _tensors(fitted).items()}
+    tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in own.items()}  # formats may share one
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary)
     with temporary.open("rb") as file:
@@ -85,13 +85,12 @@ def _write(path: Path, known: Mapping[Format, FittedParameters]) -> None:
     temporary.replace(path)
 
 
-def _tensors(fitted: FittedParameters) -> dict[str, torch.Tensor]:
+def _tensors(fitted: Fitted) -> dict[str, torch.Tensor]:
     sums = torch.tensor([fitted.squared_error, fitted.squared_norm], dtype=torch.float64)
-    found = {name: t for name in _FIELDS if (t := getattr(fitted, name)) is not None}
-    return {**found, _SUMS: sums, _SHAPE: torch.tensor(fitted.shape)}
+    return {**fitted.parameters, _SUMS: sums, _SHAPE: torch.tensor(fitted.shape)}
 
 
-def _read(path: Path) -> dict[Format, FittedParameters]:
+def _read(path: Path) -> dict[Format, Fitted]:
     found: dict[Format, dict[str, torch.Tensor]] = {}
     try:
         for name, tensor in load_file(path).items():
@@ -102,8 +101,8 @@ def _read(path: Path) -> dict[Format, FittedParameters]:
         raise StateError(f"{path} in the bank's cache is damaged: {error!r}. Delete it to fit it again") from error
 
 
-def _fitted(number_format: Format, tensors: Mapping[str, torch.Tensor]) -> FittedParameters:
+def _fitted(number_format: Format, tensors: Mapping[str, torch.Tensor]) -> Fitted:
     squared_error, squared_norm = tensors[_SUMS].tolist()
     shape = tuple(int(size) for size in tensors[_SHAPE])
-    scale, zero_point, codebook = (tensors.get(name) for name in _FIELDS)
-    return FittedParameters(number_format, shape, scale, zero_point, codebook, squared_error, squared_norm)
+    parameters = {name: t for name, t in tensors.items() if name not in (_SUMS, _SHAPE)}
+    return Fitted(number_format, shape, parameters, None, squared_error, squared_norm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,15 +26,16 @@ from sedimo.graph.model import Stream
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.activations import DYNAMIC, Activations, InputQuantizers
 from sedimo.quant.compensation import Feedback, Moments, compensated, feedback_of
-from sedimo.quant.entries import Entry, PartFormat, parts_of
-from sedimo.quant.fitting import FittedParameters, FittedWeight, error_estimates, fit_parameters, with_codes
-from sedimo.quant.formats import FP16, Format, stored_bytes
+from sedimo.quant.fitting import error_estimates, fit_parameters, with_codes
+from sedimo.quant.formats import FP16, Format
+from sedimo.quant.parts import Entry, Fitted, PartFormat, parts_of
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import narrowed
 from sedimo.space import Decision, Recipe, SearchSpace
 
 Made = TypeVar("Made")
 FIT_VERSION = 1  # raise it when a fit changes: cached parameters and errors are then made anew
+_TIMED_WEIGHTS = 1 << 18
 _PACKED_BYTES_KEPT = 1 << 30
 _FEEDBACK_BYTES_KEPT = 3 << 30  # all of it: recipes go through layers in order, and what is dropped is needed next
 
@@ -209,7 +211,7 @@ class Bank:
         values, n_inputs = read_weight(self.weights, weight), weight.shape[1]
         if [p.start for p in parts] != [0, *(p.stop for p in parts[:-1])] or parts[-1].stop != n_inputs:
             raise InputError(f"parts of layer {weight.name!r} must cover its {n_inputs} inputs in order")
-        pieces: list[FittedWeight | torch.Tensor] = []
+        pieces: list[Fitted | torch.Tensor] = []
         for part in parts:
             if not part.format.is_quantized:
                 pieces.append(narrowed(values)[:, part.start : part.stop])
@@ -223,7 +225,7 @@ class Bank:
         packed.layer_name = weight.layers[0]
         return packed
 
-    def _coded(self, weight: Decision, first: int, piece: torch.Tensor, parameters: FittedParameters) -> FittedWeight:
+    def _coded(self, weight: Decision, first: int, piece: torch.Tensor, parameters: Fitted) -> Fitted:
         """The piece of a weight that begins at one of its input channels: nearest codes, or by error feedback."""
         parts = [] if self.moments is None else self._feedback_of(self.moments, weight, first, piece)
         if not parts:
@@ -237,7 +239,7 @@ class Bank:
         start, stop = first * width, (first + piece.shape[1]) * width
         return self._feedback.get((whole, start, stop), lambda: feedback_of(moments.blocks(whole), start, stop))
 
-    def _parameters(self, name: str, weight: torch.Tensor, formats: Sequence[Format]) -> dict[Format, FittedParameters]:
+    def _parameters(self, name: str, weight: torch.Tensor, formats: Sequence[Format]) -> dict[Format, Fitted]:
         """The parameters of a layer's weight or of the part of it that is so named."""
         known = self._cache.parameters(name)
         missing = [f for f in formats if f not in known]
@@ -289,6 +291,22 @@ def fit_bank(
     progress.done()
     space = replace(space, decisions=tuple(decisions), notes=(*space.notes, *notes)) if notes else space
     return Bank(weights, space, candidates, cache=store)
+
+
+def time_fits(weights: WeightSource, space: SearchSpace) -> float:
+    """Seconds that one weight in one format takes on this machine, timed on some rows of the largest weight."""
+    decision = max(space.decisions, key=lambda d: d.params)
+    formats = [f for f in decision.formats if f.is_quantized]
+    if not formats:
+        return 0.0
+    weight = read_weight(weights, decision)
+    rows = weight[: max(1, _TIMED_WEIGHTS * weight.shape[0] // weight.numel())]
+    fitting = list(possible(lambda some: fit_parameters(rows, some), formats))  # compiles, or loads what was compiled
+    if not fitting:
+        return 0.0
+    begin = time.perf_counter()
+    fit_parameters(rows, fitting)
+    return (time.perf_counter() - begin) / (rows.numel() * len(fitting))
 
 
 def read_weight(weights: WeightSource, decision: Decision) -> torch.Tensor:
@@ -356,9 +374,8 @@ def _estimate(
     return {f: _candidate(decision, f, e.mean, e.standard_error, e.n % n_all) for f, e in estimates.items()}
 
 
-def _exact_candidate(decision: Decision, fitted: FittedParameters) -> Candidate:
-    codebook_bytes = 2 if fitted.codebook is None else fitted.codebook.element_size()
-    size = stored_bytes(fitted.format, decision.shape, codebook_bytes=codebook_bytes)
+def _exact_candidate(decision: Decision, fitted: Fitted) -> Candidate:
+    size = fitted.stored_bytes
     return replace(_candidate(decision, fitted.format, fitted.relative_error, 0.0, 0), stored_bytes=size)
 
 

@@ -13,10 +13,9 @@ from functools import cached_property
 
 from sedimo.codec import content_key, parse_json, to_json
 from sedimo.errors import InputError, StateError
-from sedimo.graph.ends import first_layers, last_layers
-from sedimo.graph.model import DenoiserGraph, Stream
-from sedimo.quant.entries import Entry, PartFormat, covering, entry_text, parts_of, read_entry
+from sedimo.graph.model import DenoiserGraph, Stream, first_layers, last_layers
 from sedimo.quant.formats import FP16, FULL_BITS, Format, count_bops, paper_bytes, parse_formats, stored_bytes
+from sedimo.quant.parts import Entry, PartFormat, covering, entry_text, parts_of, read_entry
 
 RECIPE_VERSION = 1
 
@@ -62,8 +61,7 @@ class SearchSpace:
     """The decisions of one denoiser, and notes on formats that were dropped and streams that were not told apart.
 
     `attention_macs` are those of the products of attention, which no recipe changes [MACs]. They follow from the
-    graph, so that spaces of one `graph_digest` are equal without them (spaces that older versions kept have none);
-    notes follow from graph and formats.
+    graph, and notes from graph and formats.
     """
 
     denoiser: str
@@ -364,9 +362,11 @@ def search_space(
     decisions = []
     for decision in found:
         dropped = [f for f in decision.formats if f.is_quantized and not _is_smaller(f, decision.shape)]
-        kept = tuple(f for f in decision.formats if f not in dropped) or (FP16,)
         if dropped:
             notes.append(f"{decision.name}: {', '.join(map(str, dropped))} would cost at least fp16 and were dropped")
+        refusals = {f: f.numerics.refusal(f, decision.shape) for f in decision.formats}
+        notes += [f"{decision.name}: {f} was dropped, because {why}" for f, why in refusals.items() if why]
+        kept = tuple(f for f in decision.formats if f not in dropped and not refusals[f]) or (FP16,)
         decisions.append(replace(decision, formats=kept))
     if whole:
         notes.append(

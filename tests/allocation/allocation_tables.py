@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import strategies as st
 
+from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.quant.formats import FP16, Format, paper_bytes, stored_bytes
-from sedimo.sensitivity.table import Cost, SensitivityTable
 
 FORMATS = tuple(Format.parse(t) for t in ("uaq2", "kmc2", "uaq3", "kmc3", "uaq4", "kmc4", "uaq6", "fp16"))
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from allocation_tables import random_table, tiny_tables
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from variant_tables import brute_force, grouped, sdxl_variants, tiny_variant_tables
 
-from sedimo.allocation.solve import allocate
-from sedimo.allocation.variants import allocate_variants
+from examples import examples
+from sedimo.allocation.solve import allocate, allocate_variants
+from sedimo.allocation.variant_table import GroupVariants, VariantTable
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
-from sedimo.sensitivity.variants import GroupVariants, VariantTable
 
 ROUNDING = 1e-5  # HiGHS's absolute tolerance of 1e-6 in units of the mean cost per group, with a margin
 FOUR_FORMATS = tuple(Format.parse(t) for t in ("uaq3", "kmc3", "uaq4", "kmc4"))
@@ -37,7 +37,7 @@ def sums_of(table: VariantTable, choice):
     return totals
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(tiny_variant_tables(), st.integers(1, 120))
 def test_the_exact_rule_equals_brute_force(table, size_bytes):
     best = brute_force(table, size_bytes)
@@ -54,7 +54,7 @@ def test_the_exact_rule_equals_brute_force(table, size_bytes):
     assert (found.objective, found.used_bytes, found.bops) == (pytest.approx(cost, abs=1e-12), paper, bops)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(tiny_variant_tables(), st.integers(1, 100), st.integers(0, 80))
 def test_two_budgets_equal_brute_force(table, size_bytes, bops):
     best = brute_force(table, size_bytes, bops)
@@ -97,7 +97,7 @@ def test_rules_keep_their_order_and_the_budget(bits):
     assert max(a.used_bytes for a in (exact, greedy, rounded)) <= exact.budget_bytes
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(tiny_variant_tables(), st.integers(0, 2**32), st.sampled_from(["milp", "argmin"]))
 def test_the_order_of_groups_variants_and_formats_does_not_matter(table, seed, rule):
     rng = np.random.default_rng(seed)
@@ -145,7 +145,7 @@ def test_of_equal_groups_the_same_one_gets_what_is_left_in_any_order():
     assert turned == found
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(tiny_variant_tables())
 def test_argmin_is_the_least_cost_of_each_group_and_the_smaller_of_equals(table):
     found = allocate_variants(table, rule="argmin")
@@ -237,7 +237,7 @@ def test_the_error_of_the_sum_takes_groups_as_independent():
     assert allocate_variants(table, bits=3.7).standard_error == pytest.approx(math.sqrt(12))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(tiny_tables(4), st.integers(1, 120))
 def test_one_group_of_everything_is_its_best_row_that_fits(table, size_bytes):
     together = grouped(table, [len(table.by_decision)])

@@ -8,17 +8,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from signed_problems import SignedProblem, signed_problem
 
+from examples import examples
 from sedimo.allocation.decide import GAP
 from sedimo.allocation.exchange import allocate_signed, cross_validated_noise
 from sedimo.allocation.problem import Budget
 from sedimo.allocation.solve import allocate_within
+from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
-from sedimo.sensitivity.adjoint import effects_of
-from sedimo.sensitivity.table import SensitivityTable
+from sedimo.methods.adjoint import effects_of
 from synthetic_effects import candidates_of, drawn_products, probe_of, space_of, table_of
 
 ROUNDING = 1e-9  # relative to the sum of costs: float64 sums in another order, of which terms may cancel
@@ -31,7 +32,7 @@ def found_in(problem: SignedProblem, budget: Budget, trust: float, **settings):
     return allocate_signed(problem.table, problem.effects, budget, trust=trust, **settings)
 
 
-@settings(derandomize=True, max_examples=30)
+@examples(30, derandomize=True)
 @given(problems, st.floats(0, 1), st.floats(0, 1), st.booleans())
 def test_the_budget_is_kept_and_the_start_is_never_better(problem, share, trust, with_bops):
     budget = problem.budget(share, with_bops=with_bops)
@@ -57,6 +58,7 @@ def test_the_budget_is_kept_and_the_start_is_never_better(problem, share, trust,
     assert (found.status, found.rule) == ("heuristic", "signed")
 
 
+@pytest.mark.slow
 def test_exchanges_nearly_always_end_at_the_best_of_all_choices():
     """They are local: the exact number on these seeds is a fact, and a change of it asks for a look."""
     n_best, n_gained, worst = 0, 0, 0.0
@@ -73,7 +75,7 @@ def test_exchanges_nearly_always_end_at_the_best_of_all_choices():
     assert worst < WORST
 
 
-@settings(derandomize=True, max_examples=40)
+@examples(40, derandomize=True)
 @given(problems, st.floats(0, 1))
 def test_without_trust_it_is_the_sum_of_costs(problem, share):
     budget = problem.budget(share)
@@ -84,7 +86,7 @@ def test_without_trust_it_is_the_sum_of_costs(problem, share):
     assert found.standard_error == pytest.approx(summed.standard_error, abs=slack)
 
 
-@settings(derandomize=True, max_examples=40)
+@examples(40, derandomize=True)
 @given(problems, st.floats(0.1, 1), st.integers(0, 2**32))
 def test_more_formats_never_cost_more_by_the_sum(problem, share, seed):
     rng, budget = np.random.default_rng(seed), problem.budget(share)
@@ -149,7 +151,7 @@ def _other(cost, value, *, stored_bytes):
     return replace(cost, format=other, cost=value, stored_bytes=stored_bytes)
 
 
-@settings(derandomize=True, max_examples=40)
+@examples(40, derandomize=True)
 @given(problems, st.integers(0, 2**32))
 def test_forbidden_formats_are_never_taken(problem, seed):
     """Each would cancel all the rest, if it might."""

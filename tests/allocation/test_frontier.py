@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 from allocation_tables import brute_force, random_table, tiny_tables
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from sedimo.allocation.frontier import even_budgets, frontier
+from examples import examples
 from sedimo.allocation.problem import bits_range, bytes_for_bits
+from sedimo.allocation.solve import even_budgets, frontier
 from sedimo.errors import InputError
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(tiny_tables())
 def test_the_objective_never_rises_with_the_budget(table):
     curve = frontier(table, even_budgets(table, 9), gap=0.0)
@@ -57,7 +58,7 @@ def test_too_few_points_are_refused(call):
         call(random_table(3, seed=0))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(tiny_tables(), st.integers(0, 120))
 def test_a_limit_of_operations_holds_along_the_curve(table, bops):
     budgets = sorted(set(even_budgets(table, 5)))

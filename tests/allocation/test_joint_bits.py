@@ -7,16 +7,18 @@ import itertools
 import numpy as np
 import pytest
 from allocation_tables import table_of, tiny_tables
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from examples import examples
 from sedimo.allocation.problem import Budget, make_problem
 from sedimo.allocation.relaxation import relax
 from sedimo.allocation.solve import allocate, allocate_within
+from sedimo.allocation.table import Cost, of_family
 from sedimo.errors import InputError
+from sedimo.quant.families.uaq import UAQ
 from sedimo.quant.formats import Format, count_bops, with_activations
-from sedimo.sensitivity.table import Cost, of_family
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 WEIGHTS = tuple(Format("uaq", bits) for bits in WIDTHS)
@@ -24,7 +26,7 @@ PAIRS = with_activations(WEIGHTS, WIDTHS)
 ROUNDING = 1e-5  # HiGHS's absolute tolerance of 1e-6 in units of the mean cost per decision, with a margin
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(tiny_tables(), st.integers(1, 120) | st.none(), st.integers(0, 120) | st.none())
 def test_the_exact_programme_is_never_worse_than_rounding_nor_over_a_budget(table, size_bytes, bops):
     assume(size_bytes is not None or bops is not None)
@@ -66,7 +68,7 @@ thetas = st.lists(st.floats(0.01, 1), min_size=3, max_size=3)
 sizes = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), min_size=3, max_size=3)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(thetas, sizes, st.floats(0.01, 1), st.floats(0.01, 1))
 def test_pairs_under_both_budgets_equal_brute_force(thetas, sizes, size_share, bops_share):
     """All 46,656 choices of three decisions with 36 pairs each."""
@@ -82,7 +84,7 @@ def test_pairs_under_both_budgets_equal_brute_force(thetas, sizes, size_share, b
     assert found.bound <= best + 1e-9
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(0, 10_000), st.floats(2.05, 7.95))
 def test_the_rule_lp_is_the_published_programme_and_the_exact_one_beats_its_rounding(seed, bits):
     """OMPQ's: continuous bits that maximise importance times bits within a size, then rounded to whole bits."""
@@ -138,5 +140,5 @@ def test_the_bound_of_two_budgets_is_that_of_the_linear_relaxation():
 def test_one_family_keeps_what_has_none_of_it():
     kmc, uaq, grouped = Format.parse("kmc4"), Format.parse("uaq4a8"), Format.parse("uaq4g64")
     entries = [Cost(d, f, 1.0, 0.0, 0, 5, 5, 5) for d, f in itertools.product("ab", (kmc, uaq, grouped))]
-    found = of_family(table_of([*entries[:3], entries[3]], {"a": 10, "b": 10}), "uaq")
+    found = of_family(table_of([*entries[:3], entries[3]], {"a": 10, "b": 10}), UAQ)
     assert [(c.decision, c.format) for c in found.costs] == [("a", uaq), ("b", kmc)]

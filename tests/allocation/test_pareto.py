@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from sedimo.allocation.pareto import pareto
+from examples import examples
+from sedimo.allocation.problem import pareto
 
 
 def by_definition(cost, size, ties):
@@ -31,7 +32,7 @@ def options(draw):
     return cost, rng.integers(0, top, (n_resources, n)), np.array([rng.permutation(n) // 2, np.arange(n)])
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(options())
 def test_what_stays_is_what_no_other_option_beats(drawn):
     assert pareto(*drawn).tolist() == by_definition(*drawn)

@@ -18,9 +18,9 @@ from sedimo.allocation import program, solve
 from sedimo.allocation.problem import Budget, make_problem
 from sedimo.allocation.program import MAX_SOLVES, Answer, solve_checked, solve_highs
 from sedimo.allocation.solve import allocate
+from sedimo.allocation.table import Cost
 from sedimo.errors import InputError, SedimoError
 from sedimo.quant.formats import FP16, Format
-from sedimo.sensitivity.table import Cost
 
 UAQ3 = Format.parse("uaq3")
 

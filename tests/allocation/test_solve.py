@@ -8,21 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from allocation_tables import brute_force, random_table, table_of, tiny_tables
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from sedimo.allocation.problem import Budget, bits_range, make_problem
 from sedimo.allocation.relaxation import relax
 from sedimo.allocation.solve import allocate, allocate_within
+from sedimo.allocation.table import Cost
 from sedimo.errors import InputError
 from sedimo.quant.formats import FP16, Format
-from sedimo.sensitivity.table import Cost
 
 ROUNDING = 1e-5  # HiGHS's absolute tolerance of 1e-6 in units of the mean cost per decision, with a margin
 KMC4, UAQ3 = Format.parse("kmc4"), Format.parse("uaq3")
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(tiny_tables(), st.integers(1, 120))
 def test_the_exact_rule_equals_brute_force(table, size_bytes):
     best = brute_force(table, size_bytes)
@@ -37,7 +38,7 @@ def test_the_exact_rule_equals_brute_force(table, size_bytes):
     assert found.status == "optimal"
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(tiny_tables(4), st.integers(1, 100) | st.none(), st.integers(0, 80))
 def test_operations_alone_or_beside_a_size_equal_brute_force(table, size_bytes, bops):
     best = brute_force(table, size_bytes, bops)

@@ -10,9 +10,9 @@ import numpy as np
 from allocation_tables import tiny_tables
 from hypothesis import strategies as st
 
+from sedimo.allocation.table import SensitivityTable
+from sedimo.allocation.variant_table import GroupVariants, VariantTable, build_variant_table, variant_sizes
 from sedimo.quant.formats import PAPER_FORMATS
-from sedimo.sensitivity.table import SensitivityTable
-from sedimo.sensitivity.variants import GroupVariants, VariantTable, build_variant_table, variant_sizes
 from sedimo.space import Decision, SearchSpace
 
 # groups of SDXL by number of decisions, as Qua2SeDiMo counts them: 243 groups, 343,458 variants of six formats

@@ -12,9 +12,9 @@ from sedimo.bank import FIT_VERSION, Bank, fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.pipelines.adapter import WeightInfo
-from sedimo.quant.entries import PartFormat
 from sedimo.quant.fitting import fit
 from sedimo.quant.formats import FP16, Format
+from sedimo.quant.parts import PartFormat
 from sedimo.space import Recipe, search_space
 
 KMC3, UAQ4, KMA4 = Format("kmc", 3), Format("uaq", 4), Format("kma", 4)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
+import tqdm.std
 
 from sedimo.cli import console
 
@@ -10,22 +14,27 @@ from sedimo.cli import console
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
     return now
 
 
-def test_lines_tell_the_time_left_by_the_trials_done_so_far(clock, capsys):
+def test_lines_tell_the_time_left_by_the_steps_done_so_far(clock, capsys):
     progress = console.ConsoleProgress()
     progress.start(40, "measuring")
     for seconds in (4.0, 7.0, 9.0):
         clock[0] += seconds
         progress.advance(1)
-    assert capsys.readouterr().err.splitlines() == ["measuring: 40 steps", "measuring: 2 of 40, about 3 min left"]
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "measuring: 0 of 40, about ? left",
+        "measuring: 2 of 40, about 03:29 left",
+    ]
     clock[0] += 2.0
     progress.advance(37)
-    assert capsys.readouterr().err.splitlines() == ["measuring: 40 of 40, about 0 s left"]
     progress.done()
-    assert capsys.readouterr().err == "measuring: done\n"
+    progress.done()
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "measuring: 40 of 40, about 00:00 left\n")
 
 
 def test_a_new_stage_begins_its_own_estimate(clock, capsys):
@@ -35,8 +44,17 @@ def test_a_new_stage_begins_its_own_estimate(clock, capsys):
     progress.start(4, "measuring")
     clock[0] += 20
     progress.advance(2)
-    assert capsys.readouterr().err.splitlines()[-1] == "measuring: 2 of 4, about 20 s left"
+    assert capsys.readouterr().err.splitlines()[-1] == "measuring: 2 of 4, about 00:20 left"
+    progress.done()
 
 
-def test_durations_are_told_in_the_units_people_use():
-    assert [console.duration(s) for s in (0.4, 89, 90, 3700)] == ["0 s", "89 s", "2 min", "1 h 02 min"]
+def test_the_bar_of_a_terminal_is_on_standard_error_and_starts_no_thread(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    threads = threading.active_count()
+    with console.progress() as progress:
+        progress.start(2, "measuring")
+        assert threading.active_count() == threads
+        progress.advance(2)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "measuring: 100%" in shown.err

@@ -7,21 +7,14 @@ import shutil
 
 import pytest
 import torch
-from click.testing import CliRunner
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import sedimo
-from sedimo.cli.main import main
+from running import run
 
 TIED = [f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1" for i in range(2)]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-def run(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
-    return result
 
 
 @pytest.fixture(scope="module")

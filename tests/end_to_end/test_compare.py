@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from running import run, run_json
 
-from sedimo.api import comparing
-from sedimo.api.comparing import COMPARED, CompareOrder, agreement
-from sedimo.api.order import SamplingOrder
+from running import run, run_json
+from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.errors import InputError
-from sedimo.measurement.ledger import Spent
-from sedimo.metrics.estimate import Estimate
+from sedimo.jobs import compare as comparing
+from sedimo.jobs.compare import CompareSettings, agreement, compared_methods
+from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.subject import SourceSettings
+from sedimo.methods import uniform
 from sedimo.quant.formats import Format
-from sedimo.reporting.comparison import ComparisonLine, ComparisonPage, CostLine, render_comparison
-from sedimo.reporting.comparison_chart import methods_chart
-from sedimo.sensitivity.error import error_table
-from sedimo.sensitivity.table import Cost, SensitivityTable
 
 QUICK = ("--seeds", "2", "--steps", "2", "--fresh", "4", "--formats", "uaq2,uaq3,uaq4,uaq6,kmc3,kmc4")
 FEW = "uniform,error,jacobian,ablation,combined,sqnr,orthogonality,orthogonality-lp,orthogonality-noise,rank-average"
@@ -85,14 +81,14 @@ def test_a_second_run_measures_nothing_and_says_the_same(compared):
     found, arguments, _ = compared
     assert run_json(*arguments, "--methods", FEW) == found
     text = run(*arguments, "--methods", "jacobian,error").stdout
-    assert "2 paired comparisons" in text
+    assert "paired difference" in text
 
 
 def test_the_page_stands_alone(compared):
     page = (compared[2] / "page.html").read_text()
     assert "<script" not in page
     for method in FEW.split(","):
-        assert f"<td>{method}</td>" in page
+        assert f'<td class="left">{method}</td>' in page
     assert "18 paired differences" in page
     assert 'id="methods-' in page
     best = {
@@ -131,7 +127,7 @@ def test_a_uniform_recipe_that_fits_no_budget_is_left_out_with_a_note(tiny_pipel
     found = run_json(*arguments, *narrow)
     assert [row["method"] for row in found["rows"]] == ["uniform", "error"]
     assert found["notes"] == ["uniform at 10 bits: pos_embed.proj cannot take kmc4 and has fp16"]
-    monkeypatch.setattr(comparing, "UNIFORM_SLACK_BITS", -10.0)
+    monkeypatch.setattr(uniform, "SLACK_BITS", -10.0)
     found = run_json(*arguments, *narrow)
     assert [row["method"] for row in found["rows"]] == ["error"]
     assert "uniform at 10 bits: left out: no uniform format takes at most 0.00 bits" in found["notes"][0]
@@ -139,59 +135,35 @@ def test_a_uniform_recipe_that_fits_no_budget_is_left_out_with_a_note(tiny_pipel
 
 
 def test_every_budget_is_checked_before_anything_is_fitted(tiny_pipeline_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing, "make_bank", lambda *_args, **_named: pytest.fail("fitted"))
+    monkeypatch.setattr("sedimo.lab.lab.fit_bank", lambda *_args, **_named: pytest.fail("fitted"))
     with pytest.raises(InputError, match="least possible"):
-        comparing.compare_methods(CompareOrder(str(tiny_pipeline_folder), tmp_path, (5.0, 1.0), ("error",)))
+        comparing.compare_methods(
+            CompareSettings(SourceSettings(str(tiny_pipeline_folder)), (5.0, 1.0), tmp_path, methods="error")
+        )
 
 
 def test_agreement_is_about_the_tables_of_the_middle_budget(tiny_pipeline_folder, tmp_path, monkeypatch):
     seen = {}
 
-    def decide(opened, bank, _study, method, _progress):
-        bits = opened.order.budget.bits
-        return comparing._Decided(
-            bank.space.uniform(uaq4), replace(error_table(bank.space, bank.candidates), method=bits)
-        )
+    def found(lab, method, task):
+        finding = method.find(lab, task)
+        return replace(finding, table=replace(finding.table, method=str(task.budget.bits)))
 
-    uaq4 = Format.parse("uaq4")
-    monkeypatch.setattr(comparing, "_decide", decide)
+    monkeypatch.setattr(comparing, "_found", found)
     monkeypatch.setattr(comparing, "agreement", lambda tables, bits: seen.update(tables=tables, bits=bits) or {})
-    sampling = SamplingOrder(n_seeds=2, n_steps=1)
-    order = CompareOrder(str(tiny_pipeline_folder), tmp_path, (5.0, 6.0, 7.0), ("error",), "uaq4", None, sampling)
-    comparing.compare_methods(replace(order, n_fresh=2))
+    sampling = SamplingSettings(n_seeds=2, n_steps=1)
+    settings = CompareSettings(
+        SourceSettings(str(tiny_pipeline_folder)),
+        (5.0, 6.0, 7.0),
+        tmp_path,
+        methods="error",
+        n_fresh=2,
+        formats=FormatSettings("uaq4,uaq5"),
+        sampling=sampling,
+    )
+    comparing.compare_methods(settings)
     assert seen["bits"] == 6.0
-    assert seen["tables"]["error"].method == 6.0
-
-
-def estimate(value):
-    return Estimate(value, 0.1, value - 0.2, value + 0.2, 4)
-
-
-def test_the_page_tells_what_is_not_full_incomplete_or_left_out_and_no_nan_wins():
-    nan = ComparisonLine("broken", 4.0, 3.9, 4.1, False, 10, Estimate(math.nan, math.nan, -math.inf, math.inf, 4), None)
-    lines = [nan, ComparisonLine("error", 4.0, 4.0, 4.2, True, 12, estimate(12.0), estimate(0.5))]
-    costs = [CostLine("error", Spent(5.0, 1234, False), None)]
-    page = render_comparison(ComparisonPage("toy", "broken", "0 to 3", 2, 1, lines, costs, ["uniform is left out"]))
-    assert '<span class="minor">*</span> 3.900<' in page
-    assert page.count("*</span>") == 1
-    assert "at least 1,234" in page
-    assert "<li>uniform is left out</li>" in page
-    headline = page[page.index("Highest quality") :][:100]
-    assert "<code>error</code>" in headline
-    assert "broken" not in headline
-
-
-def test_the_table_has_a_body_for_each_budget_with_the_best_first():
-    lines = [
-        ComparisonLine(method, budget, budget, budget, True, 10, estimate(value), ahead)
-        for budget in (4.0, 3.0, 3.5)
-        for method, value, ahead in (("error", 1.0, estimate(-9.0)), ("jacobian", 2.0, None))
-    ]
-    page = render_comparison(ComparisonPage("toy", "jacobian", "0 to 3", 2, 3, lines, []))
-    assert re.findall(r'<th scope="rowgroup" colspan="9">([^<]*)</th>', page) == ["3 bits", "3.5 bits", "4 bits"]
-    assert re.findall(r"<td>(error|jacobian)</td>", page) == ["jacobian", "error"] * 3
-    assert page.count('<td class="left worse">worse</td>') == 3
-    assert "<code>jacobian</code> at 3, 3.5 and 4 bits." in page
+    assert seen["tables"]["error"].method == "6.0"
 
 
 def table_of(method, costs):
@@ -206,25 +178,17 @@ def test_agreement_is_kendalls_tau_of_operations():
     truth = [("a1", 1.0), ("a2", 3.0), ("b1", 4.0), ("c1", 8.0), ("d1", 16.0)]
     tables = {
         name: table_of(name, [(n, uaq4, sign * c) for n, c in truth])
-        for name, sign in (("ablation", 1.0), ("same", 2.0), ("opposite", -1.0), ("combined", 1.0))
+        for name, sign in (("ablation", 1.0), ("error", 2.0), ("jacobian", -1.0), ("combined", 1.0))
     }
     found = agreement(tables, 4.0)
-    assert set(found) == {"same", "opposite"}  # what holds the ablation agrees with itself
-    assert found["same"].value == 1.0
-    assert found["opposite"].value == -1.0
-    assert found["same"].n == 4  # a1 and a2 are one operation
-    assert np.isfinite(found["same"].standard_error)
-    assert agreement({"same": tables["same"]}, 4.0) == {}
+    assert set(found) == {"error", "jacobian"}  # what holds the ablation agrees with itself
+    assert found["error"].value == 1.0
+    assert found["jacobian"].value == -1.0
+    assert found["error"].n == 4  # a1 and a2 are one operation
+    assert np.isfinite(found["error"].standard_error)
+    assert agreement({"error": tables["error"]}, 4.0) == {}
 
 
 def test_all_methods_have_a_name():
-    assert len(set(COMPARED)) == len(COMPARED) == 15
-
-
-def test_the_chart_has_a_panel_for_each_budget_and_skips_what_diverged():
-    nan = Estimate(math.nan, math.nan, -math.inf, math.inf, 4)
-    budgets = {"3 bits": {"error": estimate(3.0), "jacobian": nan}, "4 bits": {"jacobian": estimate(9.0)}}
-    svg = methods_chart(budgets, reference="jacobian")
-    assert "3 bits: error 3.00 dB; 4 bits: jacobian 9.00 dB" in svg
-    assert svg.count("SQNR [dB]") == 2
-    assert methods_chart({"3 bits": {"jacobian": nan}}, reference="jacobian") == ""
+    names = [method.name for method in compared_methods()]
+    assert len(set(names)) == len(names) == 15

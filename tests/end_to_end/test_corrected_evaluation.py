@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from running import run, run_json
 
 import sedimo
-from sedimo.api.correcting import correction_plan
-from sedimo.api.order import SamplingOrder
+from running import run, run_json
+from sedimo.lab.seeds import SamplingSettings, Seeds
+from sedimo.treatments.noise_correction import correction_plan
 
 QUICK = ["--seeds", "2", "--steps", "2"]
 
@@ -34,8 +34,9 @@ def test_sets_of_images_are_corrected_too(tiny_pipeline_folder, tmp_path):
 
 def test_corrections_are_estimated_from_seeds_that_nothing_is_evaluated_on(tiny_pipeline_folder):
     pipe = sedimo.load(tiny_pipeline_folder)
-    for sampling, n_images in product((SamplingOrder(first_seed=5, n_seeds=n) for n in (1, 30)), (0, 20)):
-        evaluated = {*sampling.searching(pipe).seeds, *range(5, 5 + n_images)}
-        estimating = correction_plan(pipe, sampling, n_images).seeds
+    for n_seeds, n_images in product((1, 30), (0, 20)):
+        seeds = Seeds(SamplingSettings(first_seed=5, n_seeds=n_seeds), pipe.default_sampling)
+        evaluated = {*seeds.search.seeds, *range(5, 5 + n_images)}
+        estimating = correction_plan(seeds, n_images).seeds
         assert len(estimating) == 16
         assert not evaluated & {*estimating}

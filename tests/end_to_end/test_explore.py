@@ -11,14 +11,16 @@ import sys
 
 import numpy as np
 import pytest
-from running import run, run_json
 from safetensors.torch import load_file, save_file
 
-from sedimo.api import exploring
+from running import run, run_json
 from sedimo.graph.model import DenoiserGraph
-from sedimo.measurement import worker
-from sedimo.measurement.exploration import Exploration
-from sedimo.measurement.study import Study
+from sedimo.jobs import explore as exploring
+from sedimo.lab import worker
+from sedimo.lab.exploration import Exploration
+from sedimo.lab.study import Study
+from sedimo.metrics.estimate import Estimate
+from sedimo.reporting.words import with_error
 from sedimo.space import SearchSpace
 
 PRIOR_CALLS = 4  # first-order noise: two steps recorded, two gone through
@@ -27,13 +29,15 @@ QUICK = ["--seeds", "2", "--steps", "2", "--formats", "kmc3,uaq4,uaq6,fp16"]
 
 @pytest.fixture(scope="module")
 def explored(tiny_pipeline_folder, tmp_path_factory):
-    """A study of six recipes, and what the command printed."""
+    """A study of six recipes, what the command printed, and the trials that it left (other tests add some)."""
     store = tmp_path_factory.mktemp("runs") / "alpha"
-    return store, run_json("explore", tiny_pipeline_folder, "--store", store, "--trials", 6, *QUICK)
+    found = run_json("explore", tiny_pipeline_folder, "--store", store, "--trials", 6, *QUICK)
+    with Study(store, create=False) as study:
+        return store, found, study.trials()
 
 
 def test_explore_measures_and_keeps_what_later_stages_need(explored):
-    store, found = explored
+    store, found, trials = explored
     assert (found["trials"], found["measured"]) == (6, 6)
     assert found["trials_per_hour"] == pytest.approx(3600 * 6 / found["measuring_seconds"])
     assert found["measuring_seconds"] < found["seconds"]
@@ -42,7 +46,6 @@ def test_explore_measures_and_keeps_what_later_stages_need(explored):
         assert study.record(DenoiserGraph, "graph").digest == space.graph_digest
         assert study.record(Exploration, "exploration") == Exploration(0, space, "stratified")
         source = study.record(exploring.ExploredSource, "source")
-        trials = study.trials()
     assert source.formats == ("fp16", "kmc3", "uaq4", "uaq6")
     assert {t.setting.weights_digest for t in trials} == {source.weights_digest}
     assert {t.recipe.key for t in trials} == {Exploration(0, space, "stratified").recipe(i).key for i in range(6)}
@@ -95,7 +98,7 @@ def test_a_dry_run_tells_what_is_missing_and_writes_nothing(explored, tiny_pipel
 
 
 def test_the_plan_foresees_memory_and_disk(explored, tiny_pipeline_folder, tmp_path):
-    store, _ = explored
+    store = explored[0]
     with Study(store, create=False) as study:
         n_trials = len(study.trials())
     plan = run_json(
@@ -118,8 +121,7 @@ def test_several_processes_measure_what_one_does(explored, tiny_pipeline_folder,
 
 
 def test_fid_is_measured_and_listed(tiny_pipeline_folder, tmp_path, monkeypatch):
-    from sedimo.measurement import objective
-    from sedimo.metrics.estimate import Estimate
+    from sedimo.lab import objective
 
     names = ("fid", "fid_difference", "kid", "kid_difference")  # the comparison itself takes seconds
     monkeypatch.setattr(objective, "_set_measures", lambda *_: {n: Estimate(7.5, 0.5, 6.5, 8.5, 20) for n in names})
@@ -128,19 +130,20 @@ def test_fid_is_measured_and_listed(tiny_pipeline_folder, tmp_path, monkeypatch)
     options = (*QUICK, "--seeds", 20)
     assert run_json(*command, *options, "--dry-run")["missing"] == 1
     assert run_json(*command, *options)["measured"] == 1
-    assert "7.50 ± 0.50" in run("trials", tmp_path / "run").stdout
+    assert "7.5 ± 1.0" in run("trials", tmp_path / "run").stdout
     assert run_json("trials", tmp_path / "run")["trials"][0]["fid"]["n"] == 20
 
 
 def test_trials_are_shown_and_exported(explored, tmp_path):
-    store, _ = explored
+    store = explored[0]
     rows = run_json("trials", store)["trials"]
     assert rows[0].keys() == {"key", "objective", "paper_bits", "sqnr_db", "fid"}
     bits = [row["paper_bits"] for row in rows if row["objective"] == "final_latents"]
     assert bits == sorted(bits)
     shown = run("trials", store).stdout
     assert rows[0]["key"][:12] in shown
-    assert f"{rows[0]['sqnr_db']['value']:.2f} ± " in shown
+    assert f"{rows[0]['key'][:12]}  {rows[0]['objective']}" in shown
+    assert with_error(Estimate(**rows[0]["sqnr_db"])) in shown
     written = run_json("trials", store, "-o", tmp_path / "trials.json")
     assert written == {"out": str(tmp_path / "trials.json"), "trials": len(rows)}
     exported = json.loads((tmp_path / "trials.json").read_text())["trials"]
@@ -173,7 +176,7 @@ def test_what_holds_no_trials_is_not_exported(tmp_path):
     ],
 )
 def test_a_study_that_was_begun_otherwise_says_in_what(explored, tiny_pipeline_folder, monkeypatch, options, complaint):
-    monkeypatch.setattr(exploring, "make_bank", lambda *_, **__: pytest.fail("fitted before looking"))
+    monkeypatch.setattr("sedimo.lab.lab.fit_bank", lambda *_, **__: pytest.fail("fitted before looking"))
     command = ("explore", tiny_pipeline_folder, "--store", explored[0], "--trials", 2, *QUICK, *options)
     for dry in ((), ("--dry-run",)):
         stderr = run(*command, *dry, code=4).stderr
@@ -225,9 +228,9 @@ def test_sources_that_cannot_be_sampled_are_refused(tiny_pipeline_folder, tmp_pa
     assert "a denoiser without its pipeline" in run(*bare, code=3).stderr
     inside = ("explore", tiny_pipeline_folder, "--trials", "3", *QUICK, "--store", tiny_pipeline_folder / "run")
     assert "must not lie in the source" in run(*inside, code=3).stderr
-    from sedimo.api import opening
+    from sedimo.lab import lab
 
-    monkeypatch.setattr(opening, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(lab, "MEMORY_SHARE", 0.0)
     command = ("explore", tiny_pipeline_folder, "--trials", "3", *QUICK, "--store", tmp_path / "run")
     several = run(*command, "--executor", "process", "--workers", "2", code=3).stderr
     assert "3 copies of the pipeline need" in several

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from running import run, run_json
 
+from running import run, run_json
 from sedimo.space import Recipe
 
 QUICK = ("--seeds", "2", "--steps", "2")

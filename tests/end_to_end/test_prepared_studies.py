@@ -6,12 +6,11 @@ import functools
 
 import numpy as np
 import pytest
-from running import run, run_json
 
-from sedimo.api.exploring import ExploredSource
-from sedimo.api.predicting import recall
-from sedimo.api.smooth_order import SmoothOrder
-from sedimo.measurement.study import Study
+from running import run, run_json
+from sedimo.jobs.explore import ExploredSource
+from sedimo.lab.study import Study
+from sedimo.methods.predictor.study import read_background
 
 SMALL = ("--seeds", "2", "--steps", "2")
 ACT = ("--formats", "uaq4,uaq6", "--act", "a8")
@@ -22,9 +21,9 @@ COMMANDS = {
     "blocks": ("--format", "uaq4a8", "--keep", "1"),
 }
 MEASURING = (
-    "sedimo.measurement.worker.TrialWorker.measure",
-    "sedimo.measurement.calibration._count",
-    "sedimo.api.smoothing.measure_inputs",
+    "sedimo.lab.worker.TrialWorker.measure",
+    "sedimo.treatments.static_ranges._count",
+    "sedimo.treatments.smoothing.measure_inputs",
 )
 
 
@@ -87,8 +86,9 @@ def test_a_comparison_says_by_which_rules_and_leaves_out_what_all_share(prepared
 @pytest.mark.parametrize(
     ("rules", "complaint"),
     [
-        ((), "begun with smoothing alpha 0.7 on 1 of the layers, not unset; activations symmetric, static"),
-        (PREPARED[:4], "activations symmetric, static ranges by min-max at all steps, not asymm"),
+        ((), "begun with activations symmetric, static ranges by min-max at all steps, not unset; smoothing alpha 0.7"),
+        ((), "smoothing alpha 0.7 on 1 of the layers, not unset. Give the same"),
+        (PREPARED[:4], "begun with activations symmetric, static ranges by min-max at all steps, not unset. Give"),
         ((*PREPARED, "--smooth", "0.5"), "smoothing alpha 0.7 on 1 of the layers, not alpha 0.5"),
     ],
 )
@@ -119,10 +119,10 @@ def test_processes_measure_the_smoothed_weights_and_static_ranges(prepared, tmp_
 def test_the_study_tells_what_later_stages_learn_from(prepared):
     with Study(prepared("explore", "prepared")[2], create=False) as study:
         source = study.record(ExploredSource, "source")
-        known = recall(study)
+        known = read_background(study)
         trials = study.trials()
-    assert source.smooth == SmoothOrder(0.7, 1)
-    assert source.activations.calibration.method == "min-max"
+    assert source.treatments["smoothing"] == "alpha 0.7 on 1 of the layers"
+    assert "static ranges by min-max" in source.treatments["activations"]
     assert {trial.setting.weights_digest for trial in trials} == {source.digest} == {known.digest}
     assert source.digest != source.weights_digest
 
@@ -157,6 +157,6 @@ def test_recipes_with_several_widths_of_activations_can_be_explored_and_learned_
     found = run_json("explore", tiny_pipeline_folder, "--store", tmp_path / "run", "--trials", 3, *SMALL, *widths)
     assert found["measured"] == 3
     with Study(tmp_path / "run", create=False) as study:
-        assert recall(study).table.method == "jacobian"
+        assert read_background(study).table.method == "jacobian"
         used = {f.activation_bits for trial in study.trials() for f in trial.recipe.formats}
     assert used == {4, 8}

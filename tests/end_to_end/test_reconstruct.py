@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from running import run, run_json
 
 import sedimo
-from sedimo.api.order import SamplingOrder
-from sedimo.measurement.probe import probed
-from sedimo.measurement.reconstruction import ReconstructionOptions, plan_reconstruction, reconstruct
+from running import run, run_json
+from sedimo.lab.exchange import probed
+from sedimo.lab.lab import Lab
 from sedimo.metrics.signal import paired_difference, relative_noise
 from sedimo.quant.rounding import RoundingSchedule
+from sedimo.treatments.learned_rounding import ReconstructionOptions, plan_reconstruction, reconstruct
 
 QUICK = ["--seeds", "2", "--steps", "2"]
 UNIFORM = ["--method", "uniform:uaq3"]
@@ -46,7 +46,7 @@ def test_bytes_and_recipe_stay_and_codes_change(pair):
     assert not any("timestep_embedder" in name for name in changed)  # shared by the blocks
     for name in changed:
         (before,), (after,) = weights[0][name].parts, weights[1][name].parts
-        assert torch.equal(before.scale, after.scale)
+        assert torch.equal(before.tensors["scale"], after.tensors["scale"])
 
 
 def test_the_job_tells_what_was_learned_and_what_it_gains(pair):
@@ -86,10 +86,8 @@ def test_latents_of_fresh_seeds_gain_on_the_embedded_model(text):
     bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{text},fp16"), sample_channels=2)
     recipe = bank.space.uniform(sedimo.Format.parse(text))
     options = ReconstructionOptions(RoundingSchedule(n_steps=100))
-    found = reconstruct(
-        pipe, bank, plan_reconstruction(graph, recipe), SamplingOrder(n_seeds=8).searching(pipe), options=options
-    )
-    plan = SamplingOrder(first_seed=1000, n_seeds=16).searching(pipe)
+    on, plan = (pipe.default_sampling(seeds, 10) for seeds in (range(8), range(1000, 1016)))
+    found = reconstruct(Lab.on(pipe, bank), bank, plan_reconstruction(graph, recipe), on, options=options)
     reference, powers = pipe.sample(plan).numpy(), []
     for weights in (found.weights, bank.quantize(recipe)):
         with probed(pipe.denoiser, weights):

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
-from sedimo.api import job
-from sedimo.api.order import BudgetOrder, Order, SamplingOrder
-from sedimo.api.smooth_order import SmoothOrder
+from sedimo.allocation.budget import BudgetSettings
 from sedimo.errors import InputError
-from sedimo.measurement.probe import probed
-from sedimo.measurement.smoothing import Smoothing, smooth_weights
-from sedimo.measurement.study import Study
+from sedimo.jobs import quantize as job
+from sedimo.jobs.quantize import QuantizeSettings
+from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.exchange import probed
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.study import Study
+from sedimo.lab.subject import SourceSettings
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.runtime.checkpoint import check_checkpoint, read_packed
+from sedimo.runtime.judge import tensor_specs
 from sedimo.runtime.smoothed import smoothed_layers
+from sedimo.treatments.smoothing import SMOOTHING, SmoothingKnobs
+from sedimo.treatments.smoothing_plan import Smoothing, smooth_weights
 
-SAMPLING = SamplingOrder(n_seeds=2, n_steps=2, n_check_seeds=2)
+SAMPLING = SamplingSettings(n_seeds=2, n_steps=2, n_check_seeds=2)
 
 
-def ordered(source, out, **changes):
-    parts = {"method": "error", "formats": "uaq4,uaq8,fp16", "sampling": SAMPLING, "check": False}
-    return Order(source=str(source), out=out, budget=BudgetOrder(bits=6.0), **{**parts, **changes})
+def settings_of(source, out, smooth=None):
+    return QuantizeSettings(
+        SourceSettings(str(source)),
+        BudgetSettings(bits=6.0),
+        out,
+        "error",
+        FormatSettings("uaq4,uaq8,fp16"),
+        sampling=SAMPLING,
+        check=False,
+        chosen={} if smooth is None else {SMOOTHING.name: smooth},
+    )
+
+
+def smoothing_of(result):
+    return result.treatments["smoothing"]["layers"]
 
 
 @pytest.fixture(scope="module")
 def made(tiny_pipeline_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("smoothed") / "out"
-    result = job.run(ordered(tiny_pipeline_folder, out, smooth=SmoothOrder(0.6, share=1)))
+    result = job.run(settings_of(tiny_pipeline_folder, out, smooth=SmoothingKnobs(0.6, share=1)))
     return out, result
 
 
@@ -52,8 +70,8 @@ def plan_of(out):
 def test_the_checkpoint_computes_what_was_measured(made, tiny_pipeline_folder):
     out, result = made
     loaded = DiTPipeline.from_pretrained(out).transformer
-    assert smoothed_layers(loaded) == result.smoothing.ways
-    assert set(result.smoothing.ways.values()) == {"divided", "folded"}
+    assert smoothed_layers(loaded) == smoothing_of(result)
+    assert set(smoothing_of(result).values()) == {"divided", "folded"}
     measured = load_pipeline(str(tiny_pipeline_folder)).denoiser
     smooth_weights(measured, plan_of(out))
     with probed(measured, read_packed(check_checkpoint(out / "transformer"))):
@@ -99,14 +117,14 @@ def test_sizes_and_texts(made):
     out, result = made
     checkpoint = check_checkpoint(out / "transformer")
     divided = [name for name, how in checkpoint.smoothed.items() if how == "divided"]
-    tensors = {name: spec for header in checkpoint.headers for name, spec in header.tensors.items()}
+    tensors = tensor_specs(checkpoint.headers)
     assert all(tensors[f"{name}.input_divisor"].dtype == torch.float16 for name in divided)  # powers of two
     n_divisor_bytes = sum(tensors[f"{name}.input_divisor"].n_bytes for name in divided)
     assert 0 < n_divisor_bytes <= checkpoint.plain_bytes
     header_bytes = sum(header.file_bytes for header in checkpoint.headers) - checkpoint.stored_bytes
     assert header_bytes - checkpoint.plain_bytes > 0
     assert result.written.file_bytes == sum(f.stat().st_size for f in (out / "transformer").glob("*.safetensors"))
-    line = str(result.smoothing)
+    line = str(plan_of(out))
     assert line.startswith("SmoothQuant, alpha 0.6: inputs of")
     assert line in (out / "README.md").read_text()
     assert line in (out / "report.html").read_text()
@@ -126,26 +144,22 @@ def test_the_weights_are_the_smoothed_ones(made, tiny_pipeline_folder):
 
 def test_the_same_order_goes_on(made, tiny_pipeline_folder, tmp_path, monkeypatch):
     out, _ = made
-    monkeypatch.setattr("sedimo.api.smoothing.measure_inputs", lambda *_: pytest.fail("measured again"))
-    order = ordered(tiny_pipeline_folder, tmp_path / "again", smooth=SmoothOrder(0.6, share=1))
-    result = job.run(Order(**{**_fields(order), "store": out.with_name("out.study")}))
+    monkeypatch.setattr("sedimo.treatments.smoothing.measure_inputs", lambda *_: pytest.fail("measured again"))
+    settings = settings_of(tiny_pipeline_folder, tmp_path / "again", smooth=SmoothingKnobs(0.6, share=1))
+    result = job.run(replace(settings, store=out.with_name("out.study")))
     first = DiTTransformer2DModel.from_pretrained(out / "transformer")
     second = DiTTransformer2DModel.from_pretrained(result.written.denoiser_folder)
     assert torch.equal(call_of(first), call_of(second))
 
 
-def _fields(order):
-    return {name: getattr(order, name) for name in order.__dataclass_fields__}
-
-
 def test_a_plan_counts_the_smoothing(tiny_pipeline_folder, tmp_path):
-    without = job.plan(ordered(tiny_pipeline_folder, tmp_path / "out"))
-    ranked = job.plan(ordered(tiny_pipeline_folder, tmp_path / "out", smooth=SmoothOrder()))
-    every = job.plan(ordered(tiny_pipeline_folder, tmp_path / "out", smooth=SmoothOrder(share=1)))
+    without = job.plan(settings_of(tiny_pipeline_folder, tmp_path / "out"))
+    ranked = job.plan(settings_of(tiny_pipeline_folder, tmp_path / "out", smooth=SmoothingKnobs(0.5)))
+    every = job.plan(settings_of(tiny_pipeline_folder, tmp_path / "out", smooth=SmoothingKnobs(0.5, share=1)))
     assert without.denoiser_calls < every.denoiser_calls < ranked.denoiser_calls
 
 
 def test_a_denoiser_alone_cannot_be_smoothed(tiny_pipeline_folder, tmp_path):
-    order = ordered(tiny_pipeline_folder / "transformer", tmp_path / "out", smooth=SmoothOrder())
+    settings = settings_of(tiny_pipeline_folder / "transformer", tmp_path / "out", smooth=SmoothingKnobs(0.5))
     with pytest.raises(InputError, match="smoothing runs the pipeline"):
-        job.run(order)
+        job.run(settings)

@@ -8,31 +8,28 @@ import random
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
-from running import run, run_json
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
 import sedimo
-from sedimo.api.verbs import weights_of
+from running import run, run_json
 from sedimo.bank import fit_bank
-from sedimo.measurement.jacobian import JacobianOptions, probe_jacobian
-from sedimo.measurement.moments import measure_moments
-from sedimo.measurement.orthogonality import probe_orthogonality
-from sedimo.measurement.passes import weight_changes
-from sedimo.measurement.sqnr import probe_sqnr
-from sedimo.measurement.taps import Changes, Taps
+from sedimo.lab.lab import Lab
+from sedimo.lab.passes import weight_changes
+from sedimo.lab.subject import weights_of
+from sedimo.methods.error import error_table
+from sedimo.methods.jacobian import JacobianOptions, jacobian_table, probe_jacobian
+from sedimo.methods.orthogonality import orthogonality_table, probe_orthogonality
+from sedimo.methods.predictor.choices import Choices
+from sedimo.methods.predictor.features import graph_features, split_streams
+from sedimo.methods.sqnr import probe_sqnr, sqnr_table
+from sedimo.methods.taps import Changes, Taps
 from sedimo.pipelines.trajectory import record
 from sedimo.quant.formats import FP16, Format
 from sedimo.runtime.smoothed import smoothed_layers
-from sedimo.sensitivity.choices import Choices
-from sedimo.sensitivity.error import error_table
-from sedimo.sensitivity.gnn.features import graph_features
-from sedimo.sensitivity.gnn.streams import split_streams
-from sedimo.sensitivity.jacobian import jacobian_table
-from sedimo.sensitivity.orthogonality import orthogonality_table
-from sedimo.sensitivity.sqnr import sqnr_table
 from sedimo.space import Recipe
+from sedimo.treatments.error_feedback import measure_moments
 
 FORMATS = "uaq3,kmc3,kma4,uaq4g64,fp16"
 SKIP = "up_blocks.1.resnets.1.conv1"
@@ -151,7 +148,7 @@ def test_first_order_noise_of_a_stream_is_that_of_its_slice_perturbed(made):
 def test_local_noise_of_a_stream_is_that_of_its_slice_replaced(made):
     pipe, _, space, bank = made
     sampling = pipe.default_sampling([0, 1, 2], 2)
-    probe = probe_sqnr(pipe, bank, sampling)
+    probe = probe_sqnr(Lab.on(pipe, bank), sampling)
     table = sqnr_table(space, bank.candidates, probe)
     assert table.streams == space.streams
     module, read = pipe.denoiser.get_submodule(SKIP), []
@@ -175,9 +172,9 @@ def test_local_noise_of_a_stream_is_that_of_its_slice_replaced(made):
 def test_all_tables_of_single_decisions_have_costs_of_streams(made):
     pipe, graph, space, bank = made
     sampling = pipe.default_sampling([0, 1, 2, 3], 2)
-    jacobian = probe_jacobian(pipe, bank, sampling, options=JacobianOptions(n_directions=1))
+    jacobian = probe_jacobian(Lab.on(pipe, bank), sampling, options=JacobianOptions(n_directions=1))
     layers = [layer for weight in space.weights for layer in weight.layers]
-    repetition = probe_orthogonality(pipe, layers, sampling, weights_digest=bank.weights_digest)
+    repetition = probe_orthogonality(Lab.on(pipe), layers, sampling)
     theta = orthogonality_table(space, bank.candidates, repetition)
     tables = [jacobian_table(space, bank.candidates, jacobian), error_table(space, bank.candidates), theta]
     for table in tables:
@@ -199,7 +196,7 @@ def test_a_checkpoint_of_streams_loads_in_diffusers_bit_for_bit(made, folder, tm
     _, _, space, bank = made
     recipe = space.recipe(drawn(space, 3))
     pipe = sedimo.load(folder)
-    sedimo.quantize(pipe, recipe, bank=bank)
+    sedimo.replace(pipe, recipe, bank=bank)
     pipe.save_pretrained(tmp_path / "out")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out").unet
     packed = bank.quantize(recipe)
@@ -269,7 +266,7 @@ def test_streams_are_compensated_by_the_moments_of_their_own_inputs(made, tmp_pa
     """What probes are told of a stream is what the packed layer has there, and it disturbs the layer less."""
     pipe, _, space, bank = made
     plan = pipe.default_sampling(range(3), 2)
-    moments = measure_moments(pipe, space, plan, weights_digest=bank.weights_digest, folder=tmp_path)
+    moments = measure_moments(Lab.on(pipe, bank), plan, tmp_path)
     ours = bank.compensating(moments)
     choice = drawn(space, 5)
     packed = ours.quantize(space.recipe(choice))

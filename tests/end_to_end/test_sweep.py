@@ -7,25 +7,27 @@ import re
 import numpy as np
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from running import run, run_json
 from scipy import stats
 
-from sedimo.api.probing import attribute_measured, probe
-from sedimo.api.smooth_order import SmoothOrder
-from sedimo.api.smoothing import smooth
-from sedimo.api.verbs import trace, weights_of
+from running import run, run_json
 from sedimo.bank import fit_bank
-from sedimo.measurement import worker
-from sedimo.measurement.calibration import CalibrationOptions, calibrate
-from sedimo.measurement.objective import measure_reference
-from sedimo.measurement.probe import probed
-from sedimo.measurement.study import Study
+from sedimo.lab import worker
+from sedimo.lab.exchange import probed
+from sedimo.lab.lab import Lab
+from sedimo.lab.objective import measure_reference
+from sedimo.lab.study import Study
+from sedimo.lab.subject import trace, weights_of
+from sedimo.methods.blocks import hybrid_recipe
+from sedimo.methods.jacobian import JACOBIAN
+from sedimo.methods.method import NO_KNOBS, Task
+from sedimo.methods.sqnr import SQNR
 from sedimo.metrics.signal import relative_noise
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.schedulers import scheduler_named
 from sedimo.quant.formats import Format
-from sedimo.sensitivity.blocks import hybrid_recipe
 from sedimo.space import search_space
+from sedimo.treatments.smoothing import SmoothingSettings, smooth
+from sedimo.treatments.static_ranges import CalibrationOptions, calibrate
 
 QUICK = ("--seeds", "2", "--steps", "2", "--fresh", "3")
 FRESH = range(2, 5)
@@ -71,7 +73,7 @@ def test_alpha_is_swept_from_the_same_denoiser(sweep, tiny, tiny_pipeline_folder
     assert baseline["ahead"] is None
     for row, alpha in zip(others, (0.5, 0.9), strict=True):
         pipe = load_pipeline(str(tiny_pipeline_folder))
-        smooth(pipe, SmoothOrder(alpha, share=1), sampling=pipe.default_sampling(RANGES, 2))
+        smooth(pipe, SmoothingSettings(alpha, share=1), sampling=pipe.default_sampling(RANGES, 2))
         smoothed = by_hand(pipe, reference)
         assert row["sqnr_db"]["value"] == pytest.approx(smoothed.mean(), abs=0.02)  # rounding of the float function
         assert row["ahead"]["value"] == pytest.approx((smoothed - plain).mean(), abs=0.02)
@@ -89,21 +91,18 @@ def test_static_ranges_are_compared_with_dynamic_ones(sweep, tiny):
     assert found["values"][0]["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference).mean(), abs=1e-6)
     space = search_space(trace(tiny), "uaq8a8,fp16")
     widths = {layer: [8] for d in space.decisions if UAQ8A8 in d.formats for layer in d.layers}
-    plan, digest = tiny.default_sampling(RANGES, 2), weights_of(tiny).digest
+    plan, lab = tiny.default_sampling(RANGES, 2), Lab.on(tiny)
     for row, n_steps in zip(found["values"][1:], (1, 2), strict=True):
         options = CalibrationOptions("percentile", n_steps)
-        rules = calibrate(tiny, widths, plan, weights_digest=digest, options=options)
+        rules = calibrate(lab, widths, plan, options=options)
         assert row["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference, rules).mean(), abs=1e-6)
     assert "One-step against multi-step" in page
     again = found["confirmed"]
     assert again["seeds"] == "75 to 77"  # past those of RANGES
     seeds = range(75, 78)
     reference = tiny.sample(tiny.default_sampling(seeds, 2))
-    rules = calibrate(
-        *(tiny, widths, plan),
-        weights_digest=digest,
-        options=CalibrationOptions("percentile", int(again["value"].removeprefix("all "))),
-    )
+    options = CalibrationOptions("percentile", int(again["value"].removeprefix("all ")))
+    rules = calibrate(lab, widths, plan, options=options)
     ahead = by_hand(tiny, reference, rules, seeds) - by_hand(tiny, reference, None, seeds)
     assert again["ahead"]["value"] == pytest.approx(ahead.mean(), abs=1e-6)
     assert again["ahead"]["n"] == 3
@@ -136,7 +135,7 @@ def test_numbers_of_samples_share_none(sweep, tiny, tmp_path):
     costs = {}
     for n in (3, 6, 12):
         plan = tiny.default_sampling(range(n, 2 * n), 2)
-        table = attribute_measured(probe(tiny, bank, "sqnr", store=tmp_path, sampling=plan))
+        table = SQNR.measure(Lab.on(tiny, bank), Task(NO_KNOBS, on=plan)).table
         costs[n] = [c for c in table.costs if c.format == Format.parse("uaq4")]
     for row, n in zip(found["ranks"], (3, 6), strict=True):
         srcc = stats.spearmanr([c.cost for c in costs[n]], [c.cost for c in costs[12]]).statistic
@@ -165,7 +164,7 @@ def test_schedulers_are_compared_with_each_other_and_with_other_seeds(sweep, tin
 
         def costs(seeds):
             plan = tiny.default_sampling(seeds, 2)
-            table = attribute_measured(probe(tiny, bank, "jacobian", store=study, sampling=plan))
+            table = JACOBIAN.measure(Lab.on(tiny, bank, study=study), Task(NO_KNOBS, on=plan)).table
             return [c.cost for c in table.costs if c.format == Format.parse("uaq4")]
 
         first, again = costs(FRESH), costs(range(5, 8))
@@ -221,14 +220,14 @@ def test_full_precision_is_sampled_once_for_all_values(
 def test_a_second_run_measures_nothing_and_says_the_same(sweep, question, options, monkeypatch):
     found, arguments, _ = sweep(question, *options)
     for name in (
-        "sedimo.measurement.worker.TrialWorker.measure",
-        "sedimo.measurement.calibration._count",
-        "sedimo.measurement.sqnr._Pass.measure",
-        "sedimo.api.smoothing.measure_inputs",
+        "sedimo.lab.worker.TrialWorker.measure",
+        "sedimo.treatments.static_ranges._count",
+        "sedimo.methods.sqnr._Pass.measure",
+        "sedimo.treatments.smoothing.measure_inputs",
     ):
         monkeypatch.setattr(name, lambda *_args, **_named: pytest.fail("measured again"))
     assert run_json(*arguments) == found
-    assert re.search(rf"\b{found['n_comparisons']} comparisons?, each", run(*arguments).stdout)
+    assert re.search(rf"\b{found['n_comparisons']} (paired difference|rank correlation)s?", run(*arguments).stdout)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +242,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(sweep, question, option
         ("alpha", ("--smooth-share", "0"), "share of smoothed layers"),
         ("calibration", ("--values", "3"), "at 1 to 2 steps"),
         ("calibration", ("--values", "1.5"), "whole numbers"),
-        ("threshold", ("--values", "-1"), "so many blocks cannot stay"),
+        ("threshold", ("--values", "-1"), "the number of blocks at 16 bits must not be negative, got -1"),
         ("threshold", ("--values", "99"), "nothing would be quantized"),
         ("threshold", ("--values", "0"), "needs a number of blocks above 0"),
         ("threshold", ("--fresh", "1"), "two fresh seeds"),
@@ -258,7 +257,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(sweep, question, option
 def test_what_makes_no_sense_is_refused_before_anything_is_measured(
     tiny_pipeline_folder, tmp_path, monkeypatch, question, options, message
 ):
-    monkeypatch.setattr("sedimo.api.sweeping.make_bank", lambda *_args, **_named: pytest.fail("fitted"))
+    monkeypatch.setattr("sedimo.lab.lab.fit_bank", lambda *_args, **_named: pytest.fail("fitted"))
     done = run("sweep", question, tiny_pipeline_folder, "--store", tmp_path, *QUICK, *options, code=3)
     assert message in done.output
 

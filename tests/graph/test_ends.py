@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from denoisers import traced
 
-from sedimo.graph.ends import first_layers, last_layers
-from sedimo.graph.model import DenoiserGraph, Node
+from sedimo.graph.model import DenoiserGraph, Node, first_layers, last_layers
 from sedimo.quant.formats import FP16, Format
 from sedimo.space import search_space
 

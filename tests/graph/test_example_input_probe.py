@@ -8,9 +8,8 @@ from denoisers import TINY, build, published
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.graph.inputs import ARGUMENTS, FIRST_UNKNOWN, Sizes
+from sedimo.graph.example_inputs import ARGUMENTS, FIRST_UNKNOWN, Sizes, find_inputs
 from sedimo.graph.layers import meta_twin
-from sedimo.graph.probe import find_inputs
 
 
 def shapes(inputs: dict[str, object]) -> dict[str, object]:

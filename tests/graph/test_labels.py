@@ -8,11 +8,11 @@ import pytest
 from denoisers import published
 from torch import nn
 
-from sedimo.graph import cost, labels
+from sedimo.graph import flow, labels
 from sedimo.graph.layers import weight_layers
 
 
-@pytest.mark.parametrize("module", [cost, labels])
+@pytest.mark.parametrize("module", [flow, labels])
 def test_examples(module) -> None:
     assert doctest.testmod(module).failed == 0
     assert doctest.testmod(module).attempted > 0
@@ -53,6 +53,6 @@ def test_a_numbered_module_outside_a_container_is_no_block() -> None:
 
 
 def test_an_output_that_does_not_grow_with_the_batch_is_counted_whole() -> None:
-    assert cost.per_sample(120, (6, 5), 3) == 40
-    assert cost.per_sample(120, (1, 5), 3) == 120
-    assert cost.per_sample(120, (), 3) == 120
+    assert flow.per_sample(120, (6, 5), 3) == 40
+    assert flow.per_sample(120, (1, 5), 3) == 120
+    assert flow.per_sample(120, (), 3) == 120

@@ -12,7 +12,7 @@ from torch import nn
 from sedimo.errors import InputError
 from sedimo.graph.layers import find_ties, meta_twin, other_weights, weight_layers, weight_names
 from sedimo.graph.trace import trace_denoiser
-from sedimo.quant.quantization import quantize_weight
+from sedimo.quant.fitting import quantize_weight
 from sedimo.runtime.weights import replace_weights
 
 

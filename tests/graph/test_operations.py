@@ -7,7 +7,7 @@ import torch
 from denoisers import PUBLISHED, TINY, build, published, traced
 from torch.utils.flop_counter import FlopCounterMode
 
-from sedimo.graph.probe import batch_size, find_inputs
+from sedimo.graph.example_inputs import batch_size, find_inputs
 from sedimo.quant.formats import Format, count_bops
 from sedimo.space import search_space
 

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from sedimo.codec import from_plain, to_plain
 from sedimo.errors import StateError
+from sedimo.graph.example_inputs import find_inputs
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.graph.probe import find_inputs
 from sedimo.graph.trace import trace_denoiser
 
 

@@ -20,8 +20,7 @@ from torch import nn
 from sedimo.codec import from_plain, to_plain
 from sedimo.errors import InputError
 from sedimo.graph.layers import weight_layers
-from sedimo.graph.model import DenoiserGraph
-from sedimo.graph.summary import inspect_summary
+from sedimo.graph.model import DenoiserGraph, inspect_summary
 from sedimo.graph.trace import trace_denoiser
 
 
@@ -41,7 +40,10 @@ def test_published_denoisers_have_their_number_of_layers(name: str) -> None:
     assert len(weight_layers(published(name))) == PUBLISHED[name][2]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+DEAR = ("SDXL", "PixArt-XL")  # three times SD 1.5 of the same blocks; traced for `test_groups.py`, too
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEAR)) for n in PUBLISHED])
 def test_published_denoisers_trace_with_every_layer_in_use(name: str) -> None:
     graph = traced(name)
     assert len(graph.layers) == PUBLISHED[name][2]

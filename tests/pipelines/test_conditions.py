@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from sedimo.api.order import SamplingOrder
 from sedimo.errors import StateError
+from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.pipelines.conditions import PROMPTS
 
 pytest_plugins = ["tiny_pipelines"]
@@ -33,8 +33,8 @@ def test_prompts_and_guidance_of_the_text_encoder_are_the_default(suit):
 
 def test_what_is_ordered_comes_before_the_default(suit):
     pipe = suit(OWN)
-    assert SamplingOrder().searching(pipe).guidance == 3.0
-    ordered = SamplingOrder(conditions=("q",), guidance=0.0).searching(pipe)
+    assert Seeds(SamplingSettings(), pipe.default_sampling).search.guidance == 3.0
+    ordered = Seeds(SamplingSettings(conditions=("q",), guidance=0.0), pipe.default_sampling).search
     assert (ordered.conditions, ordered.guidance) == (("q",), 0.0)
 
 

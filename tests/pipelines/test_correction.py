@@ -15,7 +15,7 @@ from diffusers import (
 
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.pipelines.correction import Correction, StepCorrection, _response, corrected
-from sedimo.pipelines.steps import StepCall, handled_steps, previous_sample
+from sedimo.pipelines.schedulers import StepCall, handled_steps, previous_sample
 
 pytest_plugins = ["tiny_pipelines"]
 

@@ -46,13 +46,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads):
-    torch.set_num_threads(1)  # these networks are too small for more
-    yield
-    torch.set_num_threads(2)
-
-
 def direction_for(latents, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(latents.shape, generator=generator).to(latents) / latents.std()

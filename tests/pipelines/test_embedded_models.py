@@ -12,9 +12,10 @@ from sedimo_zoo import MODELS, classifier_path, model_path
 from torch import nn
 from transformers import CLIPTokenizer
 
-from sedimo.api.verbs import search_space, trace
+from sedimo.lab.subject import trace
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.zoo import feature_extractor
+from sedimo.space import search_space
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LIMITS = {"cifar-dit": 21e6, "cifar-ldm": 15e6}  # bytes of a folder

@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 import sedimo
-from sedimo.measurement.worker import setting_of
+from sedimo.lab.worker import setting_of
 
 
 @pytest.fixture
@@ -47,3 +47,13 @@ def test_another_scheduler_or_setting_is_another_pipeline(pipe):
     assert pipe.identity != before
     pipe.pipeline.scheduler = EulerDiscreteScheduler()
     assert "EulerDiscreteScheduler" in pipe.identity
+
+
+def test_settings_that_were_not_given_count_in_any_order(pipe):
+    names = ["beta_end", "clip_sample", "timestep_spacing"]
+    found = []
+    for listed in (names, names[::-1], names[:2]):
+        pipe.pipeline.scheduler.register_to_config(_use_default_values=listed)
+        assert pipe.pipeline.scheduler.config["_use_default_values"] == listed
+        found.append(pipe.identity)
+    assert found[0] == found[1] != found[2]

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
-import sedimo.pipelines.sources as sources
 from sedimo.errors import InputError, StateError
+from sedimo.pipelines import loading
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import FileWeights
@@ -40,6 +40,27 @@ def test_a_folder_becomes_a_pipeline(folder, capfd):
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
 def test_dtype_by_name_or_object(folder, dtype):
     assert load_pipeline(str(folder), device="cpu", dtype=dtype).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(("instructions", "n_warnings"), [((), 1), (("avx512_bf16",), 0), (("amx_tile",), 0)])
+def test_bfloat16_on_a_processor_without_it_is_warned_of_once(folder, monkeypatch, caplog, instructions, n_warnings):
+    monkeypatch.setattr(loading.platform, "machine", lambda: "x86_64")
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions)
+    loading._warn_of_slow_bfloat16.cache_clear()
+    assert load_pipeline(folder, device="cpu").dtype is torch.float32
+    load_pipeline(folder / "transformer", device="cpu", dtype=torch.bfloat16)  # alone: traced, never sampled
+    assert not caplog.records
+    for _ in range(2):
+        assert load_pipeline(folder, device="cpu", dtype="bf16").dtype is torch.bfloat16
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * n_warnings
+    assert all("slower than fp32" in r.message for r in caplog.records)
+
+
+def test_what_arm_processors_have_is_asked_of_the_library_that_computes(monkeypatch):
+    monkeypatch.setattr(loading.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(torch._C, "_has_mkldnn", False)
+    assert not loading._cpu_multiplies_bfloat16()
 
 
 def test_half_weights_are_widened_on_the_cpu(folder):
@@ -188,7 +209,7 @@ def test_hub_ids_that_cannot_be_had_are_explained(monkeypatch):
     def fail(*_, **__):
         raise OSError("Cannot load model owner/name: not cached\nlong story")
 
-    monkeypatch.setattr(sources.DiffusionPipeline, "download", fail)
+    monkeypatch.setattr(loading.DiffusionPipeline, "download", fail)
     with pytest.raises(InputError, match=r"'owner/name' is no folder.*not cached\. Check the name and the network"):
         load_pipeline("owner/name")
 
@@ -200,7 +221,7 @@ def test_hub_ids_are_taken_from_the_cache(folder, monkeypatch):
         asked.append((hub_id, settings))
         return str(folder)
 
-    monkeypatch.setattr(sources.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(loading.DiffusionPipeline, "download", download)
     assert load_pipeline("owner/name", device="cpu").name == "owner/name"
     assert asked == [("owner/name", {"use_safetensors": True, "variant": None})]
 

@@ -6,7 +6,7 @@ import torch
 from sedimo.errors import InputError
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import FileWeights, ModuleWeights, stored_dtype
-from sedimo.quant.quantization import quantize_weight
+from sedimo.quant.fitting import quantize_weight
 from sedimo.runtime.weights import replace_weights
 
 

@@ -9,8 +9,7 @@ from diffusers import DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDi
 from sedimo.errors import InputError
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
-from sedimo.pipelines.schedulers import SCHEDULERS, scheduled, scheduler_named
-from sedimo.pipelines.steps import handled_steps
+from sedimo.pipelines.schedulers import SCHEDULERS, handled_steps, scheduled, scheduler_named
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 
 from sedimo.errors import InputError
 from sedimo.quant.compensation import compensated, feedback, feedback_of
-from sedimo.quant.fitting import FittedWeight, dequantize, fit_parameters, with_codes
+from sedimo.quant.fitting import fit_parameters, with_codes
 from sedimo.quant.formats import WIDE_FORMATS, Format
+from sedimo.quant.parts import Fitted
 
 QUANTIZED = tuple(f for f in WIDE_FORMATS if f.is_quantized)
 
@@ -26,7 +29,7 @@ def random_weight(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def output_error(weight: torch.Tensor, coded: FittedWeight, moments: torch.Tensor) -> float:
+def output_error(weight: torch.Tensor, coded: Fitted, moments: torch.Tensor) -> float:
     change = (coded.dequantize() - weight).double().reshape(len(weight), -1)
     return float(((change @ moments.double()) * change).sum())
 
@@ -50,9 +53,7 @@ def codes_by_definition(
         trial = weight.clone()
         trial[:, column] = answer[:, 0].float()
         codes[:, column] = with_codes(trial, parameters).codes[:, column]
-        kept = dequantize(
-            codes, one_column, scale=parameters.scale, zero_point=parameters.zero_point, codebook=parameters.codebook
-        )
+        kept = replace(parameters, codes=codes).dequantize()
         missed[:, column] = rows[:, column] - kept[:, column].double()
     return codes
 

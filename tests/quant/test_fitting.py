@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedimo.errors import InputError
+from sedimo.quant.families.family import ErrorEstimate
+from sedimo.quant.families.kmeans import fit_codebooks
 from sedimo.quant.fitting import (
-    ErrorEstimate,
-    assign,
-    dequantize,
     error_estimates,
     fit,
     fit_many,
@@ -22,7 +21,6 @@ from sedimo.quant.fitting import (
     with_codes,
 )
 from sedimo.quant.formats import FP16, PAPER_FORMATS, WIDE_FORMATS, Format, parse_formats, stored_bytes
-from sedimo.quant.kmeans import fit_codebooks
 from sedimo.quant.packing import pack
 
 QUANTIZED = tuple(f for f in WIDE_FORMATS if f.is_quantized)
@@ -48,25 +46,24 @@ def test_fields_are_those_of_the_family(number_format):
     assert (fitted.codes.dtype, fitted.codes.shape) == (torch.uint8, (6, 300))
     assert int(fitted.codes.max()) <= number_format.qmax
     if number_format.family == "uaq":
-        n_groups = number_format.n_groups(300)
-        assert fitted.codebook is None
-        assert fitted.scale.shape == fitted.zero_point.shape == (6, n_groups)
-        types = (torch.float16, torch.uint8) if number_format.group_size else (torch.float32, torch.int16)
-        assert (fitted.scale.dtype, fitted.zero_point.dtype) == types
+        assert list(fitted.parameters) == ["scale", "zero_point"]
+        assert {t.shape for t in fitted.parameters.values()} == {(6, number_format.n_groups(300))}
+        types = [torch.float16, torch.uint8] if number_format.group_size else [torch.float32, torch.int16]
+        assert [t.dtype for t in fitted.parameters.values()] == types
     else:
-        assert fitted.scale is None
-        assert fitted.zero_point is None
-        assert fitted.codebook.dtype == torch.float16
-        assert fitted.codebook.shape == (6 if number_format.family == "kmc" else 1, number_format.n_levels)
-        assert bool((fitted.codebook.diff(dim=1) >= 0).all())
+        assert list(fitted.parameters) == ["codebook"]
+        codebook = fitted.parameters["codebook"]
+        assert codebook.dtype == torch.float16
+        assert codebook.shape == (6 if number_format.family == "kmc" else 1, number_format.n_levels)
+        assert bool((codebook.diff(dim=1) >= 0).all())
 
 
 @pytest.mark.parametrize("number_format", QUANTIZED, ids=str)
 def test_bytes_of_the_tensors_are_the_stored_bytes_of_the_format(number_format):
     fitted = fit(make_weight(6, 300), number_format)
-    tensors = [pack(fitted.codes, number_format.bits), fitted.scale, fitted.zero_point, fitted.codebook]
-    n_bytes = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-    assert n_bytes == stored_bytes(number_format, (6, 300))
+    tensors = [pack(fitted.codes, number_format.bits), *fitted.parameters.values()]
+    n_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    assert n_bytes == fitted.stored_bytes == stored_bytes(number_format, (6, 300))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -103,7 +100,6 @@ def test_parameters_know_their_error_and_codes_are_made_again(number_format):
     weight = make_weight(7, 130, dtype=torch.bfloat16)
     parameters = fit_parameters(weight, [number_format])[number_format]
     fitted, again = fit(weight, number_format), with_codes(weight, parameters)
-    assert torch.equal(assign(weight, fitted), fitted.codes)
     assert torch.equal(again.codes, fitted.codes)
     assert torch.equal(again.dequantize(), fitted.dequantize())
     assert parameters.relative_error == pytest.approx(relative_error(weight, fitted), rel=FLOAT64_SUM)
@@ -112,7 +108,7 @@ def test_parameters_know_their_error_and_codes_are_made_again(number_format):
 @pytest.mark.parametrize("number_format", QUANTIZED, ids=str)
 def test_quantizing_twice_changes_nothing(number_format):
     fitted = fit(make_weight(7, 130), number_format)
-    assert torch.equal(assign(fitted.dequantize(), fitted), fitted.codes)
+    assert torch.equal(with_codes(fitted.dequantize(), fitted).codes, fitted.codes)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
@@ -137,7 +133,7 @@ def test_a_constant_weight_is_reproduced_exactly(number_format, value):
 def test_codes_follow_a_codebook_that_had_to_be_float32():
     weight = make_weight(4, 60) * 1e-6
     fitted = fit(weight, Format.parse("kmc4"))
-    assert fitted.codebook.dtype == torch.float32
+    assert fitted.parameters["codebook"].dtype == torch.float32
     plain = fit(weight * 2.0**20, Format.parse("kmc4"))
     assert relative_error(weight, fitted) == pytest.approx(relative_error(weight * 2.0**20, plain), rel=2 * STORED)
 
@@ -171,12 +167,18 @@ def test_bad_input_is_refused(weight, number_format, message):
         fit(weight, Format.parse(number_format), layer_name="proj")
 
 
-def test_parameters_of_another_shape_or_family_are_refused():
+def test_parameters_of_another_shape_are_refused():
     fitted = fit(make_weight(3, 4), Format.parse("uaq3"))
     with pytest.raises(InputError, match=r"shape \(3, 5\), its parameters were fitted for \(3, 4\)"):
-        assign(make_weight(3, 5), fitted)
-    with pytest.raises(InputError, match="kmc3 needs scale and zero point"):
-        dequantize(fitted.codes, Format.parse("kmc3"), scale=fitted.scale, zero_point=fitted.zero_point, codebook=None)
+        with_codes(make_weight(3, 5), fitted)
+
+
+def test_what_was_not_asked_for_is_refused():
+    weight, number_format = make_weight(3, 4), Format.parse("uaq3")
+    with pytest.raises(InputError, match="have no codes yet"):
+        fit_parameters(weight, [number_format])[number_format].dequantize()
+    with pytest.raises(InputError, match="was not asked for"):
+        _ = fit(weight, number_format).relative_error
 
 
 def test_estimates_from_all_channels_are_exact():

@@ -12,18 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedimo.quant import _kmeans_kernels, _kmeans_layers
-from sedimo.quant.kmeans import (
-    dequantize_codebook,
+from sedimo.quant.families import _kmeans_kernels
+from sedimo.quant.families.kmeans import (
+    KMA,
+    KMC,
     fit_codebooks,
     fit_tensor_codebooks,
     nearest_codes,
     read_values,
     relative_error,
-    squared_errors,
     stored_codebook,
 )
+from sedimo.quant.formats import Format
 
+FORMAT = Format.parse("kmc4")  # codebooks tell everything themselves
 OPTIMUM = 1e-9  # relative, promised by the design
 FLOAT64 = 1e-12  # what two float64 computations of a well-conditioned sum may differ by
 
@@ -113,6 +115,7 @@ def test_levels_fitted_together_equal_levels_fitted_alone():
 
 def test_result_does_not_depend_on_threads():
     rows = make_rows("normal", 700, 400, seed=5)  # more than one task
+    torch.set_num_threads(2)
     several = fit_codebooks(rows, [16, 8])
     torch.set_num_threads(1)
     for one, other in zip(fit_codebooks(rows, [16, 8]), several, strict=True):
@@ -202,7 +205,7 @@ def test_unsolved_rows_are_marked_by_the_kernel_and_solved_by_layers():
 def test_layers_agree_with_brute_force_where_float64_cancels():
     values = np.array([1e6, 1e6 + 0.25, 1e6 + 0.75, 1e6 + 1, 1e6 + 1.0625, 1e6 + 3], dtype=np.float64)
     centroids = np.empty(3)
-    error = _kmeans_layers.fit_distinct(values, np.array([1.0, 2, 1, 1, 3, 1]), centroids)
+    error = _kmeans_kernels.fit_distinct(values, np.array([1.0, 2, 1, 1, 3, 1]), centroids)
     assert error == pytest.approx(float(brute_force(np.repeat(values, [1, 2, 1, 1, 3, 1]), 3)), rel=FLOAT64)
 
 
@@ -212,7 +215,7 @@ def test_constant_rows_come_back_exactly(value):
     (books,) = fit_codebooks(rows, [8])
     assert books.squared_error.tolist() == [0, 0, 0]
     codebook = stored_codebook(books.centroids)
-    assert torch.equal(dequantize_codebook(nearest_codes(rows, codebook), codebook), rows)
+    assert torch.equal(KMC.dequantize(FORMAT, {"codes": nearest_codes(rows, codebook), "codebook": codebook}), rows)
 
 
 def test_fewer_distinct_values_than_centroids_are_kept_and_the_last_repeated():
@@ -238,7 +241,10 @@ def test_tensor_codebook_is_that_of_all_values_in_one_row(dtype):
         assert float(book.squared_error[0]) == pytest.approx(oracle_error(weight.float().reshape(-1), k), rel=OPTIMUM)
         torch.testing.assert_close(book.centroids, row.centroids, rtol=OPTIMUM, atol=1e-15)
         codebook = stored_codebook(book.centroids)
-        expected = squared_errors(weight.float().reshape(1, -1), codebook) / weight.float().double().square().sum()
+        expected = (
+            KMA.squared_errors(weight.float().reshape(1, -1), FORMAT, {"codebook": codebook})
+            / weight.float().double().square().sum()
+        )
         assert relative_error(read_values(weight), codebook) == pytest.approx(float(expected), rel=FLOAT64)
 
 
@@ -276,6 +282,8 @@ def test_codes_are_the_nearest_centroid_the_lower_one_at_equal_distance(seed, k,
     values = codebook.expand(3, -1).gather(1, codes.long())
     lowest = codebook.expand(3, -1).gather(1, distances.argmin(dim=2))
     assert torch.equal(values, lowest)
-    errors = squared_errors(rows, codebook)
-    expected = (dequantize_codebook(codes, codebook).double() - rows.double()).square().sum(dim=1)
+    errors = KMC.squared_errors(rows, FORMAT, {"codebook": codebook})
+    expected = (
+        (KMC.dequantize(FORMAT, {"codes": codes, "codebook": codebook}).double() - rows.double()).square().sum(dim=1)
+    )
     torch.testing.assert_close(errors, expected, rtol=FLOAT64, atol=0)

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from sedimo.errors import InputError
-from sedimo.quant.fitting import fit
+from sedimo.quant.fitting import fit, quantize_weight
 from sedimo.quant.formats import Format
-from sedimo.quant.quantization import quantize_weight
 from sedimo.quant.rounding import GAMMA, ZETA, RoundingSchedule, SoftWeight, learn_rounding
 from sedimo.quant.tensor import QuantizedTensor
 
@@ -35,8 +34,8 @@ def least_error(weight, packed, inputs):
     """Over all roundings up or down of a weight of one output channel."""
     (part,) = packed.parts
     group = part.format.group_size or weight.shape[1]
-    scale = part.scale.float().repeat_interleave(group, dim=1)[:, : weight.shape[1]]
-    zero = part.zero_point.float().repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+    scale = part.tensors["scale"].float().repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+    zero = part.tensors["zero_point"].float().repeat_interleave(group, dim=1)[:, : weight.shape[1]]
     below = (weight / scale).floor()
     errors = []
     for ups in itertools.product((0, 1), repeat=weight.shape[1]):
@@ -66,7 +65,8 @@ def test_learned_rounding_is_near_the_best_of_all_roundings(text):
 def test_the_soft_weight_starts_at_the_weight_where_the_grid_reaches():
     weight, packed, _ = layer_problem(1, "uaq4", 64, 3)
     (part,), soft = packed.parts, SoftWeight(weight, packed).soft().detach()
-    scale, steps = part.scale, weight / part.scale + part.zero_point
+    scale = part.tensors["scale"]
+    steps = weight / scale + part.tensors["zero_point"]
     inside = (steps >= 0) & (steps <= part.format.qmax)
     assert inside.float().mean() > 0.8
     assert ((soft - weight).abs()[inside] <= (STARTS_EXACT * scale).expand_as(weight)[inside]).all()
@@ -78,8 +78,8 @@ def test_only_codes_change_and_by_one_step_at_most(text):
     weight, packed, inputs = layer_problem(2, text, 20, 6)
     found = learned(weight, packed, inputs, RoundingSchedule(n_steps=50))
     (before,), (after,) = packed.parts, found.parts
-    assert torch.equal(before.scale, after.scale)
-    assert torch.equal(before.zero_point, after.zero_point)
+    assert torch.equal(before.tensors["scale"], after.tensors["scale"])
+    assert torch.equal(before.tensors["zero_point"], after.tensors["zero_point"])
     assert (found.format, found.stored_bytes, found.paper_bytes) == (
         packed.format,
         packed.stored_bytes,

@@ -12,19 +12,10 @@ from torch import nn
 
 from packed_weights import FORMATS, random_packed
 from sedimo.errors import InputError
-from sedimo.quant.fitting import fit
+from sedimo.quant.fitting import fit, quantize_weight
 from sedimo.quant.formats import Format, paper_bytes
-from sedimo.quant.memory import memory_bytes
 from sedimo.quant.operators import run
-from sedimo.quant.quantization import quantize_weight
-from sedimo.quant.tensor import QuantizedTensor
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads):
-    """Tiny tensors: a second thread only waits for the first."""
-    torch.set_num_threads(1)
-
+from sedimo.quant.tensor import QuantizedTensor, memory_bytes
 
 SPLIT = ((5, "kmc3"), (2, "fp16"), (9, "uaq4g4"))
 LAYOUTS = (*FORMATS, "fp16", SPLIT)
@@ -256,7 +247,7 @@ def test_quantize_weight_keeps_values_on_the_grid(dtype):
 
 
 def test_quantize_weight_refuses_what_it_cannot_pack():
-    with pytest.raises(InputError, match="nothing to pack"):
+    with pytest.raises(InputError, match="nothing to fit"):
         quantize_weight(torch.randn(4, 4), "fp16")
     with pytest.raises(InputError, match="NaN"):
         quantize_weight(torch.full((4, 4), math.nan), "kmc4")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from sedimo.quant.families.kmeans import fit_codebooks, fit_tensor_codebooks, read_values
 from sedimo.quant.fitting import fit, fit_parameters
 from sedimo.quant.formats import Format, paper_bytes
-from sedimo.quant.kmeans import fit_codebooks, fit_tensor_codebooks, read_values
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ENTRIES = json.loads((GOLDEN / "quantizers.json").read_text())
@@ -46,10 +46,13 @@ def test_all_entries_are_checked():
 def test_grids_are_those_of_the_released_code(entry):
     weight, number_format = golden(entry)
     fitted = fit(weight, number_format)
-    np.testing.assert_allclose(fitted.scale[:, 0].numpy(), TENSORS[f"{entry}/delta"], rtol=SCALE)
-    np.testing.assert_array_equal(fitted.zero_point[:, 0].numpy(), TENSORS[f"{entry}/zero_point"])
+    np.testing.assert_allclose(fitted.parameters["scale"][:, 0].numpy(), TENSORS[f"{entry}/delta"], rtol=SCALE)
+    np.testing.assert_array_equal(fitted.parameters["zero_point"][:, 0].numpy(), TENSORS[f"{entry}/zero_point"])
     np.testing.assert_allclose(
-        fitted.dequantize().numpy(), TENSORS[f"{entry}/dequantized"], rtol=SCALE, atol=SCALE * float(fitted.scale.max())
+        fitted.dequantize().numpy(),
+        TENSORS[f"{entry}/dequantized"],
+        rtol=SCALE,
+        atol=SCALE * float(fitted.parameters["scale"].max()),
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedimo.errors import InputError
-from sedimo.quant import uaq
+from sedimo.quant.families import uaq
+from sedimo.quant.families.uaq import UAQ
 from sedimo.quant.formats import Format
 
 LARGEST_ZERO_POINT = 3000  # shrinking by ten makes it 30,000; test_a_far_offset... has larger ones
@@ -37,17 +40,21 @@ def make_rows(n_rows, n_inputs, seed, shift=0.0):
     return (rows * torch.rand(n_rows, 1, generator=generator).add(0.01) + shift).half().float()
 
 
+def fit_grid(rows, number_format):
+    return SimpleNamespace(**uaq.fit_grid(rows, number_format))
+
+
 def dequantized(rows, number_format):
-    grid = uaq.fit_grid(rows, number_format)
-    codes = uaq.grid_codes(rows, grid, number_format)
-    return grid, codes, uaq.dequantize_grid(codes, grid, number_format.group_size)
+    grid = fit_grid(rows, number_format)
+    codes = UAQ.codes(rows, number_format, vars(grid))
+    return grid, codes, UAQ.dequantize(number_format, {**vars(grid), "codes": codes})
 
 
 @settings(max_examples=30)
 @given(st.integers(2, 8), st.integers(2, 700), st.sampled_from([0.0, 3.0, -3.0]), st.integers(0, 2**32))
 def test_rows_equal_the_published_search(bits, n_inputs, shift, seed):
     rows = make_rows(3, n_inputs, seed, shift)
-    grid = uaq.fit_grid(rows, Format("uaq", bits))
+    grid = fit_grid(rows, Format("uaq", bits))
     assert (grid.scale.dtype, grid.zero_point.dtype) == (torch.float32, torch.int16)
     for row, scale, zero_point in zip(rows, grid.scale, grid.zero_point, strict=True):
         if row.abs().max() > LARGEST_ZERO_POINT * (row.max() - row.min()) / (2**bits - 1):
@@ -76,13 +83,13 @@ def test_groups_search_with_the_scale_that_is_stored(bits, n_inputs, group_size,
                 scores.append(published_score(row, stored, (-low * factor / stored).round(), number_format.qmax))
             ours = published_score(row, scale.float(), zero_point.float(), number_format.qmax)
             assert ours <= min(scores) * (1 + EQUAL_SCORES) + 1e-30
-    assert torch.equal(uaq.grid_codes(weights, grid, number_format), codes)
+    assert torch.equal(UAQ.codes(weights, number_format, vars(grid)), codes)
 
 
 def test_a_short_last_group_is_fitted_like_a_row_of_its_own():
     rows = make_rows(4, 150, seed=1)
     number_format = Format("uaq", 4, 64)
-    whole, last = uaq.fit_grid(rows, number_format), uaq.fit_grid(rows[:, 128:].contiguous(), number_format)
+    whole, last = fit_grid(rows, number_format), fit_grid(rows[:, 128:].contiguous(), number_format)
     assert torch.equal(whole.scale[:, 2:], last.scale)
     assert torch.equal(whole.zero_point[:, 2:], last.zero_point)
 
@@ -111,7 +118,7 @@ def test_error_is_half_a_step_inside_the_range_and_codes_are_stable(seed, bits, 
     )
     is_inside = (rows >= -zero_point * scale) & (rows <= (number_format.qmax - zero_point) * scale)
     assert bool(((weights - rows).abs() <= scale * 0.50001).logical_or(~is_inside).all())
-    assert torch.equal(uaq.grid_codes(weights, grid, number_format), codes)
+    assert torch.equal(UAQ.codes(weights, number_format, vars(grid)), codes)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-7, -1e-7, 6e4, 1e30, -1e-40])
@@ -134,11 +141,11 @@ def test_constant_groups_of_other_values_take_the_nearest_scale():
 
 def test_rows_of_one_sign_have_a_zero_point_outside_the_codes():
     rows = make_rows(2, 100, seed=1).abs() * 0.1 + 5
-    below = uaq.fit_grid(rows, Format("uaq", 4))
-    above = uaq.fit_grid(-rows, Format("uaq", 4))
+    below = fit_grid(rows, Format("uaq", 4))
+    above = fit_grid(-rows, Format("uaq", 4))
     assert bool((below.zero_point < 0).all())
     assert bool((above.zero_point > 15).all())
-    grouped = uaq.fit_grid(-rows, Format("uaq", 4, 50))  # the range is widened to zero, its upper end
+    grouped = fit_grid(-rows, Format("uaq", 4, 50))  # the range is widened to zero, its upper end
     assert bool((grouped.zero_point == 15).all())
 
 
@@ -153,7 +160,7 @@ def test_a_far_offset_widens_the_scale_until_the_zero_point_fits():
 def test_search_does_not_depend_on_the_unit_of_the_weights(magnitude):
     rows = make_rows(5, 200, seed=2)
     unit = 2.0 ** round(torch.tensor(magnitude).log2().item())
-    plain, scaled = uaq.fit_grid(rows, Format("uaq", 3)), uaq.fit_grid(rows * unit, Format("uaq", 3))
+    plain, scaled = fit_grid(rows, Format("uaq", 3)), fit_grid(rows * unit, Format("uaq", 3))
     assert torch.equal(plain.scale * unit, scaled.scale)
     assert torch.equal(plain.zero_point, scaled.zero_point)
 
@@ -167,4 +174,4 @@ def test_tiny_groups_keep_a_positive_scale():
 @pytest.mark.parametrize(("number_format", "value"), [("uaq4g4", 3e38), ("uaq2g4", 4e5), ("uaq4", 3e38)])
 def test_a_range_too_wide_for_the_scale_is_refused(number_format, value):
     with pytest.raises(InputError, match=f"{number_format} cannot hold values"):
-        uaq.fit_grid(torch.tensor([[value, -value, 0.0, 0.0]]), Format.parse(number_format))
+        fit_grid(torch.tensor([[value, -value, 0.0, 0.0]]), Format.parse(number_format))

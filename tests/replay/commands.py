@@ -21,17 +21,12 @@ class Case:
 
     `is_chaotic` says that what it computes multiplies noise of floating point, as training a network does: numbers,
     recipes and bytes are left out, and what stays are exit code, the form of the JSON and the keys of the study.
-
-    `has_stable_keys` is false where a scheduler is made from another's settings: diffusers then lists, in the order of
-    a set, which settings are defaults, the identity of the pipeline contains that list, and so keys differ from one
-    process to the next. Of such a study only the numbers of rows are compared.
     """
 
     name: str
     line: str
     loose: tuple[str, ...] = ()
     is_chaotic: bool = False
-    has_stable_keys: bool = True
 
 
 CASES = (
@@ -126,7 +121,6 @@ CASES = (
     Case(
         "sweep-schedulers",
         f"sweep schedulers {{source}} --store {{here}}/study --values ddim,euler,unipc --fresh 3 --json {FEW}",
-        has_stable_keys=False,
     ),
 )
 

@@ -106,7 +106,7 @@ class Workshop:
             return {f.relative_to(here).as_posix(): self._plain(read(f), case) for f in sorted(here.rglob(pattern))}
 
         found = {
-            "studies": each("study.sqlite", study_keys if case.has_stable_keys else study_counts),
+            "studies": each("study.sqlite", study_keys),
             "numbers": {} if case.is_chaotic else each("study.sqlite", study_numbers),
             "pages": {} if case.is_chaotic else each("*.html", lambda f: page_cells(self._text(f))),
             "cards": {} if case.is_chaotic else each("README.md", lambda f: self._text(f).splitlines()),
@@ -202,14 +202,10 @@ def study_keys(file: Path) -> dict[str, list[str]]:
     """The keys of all rows by kind, 16 digits of each content key."""
     found: dict[str, list[str]] = {}
     for kind, key, _ in _rows(file):
-        name = f"computing:{VARIES}" if key.startswith("computing:") else key  # hashed with the source's path
+        what, separator, _ = key.partition(":")  # these are hashed with the source's path, or with all settings
+        name = f"{what}:{VARIES}" if separator and what in ("computing", "plan") else key
         found.setdefault(kind, []).append(re.sub(r"[0-9a-f]{64}", lambda m: m[0][:16], name))
     return found
-
-
-def study_counts(file: Path) -> dict[str, int]:
-    """How many rows of each kind there are."""
-    return {kind: len(keys) for kind, keys in study_keys(file).items()}
 
 
 def study_numbers(file: Path) -> dict[str, list[float]]:
@@ -375,6 +371,8 @@ def _missing_texts(texts: list[str], words: list[str]) -> list[str]:
 
 
 def _stands_in(text: list[str], words: list[str]) -> bool:
+    """Brackets around words and commas after them are looks, not words."""
+    text, words = ([word.strip("(),") or word for word in one] for one in (text, words))
     n = len(text)
     return any(all(map(_same_word, text, words[i : i + n])) for i in range(len(words) - n + 1))
 

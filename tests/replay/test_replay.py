@@ -20,11 +20,8 @@ def workshop(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(_few_threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread():
+    torch.set_num_threads(1)  # as when they were recorded
 
 
 def golden(name):

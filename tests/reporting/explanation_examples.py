@@ -50,7 +50,6 @@ def quality(predictor: str, subset: str, srcc: float, n: int, *, is_used: bool =
         kendall_tau=interval(0.78 * srcc, half, n),
         ndcg_at_10=interval(0.4 + 0.55 * srcc, half, n),
         mae=interval(1.1 - 0.9 * srcc, 0.4 * half, n),
-        seconds=412.0 if is_used else 0.3,
         is_used=is_used,
         advantage=other,
     )

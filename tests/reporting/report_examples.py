@@ -7,14 +7,21 @@ from functools import cache
 
 import numpy as np
 
-from sedimo.allocation.frontier import frontier
-from sedimo.allocation.solve import allocate
+from sedimo.allocation.agreement import agreement
+from sedimo.allocation.solve import allocate, frontier
+from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.metrics.estimate import Estimate, with_interval
 from sedimo.quant.formats import FP16, WIDE_FORMATS, Format, paper_bytes, stored_bytes
-from sedimo.reporting.building import beside_frontier, frontier_points, summarize
-from sedimo.reporting.summary import DifferenceRow, Evidence, Picture, Provenance, RecipeRow, Summary
-from sedimo.sensitivity.agreement import agreement
-from sedimo.sensitivity.table import Cost, SensitivityTable
+from sedimo.reporting.page import Picture
+from sedimo.reporting.summary import (
+    DifferenceRow,
+    Evidence,
+    Provenance,
+    RecipeRow,
+    Summary,
+    frontier_points,
+    summarize,
+)
 
 Layer = tuple[str, str, str, tuple[int, ...], tuple[str, ...]]  # name, operation, block, shape, layers
 
@@ -143,11 +150,6 @@ def make_pictures(n: int, size: int, seed: int = 0) -> tuple[Picture, ...]:
 
 def dit_evidence(table: SensitivityTable, bits: float) -> Evidence:
     rng = np.random.default_rng(7)
-    uniform = {f: allocate(table, rule=f"uniform:{f}") for f in ("kmc3", "uaq3", "kmc4", "uaq4")}
-    random = tuple(
-        RecipeRow(f"random {i}", "random", float(rng.normal(bits, 0.008)), None, {"sqnr_db": estimate(v, 0.31, 64)})
-        for i, v in enumerate(rng.normal(3.9, 1.1, 20))
-    )
     recipes = (
         RecipeRow(
             f"ablation {bits}",
@@ -165,11 +167,9 @@ def dit_evidence(table: SensitivityTable, bits: float) -> Evidence:
         RecipeRow("jacobian 3.5", "method", 3.5, 3.65, {"sqnr_db": estimate(9.66, 0.28, 64)}),
         RecipeRow("uniform kmc3", "uniform", 3.54, 3.54, {"sqnr_db": estimate(4.64, 0.26, 64)}),
         RecipeRow("uniform uaq3", "uniform", 3.12, 3.19, {"sqnr_db": estimate(1.02, 0.21, 64)}),
-        *random,
     )
     differences = (
-        DifferenceRow("the best uniform recipe (kmc3)", "sqnr_db", estimate(5.57, 0.22, 64), 4),
-        DifferenceRow("the best random recipe", "sqnr_db", estimate(3.1, 0.24, 64), 20),
+        DifferenceRow("the best uniform recipe (kmc3)", "sqnr_db", estimate(5.57, 0.22, 64)),
         DifferenceRow("error 3.5", "sqnr_db", estimate(1.64, 0.19, 64)),
         DifferenceRow("full precision", "fid", estimate(0.92, 0.61, 5000)),
         DifferenceRow("full precision", "kid", estimate(0.00091, 0.00031, 5000)),
@@ -181,7 +181,6 @@ def dit_evidence(table: SensitivityTable, bits: float) -> Evidence:
         differences=differences,
         agreement=agreement(predicted.tolist(), measured.tolist()),
         frontier=frontier_points(frontier(table, [3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0])),
-        beside_frontier=beside_frontier(uniform),
         pictures=make_pictures(8, 32),
         file_bytes=8_390_000,
         source_file_bytes=19_100_000,

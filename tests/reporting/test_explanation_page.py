@@ -11,20 +11,20 @@ from dataclasses import replace
 import pytest
 from explanation_examples import dit_explanation, explained, large_explanation
 from report_examples import dit_summary, make_table, unet_layers, unet_summary
-from test_html import HARM, read
+from test_html import HARM, read, render
 
-from sedimo.api.rereport import keep_report, report_again
 from sedimo.codec import from_json, from_plain, to_json, to_plain
-from sedimo.measurement.study import Study
+from sedimo.jobs.report import keep_report, report_again
+from sedimo.lab.study import Study
 from sedimo.metrics.estimate import Estimate
-from sedimo.reporting import curve_charts, explanation_charts
+from sedimo.reporting import html as pages
 from sedimo.reporting.explanation import Explanation, FormatShare, Insight, score_boxes
-from sedimo.reporting.glossary import EXPLANATION_GLOSSARY
-from sedimo.reporting.html import MAX_BYTES, render
-from sedimo.reporting.palette import LIGHT
+from sedimo.reporting.explanation_page import curve_figure, predictors_figure
+from sedimo.reporting.html import MAX_BYTES
 from sedimo.reporting.placement import block_labels
 from sedimo.reporting.summary import Provenance, Summary
-from sedimo.reporting.theme import PLACEHOLDER
+from sedimo.reporting.theme import LIGHT, PLACEHOLDER
+from sedimo.reporting.words import EXPLANATION_GLOSSARY
 
 INF, NAN = math.inf, math.nan
 PARTS = (
@@ -43,12 +43,13 @@ def page():
 
 @pytest.fixture
 def quick(monkeypatch):
-    for module in (explanation_charts, curve_charts):
-        monkeypatch.setattr(module, "themed_svg", lambda *_args, prefix, **_words: f'<svg id="{prefix}"></svg>')
+    monkeypatch.setattr(pages, "draw", lambda chart: f'<svg id="{chart.name}"></svg>')
 
 
 def plain_text(page: str) -> str:
-    text = html.unescape(re.sub(r"<[^>]+>", "", page[page.index("<main>") :]))
+    text = html.unescape(
+        re.sub(r"</?(td|th|p|span)[^>]*>|<[^>]+>", lambda tag: " " if tag[1] else "", page[page.index("<main>") :])
+    )
     return re.sub(r"\s+", " ", text.replace("\N{NARROW NO-BREAK SPACE}", " "))
 
 
@@ -77,10 +78,10 @@ def test_the_page_holds_the_numbers(page):
     assert text.count("✓ confirmed") == 2
     assert text.count("✗ refuted") == 1
     assert text.count("? open") == 1
-    assert "graph network (used here)all recipes480 0.950 (0.938 to 0.962)" in text
-    assert "10.20 (9.64 to 10.76)10.3" in text
-    assert "built by the predictor3.4910.30 (9.70 to 10.90)chosen" in text
-    assert "by jacobian alone3.509.9" in text
+    assert "graph network (used here) all recipes 480 0.950 (0.938 to 0.962)" in text
+    assert "10.20 (9.64 to 10.76) 10.3" in text
+    assert "built by the predictor 3.49 10.30 (9.70 to 10.90) chosen" in text
+    assert "by jacobian alone 3.50 9.9" in text
     assert "Quality in each of the 4 folds" in text
     assert "12 of 492 trials diverged" in text
     for prefix in ("operation-scores", "block-scores", "format-shares", "curve", "predictors"):
@@ -94,7 +95,7 @@ def test_the_whole_record_is_in_the_page_as_json(page):
 
 def test_other_reports_look_as_before(page):
     bare = render(dit_summary())
-    for sign in ('id="matters"', 'id="explanation"', "insights", "application/json"):
+    for sign in ('id="matters"', 'id="explanation"', 'class="finding"', "application/json"):
         assert sign in page
         assert sign not in bare
     words = {word for word, _ in EXPLANATION_GLOSSARY}
@@ -157,8 +158,8 @@ def test_a_page_is_made_of_odd_numbers_too(kind):
 
 
 def test_endless_measurements_have_no_chart():
-    assert curve_charts.curve_chart(odd("endless").curve, here=3.5) == ""
-    assert curve_charts.predictors_chart(odd("endless").predictors) == ""
+    assert curve_figure(odd("endless").curve, here=3.5) is None
+    assert predictors_figure(odd("endless").predictors) is None
 
 
 def test_untrusted_text_stays_text():

@@ -9,27 +9,36 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from map_examples import channel_ranges, noise_map, repetition, trajectory_lines
-from matplotlib.figure import Figure
 from report_examples import dit_layers, dit_summary, estimate, make_table
-from test_html import HARM, read
+from test_html import HARM, read, render
 
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
-from sedimo.measurement.orthogonality import OrthogonalityPart, OrthogonalityProbe
-from sedimo.measurement.sqnr import LocalNoise, SqnrPart, SqnrProbe
-from sedimo.measurement.trial import Execution, Setting
+from sedimo.lab.trial import Execution, Setting
+from sedimo.methods.blocks import BlockRow
+from sedimo.methods.orthogonality import OrthogonalityPart, OrthogonalityProbe, importance
+from sedimo.methods.sqnr import LocalNoise, SqnrPart, SqnrProbe
 from sedimo.quant.formats import FP16, Format
-from sedimo.reporting.block_page import render_block_page
-from sedimo.reporting.heat_charts import label_steps, noise_map_chart, trajectory_chart
-from sedimo.reporting.html import MAX_BYTES, render
+from sedimo.reporting import html
+from sedimo.reporting.blocks_page import blocks_page
+from sedimo.reporting.drawing import draw
+from sedimo.reporting.html import MAX_BYTES
 from sedimo.reporting.maps import BlockCurves, ChannelRanges, Maps, local_map
 from sedimo.reporting.maps import repetition as repetition_of
-from sedimo.reporting.maps_view import maps_view
-from sedimo.reporting.range_chart import merged, ranges_chart
-from sedimo.reporting.repetition_charts import convergence_chart, importance_chart, label_layers, matrix_chart
+from sedimo.reporting.maps_page import (
+    convergence_chart,
+    importance_chart,
+    layers_axis,
+    maps_section,
+    matrix_chart,
+    merged,
+    noise_chart,
+    ranges_chart,
+    steps_axis,
+    trajectory_chart,
+)
+from sedimo.reporting.page import Figure
 from sedimo.reporting.theme import PLACEHOLDER
-from sedimo.sensitivity.blocks import BlockRow
-from sedimo.sensitivity.orthogonality import importance
 
 SETTING = Setting("w", "p", "step", tuple(range(8)), 2, (), None, None, "float32", "cpu")
 EXECUTION = Execution(1.0, 2, 1, {})
@@ -134,42 +143,39 @@ def test_ranges_that_are_none_are_refused(ranges, message):
 
 
 def test_charts_say_in_words_what_they_show():
-    chart = noise_map_chart(noise_map(), title="SQNR by block", prefix="x")
+    chart = draw(noise_chart(noise_map(), "SQNR by block", "x"))
     assert 'role="img" aria-label="SQNR by block. 28 blocks at 50 denoiser calls. Least ' in chart
-    assert "At the last of 50 steps: output, same inputs" in trajectory_chart(trajectory_lines())
+    assert "At the last of 50 steps: output, same inputs" in trajectory_chart(trajectory_lines()).description
     found = repetition()
-    assert "Most alike are" in matrix_chart(found, "mean")
-    assert "300 layers. Most and least important:" in importance_chart(found)
-    assert "1: 0.500; 2: 0.700" in convergence_chart(found)
-    text = ranges_chart(ChannelRanges("ff", (-1, -1, -8), (1, 1, 2), (-1, -1, -2), (1, 1, 1)), prefix="r")
+    assert "Most alike are" in matrix_chart(found, "mean").description
+    assert "300 layers. Most and least important:" in importance_chart(found).description
+    assert "1: 0.500; 2: 0.700" in convergence_chart(found).description
+    text = ranges_chart(ChannelRanges("ff", (-1, -1, -8), (1, 1, 2), (-1, -1, -2), (1, 1, 1))).description
     assert "3 channels; before largest 8.00, median channel 1.00, ratio 8.00; after largest 2.00" in text
 
 
 def test_a_single_pixel_stands_for_a_cell():
     """However many cells a map has, the page stays small."""
-    assert len(noise_map_chart(noise_map(100, 200), title="t", prefix="x")) < 120_000
+    assert len(draw(noise_chart(noise_map(100, 200), "t", "x"))) < 120_000
 
 
 def test_nothing_finite_is_no_chart():
     endless = replace(noise_map(2, 2), sqnr_db=((math.inf, math.inf), (-math.inf, math.nan)))
-    assert noise_map_chart(endless, title="t", prefix="x") == ""
+    assert noise_chart(endless, "t", "x") is None
     exact = estimate(math.inf, 0.0, 8)
     lines = trajectory_lines(2)
-    assert trajectory_chart(replace(lines, step=(exact,) * 2, path=(exact,) * 2, latents=(exact,) * 2)) == ""
+    assert trajectory_chart(replace(lines, step=(exact,) * 2, path=(exact,) * 2, latents=(exact,) * 2)) is None
     one = repetition(2, 1)
-    assert convergence_chart(one) == ""
-    assert maps_view(Maps()) == ()
-    assert [len(group) for group in maps_view(Maps(repetition=one))] == [1, 1]
+    assert convergence_chart(one) is None
+    assert maps_section(Maps()) is None
+    assert len(maps_section(Maps(repetition=one)).blocks) == 3  # matrix, importance, where the numbers are
     unknown = replace(one, per_step=((math.nan,) * len(one.layers),))
-    assert "<svg" in importance_chart(unknown)
+    assert "<svg" in draw(importance_chart(unknown))
 
 
 @pytest.mark.parametrize(("n_steps", "ticks"), [(3, [0, 1, 2]), (20, [0, *range(3, 20, 2)])])
 def test_steps_are_labelled_at_even_distances(n_steps, ticks):
-    axes = Figure().subplots()
-    label_steps(axes, [math.nan] * n_steps)
-    assert list(axes.get_xticks()) == ticks
-    assert [text.get_text() for text in axes.get_xticklabels()] == [str(i + 1) for i in ticks]
+    assert steps_axis([math.nan] * n_steps).ticks == tuple((i, str(i + 1)) for i in ticks)
 
 
 @pytest.fixture(scope="module")
@@ -199,30 +205,30 @@ def test_a_page_of_a_large_denoiser_has_all_of_it(whole):
         "Enough timesteps?",
         "Activation ranges of <code>transformer_blocks.3.ff.net.2</code>",
     ]
-    assert "<td>exact</td>" in page
+    assert ">exact</td>" in page
     assert 'href="#steps"' in page
     assert 'id="steps"' not in render(summary)
 
 
+def captions(found):
+    return [one.caption for one in maps_section(Maps(repetition=found)).blocks if isinstance(one, Figure)]
+
+
 def test_from_where_on_timesteps_suffice():
     found = replace(repetition(2, 5), converged=(0.9, 0.995, 0.98, 0.995, 1.0))
-    texts = [figure.text for group in maps_view(Maps(repetition=found)) for figure in group]
-    assert any("From 4 on, the rank correlation is at least 0.99." in text for text in texts)
+    assert any("From 4 on, the rank correlation is at least 0.99." in text for text in captions(found))
 
 
 def test_where_no_fewer_timesteps_suffice():
     found = replace(repetition(2, 3), converged=(0.9, 0.98, 1.0))
-    assert (
-        "No fewer than all 3 keep the rank correlation at 0.99 or above."
-        in maps_view(Maps(repetition=found))[-1][0].text
-    )
+    assert "No fewer than all 3 keep the rank correlation at 0.99 or above." in captions(found)[-1]
 
 
 def test_layers_that_do_not_tell_samples_apart_are_explained():
     one = repetition(2, 3)  # its first layer does not
     rows = [(math.nan, math.nan, *row[2:]) for row in one.per_step]
     none = [(0.5, *row[1:]) for row in one.per_step]
-    texts = [maps_view(Maps(repetition=replace(one, per_step=tuple(r))))[0][0].text for r in (one.per_step, rows, none)]
+    texts = [captions(replace(one, per_step=tuple(r)))[0] for r in (one.per_step, rows, none)]
     assert ["The dark line is" in texts[0], "Dark lines are the 2 layers" in texts[1], "ark line" in texts[2]] == [
         *(True, True, False)
     ]
@@ -236,13 +242,10 @@ def test_labels_of_many_layers_stand_apart_and_name_outermost_blocks(n_most):
         f"{stage}.{part}" for stage in ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0") for part in inside
     ]
     blocks = ("", *names, "up_blocks.0", "")
-    axes = Figure().subplots()
     found = replace(repetition(2, 2), layers=tuple(f"layer {i}" for i in range(len(blocks))), blocks=blocks)
-    label_layers(axes, found, n_most=n_most)
-    assert list(axes.get_yticks()) == [1, 16, 31, 46]
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["down 0", "down 1", "mid", "up 0"]
-    label_layers(axes, found, n_most=3)
-    assert list(axes.get_yticks()) == [1, 31]
+    labels = ((1, "down 0"), (16, "down 1"), (31, "mid"), (46, "up 0"))
+    assert layers_axis(found, n_most=n_most).ticks == labels
+    assert layers_axis(found, n_most=3).ticks == labels[::2]
 
 
 def test_maps_survive_being_saved(whole):
@@ -261,6 +264,10 @@ def test_names_stay_text(whole):
     assert "<script" not in page
 
 
+def render_blocks(curves):
+    return html.render(blocks_page(curves))
+
+
 def block_page(gains, *, kept=()):
     rows = tuple(
         BlockRow(name, (name,), 10, 5, estimate(20.0 - i, 0.5, 16), estimate(gain, 0.1, 16))
@@ -272,7 +279,7 @@ def block_page(gains, *, kept=()):
 
 
 def test_the_page_of_blocks_tells_which_to_keep():
-    page = render_block_page(block_page({"conv_in": 0.1, "blocks.0": 2.5, "blocks.1": 1.0}, kept=("blocks.0",)))
+    page = render_blocks(block_page({"conv_in": 0.1, "blocks.0": 2.5, "blocks.1": 1.0}, kept=("blocks.0",)))
     read(page)
     assert "leaving <code>blocks.0</code> alone at 16 bits gains most, 2.50 ± 0.21" in page
     assert "threshold: 0.5 dB" in page
@@ -281,7 +288,7 @@ def test_the_page_of_blocks_tells_which_to_keep():
 
 
 def test_the_page_of_blocks_claims_nothing_that_is_not_shown():
-    page = render_block_page(block_page({"conv_in": 0.1, "blocks.0": -0.1}))
+    page = render_blocks(block_page({"conv_in": 0.1, "blocks.0": -0.1}))
     assert "no single block is shown to gain" in page
     assert "Chosen by" not in page
 
@@ -290,7 +297,7 @@ def test_blocks_that_diverge_have_a_page_too():
     gone = estimate(-math.inf, math.nan, 16)
     exact, nothing = estimate(math.inf, 0.0, 16), estimate(0.0, 0.0, 16)
     silent = replace(block_page({"a": 1.0}), rows=(BlockRow("a", ("a",), 1, 1, exact, nothing),), everything=exact)
-    assert "<svg" not in render_block_page(silent)
+    assert "<svg" not in render_blocks(silent)
     rows = (BlockRow("a", ("a",), 1, 1, gone, estimate(math.nan, math.nan, 16)),)
-    page = render_block_page(replace(block_page({"a": 1.0}), rows=rows, everything=gone))
+    page = render_blocks(replace(block_page({"a": 1.0}), rows=rows, everything=gone))
     assert "<svg" not in page

@@ -10,14 +10,15 @@ import pytest
 from report_examples import dit_evidence, dit_layers, make_table
 
 from sedimo.allocation.solve import allocate
-from sedimo.api.verbs import report
+from sedimo.allocation.table import SensitivityTable
+from sedimo.jobs.face import report
 from sedimo.quant.formats import parse_formats
-from sedimo.reporting.building import summarize
+from sedimo.reporting.drawing import draw
 from sedimo.reporting.html import render
-from sedimo.reporting.rounding import count
-from sedimo.reporting.summary import Evidence, FrontierPoint
-from sedimo.reporting.sweep_charts import ranks_matrix
-from sedimo.sensitivity.table import SensitivityTable
+from sedimo.reporting.report_page import report_page
+from sedimo.reporting.summary import Evidence, FrontierPoint, summarize
+from sedimo.reporting.sweep import ranks_matrix
+from sedimo.reporting.words import count
 
 TABLE = make_table(list(dit_layers(n_blocks=2)), 3)
 
@@ -45,7 +46,7 @@ def changed(**values: float) -> SensitivityTable:
 def test_a_page_is_made_all_the_same(table, arguments):
     allocation = allocate(table, **arguments)
     points = (FrontierPoint(3.0, 0.1), FrontierPoint(4.0, 0.0))
-    page = render(summarize(table, allocation, model="m", evidence=Evidence(frontier=points)))
+    page = render(report_page(summarize(table, allocation, model="m", evidence=Evidence(frontier=points))))
     assert "nan" not in page.lower().replace("nano", "")
     assert "</html>" in page
 
@@ -56,13 +57,14 @@ def test_measures_without_an_interval_are_shown_as_they_are():
     rows = tuple(replace(row, measures={"sqnr_db": only}) for row in evidence.recipes)
     differences = tuple(replace(d, difference=only) for d in evidence.differences)
     found = replace(evidence, recipes=rows, differences=differences)
-    page = render(summarize(TABLE, allocate(TABLE, bits=3.5), model="m", evidence=found))
+    page = render(report_page(summarize(TABLE, allocate(TABLE, bits=3.5), model="m", evidence=found)))
     assert "no difference shown" in page
     assert "∞" not in page
 
 
 def test_a_rank_correlation_that_is_no_number_is_an_empty_cell():
-    chart = ranks_matrix(["ddim", "unipc", "euler"], {("ddim", "unipc"): math.nan, ("ddim", "euler"): -0.25})
+    ranks = {("ddim", "unipc"): math.nan, ("ddim", "euler"): -0.25}
+    chart = draw(ranks_matrix(["ddim", "unipc", "euler"], ranks))
     assert "<svg" in chart
     assert chart.count("-0.250") == 2
     assert "nan" not in chart.lower()

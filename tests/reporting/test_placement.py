@@ -8,7 +8,8 @@ import pytest
 from report_examples import dit_summary, unet_summary
 
 from sedimo.reporting import placement
-from sedimo.reporting.placement import OUTSIDE, panels, place, stage, stage_labels
+from sedimo.reporting.placement import OUTSIDE, place, stage, stage_labels
+from sedimo.reporting.report_page import layer_maps
 
 
 def test_the_examples_in_the_documentation_hold():
@@ -37,9 +38,12 @@ def test_places(operation, block, kind, label, local):
 
 
 def test_a_dit_has_one_panel_of_blocks_and_one_of_the_rest():
-    blocks, rest = panels(dit_summary().decisions)
-    assert (blocks.kind, blocks.columns) == ("transformer_blocks", ("0", "1", "2", "3", "4", "5"))
-    assert rest.kind == OUTSIDE
+    blocks, rest = layer_maps(dit_summary().decisions)
+    assert (blocks.title, blocks.columns) == (
+        "6 \N{MULTIPLICATION SIGN} transformer_blocks",
+        ("0", "1", "2", "3", "4", "5"),
+    )
+    assert rest.title == "Layers outside all blocks"
     assert rest.rows == ("pos_embed.proj", "proj_out_1", "proj_out_2")
     assert len(blocks.cells) == 9 * 6  # shared embedders stand in every block
     assert sum(cell.is_copy for cell in blocks.cells) == 2 * 5
@@ -47,13 +51,11 @@ def test_a_dit_has_one_panel_of_blocks_and_one_of_the_rest():
 
 def test_a_unet_shows_every_layer_once_in_reading_order():
     summary = unet_summary()
-    found = panels(summary.decisions)
-    cells = [(p.kind, c.row, c.column) for p in found for c in p.cells]
+    found = {one.title.split()[-1]: one for one in layer_maps(summary.decisions)}
+    cells = [(kind, c.row, c.column) for kind, one in found.items() for c in one.cells]
     assert len(cells) == len(set(cells)) == summary.sizes.n_layers == 282
-    assert {p.kind for p in found} == {
-        "transformer_blocks", "resnets", "attentions", "down_blocks", "up_blocks", OUTSIDE,
-    }  # fmt: skip
-    resnets = next(p for p in found if p.kind == "resnets").columns
+    assert set(found) == {"transformer_blocks", "resnets", "attentions", "down_blocks", "up_blocks", "blocks"}
+    resnets = found["resnets"].columns
     ways = [label.split()[0] for label in resnets]
     assert ways == ["down"] * 8 + ["mid"] * 2 + ["up"] * 12
 
@@ -61,7 +63,7 @@ def test_a_unet_shows_every_layer_once_in_reading_order():
 def test_two_layers_at_one_place_get_a_row_each():
     summary = dit_summary()
     twice = [*summary.decisions, next(d for d in summary.decisions if d.name.endswith("0.attn1.to_q"))]
-    assert "attn1.to_q (2)" in panels(twice)[0].rows
+    assert "attn1.to_q (2)" in layer_maps(twice)[0].rows
 
 
 @pytest.mark.parametrize(

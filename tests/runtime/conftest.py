@@ -6,17 +6,10 @@ import copy
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
 from packed_weights import OWNER, TIED, random_weights
 from sedimo.runtime.weights import replace_weights
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    """Tiny tensors: a second thread only waits for the first."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

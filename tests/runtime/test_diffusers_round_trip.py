@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, PipelineQuantiza
 
 from packed_weights import OWNER, TIED, denoise, random_packed
 from sedimo.errors import InputError, UnsupportedError
-from sedimo.quant.quantization import quantize_weight
+from sedimo.quant.fitting import quantize_weight
 from sedimo.runtime.contents import packed_layers
 from sedimo.runtime.diffusers_plugin import SedimoConfig
 from sedimo.runtime.weights import dequantize_weights, replace_weights

@@ -15,8 +15,7 @@ from torch import nn
 from packed_weights import OWNER, TIED, denoise, random_packed, random_weights
 from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.pipelines.weights import refuse_adapter_names
-from sedimo.quant.memory import memory_bytes
-from sedimo.quant.tensor import QuantizedTensor
+from sedimo.quant.tensor import QuantizedTensor, memory_bytes
 from sedimo.runtime.contents import describe, packed_layers, refuse_unfit_source
 from sedimo.runtime.weights import dequantize_weights, replace_weights, save_denoiser
 

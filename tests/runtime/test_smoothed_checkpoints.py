@@ -14,14 +14,13 @@ from torch import nn
 from packed_weights import OWNER, random_packed
 from sedimo.errors import InputError, StateError
 from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec
-from sedimo.quant.quantization import quantize_weight
 from sedimo.runtime.checkpoint import change_layers, check_checkpoint
-from sedimo.runtime.integrity import make_seal
+from sedimo.runtime.judge import check_divisor_specs, make_seal
 from sedimo.runtime.layout import Configuration, read_configuration
 from sedimo.runtime.smoothed import (
     DIVISOR,
-    check_divisor_specs,
     mark_smoothed,
     prepare_divisors,
     remove_divisor,

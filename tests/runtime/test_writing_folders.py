@@ -11,21 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from huggingface_hub import ModelCardData, metadata_load
 from safetensors.torch import load_file
 
 from packed_weights import OWNER, TIED, denoise, random_packed
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines import folder as folder_module
 from sedimo.pipelines.folder import new_folder, place_file
-from sedimo.runtime.card import Origin, operation_of
+from sedimo.runtime.card import Origin, base_model_of, is_card, operation_of
 from sedimo.runtime.checkpoint import check_checkpoint, read_packed
 from sedimo.runtime.contents import packed_layers
 from sedimo.runtime.weights import replace_weights
 from sedimo.runtime.writing import WriteOptions, replace_layer_format, write_checkpoint
 
-ORIGIN = Origin(
-    "zoo:tiny", "jacobian", "sedimo quantize zoo:tiny --bits 4", '{"sedimo_recipe":1,"layers":{}}', ["a note"]
-)
+ORIGIN = Origin("zoo:tiny", "jacobian", '{"sedimo_recipe":1,"layers":{}}', "smoothed by 0.5")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -70,19 +69,51 @@ def test_the_card_tells_what_a_reader_needs(source, packed_dit, tmp_path):
         source, tmp_path / "out", packed_dit, ORIGIN, component="transformer", options=WriteOptions(link=True)
     )
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith('---\nlibrary_name: diffusers\nbase_model: "zoo:tiny"\n')
+    data = ModelCardData(**metadata_load(tmp_path / "out" / "README.md"))
+    assert (data.library_name, data.base_model, data.tags) == ("diffusers", "zoo:tiny", ["sedimo", "quantized"])
+    assert data.base_model_relation == "quantized"
     for text in (
         "DiffusionPipeline.from_pretrained",
         "import sedimo",
         "| `transformer_blocks.attn1.to_q` | 2 | 2,048 |",
-        "`sedimo quantize zoo:tiny --bits 4`",
-        "method: jacobian",
+        "- method: jacobian\n- before packing: smoothed by 0.5\n- `sedimo_recipe.json` in this folder",
         "4 linked to the source folder, 1 copied",
-        "- a note",
         "21 layers, 1 of them sharing the weight of another",
     ):
         assert text in card, text
     assert operation_of("down_blocks.0.resnets.12.conv1") == "down_blocks.resnets.conv1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"# A model",
+        b"---\ntags: sedimo\n---\n",
+        b"---\ntags:\n- sedimo\n---\n",
+        b"---\n[: }\n---\n",
+        b"---\na text\n---\n",
+        b"---\n\xff\n---\n",
+    ],
+)
+def test_foreign_cards_are_not_taken_for_ours(text, tmp_path):
+    (tmp_path / "README.md").write_bytes(text)
+    assert not is_card(tmp_path / "README.md")
+    assert base_model_of(tmp_path / "README.md") == ""
+
+
+def test_cards_of_the_first_release_are_known(tmp_path):
+    card = (
+        "---",
+        "library_name: diffusers",
+        'base_model: "a/b"',
+        "base_model_relation: quantized",
+        "tags:",
+        "- sedimo",
+    )
+    (tmp_path / "README.md").write_text("\n".join([*card, "- quantized", "---", ""]))
+    assert is_card(tmp_path / "README.md")
+    assert base_model_of(tmp_path / "README.md") == "a/b"
 
 
 def test_links_share_the_files_and_copies_do_not(source, packed_dit, tmp_path):

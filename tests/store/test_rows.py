@@ -126,13 +126,16 @@ def test_a_foreign_file_is_refused(tmp_path):
         Rows(tmp_path / "nowhere", create=False)
 
 
-def test_a_newer_layout_is_refused(tmp_path):
+@pytest.mark.parametrize(("version", "age"), [(1, "an older"), (99, "a newer")])
+def test_another_layout_is_refused(tmp_path, version, age):
     path = tmp_path / "s.sqlite"
     Rows(path).close()
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-    connection.execute("PRAGMA user_version = 99")
+    connection.execute(f"PRAGMA user_version = {version}")
     connection.commit()
     connection.close()
-    with pytest.raises(StateError, match="layout version 99"):
+    with pytest.raises(
+        StateError, match=rf"{age} version of Sedimo \(layout version {version}, this one .*use a new folder"
+    ):
         Rows(path)

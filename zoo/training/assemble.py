@@ -29,7 +29,7 @@ from training.denoiser import build_scheduler
 logger = logging.getLogger(__name__)
 
 N_KID_FEATURES = 2000
-GUIDANCE = 3.0  # of 1, 1.5, 2, 3 and 4 the one of least FID (docs/results.md)
+GUIDANCE = 3.0  # of 1, 1.5, 2, 3 and 4 the one of least FID (docs/results/embedded-models.md)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from sedimo.allocation.problem import Allocation, Budget, IntArray
-from sedimo.allocation.record import Outcome, as_variant, record
+from sedimo.allocation.effects import Effects
+from sedimo.allocation.problem import Allocation, Budget, IntArray, Outcome, as_variant, record
 from sedimo.allocation.solve import allocate_within
+from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.bank import Candidate
 from sedimo.quant.formats import Format
-from sedimo.sensitivity.adjoint import Effects
-from sedimo.sensitivity.table import Cost, SensitivityTable
 
 SIGNED, SUMMED = "signed", "milp"  # rules, by name
 N_FOLDS = 4

@@ -1,4 +1,4 @@
-"""The question that allocation answers, as arrays, and the record of an answer.
+"""The question that allocation answers, as arrays, and the record of an answer, or why there is none.
 
 A multiple-choice knapsack: exactly one option (format) per decision, least total cost, at most so many
 bytes, bit operations, or both. Sizes stay integers; whoever answers is checked against them.
@@ -7,19 +7,19 @@ bytes, bit operations, or both. Sizes stay integers; whoever answers is checked 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sedimo.allocation.pareto import pareto
+from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.allocation.variant_table import Variant, VariantTable
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
-from sedimo.sensitivity.table import Cost, SensitivityTable
-from sedimo.sensitivity.variants import Variant
-from sedimo.space import Recipe
+from sedimo.space import Recipe, compose
 
 Accounting = Literal["paper", "stored"]
 Status = Literal["optimal", "feasible", "heuristic"]
@@ -31,6 +31,7 @@ Resource = TypeVar("Resource")
 
 _NO_LIMIT = 1 << 62  # nothing is as large, and differences stay integers of 64 bits
 _ROUNDING = 1e-12  # relative; bits that were computed as 8 * bytes / weights must give the bytes back
+_TOLERANCE = 1e-6  # the solver's absolute tolerance, in units of the mean cost of a decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,46 @@ def _pareto_options(entries: Sequence[Cost], budget: Budget) -> Options[Cost]:
     return Options(tuple(entries[i] for i in kept), cost[kept], size[:, kept])
 
 
+def pareto(cost: FloatArray, size: IntArray, ties: IntArray) -> IntArray:
+    """Positions of the options that no other dominates, by size, then cost.
+
+    An option is dominated if another costs at most as much and takes at most as much of each resource. That
+    is exact: some best choice never needs it. (The convex hull would be smaller, and loses best choices.)
+    Of equal options the first by `ties` stays. An infinite cost forbids an option.
+
+    Shapes: `cost` `[V]`, `size` `[R, V]` with one or two resources, `ties` `[T, V]`, the first row first.
+    """
+    order = np.lexsort((*ties[::-1], cost, *size[::-1]))
+    stays = _falls(cost[order]) if len(size) == 1 else _under_the_stairs(cost[order], size[1, order])
+    return np.asarray(order[stays], dtype=np.int64)
+
+
+def _falls(cost: FloatArray) -> NDArray[np.bool_]:
+    """Where a cost is finite and less than all before it."""
+    before = np.concatenate([[np.inf], np.minimum.accumulate(cost)[:-1]])[: len(cost)]
+    return cost < before
+
+
+def _under_the_stairs(cost: FloatArray, size: IntArray) -> NDArray[np.bool_]:
+    """Where a cost is finite and no earlier option has both at most the cost and at most the size.
+
+    The least cost at each size so far is a falling staircase. It is kept in a list, option by option, because
+    comparing all pairs takes minutes where all of 300,000 options stay.
+    """
+    stays = np.zeros(len(cost), dtype=bool)
+    steps, heights = [-1], [float("inf")]  # sizes are never negative
+    for i, (own, room) in enumerate(zip(cost.tolist(), size.tolist(), strict=True)):
+        at = bisect_right(steps, room)
+        if heights[at - 1] <= own:
+            continue
+        stays[i] = True
+        end = at
+        while end < len(heights) and heights[end] >= own:
+            end += 1
+        steps[at:end], heights[at:end] = [room], [own]
+    return stays
+
+
 def bytes_for_bits(bits: float, n_weights: int) -> int:
     """The bytes that an average of `bits` per weight allows [bytes].
 
@@ -254,3 +295,99 @@ def read_budget(
     if budget_bytes is not None:
         return Budget(int(budget_bytes), "stored", budget_bops)
     return None if budget_bops is None else Budget(None, bops=budget_bops)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was chosen for each group (a decision alone is a group of one), and how that came about.
+
+    `least` is the least objective without any budget, `bound` a lower bound of the best one within it.
+    """
+
+    chosen: tuple[Variant, ...]
+    least: float
+    bound: float
+    n_solves: int = 0
+    is_heuristic: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def least_cost(costs: Sequence[Cost]) -> Cost:
+    """The entry of least cost; the smaller one of equals."""
+    return min(costs, key=lambda c: (c.cost, c.paper_bytes, c.stored_bytes, str(c.format)))
+
+
+def as_variant(cost: Cost) -> Variant:
+    """The cost of a decision as that of a group of one."""
+    return Variant(
+        {cost.decision: cost.format},
+        cost.cost,
+        cost.standard_error,
+        cost.paper_bytes,
+        cost.stored_bytes,
+        cost.bops,
+    )
+
+
+def record(
+    table: SensitivityTable | VariantTable, budget: Budget, rule: str, outcome: Outcome, *, gap: float = 0.0
+) -> Allocation:
+    """The allocation of an outcome; `gap` is the distance at which it may call itself optimal."""
+    chosen = outcome.chosen
+    choice = {name: number_format for entry in chosen for name, number_format in entry.choice.items()}
+    objective = math.fsum(entry.cost for entry in chosen)
+    bound = max(outcome.least, min(outcome.bound, objective))
+    distance = 0.0 if objective <= bound else (objective - bound) / (objective - outcome.least)
+    paper, stored = sum(entry.paper_bytes for entry in chosen), sum(entry.stored_bytes for entry in chosen)
+    used = paper if budget.accounting == "paper" else stored
+    status: Status = "heuristic" if outcome.is_heuristic else "optimal" if distance <= gap + _TOLERANCE else "feasible"
+    return Allocation(
+        recipe=compose(choice, table.layers, table.streams),
+        choice=choice,
+        bits=8 * used / table.total_params,
+        budget_bytes=budget.size_bytes,
+        used_bytes=used,
+        objective=objective,
+        standard_error=math.sqrt(math.fsum(entry.standard_error**2 for entry in chosen)),
+        bound=bound,
+        gap=distance,
+        status=status,
+        method=table.method,
+        rule=rule,
+        accounting=budget.accounting,
+        paper_bits=8 * paper / table.total_params,
+        stored_bits=8 * stored / table.total_params,
+        bops=sum(entry.bops for entry in chosen) + table.attention_bops,
+        budget_bops=budget.bops,
+        n_solves=outcome.n_solves,
+        notes=outcome.notes,
+    )
+
+
+def infeasible(budget: Budget, table: SensitivityTable | VariantTable, sizes: Iterable[IntArray]) -> InputError:
+    """The error that says what is possible instead of a budget that cannot be kept.
+
+    `sizes` is what the allowed options of each decision or group take of the limited resources, `[R, V]` each.
+    """
+    ends = np.array([[size.min(axis=1), size.max(axis=1)] for size in sizes]).sum(axis=0).T.tolist()  # [R, 2]
+    limits, possible = [], []
+    if budget.size_bytes is not None:
+        scale = 8 / table.total_params
+        least, most = (scale * end for end in ends[0])
+        limits.append(
+            f"{budget.size_bytes} bytes ({scale * budget.size_bytes:.4f} {budget.accounting} bits per weight)"
+        )
+        least, most = math.ceil(least * 1e4) / 1e4, math.floor(most * 1e4) / 1e4
+        possible.append(f"the least possible is {least:.4f} bits and the most {most:.4f}")
+    if budget.bops is not None:
+        least, most = (end + table.attention_bops for end in ends[-1])
+        limits.append(f"{budget.bops} bit operations")
+        possible.append(
+            f"the least possible is {least} bit operations and the most {most}, of which attention takes "
+            f"{table.attention_bops} in any case (codebooks compute in 16 bits)"
+        )
+    remedy = "Raise the budget" if len(limits) == 1 else "Both must hold at once: raise one of them"
+    return InputError(
+        f"no choice of formats keeps the budget of {' and '.join(limits)}: with these formats {'; '.join(possible)}. "
+        f"{remedy}, or allow formats with fewer bits."
+    )

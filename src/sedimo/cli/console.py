@@ -1,4 +1,4 @@
-"""Talking to people: errors with exit codes, progress bars on standard error, tables, JSON."""
+"""Talking to people: errors with exit codes, progress bars on standard error, JSON."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 import shlex
 import sqlite3
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from sedimo.errors import InputError, MissingExtraError, SedimoError
 
-_SPEED_SECONDS = 1800.0  # how far back to look for the time left: a step may take minutes
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_QUIET_SECONDS = 10.0  # between two lines about progress, where no terminal is
 EXIT_UNEXPECTED, EXIT_INPUT, EXIT_STATE, EXIT_EXTRA, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
 
 
@@ -61,34 +64,6 @@ def print_json(plain: object) -> None:
     click.echo(json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on standard output; columns after the first are aligned right."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people.
-
-    Example:
-        >>> duration(3700)
-        '1 h 02 min'
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 @contextmanager
 def progress() -> Iterator[ConsoleProgress]:
     """A progress display that is taken away however the work ends."""
@@ -102,63 +77,54 @@ def progress() -> Iterator[ConsoleProgress]:
 class ConsoleProgress:
     """Progress on standard error, with the time left: a bar on a terminal, else a line every ten seconds."""
 
-    QUIET_SECONDS = 10.0
-
     def __init__(self) -> None:
-        self._bar: object | None = None
-        self._label, self._total, self._done = "", 0, 0
-        self._begin = self._last = 0.0
+        self._bar: tqdm[NoReturn] | None = None
 
     def start(self, total: int, label: str) -> None:
         """Begins a stage of `total` steps."""
         self.done()
-        self._label, self._total, self._done = label, total, 0
-        self._begin = self._last = time.monotonic()
-        if sys.stderr.isatty():
-            self._bar = _rich_bar(total, label)
-        else:
-            click.echo(f"{label}: {total} steps", err=True)
+        self._bar = _bar(total, label)
 
     def advance(self, n: int = 1) -> None:
         """`n` more steps are finished."""
-        self._done += n
         if self._bar is not None:
-            self._bar.advance(self._bar.task_ids[0], n)  # type: ignore[attr-defined]  # rich is loaded lazily
-        elif time.monotonic() - self._last > self.QUIET_SECONDS:
-            self._last = time.monotonic()
-            left = (self._last - self._begin) / self._done * (self._total - self._done)
-            click.echo(f"{self._label}: {self._done} of {self._total}, about {duration(left)} left", err=True)
+            self._bar.update(n)
 
     def done(self) -> None:
         """Ends the stage."""
-        if self._bar is None and 0 < self._total == self._done and not sys.stderr.isatty():
-            click.echo(f"{self._label}: done", err=True)
-        self._total = 0
         if self._bar is not None:
-            self._bar.stop()  # type: ignore[attr-defined]  # rich is loaded lazily
+            self._bar.close()
             self._bar = None
 
 
-def _rich_bar(total: int, label: str) -> object:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+class _Lines:
+    """Standard error as a file in which each new state of a bar is a line of its own."""
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        speed_estimate_period=_SPEED_SECONDS,
+    def __init__(self) -> None:
+        self._state = ""
+
+    def write(self, text: str) -> None:
+        if (state := text.strip()) and state != self._state:
+            click.echo(state, err=True)
+            self._state = state
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def _bar(total: int, label: str) -> tqdm[NoReturn]:
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread that redraws
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=label, smoothing=0)  # steps take seconds to minutes: the mean tells best
+    return tqdm(
+        total=total,
+        desc=label,
+        smoothing=0,
+        mininterval=_QUIET_SECONDS,
+        miniters=1,
+        bar_format="{desc}: {n_fmt} of {total_fmt}, about {remaining} left",
+        file=_Lines(),
+        position=0,
     )
-    bar.add_task(label, total=total)
-    bar.start()
-    return bar

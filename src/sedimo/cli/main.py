@@ -1,43 +1,254 @@
-"""The `sedimo` command: arguments in, one call of a verb, tables or JSON out.
+"""The `sedimo` command, made from the jobs' settings: arguments in, one job, its page or JSON out.
 
-Everything heavy is imported when a command runs, so that `sedimo --help` answers at once. With `--json`
-nothing but JSON is on standard output; progress and logs go to standard error.
+Everything heavy is imported when a command runs, so that `sedimo --help` answers at once. With `--json` nothing but
+JSON is on standard output; progress and logs go to standard error.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
+import logging
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_origin
 
 import click
 
+import sedimo.jobs
 from sedimo import __version__
-from sedimo.cli import commands, search_commands, study_commands
-from sedimo.cli.console import run_guarded
+from sedimo.cli.console import command_line, print_json, progress, run_guarded
+from sedimo.errors import InputError
+from sedimo.reporting.terminal import print_page
+from sedimo.settings import Leaf, build, choices_of, leaves
+
+if TYPE_CHECKING:
+    from sedimo.jobs.job import Job
 
 EXIT_CODES = """\b
 Exit codes:
   0    done
-  1    an error nobody foresaw (please report it)
+  1    an unexpected error (please report it)
   2    the command line was not understood
   3    an input cannot be used: file, name, format, budget
   4    stored data contradicts itself, or an operation is not supported
   5    an optional package is missing
   130  interrupted; what was finished is saved and the same command goes on
 """
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 118}
+_OWN = "own"  # owner of a job's own options
 
 
-class _GuardedGroup(click.Group):
-    """Turns the errors of `sedimo.errors` into one message and an exit code."""
+class _Option(click.Option):
+    """An option whose default is shown as it is typed."""
+
+    def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
+        extra = super().get_help_extra(ctx)
+        if "default" in extra and isinstance(self.show_default, str):
+            extra["default"] = self.show_default  # click puts a text into brackets
+        return extra
+
+
+@dataclass(frozen=True)
+class _Word:
+    """An option of a command: what it sets, of which record."""
+
+    name: str
+    owner: str
+    leaf: Leaf
+    is_shown: bool
+
+    def parameter(self) -> click.Parameter:
+        """What click reads it with."""
+        leaf, option = self.leaf, self.leaf.option
+        more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.is_required}
+        if not option.flags and not option.no:
+            is_many = get_origin(leaf.kind) is tuple
+            return click.Argument([self.name], metavar=option.metavar, nargs=-1 if is_many else 1, **more)
+        if leaf.kind is bool:
+            flags = "/".join(flag for flag in (*option.flags, option.no) if flag)
+            more = {"is_flag": True, "default": None, **({} if option.flags else {"flag_value": True})}
+            return _Option([flags, self.name], help=option.words, hidden=not self.is_shown, **more)
+        if option.bare is not None:
+            more |= {"is_flag": False, "flag_value": option.bare}
+        elif not leaf.is_required and leaf.default not in (None, "", ()):
+            more |= {"show_default": str(leaf.default)}
+        return _Option(
+            [*option.flags, self.name], help=option.words, metavar=option.metavar, hidden=not self.is_shown, **more
+        )
+
+    def value(self, given: object) -> object:
+        """What was given as the field holds it."""
+        if self.leaf.kind is bool and not self.leaf.option.flags:
+            return False  # a flag that says no
+        return self.leaf.option.parse(str(given)) if self.leaf.option.parse is not None else given
+
+
+def _kind(leaf: Leaf) -> Any:
+    """Its type as click knows it."""
+    option, choices = leaf.option, choices_of(leaf)
+    if option.place:
+        is_file = option.place == "file"
+        return click.Path(exists=True, dir_okay=not is_file, file_okay=is_file, path_type=Path)
+    if choices:
+        return click.Choice(choices)
+    if leaf.kind is Path:
+        return click.Path(path_type=Path)
+    if leaf.kind is int and (option.least is not None or option.most is not None):
+        low, high = (None if end is None else int(end) for end in (option.least, option.most))
+        return click.IntRange(low, high)
+    return leaf.kind if leaf.kind in (int, float) else str
+
+
+class _JobCommand(click.Command):
+    """A command that does a job. Options stand under headings; those of one method or treatment are asked for."""
+
+    def __init__(self, job: Job[Any, Any]) -> None:
+        self._job, self._offers = job, job.offers()
+        self._words = [
+            _Word("_".join(leaf.path), _OWN, leaf, is_shown=True) for leaf in leaves(job.settings, "Options")
+        ]
+        for owner, record in self._offers.items():
+            known = {flag for word in self._words for flag in word.leaf.option.flags}
+            found = [leaf for leaf in leaves(record) if known.isdisjoint(leaf.option.flags)]
+            prefix = owner.replace("-", "_")
+            self._words += [
+                _Word(f"{prefix}__{'_'.join(leaf.path)}", owner, leaf, is_shown=owner in job.shown and n == 0)
+                for n, leaf in enumerate(found)
+            ]
+        own = [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON and nothing else.")]
+        if job.plan is not None:
+            own.append(click.Option(["--dry-run"], is_flag=True, help="Tell what it takes, and stop."))
+        if self._offers:
+            own.append(
+                click.Option(
+                    ["--help-method"],
+                    metavar="NAME",
+                    is_eager=True,
+                    expose_value=False,
+                    callback=self._help_method,
+                    help=f"Show the options of one of {', '.join(self._offers)}, and stop.",
+                )
+            )
+        super().__init__(
+            job.name,
+            params=[*(word.parameter() for word in self._words), *own],
+            callback=self._do,
+            help=job.words,
+            context_settings=_CONTEXT,
+        )
+
+    def _do(self, *, as_json: bool, dry_run: bool = False, **values: object) -> None:
+        given = {w: w.value(v) for w in self._words if (v := values[w.name]) not in (None, ()) and self._is_given(w)}
+        own = {word.leaf.path: value for word, value in given.items() if word.owner == _OWN}
+        names = {one.name for one in fields(self._job.settings)}
+        own |= {("chosen",): self._chosen(given)} if self._offers else {}
+        own |= {("command",): command_line()} if "command" in names else {}
+        settings = build(self._job.settings, own)
+        work = self._job.plan if dry_run and self._job.plan is not None else self._job.run
+        with progress() as shown:
+            found = work(settings, shown)
+        is_plan = work is not self._job.run
+        if as_json:
+            print_json(found.as_json() if is_plan else self._job.as_json(found))
+        else:
+            page = self._job.plan_page if is_plan else self._job.page
+            print_page(page(found))
+
+    def _chosen(self, given: Mapping[_Word, object]) -> dict[str, object]:
+        """The records of methods and treatments that something was set of; a shared option is set of all its owners."""
+        values = {w.leaf.option.flags: value for w, value in given.items() if w.owner != _OWN}
+        found = dict[str, object]()
+        for owner, record in self._offers.items():
+            own = {leaf.path: values[f] for leaf in leaves(record) if (f := leaf.option.flags) in values}
+            if own:
+                found[owner] = build(record, own)
+        return found
+
+    def _is_given(self, word: _Word) -> bool:
+        source = click.get_current_context().get_parameter_source(word.name)
+        return source is not click.core.ParameterSource.DEFAULT
+
+    def _help_method(self, ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
+        if name is None:
+            return
+        if name not in self._offers:
+            raise InputError(f"there are no options of {name!r}; there are of {', '.join(self._offers)}")
+        formatter = ctx.make_formatter()
+        with formatter.section(f"Options of {name}"):
+            formatter.write_dl(_records(ctx, self._words_of(name)))
+        click.echo(formatter.getvalue().rstrip("\n"))
+        ctx.exit()
+
+    def _words_of(self, name: str) -> list[_Word]:
+        """The options of a method or treatment, those included that it shares with another one."""
+        flags = {flag for leaf in leaves(self._offers[name]) for flag in leaf.option.flags}
+        offered = (w for w in self._words if w.owner != _OWN)
+        return [w for w in offered if w.owner == name or not flags.isdisjoint(w.leaf.option.flags)]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options under the headings of their settings."""
+        panels: dict[str, list[_Word]] = {}
+        for word in self._words:
+            if word.is_shown:
+                panels.setdefault(word.leaf.panel or "Treatments", []).append(word)
+        for panel, words in panels.items():
+            records = _records(ctx, words)
+            if records:
+                with formatter.section(panel):
+                    formatter.write_dl(records)
+        named = {word.name for word in self._words}
+        own = [p.get_help_record(ctx) for p in self.get_params(ctx) if p.name not in named]
+        with formatter.section("Output and help"):
+            formatter.write_dl([record for record in own if record is not None])
+
+
+def _records(ctx: click.Context, words: Sequence[_Word]) -> list[tuple[str, str]]:
+    found = []
+    for word in words:
+        parameter = replace(word, is_shown=True).parameter()
+        record = parameter.get_help_record(ctx)
+        if record is not None:
+            found.append(record)
+    return found
+
+
+class _Jobs(click.Group):
+    """Loads a job when it is asked for, and turns the errors of `sedimo.errors` into a message and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_name(module) for module in sedimo.jobs.JOBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = next((m for m in sedimo.jobs.JOBS if _name(m) == cmd_name), None)
+        if module is None:
+            return None
+        return _JobCommand(importlib.import_module(f"sedimo.jobs.{module}").JOB)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Names with the first lines of the jobs' modules, none of which is imported for that."""
+        folder = Path(inspect.getfile(sedimo.jobs)).parent
+        lines = [(_name(m), _first_line(folder / f"{m}.py")) for m in sedimo.jobs.JOBS]
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(lines))
 
     def invoke(self, ctx: click.Context) -> object:
-        return run_guarded(lambda: super(_GuardedGroup, self).invoke(ctx), verbose=bool(ctx.params.get("verbose")))
+        return run_guarded(lambda: super(_Jobs, self).invoke(ctx), verbose=bool(ctx.params.get("verbose")))
 
 
-@click.group(
-    cls=_GuardedGroup,
-    epilog=EXIT_CODES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+def _name(module: str) -> str:
+    return module.removesuffix("_")
+
+
+def _first_line(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
+
+
+@click.group(cls=_Jobs, epilog=EXIT_CODES, context_settings=_CONTEXT)
 @click.version_option(__version__, prog_name="sedimo")
 @click.option("-v", "--verbose", is_flag=True, help="Show logs, and the traceback of an error.")
 def main(verbose: bool) -> None:
@@ -46,10 +257,4 @@ def main(verbose: bool) -> None:
     SRC is a diffusers folder, a hub id, or zoo:NAME (embedded: zoo:cifar-dit, zoo:cifar-ldm).
     """
     if verbose:
-        import logging
-
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
-
-
-for _command in (*commands.ALL, *study_commands.ALL, *search_commands.ALL):
-    main.add_command(_command)

@@ -9,6 +9,8 @@ operations in place, the outputs of the denoiser.
 
 A value x + k with a constant k (the 1 + scale of AdaLN) scales with m if x becomes x m + k (m - 1): its labels claim
 the constant, which the bias of their layer takes. A label whose uses claim different constants is pinned.
+
+Tensors of labels that repeat along axes do not hold the repeats: few elements stand for many.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import fx
 from torch.export import ExportedProgram
 
-from sedimo.graph.broadcasts import compact, compact_together, concatenated, expanded, reshaped, unique_pairs
-from sedimo.graph.ledger import PINNED, Call, Channels, Labels, Ledger, Value
 from sedimo.graph.program import arguments_of, operation_name, owner_of, shape_of
 
 _MAX_ELEMENTS = 1 << 22  # of labels that are not broadcast; larger ones are pinned
@@ -39,6 +42,8 @@ _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _NORMS = {"layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}  # places of weight and bias
 _MEANS = frozenset({"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "avg_pool2d"})
 _READS_NOTHING = re.compile(r"(zeros|ones|empty|full|rand|randn)_like|new_\w+|_assert\w*|sym_\w+")
+Labels = npt.NDArray[np.int64]
+PINNED = 0  # the label of everything that must stay as it is
 
 
 def read_channels(
@@ -339,3 +344,178 @@ class _Reader:
     def _pin_all(self, node: fx.Node) -> None:
         for argument in arguments_of(node):
             self.ledger.pin(self._of(argument))
+
+
+@dataclass(frozen=True)
+class Value:
+    """Labels of a value's elements, None if all are pinned; `parameter` names the one that the value is.
+
+    `offset` is the constant added to what the labels stand for, None when the labels' uses are claimed already; it
+    may still grow while `is_open`.
+    """
+
+    labels: torch.Tensor | None = None
+    offset: float | None = None
+    is_open: bool = False
+    parameter: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a weight layer: the labels of its input by channel, in pairs (channel, label)."""
+
+    layer: str
+    owner: str
+    pairs: Labels
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What was read from a program.
+
+    `first` gives the first label of each parameter that carries labels (its rows, or its elements), `sizes` how many;
+    `biases` the bias that is added to it by its own operation. `ties` are pairs of labels that carry one factor,
+    `claims` the constant of each label. `roles` tells what each parameter is used as.
+    """
+
+    n_labels: int
+    first: Mapping[str, int]
+    sizes: Mapping[str, int]
+    biases: Mapping[str, str | None]
+    ties: Labels
+    claims: npt.NDArray[np.float64]
+    calls: Sequence[Call]
+    roles: Mapping[str, frozenset[str]]
+
+
+def classes(n_labels: int, ties: Labels) -> Labels:
+    """The component of each label `[n]` under ties `[m, 2]`; those of the label PINNED are pinned."""
+    ones = np.ones(len(ties), dtype=np.int8)
+    graph = coo_matrix((ones, (ties[:, 0], ties[:, 1])), shape=(n_labels, n_labels))
+    found: Labels = connected_components(graph, directed=False)[1].astype(np.int64)
+    return found
+
+
+class Ledger:
+    """Collects what the operations of a program say about labels."""
+
+    def __init__(self) -> None:
+        """Empty, but for the pinned label."""
+        self._n_labels = 1
+        self._first: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        self._biases: dict[str, str | None] = {}
+        self._ties: list[Labels] = []
+        self._claimed: list[tuple[Labels, float]] = []
+        self._calls: list[Call] = []
+        self._roles: dict[str, set[str]] = {}
+
+    def found(self) -> Channels:
+        """Everything; labels whose uses claim different constants are pinned."""
+        claims = np.full(self._n_labels, np.nan)
+        conflicts = []
+        for labels, offset in self._claimed:
+            known = claims[labels]
+            conflicts.append(labels[~np.isnan(known) & (known != offset)])
+            claims[labels] = offset
+        pinned = np.concatenate([np.zeros(0, np.int64), *conflicts])
+        ties = [*self._ties, np.stack([pinned, np.full_like(pinned, PINNED)], axis=1)]
+        return Channels(
+            self._n_labels,
+            self._first,
+            self._sizes,
+            self._biases,
+            np.concatenate(ties),
+            np.nan_to_num(claims),
+            self._calls,
+            {name: frozenset(roles) for name, roles in self._roles.items()},
+        )
+
+    def labels_of(self, parameter: str, n: int) -> torch.Tensor:
+        """The labels `[n]` of a parameter's rows or elements."""
+        if parameter not in self._first:
+            self._first[parameter], self._sizes[parameter] = self._n_labels, n
+            self._n_labels += n
+        first = self._first[parameter]
+        return torch.arange(first, first + self._sizes[parameter])
+
+    def claim(self, value: Value) -> None:
+        """A use of the value as x + its offset, x being what its labels stand for."""
+        if value.labels is not None and value.offset is not None:
+            self._claimed.append((np.unique(compact(value.labels).numpy()), value.offset))
+
+    def note_use(self, parameter: str, role: str) -> None:
+        """What a parameter is used as."""
+        self._roles.setdefault(parameter, set()).add(role)
+
+    def pin(self, value: Value | list[Value] | None) -> None:
+        """The value must stay as it is."""
+        for one in value if isinstance(value, list) else [value]:
+            if one is None:
+                continue
+            if one.parameter is not None:
+                self.note_use(one.parameter, "otherwise")
+            if one.labels is not None:
+                labels = np.unique(compact(one.labels).numpy())
+                self._ties.append(np.stack([labels, np.full_like(labels, PINNED)], axis=1))
+
+    def tie(self, pairs: Labels) -> None:
+        """Pairs `[n, 2]` of labels must carry the same factor."""
+        self._ties.append(pairs)
+
+    def note_call(self, call: Call) -> None:
+        """A layer reads labels."""
+        self._calls.append(call)
+
+    def note_bias(self, parameter: str, bias: str | None) -> None:
+        """A parameter's operation adds this bias, always the same one."""
+        if self._biases.setdefault(parameter, bias) != bias:
+            self.note_use(parameter, "with another bias")
+
+
+def compact(labels: torch.Tensor, keep: int | None = None) -> torch.Tensor:
+    """One element of each axis along which the tensor only repeats; the axis `keep` stays whole."""
+    for axis in range(labels.ndim):
+        if axis != keep and labels.stride(axis) == 0 and labels.shape[axis] > 1:
+            labels = labels.narrow(axis, 0, 1)
+    return labels
+
+
+def compact_together(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two tensors of one shape without the axes along which both only repeat."""
+    for axis in range(a.ndim):
+        if a.stride(axis) == b.stride(axis) == 0 and a.shape[axis] > 1:
+            a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
+    return a, b
+
+
+def unique_pairs(a: torch.Tensor, b: torch.Tensor) -> Labels:
+    """The different pairs `[n, 2]` of elements at the same place of two tensors of one shape."""
+    pairs: Labels = torch.unique(torch.stack([a.reshape(-1), b.reshape(-1)], dim=1), dim=0).numpy()
+    return pairs
+
+
+def concatenated(pieces: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """The pieces along an axis; axes along which all of them only repeat have length 1 in the result."""
+    axis %= pieces[0].ndim
+    for other in range(pieces[0].ndim):
+        if other != axis and all(p.stride(other) == 0 for p in pieces):
+            pieces = [p.narrow(other, 0, 1) for p in pieces]
+    return torch.cat(list(pieces), dim=axis)
+
+
+def expanded(labels: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor | None:
+    """The tensor repeated to a shape; None if it does not broadcast to it."""
+    if labels is None or labels.ndim > len(shape):
+        return None
+    padded = [1] * (len(shape) - labels.ndim) + list(labels.shape)
+    fits = all(a in (1, b) for a, b in zip(padded, shape, strict=True))
+    return labels.expand(tuple(shape)) if fits else None
+
+
+def reshaped(labels: torch.Tensor, shape: Sequence[int], most: int) -> torch.Tensor | None:
+    """The tensor in another shape; None if that would have to hold more than `most` elements."""
+    try:
+        return labels.view(tuple(shape))
+    except RuntimeError:  # repeats would have to be written out
+        return labels.reshape(tuple(shape)) if math.prod(shape) <= most else None

@@ -10,7 +10,8 @@ from the sources of its input; an operation that combines two streams becomes a 
 * `attention`: scaled dot-product attention, or two matrix products in a row between streams.
 
 A concatenation also tells the *streams* of its value, which operations that leave channels where they are hand on; a
-layer whose input has streams along its input channels keeps them (see `streams.py`).
+layer whose input has streams along its input channels keeps them. Multiply-accumulates (MACs) of layers and products
+are counted from the shapes that the trace saw, of one sample in one call; all else counts nothing.
 
 A layer that is called several times is one node at the place of its first call; an input of a later call that
 is computed after that place would close a cycle and is left out.
@@ -28,10 +29,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from sedimo.graph.cost import attention_macs, layer_macs, per_sample, product_macs
 from sedimo.graph.model import NodeKind
 from sedimo.graph.program import arguments_of, is_mutation, operation_name, owner_of, shape_of
-from sedimo.graph.streams import Streams, joined, keeps_channels
 
 _SUMS = frozenset({"add", "add_", "sub", "sub_"})
 _CONCATS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
@@ -46,6 +45,16 @@ _RELABELLINGS = frozenset(
 )  # what may lie between 1 + scale and its use, or between a weight and its use
 _OF_FIRST = frozenset({"type_as", "view_as", "reshape_as", "expand_as", "to"})  # of others, dtype and shape only
 _OF_NONE = re.compile(r"(zeros|ones|empty|full|rand|randn)_like|new_\w+|_assert\w*|sym_\w+")
+_KEEPING = frozenset(
+    """group_norm layer_norm rms_norm batch_norm instance_norm silu gelu relu leaky_relu elu mish sigmoid tanh
+    hardswish dropout feature_dropout to _to_copy type_as contiguous clone detach alias neg""".split()  # noqa: SIM905  # a table is read like a sentence
+)
+_INPUT_AXES = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1}
+_SCALING = frozenset({"mul", "div"})  # by a number: with a tensor they are a combination
+_RESIZING = frozenset(
+    """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d avg_pool1d avg_pool2d
+    avg_pool3d""".split()  # noqa: SIM905
+)  # change positions behind the second axis, which holds the channels
 
 
 @dataclass(slots=True)
@@ -313,3 +322,97 @@ def _is_view(node: fx.Node) -> bool:
     if target is operator.getitem:
         return True
     return isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns)
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Numbers of channels of the streams of a value, in order, along an axis counted from the front.
+
+    A concatenation of the outputs of different layers makes streams: ranges along one axis. An operation hands them on
+    only if it is known to put what it makes of channel c at channel c, whatever else it reads (a group normalisation
+    shares statistics between channels, but moves none). Everything else ends them: a layer downstream has one stream.
+    """
+
+    axis: int
+    n_axes: int
+    sizes: tuple[int, ...]
+
+    def along(self, axis: int) -> tuple[int, ...]:
+        """The sizes if they are along this axis (negative: from the back), else none."""
+        return self.sizes if self.axis == axis % self.n_axes else ()
+
+    def read_by(self, layer_call: str) -> tuple[int, ...]:
+        """The sizes if the call of a layer (`linear`, `conv2d`) has them as input channels, else none."""
+        axis = _INPUT_AXES.get(layer_call)
+        return () if axis is None else self.along(axis)
+
+
+def joined(node: fx.Node, known: Sequence[Streams | None]) -> Streams | None:
+    """The streams of a concatenation (`cat`) whose tensors have the `known` ones; None of a stack."""
+    tensors = node.args[0] if node.args else ()
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    shape = shape_of(node)
+    if not isinstance(tensors, list | tuple) or not isinstance(axis, int) or len(known) != len(tensors):
+        return None
+    axis %= len(shape)
+    sizes: list[int] = []
+    for tensor, streams in zip(tensors, known, strict=True):
+        own = shape_of(tensor)
+        if len(own) != len(shape):
+            return None
+        sizes += (streams.along(axis) if streams is not None else ()) or (own[axis],)
+    return Streams(axis, len(shape), tuple(sizes)) if sum(sizes) == shape[axis] else None
+
+
+def keeps_channels(name: str, node: fx.Node, first: fx.Node) -> bool:
+    """Whether an operation puts what it makes of each channel of its first argument at the same channel."""
+    if node.args[:1] != (first,):
+        return False
+    before, after = shape_of(first), shape_of(node)
+    if name in _SCALING:
+        return before == after and not any(isinstance(a, fx.Node) for a in node.args[1:])
+    if name in _RESIZING:
+        return len(before) == len(after) and before[:2] == after[:2]
+    return name in _KEEPING and before == after
+
+
+def layer_macs(weight_shape: Sequence[int], output_shape: Sequence[int]) -> int:
+    """MACs of one call of a layer: each output element is a sum over one row of the weight.
+
+    `weight_shape` is `[out, in / groups, ...]`, so that grouped convolutions are right without knowing the
+    number of groups.
+
+    Example:
+        >>> layer_macs((8, 4), (1, 16, 8))
+        512
+    """
+    return math.prod(output_shape) * math.prod(weight_shape[1:])
+
+
+def attention_macs(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """MACs of the two products of attention, `[..., Nq, d]`, `[..., Nk, d]`, `[..., Nk, dv]`.
+
+    Example:
+        >>> attention_macs((1, 2, 16, 8), (1, 2, 4, 8), (1, 2, 4, 8))
+        2048
+    """
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def product_macs(left: Sequence[int], output: Sequence[int]) -> int:
+    """MACs of a matrix product of `left` `[..., n, k]`.
+
+    Example:
+        >>> product_macs((1, 2, 16, 8), (1, 2, 16, 4))
+        1024
+    """
+    return math.prod(output) * left[-1]
+
+
+def per_sample(macs: int, output_shape: Sequence[int], batch: int) -> int:
+    """MACs of one sample, from those of a call whose output has `batch` samples in its first dimension.
+
+    An output whose first dimension is no multiple of `batch` was computed once for all samples and counts whole.
+    """
+    has_batch = bool(output_shape) and output_shape[0] % batch == 0
+    return macs // batch if has_batch else macs

@@ -16,9 +16,8 @@ import numpy.typing as npt
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.graph.channels import read_channels
+from sedimo.graph.channels import PINNED, Channels, classes, read_channels
 from sedimo.graph.layers import find_ties, weight_layers, weight_names
-from sedimo.graph.ledger import PINNED, Channels, classes
 from sedimo.graph.trace import Capture, export_denoiser
 
 Integers = npt.NDArray[np.int64]

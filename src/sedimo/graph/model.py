@@ -18,6 +18,7 @@ from sedimo.errors import InputError, StateError
 
 NodeKind = Literal["layer", "add", "concat", "modulate", "attention"]
 LayerType = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
+_NO_FORMATS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +185,90 @@ class DenoiserGraph:
     def digest(self) -> str:
         """Content key of the graph; equal graphs have equal digests.
 
-        Streams do not count: they follow from the same program, and were not known when the first digests were made.
+        Streams do not count: they follow from the same program.
         """
         return content_key(replace(self, nodes=tuple(replace(node, streams=()) for node in self.nodes)))
+
+
+def first_layers(graph: DenoiserGraph) -> tuple[str, ...]:
+    """Names of the layers that read the latents, by what the graph shows and not by names.
+
+    A layer is first if none comes before it and it is computed at as many positions as the last ones: it reads the
+    latents, where the first layers of timestep, class and text read something with fewer positions. (Positions are
+    multiply-accumulates per weight: pixels, patches or tokens.) Where none is, those of most positions.
+
+    Example:
+        `conv_in` of a U-Net, `pos_embed.proj` of a DiT.
+    """
+    fed: set[int] = set()
+    for source, target in sorted(graph.edges, key=lambda edge: edge[1]):
+        if source in fed or _is_used(graph.nodes[source]):
+            fed.add(target)
+    opening = [node for i, node in enumerate(graph.nodes) if _is_used(node) and i not in fed]
+    wanted = {_positions(graph.layer_index[name]) for name in last_layers(graph)}
+    if not any(_positions(node) in wanted for node in opening):
+        wanted = {max((_positions(node) for node in opening), default=0)}
+    return tuple(node.name for node in opening if _positions(node) in wanted)
+
+
+def last_layers(graph: DenoiserGraph) -> tuple[str, ...]:
+    """Names of the layers that the output is made of directly: no other layer comes after them.
+
+    Example:
+        `conv_out` of a U-Net, `proj_out_2` of a DiT.
+    """
+    feeding: set[int] = set()
+    for source, target in sorted(graph.edges, key=lambda edge: -edge[0]):
+        if target in feeding or _is_used(graph.nodes[target]):
+            feeding.add(source)
+    return tuple(node.name for i, node in enumerate(graph.nodes) if _is_used(node) and i not in feeding)
+
+
+def _is_used(node: Node) -> bool:
+    return node.kind == "layer" and node.macs > 0
+
+
+def _positions(node: Node) -> int:
+    return node.macs // node.params
+
+
+def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] = _NO_FORMATS) -> dict[str, object]:
+    """Counts, sizes and layers of a graph in the words of `sedimo inspect`, ready for JSON; scripts rely on the names.
+
+    `params` is the number of Linear and Conv weights, shared ones once; `macs` are multiply-accumulates of one
+    sample in one denoiser call; `n_decisions` counts layers with equal weights once, and each stream of a layer that
+    reads several, which has its `streams` (numbers of input channels). With `formats` of quantized layers by name, each
+    layer has its `format`.
+    """
+    tied = {name: tie for tie in graph.ties for name in tie}
+    owners = [layers for node in graph.layers if (layers := tied.get(node.name, (node.name,)))[0] == node.name]
+    return {
+        "denoiser": graph.denoiser,
+        "n_layers": len(graph.layers),
+        "n_decisions": sum(max(1, len(graph.streams_of(layers))) for layers in owners),
+        "n_nodes": len(graph.nodes),
+        "n_edges": len(graph.edges),
+        "n_groups": len(graph.groups),
+        "params": graph.params,
+        "macs": graph.macs,
+        "digest": graph.digest,
+        "notes": list(graph.notes),
+        "groups": [
+            {"name": g.name, "kind": g.kind, "layers": list(g.layers), "root": g.root, "hop": g.hop}
+            for g in graph.groups
+        ],
+        "layers": [
+            {
+                "name": node.name,
+                "type": node.layer_type,
+                "operation": node.operation,
+                "block": node.block,
+                "shape": list(node.shape),
+                "params": node.params,
+                "macs": node.macs,
+                **({"streams": list(node.streams)} if node.streams else {}),
+                **({"format": formats.get(node.name, "fp16")} if formats else {}),
+            }
+            for node in graph.layers
+        ],
+    }

@@ -16,12 +16,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from sedimo.errors import InputError
+from sedimo.graph.example_inputs import batch_size, find_inputs, signature_names
 from sedimo.graph.flow import FlowNode, read_flow
 from sedimo.graph.groups import find_groups
 from sedimo.graph.labels import block_of, find_blocks, operation_type
 from sedimo.graph.layers import WeightLayer, find_ties, meta_twin, other_weights, weight_layers, weight_names
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.graph.probe import batch_size, find_inputs, signature_names
 
 Capture = Callable[[], Mapping[str, object]]
 

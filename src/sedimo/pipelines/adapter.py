@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -127,3 +128,29 @@ class WeightSource(Protocol):
 
     def read(self, layer_name: str) -> torch.Tensor:
         """The weight of a layer, `[out, in, ...]`, on the CPU in its stored dtype."""
+
+
+class PipelineObject(Protocol):
+    """The part of `diffusers.DiffusionPipeline` that Sedimo touches."""
+
+    scheduler: object
+
+    @property
+    def components(self) -> dict[str, object]:
+        """All components by name; None where a component is left out."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+
+    def __call__(self, **arguments: object) -> tuple[torch.Tensor, ...]:
+        """Runs it; the images or latents come first."""
+
+    def set_progress_bar_config(self, **settings: object) -> None:
+        """Replaces the settings of its progress bar."""
+
+    def save_config(self, folder: Path) -> None:
+        """Writes `model_index.json`."""
+
+    def to(self, target: torch.device | torch.dtype) -> object:
+        """Moves or casts every component."""

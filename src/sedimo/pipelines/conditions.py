@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from sedimo.errors import InputError, StateError
-from sedimo.pipelines.objects import PipelineObject
+from sedimo.pipelines.adapter import PipelineObject
 
 ConditionKind = Literal["none", "class", "prompt"]
 

@@ -25,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.pipelines.steps import StepCall, check_step, handled_steps, previous_sample, with_previous_sample
+from sedimo.pipelines.schedulers import StepCall, check_step, handled_steps, previous_sample, with_previous_sample
 
 _MAX_RESIDUAL = 1e-3  # relative, of what should be linear, beside rounding
 _ROUNDINGS = 16  # units in the last place that a step may lose

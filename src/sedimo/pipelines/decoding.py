@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.pipelines.objects import PipelineObject
+from sedimo.pipelines.adapter import PipelineObject
 
 DECODE_BATCH = 32
 

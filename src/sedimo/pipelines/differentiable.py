@@ -20,8 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from sedimo.errors import UnsupportedError
-from sedimo.pipelines.adapter import DenoiserCall, Sampling
-from sedimo.pipelines.objects import PipelineObject
+from sedimo.pipelines.adapter import DenoiserCall, PipelineObject, Sampling
 from sedimo.pipelines.sampling import InputCopies, gives_latents, named_inputs, ready_to_sample
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 

@@ -5,25 +5,28 @@ Loading from folders and hub ids is in `loading.py`; this module wraps objects t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from sedimo.codec import content_key
 from sedimo.errors import InputError
-from sedimo.pipelines.adapter import Observer, Sampling
+from sedimo.pipelines.adapter import Observer, PipelineObject, Sampling
 from sedimo.pipelines.conditions import default_conditions, default_guidance
 from sedimo.pipelines.decoding import decode_latents
 from sedimo.pipelines.differentiable import DifferentiableRun, run_differentiably
-from sedimo.pipelines.identity import pipeline_identity
-from sedimo.pipelines.objects import PipelineObject
 from sedimo.pipelines.sampling import sample_batch
 from sedimo.pipelines.saving import Finish, LoadedFrom, save_denoiser_only, save_pipeline
 
 DENOISER_NAMES = ("transformer", "unet")
 _MAX_BATCH = 64
 _LATENT_PIXELS_PER_BATCH = 65536  # 64 samples of 32 x 32, 4 of 128 x 128 (SDXL at 1024 pixels)
+_N_VALUES = 64
+_N_DIGITS = 16
+_DEFAULTED = "_use_default_values"  # settings that were not given; diffusers lists a set, so in another order each time
 
 
 class DiffusersPipeline:
@@ -234,3 +237,31 @@ def _device(denoiser: nn.Module) -> torch.device:
 def _dtype(denoiser: nn.Module) -> torch.dtype:
     dtype = getattr(denoiser, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(denoiser.parameters()).dtype
+
+
+def pipeline_identity(pipeline: PipelineObject, denoiser_name: str) -> str:
+    """Such as `DiTPipeline DDIMScheduler:5a3f... vae:09bc...`: the same for equal pipelines, wherever they lie.
+
+    It is part of the name of everything that is measured. Networks are told apart by their settings and by the first
+    values of each of their tensors. That is no proof of equality, but whoever trains, merges or replaces a text encoder
+    changes those, and reading ten gigabytes to name a measurement would be too much.
+    """
+    scheduler = pipeline.scheduler
+    config = dict(getattr(scheduler, "config", {}))
+    if _DEFAULTED in config:
+        config[_DEFAULTED] = sorted(config[_DEFAULTED])
+    settings = {str(name): repr(value) for name, value in config.items()}
+    parts = [type(pipeline).__name__, f"{type(scheduler).__name__}:{content_key(settings)[:_N_DIGITS]}"]
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, nn.Module) and name != denoiser_name:
+            parts.append(f"{name}:{_network_digest(component)}")
+    return " ".join(parts)
+
+
+def _network_digest(network: nn.Module) -> str:
+    total = hashlib.sha256(type(network).__name__.encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        first = tensor.flatten()[:_N_VALUES].cpu().contiguous()
+        total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        total.update(first.view(torch.uint8).numpy().data if first.numel() else b"")
+    return total.hexdigest()[:_N_DIGITS]

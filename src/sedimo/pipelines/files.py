@@ -7,12 +7,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 
 WEIGHTS_STEM = "diffusion_pytorch_model"  # models of diffusers; those of transformers are called `model`
 WEIGHTS_STEMS = (WEIGHTS_STEM, "model")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
+
+DTYPES: dict[str, torch.dtype] = {  # by their names in safetensors files
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
 
 _SHARD = r"-\d{5}-of-\d{5}"
 _VARIANT = rf"(?:\.(?P<variant>(?![\w-]*{_SHARD})[\w-]+))?"
@@ -26,6 +44,31 @@ class WeightFiles:
     index: Path | None
     weight_map: Mapping[str, str] | None
     variant: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileHeader:
+    """Shape and dtype of a file's tensors, its metadata and size; a dtype may be one that `DTYPES` does not list."""
+
+    path: Path
+    tensors: Mapping[str, tuple[tuple[int, ...], str]]
+    metadata: Mapping[str, str]
+    file_bytes: int
+
+
+def read_header(path: Path) -> FileHeader:
+    """The header of a safetensors file; no tensor is read.
+
+    Raises:
+        StateError: the file is missing, no safetensors file, or its sizes contradict each other.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+            tensors = {key: (tuple(s.get_shape()), str(s.get_dtype())) for key, s in slices.items()}
+            return FileHeader(path, tensors, file.metadata() or {}, path.stat().st_size)
+    except (SafetensorError, OSError) as error:
+        raise StateError(f"{path} is not a complete safetensors file: {error}. Copy or download it again") from error
 
 
 def variants(folder: Path, stem: str) -> tuple[str | None, ...]:

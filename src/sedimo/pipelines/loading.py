@@ -6,6 +6,11 @@ transformers, and weights must be safetensors. Both are checked before diffusers
 
 from __future__ import annotations
 
+import functools
+import logging
+import multiprocessing
+import platform
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,33 +20,31 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
 from safetensors import SafetensorError
 from torch import nn
 
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, SedimoError, StateError
+from sedimo.pipelines.adapter import PipelineObject
 from sedimo.pipelines.diffusers import DENOISER_NAMES, BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.files import PICKLE_SUFFIXES, WEIGHTS_STEM, WEIGHTS_STEMS, find_weights, variants
-from sedimo.pipelines.objects import PipelineObject
-from sedimo.pipelines.sources import ZOO_PREFIX, hub_folder, is_hub_id
-from sedimo.pipelines.weights import refuse_adapter_files, stored_dtype
+from sedimo.pipelines.weights import dtype_name, refuse_adapter_files, stored_dtype
 from sedimo.pipelines.zoo import zoo_path
 
-_DTYPE_NAMES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
+logger = logging.getLogger(__name__)
+
+_SHORT_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPE_NAMES = {name: dtype for short, dtype in _SHORT_NAMES.items() for name in (dtype_name(dtype), short)}
 _LIBRARIES = ("diffusers", "transformers")
 _DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 Adapter = TypeVar("Adapter", DiffusersPipeline, BareDenoiser)
 
 Source = str | Path | DiffusionPipeline | nn.Module
+ZOO_PREFIX = "zoo:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load_pipeline(
@@ -55,7 +58,8 @@ def load_pipeline(
 
     A folder that holds a denoiser alone gives a `BareDenoiser`. By default the device is the GPU if there is one,
     and the dtype is float32 on the CPU and that of the denoiser's weights on a GPU; an object stays as it is. A
-    quantized checkpoint loads too (`is_quantized` tells).
+    quantized checkpoint loads too (`is_quantized` tells). bfloat16 on a processor that cannot multiply it is loaded
+    with a warning.
 
     Raises:
         InputError: nothing there, no denoiser in it, weights that can only be unpickled, code of its own, or an
@@ -116,6 +120,8 @@ def _load_folder(
         _DTYPE_ARGUMENT: dtype or _default_dtype(folder / present[0], device, chosen),
         "variant": chosen,
     }
+    if device.type == "cpu" and dtype is torch.bfloat16 and not _cpu_multiplies_bfloat16():
+        _warn_of_slow_bfloat16()
     arguments |= _labels(folder, index)
     load: Callable[..., PipelineObject] = DiffusionPipeline.from_pretrained
     with _loading(folder):
@@ -247,6 +253,22 @@ def _default_dtype(denoiser: Path, device: torch.device, variant: str | None) ->
     return stored_dtype(found.files)
 
 
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it: AVX-512 BF16 or AMX, or those of ARM."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache  # said once, however often a job loads its pipeline
+def _warn_of_slow_bfloat16() -> None:
+    if multiprocessing.parent_process() is None:  # a worker's driver has said it
+        logger.warning(
+            "this processor has no bfloat16 instructions (AVX-512 BF16 or AMX): bf16 is several times slower than fp32 "
+            "here. Use fp32, which is the default on a CPU."
+        )
+
+
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     parsed = _DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
     if parsed not in _DTYPE_NAMES.values():
@@ -299,3 +321,24 @@ def _refuse_incomplete(denoiser: nn.Module, folder: Path) -> None:
     missing = [n for n, p in denoiser.named_parameters() if p.is_meta]
     if missing:
         raise StateError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]!r}; copy it again")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a hub id, `owner/name`."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def hub_folder(hub_id: str, variant: str | None) -> Path:
+    """The folder in the local cache of a pipeline of the hub, downloaded if needed: safetensors only, no code.
+
+    Raises:
+        InputError: no such pipeline there, or it is not cached and the hub cannot be reached.
+    """
+    try:
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{hub_id!r} is no folder here and could not be had from the hub: {reason}. Check the name and the "
+            "network (a private one needs `hf auth login`), or download it and give the folder"
+        ) from error

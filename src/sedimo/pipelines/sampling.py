@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from sedimo.errors import InputError, StateError
-from sedimo.pipelines.adapter import DenoiserCall, Observer, Sampling
+from sedimo.pipelines.adapter import DenoiserCall, Observer, PipelineObject, Sampling
 from sedimo.pipelines.conditions import call_parameters, condition_arguments
-from sedimo.pipelines.objects import PipelineObject
-from sedimo.pipelines.steps import StepCall, handled_steps, previous_sample, with_previous_sample
+from sedimo.pipelines.schedulers import StepCall, handled_steps, previous_sample, with_previous_sample
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
 logger = logging.getLogger(__name__)

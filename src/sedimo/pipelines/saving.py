@@ -16,9 +16,9 @@ from pathlib import Path
 from torch import nn
 
 from sedimo.errors import InputError
+from sedimo.pipelines.adapter import PipelineObject
 from sedimo.pipelines.files import component_files
 from sedimo.pipelines.folder import new_folder, place_file
-from sedimo.pipelines.objects import PipelineObject
 
 Finish = Callable[[Path, str], None]  # the folder, and how files of other components came there (empty: none did)
 

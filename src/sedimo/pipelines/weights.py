@@ -21,20 +21,11 @@ from torch import nn
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import WeightInfo, WeightSource
-from sedimo.pipelines.files import WEIGHTS_STEM, find_weights
+from sedimo.pipelines.files import DTYPES, WEIGHTS_STEM, find_weights, read_header
 
 _SUFFIX = ".weight"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-
-_COMPUTE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COMPUTE_DTYPES = ("F32", "F16", "BF16")
 
 
 class ModuleWeights:
@@ -64,7 +55,7 @@ class ModuleWeights:
 
     def weights(self) -> Sequence[WeightInfo]:
         """All tensors named `*.weight` of two or more dimensions, in the order of the modules."""
-        return [WeightInfo(n, tuple(t.shape), _dtype_name(t.dtype)) for n, t in self._tensors.items()]
+        return [WeightInfo(n, tuple(t.shape), dtype_name(t.dtype)) for n, t in self._tensors.items()]
 
     def read(self, layer_name: str) -> torch.Tensor:
         """The weight of a layer, detached, on the CPU in its own dtype; shares memory with a weight on the CPU.
@@ -154,10 +145,10 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     """
     sizes: dict[str, int] = {}
     for path in files:
-        for key, (shape, dtype) in _header(path).items():
+        for key, (shape, dtype) in read_header(path).tensors.items():
             if key.endswith((_SUFFIX, ".bias")) and dtype in _COMPUTE_DTYPES:
                 sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-    return _COMPUTE_DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
+    return DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
 
 
 def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[str] | None = None) -> None:
@@ -223,7 +214,7 @@ def refuse_adapter_files(files: Iterable[Path]) -> None:
         StateError: a file is damaged.
     """
     for path in files:
-        refuse_adapter_names(_header(path), str(path))
+        refuse_adapter_names(read_header(path).tensors, str(path))
 
 
 def refuse_adapter_names(names: Iterable[str], place: str) -> None:
@@ -242,7 +233,7 @@ def _read_headers(
 ) -> tuple[dict[str, tuple[Path, str]], list[WeightInfo]]:
     found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for path in files:
-        for key, (shape, dtype) in _header(path).items():
+        for key, (shape, dtype) in read_header(path).tensors.items():
             if key in found:
                 raise StateError(f"tensor {key!r} is both in {found[key][0].name} and in {path.name} of {path.parent}")
             found[key] = (path, shape, dtype)
@@ -253,17 +244,8 @@ def _read_headers(
         if key.endswith(_SUFFIX) and len(shape) >= 2:
             name = _module_name(key, found)
             keys[name] = (path, key)
-            infos.append(WeightInfo(name, shape, _DTYPES.get(dtype, dtype)))
+            infos.append(WeightInfo(name, shape, dtype_name(DTYPES[dtype]) if dtype in DTYPES else dtype))
     return keys, infos
-
-
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-            return {key: (tuple(s.get_shape()), str(s.get_dtype())) for key, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise StateError(f"{path} is not a complete safetensors file: {error}. Copy or download it again") from error
 
 
 def _check_index(folder: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
@@ -308,7 +290,8 @@ def _check_live(name: str, tensor: torch.Tensor) -> None:
         raise InputError(f"the weight of layer {name!r} is on the meta device and holds no numbers; load it first")
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as `float16`."""
     return str(dtype).removeprefix("torch.")
 
 

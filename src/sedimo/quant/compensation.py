@@ -13,22 +13,19 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sedimo.errors import InputError
-from sedimo.quant import kmeans
-from sedimo.quant._threads import over_rows
-from sedimo.quant.fitting import FittedParameters, FittedWeight, named, rows_fitted_by
+from sedimo.quant.fitting import named, rows_fitted_by, with_codes
+from sedimo.quant.parts import Fitted
 
 FEEDBACK_VERSION = 1  # raise it when codes change: trials are then measured anew
 DAMPING = 0.01  # added to every power of an input, as a share of their mean
 _LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
-_WORK = 32  # of a weight here, as a multiple of a plain rounding's: tasks are that much smaller
 
 
 class Moments(Protocol):
@@ -105,57 +102,28 @@ def feedback_of(blocks: Sequence[Tensor], start: int, stop: int) -> list[Feedbac
     return found
 
 
-def compensated(
-    weight: Tensor, parameters: FittedParameters, parts: Sequence[Feedback], *, layer_name: str = ""
-) -> FittedWeight:
-    """A fitted weight with codes by error feedback instead of the nearest ones.
+def compensated(weight: Tensor, fitted: Fitted, parts: Sequence[Feedback], *, layer_name: str = "") -> Fitted:
+    """A fit with codes by error feedback instead of the nearest ones, if its family has such.
 
     Args:
-        weight: `[out, in, ...]`, as the parameters were fitted for.
-        parameters: scales or codebook, which stay.
+        weight: `[out, in, ...]`, as it was fitted.
+        fitted: its parameters stay.
         parts: feedback of consecutive ranges of the N = in * kernel size columns; errors stay within a range.
         layer_name: named in errors.
 
     Raises:
-        InputError: another shape than that of the parameters, or parts that do not cover the columns.
+        InputError: another shape than that of the fit, or parts that do not cover the columns.
     """
-    rows = rows_fitted_by(parameters, weight, layer_name)
+    rows = rows_fitted_by(fitted, weight, layer_name)
     n = sum(len(part.order) for part in parts)
     if n != rows.shape[1]:
         raise InputError(f"{named(layer_name)} has {rows.shape[1]} columns, its moments are of {n}")
-    codes, start = torch.empty(rows.shape, dtype=torch.uint8), 0
+    codes, start, family = torch.empty(rows.shape, dtype=torch.uint8), 0, fitted.format.numerics
     for part in parts:
         columns = part.order + start
-        codes[:, columns] = _codes(rows[:, columns], columns, part, parameters)
+        found = family.feedback_codes(rows[:, columns], columns, part.asked, fitted.format, fitted.parameters)
+        if found is None:
+            return with_codes(weight, fitted, layer_name=layer_name)
+        codes[:, columns] = found
         start += len(part.order)
-    p = parameters
-    return FittedWeight(p.format, p.shape, codes, p.scale, p.zero_point, p.codebook)
-
-
-def _codes(rows: Tensor, columns: Tensor, part: Feedback, parameters: FittedParameters) -> Tensor:
-    """Codes of rows `[C, n]` whose columns, of which the weight has these numbers, are in the order of rounding."""
-    from sedimo.quant._feedback_kernels import codebook_codes, grid_codes  # loaded here: importing compiles
-
-    codes = torch.empty(rows.shape, dtype=torch.uint8)
-    weights, asked, found, p = rows.numpy(), part.asked.numpy(), codes.numpy(), parameters
-    if p.codebook is not None:
-        limits, centroids = kmeans.thresholds(p.codebook), p.codebook.to(torch.float32).numpy()
-        shared = slice(None) if len(centroids) == 1 else None
-
-        def task(start: int, stop: int) -> None:
-            own = shared or slice(start, stop)
-            codebook_codes(weights[start:stop], asked, limits[own], centroids[own], found[start:stop])
-
-    elif p.scale is not None and p.zero_point is not None:
-        scales, zeros = p.scale.to(torch.float32).numpy(), p.zero_point.to(torch.float32).numpy()
-        size, qmax = p.format.group_size, np.float32(p.format.qmax)
-        group_of = (torch.zeros_like(columns) if size is None else columns // size).numpy()
-
-        def task(start: int, stop: int) -> None:
-            own = slice(start, stop)
-            grid_codes(weights[own], asked, group_of, scales[own], zeros[own], qmax, found[own])
-
-    else:
-        raise InputError(f"{p.format} needs scale and zero point (uaq) or a codebook (kmc, kma), which are missing")
-    over_rows(len(rows), rows.shape[1] * _WORK, task)
-    return codes
+    return replace(fitted, codes=codes)

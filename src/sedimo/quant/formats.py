@@ -1,57 +1,75 @@
 """Number formats as values: what a weight may become, and how many bytes that takes.
 
-A `Format` is written as `kmc4`, `uaq3`, `uaq4g64`, `kma4a8` or `fp16`. Limits and sizes are computed from
-family and bits, never typed. This module touches no tensor.
+A `Format` is written as `kmc4`, `uaq3`, `uaq4g64`, `kma4a8` or `fp16`. What a kind of format can and how it is
+written, its family says (`quant/families/`); limits and sizes are computed from there, never typed.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
 
 from sedimo.errors import InputError
+from sedimo.quant import families
+from sedimo.quant.families.family import Family
+from sedimo.quant.packing import row_bytes
 
-Family = Literal["uaq", "kmc", "kma", "fp"]
-
-MIN_BITS, MAX_BITS = 2, 8
+MIN_BITS, MAX_BITS = 2, 8  # of activations; those of weights are the family's
 FULL_BITS = 16
-_PATTERN = re.compile(r"(uaq|kmc|kma)(\d{1,9})(?:g(\d{1,9}))?(?:a(\d{1,9}))?|fp16(?:a(\d{1,9}))?", re.ASCII)
-_CHOICES = "Choose one of uaq2..uaq8 (with an optional group size, uaq4g64), kmc2..kmc8, kma2..kma8, or fp16."
+
+
+@functools.cache
+def _pattern(spelling: str) -> re.Pattern[str]:
+    before, after = map(re.escape, spelling.split("{bits}"))
+    return re.compile(rf"{before}(\d{{1,9}}){after}(?:g(\d{{1,9}}))?(?:a(\d{{1,9}}))?", re.ASCII)
+
+
+def _lie_in(widths: Sequence[int]) -> str:
+    """Such as `lie in 2..8` or `be one of 4, 8`."""
+    if len(widths) > 1 and len(widths) == widths[-1] - widths[0] + 1:
+        return f"lie in {widths[0]}..{widths[-1]}"
+    return f"be {'one of ' if len(widths) > 1 else ''}{', '.join(map(str, widths))}"
+
+
+def _choices() -> str:
+    """All formats that there are, for people."""
+    found = []
+    for family in families.FAMILIES:
+        texts = [family.spelling.format(bits=bits) for bits in (family.widths[0], family.widths[-1])]
+        group = f" (with an optional group size, {family.spelling.format(bits=4)}g64)" if family.takes_groups else ""
+        found.append("..".join(dict.fromkeys(texts)) + group)
+    return f"Choose one of {', '.join(found[:-1])}, or {found[-1]}."
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A number format: family, weight bits, group size along the input, activation bits.
-
-    `uaq` is uniform affine per output channel (or per group of `group_size` inputs), `kmc` a codebook per
-    output channel, `kma` one codebook per tensor, `fp` the untouched 16-bit weight.
+    """A number format: family by its name, weight bits, group size along the input, activation bits.
 
     Example:
         >>> str(Format.parse("uaq4g64")), Format.parse("kmc3").n_levels
         ('uaq4g64', 8)
 
     Raises:
-        InputError: bits, group size or activation bits outside the rules.
+        InputError: no such family, or bits, group size or activation bits outside its rules.
     """
 
-    family: Family
+    family: str
     bits: int
     group_size: int | None = None
     activation_bits: int = FULL_BITS
 
     def __post_init__(self) -> None:
         """Refuses combinations that no quantizer implements."""
-        if self.family == "fp":
-            if self.bits != FULL_BITS or self.group_size is not None:
-                raise InputError(f"an unquantized format is written 'fp16', got {self.bits} bits. {_CHOICES}")
-        elif not MIN_BITS <= self.bits <= MAX_BITS:
-            raise InputError(f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {self.bits}. {_CHOICES}")
-        if self.group_size is not None and (self.family != "uaq" or self.group_size < 2):
+        family = self.numerics
+        if self.bits not in family.widths:
+            raise InputError(f"bits must {_lie_in(family.widths)}, got {self.bits}. {_choices()}")
+        if self.group_size is not None and (not family.takes_groups or self.group_size < 2):
+            grouped = " and ".join(f.name for f in families.FAMILIES if f.takes_groups)
             raise InputError(
-                f"a group size is for uaq and at least 2, got {self.family} with {self.group_size}. {_CHOICES}"
+                f"a group size is for {grouped} and at least 2, got {self.family} with {self.group_size}. {_choices()}"
             )
         if self.activation_bits != FULL_BITS and not MIN_BITS <= self.activation_bits <= MAX_BITS:
             raise InputError(
@@ -65,19 +83,19 @@ class Format:
         Raises:
             InputError: the string is not a format.
         """
-        match = _PATTERN.fullmatch(text)
-        if match is None:
-            raise InputError(f"{text!r} is not a format. {_CHOICES}")
-        family, bits, group, activation, full_activation = match.groups()
-        if family is None:
-            return cls("fp", FULL_BITS, None, int(full_activation or FULL_BITS))
-        return cls(cast("Family", family), int(bits), int(group) if group else None, int(activation or FULL_BITS))
+        for family in families.FAMILIES:
+            match = _pattern(family.spelling).fullmatch(text)
+            if match is not None:
+                bits, group, activation = match.groups()
+                return cls(family.name, int(bits), int(group) if group else None, int(activation or FULL_BITS))
+        raise InputError(f"{text!r} is not a format. {_choices()}")
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
+        weight = self.numerics.spelling.format(bits=self.bits)
         group = f"g{self.group_size}" if self.group_size else ""
         activation = f"a{self.activation_bits}" if self.activation_bits != FULL_BITS else ""
-        return f"{self.family}{self.bits}{group}{activation}"
+        return f"{weight}{group}{activation}"
 
     def __plain__(self) -> str:
         """A format is written as its text in records."""
@@ -91,9 +109,14 @@ class Format:
         return cls.parse(plain)
 
     @property
+    def numerics(self) -> Family:
+        """The family that it belongs to, which owns all about its numbers."""
+        return families.family_named(self.family)
+
+    @property
     def is_quantized(self) -> bool:
         """Whether the weight is changed at all."""
-        return self.family != "fp"
+        return self.bits < FULL_BITS
 
     @property
     def n_levels(self) -> int:
@@ -126,16 +149,13 @@ class Format:
         return 1 if self.group_size is None else math.ceil(n_inputs / self.group_size)
 
 
-FP16 = Format("fp", FULL_BITS)
+FP16 = Format.parse("fp16")
 
-PAPER_FORMATS = tuple(Format.parse(f"{family}{bits}") for family in ("uaq", "kmc", "kma") for bits in (3, 4))
-WIDE_FORMATS = (
-    *(Format("uaq", bits) for bits in (2, 3, 4, 5, 6, 8)),
-    *(Format("uaq", bits, 64) for bits in (3, 4, 5, 6)),
-    *(Format("kmc", bits) for bits in (2, 3, 4, 5)),
-    *(Format("kma", bits) for bits in (2, 3, 4, 5, 6)),
-    FP16,
+PAPER_FORMATS = tuple(map(Format.parse, ["uaq3", "uaq4", "kmc3", "kmc4", "kma3", "kma4"]))
+_WIDE = (
+    "uaq2 uaq3 uaq4 uaq5 uaq6 uaq8 uaq3g64 uaq4g64 uaq5g64 uaq6g64 kmc2 kmc3 kmc4 kmc5 kma2 kma3 kma4 kma5 kma6 fp16"
 )
+WIDE_FORMATS = tuple(map(Format.parse, _WIDE.split()))
 NAMED_SETS = {"paper": PAPER_FORMATS, "wide": WIDE_FORMATS}
 
 
@@ -159,7 +179,7 @@ def with_activations(formats: Iterable[Format], bits: Iterable[int]) -> tuple[Fo
     """Each format at each width of activations [bits]; 16 leaves activations alone.
 
     Example:
-        >>> [str(f) for f in with_activations([Format("uaq", 4), FP16], [8, 16])]
+        >>> [str(f) for f in with_activations([Format.parse("uaq4"), FP16], [8, 16])]
         ['uaq4a8', 'uaq4', 'fp16a8', 'fp16']
 
     Raises:
@@ -181,22 +201,16 @@ def paper_bytes(number_format: Format, shape: Sequence[int]) -> int:
 
     Source:
         Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), size accounting of the released code:
-        floor(n b / 8) for the codes, 2 P C / 8 for scale and zero point (per group here), 2^b P / 8 per codebook.
+        floor(n b / 8) for the codes, 2 bytes for each number stored beside them: scale, zero point, centroid.
 
     Example:
         >>> paper_bytes(Format.parse("uaq3"), (1152, 256))
         115200
     """
     n_weights, n_channels = math.prod(shape), shape[0]
-    parameter_bytes = FULL_BITS // 8
-    if not number_format.is_quantized:
-        return n_weights * parameter_bytes
-    payload = n_weights * number_format.bits // 8
-    if number_format.family == "uaq":
-        n_groups = number_format.n_groups(n_weights // n_channels)
-        return payload + 2 * parameter_bytes * n_channels * n_groups
-    n_codebooks = n_channels if number_format.family == "kmc" else 1
-    return payload + number_format.n_levels * parameter_bytes * n_codebooks
+    payload = n_weights * number_format.bits // 8 if number_format.is_quantized else 0
+    beside = number_format.numerics.tensors(number_format, n_channels, n_weights // n_channels)
+    return payload + sum(FULL_BITS // 8 * math.prod(size) for _, size in beside.values())
 
 
 def count_bops(macs: int, number_format: Format) -> int:
@@ -211,28 +225,17 @@ def count_bops(macs: int, number_format: Format) -> int:
         >>> count_bops(1000, Format.parse("uaq4a8")), count_bops(1000, Format.parse("kmc4a8"))
         (32000, 128000)
     """
-    weight_bits = number_format.bits if number_format.family == "uaq" else FULL_BITS
+    weight_bits = number_format.bits if number_format.numerics.is_uniform else FULL_BITS
     return macs * weight_bits * number_format.activation_bits
 
 
-def row_bytes(bits: int, n_inputs: int) -> int:
-    """Bytes of one packed row: nothing is wasted beyond its last byte."""
-    return (n_inputs * bits + 7) // 8
-
-
-def stored_bytes(number_format: Format, shape: Sequence[int], *, codebook_bytes: int = 2) -> int:
+def stored_bytes(number_format: Format, shape: Sequence[int]) -> int:
     """Bytes of the tensors that replace a weight `[out, in, ...]` in memory and in the file.
 
-    `codebook_bytes` is 4 for the rare codebook that does not fit the normal range of float16.
+    Tensors whose dtype depends on the weight have the usual one here.
     """
     n_weights, n_channels = math.prod(shape), shape[0]
-    if not number_format.is_quantized:
-        return n_weights * FULL_BITS // 8
     n_inputs = n_weights // n_channels
-    payload = n_channels * row_bytes(number_format.bits, n_inputs)
-    if number_format.family == "uaq":
-        n_groups = number_format.n_groups(n_inputs)
-        per_group = 2 + 1 if number_format.group_size else 4 + 2  # float16, uint8 | float32, int16
-        return payload + n_channels * n_groups * per_group
-    n_codebooks = n_channels if number_format.family == "kmc" else 1
-    return payload + number_format.n_levels * codebook_bytes * n_codebooks
+    payload = n_channels * row_bytes(number_format.bits, n_inputs) if number_format.is_quantized else 0
+    beside = number_format.numerics.tensors(number_format, n_channels, n_inputs)
+    return payload + sum(dtype.itemsize * math.prod(size) for dtype, size in beside.values())

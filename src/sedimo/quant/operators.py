@@ -191,7 +191,7 @@ def _copy_in_place(packed: Packed, func: OpOverload, args: Arguments, options: O
         packed.refuse("copying between packed and ordinary weights", _COPY)
     target, source = cast("tuple[Packed, Packed]", args[:2])
     pairs = list(zip(target.parts, source.parts, strict=False))
-    if target.packing != source.packing or any(t.wide_dtype != s.wide_dtype for t, s in pairs):
+    if target.packing != source.packing or any(t.dtypes != s.dtypes for t, s in pairs):
         target.refuse(f"copying from a weight in {'+'.join(map(str, source.formats))}", _COPY)
     for mine, other in pairs:
         for field, tensor in mine.tensors.items():

@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 
 from sedimo.errors import InputError
-from sedimo.quant.formats import row_bytes
 
 _UNIT = 8  # codes per unit, and bits per byte
+
+
+def row_bytes(bits: int, n_codes: int) -> int:
+    """Bytes of one packed row: nothing is wasted beyond its last byte."""
+    return (n_codes * bits + 7) // 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -1,26 +1,81 @@
-"""One part of a packed weight: the codes of a range of input channels and what turns them back into numbers.
+"""A weight in parts along its input channels: what a recipe says of them, and what is stored of them.
 
-A weight `[C, I, ...]` is cut along its input channels; a part holds the rows `[C, n]` of its range, flattened
-(`n = (stop - start) * kernel size`). Which tensors a format stores, their dtypes and shapes stand in one
-table, `expected_tensors`; packing, files and checks all read it.
+A recipe's entry for a layer is a format, or a `PartFormat` for each range of input channels. A weight `[C, I, ...]` is
+cut the same way: a `WeightPart` holds the rows `[C, n]` of its range, flattened (`n = (stop - start) * kernel size`),
+as the tensors that its format stores. `Fitted` is what a quantizer hands over.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from sedimo.codec import from_plain
 from sedimo.errors import InputError
-from sedimo.quant.formats import Format, row_bytes
-from sedimo.quant.packing import pack, unpack
+from sedimo.quant.families.family import Parameters
+from sedimo.quant.formats import FP16, Format
+from sedimo.quant.packing import pack, row_bytes, unpack
 
-FIELDS = ("codes", "scale", "zero_point", "codebook", "values")
-CODEBOOK_DTYPES = (torch.float16, torch.float32)
-VALUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CODES = "codes"
+
+
+@dataclass(frozen=True, slots=True)
+class PartFormat:
+    """The format of the input channels `start` to `stop` (exclusive) of a layer."""
+
+    start: int
+    stop: int
+    format: Format
+
+    def __post_init__(self) -> None:
+        """Refuses an empty range."""
+        if not 0 <= self.start < self.stop:
+            raise InputError(f"a part must be a range of input channels, got {self.start}..{self.stop}")
+
+
+Entry = Format | tuple[PartFormat, ...]  # what a recipe says of a layer
+
+
+def entry_text(entry: Entry) -> str:
+    """An entry of a recipe for people, such as `kmc4` or `0..96 kmc4 | 96..160 uaq5`."""
+    return str(entry) if isinstance(entry, Format) else " | ".join(f"{p.start}..{p.stop} {p.format}" for p in entry)
+
+
+def covering(n_inputs: int, parts: Iterable[PartFormat]) -> Entry:
+    """The entry of some parts of a layer of `n_inputs`: fp16 between them, and as a whole if all of them are."""
+    found: list[PartFormat] = []
+    for part in sorted(parts, key=lambda p: p.start):
+        end = found[-1].stop if found else 0
+        found += [*([PartFormat(end, part.start, FP16)] if part.start > end else []), part]
+    if found[-1].stop < n_inputs:
+        found.append(PartFormat(found[-1].stop, n_inputs, FP16))
+    return FP16 if all(p.format == FP16 for p in found) else tuple(found)
+
+
+def parts_of(entry: Entry, n_inputs: int) -> tuple[PartFormat, ...]:
+    """The parts of an entry of a layer of `n_inputs`: one, if it is a format."""
+    return (PartFormat(0, n_inputs, entry),) if isinstance(entry, Format) else entry
+
+
+def read_entry(value: object) -> Entry:
+    """An entry from a format, its text, or a list of `{start, stop, format}`.
+
+    Raises:
+        InputError: it is neither.
+        StateError: a part that is not as it should be.
+    """
+    if isinstance(value, Format):
+        return value
+    if isinstance(value, str):
+        return Format.parse(value)
+    if isinstance(value, Sequence) and value:
+        return tuple(p if isinstance(p, PartFormat) else from_plain(PartFormat, p, place="part") for p in value)
+    raise InputError("a layer takes a format text or a list of parts {start, stop, format}")
 
 
 class TensorSpec(NamedTuple):
@@ -35,106 +90,115 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Fitted(Protocol):
-    """What a quantizer hands over: codes not yet packed, and the stored parameters (see quant/fitting.py)."""
-
-    @property
-    def format(self) -> Format:
-        """The number format."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight, `[C, I, ...]`."""
-
-    @property
-    def codes(self) -> torch.Tensor:
-        """uint8 `[C, n]`, not packed."""
-
-    @property
-    def scale(self) -> torch.Tensor | None:
-        """Step sizes of uaq."""
-
-    @property
-    def zero_point(self) -> torch.Tensor | None:
-        """Zero points of uaq."""
-
-    @property
-    def codebook(self) -> torch.Tensor | None:
-        """Centroids of kmc and kma."""
-
-
 def expected_tensors(
-    number_format: Format, n_channels: int, n_inputs: int, *, wide: torch.dtype | None = None
+    number_format: Format, n_channels: int, n_inputs: int, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> dict[str, TensorSpec]:
-    """The tensors that a part `[C, n]` stores, by field name.
+    """The tensors that a part `[C, n]` stores, by name, in the order in which they are written.
 
-    `wide` is the dtype of the codebook (float16 unless it had to be float32), or of the values of an
-    unquantized part; it is ignored by uaq.
+    `dtypes` are those of tensors whose dtype depends on the weight, where it is not the usual one.
 
     Raises:
-        InputError: `wide` is not allowed for the format.
+        InputError: a dtype that is not allowed for the format.
 
     Example:
         >>> expected_tensors(Format.parse("kmc3"), 8, 10)["codes"]
         TensorSpec(dtype=torch.uint8, shape=(8, 4))
     """
-    wide = wide or torch.float16
-    if not number_format.is_quantized:
-        _require_dtype("values", wide, VALUE_DTYPES)
-        return {"values": TensorSpec(wide, (n_channels, n_inputs))}
-    found = {"codes": TensorSpec(torch.uint8, (n_channels, row_bytes(number_format.bits, n_inputs)))}
-    if number_format.family == "uaq":
-        n_groups, grouped = number_format.n_groups(n_inputs), number_format.group_size is not None
-        found["scale"] = TensorSpec(torch.float16 if grouped else torch.float32, (n_channels, n_groups))
-        found["zero_point"] = TensorSpec(torch.uint8 if grouped else torch.int16, (n_channels, n_groups))
-        return found
-    _require_dtype("codebook", wide, CODEBOOK_DTYPES)
-    n_codebooks = n_channels if number_format.family == "kmc" else 1
-    found["codebook"] = TensorSpec(wide, (n_codebooks, number_format.n_levels))
+    family, found = number_format.numerics, {}
+    if number_format.is_quantized:
+        found[CODES] = TensorSpec(torch.uint8, (n_channels, row_bytes(number_format.bits, n_inputs)))
+    for name, (usual, shape) in family.tensors(number_format, n_channels, n_inputs).items():
+        dtype = (dtypes or {}).get(name, usual)
+        allowed = family.dtypes.get(name, (usual,))
+        if dtype not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {dtype}")
+        found[name] = TensorSpec(dtype, shape)
     return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightPart:
-    """Input channels `start..stop` of a weight in one format.
+class Fitted:
+    """A weight `shape` in a format, not packed: what is stored of it, and the squared error that it leaves.
 
-    Shapes, with `n` weights per row: `codes` uint8 `[C, row bytes]`, packed; `scale` float32 `[C, 1]` (float16
-    `[C, G]` in groups); `zero_point` int16 `[C, 1]` (uint8 `[C, G]`); `codebook` `[C, 2^b]` (kmc) or `[1, 2^b]`
-    (kma), float16 or float32; `values` `[C, n]` of a part left at fp16. Fields that the format does not have are None.
+    `codes` are uint8 `[C, N]` with N = prod(shape[1:]); None where only `parameters` are kept, from which `with_codes`
+    makes them again. The sums over the tensor, float64, are None where nobody asked for them.
     """
+
+    format: Format
+    shape: tuple[int, ...]
+    parameters: Parameters
+    codes: Tensor | None = None
+    squared_error: float | None = None
+    squared_norm: float | None = None
+
+    @property
+    def relative_error(self) -> float:
+        """Squared error over squared norm; 0 for a weight of zeros.
+
+        Raises:
+            InputError: it was fitted without its error.
+        """
+        if self.squared_error is None or self.squared_norm is None:
+            raise InputError(f"the error of this fit of {self.format} was not asked for: use fit_parameters")
+        return self.squared_error / self.squared_norm if self.squared_norm > 0 else 0.0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors that replace the weight, codes packed."""
+        codes = self.shape[0] * row_bytes(self.format.bits, math.prod(self.shape[1:]))
+        return codes + sum(t.numel() * t.element_size() for t in self.parameters.values())
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, float32 of `shape`.
+
+        Raises:
+            InputError: it holds parameters alone.
+        """
+        return reconstruct(self.format, {**self.parameters, CODES: self.known_codes}).reshape(self.shape)
+
+    @property
+    def known_codes(self) -> Tensor:
+        """The codes.
+
+        Raises:
+            InputError: it holds parameters alone.
+        """
+        if self.codes is None:
+            raise InputError(f"these parameters of {self.format} have no codes yet: use with_codes(weight, fitted)")
+        return self.codes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightPart:
+    """Input channels `start..stop` of a weight in one format: the stored tensors by name, codes packed."""
 
     start: int
     stop: int
     format: Format
-    codes: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-    zero_point: torch.Tensor | None = None
-    codebook: torch.Tensor | None = None
-    values: torch.Tensor | None = None
+    tensors: Mapping[str, Tensor]
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The stored tensors by field name, in the fixed order of `FIELDS`."""
-        return {name: t for name in FIELDS if (t := getattr(self, name)) is not None}
+    def codes(self) -> Tensor | None:
+        """The packed codes, uint8 `[C, row bytes]`; None of a part left at fp16."""
+        return self.tensors.get(CODES)
 
     @property
-    def wide_dtype(self) -> torch.dtype | None:
-        """Dtype of the codebook or the unquantized values; None for uaq."""
-        tensor = self.codebook if self.codebook is not None else self.values
-        return None if tensor is None else tensor.dtype
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtypes of the tensors whose dtype depends on the weight."""
+        return {name: self.tensors[name].dtype for name in self.format.numerics.dtypes if name in self.tensors}
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the stored tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
-    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> WeightPart:
-        """The same part holding other tensors."""
-        return WeightPart(self.start, self.stop, self.format, **tensors)
+    def with_codes(self, codes: Tensor) -> WeightPart:
+        """The same part with other packed codes."""
+        return replace(self, tensors={**self.tensors, CODES: codes})
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> WeightPart:
+    def map(self, function: Callable[[Tensor], Tensor]) -> WeightPart:
         """The same part with `function` applied to each stored tensor."""
-        return self.with_tensors({name: function(t) for name, t in self.tensors.items()})
+        return replace(self, tensors={name: function(t) for name, t in self.tensors.items()})
 
     def shape_in(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of this part of a weight of the given shape."""
@@ -147,7 +211,7 @@ class WeightPart:
             InputError: naming the field, what it must be and what it is.
         """
         n_inputs = math.prod(self.shape_in(shape)[1:])
-        expected = expected_tensors(self.format, shape[0], n_inputs, wide=self.wide_dtype)
+        expected = expected_tensors(self.format, shape[0], n_inputs, self.dtypes)
         found = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
         for name in {**expected, **found}:
             if expected.get(name) != found.get(name):
@@ -156,7 +220,7 @@ class WeightPart:
                     f"{_describe(expected.get(name))}, got {_describe(found.get(name))}"
                 )
 
-    def unpacked_codes(self, shape: Sequence[int]) -> torch.Tensor:
+    def unpacked_codes(self, shape: Sequence[int]) -> Tensor:
         """Codes, uint8 `[C, n]`.
 
         Raises:
@@ -166,60 +230,38 @@ class WeightPart:
             raise InputError(f"part {self.start}..{self.stop} is left at fp16 and has no codes")
         return unpack(self.codes, self.format.bits, math.prod(self.shape_in(shape)[1:]))
 
-    def dequantize(self, shape: Sequence[int]) -> torch.Tensor:
+    def dequantize(self, shape: Sequence[int]) -> Tensor:
         """The part's weights, float32 `[C, stop - start, ...]`, for a weight of the given shape."""
-        if self.values is not None:
-            rows = self.values.float()
-        else:
-            codes = self.unpacked_codes(shape)
-            rows = reconstruct(codes, self.format, scale=self.scale, zero_point=self.zero_point, codebook=self.codebook)
-        return rows.reshape(self.shape_in(shape))
+        unpacked = {} if self.codes is None else {CODES: self.unpacked_codes(shape)}
+        return reconstruct(self.format, {**self.tensors, **unpacked}).reshape(self.shape_in(shape))
 
 
-def reconstruct(
-    codes: torch.Tensor,
-    number_format: Format,
-    *,
-    scale: torch.Tensor | None = None,
-    zero_point: torch.Tensor | None = None,
-    codebook: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Weights of codes `[C, n]` and stored parameters, computed in float32.
-
-    uaq: `(code - zero_point) * scale`; kmc and kma: the centroid that the code names.
+def reconstruct(number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Weights float32 `[C, n]` of stored tensors, their codes unpacked; on their device.
 
     Raises:
-        InputError: a parameter that the format needs is missing.
+        InputError: one that the format needs is missing.
     """
-    if number_format.family == "uaq":
-        if scale is None or zero_point is None:
-            raise InputError(f"format {number_format} needs a scale and a zero point")
-        steps, zeros = (_per_weight(t.float(), number_format, codes.shape[1]) for t in (scale, zero_point))
-        return codes.float().sub_(zeros).mul_(steps)
-    if codebook is None:
-        raise InputError(f"format {number_format} needs a codebook")
-    rows = codebook.float().expand(codes.shape[0], -1)  # gather is 4 times as fast as indexing, and needs the rows
-    return torch.gather(rows, 1, codes.long())
+    family = number_format.numerics
+    needed = [CODES] if number_format.is_quantized else []
+    missing = [n for n in (*needed, *family.tensors(number_format, 1, 1)) if n not in tensors]
+    if missing:
+        raise InputError(f"format {number_format} needs {' and '.join(missing)}")
+    return family.dequantize(number_format, tensors)
 
 
 def pack_fitted(fitted: Fitted, *, start: int = 0) -> WeightPart:
     """The part that begins at input channel `start` and holds a fitted weight, its codes packed."""
-    return WeightPart(
-        start,
-        start + fitted.shape[1],
-        fitted.format.weight_format,
-        codes=pack(fitted.codes, fitted.format.bits),
-        scale=fitted.scale,
-        zero_point=fitted.zero_point,
-        codebook=fitted.codebook,
-    )
+    packed = {CODES: pack(fitted.known_codes, fitted.format.bits), **fitted.parameters}
+    return WeightPart(start, start + fitted.shape[1], fitted.format.weight_format, packed)
 
 
-def unquantized_part(weight: torch.Tensor, *, start: int = 0) -> WeightPart:
+def unquantized_part(weight: Tensor, *, start: int = 0) -> WeightPart:
     """The part that begins at input channel `start` and keeps `weight` `[C, I, ...]` as it is."""
-    dtype = weight.dtype if weight.dtype in VALUE_DTYPES else torch.float32
+    ((name, dtypes),) = FP16.numerics.dtypes.items()
+    dtype = weight.dtype if weight.dtype in dtypes else torch.float32
     values = weight.detach().to(dtype).reshape(weight.shape[0], -1).clone()
-    return WeightPart(start, start + weight.shape[1], Format.parse("fp16"), values=values)
+    return WeightPart(start, start + weight.shape[1], FP16, {name: values})
 
 
 def check_cover(parts: Sequence[WeightPart], shape: Sequence[int]) -> None:
@@ -240,19 +282,6 @@ def check_cover(parts: Sequence[WeightPart], shape: Sequence[int]) -> None:
         position = part.stop
     if position != shape[1]:
         raise InputError(f"parts must cover the {shape[1]} input channels, got only {position}")
-
-
-def _per_weight(parameter: torch.Tensor, number_format: Format, n_inputs: int) -> torch.Tensor:
-    if number_format.group_size is None:
-        return parameter  # [C, 1], broadcast
-    span = min(number_format.group_size, n_inputs)  # a group longer than the row must not cost its length
-    spread = parameter.unsqueeze(2).expand(-1, -1, span)  # [C, G, span]
-    return spread.reshape(parameter.shape[0], -1)[:, :n_inputs]  # [C, n]
-
-
-def _require_dtype(name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype]) -> None:
-    if dtype not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, got {dtype}")
 
 
 def _describe(spec: TensorSpec | None) -> str:

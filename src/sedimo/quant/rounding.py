@@ -13,7 +13,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from sedimo.errors import InputError
 from sedimo.quant.packing import pack
 from sedimo.quant.parts import WeightPart
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.quant.uaq import UniformGrid, per_weight
 
 ZETA, GAMMA = 1.1, -0.1  # where the sigmoid is stretched to, so that 0 and 1 are reached
 
@@ -64,7 +63,7 @@ DEFAULT_SCHEDULE = RoundingSchedule()
 
 
 class SoftWeight:
-    """A packed weight whose uaq codes are being learned; parts in other formats stay as they are.
+    """A packed weight whose codes on uniform grids are being learned; parts in other formats stay as they are.
 
     Raises:
         InputError: another shape than the full-precision weight's.
@@ -94,7 +93,7 @@ class SoftWeight:
     def hard(self) -> QuantizedTensor:
         """The packed weight with every h at the nearer of 0 and 1."""
         parts = [
-            replace(part, codes=pack(piece.codes(), part.format.bits)) if isinstance(piece, _SoftPart) else part
+            part.with_codes(pack(piece.codes(), part.format.bits)) if isinstance(piece, _SoftPart) else part
             for part, piece in zip(self._packed.parts, self._pieces, strict=True)
         ]
         return self._packed.rewrapped(parts)
@@ -132,12 +131,12 @@ def learn_rounding(
 
 
 class _SoftPart:
-    """A part in a uaq format: codes below every weight, and V."""
+    """A part on a uniform grid: codes below every weight, and V."""
 
-    def __init__(self, weight: Tensor, part: WeightPart, grid: UniformGrid) -> None:
+    def __init__(self, weight: Tensor, part: WeightPart) -> None:
         self._shape, self._qmax = weight.shape, part.format.qmax
         rows = weight.detach().float().reshape(weight.shape[0], -1)
-        self._scale, self._zero_point = per_weight(grid, part.format.group_size, rows.shape[1])
+        self._scale, self._zero_point = part.format.numerics.grid(part.format, part.tensors, rows.shape[1])
         steps = rows / self._scale
         below = steps.floor()
         self._below = below + self._zero_point
@@ -152,9 +151,7 @@ class _SoftPart:
 
 
 def _piece(weight: Tensor, part: WeightPart, shape: Sequence[int]) -> _SoftPart | Tensor:
-    if part.scale is None or part.zero_point is None:
-        return part.dequantize(shape)
-    return _SoftPart(weight, part, UniformGrid(part.scale, part.zero_point))
+    return _SoftPart(weight, part) if part.format.numerics.is_uniform else part.dequantize(shape)
 
 
 def _h(logits: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class QuantizedTensor(torch.Tensor):
     def parts(self) -> tuple[WeightPart, ...]:
         """The stored parts, in order of their input channels."""
         return tuple(
-            WeightPart(start, stop, fmt, **{f: getattr(self, _attribute(i, f)) for f in fields})
+            WeightPart(start, stop, fmt, {f: getattr(self, _attribute(i, f)) for f in fields})
             for i, (start, stop, fmt, fields) in enumerate(self._packing.parts)
         )
 
@@ -218,7 +218,7 @@ class QuantizedTensor(torch.Tensor):
     ) -> QuantizedTensor:
         packing, dtype = context
         parts = [
-            WeightPart(start, stop, fmt, **{f: inner[_attribute(i, f)] for f in fields})
+            WeightPart(start, stop, fmt, {f: inner[_attribute(i, f)] for f in fields})
             for i, (start, stop, fmt, fields) in enumerate(packing.parts)
         ]
         return _wrap(parts, packing, dtype)
@@ -251,6 +251,22 @@ class QuantizedTensor(torch.Tensor):
             for field, tensor in part.tensors.items():
                 setattr(self, _attribute(i, field), tensor)
         self._packing = packing
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers as they lie in memory, shared tensors once.
+
+    Example:
+        >>> memory_bytes(nn.Linear(4, 2, bias=False))
+        32
+    """
+    found: dict[object, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        parts = tensor.parts if isinstance(tensor, QuantizedTensor) else ()
+        for t in [t for p in parts for t in p.tensors.values()] or [tensor]:
+            size = t.numel() * t.element_size()
+            found[(t.device, t.data_ptr(), size) if t.data_ptr() else id(t)] = size
+    return sum(found.values())
 
 
 def _attribute(index: int, field: str) -> str:

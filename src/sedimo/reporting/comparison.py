@@ -1,38 +1,47 @@
-"""The page of a comparison of methods: quality against bits, the same as a table, what each cost, how they agree."""
+"""What a comparison of methods found, and its page: quality against bits, what each cost, how they agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from markupsafe import Markup
-
-from sedimo.measurement.ledger import Spent
+from sedimo.codec import to_plain
+from sedimo.lab.ledger import Spent
 from sedimo.metrics.estimate import Estimate, ranked
-from sedimo.pipelines.folder import write_file
-from sedimo.reporting.comparison_chart import methods_chart
-from sedimo.reporting.explanation_tables import figure
-from sedimo.reporting.html import page
-from sedimo.reporting.rounding import count, duration
+from sedimo.reporting.figures import Axis, Chart, Plot, Series, named, only, short
+from sedimo.reporting.page import Cell, Column, Figure, Items, Page, Row, Section, Table, Text, columns, rows, shown
+from sedimo.reporting.words import joined, name, number, verdict
+from sedimo.space import Recipe
+
+_ROW = 26
+_MOST_COLUMNS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class ComparisonLine:
-    """A method at a budget, which its recipe uses up if it `is_full`; `ahead` is None for the reference.
+class ComparedRow:
+    """A method at a budget: its recipe measured on the fresh seeds, and what it is ahead of the reference, paired.
 
-    `bops` are bit operations of one sample and call; a peer has formats of its own.
+    `bops` are bit operations of one sample and denoiser call, attention included [BOPs].
+    `is_full` tells whether it uses at least 99.5 % of the budget. A peer has no recipe in Sedimo's formats; `formats`
+    are then its own by layer.
     """
 
     method: str
-    budget: float
+    bits: float
     paper_bits: float
     stored_bits: float
-    is_full: bool
     bops: int
-    measured: Estimate
+    is_full: bool
+    sqnr_db: Estimate
     ahead: Estimate | None
-    is_peer: bool = False
+    recipe: Recipe | None
+    formats: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether the method is another tool's, with formats of its own."""
+        return self.recipe is None
 
     @property
     def label(self) -> str:
@@ -41,103 +50,179 @@ class ComparisonLine:
 
 
 @dataclass(frozen=True, slots=True)
-class CostLine:
-    """What a method took at all budgets, and its rank correlation with the measured ablation, if known."""
+class Comparison:
+    """All rows; `n_comparisons` paired differences were looked at, `notes` say what is missing or not as ordered.
 
-    method: str
-    spent: Spent
-    agreement: Estimate | None
+    `costs` are those of finding a method's recipes at all budgets: what it used of measurements, each once, whoever
+    made them and whenever, and its own computing; fits, smoothing and calibration, which all share, are left out.
 
-
-@dataclass(frozen=True)
-class ComparisonPage:
-    """All that the page tells; `seeds` and `n_steps` say on what recipes were measured."""
+    `agreement` is Kendall's tau between operations' costs by each method's table and by the measured ablation, at the
+    formats nearest to the middle budget.
+    """
 
     source: str
     reference: str
     seeds: str
     n_steps: int
+    rows: tuple[ComparedRow, ...]
+    costs: Mapping[str, Spent]
     n_comparisons: int
-    lines: Sequence[ComparisonLine]
-    costs: Sequence[CostLine]
-    notes: Sequence[str] = ()
+    agreement: Mapping[str, Estimate]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        plain: dict[str, object] = to_plain(self)
+        return plain
 
 
-def write_comparison(comparison: ComparisonPage, path: Path) -> None:
-    """Writes the page; an existing file is replaced at once or not at all."""
-    write_file(path, render_comparison(comparison).encode())
-
-
-def render_comparison(comparison: ComparisonPage) -> str:
-    """The page as HTML text."""
+def comparison_page(comparison: Comparison) -> Page:
+    """All that a comparison tells, as a page."""
     c = comparison
-    return page(
-        "comparison.html.j2",
-        {
-            "c": c,
-            "headline": _headline(c.lines),
-            "peers": " and ".join(dict.fromkeys(line.method for line in c.lines if line.is_peer)),
-            "chart": Markup(_chart(c)),  # texts in it are escaped
-            "budgets": _rows_by_budget(c.lines),
-            "is_full": all(line.is_full for line in c.lines),
-            "costs": [
-                (
-                    line.method,
-                    line.spent.is_complete,
-                    duration(line.spent.seconds),
-                    f"{line.spent.denoiser_calls:,}",
-                    None if line.agreement is None else figure(line.agreement),
-                )
-                for line in c.costs
-            ],
-        },
+    chart = methods_chart(c.rows, reference=c.reference)
+    caption = (
+        "SQNR of the final latents, higher is better, with 95 % intervals of the mean over seeds. Most of an "
+        "interval's width is common to all methods, because seeds differ; the paired differences below are sharper."
+    )
+    figure = None if chart is None else Figure(chart, caption)
+    return Page(
+        f"Methods compared on {c.source}",
+        _headline(c.rows),
+        sections=(
+            Section("quality", "Quality against bits", shown(Text(_about(c)), figure, _recipes(c), Items(c.notes))),
+            Section("cost", "What each method took", shown(_costs(c))),
+        ),
     )
 
 
-def _rows_by_budget(lines: Sequence[ComparisonLine]) -> dict[str, list[tuple[object, ...]]]:
-    """The cells of each line, the highest quality first, by the name of its budget."""
-    rows: dict[str, list[tuple[object, ...]]] = {}
-    for line in sorted(lines, key=lambda x: (x.budget, -ranked(x.measured.value))):
-        ahead = None if line.ahead is None else figure(line.ahead)
-        sizes = (f"{line.paper_bits:.3f}", line.is_full, f"{line.stored_bits:.3f}", count(line.bops))
-        rows.setdefault(_budget_name(line.budget), []).append(
-            (line.label, *sizes, figure(line.measured), ahead, verdict(line.ahead))
+def _about(c: Comparison) -> str:
+    peers = " and ".join(dict.fromkeys(row.method for row in c.rows if row.is_peer))
+    text = (
+        f"Every method{f' but {peers}' if peers else ''} chose formats from the same candidates under the same "
+        f"budgets; each recipe was then sampled from the same fresh seeds ({c.seeds}, {c.n_steps} steps) and compared "
+        "with full precision. Uniform recipes may take 0.1 bits more than the budget."
+    )
+    if not peers:
+        return text
+    return (
+        f"{text} Of a peer, NVIDIA ModelOpt's `auto_quantize`, the recipes were found on the same recorded denoiser "
+        "calls, but in formats of its own: symmetric integers with a 16-bit scale per channel or per 128 inputs. Its "
+        "bytes are those of codes and scales, at most the budget."
+    )
+
+
+def _recipes(c: Comparison) -> Table:
+    """The recipes of each budget, the highest quality first."""
+    n = c.n_comparisons
+    caption = (
+        f"{n} paired differences to {c.reference}, each with its own 95 % interval: of so many, {0.05 * n:.1f} would "
+        "miss zero by chance alone. Bits, and bits as stored, are per weight; BOPs are bit operations of one sample "
+        "and call."
+    )
+    if not all(row.is_full for row in c.rows):
+        caption += " * leaves more than 0.5 % of its budget unused."
+    titles = (
+        *columns("method", ("bits", "fine bits"), ("stored", "fine bits"), ("BOPs", "count")),
+        Column("SQNR [dB]", note="and interval"),
+        Column("ahead [dB]", note="and interval"),
+        *columns(("verdict", "verdict")),
+    )
+    lines = (
+        Row(
+            (
+                row.label,
+                Cell(row.paper_bits, before="" if row.is_full else "* "),
+                row.stored_bits,
+                row.bops,
+                row.sqnr_db,
+                row.ahead,
+                verdict(row.ahead),
+            ),
+            row.ahead is None,
+            _budget(row.bits),
         )
-    return rows
+        for row in sorted(c.rows, key=lambda row: (row.bits, -ranked(row.sqnr_db.value)))
+    )
+    return Table(titles, tuple(lines), caption)
 
 
-def _budget_name(budget: float) -> str:
-    return f"{budget:g} bits"
+def _costs(c: Comparison) -> Table:
+    is_partly_known = any(not spent.is_complete for spent in c.costs.values())
+    caption = (
+        "All budgets together: the measurements that a method uses, whenever and for whichever method they were made, "
+        "and its own computing; the fits that all share are not counted."
+        + (' Where it says "at least", the study holds measurements without what they took.' if is_partly_known else "")
+        + " Agreement is Kendall's tau between its costs of the operation types and the measured ones (each operation "
+        "quantized alone and sampled): 1 is the same order, 0 none. A method that holds the ablation has none."
+    )
+    titles = columns("method", ("time", "seconds"), "denoiser calls", "agreement with ablation")
+    lines = (
+        (method, *(Cell(v, before="" if s.is_complete else "at least ") for v in (s.seconds, s.denoiser_calls)), tau)
+        for method, s in c.costs.items()
+        for tau in [c.agreement.get(method)]
+    )
+    return Table(titles, rows(lines), caption)
 
 
-def _chart(comparison: ComparisonPage) -> str:
-    budgets: dict[str, dict[str, Estimate]] = {}
-    for line in sorted(comparison.lines, key=lambda x: x.budget):
-        budgets.setdefault(_budget_name(line.budget), {})[line.label] = line.measured
-    return methods_chart(budgets, reference=comparison.reference)
+def methods_chart(found: Sequence[ComparedRow], *, reference: str) -> Chart | None:
+    """SQNR of each method [dB] with its 95 % interval; the highest mean over the budgets on top; nothing, no chart.
+
+    Each budget has a panel with its own scale. Measurements that are not finite have no place in it.
+    """
+    budgets: dict[float, dict[str, Estimate]] = {}
+    for row in sorted(found, key=lambda row: row.bits):
+        if math.isfinite(row.sqnr_db.value):
+            budgets.setdefault(row.bits, {})[row.label] = row.sqnr_db
+    if not budgets:
+        return None
+    names = _best_first(budgets.values())
+    labels = {one: short(one, 24) for one in names}
+    places = Axis(ticks=named([*labels.values()]), bold=(labels.get(reference, ""),))
+    own = tuple(i for i, one in enumerate(names) if one == reference)
+    panels = tuple(
+        Plot(
+            (Series(tuple(measured.get(one, only(math.nan)) for one in names), marked=own),),
+            places,
+            Axis("SQNR [dB]"),
+            ((measured[reference].value, ""),) if reference in measured else (),
+            is_flat=True,
+            title=_budget(bits),
+        )
+        for bits, measured in budgets.items()
+    )
+    texts = (
+        f"{_budget(bits)}: {', '.join(f'{one} {number(e.value)} dB' for one, e in measured.items())}"
+        for bits, measured in budgets.items()
+    )
+    n_columns = min(len(panels), _MOST_COLUMNS)
+    return Chart(
+        "methods",
+        "Quality of every method at every budget",
+        "; ".join(texts),
+        panels,
+        math.ceil(len(panels) / n_columns) * (90 + _ROW * len(names)),
+        n_columns=n_columns,
+    )
 
 
-def _headline(lines: Sequence[ComparisonLine]) -> str:
+def _best_first(budgets: Iterable[Mapping[str, Estimate]]) -> list[str]:
+    """Methods by the mean over the budgets at which they have a recipe."""
+    values: dict[str, list[float]] = {}
+    for measured in budgets:
+        for one, e in measured.items():
+            values.setdefault(one, []).append(ranked(e.value))
+    return sorted(values, key=lambda one: -sum(values[one]) / len(values[one]))
+
+
+def _budget(bits: float) -> str:
+    return f"{bits:g} bits"
+
+
+def _headline(found: Sequence[ComparedRow]) -> str:
     """Which method is highest at which budgets."""
-    best: dict[str, list[float]] = {}
-    for budget in sorted({line.budget for line in lines}):
-        values = {line.method: ranked(line.measured.value) for line in lines if line.budget == budget}
-        first = [method for method, value in values.items() if value == max(values.values())]
-        best.setdefault("` and `".join(first), []).append(budget)
-    places = (f"`{method}` at {_listed(budgets)} bits" for method, budgets in best.items())
-    return f"Highest quality: {', '.join(places)}."
-
-
-def _listed(budgets: Sequence[float]) -> str:
-    """`3, 3.5 and 4`."""
-    *most, last = (f"{budget:g}" for budget in budgets)
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def verdict(ahead: Estimate | None) -> str:
-    """What a paired difference to the reference shows; None for the reference itself."""
-    if ahead is None:
-        return "reference"
-    if ahead.low > 0:
-        return "better"
-    return "worse" if ahead.high < 0 else "no difference shown"
+    best: dict[str, list[str]] = {}
+    for bits in sorted({row.bits for row in found}):
+        values = {row.method: ranked(row.sqnr_db.value) for row in found if row.bits == bits}
+        first = [name(method) for method, value in values.items() if value == max(values.values())]
+        best.setdefault(" and ".join(first), []).append(f"{bits:g}")
+    return f"Highest quality: {', '.join(f'{methods} at {joined(bits)} bits' for methods, bits in best.items())}."

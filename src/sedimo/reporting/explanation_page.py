@@ -1,105 +1,537 @@
-"""What the page shows of an explanation: sentences, charts and tables, ready for the template."""
+"""The page's parts about what a predictor learned: how far to trust it, what it found, what was left when measured.
+
+As everywhere, names stand between backticks and every claim has its interval beside it.
+"""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from markupsafe import Markup
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
 
 from sedimo.codec import to_json
+from sedimo.metrics.estimate import NORMAL_95, Estimate
 from sedimo.quant.formats import Format
-from sedimo.reporting.curve_charts import curve_chart, predictors_chart
-from sedimo.reporting.explanation import Explanation
-from sedimo.reporting.explanation_charts import (
-    MAX_OPERATIONS,
-    block_scores_chart,
-    formats_chart,
-    formats_in,
-    operation_scores_chart,
+from sedimo.reporting.explanation import (
+    OVERALL,
+    CurvePoint,
+    Explanation,
+    FinalistRow,
+    FoldRow,
+    FormatShare,
+    Insight,
+    PredictorRow,
+    RefineRound,
+    ScoreBox,
+    Verdict,
 )
-from sedimo.reporting.explanation_phrasing import statement, tally
-from sedimo.reporting.explanation_tables import (
-    FinalistLine,
-    FoldLine,
-    InsightLine,
-    PredictorLine,
-    RoundLine,
-    finalist_lines,
-    fold_lines,
-    has_times,
-    insight_lines,
-    predictor_lines,
-    round_lines,
+from sedimo.reporting.figures import (
+    LETTER,
+    ROW,
+    WIDTH,
+    Axis,
+    Bar,
+    Bars,
+    Boxes,
+    Chart,
+    Marker,
+    Plot,
+    Series,
+    are_long,
+    named,
+    short,
 )
-from sedimo.reporting.map_chart import mark_svg
-from sedimo.reporting.theme import bit_level
+from sedimo.reporting.page import (
+    Block,
+    Figure,
+    Finding,
+    Folded,
+    Items,
+    Legend,
+    LegendEntry,
+    Link,
+    Row,
+    Section,
+    Table,
+    Text,
+    columns,
+    rows,
+    shown,
+)
+from sedimo.reporting.placement import block_labels
+from sedimo.reporting.words import interval, mark, name, number, with_interval
+
+Standing = Literal["above", "open", "below"]
+OBJECTIVES = {
+    "final_latents": "at the final latents",
+    "path": "along the whole path of denoising",
+    "step": "at single steps of denoising",
+    "fid": "on sets of finished images",
+}
+MAX_OPERATIONS = 48  # the worst ones are drawn
+_MAX_NAMES = 3
+_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")  # whole parts of a dotted name
+_BLOCK_WIDTH, _WIDEST = 10, 1040  # least width of a block's box, and of the page [px]
+_MARKERS: tuple[Marker, ...] = ("s", "^", "v", "P", "X", "p", "h", "<", ">")  # of lines that are not this system's
+_SUBSETS: tuple[Marker, ...] = ("o", "D", "s", "^", "v")  # of subsets of recipes, all of them first
 
 
-@dataclass(frozen=True, slots=True)
-class LegendEntry:
-    """A format with the level of its colour and the mark of its method."""
-
-    format: str
-    level: int
-    mark: Markup
-
-
-@dataclass(frozen=True, slots=True)
-class ExplanationView:
-    """The explanation as the template takes it; parts without evidence are empty.
-
-    `json_uri` is the whole record as a data URI; `n_operations_left_out` counts those that the chart has no room for.
-    """
-
-    statement: tuple[str, ...]
-    tally: str
-    insights: tuple[InsightLine, ...]
-    charts: Mapping[str, Markup]
-    legend: tuple[LegendEntry, ...]
-    target: str
-    n_operations_left_out: int
-    predictors: tuple[PredictorLine, ...]
-    has_times: bool
-    folds: tuple[FoldLine, ...]
-    rounds: tuple[RoundLine, ...]
-    finalists: tuple[FinalistLine, ...]
-    notes: tuple[str, ...]
-    json_uri: str
-
-
-def explanation_view(explanation: Explanation, *, here: float) -> ExplanationView:
-    """All of the explanation as text; `here` are the bits per weight of the report's recipe."""
+def matters_section(explanation: Explanation) -> Section:
+    """What was found, each finding with what was predicted and measured."""
     e = explanation
-    return ExplanationView(
-        statement=statement(e),
-        tally=tally(e.insights) if e.insights else "",
-        insights=insight_lines(e.insights),
-        charts=_charts(e, here),
-        legend=tuple(_legend_entry(f) for f in formats_in(e.format_shares)),
-        target=e.target,
-        n_operations_left_out=max(len(e.operation_boxes) - MAX_OPERATIONS, 0),
-        predictors=predictor_lines(e.predictors),
-        has_times=has_times(e),
-        folds=fold_lines(e.folds),
-        rounds=round_lines(e.rounds),
-        finalists=finalist_lines(e.finalists),
-        notes=e.notes,
-        json_uri=f"data:application/json;base64,{base64.b64encode(to_json(e).encode()).decode()}",
+    about = (
+        f"{tally(e.insights)} Figures are changes of the whole recipe's quality if this alone is changed, with 95 % "
+        "intervals in brackets; more is better."
+    )
+    return Section(
+        "matters",
+        "What matters here",
+        shown(
+            map(_finding, e.insights),
+            Text(about, "quiet") if e.insights else None,
+            Text(" ".join(statement(e))),
+            Link("The evidence: scores, baselines and all measured recipes", "#explanation"),
+        ),
     )
 
 
-def _legend_entry(f: Format) -> LegendEntry:
-    return LegendEntry(str(f), bit_level(f.bits), Markup(mark_svg(f)) if f.is_quantized else Markup())
+def explanation_section(explanation: Explanation, *, here: float) -> Section:
+    """Scores, measured recipes and the quality of predictors; `here` are the bits per weight of the page's recipe."""
+    e = explanation
+    return Section(
+        "explanation",
+        "Explanation",
+        shown(
+            Text(
+                "The predictor was shown many measured recipes and had to tell the good ones from the bad. What it "
+                "learned can be read back as a score for every choice, that is for every layer at every format."
+            ),
+            _operations_figure(e.operation_boxes) if e.operation_boxes else None,
+            _blocks_figure(e.block_boxes) if e.block_boxes else None,
+            _formats_figure(e.format_shares) if e.format_shares else None,
+            curve_figure(e.curve, here=here),
+            predictors_figure(e.predictors),
+            _predictors_table(e),
+            _folds(e.folds),
+            _rounds(e.rounds),
+            _finalists(e.finalists),
+            Items(e.notes),
+            Link("All numbers of this explanation as JSON", to_json(e), "explanation.json"),
+        ),
+    )
 
 
-def _charts(e: Explanation, here: float) -> Mapping[str, Markup]:
-    drawn = {
-        "operations": operation_scores_chart(e.operation_boxes) if e.operation_boxes else "",
-        "blocks": block_scores_chart(e.block_boxes) if e.block_boxes else "",
-        "formats": formats_chart(e.format_shares) if e.format_shares else "",
-        "curve": curve_chart(e.curve, here=here) if e.curve else "",
-        "predictors": predictors_chart(e.predictors) if e.predictors else "",
-    }
-    return {name: Markup(svg) for name, svg in drawn.items()}  # texts in them are escaped
+def statement(explanation: Explanation) -> tuple[str, ...]:
+    """Which predictor, on how many trials, how well it ranks recipes, and whether it beats its baselines."""
+    where = OBJECTIVES.get(explanation.objective, f"by the objective {name(explanation.objective)}")
+    first = (
+        f"All scores and predictions come from {name(explanation.predictor)}, which learned to predict "
+        f"{explanation.target} {where} from {explanation.n_trials:,} measured recipes."
+    )
+    used = _used(explanation.predictors)
+    if not used:
+        return (first, "How well it ranks recipes that it has not seen was not measured.")
+    return (first, _quality_sentence(used), *(_standing_sentence(row, explanation.predictors) for row in used))
+
+
+def tally(insights: Sequence[Insight]) -> str:
+    """How many predictions were put to the test, and how they fared."""
+    found = Counter(insight.verdict for insight in insights)
+    n_tested = len(insights) - found["not measured"]
+    if n_tested == 0:
+        return "None of these predictions was put to the test by measuring it."
+    counts = [f"{found[v]} {words}" for v, words in _OUTCOMES.items() if found[v]]
+    tested = f"Of these {len(insights)} predictions, {n_tested} {'was' if n_tested == 1 else 'were'}"
+    if n_tested == len(insights):
+        tested = "This prediction was" if n_tested == 1 else f"All {n_tested} predictions were"
+    return f"{tested} put to the test by measuring that very change: {', '.join(counts)}."
+
+
+def standing(used: PredictorRow, baseline: PredictorRow) -> Standing:
+    """Whether two rank correlations can be told apart.
+
+    By the 95 % interval of their difference on the same recipes; without it, by whether their own intervals overlap,
+    which asks for more than it must.
+    """
+    difference = baseline.advantage
+    if difference is not None:
+        return "above" if difference.low > 0 else "below" if difference.high < 0 else "open"
+    if used.srcc.low > baseline.srcc.high:
+        return "above"
+    return "below" if used.srcc.high < baseline.srcc.low else "open"
+
+
+def subsets(rows: Sequence[PredictorRow]) -> tuple[str, ...]:
+    """The subsets that occur, all recipes first."""
+    return tuple(sorted(dict.fromkeys(row.subset for row in rows), key=lambda subset: subset != OVERALL))
+
+
+def where(subset: str) -> str:
+    """A subset as the end of a sentence."""
+    return "over all recipes" if subset == OVERALL else f"within {subset}"
+
+
+def change(insight: Insight) -> str:
+    """What was changed, decisions that differ in numbers only taken together.
+
+    Example:
+        >>> change(Insight("", ("blocks.0.to_q", "blocks.1.to_q"), "kmc3", "uaq8", 1.0))
+        '`blocks.*.to_q` (2): `kmc3` → `uaq8`'
+    """
+    like: dict[str, list[str]] = {}
+    for decision in insight.decisions:
+        like.setdefault(_NUMBERS.sub("*", decision), []).append(decision)
+    texts = [name(m[0]) if len(m) == 1 else f"{name(k)} ({len(m)})" for k, m in like.items()]
+    n_more = sum(len(members) for members in list(like.values())[_MAX_NAMES:])
+    shown = ", ".join(texts[:_MAX_NAMES]) + (f" and {n_more} more" if n_more else "")
+    formats = f"{name(insight.from_format)} → {name(insight.to_format)}"
+    return f"{shown}: {formats}" if shown else formats
+
+
+def predicted(insight: Insight) -> str:
+    """The predicted change with its interval [dB]."""
+    spread = (insight.predicted_high - insight.predicted_low) / (2 * NORMAL_95)
+    error = spread if math.isfinite(spread) and spread > 0 else math.nan
+    return with_interval(
+        Estimate(insight.predicted_db, error, insight.predicted_low, insight.predicted_high, 0), "dB", signed=True
+    )
+
+
+_OUTCOMES: dict[Verdict, str] = {
+    "confirmed": "confirmed",
+    "refuted": "refuted (it went the other way)",
+    "open": "open (the measurement shows no change)",
+}
+
+
+def _used(rows: Sequence[PredictorRow]) -> list[PredictorRow]:
+    """The used predictor's rows that have a rank correlation, all recipes first."""
+    order = subsets(rows)
+    found = [row for row in rows if row.is_used and not math.isnan(row.srcc.value)]
+    return sorted(found, key=lambda row: order.index(row.subset))
+
+
+def _quality_sentence(used: Sequence[PredictorRow]) -> str:
+    parts = [f"{with_interval(row.srcc)} {where(row.subset)} (n = {row.n})" for row in used]
+    return (
+        f"On recipes that it had not seen, its rank correlation is {' and '.join(parts)}; 1 would be the true order, "
+        "0 is guessing."
+    )
+
+
+def _standing_sentence(row: PredictorRow, rows: Sequence[PredictorRow]) -> str:
+    """Against the strongest baseline of the same recipes."""
+    others = [r for r in rows if r.subset == row.subset and not r.is_used and not math.isnan(r.srcc.value)]
+    place = where(row.subset)
+    if not others:
+        return f"No baseline was measured {place}."
+    best = max(others, key=lambda r: r.srcc.value)
+    among = f", the strongest of {len(others)} baselines" if len(others) > 1 else ""
+    rival = f"that of {name(best.predictor)}, {with_interval(best.srcc)}{among}"
+    gained = f" (difference {_difference(best.advantage)})" if best.advantage is not None else ""
+    start = f"{_capital(place)}, its {number(row.srcc.value, row.srcc.standard_error)} is"
+    found = standing(row, best)
+    if found == "above":
+        return f"{start} above {rival}{gained}."
+    if found == "below":
+        return f"{start} below {rival}{gained}: the simpler rule ranks better there."
+    side = "higher" if row.srcc.value > best.srcc.value else "not higher"
+    reason = "the interval of the difference holds zero" if gained else "the intervals overlap"
+    return f"{start} {side} than {rival}{gained}; {reason}, so no advantage is shown there."
+
+
+def _difference(estimate: Estimate) -> str:
+    limits = interval(estimate)
+    text = number(estimate.value, estimate.standard_error, signed=True)
+    return f"{text}, {limits}" if limits else text
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _finding(insight: Insight) -> Finding:
+    figures = f"predicted {predicted(insight)}"
+    if insight.measured is not None:
+        n = insight.measured.n
+        on = f" on {n} sample{'' if n == 1 else 's'}" if n else ""
+        figures += f" \N{MIDDLE DOT} measured {with_interval(insight.measured, 'dB', signed=True)}{on}"
+    return Finding(insight.verdict, insight.sentence, (figures, change(insight)))
+
+
+def _operations_figure(boxes: Sequence[ScoreBox]) -> Figure:
+    """Scores of each type of operation, the worst median on top."""
+    found = sorted(boxes, key=lambda box: (box.median, box.low))[:MAX_OPERATIONS]
+    panel = Boxes(
+        tuple(found),
+        Axis(ticks=named([f"{short(b.name, 40)} (n = {b.n})" for b in found])),
+        Axis("score, higher is better"),
+        is_flat=True,
+    )
+    n_left_out = len(boxes) - len(found)
+    caption = (
+        "Each box holds the middle half of the scores of all choices for an operation (n of them); the line in it is "
+        "the median, the whiskers reach from the lowest to the highest 5 %. What stands on top, or has a long whisker "
+        "to the left, harms the result most when it gets a poor format. A short box means that the format hardly "
+        "matters there."
+    ) + (f" {n_left_out} operations with better medians are not drawn." if n_left_out else "")
+    title = "Scores by operation, the worst on top"
+    chart = Chart("operation-scores", title, _medians(found), (panel,), 60 + ROW * len(found))
+    return Figure(chart, caption, "Where quality is lost: scores by operation")
+
+
+def _blocks_figure(boxes: Sequence[ScoreBox]) -> Figure:
+    """Scores of each block, from input to output."""
+    labels, common = block_labels([box.name for box in boxes])
+    names = [short(label, 36) for label in labels]
+    width = min(max(WIDTH, 70 + _BLOCK_WIDTH * len(boxes)), _WIDEST)
+    places = Axis(
+        common if common and common not in names else "block, from input to output",
+        named(names, n_most=width // _BLOCK_WIDTH),
+        are_turned=are_long(names),
+    )
+    panel = Boxes(tuple(boxes), places, Axis("score, higher is better"))
+    height = 270 + (LETTER * max(map(len, names)) if are_long(names) else 0)
+    chart = Chart("block-scores", "Scores by block, from input to output", _medians(boxes), (panel,), height, width)
+    caption = "The same for the blocks: a box that hangs lower than its neighbours is a block that deserves more bits."
+    return Figure(chart, caption, "Scores by block, from input to output")
+
+
+def _medians(boxes: Sequence[ScoreBox]) -> str:
+    return "; ".join(f"{b.name} median {number(b.median)}" for b in boxes)
+
+
+def _formats_figure(shares: Sequence[FormatShare]) -> Figure:
+    """The formats that the recipe uses on each type of operation, most bits on top."""
+    found = sorted(shares, key=lambda s: -s.paper_bits)
+    formats = sorted(
+        {Format.parse(text) for row in found for text, n in row.counts.items() if n},
+        key=lambda f: (f.bits, f.family, f.group_size or 0, f.activation_bits),
+    )
+    bars = []
+    for place, row in enumerate(found):
+        left = 0.0
+        for f in [f for f in formats if row.counts.get(str(f), 0)]:
+            right = left + 100 * row.counts[str(f)] / row.n_layers
+            bars.append(Bar(place, left, right, 0.78, f.bits, f"{f} {mark(f)}".strip()))
+            left = right
+    notes = tuple(f"{s.paper_bits:.2f} bits, {s.n_layers} layer{'' if s.n_layers == 1 else 's'}" for s in found)
+    panel = Bars(
+        tuple(bars),
+        Axis(ticks=named([short(s.operation, 40) for s in found]), notes=notes),
+        Axis("layers of the operation [%]", low=0, high=100),
+        is_flat=True,
+    )
+    counts = (
+        f"{s.operation} {', '.join(f'{s.counts[str(f)]} {f}' for f in formats if s.counts.get(str(f), 0))}"
+        for s in found
+    )
+    chart = Chart(
+        "format-shares", "Formats of the recipe by operation", "; ".join(counts), (panel,), 60 + ROW * len(found)
+    )
+    caption = (
+        "The formats that this recipe gives to the layers of each operation, most bits on top. Colours and marks are "
+        "those of the map: a dash is a uniform grid, three dashes one in groups, a dot a codebook per channel, a ring "
+        "one codebook per layer."
+    )
+    legend = Legend("Formats", tuple(LegendEntry(str(f), f.bits, f if f.is_quantized else None) for f in formats))
+    return Figure(chart, caption, "What the recipe does about it", legend)
+
+
+def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
+    """Measured quality against bits: random recipes as a cloud, this system as a line; `here` are the recipe's bits.
+
+    Recipes whose measurement is not finite have no place in it; without any other, there is no figure.
+    """
+    finite = [p for p in points if math.isfinite(p.measured.value) and math.isfinite(p.bits)]
+    if not finite:
+        return None
+    cloud = [p for p in finite if p.kind == "random"]
+    lines: dict[str, list[CurvePoint]] = {}
+    for point in sorted(finite, key=lambda p: (p.kind != "this", p.bits)):
+        if point.kind != "random":
+            lines.setdefault(point.name, []).append(point)
+    series = [_cloud(cloud)] if cloud else []
+    others = 0
+    for label, line in lines.items():
+        is_this = line[0].kind == "this"
+        marker: Marker = "D" if is_this else _MARKERS[others % len(_MARKERS)]
+        others += not is_this
+        series.append(
+            Series(
+                tuple(p.measured for p in line),
+                tuple(p.bits for p in line),
+                label,
+                "this" if is_this else "other",
+                marker,
+                line="" if len(line) == 1 else "-" if is_this else "--",
+            )
+        )
+    places = [p.bits for p in finite]
+    plot = Plot(
+        tuple(series),
+        Axis("bits per weight, as in the papers"),
+        Axis("measured SQNR [dB]"),
+        here=here if min(places) <= here <= max(places) else None,
+    )
+    texts = [f"{p.name} {p.bits:.2f} bits {number(p.measured.value)} dB" for line in lines.values() for p in line]
+    texts.append(f"{len(cloud)} random recipes")
+    caption = (
+        "Every point is a recipe that was really run and compared with full precision; bars are 95 % intervals. Higher "
+        "at the same bits is better. The cloud shows what choosing by chance gives, the dotted line the bits of this "
+        "report's recipe."
+    )
+    height = 420 + 22 * math.ceil(len(series) / 3)
+    chart = Chart("curve", "Measured quality against bits", "; ".join(texts), (plot,), height)
+    return Figure(chart, caption, "Measured quality against bits")
+
+
+def _cloud(points: Sequence[CurvePoint]) -> Series:
+    label = f"{len(points)} random recipe{'' if len(points) == 1 else 's'}"
+    return Series(tuple(p.measured for p in points), tuple(p.bits for p in points), label, "soft")
+
+
+def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
+    """Rank correlation of the predictor and its baselines with 95 % intervals, the best on top; none, no figure."""
+    finite = [row for row in found if math.isfinite(row.srcc.value)]
+    if not finite:
+        return None
+    order, used = subsets(found), {row.predictor for row in found if row.is_used}
+    names = _by_rank(found, order)
+    series = []
+    for i, subset in enumerate(order):
+        inside = [row for row in finite if row.subset == subset]
+        shift = 0.7 * (i - (len(order) - 1) / 2) / len(order)
+        for is_used in (False, True):
+            rows_of = [row for row in inside if row.is_used == is_used]
+            series.append(
+                Series(
+                    tuple(row.srcc for row in rows_of),
+                    tuple(names.index(row.predictor) + shift for row in rows_of),
+                    "" if is_used else _subset_label(subset),
+                    "this" if is_used else "other",
+                    _SUBSETS[i % len(_SUBSETS)],
+                    is_hollow=subset != OVERALL,
+                )
+            )
+    labels = {n: short(n, 44) for n in names}
+    values = [v for row in finite for v in (row.srcc.value, row.srcc.low) if math.isfinite(v)]
+    plot = Plot(
+        tuple(series),
+        Axis(ticks=named([labels[n] for n in names]), bold=tuple(labels[n] for n in used if n in labels)),
+        Axis("rank correlation (SRCC): 1 is the true order, 0 guessing", low=min(-0.02, *values), high=1.02),
+        zero=True,
+        is_flat=True,
+    )
+    texts = "; ".join(f"{r.predictor} {_subset_label(r.subset)} {number(r.srcc.value)}" for r in found)
+    caption = (
+        "How well the predictor and simpler rules put recipes that they have not seen in order of quality, with 95 % "
+        "intervals. Telling many bits from few is easy; within a narrow band of bits, where a recipe must be chosen, "
+        "it is hard, and there it counts."
+    )
+    chart = Chart("predictors", "How well recipes are ranked", texts, (plot,), 90 + 30 * len(names))
+    return Figure(chart, caption, "Can the predictor be trusted?")
+
+
+def _by_rank(found: Sequence[PredictorRow], order: Sequence[str]) -> list[str]:
+    """Names of the predictors, best first on the last subset: the band is what a budget asks about."""
+    ranks: dict[str, float] = {}
+    for row in sorted(found, key=lambda row: order.index(row.subset)):
+        if math.isfinite(row.srcc.value):
+            ranks[row.predictor] = row.srcc.value
+        else:
+            ranks.setdefault(row.predictor, -math.inf)
+    return sorted(ranks, key=lambda name: -ranks[name])
+
+
+def _subset_label(subset: str) -> str:
+    return "all held-out recipes" if subset == OVERALL else subset
+
+
+_QUALITY = columns("SRCC", "Kendall's tau", "NDCG@10", "MAE")
+
+
+def _predictors_table(e: Explanation) -> Table:
+    """Subset by subset, all recipes first; in each the best rank correlation on top."""
+    order = subsets(e.predictors)
+    return predictors_table(
+        sorted(e.predictors, key=lambda row: (order.index(row.subset), *_rank(row.srcc.value))),
+        f"On held-out recipes. MAE is the mean absolute error of the predicted {e.target}; lower is better, for the "
+        "others higher.",
+    )
+
+
+def predictors_table(found: Sequence[PredictorRow], caption: str) -> Table:
+    """The quality of predictors in the order given."""
+    titles = (*columns("predictor", "recipes", "n"), *_QUALITY)
+    lines = (
+        Row(
+            (
+                f"{row.predictor} (used here)" if row.is_used else row.predictor,
+                _subset(row.subset),
+                row.n,
+                row.srcc,
+                row.kendall_tau,
+                row.ndcg_at_10,
+                row.mae,
+            ),
+            row.is_used,
+        )
+        for row in found
+    )
+    return Table(titles, tuple(lines), caption)
+
+
+def _folds(found: Sequence[FoldRow]) -> Folded:
+    """Fold by fold, hop by hop."""
+    ordered = sorted(found, key=lambda row: (row.subset != OVERALL, row.subset, row.fold, row.hop))
+    titles = (*columns("fold", "hop", "recipes", "n"), *_QUALITY)
+    table = Table(
+        titles,
+        rows((r.fold, r.hop, _subset(r.subset), r.srcc.n, r.srcc, r.kendall_tau, r.ndcg_at_10, r.mae) for r in ordered),
+        "Each fold is predicted by a network trained on the other folds. Hop 0 looks at single layers, hop 1 at a "
+        "layer with its neighbours, and so on.",
+    )
+    n_folds = len({row.fold for row in found})
+    return Folded(f"Quality in each of the {n_folds} folds, hop by hop", shown(table))
+
+
+def _rounds(rounds: Sequence[RefineRound]) -> tuple[Block, ...]:
+    if not rounds:
+        return ()
+    table = Table(
+        columns(
+            "round",
+            "trials so far",
+            "best measured [dB]",
+            "predicted for it [dB]",
+        ),
+        rows((r.round, r.n_trials, r.best_db, r.predicted_db) for r in sorted(rounds, key=lambda r: r.round)),
+        "In each round, recipes that the predictor thought best were measured, and it learned from them. Where "
+        "measured and predicted come together, there is little left to gain.",
+    )
+    return Text("Rounds of refinement", "heading"), table
+
+
+def _finalists(finalists: Sequence[FinalistRow]) -> tuple[Block, ...]:
+    if not finalists:
+        return ()
+    ordered = sorted(finalists, key=lambda f: _rank(f.measured.value))
+    table = Table(
+        columns("recipe", "bits", "measured [dB]", "behind the chosen one [dB]"),
+        tuple(
+            Row((f.name, f.paper_bits, f.measured, f.behind or "chosen"), is_marked=f.behind is None) for f in ordered
+        ),
+        f"Which of {len(finalists)} recipes became the result, measured on seeds that nothing was searched on, paired.",
+    )
+    return Text("The final", "heading"), table
+
+
+def _subset(subset: str) -> str:
+    return "all recipes" if subset == OVERALL else subset
+
+
+def _rank(value: float) -> tuple[bool, float]:
+    return math.isnan(value), -value

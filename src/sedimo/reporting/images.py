@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sedimo.errors import InputError
-from sedimo.reporting.summary import Picture
+from sedimo.reporting.page import Picture
 
 AMPLIFICATION = 2
 SMALL_PIXELS = 96  # up to this edge, pixels are kept as they are and shown enlarged

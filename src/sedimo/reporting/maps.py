@@ -12,17 +12,23 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sedimo.allocation.table import SensitivityTable
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
-from sedimo.measurement.orthogonality import OrthogonalityProbe
-from sedimo.measurement.sqnr import LocalNoise, SqnrPart, SqnrProbe
-from sedimo.measurement.trajectory import TrajectoryProbe
+from sedimo.lab.trajectory import TrajectoryProbe
+from sedimo.methods.blocks import BlockRow
+from sedimo.methods.hybrid import BlocksResult
+from sedimo.methods.orthogonality import (
+    DEFAULT_IMPORTANCE,
+    ImportanceOptions,
+    OrthogonalityProbe,
+    converged,
+    importance,
+)
+from sedimo.methods.sqnr import LocalNoise, SqnrPart, SqnrProbe
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import decibel
 from sedimo.quant.formats import Format
-from sedimo.sensitivity.blocks import BlockRow
-from sedimo.sensitivity.orthogonality import DEFAULT_IMPORTANCE, ImportanceOptions, converged, importance
-from sedimo.sensitivity.table import SensitivityTable
 
 Rows = tuple[tuple[float, ...], ...]
 Matrix = npt.NDArray[np.float64]
@@ -139,6 +145,25 @@ class BlockCurves:
     paper_bits: float
     hybrid: Estimate | None
     hybrid_gain: Estimate | None
+
+    @classmethod
+    def of(cls, found: BlocksResult) -> BlockCurves:
+        """What a page tells of a measurement."""
+        return cls(
+            source=found.source,
+            number_format=str(found.number_format),
+            objective=found.objective,
+            seeds=found.seeds,
+            n_steps=found.n_steps,
+            rule=found.rule,
+            gain_db=found.keep_db,
+            rows=found.rows,
+            everything=found.everything,
+            kept=found.kept,
+            paper_bits=found.paper_bits,
+            hybrid=found.hybrid,
+            hybrid_gain=found.hybrid_gain,
+        )
 
 
 @dataclass(frozen=True, slots=True)

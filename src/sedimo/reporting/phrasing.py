@@ -8,57 +8,32 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from sedimo import methods
+from sedimo.allocation.agreement import Agreement
 from sedimo.allocation.exchange import SIGNED
+from sedimo.methods.prediction import Prediction
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import decibel
-from sedimo.quant.formats import FULL_BITS, Format
-from sedimo.reporting.rounding import bits, byte_size, interval, number, share, with_error
-from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, LearnedRounding, Summary
-from sedimo.sensitivity.agreement import Agreement
-
-FAMILIES = {
-    "uaq": "a uniform grid per output channel",
-    "uaq in groups": "a uniform grid per group of inputs",
-    "kmc": "a k-means codebook per output channel",
-    "kma": "one k-means codebook per layer",
-    "fp": "left at 16 bits",
-}
-METHODS = {
-    "error": "the squared error of its weights, relative to their size and weighted by its share of the work",
-    "adjoint": "what its rounding does to the final latents through the whole sampling run, to first order",
-    "jacobian": "the noise that its rounding puts on the denoiser's output, to first order",
-    "ablation": "the noise measured when it alone is quantized",
-    "sqnr": "the noise at its own output",
-    "gnn": "what a graph network learned from measured recipes",
-    "orthogonality": "how little its output repeats that of other layers",
-}
-
+from sedimo.quant.formats import FP16, FULL_BITS
+from sedimo.reporting.page import Tile
+from sedimo.reporting.summary import MEASURES, DecisionRow, DifferenceRow, Summary
+from sedimo.reporting.words import (
+    bits,
+    byte_size,
+    family_words,
+    interval,
+    joined,
+    name,
+    number,
+    share,
+    with_error,
+)
+from sedimo.treatments.learned_rounding import LearnedRounding
 
 _N_SPARED = 3
 _TINY_DB = 0.1
 _LEAST_SHARE = 1e-5  # a smaller gap is said as this one
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One of the four numbers of the first screen."""
-
-    value: str
-    unit: str
-    label: str
-    note: str
-
-
-def family(number_format: Format) -> str:
-    """The quantization method of a format as the report names it."""
-    return "uaq in groups" if number_format.group_size else number_format.family
-
-
-def name(text: str) -> str:
-    """A name between backticks, whatever it contains."""
-    return f"`{text.replace('`', chr(39))}`"
 
 
 def noise_estimate_db(noise: Estimate) -> Estimate:
@@ -138,7 +113,7 @@ def reason_sentences(summary: Summary) -> tuple[str, ...]:
 def cost_sentences(summary: Summary) -> tuple[str, ...]:
     """What it cost: each difference with its verdict, and whether predictions can be trusted."""
     evidence = summary.evidence
-    judged = (_prediction_sentence(summary), _entrants_sentence(summary))
+    judged = (prediction_sentence(summary.evidence.prediction), _entrants_sentence(summary))
     found = [*filter(None, judged), *(difference_sentence(row) for row in evidence.differences)]
     if evidence.scaling is not None:
         found.append(
@@ -158,7 +133,12 @@ def cost_sentences(summary: Summary) -> tuple[str, ...]:
 def warning_sentences(summary: Summary) -> tuple[str, ...]:
     """What a reader has to know before trusting the predicted figures; empty where they proved right."""
     found = summary.evidence.prediction
-    if found is None or found.is_trusted or found.measured_db is None:
+    return () if found is None else prediction_warnings(found)
+
+
+def prediction_warnings(found: Prediction) -> tuple[str, ...]:
+    """What to beware of where a prediction proved wrong."""
+    if found.is_trusted or found.measured_db is None:
         return ()
     more = "more" if found.difference_db < 0 else "less"
     text = (
@@ -172,7 +152,7 @@ def warning_sentences(summary: Summary) -> tuple[str, ...]:
         "measured)"
         for b in found.blamed
     ]
-    blamed = f"Of the decisions tried, these explain most of it; in brackets, what 16 bits would gain: {_join(parts)}."
+    blamed = f"Of the decisions tried, these explain most of it; in brackets, what 16 bits would gain: {joined(parts)}."
     return text, blamed
 
 
@@ -180,10 +160,10 @@ def _decibels(value: float) -> str:
     return f"{number(value, 0.05, signed=True)} dB"
 
 
-def _prediction_sentence(summary: Summary) -> str | None:
-    found = summary.evidence.prediction
+def prediction_sentence(found: Prediction | None) -> str:
+    """What was predicted of a recipe, and what was measured."""
     if found is None or not math.isfinite(found.predicted_db.value):
-        return None
+        return ""
     text = f"Before it was measured, the recipe's SQNR was predicted to be {with_error(found.predicted_db)} dB"
     if found.measured_db is None:
         return f"{text}; it was not measured."
@@ -220,24 +200,27 @@ def difference_sentence(row: DifferenceRow) -> str:
     measure, difference = MEASURES[row.measure], row.difference
     size = with_error(Estimate(abs(difference.value), difference.standard_error, *_unsigned(difference), difference.n))
     better = (difference.value > 0) == measure.is_higher_better
-    chosen = f", the best of {row.n_comparisons}," if row.n_comparisons > 1 else ""
     text = (
         f"{measure.title} is {size}{' ' + measure.unit if measure.unit else ''} {'better' if better else 'worse'} than "
-        f"that of {row.other}{chosen} on the same {difference.n} samples"
+        f"that of {row.other} on the same {difference.n} samples"
     )
-    if row.verdict == "open":
+    if row.verdict == "no difference shown":
         return (
             f"{text}; the 95 % interval ({interval(difference, measure.unit)}) holds zero, so no difference is shown."
         )
     return f"{text} (95 % interval {interval(difference, measure.unit)})."
 
 
+def _cost_words(text: str) -> str:
+    """What the costs of a method are."""
+    found = next((one.words.cost for one in methods.METHODS if one.name == text.split(":")[0]), "")
+    return found or f"the figure of the method {name(text)}"
+
+
 def method_sentence(summary: Summary) -> str:
     """What the costs are, in one sentence."""
     choice = summary.choice
-    parts = [
-        METHODS.get(part.split(":")[0], f"the figure of the method {name(part)}") for part in choice.method.split("+")
-    ]
+    parts = [_cost_words(part) for part in choice.method.split("+")]
     what = parts[0] if len(parts) == 1 else f"the geometric mean of {' and '.join(parts)}"
     tail = (
         " Lower is better. Errors of layers may add up or cancel, so a recipe is judged by the signed sum of effects."
@@ -284,14 +267,6 @@ def _signal_tile(summary: Summary) -> Tile | None:
 
 
 def _last_tile(summary: Summary) -> Tile:
-    for row in summary.evidence.differences:
-        if row.measure == "fid" and "full precision" in row.other:
-            d = row.difference
-            verdict = {"open": "no difference shown", "better": "better", "worse": "worse"}[row.verdict]
-            value = number(d.value, d.standard_error, signed=True)
-            return Tile(
-                value, "FID", f"against full precision: {verdict}", f"95 % interval {interval(d)}; lower is better"
-            )
     best = _best_uniform(summary)
     if best is not None:
         d = best.difference
@@ -319,10 +294,11 @@ def _best_uniform(summary: Summary) -> DifferenceRow | None:
 def _methods_sentence(summary: Summary) -> str:
     weights: Counter[str] = Counter()
     for row in summary.decisions:
-        weights[family(row.format)] += row.params
-    shares = {kind: share(n / summary.sizes.params) for kind, n in weights.most_common()}
-    left = [f"{shares.pop('fp')} stay at 16 bits"] if "fp" in shares else []
-    return f"Of the weights, {_join([*(f'{FAMILIES[kind]} serves {part}' for kind, part in shares.items()), *left])}."
+        weights[family_words(row.format)] += row.params
+    shares = {words: share(n / summary.sizes.params) for words, n in weights.most_common()}
+    alone = shares.pop(family_words(FP16), None)
+    served = [f"{words} serves {part}" for words, part in shares.items()]
+    return f"Of the weights, {joined([*served, *([f'{alone} stay at 16 bits'] if alone else [])])}."
 
 
 def _activations_sentence(summary: Summary) -> str | None:
@@ -336,7 +312,7 @@ def _activations_sentence(summary: Summary) -> str | None:
         f"{n} layer{'s' if n > 1 else ''} to {width} bits" for width, n in sorted(layers.items()) if width != FULL_BITS
     ]
     rest = f"; {layers[FULL_BITS]} are not" if layers[FULL_BITS] else ""
-    return f"Inputs are rounded, too: those of {_join(parts)}{rest}."
+    return f"Inputs are rounded, too: those of {joined(parts)}{rest}."
 
 
 def _range_sentence(summary: Summary) -> str | None:
@@ -446,7 +422,7 @@ def _next_bits(summary: Summary) -> str | None:
         loss = _apart(p.cost, choice.cost.value)
         parts.append(f"{bits(round(p.bits, 2))} bits would raise {'it' if parts else 'the noise'} by {loss:.1f} dB")
     within = "" if choice.budget_bops is None else " and under the same limit of bit operations"
-    return f"By prediction{within}, {_join(parts)}." if parts else None
+    return f"By prediction{within}, {joined(parts)}." if parts else None
 
 
 def _apart(larger: float, smaller: float) -> float:
@@ -457,7 +433,3 @@ def _unsigned(difference: Estimate) -> tuple[float, float]:
     if difference.value >= 0:
         return difference.low, difference.high
     return -difference.high, -difference.low
-
-
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,4 +1,4 @@
-"""Where decisions stand: names of operations and blocks short enough for a map, for any denoiser.
+"""Names of operations and blocks that are short enough for a map, for any denoiser.
 
 The block of a layer is a path such as `down_blocks.1.attentions.0.transformer_blocks.0`. Blocks with the same
 last container are of one kind and share a panel; what a layer is inside its block is its row.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from sedimo.reporting.summary import DecisionRow
 
 OUTSIDE = "outside blocks"
 
@@ -23,27 +21,6 @@ class Place:
     block: str
     label: str
     operation: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A decision at row and column of a panel; a copy shows a further layer that shares the decision."""
-
-    row: int
-    column: int
-    decision: DecisionRow
-    layer: str
-    is_copy: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """Blocks of one kind: operations as rows, blocks as columns."""
-
-    kind: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[Cell, ...]
 
 
 def place(operation: str, block: str) -> Place:
@@ -66,9 +43,9 @@ def place(operation: str, block: str) -> Place:
     return Place(kind, block, label or block, local)
 
 
-def operation_label(row: DecisionRow, *, has_one_kind: bool) -> str:
-    """The operation of a decision without the path above its block, e.g. `attn1.to_q`."""
-    found = place(row.operation, row.block)
+def operation_label(operation: str, block: str, *, has_one_kind: bool) -> str:
+    """An operation without the path above its block, e.g. `attn1.to_q`."""
+    found = place(operation, block)
     if has_one_kind or found.kind == OUTSIDE:
         return found.operation
     return f"{found.kind}.{found.operation}"
@@ -99,7 +76,7 @@ def stage_labels(stages: Sequence[str]) -> tuple[list[str], str]:
         (['down 0', 'mid'], '')
     """
     named = [s for s in stages if s != OUTSIDE]
-    containers = {_without_numbers(s) for s in named}
+    containers = {without_numbers(s) for s in named}
     if len(containers) != 1:
         return [_stage_label(found) for found in stages], ""
     return ["outside" if s == OUTSIDE else _numbers(s) for s in stages], containers.pop()
@@ -115,10 +92,10 @@ def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
         (['down 1.0 resnets', 'down 1.0 attentions', 'down 1'], '')
     """
     named = [OUTSIDE if block in ("", OUTSIDE) else block for block in blocks]
-    if all("." not in _without_numbers(block) for block in named):
+    if all("." not in without_numbers(block) for block in named):
         labels, common = stage_labels(named)
     else:
-        labels, common = [place("", b).label if "." in _without_numbers(b) else _stage_label(b) for b in named], ""
+        labels, common = [place("", b).label if "." in without_numbers(b) else _stage_label(b) for b in named], ""
     labels = [label or block for label, block in zip(labels, named, strict=True)]
     is_alone = [labels.count(label) == 1 for label in labels]
     return [
@@ -127,57 +104,8 @@ def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
     ], common
 
 
-def kinds(decisions: Sequence[DecisionRow]) -> tuple[str, ...]:
-    """The kinds of blocks in the order in which they occur."""
-    return tuple(dict.fromkeys(place(d.operation, d.block).kind for d in decisions))
-
-
-def panels(decisions: Sequence[DecisionRow]) -> tuple[Panel, ...]:
-    """The map: one panel per kind of block, largest first, layers outside all blocks last."""
-    placed: dict[str, list[tuple[Place, DecisionRow, str, bool]]] = {}
-    for decision in decisions:
-        for layer, found in _places(decision):
-            placed.setdefault(found.kind, []).append((found, decision, layer, layer != decision.layers[0]))
-    made = [_panel(kind, entries) for kind, entries in placed.items()]
-    return tuple(sorted(made, key=lambda p: (p.kind == OUTSIDE, -len(p.cells))))
-
-
-def _places(decision: DecisionRow) -> list[tuple[str, Place]]:
-    """The places of all layers of a decision; layers elsewhere in the tree than the first have none."""
-    first, depth = decision.layers[0], len(decision.block.split(".")) if decision.block else 0
-    found = [(first, place(decision.operation, decision.block))]
-    for layer in decision.layers[1:]:
-        if depth and _without_numbers(layer) == _without_numbers(first):
-            block = ".".join(layer.split(".")[:depth])
-            found.append((layer, place(decision.operation, block)))
-    return found
-
-
-def _panel(kind: str, entries: list[tuple[Place, DecisionRow, str, bool]]) -> Panel:
-    if kind == OUTSIDE:
-        return _outside(entries)
-    blocks = sorted({p.block: p.label for p, *_ in entries}.items(), key=lambda item: _order(item[0]))
-    columns = {block: i for i, (block, _) in enumerate(blocks)}
-    rows: dict[str, int] = {}
-    cells, taken = [], set()
-    for found, decision, layer, is_copy in entries:
-        name, repeat = found.operation, 1
-        while (rows.setdefault(name, len(rows)), columns[found.block]) in taken:
-            repeat += 1
-            name = f"{found.operation} ({repeat})"
-        taken.add((rows[name], columns[found.block]))
-        cells.append(Cell(rows[name], columns[found.block], decision, layer, is_copy))
-    return Panel(kind, tuple(rows), tuple(label for _, label in blocks), tuple(cells))
-
-
-def _outside(entries: list[tuple[Place, DecisionRow, str, bool]]) -> Panel:
-    """One row per layer: there are no blocks to stand in."""
-    cells = tuple(Cell(i, 0, decision, layer, copy) for i, (_, decision, layer, copy) in enumerate(entries))
-    return Panel(OUTSIDE, tuple(cell.layer for cell in cells), ("",), cells)
-
-
-def _order(block: str) -> tuple[tuple[int, int, str], ...]:
-    """Natural order, with the way of a U-Net (down, middle, up) as people read it."""
+def natural_order(block: str) -> tuple[tuple[int, int, str], ...]:
+    """The key that sorts blocks by their numbers, with the way of a U-Net (down, middle, up) as people read it."""
     way = {"down": 0, "mid": 1, "up": 2}
     return tuple(
         (1, int(part), "") if part.isdigit() else (0, way.get(part.split("_")[0], 0), part) for part in block.split(".")
@@ -186,7 +114,7 @@ def _order(block: str) -> tuple[tuple[int, int, str], ...]:
 
 def _stage_label(block: str) -> str:
     """Of a block that is not nested in another: `down 1`, `mid`."""
-    words = _without_numbers(block)
+    words = without_numbers(block)
     return "outside" if block == OUTSIDE else f"{_without_block(words) or words} {_numbers(block)}".strip()
 
 
@@ -198,5 +126,6 @@ def _numbers(path: str) -> str:
     return ".".join(part for part in path.split(".") if part.isdigit())
 
 
-def _without_numbers(path: str) -> str:
+def without_numbers(path: str) -> str:
+    """A path without the parts that count."""
     return ".".join(part for part in path.split(".") if not part.isdigit())

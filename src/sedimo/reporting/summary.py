@@ -1,4 +1,4 @@
-"""All numbers of a report, as records: what was decided, why, what it cost, how it was made.
+"""All numbers of a report: what was decided, why, what it cost, how it was made, and how they follow from a table.
 
 Nothing here draws, reads a clock or touches a file. Every field that evidence has to fill may be absent, and
 the report then leaves its part out.
@@ -6,24 +6,27 @@ the report then leaves its part out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sedimo.allocation.fixed import decided_by
-from sedimo.allocation.problem import Accounting, Status
-from sedimo.metrics.estimate import Estimate
-from sedimo.quant.formats import Format
+from sedimo.allocation.agreement import Agreement
+from sedimo.allocation.costs import NOISE_POWER
+from sedimo.allocation.problem import Accounting, Allocation, Status
+from sedimo.allocation.solve import decided_by
+from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.methods.prediction import Entrant, Prediction
+from sedimo.metrics.estimate import Estimate, normal_estimate
+from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.maps import NO_MAPS, Maps
-from sedimo.reporting.prediction import Entrant, Prediction
-from sedimo.sensitivity.agreement import Agreement
-from sedimo.sensitivity.costs import NOISE_POWER
+from sedimo.reporting.page import Picture
+from sedimo.reporting.placement import OUTSIDE, operation_label, place, stage
+from sedimo.treatments.learned_rounding import LearnedRounding
 
-RecipeKind = Literal["this", "uniform", "random", "method", "peer"]
+RecipeKind = Literal["this", "uniform", "method"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,6 @@ class Measure:
 MEASURES: Mapping[str, Measure] = {
     "sqnr_db": Measure("SQNR", "dB", True),
     "psnr_db": Measure("PSNR", "dB", True),
-    "clip_score": Measure("CLIP score", "", True),
     "fid": Measure("FID", "", False),
     "kid": Measure("KID", "", False),
 }
@@ -177,62 +179,31 @@ class RecipeRow:
     paper_bits: float
     stored_bits: float | None = None
     measures: Mapping[str, Estimate] = field(default_factory=dict)
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class DifferenceRow:
-    """This recipe minus another (or minus full precision), on the same seeds.
-
-    `n_comparisons` tells of how many recipes the other was the best, 1 when it was named beforehand.
-    """
+    """This recipe minus another, on the same seeds."""
 
     other: str
     measure: str
     difference: Estimate
-    n_comparisons: int = 1
 
     @property
-    def verdict(self) -> Literal["better", "worse", "open"]:
+    def verdict(self) -> Literal["better", "worse", "no difference shown"]:
         """What the 95 % interval allows to say."""
         sign = 1 if MEASURES[self.measure].is_higher_better else -1
         low, high = sorted((sign * self.difference.low, sign * self.difference.high))
-        return "better" if low > 0 else "worse" if high < 0 else "open"
+        return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """The least cost that a budget allows, with its standard error; `name` marks a recipe beside the curve."""
+    """The least cost that a budget allows, with its standard error."""
 
     bits: float
     cost: float
     standard_error: float = 0.0
-    name: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """The same sample by both pipelines: uint8 arrays `[height, width, 3]`."""
-
-    label: str
-    reference: NDArray[np.uint8]
-    quantized: NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class LearnedRounding:
-    """Block reconstruction: rounding learned from `n_samples` samples with `n_steps` steps a block.
-
-    `n_learned` of `n_blocks` blocks use it, the others keep nearest rounding; `changed_share` of the weights changed.
-    `error_ratio` is the geometric mean over blocks of the output's squared error over that of nearest rounding.
-    """
-
-    n_blocks: int
-    n_learned: int
-    n_samples: int
-    n_steps: int
-    changed_share: float
-    error_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +222,6 @@ class Evidence:
     agreement_of: str = "random recipes"
     scaling: Agreement | None = None
     frontier: tuple[FrontierPoint, ...] = ()
-    beside_frontier: tuple[FrontierPoint, ...] = ()
     pictures: tuple[Picture, ...] = ()
     file_bytes: int | None = None
     source_file_bytes: int | None = None
@@ -303,3 +273,185 @@ class Summary:
     def measured(self, measure: str) -> Estimate | None:
         """A measured figure of this recipe."""
         return None if self.this is None else self.this.measures.get(measure)
+
+
+def summarize(
+    table: SensitivityTable,
+    allocation: Allocation,
+    *,
+    model: str,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    evidence: Evidence | None = None,
+    provenance: Provenance | None = None,
+) -> Summary:
+    """All numbers of the report of one allocation.
+
+    `shapes` gives the weight's shape of each decision, when known. The order of `table.layers` is taken as
+    that of the denoiser.
+    """
+    reference = reference_format(table, allocation)
+    chosen = [table.index[key] for key in allocation.choice.items()]
+    summed = math.fsum(c.cost for c in chosen)  # an objective may have cross terms; shares are parts of the sum
+    error = math.sqrt(math.fsum(c.standard_error**2 for c in chosen))
+    total = normal_estimate(summed, error)
+    rows = _decision_rows(table, allocation, shapes or {}, reference, total=summed)
+    found = evidence or Evidence()
+    has_one_kind = len({place(row.operation, row.block).kind for row in rows} - {OUTSIDE}) == 1
+    return Summary(
+        model=model,
+        denoiser=table.denoiser,
+        sizes=_sizes(table, allocation, rows, found),
+        choice=_choice(table, allocation, total),
+        reference_format=reference,
+        decisions=rows,
+        operations=_groups(rows, lambda row: operation_label(row.operation, row.block, has_one_kind=has_one_kind)),
+        blocks=_groups(rows, lambda row: stage(row.block) if row.block else OUTSIDE),
+        evidence=found,
+        provenance=provenance or Provenance(),
+    )
+
+
+def reference_format(table: SensitivityTable, allocation: Allocation) -> Format:
+    """The format at which decisions are compared: nearly all can take it, and its bits are near the budget's."""
+    available = Counter(c.format for c in table.costs if c.format.is_quantized and math.isfinite(c.cost))
+    if not available:
+        return next(iter(allocation.choice.values()))
+    most = max(available.values())
+    usual = [f for f, n in available.items() if n >= 0.9 * most]
+    return min(usual, key=lambda f: (abs(f.bits - allocation.bits), f.numerics.words.rank, f.group_size or 0))
+
+
+def frontier_points(curve: Sequence[Allocation]) -> tuple[FrontierPoint, ...]:
+    """The points of a curve of allocations."""
+    return tuple(FrontierPoint(a.bits, a.objective, a.standard_error) for a in curve)
+
+
+def _sizes(table: SensitivityTable, allocation: Allocation, rows: Sequence[DecisionRow], evidence: Evidence) -> Sizes:
+    return Sizes(
+        params=table.total_params,
+        n_layers=len({layer for row in rows for layer in row.layers}),
+        n_decisions=len(rows),
+        paper_bits=allocation.paper_bits,
+        stored_bits=allocation.stored_bits,
+        stored_bytes=sum(row.stored_bytes for row in rows),
+        fp16_bytes=table.total_params * FULL_BITS // 8,
+        file_bytes=evidence.file_bytes,
+        source_file_bytes=evidence.source_file_bytes,
+        bops=allocation.bops,
+        full_bops=table.full_bops,
+        attention_bops=table.attention_bops,
+    )
+
+
+def _choice(table: SensitivityTable, allocation: Allocation, cost: Estimate) -> Choice:
+    return Choice(
+        method=table.method,
+        unit=table.unit,
+        rule=allocation.rule,
+        accounting=allocation.accounting,
+        budget_bits=None if allocation.budget_bytes is None else 8 * allocation.budget_bytes / table.total_params,
+        budget_bops=allocation.budget_bops,
+        cost=cost,
+        gap=allocation.gap,
+        status=allocation.status,
+        notes=allocation.notes,
+    )
+
+
+def _decision_rows(
+    table: SensitivityTable,
+    allocation: Allocation,
+    shapes: Mapping[str, tuple[int, ...]],
+    reference: Format,
+    *,
+    total: float,
+) -> tuple[DecisionRow, ...]:
+    has_shares = total > 0 and min(c.cost for c in table.costs) >= 0
+    rows = []
+    for name in table.layers:
+        entry, at_reference = table.index[name, allocation.choice[name]], table.index.get((name, reference))
+        part = entry.cost / total if has_shares else None
+        rows.append(_decision_row(table, entry, at_reference, shapes.get(name, ()), total=total, share=part))
+    return tuple(rows)
+
+
+def _decision_row(
+    table: SensitivityTable,
+    entry: Cost,
+    reference: Cost | None,
+    shape: tuple[int, ...],
+    *,
+    total: float,
+    share: float | None,
+) -> DecisionRow:
+    name, is_noise = entry.decision, table.unit == NOISE_POWER
+    return DecisionRow(
+        name=name,
+        layers=tuple(table.layers[name]),
+        operation=table.operations[name],
+        block=table.blocks[name],
+        shape=shape,
+        params=table.params[name],
+        format=entry.format,
+        paper_bytes=entry.paper_bytes,
+        stored_bytes=entry.stored_bytes,
+        cost=entry.cost,
+        standard_error=entry.standard_error,
+        n=entry.n,
+        share=share,
+        reference_cost=None if reference is None else reference.cost,
+        reference_standard_error=0.0 if reference is None else reference.standard_error,
+        reference_db=_noise_db(total, entry, reference) if is_noise and reference else None,
+        larger=_step(table, entry, total, larger=True),
+        smaller=_step(table, entry, total, larger=False),
+    )
+
+
+def _step(table: SensitivityTable, entry: Cost, total: float, *, larger: bool) -> Step | None:
+    """The nearest useful format upwards (less cost) or downwards (fewer bytes), by cost per byte."""
+    others = [c for c in table.by_decision[entry.decision] if math.isfinite(c.cost) and c.format != entry.format]
+    if larger:
+        useful = [c for c in others if c.cost < entry.cost and c.stored_bytes > entry.stored_bytes]
+    else:
+        useful = [c for c in others if c.stored_bytes < entry.stored_bytes and c.cost > entry.cost]
+    if not useful:
+        return None
+    pick = max if larger else min
+    other = pick(useful, key=lambda c: (c.cost - entry.cost) / (entry.stored_bytes - c.stored_bytes))
+    is_noise = table.unit == NOISE_POWER
+    return Step(
+        format=other.format,
+        cost_change=other.cost - entry.cost,
+        stored_bytes_change=other.stored_bytes - entry.stored_bytes,
+        noise_db=_noise_db(total, entry, other) if is_noise else None,
+    )
+
+
+def _noise_db(total: float, entry: Cost, other: Cost) -> float | None:
+    """By how many decibels the whole recipe's noise changes if one decision takes another format."""
+    changed = total - entry.cost + other.cost
+    return 10 * math.log10(changed / total) if total > 0 and changed > 0 else None
+
+
+def _groups(rows: Sequence[DecisionRow], key: Callable[[DecisionRow], str]) -> tuple[GroupRow, ...]:
+    members: dict[str, list[DecisionRow]] = {}
+    for row in rows:
+        members.setdefault(key(row), []).append(row)
+    return tuple(_group(name, found) for name, found in members.items())
+
+
+def _group(name: str, rows: Sequence[DecisionRow]) -> GroupRow:
+    params = sum(row.params for row in rows)
+    shares = [row.share for row in rows if row.share is not None]
+    referred = [row for row in rows if row.reference_cost is not None]
+    return GroupRow(
+        name=name,
+        n_decisions=len(rows),
+        params=params,
+        paper_bits=8 * sum(row.paper_bytes for row in rows) / params,
+        cost=math.fsum(row.cost for row in rows),
+        cost_share=math.fsum(shares) if len(shares) == len(rows) else None,
+        reference_cost=math.fsum(row.reference_cost or 0.0 for row in referred),
+        reference_standard_error=math.sqrt(math.fsum(row.reference_standard_error**2 for row in referred)),
+        n_reference=len(referred),
+    )

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from markupsafe import Markup
+import numpy as np
 
 from sedimo.codec import to_plain
 from sedimo.metrics.estimate import Estimate, ranked
-from sedimo.pipelines.folder import write_file
-from sedimo.reporting.comparison import verdict
-from sedimo.reporting.explanation_tables import figure
-from sedimo.reporting.html import Theme, page
-from sedimo.reporting.rounding import number, with_error
-from sedimo.reporting.sweep_charts import ranks_chart, ranks_matrix, values_chart
+from sedimo.reporting.figures import Axis, Chart, Heat, Plot, Series, named, only
+from sedimo.reporting.page import Block, Figure, Items, Page, Row, Section, Table, Text, columns, rows, shown
+from sedimo.reporting.words import name, number, said, verdict, with_error
 
 OTHER_SEEDS = ", other seeds"  # of a scheduler that is compared with itself
 _SCHEDULERS = "schedulers"  # the question that has a matrix
+_HEIGHT = 430
+_ROW = 74  # of the matrix [px]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +127,89 @@ _WORDS: Mapping[str, _Words] = {
 }
 
 
-def write_sweep(sweep: Sweep, path: Path) -> None:
-    """Writes the page; an existing file is replaced at once or not at all."""
-    write_file(path, render_sweep(sweep).encode())
-
-
-def render_sweep(sweep: Sweep, *, theme: Theme | None = None) -> str:
-    """The page as HTML text; `theme` fixes light or dark, which is otherwise the reader's setting."""
-    words = _WORDS[sweep.question]
-    values = [
-        (v.value, f"{v.paper_bits:.3f}", figure(v.sqnr_db), v.ahead and figure(v.ahead), verdict(v.ahead), v.note)
-        for v in sweep.values
-    ]
-    return page(
-        "sweep.html.j2",
-        {
-            "s": sweep,
-            "theme": theme,
-            "words": words,
-            "headline": headline(sweep),
-            "chart": Markup(_chart(sweep, words.knob)),  # texts in it are escaped
-            "values": values,
-            "again": sweep.confirmed and figure(sweep.confirmed.ahead),
-            "has_notes": any(v.note for v in sweep.values),
-            "ranks": [(r.first, r.second, figure(r.srcc), r.srcc.n) for r in sweep.ranks],
-            "errors": [(name, number(error)) for name, error in sweep.errors.items()],
-        },
+def sweep_page(sweep: Sweep) -> Page:
+    """All that a sweep tells, as a page."""
+    s, words = sweep, _WORDS[sweep.question]
+    about = (
+        f"{words.about} All of it with {name(s.number_format)}, {s.n_steps} step{'' if s.n_steps == 1 else 's'}, seeds "
+        f"{s.seeds}."
     )
+    chart = _chart(sweep, words.knob)
+    blocks = shown(
+        Text(about),
+        None if chart is None else Figure(chart, _caption(sweep)),
+        _values(sweep, words.knob) if s.values else None,
+        _ranks(sweep, words.knob) if s.ranks else None,
+        Items(s.notes),
+    )
+    return Page(f"{words.title} on {s.source}", headline(s), sections=(Section("answer", words.title, blocks),))
+
+
+def _caption(sweep: Sweep) -> str:
+    if sweep.values:
+        return (
+            "Above, SQNR of the final latents, higher is better; below, what each value is ahead of the baseline on "
+            "the same seeds, which is sharper because seeds differ more than values do. Bars are 95 % intervals of the "
+            "mean over seeds."
+        )
+    bars = " Bars are 95 % intervals over the choice of decisions." if sweep.question == "samples" else ""
+    return f"1 is the same order of decisions, 0 none.{bars}"
+
+
+def _values(sweep: Sweep, knob: str) -> tuple[Block, ...]:
+    n, has_notes = sweep.n_comparisons, any(v.note for v in sweep.values)
+    note = "kept besides" if sweep.question == "threshold" else "what it did"
+    titles = columns(
+        knob,
+        ("paper bits", "fine bits"),
+        "SQNR [dB]",
+        "ahead of the baseline [dB]",
+        ("verdict", "verdict"),
+    )
+    lines = (
+        Row(
+            (
+                v.value,
+                v.paper_bits,
+                v.sqnr_db,
+                v.ahead,
+                verdict(v.ahead),
+                *([v.note] if has_notes else []),
+            ),
+            v.ahead is None,
+        )
+        for v in sweep.values
+    )
+    caption = (
+        f"{n} paired difference{'' if n == 1 else 's'} to the baseline, each with its own 95 % interval: of so many, "
+        f"{0.05 * n:.1f} would miss zero by chance alone. The highest of several is flattered by having been chosen: "
+        "see below."
+    )
+    table = Table((*titles, *columns(note)) if has_notes else titles, tuple(lines), caption)
+    if sweep.confirmed is None:
+        return (table,)
+    text, limits = said(sweep.confirmed.ahead)
+    again = (
+        f"Measured again on seeds {sweep.confirmed.seeds}, on which nothing was chosen, {name(sweep.confirmed.value)} "
+        f"is *{text} dB* {limits} ahead of the baseline."
+    )
+    return table, Text(again)
+
+
+def _ranks(sweep: Sweep, knob: str) -> tuple[Block, ...]:
+    n = sweep.n_comparisons
+    ranks = Table(
+        columns(knob, "against", "rank correlation", "decisions"),
+        rows((r.first, r.second, r.srcc, r.srcc.n) for r in sweep.ranks),
+        f"{n} rank correlation{'' if n == 1 else 's'} (Spearman) of sensitivities, each with its own 95 % interval "
+        "over the choice of decisions.",
+    )
+    errors = Table(
+        columns(knob, "mean standard error [dB]"),
+        rows(sweep.errors.items()),
+        "Standard error of a decision's sensitivity over samples, mean over decisions.",
+    )
+    return ranks, errors
 
 
 def headline(sweep: Sweep) -> str:
@@ -195,10 +250,74 @@ def _least_agreement(sweep: Sweep) -> str:
     )
 
 
-def _chart(sweep: Sweep, knob: str) -> str:
+def _chart(sweep: Sweep, knob: str) -> Chart | None:
     if sweep.values:
-        ahead = [v.ahead for v in sweep.values]
-        return values_chart([v.value for v in sweep.values], [v.sqnr_db for v in sweep.values], ahead, knob=knob)
+        return _values_chart(sweep.values, knob)
     if sweep.question == _SCHEDULERS:
         return ranks_matrix([*sweep.errors], {(r.first, r.second): r.srcc.value for r in sweep.ranks})
-    return ranks_chart(sweep.errors, {r.first: r.srcc for r in sweep.ranks}, knob=knob)
+    return _ranks_chart(sweep.errors, {r.first: r.srcc for r in sweep.ranks}, knob)
+
+
+def _values_chart(values: Sequence[SweptValue], knob: str) -> Chart | None:
+    """SQNR at each value, and what each gains on the first one, the baseline, paired."""
+    if not any(math.isfinite(v.sqnr_db.value) for v in values):
+        return None
+    places, baseline = _places([v.value for v in values], knob), values[0].sqnr_db.value
+    panels = (
+        Plot(
+            (Series(tuple(v.sqnr_db for v in values)),),
+            places,
+            Axis("SQNR [dB]"),
+            ((baseline, "baseline"),) if math.isfinite(baseline) else (),
+        ),
+        Plot(
+            (Series(tuple(v.ahead or only(math.nan) for v in values)),),
+            places,
+            Axis("ahead of the\nbaseline [dB]"),
+            zero=True,
+        ),
+    )
+    description = "; ".join(f"{v.value} {number(v.sqnr_db.value)} dB" for v in values)
+    return Chart("sweep", f"SQNR by {knob}", description, panels, _HEIGHT)
+
+
+def _ranks_chart(errors: Mapping[str, float], srcc: Mapping[str, Estimate], knob: str) -> Chart:
+    """Rank correlation with the largest set, and the mean standard error of each set [dB]."""
+    places = _places([*errors], knob)
+    panels = (
+        Plot(
+            (Series(tuple(srcc.get(one, only(math.nan)) for one in errors)),),
+            places,
+            Axis("rank correlation\nwith the largest set"),
+        ),
+        Plot(
+            (Series(tuple(map(only, errors.values()))),),
+            places,
+            Axis("mean standard error\nof local SQNR [dB]", low=0.0, high=1.1 * max(errors.values())),
+        ),
+    )
+    description = "; ".join(f"{one} {number(value.value)}" for one, value in srcc.items())
+    return Chart("sweep", f"Agreement of sensitivities by {knob}", description, panels, _HEIGHT)
+
+
+def _places(names: Sequence[str], knob: str) -> Axis:
+    return Axis(knob, named(names), are_turned=sum(map(len, names)) > 80)
+
+
+def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float]) -> Chart:
+    """Rank correlation of every two sensitivities as a matrix with its numbers; one that is none is left empty."""
+    matrix, index = np.full((len(names), len(names)), math.nan), {one: i for i, one in enumerate(names)}
+    np.fill_diagonal(matrix, 1.0)
+    for (first, second), value in srcc.items():
+        matrix[index[first], index[second]] = matrix[index[second], index[first]] = value
+    places = Axis(ticks=named([one.replace(", ", ",\n") for one in names]))
+    panel = Heat(
+        tuple(map(tuple, matrix.tolist())),
+        places,
+        places,
+        "rank correlation",
+        (math.floor(10 * float(np.nanmin(matrix))) / 10, 1.0),
+        is_written=True,
+    )
+    description = "; ".join(f"{a} and {b} {number(value)}" for (a, b), value in srcc.items())
+    return Chart("sweep", "Rank correlation of sensitivities", description, (panel,), 60 + _ROW * len(names))

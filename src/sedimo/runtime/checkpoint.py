@@ -17,24 +17,29 @@ from safetensors.torch import save_file
 
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
-from sedimo.pipelines.files import WEIGHTS_STEM, find_weights
+from sedimo.pipelines.files import WEIGHTS_STEM, FileHeader, find_weights, read_header
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.completeness import check_against_layers
-from sedimo.runtime.header import FileHeader, read_headers
-from sedimo.runtime.integrity import check_tensors, make_seal, read_seal
+from sedimo.runtime.contents import assemble
+from sedimo.runtime.judge import (
+    check_against_layers,
+    check_divisors,
+    check_tensors,
+    make_seal,
+    read_seal,
+    tensor_specs,
+)
 from sedimo.runtime.layout import (
     METHOD,
     Configuration,
     Kind,
     LayerEntry,
     TiedEntry,
-    assemble,
     entry_of,
     packed_tensors,
     read_configuration,
 )
-from sedimo.runtime.smoothed import How, check_divisors
+from sedimo.runtime.smoothed import How
 
 _KINDS: dict[int, Kind] = {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 
@@ -67,7 +72,7 @@ class Checkpoint:
     @property
     def plain_bytes(self) -> int:
         """Bytes of all other tensors."""
-        return sum(spec.n_bytes for h in self.headers for spec in h.tensors.values()) - self.stored_bytes
+        return sum(spec.n_bytes for spec in tensor_specs(self.headers).values()) - self.stored_bytes
 
 
 def is_packed(folder: Path) -> bool:
@@ -92,9 +97,9 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise StateError(f"{path} has no quantization_config: the denoiser is not packed")
     read = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
-    headers = read_headers(find_weights(folder, WEIGHTS_STEM, variant).files)
+    headers = tuple(read_header(path) for path in find_weights(folder, WEIGHTS_STEM, variant).files)
+    found = tensor_specs(headers)
     seal = read_seal(headers, read)
-    found = {name: spec for header in headers for name, spec in header.tensors.items()}
     check_against_layers(found, read.layers, read.smoothed)
     return Checkpoint(folder, config, read.layers, read.inputs, headers, seal.checksums(found), read.smoothed)
 

@@ -1,10 +1,12 @@
 """What lies packed in a denoiser: put it there, take it out, describe it, and judge whether it may be packed.
 
-A denoiser's module tree is left alone; only parameters named `weight` of Linear and Conv layers change.
+Packed weights are assembled from the tensors of a file, and flattened into them. A denoiser's module tree is left
+alone; only parameters named `weight` of Linear and Conv layers change.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -12,7 +14,9 @@ from torch import nn
 
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.weights import refuse_adapters
+from sedimo.quant.parts import WeightPart
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.judge import check_values
 from sedimo.runtime.layout import LAYER_TYPES, METHOD, LayerEntry, Layers, TiedEntry, entry_of, kind_of, packed_tensors
 
 
@@ -83,6 +87,31 @@ def unset_weights(denoiser: nn.Module) -> None:
     modules = dict(named_layers(denoiser))
     for name, weight in packed_layers(denoiser).items():
         modules[name]._parameters["weight"] = nn.Parameter(weight.dequantize(), requires_grad=False)
+
+
+def assemble(layer: str, entry: LayerEntry, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> QuantizedTensor:
+    """The packed weight of a layer from its stored tensors by name; their values are checked.
+
+    The tensors are copied: those of a safetensors file are windows on the file, which may change.
+
+    Raises:
+        StateError: a value that no quantizer writes, or tensors that do not fit the entry.
+    """
+    own: list[dict[str, torch.Tensor]] = [{} for _ in entry.parts]
+    for name, (i, field_name) in entry.tensors(layer).items():
+        own[i][field_name] = tensors[name].clone()
+    parts = []
+    for i, (part, fields) in enumerate(zip(entry.parts, own, strict=True)):
+        check_values(
+            f"{layer}.weight.{i}", part, fields, n_inputs=(part.stop - part.start) * math.prod(entry.shape[2:])
+        )
+        parts.append(WeightPart(part.start, part.stop, part.format, fields))
+    try:
+        weight = QuantizedTensor.from_parts(parts, entry.shape, dtype)
+    except InputError as error:
+        raise StateError(f"layer {layer!r}: {error}") from error
+    weight.layer_name = layer
+    return weight
 
 
 def flatten_state(state: Mapping[str, torch.Tensor], layers: Layers) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ diffusers makes a parameter, values are checked as they arrive, and nothing may 
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
@@ -23,23 +22,34 @@ from torch import nn
 from sedimo import __version__
 from sedimo._import_hook import install
 from sedimo.errors import InputError, StateError, UnsupportedError
+from sedimo.pipelines.files import read_header
 from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.activations import round_inputs, rounded_inputs, unround_inputs
-from sedimo.runtime.completeness import check_against_layers, check_against_model, check_inputs, loaded_names
-from sedimo.runtime.contents import describe, flatten_state, named_layers, unset_weights
-from sedimo.runtime.header import read_headers
-from sedimo.runtime.integrity import Seal, check_tensors, make_seal, read_seal
+from sedimo.runtime.contents import assemble, describe, flatten_state, named_layers, unset_weights
+from sedimo.runtime.judge import (
+    Seal,
+    check_against_layers,
+    check_against_model,
+    check_divisors,
+    check_inputs,
+    check_nothing_on_meta,
+    check_tensors,
+    make_seal,
+    read_seal,
+    tensor_specs,
+)
 from sedimo.runtime.layout import (
     METHOD,
     Configuration,
     LayerEntry,
     TiedEntry,
-    assemble,
+    packed_tensors,
     read_configuration,
 )
-from sedimo.runtime.smoothed import check_divisors, prepare_divisors, smoothed_layers, unsmooth_inputs
+from sedimo.runtime.smoothed import prepare_divisors, smoothed_layers, unsmooth_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -180,14 +190,15 @@ class SedimoQuantizer(DiffusersQuantizer):
         paths = [Path(str(file)) for file in checkpoint_files]
         if wrong := [path.name for path in paths if path.suffix != ".safetensors"]:
             raise StateError(f"a packed checkpoint is read from safetensors files only, got {wrong}")
-        headers = read_headers(paths)
+        headers = [read_header(path) for path in paths]
+        self._found = tensor_specs(headers)
         self._seal = read_seal(headers, self.config.configuration)
-        self._found = {name: spec for header in headers for name, spec in header.tensors.items()}
         check_against_layers(self._found, self.layers, self.config.configuration.smoothed)
         if set(loaded_keys) != set(self._found):
             names = sorted(set(loaded_keys) ^ set(self._found))
             raise StateError(f"the index of the shards and the shards disagree about {names[:5]}. Copy them again.")
-        return loaded_names(self._found, self.layers)
+        packed = packed_tensors(self.layers)
+        return [*(name for name in self._found if name not in packed), *(f"{name}.weight" for name in self.layers)]
 
     def maybe_update_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Replaces the stored tensors of complete layers by their packed weight; keeps those of incomplete ones.
@@ -232,7 +243,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         """Puts a packed weight into the model; layers that share one get the same parameter."""
         layer = param_name.removesuffix(".weight")
         if not isinstance(param_value, QuantizedTensor):
-            param_value = _quantize(param_value, self.config.recipe[layer], layer)
+            param_value = quantize_weight(param_value, self.config.recipe[layer], layer_name=layer)
         weight = param_value.to(target_device)
         entry = self.layers.get(layer)
         if isinstance(entry, TiedEntry):
@@ -304,23 +315,6 @@ def attach(model: nn.Module) -> None:
     )
 
 
-def check_nothing_on_meta(model: nn.Module) -> None:
-    """Refuses a loaded model of which a tensor has no data.
-
-    Raises:
-        StateError: naming the tensors. (Modules that accelerate offloads keep theirs elsewhere and are skipped.)
-    """
-    missing = [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if not getattr(getattr(module, "_hf_hook", None), "offload", False)
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        if tensor.device.type == "meta"
-    ]
-    if missing:
-        raise StateError(f"these tensors of the model were not in the checkpoint: {missing[:5]}")
-
-
 def register(auto: ModuleType) -> None:
     """Writes the quantizer and its configuration into the tables of `diffusers.quantizers.auto`."""
     if not hasattr(DiffusersQuantizer, "maybe_update_state_dict"):
@@ -342,12 +336,6 @@ def _forget(model: nn.Module) -> None:
     kept = {key: value for key, value in internal.items() if key != "quantization_config"}
     model.__dict__["_internal_dict"] = frozen(kept)
     model.__dict__.pop("quantization_method", None)
-
-
-def _quantize(weight: torch.Tensor, number_format: str, layer: str) -> QuantizedTensor:
-    quantization = importlib.import_module("sedimo.quant.quantization")  # brings numba, which loading does without
-    packed: QuantizedTensor = quantization.quantize_weight(weight, number_format, layer_name=layer)
-    return packed
 
 
 install()  # if this module was what imported diffusers, the hook ran before there was anything to register

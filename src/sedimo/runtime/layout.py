@@ -7,8 +7,8 @@ that follow from it are compared with the file's header before any tensor is mad
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,9 +16,11 @@ from torch import nn
 
 from sedimo.codec import content_key, from_plain, to_plain
 from sedimo.errors import InputError, StateError
+from sedimo.pipelines.weights import dtype_name
+from sedimo.quant import families
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
-from sedimo.quant.parts import FIELDS, TensorSpec, WeightPart, expected_tensors
+from sedimo.quant.parts import PartFormat, TensorSpec, WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.smoothed import How
 
@@ -26,7 +28,6 @@ METHOD = "sedimo"
 _FIELDS = {"quant_method", "format_version", "made_by", "layers", "activations", "smoothed"}
 FORMAT_VERSION = 1
 Kind = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
-WideDtype = Literal["float16", "bfloat16", "float32"]
 
 LAYER_TYPES: dict[Kind, type[nn.Module]] = {
     "Linear": nn.Linear,
@@ -34,47 +35,51 @@ LAYER_TYPES: dict[Kind, type[nn.Module]] = {
     "Conv2d": nn.Conv2d,
     "Conv3d": nn.Conv3d,
 }
-_WIDE_DTYPES: dict[WideDtype, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
-_WIDE_NAMES = {dtype: name for name, dtype in _WIDE_DTYPES.items()}
 _DIMENSIONS: dict[Kind, int] = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5}
 
 
 @dataclass(frozen=True, slots=True)
 class PartEntry:
-    """Input channels `start..stop` in one format; `codebook` or `values` is the dtype of those tensors."""
+    """Input channels `start..stop` in one format; `dtypes` names those of tensors whose dtype depends on the weight."""
 
     start: int
     stop: int
     format: Format
-    codebook: WideDtype | None = None
-    values: WideDtype | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def __plain__(self) -> dict[str, object]:
-        """Fields that say nothing are left out of the file."""
-        plain = {"start": self.start, "stop": self.stop, "format": str(self.format)}
-        wide = {"codebook": self.codebook, "values": self.values}
-        return plain | {name: dtype for name, dtype in wide.items() if dtype is not None}
+        """In the file, dtypes stand beside the format: `"codebook": "float16"`."""
+        return {"start": self.start, "stop": self.stop, "format": str(self.format), **self.dtypes}
+
+    @classmethod
+    def __from_plain__(cls, plain: object, place: str) -> PartEntry:
+        """Reads that form."""
+        known = {name for family in families.FAMILIES for name in family.dtypes}
+        fields = dict(plain) if isinstance(plain, Mapping) else {}
+        told = from_plain(dict[str, str | None], {n: fields.pop(n) for n in known & fields.keys()}, place=place)
+        dtypes = {name: dtype for name, dtype in told.items() if dtype is not None}
+        range_of = from_plain(PartFormat, fields or plain, place=place)
+        return cls(range_of.start, range_of.stop, range_of.format, dtypes)
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """The stored tensors by field, for a layer of the given weight shape.
 
         Raises:
-            InputError: a dtype that does not belong to the format, or activation bits, which are told elsewhere.
+            InputError: a dtype that does not belong to the format, activation bits, which are told elsewhere, or a
+                format of another program.
         """
+        family = self.format.numerics
         if self.format != self.format.weight_format:
             raise InputError(f"a packed weight has no activation bits, they belong in 'activations'; got {self.format}")
-        name = self.codebook or self.values
-        if (self.codebook is not None) != (self.format.family in ("kmc", "kma")):
-            raise InputError(f"'codebook' belongs to kmc and kma and is required there; the format is {self.format}")
-        if (self.values is not None) == self.format.is_quantized:
-            raise InputError(f"'values' belongs to fp16 and is required there; the format is {self.format}")
-        n_inputs = (self.stop - self.start) * math.prod(shape[2:])
-        wide = None if name is None else _WIDE_DTYPES[name]
-        return expected_tensors(self.format, shape[0], n_inputs, wide=wide)
+        if family.is_foreign:
+            raise InputError(
+                f"{self.format} is a format of another program: export it, our checkpoint does not hold it"
+            )
+        for name in sorted(self.dtypes.keys() ^ family.dtypes.keys()):
+            owners = " and ".join(f.label for f in families.FAMILIES if name in f.dtypes)
+            raise InputError(f"{name!r} belongs to {owners} and is required there; the format is {self.format}")
+        dtypes = {name: _dtype(name, text, family.dtypes[name]) for name, text in self.dtypes.items()}
+        return expected_tensors(self.format, shape[0], (self.stop - self.start) * math.prod(shape[2:]), dtypes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +229,15 @@ def entry_of(kind: Kind, tensor: QuantizedTensor) -> LayerEntry:
 
 
 def _part_entry(part: WeightPart) -> PartEntry:
-    wide = None if part.wide_dtype is None else _WIDE_NAMES[part.wide_dtype]
-    is_codebook = part.codebook is not None
-    return PartEntry(part.start, part.stop, part.format, wide if is_codebook else None, None if is_codebook else wide)
+    dtypes = {name: dtype_name(dtype) for name, dtype in part.dtypes.items()}
+    return PartEntry(part.start, part.stop, part.format, dtypes)
+
+
+def _dtype(field_name: str, text: str, allowed: Sequence[torch.dtype]) -> torch.dtype:
+    found = {dtype_name(dtype): dtype for dtype in allowed}
+    if text not in found:
+        raise InputError(f"{field_name!r} must be one of {list(found)}, got {text!r}")
+    return found[text]
 
 
 def packed_tensors(layers: Layers) -> dict[str, TensorSpec]:
@@ -237,48 +248,3 @@ def packed_tensors(layers: Layers) -> dict[str, TensorSpec]:
         if isinstance(entry, LayerEntry)
         for name, (i, field) in entry.tensors(layer).items()
     }
-
-
-def assemble(layer: str, entry: LayerEntry, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> QuantizedTensor:
-    """The packed weight of a layer from its stored tensors by name; their values are checked.
-
-    The tensors are copied: those of a safetensors file are windows on the file, which may change.
-
-    Raises:
-        StateError: a value that no quantizer writes, or tensors that do not fit the entry.
-    """
-    own: list[dict[str, torch.Tensor]] = [{} for _ in entry.parts]
-    for name, (i, field) in entry.tensors(layer).items():
-        own[i][field] = tensors[name].clone()
-    parts = []
-    for i, (part, fields) in enumerate(zip(entry.parts, own, strict=True)):
-        check_values(
-            f"{layer}.weight.{i}", part, fields, n_inputs=(part.stop - part.start) * math.prod(entry.shape[2:])
-        )
-        parts.append(WeightPart(part.start, part.stop, part.format, **fields))
-    try:
-        weight = QuantizedTensor.from_parts(parts, entry.shape, dtype)
-    except InputError as error:
-        raise StateError(f"layer {layer!r}: {error}") from error
-    weight.layer_name = layer
-    return weight
-
-
-def check_values(place: str, part: PartEntry, tensors: Mapping[str, torch.Tensor], *, n_inputs: int) -> None:
-    """Refuses stored values that no quantizer writes.
-
-    Raises:
-        StateError: naming the tensor, the rule and the value found.
-    """
-    for field in FIELDS:
-        tensor = tensors.get(field)
-        if tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise StateError(f"{place}.{field} holds NaN or infinity: the file is damaged; make the checkpoint again")
-    codes, zero_point, codebook = (tensors.get(field) for field in ("codes", "zero_point", "codebook"))
-    n_padding = -n_inputs * part.format.bits % 8
-    if codes is not None and n_padding and int(codes[:, -1].max()) >> (8 - n_padding):
-        raise StateError(f"{place}.codes has set bits after the last code of a row, which must be zero")
-    if zero_point is not None and part.format.group_size and int(zero_point.max()) > part.format.qmax:
-        raise StateError(f"{place}.zero_point must lie in 0..{part.format.qmax}, got {int(zero_point.max())}")
-    if codebook is not None and bool((codebook.diff(dim=1) < 0).any()):
-        raise StateError(f"{place}.codebook must be sorted in every row")

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from sedimo.errors import InputError, StateError
-from sedimo.quant.parts import TensorSpec
 
 How = Literal["divided", "folded"]
 DIVISOR = "input_divisor"
@@ -102,38 +101,3 @@ def prepare_divisors(model: nn.Module, smoothed: Mapping[str, How]) -> None:
             weight = module.get_parameter("weight")
             set_divisor(module, torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device))
     mark_smoothed(model, smoothed)
-
-
-def check_divisor_specs(
-    found: Mapping[str, TensorSpec], smoothed: Mapping[str, How], shapes: Mapping[str, int]
-) -> None:
-    """Refuses a checkpoint whose divisors are not one floating-point number per input channel of each divided layer.
-
-    `shapes` tells the input channels of packed layers; those of others follow from their weight in `found`.
-
-    Raises:
-        StateError: a divisor is missing, extra, or has another shape or dtype.
-    """
-    wanted = {f"{name}.{DIVISOR}" for name, how in smoothed.items() if how == "divided"}
-    present = {name for name in found if name.rpartition(".")[2] == DIVISOR}
-    if odd := sorted(wanted ^ present):
-        raise StateError(f"divisors of config.json and of the file differ in {', '.join(odd[:_SHOWN])}: copy it again")
-    for name in wanted:
-        layer, spec = name.removesuffix(f".{DIVISOR}"), found[name]
-        weight = found.get(f"{layer}.weight")
-        n_inputs = shapes.get(layer) if weight is None else next(iter(weight.shape[1:]), None)
-        if n_inputs is None:
-            raise StateError(f"tensor {name!r} divides the input of a layer without a weight [out, in, ...]")
-        if spec.shape != (n_inputs,) or not spec.dtype.is_floating_point:
-            raise StateError(f"tensor {name!r} must be [{n_inputs}] of floating point, got {spec.dtype} {spec.shape}")
-
-
-def check_divisors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuses divisors that are not positive and finite.
-
-    Raises:
-        StateError: naming the tensor.
-    """
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] == DIVISOR and not bool((tensor.isfinite() & (tensor > 0)).all()):
-            raise StateError(f"{name} must be finite and greater than zero: the file is damaged; make it again")

@@ -2,7 +2,7 @@
 
 It knows no record: whoever puts a row says what it means. A row is there whole or not at all, because every
 write is one transaction of a write-ahead log that is synced before `put` returns. What it refuses: a file that
-is not its own, a newer layout, and text that is not JSON.
+is not its own, another layout, and text that is not JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import TracebackType
 from sedimo.errors import InputError, StateError
 
 APPLICATION_ID = 0x5ED1_0001 & 0x7FFF_FFFF
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2  # 1: studies of 0.1.0
 _BUSY_SECONDS = 30.0
 _RETRY_SECONDS = 0.01
 _SCHEMA = """
@@ -42,7 +42,7 @@ class Rows:
 
     Raises:
         InputError: the file is missing and `create` is false.
-        StateError: the file is no SQLite file, belongs to another program, or has a newer layout.
+        StateError: the file is no SQLite file, belongs to another program, or has another layout.
     """
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
@@ -120,7 +120,11 @@ class Rows:
         if not (is_empty and owner == 0) and owner != APPLICATION_ID:
             raise StateError(f"{self.path} is an SQLite file of another program")
         if owner == APPLICATION_ID and version not in (0, LAYOUT_VERSION):
-            raise StateError(f"{self.path} has layout version {version}; this Sedimo reads {LAYOUT_VERSION}")
+            age = "an older" if version < LAYOUT_VERSION else "a newer"
+            raise StateError(
+                f"{self.path} was written by {age} version of Sedimo (layout version {version}, this one reads "
+                f"{LAYOUT_VERSION}): use a new folder, or the version that wrote it"
+            )
         self._log_ahead()
         run("PRAGMA synchronous = FULL")
         if version == 0:

@@ -1,0 +1,166 @@
+"""A budget as a person writes it: a size, bit operations, or both."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+
+from sedimo.allocation.problem import Allocation, Budget, read_budget
+from sedimo.allocation.solve import allocate
+from sedimo.allocation.table import SensitivityTable
+from sedimo.errors import InputError
+from sedimo.settings import option
+
+MAX_BITS = 32
+MAX_BYTES = 1 << 50
+MAX_BOPS = 1 << 62  # sums of them are integers of 64 bits
+_EXPONENTS = {"": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15}
+_PATTERN = re.compile(r"(\d+\.?\d*(?:e\d{1,3})?) ?([kMGTP%]?)")
+_ROUNDING = 1e-12  # relative; a share that was computed as bops / full_bops must give the operations back
+
+
+@dataclass(frozen=True, slots=True)
+class BopsLimit:
+    """At most so many bit operations of one sample and denoiser call, attention included; `text` as it was written.
+
+    Exactly one of `n_bops` and `share` (of those at 16 bits, 0 to 1) is given.
+    """
+
+    text: str
+    n_bops: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> BopsLimit:
+        """The limit that a text means.
+
+        Example:
+            >>> BopsLimit.parse("1.5T").n_bops, BopsLimit.parse("12.5%").share
+            (1500000000000, 0.125)
+
+        Raises:
+            InputError: not a positive number with a unit, or beyond full precision.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None or not Decimal(match[1]):
+            raise InputError(
+                "bit operations are written as a positive number, with k, M, G, T or P for thousands, or in percent of "
+                f"those at 16 bits: 350G, 1.5T, 12.5%; got {text!r}"
+            )
+        value = Decimal(match[1])
+        if match[2] == "%":
+            if value > 100:
+                raise InputError(f"a share of the bit operations at 16 bits is at most 100%, got {text!r}")
+            return cls(text.strip(), share=float(value / 100))
+        n_bops = value.scaleb(_EXPONENTS[match[2]])
+        if n_bops > MAX_BOPS:
+            raise InputError(f"a budget of {text} bit operations is beyond any model")
+        return cls(text.strip(), n_bops=int(n_bops))
+
+    def resolved(self, full_bops: int) -> int:
+        """The limit for a model of `full_bops` at 16 bits [BOPs]."""
+        if self.n_bops is not None:
+            return self.n_bops
+        assert self.share is not None  # noqa: S101  # exactly one is given
+        return math.floor(self.share * full_bops * (1 + _ROUNDING))
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.text} {'of the ' if self.share is not None else ''}bit operations"
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSettings:
+    """A size, bit operations, or both; the size in paper bits or stored bits per weight, or in bytes.
+
+    Raises:
+        InputError: two sizes at once, or a budget that no weight has.
+    """
+
+    bits: float | None = option(None, "--bits", help="Budget: bits per weight in the papers' accounting.")
+    stored_bits: float | None = option(
+        None, "--stored-bits", help="Budget: bits per weight as stored, scales and codebooks counted."
+    )
+    n_bytes: int | None = option(None, "--bytes", help="Budget: bytes of the tensors that replace the weights.")
+    bops: BopsLimit | None = option(
+        None,
+        "--bops",
+        parse=BopsLimit.parse,
+        help="Budget: bit operations of a sample and call, attention too: 350G, 1.5T, 12.5% of those at 16 bits.",
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        given = [v for v in (self.bits, self.stored_bits, self.n_bytes) if v is not None]
+        if len(given) > 1:
+            raise InputError("give one size: --bits, --stored-bits or --bytes, got several")
+        if given and not 0 < given[0] < float("inf"):
+            raise InputError(f"a budget must be positive, got {given[0]}")
+        if max(self.bits or 0, self.stored_bits or 0) > MAX_BITS or (self.n_bytes or 0) > MAX_BYTES:
+            raise InputError(f"a budget of {given[0]:g} is beyond any model; weights have at most {MAX_BITS} bits")
+
+    @property
+    def has_size(self) -> bool:
+        """Whether the size is limited."""
+        return any(v is not None for v in (self.bits, self.stored_bits, self.n_bytes))
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a budget at all."""
+        return self.has_size or self.bops is not None
+
+    def resolved(self, n_weights: int, full_bops: int) -> Budget | None:
+        """The limits for a model of so many weights and bit operations at 16 bits; None without a budget.
+
+        Raises:
+            InputError: a share of bit operations that are not known.
+        """
+        bops = None if self.bops is None else self.bops.resolved(full_bops)
+        return read_budget(
+            n_weights, bits=self.bits, stored_bits=self.stored_bits, budget_bytes=self.n_bytes, budget_bops=bops
+        )
+
+    def in_bits(self, n_weights: int) -> float:
+        """The size per weight [bits], in its own accounting.
+
+        Raises:
+            InputError: no size.
+        """
+        bits = self.bits if self.stored_bits is None else self.stored_bits
+        if bits is None and self.n_bytes is None:
+            raise InputError("a budget of size is needed: --bits 3.5 (or --stored-bits, --bytes)")
+        return bits if bits is not None else 8 * (self.n_bytes or 0) / n_weights
+
+    def __str__(self) -> str:
+        """For people."""
+        size = (
+            f"{self.bits:g} paper bits per weight"
+            if self.bits is not None
+            else f"{self.stored_bits:g} stored bits per weight"
+            if self.stored_bits is not None
+            else f"{self.n_bytes} bytes"
+        )
+        parts = [*([size] if self.has_size else []), *([] if self.bops is None else [str(self.bops)])]
+        return " and ".join(parts) or "no budget"
+
+
+NO_BUDGET = BudgetSettings()
+
+
+def allocated(table: SensitivityTable, budget: BudgetSettings, *, rule: str = "milp") -> Allocation:
+    """The recipe of a table under a budget in any accounting (see `allocate`).
+
+    Raises:
+        InputError: a budget that no choice keeps, with the least and most possible.
+    """
+    bops = None if budget.bops is None else budget.bops.resolved(table.full_bops)
+    return allocate(
+        table,
+        bits=budget.bits,
+        stored_bits=budget.stored_bits,
+        budget_bytes=budget.n_bytes,
+        budget_bops=bops,
+        rule=rule,
+    )

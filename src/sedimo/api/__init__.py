@@ -1,1 +1,0 @@
-"""The verbs: plain functions from records to records, and the jobs that the command line runs."""

@@ -1,0 +1,151 @@
+"""Train a predictor on the study RUN, say how good it is, and keep its table for `sedimo allocate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from sedimo.allocation.table import SensitivityTable
+from sedimo.bank import SILENT, Progress
+from sedimo.codec import to_plain
+from sedimo.errors import InputError
+from sedimo.jobs.explaining import predictor_rows
+from sedimo.jobs.job import Job
+from sedimo.jobs.report import TABLE
+from sedimo.lab.study import Study
+from sedimo.lab.trial import ObjectiveName
+from sedimo.methods.predictor.costs import Calibration, argmax_recipes, calibrated_table, refuse_confidence
+from sedimo.methods.predictor.goal import Goal
+from sedimo.methods.predictor.quality import Band, Rating, rate
+from sedimo.methods.predictor.scoring import hop_qualities, option_scores
+from sedimo.methods.predictor.study import DEFAULT_GOALS, read_background, training_set, trials_of
+from sedimo.methods.predictor.training import FAST, PAPER, PRESETS, Predictor, TrainingOptions, train_predictor
+from sedimo.methods.search import SEARCH
+from sedimo.reporting.explanation_page import predictors_table
+from sedimo.reporting.page import Page, Text, page_of
+from sedimo.settings import REQUIRED, option
+from sedimo.space import Recipe
+
+OPTIONS: Mapping[str, TrainingOptions] = {"fast": FAST, "paper": PAPER}
+
+
+@dataclass(frozen=True, slots=True)
+class AttributeSettings:
+    """Which predictor is trained on which trials.
+
+    `objective` and `target` are found from the study when empty: the objective with most trials, its usual target.
+    """
+
+    run: Path = option(REQUIRED, metavar="RUN", place="folder", help="The folder of a study.")
+    method: str = option(SEARCH.name, "--method", choices=(SEARCH.name,), help="What to train.")
+    preset: str = option(
+        "fast",
+        "--preset",
+        help="fast: starts from a noise model, contributions add; paper: as published (hours).",
+    )
+    objective: str = option("", "--objective", help="Whose trials; default: the objective that has most.")
+    target: str = option(
+        "", "--target", help='What to predict, such as "-fid - 150*avg_bits"; default: by the objective.'
+    )
+    confidence: float = option(1.0, "--confidence", help="Margin of costs, in deviations.")
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown preset or objective, and a target that cannot be read."""
+        if self.preset not in PRESETS:
+            raise InputError(f"the preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.objective and self.objective not in get_args(ObjectiveName):
+            known = ", ".join(get_args(ObjectiveName))
+            raise InputError(f"the objective must be one of {known}, got {self.objective!r}")
+        refuse_confidence(self.confidence)
+        if self.target:
+            Goal.parse(self.target)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A table with the predictor behind it, its quality beside its rivals, and how its scores were calibrated.
+
+    `argmax` are the published recipes without a budget: the best-scored option of each layer (`operations`), the
+    best-scored variant of each group in isolation (`groups`).
+    """
+
+    table: SensitivityTable
+    predictor: Predictor
+    ratings: tuple[Rating, ...]
+    calibration: Calibration
+    target: str
+    n_trials: int
+    argmax: Mapping[str, Recipe]
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        plain: dict[str, object] = to_plain(
+            {
+                "method": self.table.method,
+                "target": self.target,
+                "trials": self.n_trials,
+                "predictors": predictor_rows(self.ratings),
+                "calibration": self.calibration,
+                "costs": self.table.costs,
+                "argmax": {name: recipe.layers for name, recipe in self.argmax.items()},
+            }
+        )
+        return plain
+
+
+def attribute_study(study: Study, settings: AttributeSettings, progress: Progress = SILENT) -> Attribution:
+    """Trains a predictor on the trials of a study and makes its table.
+
+    Raises:
+        InputError: see `run`.
+    """
+    background = read_background(study)
+    trials = trials_of(study, background, settings.objective)
+    text = settings.target or DEFAULT_GOALS[trials[0].setting.objective]
+    goal = Goal.parse(text)
+    data = training_set(background, trials, goal)
+    predictor = train_predictor(data, OPTIONS[settings.preset], progress=progress)
+    qualities = hop_qualities(predictor, background.graph, data.codes)
+    scores = option_scores(predictor, qualities)
+    table, calibration = calibrated_table(
+        predictor, background.candidates, data, scores, confidence=settings.confidence, goal=goal
+    )
+    middle = float(np.median(data.choices.paper_bits(data.codes)))
+    ratings = rate(predictor, data, background, band=Band.around(middle))
+    argmax = argmax_recipes(predictor, background, scores, qualities)
+    return Attribution(table, predictor, ratings, calibration, text, len(trials), argmax)
+
+
+def run(settings: AttributeSettings, progress: Progress) -> Attribution:
+    """Trains a predictor on the trials of a study folder and keeps its table there, for `allocate`.
+
+    Raises:
+        InputError: no study, too few trials, or a target that the trials do not know.
+    """
+    with Study(settings.run, create=False) as study:
+        found = attribute_study(study, settings, progress)
+        study.put_record(TABLE, found.table)
+        return found
+
+
+def page(found: Attribution) -> Page:
+    """How good the predictor is, beside its rivals."""
+    text = "The table is kept in the study: `sedimo allocate RUN --bits 3.7` chooses a recipe by it."
+    table = predictors_table(predictor_rows(found.ratings), "")
+    return page_of(f"{found.target} of held-out recipes, {found.n_trials} trials", "", table, Text(text))
+
+
+JOB = Job(
+    name="attribute",
+    words="""Train a predictor on the study RUN, say how good it is, and keep its table for `sedimo allocate`.
+
+    Example: sedimo attribute runs/alpha && sedimo allocate runs/alpha --bits 3.7
+    """,
+    settings=AttributeSettings,
+    page=page,
+    run=run,
+)

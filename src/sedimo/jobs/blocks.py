@@ -1,0 +1,112 @@
+"""Which blocks of SRC noise enters through: the first N quantized, all but one; and a hybrid recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sedimo.allocation.budget import BudgetSettings
+from sedimo.bank import SILENT, Progress
+from sedimo.errors import InputError
+from sedimo.jobs.job import Job, early_treatment_offers
+from sedimo.jobs.settings import FORMATS, SAMPLING, open_lab, treated
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.study import Study
+from sedimo.lab.subject import SourceSettings
+from sedimo.lab.trial import ObjectiveName
+from sedimo.methods.hybrid import BlocksResult, KeepSettings, measure_hybrid
+from sedimo.pipelines.folder import write_file
+from sedimo.quant.formats import Format
+from sedimo.reporting.blocks_page import blocks_page
+from sedimo.reporting.html import write_page
+from sedimo.reporting.maps import BlockCurves
+from sedimo.reporting.page import Page
+from sedimo.settings import REQUIRED, block, option
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksSettings:
+    """What to measure block by block, and by which one rule blocks stay at 16 bits; without a rule none do.
+
+    Raises:
+        InputError: a format that changes no weight, an objective without curves, several rules, or no numbers.
+    """
+
+    source: SourceSettings = block(REQUIRED, "Source")
+    number_format: Format = option(
+        REQUIRED, "--format", parse=Format.parse, help="The format of quantized blocks, such as uaq4."
+    )
+    store: Path = option(REQUIRED, "--store", help="Folder of the study.")
+    objective: ObjectiveName = option("final_latents", "--objective", choices=(), help="final_latents, path or step.")
+    keeping: KeepSettings = block(KeepSettings(), "Blocks at 16 bits")
+    bits: float | None = option(
+        None, "--bits", help="Keep as many blocks at 16 bits as so many paper bits per weight allow."
+    )
+    out: Path | None = option(None, "-o", "--out", help="File for the recipe.")
+    page: Path | None = option(None, "--page", help="File for a page with both curves.")
+    sampling: SamplingSettings = block(SAMPLING, "Sampling")
+    chosen: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks format, objective and rules."""
+        if not self.number_format.is_quantized:
+            raise InputError(f"block curves need a format that changes weights, got {self.number_format}")
+        if self.objective not in ("final_latents", "path", "step"):
+            raise InputError(f"block curves are measured by final_latents, path or step, got {self.objective!r}")
+        BudgetSettings(bits=self.bits)
+        _ = self.rule
+
+    @property
+    def rule(self) -> KeepSettings:
+        """By which rule blocks stay at 16 bits."""
+        return KeepSettings(self.keeping.keep_db, self.keeping.keep, self.bits)
+
+
+def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> BlocksResult:
+    """Both curves of a format, and the hybrid recipe of the rule. Resumes in the study.
+
+    Raises:
+        InputError: the source cannot be sampled, no layer can take the format, or a budget below all quantized.
+        Interrupted: Ctrl-C; what was measured is kept.
+    """
+    lab = open_lab(
+        settings.source,
+        FORMATS,
+        chosen=settings.chosen,
+        sampling=settings.sampling,
+        progress=progress,
+        text=f"{settings.number_format},fp16",
+        streams=False,  # nothing is decided on single layers
+    )
+    with Study(settings.store) as study:
+        lab = treated(lab.kept_in(study), settings.chosen)
+        return measure_hybrid(lab, settings.number_format, settings.rule, objective=settings.objective)
+
+
+def run(settings: BlocksSettings, progress: Progress) -> BlocksResult:
+    """Measures, and writes recipe and page where there is a place for them."""
+    found = measure_blocks(settings, progress)
+    if settings.out is not None:
+        write_file(settings.out, found.recipe.to_json().encode())
+    if settings.page is not None:
+        write_page(blocks_page(BlockCurves.of(found)), settings.page)
+    return found
+
+
+def page(found: BlocksResult) -> Page:
+    """Both curves, block by block, and what staying at 16 bits gains."""
+    return blocks_page(BlockCurves.of(found))
+
+
+JOB = Job(
+    name="blocks",
+    words="""Which blocks of SRC noise enters through: the first N quantized, all but one; and a hybrid recipe.
+
+    Example: sedimo blocks zoo:cifar-dit --format uaq4 --store runs/blocks --keep 1 -o hybrid.json
+    """,
+    settings=BlocksSettings,
+    page=page,
+    run=run,
+    offers=early_treatment_offers,
+)

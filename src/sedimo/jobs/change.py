@@ -1,0 +1,188 @@
+"""Give single layers of a packed CHECKPOINT other formats; nothing else is fitted or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sedimo.bank import Progress
+from sedimo.codec import to_plain
+from sedimo.errors import InputError
+from sedimo.jobs.describe import owners_of, recipe_of, refuse_other_source
+from sedimo.jobs.job import Job
+from sedimo.pipelines.loading import locate
+from sedimo.pipelines.weights import FileWeights, denoiser_folder
+from sedimo.quant.fitting import fit
+from sedimo.quant.formats import FP16, Format
+from sedimo.quant.parts import entry_text
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
+from sedimo.reporting.words import packed_sizes
+from sedimo.runtime.card import Origin
+from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
+from sedimo.runtime.writing import WrittenCheckpoint, replace_layer_format
+from sedimo.settings import REQUIRED, option
+from sedimo.space import Recipe
+
+
+def read_changes(text: str) -> tuple[str, str]:
+    """Layer and format of a text such as `proj_out_2=uaq8`.
+
+    Raises:
+        InputError: it is written otherwise.
+    """
+    layer, separator, number_format = text.partition("=")
+    if not (layer and separator and number_format):
+        raise InputError(f"a change is written LAYER=FORMAT, such as proj_out_2=uaq8; got {text!r}")
+    return layer, number_format
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeSettings:
+    """Which layers of which checkpoint get which formats, from what it was made, and where the result goes."""
+
+    checkpoint: Path = option(REQUIRED, metavar="CHECKPOINT", help="A packed checkpoint.")
+    changes: tuple[str, ...] = option(REQUIRED, metavar="LAYER=FORMAT...", help="What to change.")
+    source: str = option(REQUIRED, "--source", metavar="SRC", help="What CHECKPOINT was made from.")
+    out: Path = option(REQUIRED, "-o", "--out", help="Folder to write.")
+    variant: str | None = option(None, "--variant", help="Variant of SRC's weights, such as fp16.")
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Formats by layer.
+
+        Raises:
+            InputError: a change that cannot be read, or two for one layer.
+        """
+        found: dict[str, str] = {}
+        for layer, number_format in map(read_changes, self.changes):
+            if found.setdefault(layer, number_format) != number_format:
+                raise InputError(f"layer {layer!r} is given two formats: {found[layer]} and {number_format}")
+        return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """A checkpoint that was written anew: by layer the formats before and after, and its sizes [bytes]."""
+
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    written: WrittenCheckpoint
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values by name."""
+        changed = {name: {"before": self.before[name], "after": f} for name, f in self.after.items()}
+        sizes = {"stored_bytes": self.written.stored_bytes, "file_bytes": self.written.file_bytes}
+        plain: dict[str, object] = to_plain({"changed": changed, **sizes, "out": str(self.written.folder)})
+        return plain
+
+
+def change_formats(
+    checkpoint: Path | str,
+    formats: Mapping[str, str | Format],
+    *,
+    source: str,
+    out: Path | str,
+    variant: str | None = None,
+) -> Change:
+    """Writes a packed checkpoint anew with other formats for some layers; all other tensors keep their bytes.
+
+    `source` is what the checkpoint was made from: a diffusers folder, a hub id or `zoo:NAME`, and `variant` which of
+    its weights. Only the named layers
+    are read from it and fitted. A layer that shares its weight changes together with those that it shares it with, a
+    layer in parts as a whole.
+
+    Raises:
+        InputError: no packed checkpoint, an unknown layer, fp16, activation bits, a source that does not fit, or an
+            `out` in use.
+        StateError: a damaged checkpoint.
+    """
+    place = Path(checkpoint).expanduser()
+    inner = denoiser_folder(place)
+    old = open_checkpoint(inner)
+    name, folder = locate(source, variant)
+    weights = FileWeights(denoiser_folder(folder), variant)
+    wanted = {layer: f if isinstance(f, Format) else Format.parse(f) for layer, f in formats.items()}
+    _refuse_activations(wanted)
+    fresh = _fitted(old, weights, wanted)
+    before = recipe_of(old)
+    owners = owners_of(old)
+    changed = {layer: fresh[owner] for layer, owner in owners.items() if owner in fresh} | fresh
+    after = Recipe({**before.layers, **{layer: weight.format for layer, weight in changed.items()}})
+    after = after.with_activations(before.activation_bits)
+    written = replace_layer_format(
+        place,
+        Path(out),
+        fresh,
+        Origin(name, recipe_json=after.to_json()),
+        component=inner.name if inner != place else None,
+    )
+    was, is_now = ({n: entry_text(recipe.layers.get(n, FP16)) for n in changed} for recipe in (before, after))
+    return Change(was, is_now, written)
+
+
+def _refuse_activations(formats: Mapping[str, Format]) -> None:
+    for layer, number_format in formats.items():
+        if number_format != number_format.weight_format:
+            raise InputError(
+                f"layer {layer!r}: a change is of weights and keeps how activations are rounded, got {number_format}; "
+                f"use {number_format.weight_format}, or quantize the source anew"
+            )
+
+
+def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, Format]) -> dict[str, QuantizedTensor]:
+    """The packed weights by the layers that own them."""
+    owners, packed = owners_of(checkpoint), read_packed(checkpoint)
+    found: dict[str, QuantizedTensor] = {}
+    for layer, number_format in wanted.items():
+        owner = owners.get(layer, layer)
+        whole = layer.partition("[")[0]
+        if whole in owners and layer not in owners:
+            raise InputError(
+                f"{layer!r} is a part of layer {whole!r}, which is changed as a whole: give {whole}={number_format}, "
+                "or quantize the source with a recipe of these parts"
+            )
+        if not number_format.is_quantized:
+            raise InputError(
+                f"layer {layer!r} cannot be left alone again in a packed checkpoint: quantize the source with a recipe "
+                "that leaves it at fp16"
+            )
+        weight = weights.read(layer)
+        if owner in packed:
+            refuse_other_source(layer, weight, packed[owner].dequantize())
+        fitted = fit(weight, number_format, layer_name=layer)
+        tensor = QuantizedTensor.from_fitted(fitted, weight.dtype)
+        if owner in found and found[owner].format != tensor.format:
+            raise InputError(f"layer {layer!r} shares its weight with others and must get the same format as they")
+        tensor.layer_name = owner
+        found[owner] = tensor
+    return found
+
+
+def run(settings: ChangeSettings, _progress: Progress) -> Change:
+    """Writes the changed checkpoint."""
+    return change_formats(
+        settings.checkpoint, settings.formats, source=settings.source, out=settings.out, variant=settings.variant
+    )
+
+
+def page(found: Change) -> Page:
+    """What a changed checkpoint has instead of what."""
+    table = Table(
+        columns("layer", "before", "after"), rows((n, str(found.before[n]), str(f)) for n, f in found.after.items())
+    )
+    written = found.written
+    return page_of("", "", table, Text(f"{packed_sizes(written.stored_bytes, written.file_bytes)}: {written.folder}"))
+
+
+JOB = Job(
+    name="change",
+    words="""Give single layers of a packed CHECKPOINT other formats; nothing else is fitted or changed.
+
+    Example: sedimo change small proj_out_2=uaq8 --source zoo:cifar-dit -o better
+    """,
+    settings=ChangeSettings,
+    page=page,
+    run=run,
+)

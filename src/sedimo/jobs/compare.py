@@ -1,0 +1,311 @@
+"""All methods side by side on SRC: same formats, same budgets, same fresh seeds, paired."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sedimo import methods
+from sedimo.allocation.budget import BopsLimit, BudgetSettings
+from sedimo.allocation.table import SensitivityTable, of_family
+from sedimo.bank import SILENT, Bank, Progress
+from sedimo.codec import content_key
+from sedimo.errors import InputError, StateError
+from sedimo.jobs.job import Job, all_offers
+from sedimo.jobs.quantize import refuse_impossible
+from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated
+from sedimo.lab.lab import Lab
+from sedimo.lab.ledger import Ledger, Spent, add_up
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.study import Study
+from sedimo.lab.subject import SourceSettings
+from sedimo.methods import method_named
+from sedimo.methods.ablation import ABLATION
+from sedimo.methods.jacobian import JACOBIAN
+from sedimo.methods.method import Finding, Method, Task
+from sedimo.methods.peer import LEAST_USED, PeerRecipe, measure_peers, wanted_methods
+from sedimo.methods.uniform import UNIFORM
+from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality
+from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
+from sedimo.quant.families import family_named
+from sedimo.reporting.comparison import ComparedRow, Comparison, comparison_page
+from sedimo.reporting.html import write_page
+from sedimo.reporting.page import Page
+from sedimo.settings import REQUIRED, block, option
+from sedimo.space import Recipe
+
+REFERENCE = JACOBIAN  # what all others are compared with
+
+
+def compared_methods() -> tuple[Method[Any], ...]:
+    """The methods that can be compared, in the order in which they are listed."""
+    return tuple(method for method in methods.METHODS if method.traits.is_compared)
+
+
+def read_numbers(text: str) -> tuple[float, ...]:
+    """Different numbers, ascending, from a text such as `3.0,3.5`.
+
+    Raises:
+        InputError: something that is no number.
+    """
+    try:
+        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+    except ValueError as error:
+        raise InputError(f"bits are numbers separated by commas, such as 3.0,3.5,4.0; got {text!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class CompareSettings:
+    """Which methods at which paper bits, measured on `n_fresh` seeds.
+
+    Every budget has the limit `bops` of bit operations besides, if there is one. Treatments that are `chosen` are those
+    of all methods but peers. Codes are the nearest ones, unless `compensate`d.
+
+    Raises:
+        InputError: unknown methods, budgets that no weight has, or too few seeds for an error bar.
+    """
+
+    source: SourceSettings = block(REQUIRED, "Source")
+    bits: tuple[float, ...] = option(
+        REQUIRED, "--bits", parse=read_numbers, metavar="LIST", help="Budgets in paper bits, such as 3.0,3.5,4.0."
+    )
+    store: Path = option(REQUIRED, "--store", help="Folder of the study.")
+    bops: BopsLimit | None = option(
+        None,
+        "--bops",
+        parse=BopsLimit.parse,
+        help="Budget of bit operations besides: 350G, 1.5T, or 12.5% of those at 16 bits.",
+    )
+    methods: str = option("all", "--methods", metavar="LIST", help="all, or some of them, separated by commas.")
+    out: Path | None = option(None, "-o", "--out", help="File for the page.")
+    n_fresh: int = option(64, "--fresh", help="Fresh seeds that every recipe is measured on.")
+    formats: FormatSettings = block(FORMATS, "Formats")
+    sampling: SamplingSettings = block(SAMPLING, "Sampling")
+    chosen: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks methods, budgets and seeds."""
+        known = {method.name for method in compared_methods()}
+        names = self._names
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            listed = ", ".join(method.name for method in compared_methods())
+            raise InputError(f"methods to compare are {listed}; got {unknown or 'none'}")
+        if not self.bits:
+            raise InputError("comparing needs at least one budget: --bits 3.0,3.5,4.0")
+        for bits in self.bits:
+            budget = BudgetSettings(bits=bits, bops=self.bops)
+            for method in self.chosen_methods:
+                method.check(self.task(method, budget), self.formats.choices)
+        if self.n_fresh < 2:
+            raise InputError(f"comparing needs at least two fresh seeds, got {self.n_fresh}")
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        if self.methods == "all":
+            return tuple(method.name for method in compared_methods())
+        return tuple(part.strip() for part in self.methods.split(",") if part.strip())
+
+    @property
+    def chosen_methods(self) -> tuple[Method[Any], ...]:
+        """The methods, as they are always listed."""
+        return tuple(method for method in compared_methods() if method.name in self._names)
+
+    def task(self, method: Method[Any], budget: BudgetSettings) -> Task[Any]:
+        """What a method is asked for at a budget; nothing of it is checked or written."""
+        knobs = self.chosen.get(method.name) or method.compared or method.knobs()
+        return Task(knobs, budget, is_checked=False)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a method decided at a budget, what it used for that, and the seconds of its own computing [s]."""
+
+    finding: Finding
+    used: Ledger
+    own_seconds: float
+
+
+def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> Comparison:
+    """Every method's recipe at every budget on the same fresh seeds. Resumes in the study.
+
+    Raises:
+        InputError: the source cannot be sampled, or a budget that its formats do not allow.
+        Interrupted: Ctrl-C; what was measured is kept.
+    """
+    compared, missing = wanted_methods(settings.chosen_methods, everything=compared_methods())
+    sampling = replace(settings.sampling, n_check_seeds=settings.n_fresh)
+    lab = open_lab(settings.source, settings.formats, chosen=settings.chosen, sampling=sampling, progress=progress)
+    budgets = {bits: BudgetSettings(bits=bits, bops=settings.bops) for bits in settings.bits}
+    for budget in budgets.values():
+        refuse_impossible(budget, lab.space)
+    with Study(settings.store) as study:
+        lab = lab.kept_in(study)
+        with study.ledger() as shared:
+            lab = treated(lab, settings.chosen)
+            _ = lab.bank
+        for budget, method in itertools.product(budgets.values(), compared):
+            refuse_impossible(budget, lab.bank.space)
+            method.prepare(lab, settings.task(method, budget))
+        entries = {
+            (method.name, bits): _accounted(lab, method, settings.task(method, budget))
+            for (bits, budget), method in itertools.product(budgets.items(), compared)
+        }
+        rows = [row for bits in budgets for row in _rows(lab, bits, _recipes_at(entries, bits))]
+    middle = sorted(settings.bits)[len(settings.bits) // 2]
+    is_told = {method.name: not method.traits.is_described for method in compared}
+    tables = {m: e.finding.table for (m, bits), e in entries.items() if bits == middle and is_told[m]}
+    plan = lab.seeds.check
+    return Comparison(
+        source=lab.subject.name,
+        reference=_reference([method.name for method in compared]),
+        seeds=f"{plan.seeds[0]} to {plan.seeds[-1]}",
+        n_steps=plan.n_steps,
+        rows=tuple(rows),
+        costs={m.name: _cost([e for (name, _), e in entries.items() if name == m.name], shared) for m in compared},
+        n_comparisons=sum(row.ahead is not None for row in rows),
+        agreement=agreement(tables, middle),
+        notes=(
+            *missing,
+            *lab.subject.rules,
+            *(f"{m} at {b:g} bits: {note}" for (m, b), e in entries.items() for note in e.finding.notes),
+        ),
+    )
+
+
+def _accounted(lab: Lab, method: Method[Any], task: Task[Any]) -> _Entry:
+    """What a method decides; its own seconds are those of the first time."""
+    study = lab.study
+    if study is None:
+        raise StateError("methods are compared without a study; this is a fault of Sedimo")
+    asked = [method.name, task, lab.subject.rules, lab.weights.digest, lab.space, lab.seeds.settings]
+    name = f"computing:{content_key(asked)[:16]}"
+    begin = time.monotonic()
+    with study.ledger() as used:
+        finding = _found(lab, method, task)
+    if name not in study.record_names():
+        study.put_record(name, max(0.0, time.monotonic() - begin - used.measuring_seconds))
+    return _Entry(finding, used, study.record(float, name))
+
+
+def _found(lab: Lab, method: Method[Any], task: Task[Any]) -> Finding:
+    """What a method finds, among formats of the family that it was published for, if it knows no other."""
+    measured = method.measure(lab, task)
+    if method.traits.family:
+        measured = replace(measured, table=of_family(measured.table, family_named(method.traits.family)))
+    return method.decide(lab, task, measured)
+
+
+def _recipes_at(entries: Mapping[tuple[str, float], _Entry], bits: float) -> dict[str, Recipe | PeerRecipe]:
+    found = {m: _recipe(entry.finding) for (m, at), entry in entries.items() if at == bits}
+    return {method: recipe for method, recipe in found.items() if recipe is not None}
+
+
+def _recipe(finding: Finding) -> Recipe | PeerRecipe | None:
+    """What a method chose, None where it has nothing of that size."""
+    return finding.of(PeerRecipe) if finding.allocation is None else finding.allocation.recipe
+
+
+def _rows(lab: Lab, bits: float, found: Mapping[str, Recipe | PeerRecipe]) -> Iterator[ComparedRow]:
+    own = {method: recipe for method, recipe in found.items() if isinstance(recipe, Recipe)}
+    peers = {method: recipe for method, recipe in found.items() if isinstance(recipe, PeerRecipe)}
+    trials = lab.measure(list(own.values()), lab.seeds.check)
+    powers = {method: trial.powers for method, trial in zip(own, trials, strict=True)}
+    of_peers = measure_peers(lab, lab.seeds.check, list(peers.values()))
+    powers |= {method: of_peers[recipe.key] for method, recipe in peers.items()}
+    reference = _reference(list(found))
+    for method, recipe in found.items():
+        paper_bits, stored_bits, bops = _size_of(lab.bank, recipe)
+        yield ComparedRow(
+            method=method,
+            bits=bits,
+            paper_bits=paper_bits,
+            stored_bits=stored_bits,
+            bops=bops,
+            is_full=paper_bits >= LEAST_USED * bits,
+            sqnr_db=sqnr_estimates(summarize(powers[method]))["sqnr_db"],
+            ahead=None if method == reference else paired_difference(powers[method], powers[reference]).estimate,
+            recipe=recipe if isinstance(recipe, Recipe) else None,
+            formats=recipe.formats if isinstance(recipe, PeerRecipe) else {},
+        )
+
+
+def _size_of(bank: Bank, recipe: Recipe | PeerRecipe) -> tuple[float, float, int]:
+    """Paper bits and stored bits per weight, and bit operations."""
+    if isinstance(recipe, PeerRecipe):
+        return recipe.paper_bits, recipe.paper_bits, recipe.bops
+    space = bank.space
+    return space.paper_bits(recipe), 8 * bank.stored_bytes(recipe) / space.params, space.bops(recipe)
+
+
+def _reference(methods: Sequence[str]) -> str:
+    """What all others are compared with: first-order noise, or the first method that has a recipe at every budget."""
+    if REFERENCE.name in methods:
+        return REFERENCE.name
+    return next((m for m in methods if m != UNIFORM.name), UNIFORM.name)
+
+
+def _cost(entries: Sequence[_Entry], shared: Ledger) -> Spent:
+    """What a method took at all budgets, without what all share."""
+    measured = add_up(entry.used.without(shared) for entry in entries)
+    return replace(measured, seconds=measured.seconds + sum(entry.own_seconds for entry in entries))
+
+
+def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, Estimate]:
+    """Kendall's tau between operations' costs by each method and by the ablation, with bootstrap intervals.
+
+    An operation's cost is the mean over its decisions, at each one's format nearest to `bits`. Fewer than three
+    operations have no order worth a number. Methods that contain the ablation are left out.
+    """
+    if ABLATION.name not in tables:
+        return {}
+    truth, found = _of_operations(tables[ABLATION.name], bits), {}
+    for method, table in tables.items():
+        costs = _of_operations(table, bits)
+        if ABLATION.name not in (method, *method_named(method)[0].traits.contains) and len(truth) >= LEAST_RECIPES:
+            found[method] = prediction_quality([costs[name] for name in truth], list(truth.values())).kendall_tau
+    return found
+
+
+def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
+    sums: dict[str, list[float]] = {}
+    for decision, costs in table.by_decision.items():
+        quantized = [c for c in costs if c.format.is_quantized]
+        if not quantized:
+            continue
+        nearest = min(quantized, key=lambda c: (abs(8 * c.paper_bytes / table.params[decision] - bits), c.cost))
+        sums.setdefault(table.operations[decision], []).append(nearest.cost)
+    return {name: float(np.mean(values)) for name, values in sums.items()}
+
+
+def run(settings: CompareSettings, progress: Progress) -> Comparison:
+    """Compares, and writes the page if there is a place for it."""
+    found = compare_methods(settings, progress)
+    if settings.out is not None:
+        write_page(comparison_page(found), settings.out)
+    return found
+
+
+def page(found: Comparison) -> Page:
+    """All recipes of all methods, and what the methods took."""
+    return comparison_page(found)
+
+
+JOB = Job(
+    name="compare",
+    words="""All methods side by side on SRC: same formats, same budgets, same fresh seeds, paired.
+
+    Example: sedimo compare zoo:cifar-dit --bits 3.5,4.0 --store runs/compare -o compare.html
+    """,
+    settings=CompareSettings,
+    page=page,
+    run=run,
+    offers=all_offers,
+)

@@ -1,0 +1,97 @@
+"""Do the main job on the embedded model and say where the report is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sedimo.allocation.budget import BudgetSettings
+from sedimo.bank import SILENT, Progress
+from sedimo.errors import InputError
+from sedimo.jobs import quantize
+from sedimo.jobs.job import Job
+from sedimo.jobs.quantize import JobResult, QuantizeSettings
+from sedimo.jobs.settings import open_lab
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.subject import SourceSettings
+from sedimo.methods.predictor.training import MIN_RECIPES
+from sedimo.methods.search import SEARCH, TRAINING_FACTOR, SearchSettings
+from sedimo.settings import option
+from sedimo.treatments.error_feedback import ERROR_FEEDBACK, FeedbackSettings
+
+logger = logging.getLogger(__name__)
+
+SOURCE = "zoo:cifar-dit"
+SAMPLING = SamplingSettings(n_seeds=8, n_steps=10, n_check_seeds=16)
+SEARCHED = SearchSettings(n_trials=60, n_rounds=1)  # at most; few: a serious run has 300
+SECONDS = 120.0  # that it takes, about
+MARK = ".sedimo-demo"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """Where to write, and how many bits."""
+
+    out: Path = option(Path("demo-out"), "-o", "--out", help="Folder to write.")
+    bits: float = option(3.5, "--bits", help="Budget: bits per weight in the papers' accounting.")
+    command: str = "sedimo demo"
+
+
+def run(settings: DemoSettings, progress: Progress = SILENT) -> JobResult:
+    """Quantizes the embedded pipeline; the result of an earlier demo in its place is replaced.
+
+    Raises:
+        InputError: the folder holds something else, or a budget that cannot be kept.
+        MissingExtraError: the embedded model is not installed.
+    """
+    out = settings.out
+    is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if is_used and not (out / MARK).is_file():
+        raise InputError(f"{out} holds something that no demo wrote; choose another folder with -o")
+    job = QuantizeSettings(
+        source=SourceSettings(SOURCE),
+        budget=BudgetSettings(bits=settings.bits),
+        out=out,
+        method=SEARCH.name,
+        sampling=SAMPLING,
+        overwrite=is_used,
+        chosen={SEARCH.name: _sized(MIN_RECIPES), ERROR_FEEDBACK.name: FeedbackSettings()},
+        command=settings.command,
+    )
+    result = quantize.run(replace(job, chosen={**job.chosen, SEARCH.name: _fitting(job, progress)}), progress)
+    (out / MARK).touch()
+    return result
+
+
+def _fitting(job: QuantizeSettings, progress: Progress) -> SearchSettings:
+    """As many trials as fit the time after all else, by one timed call; at least what an explanation needs."""
+    progress.start(1, "timing this machine")
+    lab = open_lab(job.source, job.formats, chosen={}, sampling=job.sampling, progress=SILENT)
+    timing = lab.time_calls(lab.seeds.search)
+    per_trial = timing.n_calls * timing.seconds_per_call + TRAINING_FACTOR * len(lab.graph.nodes)
+    left = SECONDS - quantize.plan(job).seconds
+    n_trials = min(SEARCHED.n_trials, MIN_RECIPES + max(0, int(left / per_trial)))
+    progress.done()
+    if n_trials < SEARCHED.n_trials:
+        logger.warning(
+            "a trial takes about %.1f s on this machine, so the demo measures %d recipes instead of %d, as fits two "
+            "minutes or as few as can explain something",
+            *(per_trial, n_trials, SEARCHED.n_trials),
+        )
+    return _sized(n_trials)
+
+
+def _sized(n_trials: int) -> SearchSettings:
+    """The search with so many trials; without rounds where random ones alone are all that an explanation needs."""
+    n_rounds = SEARCHED.n_rounds if n_trials >= 2 * MIN_RECIPES else 0
+    return replace(SEARCHED, n_trials=n_trials, n_rounds=n_rounds)
+
+
+JOB = Job(
+    name="demo",
+    words="""Do the main job on the embedded model and say where the report is.""",
+    settings=DemoSettings,
+    page=quantize.page,
+    run=run,
+)

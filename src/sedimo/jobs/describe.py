@@ -1,0 +1,98 @@
+"""The recipe of a packed checkpoint, and the texts that are saved beside one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sedimo.errors import InputError
+from sedimo.pipelines.saving import Finish
+from sedimo.pipelines.weights import denoiser_folder
+from sedimo.quant.formats import FP16
+from sedimo.quant.parts import Entry, PartFormat
+from sedimo.runtime.card import CARD_NAME, Origin, base_model_of
+from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
+from sedimo.runtime.layout import LayerEntry, TiedEntry
+from sedimo.runtime.writing import write_card
+from sedimo.space import Recipe
+
+MOST_NOISE = 1.0  # of a packed weight relative to its source: what rounding everything to zero would leave
+
+
+def recipe_of(checkpoint: Checkpoint) -> Recipe:
+    """The formats of all layers that are packed or whose inputs are rounded, those that share a weight included."""
+    entries = {name: e for name, e in checkpoint.layers.items() if isinstance(e, LayerEntry)}
+    weights = {name: _formats(entries[owner]) for name, owner in owners_of(checkpoint).items()}
+    bits = {name: quantizer.bits for name, quantizer in checkpoint.inputs.layers.items()}
+    return Recipe(dict.fromkeys(bits, FP16) | weights).with_activations(bits)
+
+
+def owners_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Packed layers to the ones whose tensors they use."""
+    return {name: e.same_as if isinstance(e, TiedEntry) else name for name, e in checkpoint.layers.items()}
+
+
+def refuse_other_source(layer: str, weight: torch.Tensor, packed: torch.Tensor) -> None:
+    """Refuses a full-precision weight that a packed one cannot have been made from.
+
+    Raises:
+        InputError: another shape, or a difference larger than any quantization leaves.
+    """
+    if weight.shape != packed.shape:
+        raise InputError(
+            f"layer {layer!r} has a weight of shape {tuple(packed.shape)} in the checkpoint and "
+            f"{tuple(weight.shape)} in the source; give the source that the checkpoint was made from"
+        )
+    wide = weight.double()
+    noise = float((packed.double() - wide).square().sum() / wide.square().sum().clamp_min(1e-300))
+    if noise > MOST_NOISE:
+        raise InputError(
+            f"layer {layer!r} of the checkpoint differs from the source by {noise:.2g} of its power, more than any "
+            f"quantization leaves ({MOST_NOISE}); give the source that the checkpoint was made from"
+        )
+
+
+def read_recipe(path: str) -> Recipe:
+    """The recipe of a recipe file, or the one that a packed checkpoint describes.
+
+    Raises:
+        InputError: nothing there, or an entry that is no format.
+        StateError: a damaged file.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return Recipe.from_json(place.read_bytes(), place=str(place))
+    if not place.is_dir():
+        raise InputError(f"there is no recipe file and no checkpoint at {place}")
+    return recipe_of(open_checkpoint(denoiser_folder(place)))
+
+
+def card_writer(name: str, source: Path | None) -> Finish:
+    """Adds model card and recipe to a folder that is being saved, if its denoiser is packed.
+
+    The base model is `name`; if `source` is packed itself, what its card says; and unknown without a source.
+    """
+    base_model = "" if source is None else _base_model(name, source)
+
+    def finish(folder: Path, placed: str) -> None:
+        home = denoiser_folder(folder)
+        checkpoint = open_checkpoint(home) if is_packed(home) else None
+        if checkpoint is not None and checkpoint.layers:
+            origin = Origin(base_model, recipe_json=recipe_of(checkpoint).to_json())
+            write_card(folder, origin, checkpoint, placed)
+
+    return finish
+
+
+def _base_model(name: str, source: Path) -> str:
+    home = denoiser_folder(source)
+    if not is_packed(home):
+        return name
+    return base_model_of(source / CARD_NAME) or base_model_of(home / CARD_NAME)
+
+
+def _formats(entry: LayerEntry) -> Entry:
+    if len(entry.parts) == 1:
+        return entry.parts[0].format
+    return tuple(PartFormat(p.start, p.stop, p.format) for p in entry.parts)

@@ -1,0 +1,475 @@
+"""Measure random recipes of SRC and keep them in the study RUN; Ctrl-C is safe, the same command goes on.
+
+The bank is fitted in full beforehand and kept in the study's folder, so that later stages and workers of their own
+find every format. Nothing is measured before all settings are known to make sense.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from sedimo.bank import SILENT, Progress
+from sedimo.codec import to_plain
+from sedimo.errors import InputError, StateError
+from sedimo.jobs.job import Job, early_treatment_offers
+from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated, treatments_of
+from sedimo.lab.executors import Executor, ProcessExecutor, SerialExecutor
+from sedimo.lab.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
+from sedimo.lab.images import Features, compare_distributions, draw_latents_and_features
+from sedimo.lab.lab import Lab
+from sedimo.lab.objective import MIN_IMAGES
+from sedimo.lab.replica import Replica, make_worker
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.study import FILE_NAME, GRAPH, SPACE, Study
+from sedimo.lab.subject import SourceSettings, loaded_bytes
+from sedimo.lab.trial import OBJECTIVES, ObjectiveName, Trial
+from sedimo.lab.trials import plan_campaign
+from sedimo.lab.worker import CallTiming
+from sedimo.methods.method import listed, refuse_blind
+from sedimo.methods.predictor.study import PRIOR, PRIORS, measure_background, prior_named
+from sedimo.pipelines.adapter import Sampling
+from sedimo.quant.tensor import memory_bytes
+from sedimo.reporting.page import Facts, Page, Text, page_of
+from sedimo.reporting.words import byte_size, duration
+from sedimo.settings import REQUIRED, block, option
+from sedimo.space import SearchSpace
+
+EXPLORATION, SOURCE = "exploration", "source"  # records of an explored study
+EXECUTORS = ("serial", "process")
+THREADS_PER_WORKER = 4  # where no number of workers is set
+MAX_PRIOR_SAMPLES = 16  # of a plan of many more for sets of images; gradients are costly
+_BYTES_OF_A_FIT = 1_000  # names, sums and a row
+
+
+def read_objectives(text: str) -> tuple[str, ...]:
+    """Objectives from a text such as `final_latents,fid`."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@dataclass(frozen=True, slots=True)
+class ExploreSettings:
+    """Which random recipes of a source to measure, on what, where to keep them, and who does it.
+
+    Recipe i is a function of (`study_seed`, i), of the formats and the sampler; the seeds of `sampling` are those of
+    the samples. Every recipe is measured by each of the `objectives`. `workers` is for the executor `process`. The
+    `prior` is measured first, for the predictors that are trained on the study.
+
+    Raises:
+        InputError: no trials, an unknown or repeated objective, too few seeds for `fid`, formats that quantize
+            nothing, an unknown sampler or executor, no workers, or workers for `serial`.
+    """
+
+    source: SourceSettings = block(REQUIRED, "Source")
+    store: Path = option(REQUIRED, "--store", help="Folder of the study.")
+    trials: int = option(REQUIRED, "--trials", help="Number of random recipes; those the study has count.")
+    formats: FormatSettings = block(FORMATS, "Formats")
+    objectives: tuple[str, ...] = option(
+        ("final_latents",),
+        "--objective",
+        parse=read_objectives,
+        help="What to measure, separated by commas: final_latents, path, step, fid.",
+    )
+    sampler: str = option(
+        "stratified",
+        "--sampler",
+        help="stratified: bits evenly over a range, placed as differently as can be; paper: as published.",
+    )
+    low_bits: float | None = option(
+        None, "--low-bits", help="Least paper bits of stratified; default: what the formats allow."
+    )
+    high_bits: float | None = option(
+        None, "--high-bits", help="Most paper bits of stratified; default: what they allow, up to 5."
+    )
+    study_seed: int = option(0, "--study-seed", help="Which random recipes.")
+    prior: str = option(PRIORS[0].name, "--prior", help=f"What predictors of this study start from: {listed(PRIORS)}.")
+    executor: str = option("serial", "--executor", help="serial, or process: several pipelines at once.")
+    workers: int | None = option(None, "--workers", help="Number of processes of --executor process.")
+    sampling: SamplingSettings = block(SAMPLING, "Sampling")
+    chosen: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks what can be seen before the source is opened."""
+        if self.trials < 1:
+            raise InputError(f"there must be at least one trial, got {self.trials}")
+        self._check_objectives()
+        self.formats.refuse_nothing()
+        if self.study_seed < 0:
+            raise InputError(f"the seed of a study must not be negative, got {self.study_seed}")
+        if prior_named(self.prior).traits.is_blind:
+            refuse_blind(f"{self.prior} (the prior)", self.formats.choices)
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if self.executor not in EXECUTORS:
+            raise InputError(f"the executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
+        if self.workers is not None and self.executor != "process":
+            raise InputError("a number of workers is for --executor process")
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"there must be at least one worker, got {self.workers}")
+
+    def _check_objectives(self) -> None:
+        unknown = [name for name in self.objectives if name not in OBJECTIVES]
+        if unknown or not self.objectives:
+            raise InputError(f"objectives must be of {', '.join(OBJECTIVES)}, got {', '.join(unknown) or 'none'}")
+        if len(set(self.objectives)) != len(self.objectives):
+            raise InputError(f"each objective is measured once, got {', '.join(self.objectives)}")
+        if "fid" in self.objectives and self.sampling.n_seeds < MIN_IMAGES:
+            raise InputError(
+                f"the objective 'fid' needs at least {MIN_IMAGES} samples, got {self.sampling.n_seeds}: "
+                f"give --seeds {MIN_IMAGES} or more"
+            )
+
+    @property
+    def format_texts(self) -> tuple[str, ...]:
+        """The formats, sorted."""
+        return tuple(sorted(map(str, self.formats.choices)))
+
+    @property
+    def n_copies(self) -> int:
+        """Pipelines in memory at once; the driver of several workers has one of its own."""
+        return 1 if self.executor == "serial" else self.n_workers + 1
+
+    @property
+    def n_workers(self) -> int:
+        """Pipelines that measure at the same time."""
+        if self.executor == "serial":
+            return 1
+        return min(self.trials, self.workers or max(2, (os.cpu_count() or 1) // THREADS_PER_WORKER))
+
+    def exploration(self, space: SearchSpace) -> Exploration:
+        """The recipes, in a space.
+
+        Raises:
+            InputError: a range of bits for the sampler `paper`, or one that the formats do not allow.
+        """
+        least, most = possible_bits(space)
+        for name, bits in (("low", self.low_bits), ("high", self.high_bits)):
+            if bits is not None and not least <= bits <= most:
+                raise InputError(
+                    f"the {name} end of the bits must be possible: these formats allow {least:.4f} to {most:.4f} "
+                    f"paper bits per weight, got {bits:g}"
+                )
+        return Exploration(self.study_seed, space, cast("SamplerName", self.sampler), self.low_bits, self.high_bits)
+
+
+@dataclass(frozen=True, slots=True)
+class ExploredSource:
+    """What the trials of an explored study are about; `source` is how it was named last.
+
+    `ends` is the format of the first and last layers, empty where they vary like the others. `weights_digest` is that
+    of the files; `digest` names the treated weights and how inputs are rounded, as trials do. `treatments` are what was
+    set of them, by name, in words.
+    """
+
+    source: str
+    variant: str | None
+    weights_digest: str
+    formats: tuple[str, ...]
+    ends: str
+    treatments: Mapping[str, str]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExploreResult:
+    """What an exploration did: of `trials`, `measured` now in `measuring_seconds`; the others were there already.
+
+    `settings` are the keys of the settings under which the trials were measured, by objective.
+    """
+
+    study: Path
+    trials: int
+    measured: int
+    settings: Mapping[str, str]
+    measuring_seconds: float
+    seconds: float
+
+    @property
+    def trials_per_hour(self) -> float | None:
+        """How fast trials were measured, the full-precision samples included; None when none was."""
+        return 3600 * self.measured / self.measuring_seconds if self.measured else None
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        plain: dict[str, object] = to_plain(
+            {
+                "study": str(self.study),
+                "trials": self.trials,
+                "measured": self.measured,
+                "settings": self.settings,
+                "seconds": self.seconds,
+                "measuring_seconds": self.measuring_seconds,
+                "trials_per_hour": self.trials_per_hour,
+            }
+        )
+        return plain
+
+
+@dataclass(frozen=True, slots=True)
+class ExplorationPlan:
+    """What an exploration takes on this machine, estimated from one timed call and one timed fit.
+
+    `missing` of the `trials` are not in the study yet. `seconds` are those of one process, the fits included;
+    `memory_bytes` includes every loaded pipeline.
+    """
+
+    source: str
+    n_decisions: int
+    n_formats: int
+    trials: int
+    missing: int
+    denoiser_calls: int
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values by name, `hours` among them."""
+        plain: dict[str, object] = to_plain(self)
+        return plain | {"hours": self.seconds / 3600}
+
+
+def plan_exploration(settings: ExploreSettings, progress: Progress = SILENT) -> ExplorationPlan:
+    """What `explore` would take; nothing is measured or written.
+
+    Raises:
+        InputError: as `explore`.
+        StateError: as `explore`.
+    """
+    progress.start(1, "planning")
+    lab = _open(settings, progress)
+    path = settings.store if settings.store.suffix == ".sqlite" else settings.store / FILE_NAME
+    if not path.exists():
+        found = _plan(lab, settings, None)
+    else:
+        with Study(path, create=False) as study:
+            refuse_other_study(study, lab, settings)
+            found = _plan(lab, settings, study)
+    progress.done()
+    return found
+
+
+def explore(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult:
+    """Measures the first `trials` recipes by every objective; what the study has is not measured again.
+
+    Raises:
+        InputError: the source cannot be used or sampled, or a range of bits that its formats do not allow.
+        StateError: the study was begun with other weights, formats, seed, sampler or range; or a damaged file.
+        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
+    """
+    begin = time.monotonic()
+    lab = _open(settings, progress)
+    with Study(settings.store) as study:
+        refuse_other_study(study, lab, settings)
+        files_digest = lab.weights.digest
+        lab = treated(lab.kept_in(study), settings.chosen)
+        space, on = lab.bank.space, lab.seeds.search
+        exploration = settings.exploration(space)
+        _keep_records(study, lab, settings, files_digest)
+        measure_background(lab, settings.prior, on.first(MAX_PRIOR_SAMPLES))
+        n_before, measuring = len(study.trial_keys()), time.monotonic()
+        study.claim(EXPLORATION, exploration)
+        recipes = [exploration.recipe(index) for index in range(settings.trials)]
+        trials: list[Trial] = []
+        for objective in settings.objectives:
+            name = cast("ObjectiveName", objective)
+            worker = (
+                functools.partial(make_worker, Replica.of(lab, on, name)) if settings.executor != "serial" else None
+            )
+            trials += lab.measure(recipes, on, objective=name, executor=_executor(settings), make_worker=worker)
+        return ExploreResult(
+            study=study.path,
+            trials=len({trial.key for trial in trials}),
+            measured=len(study.trial_keys()) - n_before,
+            settings={name: lab.setting(on, cast("ObjectiveName", name)).key for name in settings.objectives},
+            measuring_seconds=time.monotonic() - measuring,
+            seconds=time.monotonic() - begin,
+        )
+
+
+def _open(settings: ExploreSettings, progress: Progress) -> Lab:
+    """The lab, known to be fit for sampling as often as is wanted.
+
+    Raises:
+        InputError: see `explore`.
+    """
+    lab = open_lab(
+        settings.source, settings.formats, chosen=settings.chosen, sampling=settings.sampling, progress=progress
+    )
+    if settings.store.resolve().is_relative_to(lab.folder.resolve()):
+        raise InputError(f"the study {settings.store} must not lie in the source {lab.folder}")
+    settings.exploration(lab.space)
+    lab.refuse_unsampled("measuring recipes runs the pipeline", n_copies=settings.n_copies)
+    return lab
+
+
+def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> ExplorationPlan:
+    on, digest = lab.seeds.search, _digest_of_trials(lab, study)
+    is_fitted = study is not None and study.has_record(SPACE)
+    space = study.record(SearchSpace, SPACE) if study is not None and is_fitted else lab.space
+    exploration = settings.exploration(space)
+    recipes = [exploration.recipe(index) for index in range(settings.trials)]
+    timing, weights_bytes = lab.time_calls(on), memory_bytes(lab.pipe.denoiser)
+    campaigns = {
+        name: plan_campaign(
+            recipes,
+            study=study,
+            setting=lab.setting(on, cast("ObjectiveName", name), weights_digest=digest),
+            timing=timing,
+            weights_bytes=weights_bytes,
+        )
+        for name in settings.objectives
+    }
+    seconds = sum(plan.seconds for plan in campaigns.values())
+    if "fid" in campaigns and campaigns["fid"].n_missing:
+        seconds += (campaigns["fid"].n_missing + 1) * _seconds_of_images(lab, on, timing)
+    is_known = study is not None and study.has_record(PRIOR)
+    n_calls = sum(plan.n_calls for plan in campaigns.values())
+    if not is_known:
+        price = prior_named(settings.prior).price_of_prior(space, lab.time_calls(on.first(MAX_PRIOR_SAMPLES)))
+        seconds, n_calls = seconds + price.seconds, n_calls + price.n_calls
+    memory = settings.n_workers * max(plan.memory_bytes for plan in campaigns.values())
+    disk = sum(plan.disk_bytes for plan in campaigns.values())
+    if not is_fitted:
+        fitted = sum(d.params * sum(f.is_quantized for f in d.formats) for d in space.decisions)
+        seconds += fitted * lab.seconds_per_fit
+        disk += _bank_bytes(space)
+    return ExplorationPlan(
+        source=lab.subject.name,
+        n_decisions=len(space.decisions),
+        n_formats=len({f for d in space.decisions for f in d.formats}),
+        trials=len({recipe.key for recipe in recipes}) * len(settings.objectives),
+        missing=sum(plan.n_missing for plan in campaigns.values()),
+        denoiser_calls=n_calls,
+        seconds=seconds,
+        memory_bytes=memory + settings.n_copies * loaded_bytes(lab.subject),
+        disk_bytes=disk,
+    )
+
+
+def _digest_of_trials(lab: Lab, study: Study | None) -> str:
+    """What names the trials of a study that was begun with these settings; before that, nothing has been measured."""
+    if study is not None and study.has_record(SOURCE):
+        return study.record(ExploredSource, SOURCE).digest
+    return lab.weights.digest
+
+
+def _seconds_of_images(lab: Lab, on: Sampling, timing: CallTiming) -> float:
+    """What a trial's images and their comparison take besides the denoiser: one batch timed, and one comparison [s]."""
+    n, first = len(on.seeds), on.seeds[: on.batch_size]
+    begin = time.perf_counter()
+    _, features = draw_latents_and_features(lab.pipe, replace(on, seeds=first, n_steps=1))
+    drawn = max(0.0, time.perf_counter() - begin - timing.seconds_per_call) * n / len(first)
+    values = np.resize(features.values, (n, features.values.shape[1]))
+    begin = time.perf_counter()
+    compare_distributions(Features(features.extractor, values), Features(features.extractor, values + np.float32(0.01)))
+    return drawn + time.perf_counter() - begin
+
+
+def _bank_bytes(space: SearchSpace) -> int:
+    """What the fitted parameters of all formats take on disk: what is stored besides codes, in float32 [bytes]."""
+    sizes = [
+        2 * (d.stored_bytes(f) - d.params * f.bits // 8) + _BYTES_OF_A_FIT
+        for d in space.decisions
+        for f in d.formats
+        if f.is_quantized
+    ]
+    return sum(sizes)
+
+
+def refuse_other_study(study: Study, lab: Lab, settings: ExploreSettings) -> None:
+    """Refuses a study that was begun otherwise, saying in what; before anything is fitted.
+
+    Raises:
+        StateError: other weights, formats, treatments, seed, sampler or range of bits.
+    """
+    pairs: list[tuple[str, object, object]] = []
+    if study.has_record(SOURCE):
+        source = study.record(ExploredSource, SOURCE)
+        pairs.append(("weights", source.weights_digest[:12], lab.weights.digest[:12]))
+        pairs.append(("formats", ",".join(source.formats), ",".join(settings.format_texts)))
+        pairs.append(("ends", source.ends or None, settings.formats.ends))
+        wanted = _treatments(settings)
+        names = dict.fromkeys([*source.treatments, *wanted])
+        pairs += [(name, source.treatments.get(name), wanted.get(name)) for name in names]
+    if study.has_record(EXPLORATION):
+        begun = study.record(Exploration, EXPLORATION)
+        pairs.append(("study seed", begun.seed, settings.study_seed))
+        pairs.append(("streams decided on", len(begun.space.streams), len(lab.space.streams)))
+        pairs.append(("sampler", begun.sampler, settings.sampler))
+        pairs.append(("low bits", begun.low_bits, settings.low_bits))
+        pairs.append(("high bits", begun.high_bits, settings.high_bits))
+    differing = [f"{name} {_shown(old)}, not {_shown(new)}" for name, old, new in pairs if old != new]
+    if differing:
+        hint = " (--whole-layers decides on no streams)" if any("streams" in text for text in differing) else ""
+        raise StateError(
+            f"the study {study.path} was begun with {'; '.join(differing)}. "
+            f"Give the same{hint}, or another folder with --store"
+        )
+
+
+def _treatments(settings: ExploreSettings) -> dict[str, str]:
+    """What was set of treatments, by name, in words."""
+    return {one.name: str(knobs) for one, knobs in treatments_of(settings.chosen)}
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else str(value)
+
+
+def _keep_records(study: Study, lab: Lab, settings: ExploreSettings, files_digest: str) -> None:
+    """What later stages need to know of the trials."""
+    study.claim(EXPLORATION, settings.exploration(lab.bank.space))
+    study.put_record(SPACE, lab.bank.space)
+    study.put_record(GRAPH, lab.graph)
+    source, variant = settings.source.source, settings.source.variant
+    about = (source, variant, files_digest, settings.format_texts, settings.formats.ends or "")
+    study.put_record(SOURCE, ExploredSource(*about, _treatments(settings), lab.bank.digest))
+
+
+def _executor(settings: ExploreSettings) -> Executor:
+    return SerialExecutor() if settings.executor == "serial" else ProcessExecutor(settings.n_workers)
+
+
+def page(found: ExploreResult) -> Page:
+    """What an exploration did."""
+    speed = found.trials_per_hour
+    took = "" if speed is None else f"{speed:.3g} trials an hour; took {duration(found.seconds)}"
+    return page_of(
+        "", "", Text(f"{found.trials} trials, {found.measured} of them measured now: {found.study}"), Text(took)
+    )
+
+
+def plan_page(found: ExplorationPlan) -> Page:
+    """What an exploration would take."""
+    facts = {
+        "trials": f"{found.trials}, of which {found.missing} are not measured yet",
+        "time": f"about {duration(found.seconds)} in one process, {found.denoiser_calls:,} denoiser calls",
+        "memory": f"about {byte_size(found.memory_bytes)}, loaded pipelines included",
+        "disk": f"about {byte_size(found.disk_bytes)}",
+    }
+    return page_of(
+        found.source, f"{found.n_decisions} decisions, {found.n_formats} formats", Facts(tuple(facts.items()))
+    )
+
+
+JOB = Job(
+    name="explore",
+    words="""Measure random recipes of SRC and keep them in the study RUN; Ctrl-C is safe, the same command goes on.
+
+    Example: sedimo explore zoo:cifar-dit --store runs/alpha --trials 300
+    """,
+    settings=ExploreSettings,
+    page=page,
+    run=explore,
+    plan_page=plan_page,
+    plan=plan_exploration,
+    offers=early_treatment_offers,
+)

@@ -1,0 +1,82 @@
+"""What a job is: everything about one thing that a command does, from settings to a result that can be shown.
+
+A job lives in one file, which makes one constant of the class `Job`; `jobs.JOBS` lists them all. The command line and
+the reference pages are made from that tuple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from sedimo import methods, treatments
+from sedimo.bank import Progress
+from sedimo.methods.method import NoKnobs
+from sedimo.reporting.page import Page
+
+Settings = TypeVar("Settings")
+Result = TypeVar("Result")
+
+
+class HasJson(Protocol):
+    """Something with plain values."""
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values by name; scripts may rely on the names."""
+
+
+def as_json(result: HasJson) -> Mapping[str, object]:
+    """The plain values of a result that knows them itself."""
+    return result.as_json()
+
+
+def nothing() -> Mapping[str, type]:
+    """A job that has only options of its own."""
+    return {}
+
+
+def no_page(_found: object) -> Page:
+    """Of a job that is never planned."""
+    return Page("")
+
+
+@dataclass(frozen=True)
+class Job(Generic[Settings, Result]):
+    """One thing that a command does.
+
+    `run` does it; `page` and `as_json` tell what came of it, to people and to programs. With `plan`, a dry run tells
+    what it takes. `words` is what help says, with an example. `offers` are records of further options by who owns them
+    (methods, treatments), which go into the settings' field `chosen`.
+    """
+
+    name: str
+    words: str
+    settings: type[Settings]
+    run: Callable[[Settings, Progress], Result]
+    page: Callable[[Any], Page]
+    as_json: Callable[[Any], object] = as_json
+    plan: Callable[[Settings, Progress], HasJson] | None = None
+    plan_page: Callable[[Any], Page] = no_page
+    offers: Callable[[], Mapping[str, type]] = nothing
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """Owners whose first option stands in the help itself: treatments, which are few."""
+        return frozenset(one.name for one in treatments.TREATMENTS)
+
+
+def all_offers() -> Mapping[str, type]:
+    """What people may set for treatments and for single methods."""
+    knobs = {one.name: one.knobs for one in methods.METHODS if one.knobs is not NoKnobs}
+    return {**treatment_offers(), **knobs}
+
+
+def treatment_offers() -> Mapping[str, type]:
+    """What people may set for treatments."""
+    return {one.name: one.knobs for one in treatments.TREATMENTS}
+
+
+def early_treatment_offers() -> Mapping[str, type]:
+    """What people may set for treatments before the decision."""
+    return {one.name: one.knobs for one in treatments.TREATMENTS if one.apply is not None}

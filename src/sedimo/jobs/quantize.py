@@ -1,0 +1,616 @@
+"""Write a smaller checkpoint of SRC under a budget, with a report that says why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sedimo import methods, targets, treatments
+from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
+from sedimo.allocation.costs import EXACTLY_NOTHING, build_table
+from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import allocate_given, decided_by
+from sedimo.bank import SILENT, Candidate, Progress
+from sedimo.codec import content_key, from_json, to_json, to_plain
+from sedimo.errors import InputError
+from sedimo.jobs.check import N_CHECKED, Check, check_recipe, price_of_check
+from sedimo.jobs.describe import read_recipe
+from sedimo.jobs.evidence import Circumstances, find_evidence, summary_of
+from sedimo.jobs.job import Job, all_offers
+from sedimo.jobs.report import keep_report
+from sedimo.jobs.settings import (
+    FORMATS,
+    SAMPLING,
+    FormatSettings,
+    finish,
+    open_lab,
+    refuse_together,
+    required,
+    treated,
+    treatments_of,
+)
+from sedimo.lab.lab import Lab
+from sedimo.lab.pace import PATIENCE_SECONDS, too_slow, why_too_slow
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.study import Study
+from sedimo.lab.subject import InForce, SourceSettings
+from sedimo.methods import method_named
+from sedimo.methods.auto import AUTO
+from sedimo.methods.error import ERROR, describe
+from sedimo.methods.hybrid import BlocksResult
+from sedimo.methods.method import Finding, Method, Price, Resolved, Task
+from sedimo.methods.uniform import UNIFORM
+from sedimo.metrics.signal import sqnr_estimates
+from sedimo.pipelines.loading import is_hub_id
+from sedimo.quant.formats import Format, stored_bytes
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.reporting.html import write_page
+from sedimo.reporting.page import Block, Facts, Page, Table, Text, columns, page_of, rows
+from sedimo.reporting.phrasing import prediction_sentence, prediction_warnings
+from sedimo.reporting.report_page import report_page
+from sedimo.reporting.summary import Evidence
+from sedimo.reporting.words import byte_size, count, duration, share
+from sedimo.runtime.card import Origin
+from sedimo.runtime.writing import Finish, WriteOptions, WrittenCheckpoint
+from sedimo.settings import REQUIRED, block, leaves, option, set_in
+from sedimo.space import Recipe, SearchSpace
+from sedimo.targets import target_named
+from sedimo.targets.diffusers import DIFFUSERS
+from sedimo.targets.target import Packed
+from sedimo.treatments.smoothing_plan import Smoothing
+from sedimo.treatments.treatment import Finished
+
+REPORT_NAME = "report.html"
+STORED_BYTES_PER_SOURCE_BYTE = 0.35  # a generous guess for the disk that the result needs
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSettings:
+    """One run of the main job.
+
+    A `recipe` and `method="uniform:kmc4"` need no budget. `chosen` has what was set for single methods and treatments,
+    by their names.
+
+    Raises:
+        InputError: an unknown method or format, no budget where one is needed, or one beside a recipe.
+    """
+
+    source: SourceSettings = block(REQUIRED, "Source")
+    budget: BudgetSettings = block(NO_BUDGET, "Budget")
+    out: Path | None = option(None, "-o", "--out", help="Folder to write.")
+    method: str = option(
+        AUTO.name,
+        "--method",
+        metavar="NAME",
+        help=lambda: f"How to find out what matters: {', '.join(map(str, methods.METHODS))}.",
+    )
+    formats: FormatSettings = block(FORMATS, "Formats")
+    recipe: Recipe | None = option(None, "--recipe", parse=read_recipe, place="file", help="Use this recipe as it is.")
+    sampling: SamplingSettings = block(SAMPLING, "Sampling")
+    store: Path | None = option(None, "--store", help="Folder for measurements; default: OUT.study beside OUT.")
+    target: str = option(
+        DIFFUSERS.name,
+        "--target",
+        help=lambda: f"Where the result is to run: {', '.join(one.name for one in targets.TARGETS)}.",
+    )
+    link: bool = option(False, "--link", help="Hard-link the other components instead of copying them.")
+    check: bool = option(True, no="--no-check", help="Skip the sampled comparison and what else explains the result.")
+    overwrite: bool = False
+    chosen: Mapping[str, object] = field(default_factory=dict)
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks method, formats, budget and what was chosen together."""
+        if self.recipe is not None and (self.budget.is_given or self.method != AUTO.name or self.formats.ends):
+            raise InputError("a recipe decides everything: leave out --method, --ends and the budget")
+        target_named(self.target)
+        method, number_format = method_named(self.method)
+        if self.formats.act is not None and (self.recipe is not None or number_format is not None):
+            raise InputError(
+                "--act widens --formats; a recipe or a single format has its own: write uniform:uaq4a8 or hybrid:uaq4a8"
+            )
+        if self.recipe is None and number_format is None:
+            self.formats.refuse_nothing()
+        self._check_chosen(method)
+        refuse_together(self.chosen)
+        if self.recipe is None:
+            method.check(self.task, self.formats.choices)
+
+    def _check_chosen(self, method: Method[Any]) -> None:
+        known = () if self.recipe is not None else (method.name, *method.traits.contains)
+        used = (one.knobs for one in methods.METHODS if one.name in known)
+        read = {flag for knobs in used for leaf in leaves(knobs) for flag in leaf.option.flags}
+        others = [one.name for one in methods.METHODS if one.name in self.chosen and one.name not in known]
+        idle = [
+            name for name in others if any(read.isdisjoint(leaf.option.flags) for leaf in set_in(self.chosen[name]))
+        ]
+        if idle:
+            what = "a recipe" if self.recipe is not None else f"--method {self.method}"
+            raise InputError(f"options of {idle[0]} do nothing with {what}: leave them out (--help-method {idle[0]})")
+
+    @property
+    def task(self) -> Task[Any]:
+        """What the method is asked for."""
+        method, number_format = method_named(self.method)
+        knobs = self.chosen.get(method.name) or method.knobs()
+        return Task(knobs, self.budget, is_checked=self.check, number_format=number_format)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the recipe is given and nothing has to be found out."""
+        method, number_format = method_named(self.method)
+        return self.recipe is not None or (number_format is not None and method.name == UNIFORM.name)
+
+    @property
+    def study_folder(self) -> Path:
+        """Where measurements are kept, so that an interrupted run goes on.
+
+        Raises:
+            InputError: no output folder.
+        """
+        out = required(self.out)
+        return self.store or out.absolute().with_name(out.resolve().name + ".study")
+
+    def check_places(self, source: Path) -> None:
+        """Refuses outputs that could not be written, before anything is measured.
+
+        Raises:
+            InputError: no output, one that exists, or one that lies in the source or in the study, or around it.
+        """
+        out = required(self.out)
+        if out.resolve() == Path.cwd():
+            raise InputError("the output cannot be the working folder, which it would replace: name a folder with -o")
+        is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if is_used and not self.overwrite:
+            raise InputError(f"{out} exists already and is not an empty folder; choose another or remove it")
+        places = {"the source": source, "the output": out, "the study": self.study_folder}
+        resolved = {name: path.resolve() for name, path in places.items()}
+        for name, path in resolved.items():
+            inside = [other for other, outer in resolved.items() if other != name and path.is_relative_to(outer)]
+            if inside:
+                raise InputError(f"{name} {places[name]} must not lie in {inside[0]} {places[inside[0]]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which method, set how, why, whether the result is checked, what comes with it, and what all of it takes.
+
+    `knobs` is the method's record as JSON, `n_samples` how many it looks at (0: its own number). `unchecked` says why
+    the result will not be sampled, empty if it will; `treatments` are those that come with the method. Kept in the
+    study: a resumed run must not take another method because it is slower now.
+    """
+
+    method: str
+    knobs: str
+    n_samples: int
+    reason: str
+    unchecked: str
+    treatments: tuple[str, ...]
+    price: Price
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """What a job will do and take, told before it starts; `unchecked` as in `Plan`."""
+
+    source: str
+    method: str
+    reason: str
+    unchecked: str
+    budget: str
+    n_decisions: int
+    n_formats: int
+    seconds: float
+    denoiser_calls: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values by name."""
+        plain: Mapping[str, object] = to_plain(self)
+        return plain
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job did. `check` is None when the result was not sampled, and `plan.unchecked` says why.
+
+    `rules` say what was done by treatments before the decision, `finished` what was done after it.
+    """
+
+    finding: Finding
+    written: WrittenCheckpoint
+    report: Path
+    check: Check | None
+    plan: Plan
+    seconds: float
+    peak_rss_bytes: int
+    evidence: Evidence
+    treatments: Mapping[str, object]
+
+    @property
+    def allocation(self) -> Allocation:
+        """The recipe that was written."""
+        return self.finding.decided
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values; scripts may rely on the names (see the reference of JSON keys)."""
+        choice, table = self.allocation, self.finding.table
+        found: dict[str, object] = {
+            "recipe": {name: str(entry) for name, entry in choice.recipe.layers.items()},
+            "method": decided_by(choice.method, choice.rule),
+            "reason": self.plan.reason,
+            "compensated": self.finding.bank.moments is not None,
+            "paper_bits": choice.paper_bits,
+            "stored_bits": choice.stored_bits,
+            "bops": choice.bops,
+            "full_bops": table.full_bops,
+            "attention_bops": table.attention_bops,
+            "stored_bytes": self.written.stored_bytes,
+            "file_bytes": self.written.file_bytes,
+            "objective": choice.objective,
+            "bound": choice.bound,
+            "gap": choice.gap,
+            "status": choice.status,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "out": str(self.written.folder),
+            "report": str(self.report),
+            **self.treatments,
+        }
+        evidence, blocks = self.evidence, self.finding.of(BlocksResult)
+        if evidence.explanation is not None:
+            found["explanation"] = evidence.explanation.as_json()
+        if not evidence.maps.is_empty:
+            found["maps"] = evidence.maps.as_json()
+        if blocks is not None:
+            found["hybrid"] = {name: value for name, value in blocks.as_json().items() if name != "recipe"}
+        if evidence.prediction is not None:
+            found["prediction"] = evidence.prediction.as_json()
+        if evidence.entrants:
+            found["entrants"] = to_plain(evidence.entrants)
+        return found | ({"unchecked": self.plan.unchecked} if self.check is None else {"check": self.check.as_json()})
+
+
+def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> JobPlan:
+    """What the job takes, estimated from one timed call; nothing is measured or written.
+
+    Raises:
+        InputError: as `run`.
+    """
+    progress.start(1, "planning")
+    lab = _open(settings, progress)
+    found = _plan(lab, settings)
+    progress.done()
+    source_bytes = sum(f.stat().st_size for f in lab.weights_files)
+    return JobPlan(
+        source=lab.subject.name,
+        method=found.method,
+        reason=found.reason,
+        unchecked=found.unchecked,
+        budget=str(settings.budget),
+        n_decisions=len(lab.space.decisions),
+        n_formats=len({f for d in lab.space.decisions for f in d.formats}),
+        seconds=found.price.seconds,
+        denoiser_calls=found.price.n_calls,
+        memory_bytes=found.price.memory_bytes + source_bytes,
+        disk_bytes=found.price.disk_bytes + int(STORED_BYTES_PER_SOURCE_BYTE * source_bytes),
+    )
+
+
+def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
+    """Writes the smaller checkpoint and its report.
+
+    Raises:
+        InputError: the source cannot be used, a budget that cannot be kept (with the least and most possible
+            bits), or an output that exists.
+        StateError: a damaged source, or a study folder that holds another study.
+        Interrupted: Ctrl-C; what was measured is kept, the same job goes on.
+    """
+    begin = time.monotonic()
+    lab = _open(settings, progress)
+    settings.check_places(lab.folder)
+    with Study(settings.study_folder) as study:
+        lab = lab.kept_in(study)
+        plan = _kept_plan(lab, settings, study)
+        chosen = {
+            **{one.name: one.knobs() for one in treatments.TREATMENTS if one.name in plan.treatments},
+            **settings.chosen,
+        }
+        lab = treated(lab, chosen)
+        finding = _find(lab, settings, plan)
+        if not any(f.is_quantized for f in finding.decided.choice.values()):
+            raise InputError("every layer would stay as it is: there is nothing to write. Give a smaller budget")
+        finished = finish(lab, chosen, finding)
+        check = None if plan.unchecked else check_recipe(lab, finding, finished)
+        traits = _method(settings, plan).traits
+        evidence = find_evidence(lab, finding, traits, check, finished, is_explained=settings.check)
+        _keep_budget(finding, finding.bank.quantize(finding.decided.recipe) if finished is None else finished.weights)
+
+        def report(folder: Path, written: WrittenCheckpoint) -> None:
+            how = Circumstances(check, settings.command, time.monotonic() - begin)
+            summary = summary_of(lab, finding, written, evidence, how)
+            keep_report(study, finding.table, summary)
+            write_page(report_page(summary), folder / REPORT_NAME)
+
+        written = _write(lab, settings, finding, finished, report)
+    done: list[InForce | Finished] = [*lab.subject.treatments, *([] if finished is None else [finished])]
+    return JobResult(
+        finding=finding,
+        written=written,
+        report=written.folder / REPORT_NAME,
+        check=check,
+        plan=plan,
+        seconds=time.monotonic() - begin,
+        peak_rss_bytes=peak_rss_bytes(),
+        evidence=evidence,
+        treatments={name: facts for one in done for name, facts in one.as_json().items()},
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process has held so far [bytes]; the present one where the system does not tell."""
+    process = psutil.Process()
+    try:
+        import resource
+    except ImportError:  # Windows keeps its own count
+        return int(getattr(process.memory_info(), "peak_wset", process.memory_info().rss))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if psutil.MACOS else peak * 1024)
+
+
+def _open(settings: QuantizeSettings, progress: Progress) -> Lab:
+    """The lab of a job, whose budget some recipe keeps."""
+    text = ""
+    streams: bool | Collection[str] | None = None
+    _, argument = method_named(settings.method)
+    if argument is not None:
+        text, streams = f"{argument},fp16", False
+    if settings.recipe is not None:
+        text = ",".join(sorted({str(f) for f in settings.recipe.formats} | {"fp16"}))
+        streams = [layer for layer, entry in settings.recipe.layers.items() if not isinstance(entry, Format)]
+    lab = open_lab(
+        settings.source,
+        settings.formats,
+        chosen=settings.chosen,
+        sampling=settings.sampling,
+        progress=progress,
+        text=text,
+        streams=streams,
+    )
+    lab = lab.decided_on(target_named(settings.target).constrain(lab.space))
+    if settings.recipe is not None:
+        lab.space.check(settings.recipe)
+    elif not settings.is_given and settings.budget.is_given:
+        refuse_impossible(settings.budget, lab.space)
+    return lab
+
+
+def refuse_impossible(budget: BudgetSettings, space: SearchSpace) -> None:
+    """Refuses a budget that no choice of formats keeps, before anything is measured: all formats cost nothing here.
+
+    Raises:
+        InputError: with the least and most possible.
+    """
+    candidates = [
+        Candidate(d.name, f, 0.0, 0.0, 0, d.paper_bytes(f), d.stored_bytes(f))
+        for d in space.decisions
+        for f in d.formats
+    ]
+    table = build_table("none", space, candidates, lambda _: EXACTLY_NOTHING, {}, sees_activations=True)
+    try:
+        allocated(table, budget)
+    except InputError as error:
+        raise InputError(f"{budget} cannot be kept: {error}") from error
+
+
+def _kept_plan(lab: Lab, settings: QuantizeSettings, study: Study) -> Plan:
+    """The plan of these settings, made once and kept."""
+    asked = replace(settings, out=None, store=None, link=False, overwrite=False, command="")
+    name = f"plan:{content_key([lab.weights.digest, asked, lab.space.streams])[:16]}"
+    if not study.has_record(name):
+        study.put_record(name, _plan(lab, settings))
+    return study.record(Plan, name)
+
+
+def _plan(lab: Lab, settings: QuantizeSettings) -> Plan:
+    """The method and what all of it takes.
+
+    Raises:
+        InputError: what runs the pipeline (a method, a treatment), where it cannot run.
+    """
+    method, _ = method_named(settings.method)
+    found = _resolved(lab, settings, method)
+    unchecked, price = _with_check(lab, settings, found)
+    brought = tuple(
+        one.name
+        for one in treatments.TREATMENTS
+        if one.name in method.traits.treatments and one.name not in settings.chosen and settings.recipe is None
+        if price.n_calls and not any(one.name in other.excludes for other, _ in treatments_of(settings.chosen))
+    )
+    wanted = [
+        *treatments_of(settings.chosen),
+        *((one, one.knobs()) for one in treatments.TREATMENTS if one.name in brought),
+    ]
+    return Plan(
+        method=found.method.traits.told_as or found.method.name,
+        knobs=to_json(found.task.knobs),
+        n_samples=found.task.n_samples,
+        reason=found.reason,
+        unchecked=unchecked,
+        treatments=brought,
+        price=sum((one.price(lab, knobs) for one, knobs in wanted), price),
+    )
+
+
+def _resolved(lab: Lab, settings: QuantizeSettings, method: Method[Any]) -> Resolved:
+    """The method that is asked for, or that it stands for here, with its price."""
+    task = settings.task
+    if settings.is_given:
+        return Resolved(method, task, "the recipe is given; costs are for the report only", Price())
+    if method.resolve is not None:
+        return method.resolve(lab, task)
+    if method.traits.runs_pipeline:
+        lab.refuse_unsampled(f"method {settings.method!r} runs the pipeline", f"Use --method {ERROR.name}")
+    return Resolved(method, task, "as ordered", method.price(lab, task))
+
+
+def _with_check(lab: Lab, settings: QuantizeSettings, found: Resolved) -> tuple[str, Price]:
+    """Why the result is not checked by sampling, if it is not; and what the method takes, with the check that is made.
+
+    A check that takes longer than half an hour and than the search is left out.
+    """
+    if not settings.check:
+        return "not asked for", found.price
+    is_run = found.method.traits.runs_pipeline and not settings.is_given
+    sampling = settings.sampling
+    n_rows = N_CHECKED * sampling.n_check_seeds * sampling.n_steps
+    why_not = None if is_run else lab.why_not_sampled() or why_too_slow(lab, n_rows, "sampling the result")
+    if why_not is not None:
+        return why_not, found.price
+    check = price_of_check(lab, n_random=found.method.traits.n_random if is_run else 0)
+    if check.seconds > max(PATIENCE_SECONDS, found.price.seconds):
+        return too_slow("sampling the result", check.seconds), found.price
+    return "", replace(
+        found.price, seconds=found.price.seconds + check.seconds, n_calls=found.price.n_calls + check.n_calls
+    )
+
+
+def _find(lab: Lab, settings: QuantizeSettings, plan: Plan) -> Finding:
+    """What the planned method finds, or the recipe that is given, described by weight error."""
+    if settings.recipe is not None:
+        finding = describe(lab.estimated)
+        choice = finding.bank.space.choice(settings.recipe)
+        return replace(finding, allocation=allocate_given(finding.table, choice))
+    method = _method(settings, plan)
+    knobs = from_json(method.knobs, plan.knobs, place="the plan of the job")
+    return method.find(lab, replace(settings.task, knobs=knobs, n_samples=plan.n_samples))
+
+
+def _method(settings: QuantizeSettings, plan: Plan) -> Method[Any]:
+    """The method that decides, or weight error, which describes a recipe that is given."""
+    if settings.is_given and settings.recipe is not None:
+        return ERROR
+    asked, _ = method_named(settings.method)
+    return asked if asked.resolve is None else next(one for one in methods.METHODS if one.name == plan.method)
+
+
+def _keep_budget(finding: Finding, packed: Mapping[str, QuantizedTensor]) -> None:
+    """Refuses the rare weight whose stored form is larger than estimated (a codebook that float16 cannot hold)."""
+    allocation = finding.decided
+    if allocation.accounting != "stored" or allocation.budget_bytes is None:
+        return
+    stored = finding.bank.stored_bytes(allocation.recipe)
+    surplus = sum(
+        part.stored_bytes - stored_bytes(part.format, part.shape_in(weight.shape))
+        for weight in {id(w): w for w in packed.values()}.values()  # tied layers share one
+        for part in weight.parts
+        if part.format.is_quantized
+    )
+    if stored + surplus > allocation.budget_bytes:
+        raise InputError(
+            f"the weights take {stored + surplus} bytes as stored, {surplus} more than was estimated, and the budget "
+            f"is {allocation.budget_bytes}: some codebooks need float32. Lower the budget by {surplus} bytes"
+        )
+
+
+def _write(
+    lab: Lab, settings: QuantizeSettings, finding: Finding, finished: Finished | None, report: Finish
+) -> WrittenCheckpoint:
+    allocation, bank = finding.decided, finding.bank
+    decided = [decided_by(allocation.method, allocation.rule), allocation.rule]
+    decided += [] if finished is None else [str(finished)]
+    decided += ["error feedback"] if bank.moments is not None else []
+    smoothing = lab.in_force(Smoothing)
+    source = settings.source.source
+    origin = Origin(
+        base_model=source if is_hub_id(source) else lab.subject.name,
+        method=", ".join(dict.fromkeys(decided)),
+        recipe_json=allocation.recipe.to_json(),
+        smoothing="" if smoothing is None else str(smoothing),
+    )
+    weights = bank.quantize(allocation.recipe) if finished is None else finished.weights
+    packed = Packed(lab, bank, allocation.recipe, weights, origin)
+    options = WriteOptions(link=settings.link, variant=settings.source.variant, overwrite=settings.overwrite)
+    return target_named(settings.target).write(packed, required(settings.out), options, report)
+
+
+def page(found: JobResult) -> Page:
+    """What a job did, and where its report is."""
+    choice, params, written = found.allocation, found.finding.table.total_params, found.written
+    check = Text(f"The result was not sampled: {found.plan.unchecked}.")
+    blocks: list[Block] = [check] if found.check is None else [*_check_table(found)]
+    if found.evidence.prediction is not None:
+        blocks += [
+            Text(text)
+            for text in (
+                prediction_sentence(found.evidence.prediction),
+                *prediction_warnings(found.evidence.prediction),
+            )
+        ]
+    if found.evidence.rounding is not None:
+        learned = found.evidence.rounding
+        text = (
+            f"Rounding learned in {learned.n_learned} of {learned.n_blocks} blocks, from {learned.n_samples} samples."
+        )
+        blocks.append(Text(text))
+    before, after = byte_size(2 * params), byte_size(choice.stored_bits * params / 8)
+    facts = {
+        "method": f"{decided_by(choice.method, choice.rule)} ({found.plan.reason}); {choice.status}, "
+        f"gap {choice.gap:.1e}",
+        "size": f"{choice.paper_bits:.3f} paper bits, {choice.stored_bits:.3f} stored bits per weight; Linear and Conv "
+        f"weights {before} at 16 bits \N{RIGHTWARDS ARROW} {after}, denoiser file {byte_size(written.file_bytes)}",
+        "work": f"{count(choice.bops)} bit operations a sample and call, "
+        f"{share(choice.bops / found.finding.table.full_bops)} of those at 16 bits",
+        "checkpoint": str(written.folder),
+        "report": str(found.report),
+        "took": f"{duration(found.seconds)}, peak memory {byte_size(found.peak_rss_bytes)}",
+    }
+    return page_of("", "", *blocks, Facts(tuple(facts.items())))
+
+
+def _check_table(found: JobResult) -> Iterable[Block]:
+    if found.check is None:
+        return
+    lines = (
+        (r.name, r.paper_bits, r.stored_bits, sqnr_estimates(r.signals.sqnr)["sqnr_db"])
+        for r in (found.check.this, *found.check.rivals)
+    )
+    seeds, n_steps = found.check.seeds, found.check.n_steps
+    titles = columns("recipe", ("paper bits", "bits"), ("stored bits", "bits"), ("SQNR [dB]", "plus-minus"))
+    caption = f"Final latents against full precision, seeds {seeds[0]} to {seeds[-1]}, {n_steps} steps"
+    yield Table(titles, rows(lines), caption)
+
+
+def plan_page(found: JobPlan) -> Page:
+    """What a job would take."""
+    checked = "on fresh seeds: beside uniform recipes, block by block, step by step"
+    facts = {
+        "method": f"{found.method} ({found.reason})",
+        "check": f"none: {found.unchecked}" if found.unchecked else checked,
+        "time": f"about {duration(found.seconds)}, {found.denoiser_calls:,} denoiser calls",
+        "memory": f"about {byte_size(found.memory_bytes)} besides the loaded pipeline",
+        "disk": f"about {byte_size(found.disk_bytes)}",
+    }
+    headline = f"{found.n_decisions} decisions, {found.n_formats} formats, {found.budget}"
+    return page_of(found.source, headline, Facts(tuple(facts.items())))
+
+
+JOB = Job(
+    name="quantize",
+    words="""Write a smaller checkpoint of SRC under a budget, with a report that says why.
+
+    Example: sedimo quantize zoo:cifar-dit --bits 3.5 -o small
+    """,
+    settings=QuantizeSettings,
+    page=page,
+    run=run,
+    plan_page=plan_page,
+    plan=plan,
+    offers=all_offers,
+)

@@ -1,0 +1,77 @@
+"""From SRC to checkpoint and report: measure recipes, learn what matters, build, explain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sedimo.allocation.budget import NO_BUDGET, BudgetSettings
+from sedimo.bank import Progress
+from sedimo.jobs import quantize
+from sedimo.jobs.job import Job, treatment_offers
+from sedimo.jobs.quantize import JobPlan, JobResult, QuantizeSettings
+from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.subject import SourceSettings
+from sedimo.methods.search import SEARCH, SearchSettings
+from sedimo.settings import REQUIRED, block, option
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """The main job by measured recipes, with the search's own settings in sight."""
+
+    source: SourceSettings = block(REQUIRED, "Source")
+    budget: BudgetSettings = block(NO_BUDGET, "Budget")
+    out: Path | None = option(None, "-o", "--out", help="Folder to write.")
+    search: SearchSettings = block(SearchSettings(), "Search")
+    formats: FormatSettings = block(FORMATS, "Formats")
+    sampling: SamplingSettings = block(SAMPLING, "Sampling")
+    store: Path | None = option(None, "--store", help="Folder for measurements; default: OUT.study beside OUT.")
+    link: bool = option(False, "--link", help="Hard-link the other components instead of copying them.")
+    check: bool = option(True, no="--no-check", help="Skip the sampled comparison and what else explains the result.")
+    chosen: Mapping[str, object] = field(default_factory=dict)
+    command: str = ""
+
+    @property
+    def job(self) -> QuantizeSettings:
+        """The same as settings of the main job."""
+        return QuantizeSettings(
+            source=self.source,
+            budget=self.budget,
+            out=self.out,
+            method=SEARCH.name,
+            formats=self.formats,
+            sampling=self.sampling,
+            store=self.store,
+            link=self.link,
+            check=self.check,
+            chosen={**self.chosen, SEARCH.name: self.search},
+            command=self.command,
+        )
+
+
+def run(settings: RunSettings, progress: Progress) -> JobResult:
+    """Does the main job."""
+    return quantize.run(settings.job, progress)
+
+
+def plan(settings: RunSettings, progress: Progress) -> JobPlan:
+    """What the main job takes."""
+    return quantize.plan(settings.job, progress)
+
+
+JOB = Job(
+    name="run",
+    words="""From SRC to checkpoint and report: measure recipes, learn what matters, build, explain.
+
+    Example: sedimo run zoo:cifar-dit --bits 3.5 --trials 300 --refine 3 -o small
+    """,
+    settings=RunSettings,
+    page=quantize.page,
+    run=run,
+    plan=plan,
+    plan_page=quantize.plan_page,
+    offers=treatment_offers,
+)

@@ -1,0 +1,170 @@
+"""Blocks of settings that several jobs share, and how a lab is opened from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sedimo import treatments
+from sedimo.bank import Progress
+from sedimo.errors import InputError
+from sedimo.lab.lab import Lab
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.lab.subject import SourceSettings
+from sedimo.methods.method import Finding
+from sedimo.quant.formats import Format, parse_formats, with_activations
+from sedimo.settings import leaves, option
+from sedimo.treatments.treatment import Finished, Treatment
+
+SAMPLING = SamplingSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class FormatSettings:
+    """Which formats there are to choose from.
+
+    `ends` is the format of the first and last layers, None: they are decided on like the others. Unless `whole_layers`,
+    each stream that a layer's input is a concatenation of is decided on by itself.
+
+    Raises:
+        InputError: an unknown format, or widths of activations that are none.
+    """
+
+    formats: str = option("wide", "--formats", metavar="LIST", help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
+    act: str | None = option(
+        None, "--act", metavar="LIST", help="Widths of activations, such as a8 or a4,a6,a8; default: a16."
+    )
+    ends: str | None = option(
+        None,
+        "--ends",
+        metavar="FORMAT",
+        help="Format of the first and last layers, such as uaq8; default: like others.",
+    )
+    whole_layers: bool = option(
+        False, "--whole-layers", help="One decision per layer, also where its input is a concatenation (U-Net skips)."
+    )
+
+    def __post_init__(self) -> None:
+        """Reads all of it once, so that nothing long starts with a text that says nothing."""
+        _ = self.choices
+        if self.ends is not None:
+            Format.parse(self.ends)
+
+    @property
+    def choices(self) -> tuple[Format, ...]:
+        """The formats, each with each width of activations that was asked for."""
+        found = parse_formats(self.formats)
+        if self.act is None:
+            return found
+        widths = [part.strip().removeprefix("a") for part in self.act.split(",") if part.strip()]
+        if not widths or not all(width.isdecimal() for width in widths):
+            raise InputError(f"widths of activations are written such as a8 or a4,a6,a8; got {self.act!r}")
+        return tuple(with_activations(found, map(int, widths)))
+
+    @property
+    def text(self) -> str:
+        """The formats as one text; a name such as `wide` stays a name."""
+        return self.formats if self.act is None else ",".join(map(str, self.choices))
+
+    @property
+    def all_formats(self) -> tuple[Format, ...]:
+        """The formats, that of the ends included."""
+        return (*self.choices, *([] if self.ends is None else [Format.parse(self.ends)]))
+
+    def refuse_nothing(self) -> None:
+        """Refuses formats that leave every layer as it is.
+
+        Raises:
+            InputError: naming them.
+        """
+        if not any(f.is_quantized for f in self.choices):
+            raise InputError(f"the formats {self.text} leave every layer as it is; add one such as kmc4")
+
+
+FORMATS = FormatSettings()
+
+
+def open_lab(
+    source: SourceSettings,
+    formats: FormatSettings,
+    *,
+    chosen: Mapping[str, object],
+    sampling: SamplingSettings = SAMPLING,
+    progress: Progress,
+    text: str = "",
+    streams: bool | Collection[str] | None = None,
+) -> Lab:
+    """A lab on a source, for formats as they are set, or as `text` and `streams` say instead.
+
+    Raises:
+        InputError: as `Lab.open`; or treatments that these formats leave nothing to do.
+    """
+    text = text or formats.text
+    ends = [] if formats.ends is None else [Format.parse(formats.ends)]
+    for treatment, knobs in treatments_of(chosen):
+        treatment.refuse(knobs, [*parse_formats(text), *ends])
+    decided = not formats.whole_layers if streams is None else streams
+    return Lab.open(source, text, ends=formats.ends, streams=decided, sampling=sampling, progress=progress)
+
+
+def treatments_of(chosen: Mapping[str, object]) -> list[tuple[Treatment[Any], object]]:
+    """The treatments that are wanted, with what was set of them."""
+    return [
+        (one, chosen[one.name])
+        for one in treatments.TREATMENTS
+        if one.name in chosen and one.is_wanted(chosen[one.name])
+    ]
+
+
+def refuse_together(chosen: Mapping[str, object]) -> None:
+    """Refuses treatments that cannot be together.
+
+    Raises:
+        InputError: naming both.
+    """
+    wanted = dict.fromkeys(one.name for one, _ in treatments_of(chosen))
+    for one, _ in treatments_of(chosen):
+        other = next((name for name in one.excludes if name in wanted), None)
+        if other is not None:
+            flags = [
+                next(leaves(t.knobs)).option.flags[0] for t in treatments.TREATMENTS if t.name in (one.name, other)
+            ]
+            raise InputError(f"{flags[0]} and {flags[1]} both choose the codes: give one of them")
+
+
+def finish(lab: Lab, chosen: Mapping[str, object], finding: Finding) -> Finished | None:
+    """What the treatment after the decision makes of its recipe; None without one.
+
+    Raises:
+        Interrupted: the user stopped it; what was learned is kept.
+    """
+    for one, knobs in treatments_of(chosen):
+        if one.finish is not None:
+            return one.finish(lab, knobs, finding.bank, finding.decided)
+    return None
+
+
+def treated(lab: Lab, chosen: Mapping[str, object]) -> Lab:
+    """The lab under all treatments that come before the decision, one after another, each measured on what is there.
+
+    Raises:
+        InputError: a treatment runs the pipeline, which cannot run here.
+        Interrupted: the user stopped it; what was measured is kept.
+    """
+    for treatment, knobs in treatments_of(chosen):
+        applied = None if treatment.apply is None else treatment.apply(lab, knobs)
+        lab = lab if applied is None else lab.treated(applied)
+    return lab
+
+
+def required(path: Path | None) -> Path:
+    """A folder to write to.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path is None:
+        raise InputError("an output folder is needed: -o OUT")
+    return path

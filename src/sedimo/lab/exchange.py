@@ -1,0 +1,159 @@
+"""Trying other weights in a denoiser for a while, and giving it back exactly as it was.
+
+The original parameters are never written to: a layer's `weight` is exchanged for another parameter object and
+exchanged back, so that restoring is bit-exact by construction, also after an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from sedimo.errors import InputError
+from sedimo.quant.activations import DYNAMIC, InputQuantizers
+from sedimo.quant.formats import FP16
+from sedimo.quant.parts import Entry
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.activations import round_inputs, unround_inputs
+from sedimo.space import Recipe
+
+WeightSupply = Callable[[Recipe], Mapping[str, torch.Tensor]]
+InputSupply = Callable[[Recipe], InputQuantizers]
+
+
+@contextlib.contextmanager
+def probed(
+    denoiser: nn.Module, weights: Mapping[str, torch.Tensor], *, inputs: InputQuantizers | None = None
+) -> Iterator[nn.Module]:
+    """The denoiser with other weights for some layers; on leaving it is bit-exactly what it was.
+
+    `weights` are plain or packed tensors `[out, in, ...]` by layer name; they are cast to the layer's dtype. With
+    `inputs`, the inputs of those layers are rounded meanwhile.
+
+    Raises:
+        InputError: a layer that the denoiser does not have, or a weight of another shape.
+    """
+    exchange = _Exchange(denoiser)
+    try:
+        exchange.put(weights)
+        if inputs is not None:
+            round_inputs(denoiser, inputs)
+        yield denoiser
+    finally:
+        exchange.restore()
+        if inputs is not None:
+            unround_inputs(denoiser)
+
+
+def _by_format(recipe: Recipe) -> InputQuantizers:
+    return DYNAMIC.quantizers(recipe.activation_bits)
+
+
+class Prober:
+    """Puts recipes into a denoiser one after the other; a context manager that restores it on leaving.
+
+    `supply` gives the quantized weights of the layers of a recipe, `inputs` how it rounds what layers are given.
+    Going from one recipe to the next exchanges only the weights whose format differs.
+
+    Example:
+        >>> with Prober(denoiser, bank.quantize, bank.input_quantizers) as prober:
+        ...     prober.switch(recipe)  # denoiser now computes with the recipe's weights and activations
+    """
+
+    def __init__(self, denoiser: nn.Module, supply: WeightSupply, inputs: InputSupply = _by_format) -> None:
+        self._denoiser, self._exchange = denoiser, _Exchange(denoiser)
+        self._supply, self._inputs = supply, inputs
+        self._entries: dict[str, Entry] = {}
+        self._rounded: InputQuantizers | None = None  # None: what the denoiser came with
+
+    def __enter__(self) -> Prober:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def switch(self, recipe: Recipe) -> int:
+        """Makes the denoiser compute with a recipe; returns the number of layers that were exchanged.
+
+        When it fails, the denoiser is restored to full precision before the error goes on.
+
+        Raises:
+            InputError: a layer that the denoiser does not have, a weight of another shape, or activations that cannot
+                be rounded.
+        """
+        wanted = {name: entry for name, entry in recipe.weights_alone.layers.items() if entry != FP16}
+        released = [name for name in self._entries if name not in wanted]
+        changed = {name: entry for name, entry in wanted.items() if self._entries.get(name) != entry}
+        try:
+            self._exchange.release(released)
+            if changed:
+                self._exchange.put(self._supply(Recipe(changed)))
+            inputs = self._inputs(recipe)
+            if inputs != self._rounded:  # hooks are put on by a walk through all modules
+                round_inputs(self._denoiser, inputs)
+        except BaseException:
+            self.restore()
+            raise
+        self._entries, self._rounded = wanted, inputs
+        return len(released) + len(changed)
+
+    def restore(self) -> None:
+        """Puts every original parameter back and leaves activations alone."""
+        self._exchange.restore()
+        unround_inputs(self._denoiser)
+        self._entries, self._rounded = {}, None
+
+
+class _Exchange:
+    """The parameters that were taken out of a denoiser, by the module they belong to."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
+        self._originals: dict[int, tuple[nn.Module, nn.Parameter]] = {}
+
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        made: dict[tuple[int, torch.dtype], nn.Parameter] = {}
+        for name, weight in weights.items():
+            module, present = _layer(self._denoiser, name)
+            if weight.shape != present.shape:
+                raise InputError(
+                    f"layer {name!r} has a weight of shape {tuple(present.shape)}, it cannot take {tuple(weight.shape)}"
+                )
+            self._originals.setdefault(id(module), (module, present))
+            key = (id(weight), present.dtype)
+            if key not in made:  # layers that share a weight go on sharing one
+                made[key] = _parameter(weight, present)
+            module.weight = made[key]
+
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            module, _ = _layer(self._denoiser, name)
+            module.weight = self._originals[id(module)][1]
+
+    def restore(self) -> None:
+        for module, original in self._originals.values():
+            module.weight = original
+        self._originals.clear()
+
+
+def _layer(denoiser: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter]:
+    try:
+        module = denoiser.get_submodule(name)
+    except AttributeError:
+        module = denoiser
+    weight = getattr(module, "weight", None)
+    if module is denoiser or not isinstance(weight, nn.Parameter):
+        raise InputError(f"the denoiser {type(denoiser).__name__} has no layer {name!r} with a weight")
+    return module, weight
+
+
+def _parameter(weight: torch.Tensor, original: torch.Tensor) -> nn.Parameter:
+    moved = weight.detach().to(original.device, original.dtype)  # a packed weight dequantizes in its new dtype
+    plain = moved.dequantize() if isinstance(moved, QuantizedTensor) else moved
+    return nn.Parameter(plain, requires_grad=False)

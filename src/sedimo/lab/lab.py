@@ -1,0 +1,300 @@
+"""The lab: one model on the bench, with the study, the seeds and the progress of what is measured of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Self, TypeVar
+
+import psutil
+from torch import nn
+
+from sedimo.bank import SILENT, Bank, Progress, fit_bank
+from sedimo.errors import InputError
+from sedimo.graph.model import DenoiserGraph
+from sedimo.lab.bench import Bench
+from sedimo.lab.executors import Executor, MakeWorker, SerialExecutor
+from sedimo.lab.parts import Parts
+from sedimo.lab.seeds import SamplingSettings, Seeds
+from sedimo.lab.study import Study
+from sedimo.lab.subject import Compute, InForce, SourceSettings, Subject, loaded_bytes
+from sedimo.lab.trial import ObjectiveName, Setting, Trial
+from sedimo.lab.trials import run_trials
+from sedimo.lab.worker import CallTiming, TrialWorker, setting_of
+from sedimo.pipelines.adapter import Sampling, WeightSource
+from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.space import Recipe, SearchSpace, search_space
+
+Treatment = TypeVar("Treatment")
+MEMORY_SHARE = 0.7  # of the free memory that a loaded pipeline may take
+SAMPLE_CHANNELS = 16  # output channels that stand for a weight when only its error is wanted
+
+
+class Lab:
+    """One model on the bench. The pipeline and the banks are loaded and made once, when they are first needed.
+
+    A lab never changes: `treated` gives a new one. Labs of one source share the loaded pipeline; each finds it with
+    its own treatments in force whenever it asks for `pipe`, and the weights as they were when it has none.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        bench: Bench,
+        *,
+        study: Study | None = None,
+        sampling: SamplingSettings | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """A lab on things that are there; see `open` and `on`."""
+        self.subject, self.study, self.progress = subject, study, progress
+        self._bench = bench
+        settings = sampling or SamplingSettings()
+        self.seeds = Seeds(settings, lambda seeds, n_steps: self.pipe.default_sampling(seeds, n_steps))
+
+    @staticmethod
+    def open(
+        source: SourceSettings,
+        formats: str = "wide",
+        *,
+        ends: str | None = None,
+        streams: bool | Collection[str] = True,
+        study: Study | None = None,
+        sampling: SamplingSettings | None = None,
+        progress: Progress = SILENT,
+    ) -> Lab:
+        """A lab on a folder, a hub id or `zoo:NAME`; nothing but the denoiser is loaded yet.
+
+        Raises:
+            InputError: the source cannot be used, is quantized already, holds NaN, or its inputs are unknown.
+            StateError: a damaged file.
+        """
+        bench = Bench.open(source)
+        space = search_space(bench.graph, formats, ends=ends, streams=streams)
+        subject = Subject(bench.name, bench.folder, source.variant, source.compute, space, ends=ends)
+        return Lab(subject, bench, study=study, sampling=sampling, progress=progress)
+
+    @staticmethod
+    def on(
+        pipe: DiffusersPipeline,
+        bank: Bank | None = None,
+        *,
+        formats: str = "wide",
+        graph: DenoiserGraph | None = None,
+        study: Study | None = None,
+        sampling: SamplingSettings | None = None,
+        progress: Progress = SILENT,
+    ) -> Lab:
+        """A lab on a pipeline that is loaded already, as it is; on a bank of its weights, if there is one.
+
+        Raises:
+            InputError: a pipeline whose graph cannot be traced, where there is no bank.
+        """
+        bench = Bench.of(pipe, bank, graph)
+        space = bank.space if bank is not None else search_space(bench.graph, formats)
+        is_loaded = isinstance(pipe, DiffusersPipeline)  # what else can be sampled has no files
+        folder, variant = (pipe.folder, pipe.variant) if is_loaded else (None, None)
+        subject = Subject(pipe.name, folder, variant, Compute(), space)
+        return Lab(subject, bench, study=study, sampling=sampling, progress=progress)
+
+    @property
+    def pipe(self) -> DiffusersPipeline:
+        """The pipeline in the compute dtype, with this lab's treatments in force.
+
+        Raises:
+            InputError: the source is a denoiser alone.
+        """
+        return self._bench.pipe(self.subject.treatments)
+
+    @property
+    def stored(self) -> nn.Module:
+        """The denoiser in the dtype that it is stored in, on the CPU, with this lab's treatments in force."""
+        return self._bench.stored(self.subject.treatments)
+
+    @cached_property
+    def weights(self) -> WeightSource:
+        """The weights that are quantized, as this lab's treatments leave them."""
+        return self._bench.weights(self.subject.treatments)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether this lab's treatments change the denoiser that computes."""
+        return bool(self.subject.treatments) and self._bench.is_changed(self.subject.treatments)
+
+    @property
+    def graph(self) -> DenoiserGraph:
+        """The graph of the denoiser."""
+        return self._bench.graph
+
+    @property
+    def space(self) -> SearchSpace:
+        """What may be decided, before formats that a weight does not fit into were dropped (see `bank.space`)."""
+        return self.subject.space
+
+    @cached_property
+    def bank(self) -> Bank:
+        """The bank with every format fitted in full."""
+        return self._bank(None)
+
+    @cached_property
+    def estimated(self) -> Bank:
+        """The bank with errors estimated from some output channels; formats are fitted when they are first used."""
+        return self._bank(SAMPLE_CHANNELS)
+
+    @property
+    def fitted(self) -> Self:
+        """The same lab where no error is estimated: every format is fitted in full."""
+        other = self._again(self.subject)
+        other.__dict__.update(weights=self.weights, bank=self.bank, estimated=self.bank)
+        return other
+
+    @property
+    def any_bank(self) -> Bank:
+        """Whichever bank is there: what a recipe becomes is the same with both."""
+        return self.bank if "bank" in self.__dict__ else self.estimated
+
+    @property
+    def cache(self) -> Path | None:
+        """The folder where what takes long is kept beside the study."""
+        return None if self.study is None else self.study.path.parent
+
+    @property
+    def weights_files(self) -> tuple[Path, ...]:
+        """The files that hold the denoiser's weights."""
+        return tuple(self._bench.files.files)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the source.
+
+        Raises:
+            InputError: it was made in memory.
+        """
+        if self.subject.folder is None:
+            raise InputError(f"{self.subject.name} was made in memory and has no folder")
+        return self.subject.folder
+
+    @property
+    def component(self) -> str | None:
+        """Name of the denoiser's folder inside the pipeline's, None when the source is a denoiser alone."""
+        return self._bench.files.folder.name if self.subject.is_pipeline else None
+
+    def in_force(self, kind: type[Treatment]) -> Treatment | None:
+        """The treatment of a kind that is in force, None where none is."""
+        return next((one for one in self.subject.treatments if isinstance(one, kind)), None)
+
+    @property
+    def seconds_per_fit(self) -> float:
+        """Seconds that one weight in one format takes here, timed once on some rows of the largest weight."""
+        return self._bench.seconds_per_fit(self.weights, self.space)
+
+    def treated(self, *treatments: InForce) -> Self:
+        """A lab of the same source with these treatments in force besides its own; this one stays as it is."""
+        subject = replace(self.subject, treatments=(*self.subject.treatments, *treatments))
+        return self._again(subject)
+
+    def decided_on(self, space: SearchSpace) -> Self:
+        """A lab of the same source and treatments where something else is decided on."""
+        return self._again(replace(self.subject, space=space))
+
+    def kept_in(self, study: Study) -> Self:
+        """The same lab with a study to keep what is measured in."""
+        return self._again(self.subject, study=study)
+
+    def sampled(self, sampling: SamplingSettings) -> Self:
+        """The same lab with other seeds, its banks included."""
+        other = self._again(self.subject, sampling=sampling)
+        other.__dict__.update({name: made for name in _MADE if (made := self.__dict__.get(name)) is not None})
+        return other
+
+    def setting(
+        self, on: Sampling, objective: ObjectiveName = "final_latents", *, weights_digest: str | None = None
+    ) -> Setting:
+        """What names the measurements of this lab under a plan.
+
+        With `weights_digest`, of full precision alone: how weights and inputs are rounded is no part of the name.
+        """
+        digest = self.any_bank.digest if weights_digest is None else weights_digest
+        return setting_of(self.pipe, on, weights_digest=digest, objective=objective)
+
+    def measure(
+        self,
+        recipes: Sequence[Recipe],
+        on: Sampling,
+        *,
+        objective: ObjectiveName = "final_latents",
+        executor: Executor | None = None,
+        make_worker: MakeWorker | None = None,
+    ) -> tuple[Trial, ...]:
+        """The trials of whole recipes under a plan, in their order; what the study has is not measured again.
+
+        `make_worker` is for an executor whose workers have pipelines of their own.
+
+        Raises:
+            Interrupted: the user stopped it; calling again measures what is left.
+        """
+        return run_trials(
+            self.study,
+            recipes,
+            setting=self.setting(on, objective),
+            make_worker=make_worker or functools.partial(self._worker, on, objective),
+            executor=executor or SerialExecutor(),
+            progress=self.progress,
+        )
+
+    def parts(self) -> Parts:
+        """A measurement in parts: kept in the study, resumed there, shown to people, safe to stop."""
+        return Parts(self.pipe, self.study, self.progress)
+
+    def time_calls(self, on: Sampling) -> CallTiming:
+        """How long a denoiser call of a plan takes here; a plan is timed once."""
+        return self._bench.timed(self.subject.treatments, on)
+
+    def why_not_sampled(self, n_copies: int = 1) -> str | None:
+        """Why so many copies of the pipeline cannot run here, or None when they can."""
+        if not self.subject.is_pipeline:
+            return "the source is a denoiser without its pipeline"
+        needed, free = n_copies * loaded_bytes(self.subject), psutil.virtual_memory().available
+        if needed > MEMORY_SHARE * free:
+            what = "the pipeline needs" if n_copies == 1 else f"{n_copies} copies of the pipeline need"
+            return f"{what} about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        return None
+
+    def refuse_unsampled(self, what: str, remedy: str = "", *, n_copies: int = 1) -> None:
+        """Refuses `what` where the pipeline cannot run.
+
+        Raises:
+            InputError: with the reason and the remedy.
+        """
+        obstacle = self.why_not_sampled(n_copies)
+        if obstacle is not None:
+            raise InputError(f"{what}, but {obstacle}{'. ' if remedy else ''}{remedy}")
+
+    def _bank(self, sample_channels: int | None) -> Bank:
+        bank = self._bench.bank
+        if bank is None or bank.space is not self.space or bank.weights is not self.weights:
+            bank = fit_bank(
+                self.weights, self.space, sample_channels=sample_channels, cache=self.cache, progress=self.progress
+            )
+        return functools.reduce(lambda found, one: one.on(found), self.subject.treatments, bank)
+
+    def _worker(self, on: Sampling, objective: ObjectiveName) -> TrialWorker:
+        return TrialWorker(self.pipe, self.any_bank, on, objective=objective, references=self._bench.references)
+
+    def _again(self, subject: Subject, *, sampling: SamplingSettings | None = None, study: Study | None = None) -> Self:
+        other = type(self).__new__(type(self))
+        Lab.__init__(
+            other,
+            subject,
+            self._bench,
+            study=study or self.study,
+            sampling=sampling or self.seeds.settings,
+            progress=self.progress,
+        )
+        return other
+
+
+_MADE = ("weights", "bank", "estimated")

@@ -1,1 +1,0 @@
-"""Running the denoiser: trials, probes, studies, campaigns."""

@@ -1,0 +1,398 @@
+"""The first-order effect of each format of each decision on the final latents, through the whole sampling run.
+
+For a sample with final latents x and a random u ~ N(0, I), let G be the gradient of <u, x> / ||x|| with respect to a
+weight, through all steps, guidance, and the sampler's own arithmetic. A change dW moves the final latents by J dW, and
+the mean over u of <G, dW>^2 is ||J dW||^2 / ||x||^2: the relative noise of the final latents, to first order.
+
+What an error does at different steps is added before it is squared, as the sampler does. The looks of one step alone
+(see `jacobian.py`) miss that: an error that is the same at every step and every token, such as that of a timestep
+embedder, hardly moves one step's output, and pushes the final latents in one direction, step after step.
+
+The products <G, dW> are kept with their signs. The effect of a whole recipe is the sum of the effects of its decisions,
+so its noise is the mean square of the sum of their products; where errors of layers point the same way, that is more
+than the sum of their squares.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sedimo.allocation.costs import EXACTLY_NOTHING, CostEstimate, build_table
+from sedimo.allocation.effects import Effects, make_effects
+from sedimo.allocation.table import SensitivityTable
+from sedimo.bank import Candidate
+from sedimo.codec import content_key
+from sedimo.errors import InputError, StateError
+from sedimo.lab.lab import Lab
+from sedimo.lab.objective import rows_for, rows_of
+from sedimo.lab.pace import seconds_of_fits
+from sedimo.lab.passes import MEMORY_BYTES, count_passes, passes
+from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.worker import CallTiming
+from sedimo.methods.exchanges import refine
+from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of
+from sedimo.methods.portfolio import N_RUNS, Portfolio, allocate_by_effects, hold_portfolio, predict
+from sedimo.methods.prediction import Entrants, Forecast
+from sedimo.methods.taps import TappedDecisions, Taps, drawn
+from sedimo.pipelines.adapter import Sampling
+from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
+from sedimo.quant.formats import FP16
+from sedimo.settings import option
+from sedimo.space import SearchSpace
+
+logger = logging.getLogger(__name__)
+
+NAME = "adjoint"
+ADJOINT_VERSION = 1
+SAMPLES_PER_SEED = 4  # of the search: products of few samples are cancelled by chance
+N_DIRECTIONS, N_DIRECTIONS_COMPENSATED = 4, 2  # compensated errors add up less, so fewer tell enough
+CALL_FACTOR = 14.0  # a call with gradients, of inputs too, and inner products in all directions, in plain calls
+N_RANDOM = 6  # random recipes that show whether effects add
+_DIGITS = 7
+
+Products = Mapping[str, Mapping[str, tuple[float, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class AdjointSettings:
+    """Minutes of exchanges that are measured afterwards; `is_portfolio`: recipes by other rules compete beforehand.
+
+    Raises:
+        InputError: no positive number of minutes.
+    """
+
+    minutes: float | None = option(
+        None, "--minutes", help="After the default method: exchange formats and measure, for so long."
+    )
+    is_portfolio: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the minutes."""
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"--minutes is a positive number of minutes, got {self.minutes:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdjointOptions:
+    """How precisely, and in how much memory; as `JacobianOptions`, the directions being those of final latents."""
+
+    n_directions: int = 4
+    seed: int = 0
+    memory_bytes: int = MEMORY_BYTES
+    max_rows: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AdjointPart:
+    """Of one batch of n samples: the products by decision and change, `[n * directions]`; `unused` decisions.
+
+    Those of a sample follow one another.
+    """
+
+    products: Products
+    unused: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdjointProbe:
+    """Signed first-order effects on the final latents, by decision and change (`uaq4`, `a8`), `[n * directions]`.
+
+    Each number is the product of the gradient of one sample in one random direction with what the change does, relative
+    to the norm of the sample's final latents; those of a sample follow one another. Their mean square is the relative
+    noise of the change. `unused` decisions were never called; their products are 0.
+    """
+
+    setting: Setting
+    n_directions: int
+    seed: int
+    products: Products
+    unused: tuple[str, ...]
+    execution: Execution
+
+    @property
+    def n_samples(self) -> int:
+        """Samples behind the numbers."""
+        return len(self.setting.seeds)
+
+    def vectors(self, decision: str, changes: Sequence[str]) -> npt.NDArray[np.float64]:
+        """What several changes of a decision do together, `[n, directions]`.
+
+        Raises:
+            InputError: the probe does not know one of them.
+        """
+        known = self.products.get(decision, {})
+        missing = [name for name in changes if name not in known]
+        if missing:
+            raise InputError(f"the probe has no {decision} at {missing[0]}; measure it again for this space")
+        total = np.sum([known[name] for name in changes], axis=0) if changes else np.zeros(1)
+        return np.broadcast_to(total, self.n_samples * self.n_directions).reshape(self.n_samples, self.n_directions)
+
+
+def probe_adjoint(lab: Lab, on: Sampling, *, options: AdjointOptions | None = None) -> AdjointProbe:
+    """Measures all decisions and formats of the lab's bank on the sampling runs of a plan.
+
+    With a study, each batch's part is saved when it is finished and not measured again.
+
+    Raises:
+        InputError: final latents that are zero or not finite.
+        Interrupted: the user stopped it (with a study, calling again goes on).
+        UnsupportedError: the sampler has no derivative, or a weight is used without calling its layer.
+    """
+    options, parts = options or AdjointOptions(), lab.parts()
+    groups = [_Pass(lab, decisions, options) for decisions in passes(lab.bank.space, options.memory_bytes)]
+    found: dict[str, dict[str, list[float]]] = {}
+    used: set[str] = set()
+
+    def works() -> Iterator[tuple[str, Callable[[], AdjointPart]]]:
+        for batch in on.batches():
+            run = functools.cache(functools.partial(lab.pipe.differentiable, batch))
+            setting = lab.setting(batch)
+            for one in groups:
+                yield one.key(setting), functools.partial(one.measure, run, batch)
+
+    label = "first-order noise on the final latents"
+    for part in parts.each(AdjointPart, label, len(groups) * on.n_batches, works()):
+        for decision, changes in part.products.items():
+            for name, values in changes.items():
+                found.setdefault(decision, {}).setdefault(name, []).extend(values)
+        used |= part.products.keys() - set(part.unused)
+    products = {d: {name: tuple(values) for name, values in changes.items()} for d, changes in found.items()}
+    unused = tuple(sorted(products.keys() - used))
+    return AdjointProbe(lab.setting(on), options.n_directions, options.seed, products, unused, parts.execution)
+
+
+def effects_of(candidates: Iterable[Candidate], probe: AdjointProbe) -> Effects:
+    """The effects of all candidates, from what a probe measured of their weights and inputs.
+
+    Raises:
+        InputError: the probe was made for other decisions or formats.
+    """
+    candidates = tuple(candidates)
+    changed = [c for c in candidates if c.format != FP16]
+    products = {(c.decision, c.format): probe.vectors(c.decision, c.format.changes) for c in changed}
+    return make_effects(products, candidates)
+
+
+def adjoint_table(space: SearchSpace, candidates: Iterable[Candidate], probe: AdjointProbe) -> SensitivityTable:
+    """Cost = relative noise power of a typical sample's final latents by a choice alone, to first order.
+
+    The standard error comes from the variation between samples. Within a family of formats (of one group size and one
+    width of activations), a format with more bits never costs more: estimates that say otherwise are pooled.
+
+    Raises:
+        InputError: the probe was made for other decisions or formats.
+    """
+    candidates = tuple(candidates)
+    effects = effects_of(candidates, probe)
+    settings = {
+        "n_samples": str(probe.n_samples),
+        "n_steps": str(probe.setting.n_steps),
+        "n_directions": str(probe.n_directions),
+        "unused_decisions": ", ".join(probe.unused) or "none",
+    }
+
+    def estimate(candidate: Candidate) -> CostEstimate:
+        return effects.costs.get((candidate.decision, candidate.format), EXACTLY_NOTHING)
+
+    return build_table(NAME, space, candidates, estimate, settings, sees_activations=True)
+
+
+class _MixedError(StateError):
+    """A layer's rows do not tell samples apart; one sample at a time helps."""
+
+
+class _Pass:
+    """One way back through the runs, for the decisions whose weight changes are in memory together."""
+
+    def __init__(self, lab: Lab, decisions: Sequence[str], options: AdjointOptions) -> None:
+        self._decisions, self._options = TappedDecisions(lab, decisions), options
+        self._max_rows = options.max_rows
+
+    def key(self, setting: Setting) -> str:
+        return content_key(
+            {
+                "adjoint": ADJOINT_VERSION,
+                "setting": setting,
+                "n_directions": self._options.n_directions,
+                "seed": self._options.seed,
+                "formats": self._decisions.names,
+            }
+        )
+
+    def measure(self, run: Callable[[], DifferentiableRun], batch: Sampling) -> AdjointPart:
+        """The part of one batch."""
+        try:
+            return self._measured(run(), batch)
+        except _MixedError as error:
+            logger.info("%s; one sample at a time from now on", error)
+            self._max_rows = 1
+        return self.measure(run, batch)
+
+    def _measured(self, run: DifferentiableRun, batch: Sampling) -> AdjointPart:
+        denoiser = self._decisions.denoiser
+        directions = [_directions(run.latents, batch, n, self._options.seed) for n in range(self._options.n_directions)]
+
+        def walked(taps: Taps) -> _Walk:
+            walk = _Walk(taps, denoiser, len(batch.seeds), self._max_rows)
+            run.walk_back(directions, walk.handle)
+            return walk
+
+        walk = self._decisions.tapped(walked)
+        unused = tuple(d for d in self._decisions.names if d not in walk.used)
+        self._decisions.refuse_hidden_use(next(cut.call for cut in run.cuts if cut.network is denoiser), unused)
+        boost = math.sqrt(run.latents[0].numel())
+        found = {}
+        for decision, names in self._decisions.names.items():
+            values = walk.totals.get(decision, np.zeros((len(directions), len(batch.seeds), len(names)))) / boost
+            columns = values.transpose(2, 1, 0).reshape(len(names), -1)  # [changes, n * directions]
+            found[decision] = {n: tuple(_rounded(v) for v in c.tolist()) for n, c in zip(names, columns, strict=True)}
+        return AdjointPart(found, unused)
+
+
+class _Walk:
+    """What is collected on the way back through a run: products `[directions, n, changes]` by decision."""
+
+    def __init__(self, taps: Taps, denoiser: torch.nn.Module, n_samples: int, max_rows: int) -> None:
+        self._taps, self._denoiser, self._n, self._max_rows = taps, denoiser, n_samples, max_rows
+        self.totals: dict[str, npt.NDArray[np.float64]] = {}
+        self.used: set[str] = set()
+
+    def handle(self, cut: CutCall, gradients: Sequence[Tensors]) -> Sequence[Tensors]:
+        """Makes a call of the denoiser again, some samples at a time, and adds the products of its layers."""
+        if cut.network is not self._denoiser:
+            return pull_through(cut, gradients)
+        n_rows = len(cut.call.output)
+        if n_rows % self._n:
+            raise StateError(f"a call of {n_rows} rows does not fit a batch of {self._n} samples")
+        answers: list[Tensors] = [[None] * len(cut.places) for _ in gradients]
+        step = max(1, self._max_rows * self._n // n_rows)
+        for first in range(0, self._n, step):
+            units = torch.arange(first, min(first + step, self._n), device=cut.call.output.device)
+            rows = rows_for(units, self._n, n_rows // self._n)
+            self._taps.begin(cut.call.output.device, cut.call.timestep)
+            outputs, entries = make_again(cut, rows_of(cut.call, rows))
+            self.used.update(self._taps.used)
+            for number, one in enumerate(gradients):
+                given = [None if g is None else _of_rows(g, rows, n_rows) for g in one]
+                products, found = self._taps.products(outputs, given, n_samples=len(units), entries=entries)
+                self._add(products, units, number, len(gradients))
+                for place, part in enumerate(found):
+                    if part is not None:
+                        answers[number][place] = _joined(answers[number][place], part, cut.entries[place], rows, n_rows)
+        return answers
+
+    def _add(self, products: Mapping[str, torch.Tensor], units: torch.Tensor, number: int, n_directions: int) -> None:
+        for decision, values in products.items():
+            if len(values) != len(units):
+                raise _MixedError(f"rows of {decision} belong to several samples")
+            shape = (n_directions, self._n, values.shape[1])
+            total = self.totals.setdefault(decision, np.zeros(shape))
+            total[number, units.cpu().numpy()] += values.cpu().numpy()
+
+
+def _of_rows(gradient: torch.Tensor, rows: torch.Tensor, n_rows: int) -> torch.Tensor:
+    return gradient[rows] if gradient.ndim and len(gradient) == n_rows else gradient
+
+
+def _joined(
+    before: torch.Tensor | None, part: torch.Tensor, entry: torch.Tensor, rows: torch.Tensor, n_rows: int
+) -> torch.Tensor:
+    """The gradient of a whole input from those of some rows; parts of an input without rows are added."""
+    total = torch.zeros_like(entry) if before is None else before
+    if entry.ndim and len(entry) == n_rows:
+        total[rows] += part
+    else:
+        total += part
+    return total
+
+
+def _directions(latents: torch.Tensor, batch: Sampling, number: int, seed: int) -> torch.Tensor:
+    """Random u on the final latents of each sample, divided by their root mean square, `[B, ...]`.
+
+    That keeps gradients near 1, within the range of half precision; a sample's u does not depend on its batch.
+    """
+    plain = latents.detach().float()
+    levels = plain.flatten(1).square().mean(1).sqrt()
+    wrong = levels[~(levels > 0) | levels.isinf()]
+    if len(wrong):
+        raise InputError(
+            f"noise is measured beside the final latents, whose norm must be positive and finite, but a sample has a "
+            f"root mean square of {float(wrong[0]):g}. Repair the checkpoint, or take a method that does not "
+            "sample: error"
+        )
+    found = [drawn(f"sedimo adjoint {seed} {sample_seed} {number}", plain.shape[1:]) for sample_seed in batch.seeds]
+    directions = torch.stack(found).to(plain.device) / levels.reshape(-1, *[1] * (plain.ndim - 1))
+    return directions.to(latents.dtype)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def price_of_run(space: SearchSpace, timing: CallTiming) -> Price:
+    """Going back through the runs of a plan, as often as memory demands; formats are fitted already."""
+    n_calls = timing.n_calls * (1 + count_passes(space))
+    seconds = timing.seconds_per_call * (timing.n_calls + CALL_FACTOR * (n_calls - timing.n_calls))
+    return Price(seconds, n_calls, MEMORY_BYTES)
+
+
+def _plan(lab: Lab, task: Task[AdjointSettings]) -> Sampling:
+    return plan_of(lab, task, SAMPLES_PER_SEED * lab.seeds.settings.n_seeds)
+
+
+def _price(lab: Lab, task: Task[AdjointSettings]) -> Price:
+    """Every format fitted, runs of more samples gone back through, recipes of a portfolio measured, exchanges."""
+    timing = lab.time_calls(lab.seeds.search)
+    run = price_of_run(lab.space, timing)
+    measured = round(N_RUNS * timing.n_calls) if task.knobs.is_portfolio else 0
+    share = max(1.0, len(_plan(lab, task).seeds) / lab.seeds.settings.n_seeds)
+    seconds = share * run.seconds + measured * timing.seconds_per_call + seconds_of_fits(lab)
+    seconds += 60 * (task.knobs.minutes or 0.0)
+    return Price(seconds, round(share * run.n_calls) + measured, run.memory_bytes)
+
+
+def _measure(lab: Lab, task: Task[AdjointSettings]) -> Finding:
+    bank = lab.bank
+    options = AdjointOptions(n_directions=N_DIRECTIONS if bank.moments is None else N_DIRECTIONS_COMPENSATED)
+    probe = probe_adjoint(lab, _plan(lab, task), options=options)
+    table = adjoint_table(bank.space, bank.candidates, probe)
+    return Finding(bank, table).with_evidence(probe, effects_of(bank.candidates, probe))
+
+
+def _decide(lab: Lab, task: Task[AdjointSettings], finding: Finding) -> Finding:
+    """By signed effects, or the best of several rules' recipes; then exchanges that are measured."""
+    table, effects = finding.table, finding.need(Effects)
+    if task.knobs.is_portfolio:
+        found = hold_portfolio(lab, table, effects, task.budget)
+    else:
+        allocation = allocate_by_effects(table, effects, task.budget)
+        found = Portfolio(allocation, predict(table, effects, finding.bank, task.budget), ())
+    if task.knobs.minutes is not None:
+        found = refine(lab, found, table, effects, task.budget, on=_plan(lab, task), minutes=task.knobs.minutes)
+    forecast = Forecast(found.predicted, effects.shape[1])
+    return replace(finding, allocation=found.allocation).with_evidence(forecast, Entrants(found.entrants))
+
+
+ADJOINT = Method(
+    name=NAME,
+    words=Words(
+        summary="noise of the final latents, to first order, through the whole sampling run, with signs",
+        cost="what its rounding does to the final latents through the whole sampling run, to first order",
+        sees="what errors of layers and steps do together, because products keep their signs",
+        misses="what is not of first order: formats of two bits, samplers without a derivative",
+    ),
+    knobs=AdjointSettings,
+    traits=Traits(has_effects=True, n_random=N_RANDOM, is_prior=True),
+    price=_price,
+    price_of_prior=price_of_run,
+    measure=_measure,
+    decide=_decide,
+)

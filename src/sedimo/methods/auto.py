@@ -1,0 +1,86 @@
+"""The default: what serves best in reasonable time on this machine.
+
+First-order effects on the final latents, with a final of several recipes, if that is quick enough: no other method was
+ahead of it on the models that were looked at (docs/results.md). Where the sampler has no derivative, or where that
+takes too long, the noise of single steps; where nothing can run, or would take too long, weight error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sedimo.errors import UnsupportedError
+from sedimo.lab.lab import Lab
+from sedimo.lab.pace import PATIENCE_SECONDS, too_slow, why_too_slow
+from sedimo.methods import jacobian
+from sedimo.methods.adjoint import ADJOINT, SAMPLES_PER_SEED, AdjointSettings
+from sedimo.methods.error import ERROR
+from sedimo.methods.jacobian import JACOBIAN
+from sedimo.methods.method import Finding, Method, Price, Resolved, Task, Words
+
+
+def why_not_differentiated(lab: Lab) -> str | None:
+    """Why final latents cannot be differentiated, shown by a short run of one sample; None when they can."""
+    search = lab.seeds.search
+    short = replace(search.first(1), n_steps=min(2, search.n_steps))
+    try:
+        lab.pipe.differentiable(short)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def _resolve(lab: Lab, task: Task[AdjointSettings]) -> Resolved:
+    """The method that serves best here, and its price."""
+    n_seeds, n_steps = lab.seeds.settings.n_seeds, lab.seeds.settings.n_steps
+    obstacle = lab.why_not_sampled()
+    obstacle = obstacle or why_too_slow(lab, round(jacobian.CALL_FACTOR * n_seeds * n_steps), "measuring")
+    if obstacle is not None:
+        return _resort(lab, task, obstacle)
+    obstacle, price = why_not_differentiated(lab), Price()
+    for n_samples in () if obstacle else (SAMPLES_PER_SEED * n_seeds, n_seeds):
+        wide = replace(_by_effects(task), n_samples=n_samples)
+        price = ADJOINT.price(lab, wide)
+        if price.seconds <= PATIENCE_SECONDS:
+            return Resolved(ADJOINT, wide, "the best that takes less than half an hour", price)
+    obstacle = obstacle or too_slow("looking through the whole run", price.seconds)
+    steps = task.of_other()
+    price = JACOBIAN.price(lab, steps)
+    if price.seconds <= PATIENCE_SECONDS:
+        return Resolved(JACOBIAN, steps, f"{obstacle}, so single steps have to do", price)
+    return _resort(lab, task, too_slow("measuring", price.seconds))
+
+
+def _resort(lab: Lab, task: Task[AdjointSettings], obstacle: str) -> Resolved:
+    other = task.of_other()
+    return Resolved(ERROR, other, f"{obstacle}, so weight error has to do", ERROR.price(lab, other))
+
+
+def _by_effects(task: Task[AdjointSettings]) -> Task[AdjointSettings]:
+    """With other rules' recipes as rivals."""
+    return replace(task, knobs=replace(task.knobs, is_portfolio=True))
+
+
+def _measure(lab: Lab, task: Task[AdjointSettings]) -> Finding:
+    return ADJOINT.measure(lab, _by_effects(task))
+
+
+def _decide(lab: Lab, task: Task[AdjointSettings], finding: Finding) -> Finding:
+    return ADJOINT.decide(lab, _by_effects(task), finding)
+
+
+AUTO = Method(
+    name="auto",
+    words=Words(
+        summary="the best that takes less than half an hour: adjoint among rivals, else jacobian, else error",
+        cost=ADJOINT.words.cost,
+        sees="what adjoint sees; recipes by several rules are measured, uniform ones too, and the best is taken",
+        misses="nothing that a measured recipe of another rule would have shown",
+    ),
+    knobs=AdjointSettings,
+    traits=replace(ADJOINT.traits, is_prior=False, treatments=("error_feedback",)),
+    price=lambda lab, task: _resolve(lab, task).price,
+    measure=_measure,
+    decide=_decide,
+    resolve=_resolve,
+)

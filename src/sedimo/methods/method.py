@@ -1,0 +1,271 @@
+"""What a method is: everything about one way to find out which weights may lose bits.
+
+A method lives in one file, which makes one constant of the class `Method`; `methods.METHODS` lists them all. Help, dry
+run, `compare`, checks and report read that tuple, and nothing else names a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
+from sedimo.allocation.problem import Allocation
+from sedimo.allocation.table import SensitivityTable
+from sedimo.bank import Bank
+from sedimo.errors import InputError, StateError
+from sedimo.lab.lab import Lab
+from sedimo.lab.worker import CallTiming
+from sedimo.pipelines.adapter import Sampling
+from sedimo.quant.formats import Format
+from sedimo.space import SearchSpace
+
+Knobs = TypeVar("Knobs")
+Evidence = TypeVar("Evidence")
+N_RANDOM = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What people read: one line of what it does, its source, what it can see, and what it cannot.
+
+    `cost` ends the sentence "the cost of a layer is ..."; empty for what has no costs.
+    """
+
+    summary: str
+    source: str = ""
+    cost: str = ""
+    sees: str = ""
+    misses: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What others must know to use a method.
+
+    What it needs: `least_samples` are those that it takes at least (0: as many as are searched on); whether it
+    `runs_pipeline`. One that `is_blind` sees weights alone and cannot choose among widths of activations.
+
+    What it gives: whether its costs predict the noise of final latents (`is_noise`), or it measures signed effects on
+    them (`has_effects`); `n_random` random recipes show whether its costs add up (0: they are not meant to). Its table
+    only describes what was decided otherwise, by weight error, where `is_described`.
+
+    Where it is offered: `is_compared` tells whether `compare` has it, with formats of one `family` alone if its source
+    knows no other; `is_prior`: a search may start from it. `is_peer`: it is another tool's, with formats of its own.
+    `takes_format`: it may be written with a format, `uniform:kmc4`; `needs_format`: it must. `contains` are methods
+    whose tables it is made of, `treatments` those that come with it unless people say no. Plans tell it by the name
+    `told_as`, if there is one.
+    """
+
+    least_samples: int = 0
+    runs_pipeline: bool = True
+    is_blind: bool = False
+    is_noise: bool = True
+    has_effects: bool = False
+    n_random: int = N_RANDOM
+    is_described: bool = False
+    is_compared: bool = True
+    family: str = ""
+    is_prior: bool = False
+    is_peer: bool = False
+    takes_format: bool = False
+    needs_format: bool = False
+    contains: tuple[str, ...] = ()
+    treatments: tuple[str, ...] = ()
+    told_as: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What work takes on this machine: seconds, denoiser calls, memory besides the pipeline and disk [bytes]."""
+
+    seconds: float = 0.0
+    n_calls: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+    def __add__(self, other: Price) -> Price:
+        """One after the other: memory is needed by one at a time."""
+        return Price(
+            self.seconds + other.seconds,
+            self.n_calls + other.n_calls,
+            max(self.memory_bytes, other.memory_bytes),
+            self.disk_bytes + other.disk_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NoKnobs:
+    """A method that has nothing to set."""
+
+
+NO_KNOBS = NoKnobs()
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[Knobs]):
+    """What a method is asked for: a recipe under a budget.
+
+    `is_checked` tells whether what it claims is measured, `n_samples` how many it looks at (0: its own number), or
+    `on` what plan of samples, whatever the lab's are. `number_format` is that of `uniform:kmc4`.
+    """
+
+    knobs: Knobs
+    budget: BudgetSettings = NO_BUDGET
+    is_checked: bool = True
+    n_samples: int = 0
+    on: Sampling | None = None
+    number_format: Format | None = None
+
+    def of_other(self, knobs: Any = NO_KNOBS) -> Task[Any]:
+        """The same task for another method."""
+        return replace(self, knobs=knobs)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a method has found: the bank that it is about, a table of costs, a recipe, and what else it can tell.
+
+    `evidence` is for the report, by kind of record; `notes` are for people. There may be no recipe, with a note why.
+    """
+
+    bank: Bank
+    table: SensitivityTable
+    allocation: Allocation | None = None
+    evidence: Mapping[type, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def decided(self) -> Allocation:
+        """The recipe.
+
+        Raises:
+            StateError: there is none.
+        """
+        if self.allocation is None:
+            raise StateError(f"the method {self.table.method} ended without a recipe: {'; '.join(self.notes)}")
+        return self.allocation
+
+    def of(self, kind: type[Evidence]) -> Evidence | None:
+        """The evidence of a kind, None where there is none."""
+        found = self.evidence.get(kind)
+        return found if isinstance(found, kind) else None
+
+    def need(self, kind: type[Evidence]) -> Evidence:
+        """The evidence of a kind that its method always gives.
+
+        Raises:
+            StateError: there is none.
+        """
+        found = self.of(kind)
+        if found is None:
+            raise StateError(f"the method {self.table.method} ended without {kind.__name__}; this is a fault of Sedimo")
+        return found
+
+    def with_evidence(self, *records: object) -> Finding:
+        """The same with more to tell."""
+        return replace(self, evidence={**self.evidence, **{type(one): one for one in records}})
+
+
+def plan_of(lab: Lab, task: Task[Any], least: int = 0) -> Sampling:
+    """The samples that a task says, else at least so many, the searched ones among them."""
+    return task.on or lab.seeds.more(task.n_samples or least)
+
+
+def refuse_blind(name: str, formats: Iterable[Format]) -> None:
+    """Refuses several widths of activations for a method that sees weights alone, before anything is measured.
+
+    Raises:
+        InputError: naming the method.
+    """
+    widths = sorted({f.activation_bits for f in formats})
+    if len(widths) > 1:
+        raise InputError(
+            f"method {name!r} sees weights alone and cannot choose among activations of {widths} bits: use "
+            "another method (orthogonality: with --importance-of bits), or one width with --act"
+        )
+
+
+def by_costs(_lab: Lab, task: Task[Knobs], finding: Finding) -> Finding:
+    """The recipe of least total cost within the budget, with proof."""
+    return replace(finding, allocation=allocated(finding.table, task.budget))
+
+
+def unpriced(_lab: Lab, _task: Task[Knobs]) -> Price:
+    """What takes no time worth telling."""
+    return Price()
+
+
+def unpriced_prior(_space: SearchSpace, _timing: CallTiming) -> Price:
+    """A prior that needs no denoiser call."""
+    return Price()
+
+
+def prepared(_lab: Lab, _task: Task[Any]) -> None:
+    """Nothing is refused."""
+
+
+def allowed(_task: Task[Any], _formats: Sequence[Format]) -> None:
+    """Nothing is refused."""
+
+
+@dataclass(frozen=True)
+class Method(Generic[Knobs]):
+    """One way to find out which weights may lose bits.
+
+    `measure` gives the table of costs and the bank that it is about, `decide` the recipe under the task's budget;
+    `price` tells beforehand what both take, `price_of_prior` what measuring on a plan takes where formats are fitted
+    already. `knobs` is the record of what people may set for this method. `refuse` looks at a task beside the formats
+    before anything is loaded. `prepare` refuses what shows only beside the bank and the study. A
+    method that stands for others says by `resolve` for which. `compared` is how it is set where methods are compared.
+    """
+
+    name: str
+    words: Words
+    measure: Callable[[Lab, Task[Knobs]], Finding]
+    knobs: type[Knobs] = NoKnobs  # type: ignore[assignment]  # the one default of a generic field
+    traits: Traits = Traits()
+    price: Callable[[Lab, Task[Knobs]], Price] = unpriced
+    price_of_prior: Callable[[SearchSpace, CallTiming], Price] = unpriced_prior
+    decide: Callable[[Lab, Task[Knobs], Finding], Finding] = by_costs
+    refuse: Callable[[Task[Knobs], Sequence[Format]], None] = allowed
+    resolve: Callable[[Lab, Task[Knobs]], Resolved] | None = None
+    prepare: Callable[[Lab, Task[Knobs]], None] = prepared
+    compared: Knobs | None = None
+
+    def __str__(self) -> str:
+        """As people write it."""
+        if not self.traits.takes_format:
+            return self.name
+        return f"{self.name}:FORMAT" if self.traits.needs_format else f"{self.name}[:FORMAT]"
+
+    def check(self, task: Task[Knobs], formats: Sequence[Format]) -> None:
+        """Refuses a task that this method cannot do with these formats, before anything is loaded.
+
+        Raises:
+            InputError: with the reason and the remedy.
+        """
+        if self.traits.is_blind:
+            refuse_blind(self.name, formats)
+        self.refuse(task, formats)
+
+    def find(self, lab: Lab, task: Task[Knobs]) -> Finding:
+        """The recipe under the task's budget, with the costs behind it."""
+        return self.decide(lab, task, self.measure(lab, task))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The method that another one stands for here, with its task, why, and what it takes."""
+
+    method: Method[Any]
+    task: Task[Any]
+    reason: str
+    price: Price
+
+
+def listed(methods: Sequence[Method[Any]]) -> str:
+    """Names for people."""
+    names = [one.name for one in methods]
+    return " or ".join([", ".join(names[:-1]), names[-1]])

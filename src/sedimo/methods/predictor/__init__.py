@@ -1,0 +1,1 @@
+"""Learning from measured recipes: the noise model and the graph network."""

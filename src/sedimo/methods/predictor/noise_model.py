@@ -1,0 +1,352 @@
+"""Noise powers add, quality follows their logarithm: a predictor of recipes with a measured prior.
+
+y = a - b g(S),  S = n0 + sum over decisions of c_i exp(delta_i),  g(S) = (S^p - 1) / p  (the logarithm for p = 0)
+
+c_i is a prior cost of the option that decision i takes (first-order noise, an ablation, or weight error). The
+corrections delta are sums of effects of operation types, blocks, formats, methods of an operation, decisions and single
+options, each normal around 0. How strong each kind of effect is, and how noisy y is, follows from the trials themselves
+(empirical Bayes). The posterior is taken as normal around its mode (Laplace), so that every prediction and every cost
+has an uncertainty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from sedimo.errors import InputError
+from sedimo.methods.predictor.choices import Choices, Codes, Values, picked
+from sedimo.quant.formats import Format
+from sedimo.space import Decision
+
+Effects = npt.NDArray[np.int64]
+DECIBEL = 10 / math.log(10)
+MIN_TRIALS = 8
+_START_DEVIATION = {"operation": 0.5, "block": 0.3, "format": 0.2, "method": 0.3, "decision": 0.5, "option": 0.2}
+_LEAST_DEVIATION, _MOST_DEVIATION = 0.02, 2.0
+_LINK_DEVIATION = np.array([30.0, 0.5, 2.0, 0.3])  # of a [target units], log b, log n0, p, around their start
+_N_EVIDENCE, _N_STEPS = 12, 30
+_CONVERGED = 1e-4
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Link:
+    """From total noise to the target: a, b > 0, floor n0 > 0, power p (0: logarithm); `unit` is the S that counts 1."""
+
+    offset: float
+    slope: float
+    floor: float
+    power: float
+    unit: float
+
+    def value(self, total: Values) -> Values:
+        """The target at total contributions `[T]` (without the floor)."""
+        return self.offset - self.slope * _curve(np.log((total + self.floor) / self.unit), self.power)
+
+    def total(self, target: float) -> float:
+        """Total contributions, floor included, at which the target has this value; the inverse of `value`."""
+        curve = (self.offset - target) / self.slope
+        if abs(self.power) < _TINY:
+            return self.unit * math.exp(min(curve / DECIBEL, 700.0))
+        return float(self.unit * max(1 + self.power * curve / DECIBEL, _TINY) ** (1 / self.power))
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """A fitted predictor: contributions of all options, their uncertainty, and the link to the target.
+
+    `log_costs` and `deviation` are `[D, K]`: logarithm of an option's contribution to the noise, and its standard
+    deviation given the trials. `residual` is the standard deviation of what it leaves unexplained, in target units;
+    `strengths` tells how much each kind of effect corrects the prior (standard deviation of a logarithm).
+    """
+
+    log_costs: Values
+    deviation: Values
+    link: Link
+    residual: float
+    strengths: Mapping[str, float]
+    _posterior: _Posterior
+
+    def predict(self, codes: Codes) -> Values:
+        """The target of recipes `[T, D]`, `[T]`."""
+        return self.link.value(np.exp(picked(self.log_costs, codes)).sum(axis=1))
+
+    def uncertainty(self, codes: Codes) -> Values:
+        """Standard deviation of the predicted target of recipes `[T, D]`, `[T]`, the residual left out."""
+        return self._posterior.deviation_of(codes)
+
+    def difference_deviation(self, before: Codes, after: Codes) -> Values:
+        """Standard deviation of the predicted difference between pairs of recipes `[T, D]`, `[T]`."""
+        return self._posterior.deviation_of(after, minus=before)
+
+    def contributions(self, codes: Codes) -> Values:
+        """What each decision adds to the noise of recipes `[T, D]`, as shares that sum to at most 1."""
+        powers = np.exp(picked(self.log_costs, codes))
+        found: Values = powers / (powers.sum(axis=1, keepdims=True) + self.link.floor)
+        return found
+
+    def draw(self, generator: np.random.Generator) -> Values:
+        """Log costs `[D, K]` drawn from the posterior, as plausible as the mode given the trials."""
+        return self._posterior.draw(generator)
+
+
+def fit_noise_model(choices: Choices, prior: Values, codes: Codes, target: Values) -> NoiseModel:
+    """Fits the model to recipes `[T, D]` with targets `[T]` (higher = better).
+
+    `prior` `[D, K]` are costs >= 0; an option of cost 0 (fp16) stays free of noise.
+
+    Raises:
+        InputError: fewer than eight recipes, or targets that are not finite or all equal.
+    """
+    target = np.asarray(target, dtype=np.float64)
+    if len(target) < MIN_TRIALS or len(codes) != len(target):
+        raise InputError(f"a predictor needs at least {MIN_TRIALS} measured recipes, got {len(target)}")
+    if not np.isfinite(target).all() or np.ptp(target) == 0:
+        raise InputError("the targets of the recipes must be finite and not all equal")
+    if not (np.isfinite(prior[choices.exists]).all() and (prior[choices.exists] >= 0).all()):
+        raise InputError("the costs of a prior must be finite and not negative")
+    problem = _Problem(choices, prior, codes, target)
+    state, strengths, residual = problem.start(), dict(_START_DEVIATION), 0.3 * float(target.std())
+    for _ in range(_N_EVIDENCE):
+        state = problem.maximise(state, strengths, residual)
+        before = (*strengths.values(), residual)
+        strengths, residual = problem.evidence(state, strengths, residual)
+        if max(abs(math.log(a / b)) for a, b in zip((*strengths.values(), residual), before, strict=True)) < 0.02:
+            break
+    state = problem.maximise(state, strengths, residual)
+    posterior = _Posterior(problem, state, strengths, residual)
+    return NoiseModel(posterior.log_costs, posterior.deviation, problem.link(state), residual, strengths, posterior)
+
+
+def effects_of(choices: Choices) -> dict[str, Effects]:
+    """For each kind of effect the number of the effect that each option has, `[D, K]`."""
+
+    def numbered(name: Callable[[Decision, Format], str]) -> Effects:
+        names = [[name(d, f) for f in d.formats] for d in choices.space.decisions]
+        known = {text: i for i, text in enumerate(dict.fromkeys(text for row in names for text in row))}
+        found = np.zeros((choices.n_decisions, choices.n_options), dtype=np.int64)
+        for i, row in enumerate(names):
+            found[i, : len(row)] = [known[text] for text in row]
+        return found
+
+    return {
+        "operation": numbered(lambda d, f: d.operation),
+        "block": numbered(lambda d, f: d.block),
+        "format": numbered(lambda d, f: str(f)),
+        "method": numbered(lambda d, f: f"{d.operation} {f.family} {f.group_size}"),
+        "decision": numbered(lambda d, f: d.name),
+        "option": numbered(lambda d, f: f"{d.name} {f}"),
+    }
+
+
+@dataclass(frozen=True)
+class _State:
+    """All unknowns: effects `[P]` and the link `[4]` (a, log b, log n0, p)."""
+
+    effects: Values
+    link: Values
+
+
+class _Problem:
+    """The model's function, its derivatives, and the steps of its fit. Logarithms of costs are about their unit."""
+
+    def __init__(self, choices: Choices, prior: Values, codes: Codes, target: Values) -> None:
+        self.codes, self.target = codes, target
+        with np.errstate(divide="ignore"):
+            log_prior = np.where(choices.exists, np.log(prior), -np.inf)
+        start = np.exp(picked(log_prior, codes)).sum(axis=1)
+        if not (start > 0).any():
+            raise InputError("recipes without any quantized decision cannot train a predictor")
+        start = np.where(start > 0, start, start[start > 0].min())  # a recipe without noise stands at the floor
+        self.unit = float(np.exp(np.log(start).mean()))
+        self.log_prior = log_prior - math.log(self.unit)
+        kinds = effects_of(choices)
+        sizes = [int(numbers.max()) + 1 for numbers in kinds.values()]
+        offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        self.slices = {k: slice(int(o), int(o) + n) for k, o, n in zip(kinds, offsets, sizes, strict=True)}
+        self.numbers = np.stack([n + o for n, o in zip(kinds.values(), offsets, strict=True)])  # [F, D, K]
+        self.n_effects = int(sum(sizes))
+        self._link_start = self._start_link(start / self.unit)
+
+    def start(self) -> _State:
+        return _State(np.zeros(self.n_effects), self._link_start)
+
+    def link(self, state: _State) -> Link:
+        a, log_b, log_n0, p = map(float, state.link)
+        return Link(a, math.exp(log_b), math.exp(log_n0) * self.unit, p, self.unit)
+
+    def log_costs(self, effects: Values) -> Values:
+        found: Values = self.log_prior + effects[self.numbers].sum(axis=0)
+        return found
+
+    def value(self, state: _State) -> Values:
+        total = np.exp(picked(self.log_costs(state.effects), self.codes)).sum(axis=1)
+        link = replace(self.link(state), unit=1.0, floor=math.exp(state.link[2]))
+        return link.value(total)
+
+    def jacobian(self, state: _State, codes: Codes) -> tuple[Values, Values]:
+        """Prediction `[T]` and its derivatives `[T, P + 4]`."""
+        powers = np.exp(picked(self.log_costs(state.effects), codes))
+        a, b, n0, p = state.link[0], math.exp(state.link[1]), math.exp(state.link[2]), state.link[3]
+        total = powers.sum(axis=1) + n0
+        log = np.log(total)
+        slope = -b * DECIBEL * np.exp(p * log)  # derivative by log S
+        curve = _curve(log, p)
+        by_power = DECIBEL * (log**2 / 2 if abs(p) < 1e-6 else (log * np.exp(p * log) - np.expm1(p * log) / p) / p)
+        found = np.zeros((len(codes), self.n_effects + 4))
+        shares = powers / total[:, None] * slope[:, None]
+        rows = np.arange(len(codes))[:, None]
+        columns = self.numbers[:, np.arange(codes.shape[1])[None], codes]
+        for column in columns:
+            np.add.at(found, (rows, column), shares)
+        found[:, -4:] = np.stack([np.ones(len(codes)), -b * curve, slope * n0 / total, -b * by_power], axis=1)
+        return a - b * curve, found
+
+    def prior_variance(self, strengths: Mapping[str, float]) -> Values:
+        found = np.empty(self.n_effects + 4)
+        for kind, where in self.slices.items():
+            found[where] = strengths[kind] ** 2
+        found[-4:] = _LINK_DEVIATION**2
+        return found
+
+    def maximise(self, state: _State, strengths: Mapping[str, float], residual: float) -> _State:
+        """The mode of the posterior, by damped Gauss-Newton steps in the space of the trials."""
+        variance = self.prior_variance(strengths)
+        damping, current = 1e-3, self._energy(state, variance, residual)
+        for _ in range(_N_STEPS):
+            step = self._step(state, variance, residual)
+            moved, energy = self._moved(state, step(damping), variance, residual)
+            while energy > current and damping < 1e6:
+                damping *= 6
+                moved, energy = self._moved(state, step(damping), variance, residual)
+            if energy > current:
+                break
+            is_done = current - energy < _CONVERGED * (1 + abs(current))
+            state, current, damping = moved, energy, max(damping / 6, 1e-9)
+            if is_done:
+                break
+        return state
+
+    def evidence(
+        self, state: _State, strengths: Mapping[str, float], residual: float
+    ) -> tuple[dict[str, float], float]:
+        """Strengths and residual that make the trials most likely, one step of expectation-maximisation."""
+        variance = self.prior_variance(strengths)
+        prediction, jacobian = self.jacobian(state, self.codes)
+        spread = posterior_variance(jacobian / residual, variance)
+        found = {}
+        for kind, where in self.slices.items():
+            squares = state.effects[where] ** 2 + spread[:-4][where]
+            found[kind] = float(np.clip(math.sqrt(squares.mean()), _LEAST_DEVIATION, _MOST_DEVIATION))
+        n_known = float((1 - spread / variance).sum())  # parameters that the trials determine
+        freedom = max(len(self.target) - n_known, 0.1 * len(self.target))
+        error = math.sqrt(float(((self.target - prediction) ** 2).sum()) / freedom)
+        return found, max(error, 1e-3 * float(self.target.std()))
+
+    def _start_link(self, total: Values) -> Values:
+        log = DECIBEL * np.log(total)
+        slope = -float(np.polyfit(log, self.target, 1)[0]) if np.ptp(log) > 0 else 0.0
+        slope = max(slope, 0.3 * float(self.target.std() / max(log.std(), 0.3)))
+        offset = float((self.target + slope * log).mean())
+        return np.array([offset, math.log(slope), math.log(float(total.min())) - 2.0, 0.0])
+
+    def _step(self, state: _State, variance: Values, residual: float) -> Callable[[float], Values]:
+        """Gauss-Newton steps by damping; damping shrinks the prior's variance."""
+        prediction, jacobian = self.jacobian(state, self.codes)
+        scaled = jacobian / residual
+        deviation = np.concatenate([state.effects, state.link - self._link_start])
+        gradient = scaled.T @ ((self.target - prediction) / residual) - deviation / variance
+
+        def step(damping: float) -> Values:
+            return _solve(scaled, variance / (1 + damping), gradient)
+
+        return step
+
+    def _moved(self, state: _State, step: Values, variance: Values, residual: float) -> tuple[_State, float]:
+        limit = max(1.0, float(np.abs(step[:-4]).max()) / 1.0, float(np.abs(step[-3:]).max()) / 0.5)
+        moved = _State(state.effects + step[:-4] / limit, state.link + step[-4:] / limit)
+        return moved, self._energy(moved, variance, residual)
+
+    def _energy(self, state: _State, variance: Values, residual: float) -> float:
+        deviation = np.concatenate([state.effects, state.link - self._link_start])
+        misfit = (self.target - self.value(state)) / residual
+        return 0.5 * float((misfit**2).sum() + (deviation**2 / variance).sum())
+
+
+class _Posterior:
+    """The normal distribution around the mode: of effects, of costs, of predictions."""
+
+    def __init__(self, problem: _Problem, state: _State, strengths: Mapping[str, float], residual: float) -> None:
+        self._problem, self._state = problem, state
+        self._variance = problem.prior_variance(strengths)
+        self._scaled = problem.jacobian(state, problem.codes)[1] / residual
+        self._factor = _whitener(self._scaled, self._variance)
+        self.log_costs = problem.log_costs(state.effects) + math.log(problem.unit)
+        self.deviation = self._deviations()
+
+    def deviation_of(self, codes: Codes, *, minus: Codes | None = None) -> Values:
+        gradients = self._problem.jacobian(self._state, codes)[1]
+        if minus is not None:
+            gradients = gradients - self._problem.jacobian(self._state, minus)[1]
+        known = gradients * self._variance @ self._scaled.T @ self._factor.T
+        spread = (gradients**2 * self._variance).sum(axis=1) - (known**2).sum(axis=1)
+        found: Values = np.sqrt(np.maximum(spread, 0.0))
+        return found
+
+    def draw(self, generator: np.random.Generator) -> Values:
+        """Matheron's rule: a draw of the prior, corrected by what the trials say of it."""
+        prior = generator.standard_normal(len(self._variance)) * np.sqrt(self._variance)
+        seen = self._scaled @ prior + generator.standard_normal(len(self._scaled))
+        gain = self._factor.T @ (self._factor @ seen)
+        effects = prior - self._variance * (self._scaled.T @ gain)
+        found: Values = self.log_costs + effects[:-4][self._problem.numbers].sum(axis=0)
+        return found
+
+    def _deviations(self) -> Values:
+        """Of each option's log cost, `[D, K]`."""
+        numbers = self._problem.numbers
+        n_kinds, n_decisions, n_options = numbers.shape
+        columns = numbers.reshape(n_kinds, -1).T  # [D K, F]
+        prior = self._variance[columns].sum(axis=1)
+        whitened = (self._factor @ self._scaled) * self._variance  # [T, P + 4]
+        known = np.zeros((len(whitened), len(columns)))
+        for kind in range(n_kinds):
+            known += whitened[:, columns[:, kind]]
+        spread: Values = np.sqrt(np.maximum(prior - (known**2).sum(axis=0), 0.0))
+        return spread.reshape(n_decisions, n_options)
+
+
+def posterior_variance(scaled: Values, variance: Values) -> Values:
+    """Variance of each parameter `[P]` given derivatives `[T, P]` in units of the residual."""
+    whitened = (_whitener(scaled, variance) @ scaled) * variance
+    found: Values = np.maximum(variance - (whitened**2).sum(axis=0), _TINY)
+    return found
+
+
+def _curve(log: Values, power: float) -> Values:
+    """The curve g at a total whose logarithm is given, in decibels."""
+    found: Values = DECIBEL * (log if abs(power) < _TINY else np.expm1(power * log) / power)
+    return found
+
+
+def _whitener(scaled: Values, variance: Values) -> Values:
+    """Inverse of the Cholesky factor of the trials' covariance, `[T, T]`."""
+    return np.linalg.inv(np.linalg.cholesky(_inner(scaled, variance)))
+
+
+def _inner(scaled: Values, variance: Values) -> Values:
+    found: Values = (scaled * variance) @ scaled.T + np.eye(len(scaled))
+    return found
+
+
+def _solve(scaled: Values, variance: Values, gradient: Values) -> Values:
+    """(diag(1 / variance) + J^T J)^-1 gradient, through the trials (Woodbury)."""
+    direct = variance * gradient
+    correction = np.linalg.solve(_inner(scaled, variance), scaled @ direct)
+    found: Values = direct - variance * (scaled.T @ correction)
+    return found

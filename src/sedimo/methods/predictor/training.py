@@ -1,0 +1,524 @@
+"""Training a predictor in folds: each test fold is untouched, early stopping looks at a part of the other folds.
+
+Preset `paper` is the published network, loss and schedule. Preset `fast` starts each fold's network from a noise model
+of the same recipes, and needs a few dozen epochs. Both are stopped when a validation part of the training recipes is
+predicted no better any more.
+
+Besides the squared error there are losses that reward the right order of recipes: soft rank correlation and
+LambdaRank. The released code of Qua2SeDiMo wrote LambdaRank's gradient beside the loss, where the optimiser erased it,
+took its places from the targets, and correlated soft ranks with targets that were not ranked. Here each loss is a real
+scalar whose gradient reaches the scores, computed on the CPU in float64, where the ranks are found, and returned in
+the type and on the device of the scores.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import optimize, stats
+from torch.nn import functional as F
+
+from sedimo.bank import SILENT, Progress
+from sedimo.errors import InputError
+from sedimo.methods.predictor.choices import Choices, Codes, Values
+from sedimo.methods.predictor.features import GraphFeatures
+from sedimo.methods.predictor.model import NetworkInput, NoiseNetwork, Output, PaperNetwork, network_input
+from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
+from sedimo.metrics.ranking import Gain
+
+logger = logging.getLogger(__name__)
+
+Preset = Literal["fast", "paper"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+RankingLoss = Literal["srcc", "lambda_rank", "hybrid", "none"]
+Network = NoiseNetwork | PaperNetwork
+MIN_RECIPES = 20
+RELEVANCE = 50.0  # of the best recipe, as published
+LOWEST_SHARE = 0.2  # of the recipes have relevance 0, as published
+HIGHEST_RELEVANCE = 60  # gains of 2^60 - 1 leave one recipe that matters; beyond 1023 float64 overflows
+_PREDICT_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """How a predictor is trained.
+
+    `n_epochs` is the most; training ends when `patience` epochs have brought nothing on the validation part, which is
+    `validation_share` of each fold's training recipes. `ranking` is the loss on the order, weighted by
+    `ranking_weight` and averaged over hops; `gain` and `truncation` are those of LambdaRank.
+    """
+
+    preset: Preset = "fast"
+    n_folds: int = 5
+    seed: int = 12345
+    n_hops: int = 2
+    n_epochs: int = 80
+    patience: int = 15
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    validation_share: float = 0.15
+    ranking: RankingLoss = "srcc"
+    ranking_weight: float = 0.1
+    gain: Gain = "linear"
+    truncation: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown preset and fewer than two folds."""
+        if self.preset not in PRESETS:
+            raise InputError(f"the preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.n_hops < 1 or not 0 < self.validation_share < 1 or self.ranking not in get_args(RankingLoss):
+            raise InputError("one hop or more, a validation share between 0 and 1 and a known ranking loss are needed")
+        if self.n_folds < 2 or self.n_epochs < 1 or self.patience < 1 or self.batch_size < 2:
+            raise InputError("at least two folds, one epoch, patience of one and batches of two are needed")
+
+
+FAST = TrainingOptions()
+PAPER = TrainingOptions(
+    preset="paper",
+    n_hops=4,
+    n_epochs=10_000,
+    patience=300,
+    batch_size=128,
+    learning_rate=1e-3,
+    weight_decay=1e-6,
+    clip=5.0,
+    ranking="hybrid",
+    ranking_weight=1.0,
+    gain="exponential",
+)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Measured recipes as numbers.
+
+    `codes` `[T, D]`; `quality` `[T]` without any term for size, `target` `[T]` the whole target (both higher =
+    better); `prior` `[D, K]` costs of all options that the noise model starts from.
+    """
+
+    features: GraphFeatures
+    choices: Choices
+    prior: Values
+    codes: Codes
+    quality: Values
+    target: Values
+
+    @property
+    def n(self) -> int:
+        """Number of recipes, T."""
+        return len(self.codes)
+
+
+@dataclass(frozen=True)
+class FoldModel:
+    """The network of one fold with what it starts from, and what it says of its test recipes.
+
+    `predicted` `[n]` is in the target's unit; `hop_scores` `[M + 1, n]` rank recipes by each hop. `n_epochs` were
+    trained to the best validation loss. `unit` is what the network's 0 and 1 stand for: offset and scale.
+    """
+
+    network: Network
+    noise: NoiseModel | None
+    test: npt.NDArray[np.int64]
+    predicted: Values
+    hop_scores: Values
+    hop_srcc: Values
+    n_epochs: int
+    unit: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The networks of all folds; what they say together is their mean."""
+
+    options: TrainingOptions
+    features: GraphFeatures
+    choices: Choices
+    folds: tuple[FoldModel, ...]
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether its predictions include the target's term for size."""
+        return self.options.preset == "paper"
+
+    def predict(self, codes: Codes) -> Values:
+        """Mean prediction of recipes `[T, D]`, `[T]`."""
+        found: Values = self.predict_each(codes).mean(axis=0)
+        return found
+
+    def predict_each(self, codes: Codes) -> Values:
+        """Prediction of every fold, `[F, T]`."""
+        return np.stack([_in_unit(run(fold.network, self.features, codes)[0], fold.unit) for fold in self.folds])
+
+    def cross_validated(self, n: int) -> Values:
+        """For each of the `n` training recipes the prediction by the fold that has not seen it, `[n]`."""
+        found = np.full(n, np.nan)
+        for fold in self.folds:
+            found[fold.test] = fold.predicted
+        return found
+
+
+def train_predictor(data: TrainingSet, options: TrainingOptions = FAST, *, progress: Progress = SILENT) -> Predictor:
+    """One network per fold; recipes are shuffled by the options' seed.
+
+    Raises:
+        InputError: fewer than twenty recipes, or targets that are not finite or all equal.
+    """
+    if data.n < MIN_RECIPES:
+        raise InputError(f"a predictor needs at least {MIN_RECIPES} measured recipes, got {data.n}: explore more")
+    if not np.isfinite(data.target).all() or np.ptp(data.target) == 0:
+        raise InputError("the targets of the recipes must be finite and not all equal")
+    shuffled = np.random.default_rng(options.seed).permutation(data.n)
+    progress.start(options.n_folds, "training the predictor")
+    folds = []
+    for index, test in enumerate(np.array_split(shuffled, options.n_folds)):
+        folds.append(_train_fold(data, options, index, np.sort(test)))
+        progress.advance(1)
+    progress.done()
+    return Predictor(options, data.features, data.choices, tuple(folds))
+
+
+@torch.no_grad()
+def run(network: Network, features: GraphFeatures, codes: Codes) -> tuple[Values, Values]:
+    """Predictions `[T]` and hop scores `[M + 1, T]` of a trained network."""
+    network.eval()
+    outputs: list[Output] = [
+        network(network_input(features, codes[first : first + _PREDICT_BATCH]))
+        for first in range(0, len(codes), _PREDICT_BATCH)
+    ]
+    prediction = torch.cat([o.prediction for o in outputs]).double().numpy()
+    return prediction, torch.cat([torch.stack(o.hop_scores) for o in outputs], dim=1).double().numpy()
+
+
+def relevance(target: Values, reference: Values) -> Values:
+    """Targets as relevances 0 to 50 by the reference's 20 % quantile and maximum.
+
+    Source: Mills et al. 2024, released code: the worst fifth counts nothing, the best 50.
+    """
+    low, high = _ends(reference)
+    found: Values = RELEVANCE * np.clip((target - low) / max(high - low, 1e-12), 0.0, 1.0)
+    return found
+
+
+def _train_fold(data: TrainingSet, options: TrainingOptions, index: int, test: npt.NDArray[np.int64]) -> FoldModel:
+    generator = np.random.default_rng([options.seed, index])
+    others = generator.permutation(np.setdiff1d(np.arange(data.n), test))
+    n_validation = max(3, round(options.validation_share * len(others)))
+    validation, training = others[:n_validation], others[n_validation:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed + index)
+        noise, network = _start(data, options, training)
+        n_epochs = _Training(data, options, network, training, validation).run(generator)
+    predicted, hop_scores = run(network, data.features, data.codes[test])
+    truth = data.target[test] if options.preset == "paper" else data.quality[test]
+    hop_srcc = np.array([_srcc(scores, truth) for scores in hop_scores])
+    unit = _unit(data.target[training]) if options.preset == "paper" else (0.0, 1.0)
+    return FoldModel(network, noise, test, _in_unit(predicted, unit), hop_scores, hop_srcc, n_epochs, unit)
+
+
+def _ends(target: Values) -> tuple[float, float]:
+    """The targets that have the least and the greatest relevance."""
+    return float(np.quantile(target, LOWEST_SHARE)), float(target.max())
+
+
+def _unit(target: Values) -> tuple[float, float]:
+    """Offset and scale that make a relevance a target."""
+    low, high = _ends(target)
+    return low, (high - low) / RELEVANCE
+
+
+def _in_unit(values: Values, unit: tuple[float, float]) -> Values:
+    found: Values = unit[0] + unit[1] * values
+    return found
+
+
+def _start(
+    data: TrainingSet, options: TrainingOptions, training: npt.NDArray[np.int64]
+) -> tuple[NoiseModel | None, Network]:
+    if options.preset == "paper":
+        return None, PaperNetwork(data.features, n_hops=options.n_hops)
+    noise = fit_noise_model(data.choices, data.prior, data.codes[training], data.quality[training])
+    return noise, NoiseNetwork(data.features, noise.log_costs, noise.link, n_hops=options.n_hops)
+
+
+class _Training:
+    """The epochs of one fold: the network ends as it was where the validation loss was least."""
+
+    def __init__(
+        self,
+        data: TrainingSet,
+        options: TrainingOptions,
+        network: Network,
+        training: npt.NDArray[np.int64],
+        validation: npt.NDArray[np.int64],
+    ) -> None:
+        self._options, self._network, self._n = options, network, len(training)
+        if options.preset == "paper":
+            wanted = relevance(data.target, data.target[training])
+            self._scale = 1.0
+        else:
+            wanted, self._scale = data.quality, float(data.quality[training].std())
+        self._batches = [(data.codes[part], wanted[part]) for part in (training, validation)]
+        self._features = data.features
+        self._optimiser = torch.optim.AdamW(
+            network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, options.n_epochs)
+
+    def run(self, generator: np.random.Generator) -> int:
+        """Trains; returns the number of epochs to the best one."""
+        codes, wanted = self._batches[1]
+        check = network_input(self._features, codes), torch.from_numpy(wanted).float()
+        best, best_epoch, best_state = self._check(*check), 0, copy.deepcopy(self._network.state_dict())
+        for epoch in range(1, self._options.n_epochs + 1):
+            self._epoch(generator)
+            loss = self._check(*check)
+            if loss < best:
+                best, best_epoch, best_state = loss, epoch, copy.deepcopy(self._network.state_dict())
+            elif epoch - best_epoch >= self._options.patience:
+                break
+        self._network.load_state_dict(best_state)
+        logger.info("best of the epochs: %d, validation loss %.4g", best_epoch, best)
+        return best_epoch
+
+    def _epoch(self, generator: np.random.Generator) -> None:
+        self._network.train()
+        codes, wanted = self._batches[0]
+        for batch in _batches(generator.permutation(self._n), self._options.batch_size):
+            found = self._network(network_input(self._features, codes[batch]))
+            loss = self._loss(found, torch.from_numpy(wanted[batch]).float())
+            self._optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._options.clip)
+            self._optimiser.step()
+        self._schedule.step()
+
+    @torch.no_grad()
+    def _check(self, batch: NetworkInput, wanted: torch.Tensor) -> float:
+        self._network.eval()
+        found = self._network(batch)
+        if self._options.preset == "paper":
+            return float((found.prediction - wanted).square().mean())
+        return float(torch.stack([(s - wanted).square().mean() for s in found.hop_scores[1:]]).mean())
+
+    def _loss(self, found: Output, wanted: torch.Tensor) -> torch.Tensor:
+        """Squared error plus the mean over hops of the ranking loss.
+
+        Source: Mills et al. 2024, Qua2SeDiMo, loss of the predictor. With `fast` every hop predicts the quality, so
+        that every hop has a squared error.
+        """
+        options = self._options
+        predictions = (found.prediction,) if options.preset == "paper" else found.hop_scores
+        squared = torch.stack([((p - wanted) / self._scale).square().mean() for p in predictions]).mean()
+        if options.ranking == "none":
+            return squared
+        ranks = partial(ranking_loss, options.ranking, truncation=options.truncation, gain=options.gain)
+        ranked = [ranks(scores, self._ranked(wanted)) for scores in found.hop_scores]
+        return squared + options.ranking_weight * torch.stack(ranked).mean()
+
+    def _ranked(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Targets of the ranking loss: relevances of at most 4 where gains are exponential."""
+        return wanted / RELEVANCE * 4 if self._options.preset == "paper" else wanted - wanted.min()
+
+
+def _batches(shuffled: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Parts of about one size: batch normalisation needs more than one graph, ranks more than a few."""
+    yield from np.array_split(shuffled, max(1, round(len(shuffled) / size)))
+
+
+def _srcc(scores: Values, truth: Values) -> float:
+    if np.ptp(scores) == 0 or np.ptp(truth) == 0 or len(truth) < 3:
+        return 0.0
+    return float(stats.spearmanr(scores, truth).statistic)
+
+
+def soft_rank(scores: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+    """Differentiable ranks `[n]` of scores `[n]`, ascending: the highest score has a rank near n.
+
+    The point of the permutahedron of (1, ..., n) that is nearest to scores / strength. Scores that lie at least
+    `strength` apart get their hard ranks and no gradient; closer ones are pooled, and within a pool soft ranks differ
+    as scores / strength do. The sum is always n (n + 1) / 2. The gradient is exact: (identity - averaging within
+    pools) / strength.
+
+    Example:
+        >>> soft_rank(torch.tensor([0.3, 5.0, 0.1]))
+        tensor([1.6000, 3.0000, 1.4000])
+
+    Raises:
+        InputError: scores are not a vector of finite real numbers, or strength is not positive.
+
+    Source: Blondel, Teboul, Berthet and Djolonga 2020, "Fast differentiable sorting and ranking", propositions 3
+    (projection by isotonic regression) and 4 (its Jacobian), with quadratic regularisation.
+    """
+    _check_positive(strength, "strength")
+    _check_scores(scores)
+    spread = scores.to("cpu", torch.float64) / strength
+    if not bool(torch.isfinite(spread).all()):
+        raise InputError(f"scores / strength must be finite, got a strength of {strength}. Choose a larger one.")
+    ordered, order = torch.sort(spread, stable=True)
+    places = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    pools = _pools((ordered - places).detach().numpy())
+    # scores - isotonic(scores - places), written so that a pool of one score gives its place without rounding
+    ranks = _pool_means(places, pools) + (ordered - _pool_means(ordered, pools))
+    return ranks[torch.argsort(order)].to(scores)
+
+
+def srcc_loss(scores: torch.Tensor, targets: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+    """1 - Pearson correlation of the soft ranks of scores `[n]` and the average ranks of targets `[n]`: 0 to 2.
+
+    The scores are first shifted and scaled to the mean and standard deviation of the ranks 1..n, so that the loss
+    does not depend on their scale and `strength` means the same for all scales and n: evenly spread scores are
+    ranked hard below 1 and pooled above. Towards 0 the loss becomes 1 - SRCC, without gradient; for large strengths it
+    becomes 1 - Pearson correlation of the scores with the ranks, with gradients for all.
+
+    Constant scores have a loss of 1 and the gradient, of norm 1, that moves them towards the ranks of the targets
+    (that of the loss has no limit there). Constant targets ask for nothing: a loss of 1 and no gradient.
+
+    Raises:
+        InputError: no pair of equally long finite vectors, or strength is not positive.
+    """
+    _check_positive(strength, "strength")
+    _check_pair(scores, targets)
+    n = len(scores)
+    ideal = torch.from_numpy(stats.rankdata(targets.detach().double().cpu().numpy())) - (n + 1) / 2
+    ideal = F.normalize(ideal, dim=0)
+    values = scores.to("cpu", torch.float64)
+    centred = values - values.mean()
+    length = torch.linalg.vector_norm(centred)
+    if bool(length <= torch.finfo(scores.dtype).eps * torch.linalg.vector_norm(values)):
+        return (1 - centred @ ideal).to(scores)
+    standardised = centred / length * math.sqrt(n * (n**2 - 1) / 12)
+    ranks = soft_rank(standardised, strength) - (n + 1) / 2
+    return (1 - F.normalize(ranks, dim=0) @ ideal).to(scores)
+
+
+def lambda_rank_loss(
+    scores: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    sigma: float = 1.0,
+    truncation: int | None = None,
+    gain: Gain = "exponential",
+) -> torch.Tensor:
+    """LambdaRank of scores `[n]` for the relevances `targets` `[n]`, whose gradient is the published lambdas.
+
+    The sum of |delta NDCG_ij| log(1 + exp(-sigma (s_i - s_j))) over the pairs with target i above target j, where
+    |delta NDCG_ij| is the change of NDCG when i and j swap their places in the predicted order, taken as constant.
+    Places beyond `truncation` count nothing: the measure is NDCG@truncation, and pairs with no place above it have no
+    weight. A gain is 2^r - 1 (`exponential`) or r (`linear`). Equal scores take places in the order given. Equal
+    targets ask for nothing: a loss of 0.
+
+    Raises:
+        InputError: no pair of equally long finite vectors; targets below 0, or above 60 for an exponential gain;
+            sigma that is not positive, truncation below 1.
+
+    Source: Burges 2010, "From RankNet to LambdaRank to LambdaMART: an overview", section 4; as a loss: Wang, Li,
+    Golbandi, Bendersky and Najork 2018, "The LambdaLoss framework for ranking metric optimization".
+    """
+    _check_positive(sigma, "sigma")
+    _check_pair(scores, targets)
+    if truncation is not None and truncation < 1:
+        raise InputError(f"truncation must be at least 1 place, got {truncation}. Leave it out to count all places.")
+    relevance = targets.detach().to("cpu", torch.float64)
+    values = scores.to("cpu", torch.float64)
+    weights = _swap_weights(values.detach(), _gains(relevance, gain), truncation or len(scores))
+    weights = torch.where(relevance[:, None] > relevance[None, :], weights, 0.0)  # [n, n]
+    margins = values[:, None] - values[None, :]
+    return -(weights * F.logsigmoid(sigma * margins)).sum().to(scores)
+
+
+def ranking_loss(
+    kind: RankingLoss,
+    scores: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    strength: float = 1.0,
+    sigma: float = 1.0,
+    truncation: int | None = None,
+    gain: Gain = "exponential",
+) -> torch.Tensor:
+    """The ranking loss of that name: `hybrid` is the sum of `srcc` and `lambda_rank`, `none` is 0.
+
+    Raises:
+        InputError: an unknown name, or what the loss refuses.
+    """
+    if kind not in get_args(RankingLoss):
+        raise InputError(f"a ranking loss is one of {', '.join(get_args(RankingLoss))}, got {kind!r}")
+    _check_pair(scores, targets)
+    loss = 0 * scores.sum()
+    if kind in ("srcc", "hybrid"):
+        loss = loss + srcc_loss(scores, targets, strength)
+    if kind in ("lambda_rank", "hybrid"):
+        loss = loss + lambda_rank_loss(scores, targets, sigma=sigma, truncation=truncation, gain=gain)
+    return loss
+
+
+def _check_positive(value: float, name: str) -> None:
+    if not 0 < value < math.inf:
+        raise InputError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_scores(scores: torch.Tensor) -> None:
+    if scores.ndim != 1 or len(scores) == 0 or not scores.is_floating_point():
+        raise InputError(f"scores must be a vector of real numbers, got {tuple(scores.shape)} of {scores.dtype}")
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError("scores must be finite, got infinity or not a number. Has the training diverged?")
+
+
+def _check_pair(scores: torch.Tensor, targets: torch.Tensor) -> None:
+    _check_scores(scores)
+    if targets.shape != scores.shape:
+        raise InputError(
+            f"each score needs one target, got {tuple(scores.shape)} scores and {tuple(targets.shape)} targets"
+        )
+    if not bool(torch.isfinite(targets).all()):
+        raise InputError("targets must be finite, got infinity or not a number. Leave diverged recipes out.")
+
+
+def _pools(values: np.ndarray) -> torch.Tensor:
+    """Which pool each of the values `[n]` falls into when they are made ascending by averaging neighbours."""
+    bounds = optimize.isotonic_regression(values).blocks
+    return torch.from_numpy(np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)))
+
+
+def _pool_means(values: torch.Tensor, pools: torch.Tensor) -> torch.Tensor:
+    sizes = torch.bincount(pools)
+    return (torch.zeros(len(sizes), dtype=values.dtype).index_add(0, pools, values) / sizes)[pools]
+
+
+def _gains(relevance: torch.Tensor, gain: Gain) -> torch.Tensor:
+    """Gains, divided by the highest: NDCG does not depend on their scale."""
+    lowest, highest = float(relevance.min()), float(relevance.max())
+    if gain not in get_args(Gain):
+        raise InputError(f"gain must be one of {', '.join(get_args(Gain))}, got {gain!r}")
+    if lowest < 0:
+        raise InputError(f"a relevance must be at least 0, got {lowest}. Subtract the lowest target from all.")
+    if gain == "exponential" and highest > HIGHEST_RELEVANCE:
+        raise InputError(
+            f"an exponential gain takes relevances of at most {HIGHEST_RELEVANCE}, got {highest}. "
+            "Scale the targets down, or choose the linear gain."
+        )
+    gains = torch.expm1(relevance * math.log(2)) if gain == "exponential" else relevance
+    return gains / gains.max() if highest > 0 else gains
+
+
+def _swap_weights(scores: torch.Tensor, gains: torch.Tensor, truncation: int) -> torch.Tensor:
+    """By how much NDCG@truncation changes when two recipes swap their predicted places, `[n, n]`."""
+    places = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    discounts = torch.where(places <= truncation, 1 / torch.log2(places + 1), 0.0)
+    best = torch.sort(gains, descending=True).values @ discounts
+    own = torch.empty_like(discounts)
+    own[torch.argsort(scores, descending=True, stable=True)] = discounts
+    changes = (gains[:, None] - gains[None, :]) * (own[:, None] - own[None, :])
+    return changes.abs() / best.clamp_min(torch.finfo(torch.float64).tiny)

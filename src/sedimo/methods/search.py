@@ -1,0 +1,395 @@
+"""The search of a recipe by measured recipes: explore, predict, build, refine by measuring what is proposed, decide.
+
+A high rank correlation on random recipes does not certify an optimum: an optimiser goes where the predictor errs. So
+costs carry a margin for what the trials do not know, and rounds of refinement measure recipes that are optimal
+under costs drawn from the posterior (Thompson sampling), which is where the next trial says most about the optimum.
+
+Whatever was best on the seeds of the search is best there partly by luck, and a predictor may be wrong where it is
+confident. So the recipe that it builds has to hold its own on seeds that nothing was searched on: against the one of
+the prior alone, one half way between both, and the best recipes that were measured on the way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from sedimo.allocation.budget import BudgetSettings, allocated
+from sedimo.allocation.combine import geometric_mean
+from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import allocate_given, allocate_variants
+from sedimo.allocation.table import SensitivityTable
+from sedimo.errors import InputError, StateError
+from sedimo.lab.exploration import Exploration, possible_bits
+from sedimo.lab.lab import Lab
+from sedimo.lab.pace import seconds_of_fits
+from sedimo.lab.seeds import FINAL_FACTOR
+from sedimo.lab.trial import Trial
+from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, listed
+from sedimo.methods.predictor.choices import Codes, Values
+from sedimo.methods.predictor.costs import noise_table, noise_variant_table, options_table, refuse_confidence
+from sedimo.methods.predictor.goal import Goal
+from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
+from sedimo.methods.predictor.scoring import disjoint_groups, group_contributions
+from sedimo.methods.predictor.study import (
+    PRIORS,
+    Background,
+    measure_background,
+    prior_named,
+    refuse_other_space,
+    training_set,
+)
+from sedimo.methods.predictor.training import (
+    FAST,
+    MIN_RECIPES,
+    Predictor,
+    TrainingOptions,
+    TrainingSet,
+    train_predictor,
+)
+from sedimo.quant.formats import Format
+from sedimo.settings import option
+from sedimo.space import Recipe, SearchSpace
+
+logger = logging.getLogger(__name__)
+
+Level = Literal["decisions", "groups"]
+GOALS = ("sqnr_db", "sqnr_pooled_db")
+RANGE_BITS = 0.75  # on both sides of the budget
+N_TABLE_ROUNDS = 3  # costs depend on the recipe that they are taken around
+MAX_DRAWS = 6  # per proposal that is wanted
+BUILT = "built by the predictor"
+MEASURED = ("best of the trials", "second of the trials")
+N_FINALISTS = 3 + len(MEASURED)  # at most
+N_EXPLAINED = 12  # recipes of the measured curve, and about as many changes on the seeds of the check
+TRIAL_BYTES = 6_000  # of a trial's row
+TRAINING_FACTOR = 3e-3  # seconds per trial and node, of training a predictor in five folds
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """How many recipes are measured, and how.
+
+    Of `n_trials`, those of the `n_rounds` of refinement are half; none without rounds. `confidence` is the margin of
+    costs in standard deviations. `seed` names the random recipes, `prior` what is measured before them.
+    `level` says what the allocation decides on: single `decisions`, or variants of whole `groups`.
+
+    Raises:
+        InputError: too few trials, or what no search knows.
+    """
+
+    n_trials: int = option(300, "--trials", help="Number of measured recipes.")
+    n_rounds: int = option(3, "--refine", help="Rounds of measuring what is proposed.")
+    prior: str = option(PRIORS[0].name, "--prior", help=f"What the predictor starts from: {listed(PRIORS)}.")
+    target: str = option("sqnr_db", "--target", help="What to predict, such as sqnr_db.")
+    level: Level = option(
+        "decisions",
+        "--level",
+        help="Decide on single layers, or on all variants of attention and feed-forward groups.",
+    )
+    confidence: float = option(
+        1.0, "--confidence", help="Margin of costs, in standard deviations of what the trials leave unknown."
+    )
+    seed: int = option(0, "--study-seed", help="Which random recipes.")
+    training: TrainingOptions = FAST
+
+    def __post_init__(self) -> None:
+        """Checks it before anything starts."""
+        if self.n_trials < MIN_RECIPES or self.n_rounds < 0:
+            raise InputError(
+                f"a search needs at least {MIN_RECIPES} trials and no negative number of rounds, got {self.n_trials} "
+                f"and {self.n_rounds}"
+            )
+        if self.n_rounds and (self.per_round < 1 or self.n_random < MIN_RECIPES):
+            raise InputError(f"{self.n_trials} trials are too few for {self.n_rounds} rounds: half of them are random")
+        if self.seed < 0:
+            raise InputError(f"the seed of a study must not be negative, got {self.seed}")
+        prior_named(self.prior)
+        refuse_confidence(self.confidence)
+        if self.level not in get_args(Level):
+            raise InputError(f"the level must be one of {', '.join(get_args(Level))}, got {self.level!r}")
+        if str(self.goal.split_bits()[0]) not in GOALS:
+            raise InputError(
+                f"a search measures final latents and can predict {' or '.join(GOALS)}, with a term of avg_bits or "
+                f"without; got {self.target!r}. Other targets: sedimo explore, sedimo attribute"
+            )
+
+    @property
+    def goal(self) -> Goal:
+        """What is predicted."""
+        return Goal.parse(self.target)
+
+    @property
+    def per_round(self) -> int:
+        """Trials of one round of refinement."""
+        return self.n_trials // (2 * self.n_rounds) if self.n_rounds else 0
+
+    @property
+    def n_random(self) -> int:
+        """Random recipes to begin with."""
+        return self.n_trials - self.n_rounds * self.per_round
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of refinement: how many recipes it measured, the best measured so far, what was predicted of it.
+
+    The best is one within the budget if there is any.
+    """
+
+    index: int
+    n_trials: int
+    best: Trial
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A recipe that could be the result, and its trial on seeds that nothing was searched on."""
+
+    name: str
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found: the predictor's table, the choice, the predictor, and all trials in their order.
+
+    `finalists` are those that the choice was made among; empty where no final was held. When another than the
+    predictor's own recipe won it, the allocation's gap is that of the predictor's costs and certifies nothing.
+    """
+
+    table: SensitivityTable
+    allocation: Allocation
+    predictor: Predictor
+    data: TrainingSet
+    trials: tuple[Trial, ...]
+    rounds: tuple[Round, ...]
+    n_random: int
+    finalists: tuple[Finalist, ...] = ()
+
+
+def search(lab: Lab, background: Background, settings: SearchSettings, budget: BudgetSettings) -> Search:
+    """Explores, refines, trains the predictor on all trials, and allocates by its costs; no final yet.
+
+    Raises:
+        InputError: a budget that cannot be kept, or a target that the trials do not know.
+        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
+    """
+    on, goal = lab.seeds.search, settings.goal
+    trials = list(lab.measure(draw_around(background.space, settings, budget), on))
+    rounds = []
+    for index in range(settings.n_rounds):
+        data = training_set(background, trials, goal)
+        model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
+        proposed = propose(background, model, budget, settings.per_round, known=trials, seed=(settings.seed, index))
+        trials += lab.measure(proposed, on)
+        best = _best_of(background, budget, trials)
+        predicted = float(model.predict(data.choices.codes([best.recipe]))[0])
+        rounds.append(Round(index, len(proposed), best, predicted))
+    data = training_set(background, trials, goal)
+    predictor = train_predictor(data, settings.training, progress=lab.progress)
+    table, allocation = build(background, predictor, data, budget, confidence=settings.confidence)
+    if settings.level == "groups":
+        allocation = build_by_groups(background, predictor, allocation, budget, confidence=settings.confidence)
+    n_random = min(settings.n_random, len(trials))
+    return Search(table, allocation, predictor, data, tuple(trials), tuple(rounds), n_random)
+
+
+def draw_around(space: SearchSpace, settings: SearchSettings, budget: BudgetSettings) -> list[Recipe]:
+    """The random recipes of a search: stratified, around the budget.
+
+    Raises:
+        InputError: there are too few different ones.
+    """
+    least, most = possible_bits(space)
+    bits = min(max(budget.in_bits(space.params), least), most)
+    low, high = max(least, bits - RANGE_BITS), min(most, bits + RANGE_BITS)
+    exploration = Exploration(settings.seed, space, "stratified", low, high)
+    drawn = (exploration.recipe(index) for index in range(MAX_DRAWS * settings.n_random))
+    distinct = {recipe.key: recipe for recipe in drawn}
+    if len(distinct) < MIN_RECIPES:
+        raise InputError(
+            f"these formats make only {len(distinct)} different recipes within {low:.2f} to {high:.2f} bits, too few "
+            "to learn from; add formats, or use --method jacobian"
+        )
+    return list(distinct.values())[: settings.n_random]
+
+
+def propose(
+    background: Background,
+    model: NoiseModel,
+    budget: BudgetSettings,
+    n: int,
+    *,
+    known: Sequence[Trial],
+    seed: tuple[int, ...],
+) -> list[Recipe]:
+    """Recipes that are best under costs drawn from the posterior, none of them measured already."""
+    generator = np.random.default_rng([*seed, n])
+    seen = {trial.recipe.key for trial in known}
+    found: list[Recipe] = []
+    for _ in range(MAX_DRAWS * n):
+        if len(found) == n:
+            break
+        recipe = allocated(model_table(background, model.draw(generator)), budget, rule="greedy").recipe
+        if recipe.key not in seen:
+            seen.add(recipe.key)
+            found.append(recipe)
+    return found
+
+
+def build(
+    background: Background, predictor: Predictor, data: TrainingSet, budget: BudgetSettings, *, confidence: float
+) -> tuple[SensitivityTable, Allocation]:
+    """Costs around the recipe that they lead to: allocated, taken again around the result, allocated again."""
+    reference = _start(background, data, budget, confidence)
+    for _ in range(N_TABLE_ROUNDS):
+        table = noise_table(predictor, background.candidates, reference, confidence=confidence)
+        allocation = allocated(table, budget)
+        found = data.choices.codes([allocation.recipe])[0]
+        if (found == reference).all():
+            break
+        reference = found
+    return table, allocation
+
+
+def build_by_groups(
+    background: Background, predictor: Predictor, around: Allocation, budget: BudgetSettings, *, confidence: float
+) -> Allocation:
+    """The best variants of all groups, each with the others as in the recipe of `around`."""
+    reference = predictor.choices.codes([around.recipe])[0]
+    noise = [
+        group_contributions(predictor, background.graph, group, reference)
+        for group in disjoint_groups(predictor, background.graph, background.groups)
+    ]
+    table = noise_variant_table(predictor, noise, background.candidates, confidence=confidence)
+    return allocate_variants(
+        table,
+        bits=budget.bits,
+        stored_bits=budget.stored_bits,
+        budget_bytes=budget.n_bytes,
+        budget_bops=None if budget.bops is None else budget.bops.resolved(background.space.full_bops),
+    )
+
+
+def model_table(background: Background, log_costs: Values) -> SensitivityTable:
+    """A table of the noise model's costs."""
+    costs = np.exp(np.where(np.isfinite(log_costs), log_costs, -700.0))
+    exact = np.zeros_like(costs)
+    return options_table(
+        background.choices, background.candidates, costs, errors=exact, settings={}, method="noise model"
+    )
+
+
+def keeps(background: Background, recipe: Recipe, budget: BudgetSettings) -> bool:
+    """Whether a recipe is within a budget, which limits the size."""
+    space = background.space
+    if budget.bops is not None and space.bops(recipe) > budget.bops.resolved(space.full_bops):
+        return False
+    used = 8 * (space.paper_bytes(recipe) if budget.bits is not None else background.stored_bytes(recipe))
+    return used <= budget.in_bits(space.params) * space.params * (1 + 1e-9)
+
+
+def _start(background: Background, data: TrainingSet, budget: BudgetSettings, confidence: float) -> Codes:
+    model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
+    log_costs = model.log_costs + confidence * np.where(np.isfinite(model.deviation), model.deviation, 0.0)
+    first: Codes = data.choices.codes([allocated(model_table(background, log_costs), budget).recipe])[0]
+    return first
+
+
+def hold_final(lab: Lab, background: Background, found: Search, budget: BudgetSettings) -> Search:
+    """The search with its best finalist as its allocation, measured on seeds that the search has not seen.
+
+    Raises:
+        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
+    """
+    recipes = finalists(background, found, budget)
+    trials = lab.measure(list(recipes.values()), lab.seeds.final)
+    field = tuple(Finalist(name, trial) for name, trial in zip(recipes, trials, strict=True))
+    best = max(field, key=lambda f: f.trial.score)
+    if best.name == BUILT:
+        return replace(found, finalists=field)
+    space = background.space
+    own = budget.resolved(space.params, space.full_bops)
+    chosen = allocate_given(found.table, space.choice(best.trial.recipe), own)
+    return replace(found, allocation=chosen, finalists=field)
+
+
+def finalists(background: Background, found: Search, budget: BudgetSettings) -> Mapping[str, Recipe]:
+    """The recipes among which the final decides, by name, each once; the predictor's own first."""
+    prior = background.table
+    mean = geometric_mean(found.table, prior)
+    entries = {
+        BUILT: found.allocation.recipe,
+        f"by {prior.method} alone": allocated(prior, budget).recipe,
+        f"half way to {prior.method}": allocated(mean, budget).recipe,
+    }
+    within = [t for t in found.trials if keeps(background, t.recipe, budget)]
+    within.sort(key=lambda t: -t.score)
+    entries |= {name: trial.recipe for name, trial in zip(MEASURED, within, strict=False)}
+    first = {recipe.key: name for name, recipe in reversed(entries.items())}
+    return {name: recipe for name, recipe in entries.items() if first[recipe.key] == name}
+
+
+def _best_of(background: Background, budget: BudgetSettings, trials: Sequence[Trial]) -> Trial:
+    within = [t for t in trials if keeps(background, t.recipe, budget)] or list(trials)
+    return max(within, key=lambda t: t.score)
+
+
+def _measure(lab: Lab, task: Task[SearchSettings]) -> Finding:
+    background = measure_background(lab, task.knobs.prior)
+    found = search(lab, background, task.knobs, task.budget)
+    return Finding(lab.bank, found.table, found.allocation).with_evidence(background, found, task.knobs)
+
+
+def _decide(lab: Lab, task: Task[SearchSettings], finding: Finding) -> Finding:
+    background, found = finding.of(Background), finding.of(Search)
+    if background is None or found is None:
+        raise StateError("the method gnn ended without its search; this is a fault of Sedimo")
+    final = hold_final(lab, background, found, task.budget)
+    return replace(finding, allocation=final.allocation).with_evidence(final)
+
+
+def _price(lab: Lab, task: Task[SearchSettings]) -> Price:
+    """Fits and prior, the recipes, the final, what explains the result, and the training of the predictor."""
+    timing, seeds, n_trials = lab.time_calls(lab.seeds.search), lab.seeds.settings, task.knobs.n_trials
+    explained = N_EXPLAINED * (1 + seeds.n_check_seeds / seeds.n_seeds) if task.is_checked else 0.0
+    n_calls = round((n_trials + 1 + FINAL_FACTOR * (1 + N_FINALISTS) + explained) * timing.n_calls)
+    training = TRAINING_FACTOR * n_trials * len(lab.graph.nodes)
+    trials = Price(n_calls * timing.seconds_per_call + training, n_calls, 8 * lab.space.params, n_trials * TRIAL_BYTES)
+    return Price(seconds_of_fits(lab)) + prior_named(task.knobs.prior).price_of_prior(lab.space, timing) + trials
+
+
+def _refuse(task: Task[SearchSettings], _formats: Sequence[Format]) -> None:
+    if not task.budget.has_size:
+        raise InputError("a search draws recipes around a size: give --bits (or --stored-bits, --bytes) with --bops")
+
+
+def _prepare(lab: Lab, task: Task[SearchSettings]) -> None:
+    if lab.study is not None:
+        refuse_other_space(lab.study, lab.bank.space)
+    draw_around(lab.bank.space, task.knobs, task.budget)
+
+
+SEARCH = Method(
+    name="gnn",
+    words=Words(
+        summary="search by measured recipes: a graph network learns what they cost, the best are measured again",
+        source="Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628); noise model and refinement are ours",
+        sees="quality of whole recipes, what choices do to one another",
+        misses="what its trials do not show: it takes hundreds of them",
+    ),
+    measure=_measure,
+    knobs=SearchSettings,
+    traits=Traits(is_noise=False, n_random=0),
+    price=_price,
+    decide=_decide,
+    refuse=_refuse,
+    prepare=_prepare,
+    compared=SearchSettings(n_trials=120),
+)

@@ -1,0 +1,170 @@
+"""What charts show: dots with intervals and lines with bands (`Plot`), heat maps, bars, and boxes.
+
+A chart is a value: which panels it has, with which data and which names. `drawing` makes pictures of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sedimo.metrics.estimate import Estimate
+from sedimo.reporting.explanation import ScoreBox
+
+WIDTH = 760
+ROW = 25  # height of a row of dots, boxes or bars [px]
+LETTER = 6.0  # width of a character [px]
+_MOST_NAMES = 64
+Look = Literal["this", "other", "ink", "soft"]
+Marker = Literal["o", "D", "s", "^", "v", "P", "X", "*", "p", "h", "<", ">", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """What stands along an axis: numbers, or names at places (`ticks`), with `notes` at the other side.
+
+    `bold` names stand out. Names of places are upright if they `are_turned`. `low` and `high` are the limits.
+    """
+
+    label: str = ""
+    ticks: tuple[tuple[float, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    bold: tuple[str, ...] = ()
+    are_turned: bool = False
+    is_logarithmic: bool = False
+    is_whole: bool = False
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Values at places, 0, 1, 2 and so on unless they are given.
+
+    Dots with the 95 % intervals of their values as bars or, of a line, as a band. With `bits` each dot has the colour
+    of its bits; those at `marked` indices are this system's. Soft ones are a cloud of small dots without intervals.
+    """
+
+    values: tuple[Estimate, ...]
+    places: tuple[float, ...] = ()
+    label: str = ""
+    look: Look = "other"
+    marker: Marker = "o"
+    is_hollow: bool = False
+    line: Literal["", "-", "--", ":"] = ""
+    has_band: bool = False
+    bits: tuple[float, ...] = ()
+    marked: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Dots and lines. Places run along x, or, if it `is_flat`, down in rows; `levels` are values with a broken line."""
+
+    series: tuple[Series, ...]
+    places: Axis
+    values: Axis
+    levels: tuple[tuple[float, str], ...] = ()
+    zero: bool = False
+    here: float | None = None
+    diagonal: bool = False
+    is_flat: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """A matrix in colours; endless noise is a cross. `strip` are bits shown beside each row.
+
+    `limits` are those of the colours, whose scale is called `scale` (none, no scale) and may be logarithmic.
+    """
+
+    cells: tuple[tuple[float, ...], ...]
+    rows: Axis
+    columns: Axis
+    scale: str = ""
+    limits: tuple[float, float] | None = None
+    is_logarithmic: bool = False
+    is_square: bool = False
+    is_written: bool = False
+    strip: tuple[float, ...] = ()
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A bar at a place from one value to another, in the colour of its bits, and with a text in it if that fits."""
+
+    place: float
+    start: float
+    stop: float
+    thickness: float = 0.8
+    bits: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Bars that stand on places along x or, if flat, lie in rows."""
+
+    bars: tuple[Bar, ...]
+    places: Axis
+    values: Axis
+    look: Look = "other"
+    is_flat: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Boxes at places 0, 1, 2 and so on: along x, or, if flat, in rows."""
+
+    boxes: tuple[ScoreBox, ...]
+    places: Axis
+    values: Axis
+    is_flat: bool = False
+    title: str = ""
+
+
+Panel = Plot | Heat | Bars | Boxes
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Panels below each other, which share their places, or in `n_columns` beside each other, which share their rows.
+
+    `name` is unique in a page; `title` and `description` say in words what is seen. Sizes are in pixels.
+    """
+
+    name: str
+    title: str
+    description: str
+    panels: tuple[Panel, ...]
+    height: float
+    width: float = WIDTH
+    n_columns: int = 1
+    ratios: tuple[float, ...] = ()
+    label: str = ""
+
+
+def named(names: Sequence[str], *, n_most: int = _MOST_NAMES) -> tuple[tuple[float, str], ...]:
+    """Names of places, every so many of them if there are more than can be read."""
+    step = max(math.ceil(len(names) / n_most), 1)
+    return tuple((i, names[i]) for i in range(0, len(names), step))
+
+
+def are_long(names: Sequence[str]) -> bool:
+    """Whether names beside each other have to be turned."""
+    return len(names) * max(map(len, names), default=0) > 95
+
+
+def short(text: str, n: int) -> str:
+    """At most `n` characters of a text, its end: names differ there."""
+    return text if len(text) <= n else f"\N{HORIZONTAL ELLIPSIS}{text[-(n - 1) :]}"
+
+
+def only(value: float) -> Estimate:
+    """A value of which no error is known."""
+    return Estimate(value, math.nan, math.nan, math.nan, 0)

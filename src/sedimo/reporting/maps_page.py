@@ -1,0 +1,415 @@
+"""The page's part about layers and steps: what was measured in detail, drawn, told and as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from sedimo.metrics.estimate import NORMAL_95, normal_estimate
+from sedimo.reporting.blocks_page import blocks_chart, headline, hybrid_sentence
+from sedimo.reporting.figures import (
+    WIDTH,
+    Axis,
+    Bar,
+    Bars,
+    Chart,
+    Heat,
+    Look,
+    Plot,
+    Series,
+    named,
+    only,
+    short,
+)
+from sedimo.reporting.maps import BlockCurves, ChannelRanges, Maps, NoiseMap, Repetition, TrajectoryLines
+from sedimo.reporting.page import Beside, Block, Figure, Section, Table, Text, columns, rows, shown
+from sedimo.reporting.placement import block_labels, stage, stage_labels
+from sedimo.reporting.words import name, number, share
+
+MAX_ROW_LABELS = 64
+MAX_STEP_LABELS = 14
+MAX_BARS = 320  # more channels share bars, which then reach over all of them
+_EVERY = tuple(factor * 10**power for power in range(6) for factor in (1, 2, 5))
+_SOME = 0.99  # rank correlation from which on more timesteps change little
+_SMALL = 372  # width of a chart that stands beside another [px]
+_NAME = 34  # characters of a layer's label
+_TITLES = {"mean": "mean of the timesteps", "first": "first timestep", "last": "last timestep"}
+
+
+def maps_section(maps: Maps) -> Section | None:
+    """All that was measured in detail; None where nothing was."""
+    blocks = shown(
+        _blocks(maps.blocks),
+        _recipe(maps),
+        _local(maps.local),
+        _repetition(maps.repetition),
+        (_ranges(found, i) for i, found in enumerate(maps.ranges)),
+    )
+    if not blocks:
+        return None
+    numbers = Text("All numbers, those of the matrices too: `sedimo report RUN --json`.", "quiet")
+    return Section("steps", "Layer by layer, step by step", (*blocks, numbers))
+
+
+def _blocks(found: BlockCurves | None) -> tuple[Block, ...]:
+    chart = None if found is None else blocks_chart(found)
+    if found is None or chart is None:
+        return ()
+    text = (
+        f"{headline(found)} Above, blocks are quantized one after the other from the input on: where the curve falls, "
+        "noise enters. Below, all are quantized but one: what it gains to leave that block at 16 bits. Bars are "
+        f"95 % intervals, on seeds {found.seeds}. {hybrid_sentence(found)}"
+    )
+    table = Table(
+        columns("block", ("this and all before", "plus-minus"), ("gained by keeping it", "plus-minus"), "kept"),
+        rows((r.block, r.up_to, r.alone_kept, "16 bits" if r.block in found.kept else "") for r in found.rows),
+        "SQNR [dB] with its 95 % interval",
+    )
+    return (Figure(chart, text, "Where noise enters", table=table),)
+
+
+def _recipe(maps: Maps) -> tuple[Block, ...]:
+    blocks: list[Block] = []
+    if maps.recipe is not None and (
+        chart := noise_chart(maps.recipe, "SQNR of the recipe by block and step", "recipe")
+    ):
+        text = (
+            f"SQNR of each block's output, means of {maps.recipe.n} samples; rows are blocks from input to output. "
+            "Each call has the inputs of full precision, so this is the noise that one step makes on its way through "
+            f"the denoiser. {_about(maps.recipe)}"
+        )
+        blocks.append(Figure(chart, text, "Noise block by block", table=_noise_table(maps.recipe)))
+    if maps.trajectory is not None and (lines := trajectory_chart(maps.trajectory)):
+        text = (
+            "Quantized against full precision on the same seeds, with 95 % intervals of the mean as bands. *Same "
+            "inputs* is what one step does alone; on its *own path* the recipe also has the noise of earlier steps in "
+            "its inputs. Latents are those after the step; the last are the result."
+        )
+        blocks.append(Figure(lines, text, "Along the trajectory", table=_trajectory_table(maps.trajectory)))
+    return tuple(blocks)
+
+
+def _local(local: Sequence[NoiseMap]) -> tuple[Block, ...]:
+    figures = []
+    for i, found in enumerate(local):
+        what = f"all at {name(found.number_format)}" if found.number_format else "at the formats of this recipe"
+        chart = noise_chart(found, f"Local SQNR {what.replace('`', '')} by block and step", f"local-{i}")
+        text = (
+            f"SQNR of layers' own outputs, {what}, on full-precision inputs: noise of other layers is not in it. "
+            f"Noise is averaged over the layers of a block and {found.n} samples. {_about(found)}"
+        )
+        if chart is not None:
+            figures.append(Figure(chart, text, f"Noise at the layers' own outputs, {what}", table=_noise_table(found)))
+    return tuple(figures)
+
+
+def noise_chart(found: NoiseMap, title: str, key: str) -> Chart | None:
+    """SQNR of each block at each step; without any finite number there is no chart."""
+    if not np.isfinite(found.sqnr_db).any():
+        return None
+    labels, common = block_labels(found.blocks)
+    panel = Heat(
+        found.sqnr_db,
+        Axis(common, named([short(label, 40) for label in labels])),
+        steps_axis(found.timesteps),
+        "SQNR [dB], higher is better",
+    )
+    return Chart(f"noise-{key}", title, _extremes(found), (panel,), 110 + _row_height(len(labels)) * len(labels))
+
+
+def _row_height(n_rows: int) -> float:
+    """Of one row of a map [px]: room for its label as long as there are labels."""
+    return max(420 / n_rows, 3.5) if n_rows > MAX_ROW_LABELS else 20 if n_rows <= 20 else 14
+
+
+def steps_axis(timesteps: Sequence[float], *, n_most: int = MAX_STEP_LABELS, label: str = "") -> Axis:
+    """Steps counted from 1, with the noise level that the denoiser was told."""
+    every = next(n for n in _EVERY if n * n_most >= len(timesteps))
+    places = [0, *(i for i in range(1, len(timesteps)) if (i + 1) % every == 0 and i > every / 2)]
+    told = all(math.isfinite(t) for t in timesteps)
+    ticks = tuple((i, f"{i + 1}\n{timesteps[i]:.4g}" if told else str(i + 1)) for i in places)
+    return Axis(label or "denoiser call, from noise to image" + ("; below, its timestep" if told else ""), ticks)
+
+
+def _extremes(found: NoiseMap) -> str:
+    """Where noise is most and least, in words."""
+    values = np.where(np.isfinite(found.sqnr_db), found.sqnr_db, np.nan)
+    places = []
+    for word, at in (("Least", np.nanargmin(values)), ("most", np.nanargmax(values))):
+        row, column = np.unravel_index(at, values.shape)
+        places.append(f"{word} {number(float(values[row, column]))} dB at {found.blocks[row]}, call {column + 1}")
+    n_blocks, n_calls = values.shape
+    return f"{n_blocks} blocks at {n_calls} denoiser calls. {', '.join(places)}"
+
+
+def _about(found: NoiseMap) -> str:
+    """What the colours do not tell: errors, and cells that have none."""
+    values, errors = np.array(found.sqnr_db, dtype=float), np.array(found.standard_error, dtype=float)
+    is_known = np.isfinite(values) & np.isfinite(errors)
+    parts = []
+    if is_known.any():
+        parts.append(f"Standard errors are {number(float(np.median(errors[is_known])))} dB in the median cell.")
+    for is_so, what in ((np.isposinf, "are empty: no noise at all"), (np.isneginf, "have a cross: they diverged")):
+        count = int(is_so(values).sum())
+        if count:
+            parts.append(f"{share(count / values.size)} of the cells {what}.")
+    return " ".join(parts)
+
+
+def _noise_table(found: NoiseMap) -> Table:
+    lines = (
+        (block, *(_cell(value, error) for value, error in zip(values, errors, strict=True)))
+        for block, values, errors in zip(found.blocks, found.sqnr_db, found.standard_error, strict=True)
+    )
+    titles = columns("block", *(str(i + 1) for i in range(len(found.timesteps))))
+    return Table(titles, rows(lines), "SQNR [dB] by block and denoiser call, ± standard error")
+
+
+def _cell(value: float, error: float) -> str:
+    if math.isinf(value):
+        return "exact" if value > 0 else "diverged"
+    return f"{value:.1f}" if math.isnan(error) else f"{value:.1f} ± {error:.1f}"
+
+
+def trajectory_chart(found: TrajectoryLines) -> Chart | None:
+    """SQNR at each step as lines with 95 % intervals as bands; without any finite number there is no chart."""
+    if not any(math.isfinite(one.value) for line in (found.step, found.path, found.latents) for one in line):
+        return None
+    series = (
+        Series(found.step, (), "output, same inputs as full precision", "other", "s", line=":", has_band=True),
+        Series(found.path, (), "output, on its own path", "this", "D", line="-", has_band=True),
+        Series(found.latents, (), "latents after the step", "ink", "o", line="--", has_band=True),
+    )
+    panel = Plot(series, steps_axis(found.timesteps), Axis("SQNR [dB], higher is better"))
+    ends = "; ".join(f"{one.label} {number(one.values[-1].value)} dB" for one in series)
+    description = f"At the last of {len(found.timesteps)} steps: {ends}"
+    return Chart("trajectory", "Noise along the trajectory", description, (panel,), 380)
+
+
+def _trajectory_table(found: TrajectoryLines) -> Table:
+    titles = columns(
+        "call",
+        "timestep",
+        ("output, same inputs", "plus-minus"),
+        ("output, own path", "plus-minus"),
+        ("latents after it", "plus-minus"),
+    )
+    lines = zip(found.timesteps, found.step, found.path, found.latents, strict=True)
+    return Table(
+        titles,
+        rows((i + 1, f"{timestep:.4g}", *values) for i, (timestep, *values) in enumerate(lines)),
+        "SQNR [dB] with its 95 % interval",
+    )
+
+
+def _repetition(found: Repetition | None) -> tuple[Block, ...]:
+    if found is None:
+        return ()
+    matrix = (
+        f"How alike the outputs of two layers are between {found.n} samples (linear CKA, 0 to 1), mean of "
+        f"{len(found.timesteps)} timesteps. At the right, the bits that each layer got, coloured as in the map above."
+        f"{_dark(found)}"
+    )
+    importance = (
+        "A layer that repeats others less is more important. Left, by timestep (empty: its output does not tell "
+        "samples apart); middle, over all timesteps, the greatest being 1; right, the bits that it got."
+    )
+    single = [
+        Figure(matrix_chart(found, which, is_small=True), "Colours as above.", f"The {which} timestep alone")
+        for which in ("first", "last")
+    ]
+    converged = convergence_chart(found)
+    enough = f"How soon importances from few timesteps have the order of those from all. {_sufficient(found)}"
+    return (
+        Figure(matrix_chart(found, "mean"), matrix, "What repeats what"),
+        Beside(tuple(single) if len(found.timesteps) > 1 else ()),
+        Figure(
+            importance_chart(found), importance, "Importance, and the bits it led to", table=_importance_table(found)
+        ),
+        *(() if converged is None else (Figure(converged, enough, "Enough timesteps?"),)),
+    )
+
+
+def _dark(found: Repetition) -> str:
+    """What layers of which nothing is known look like in the matrix."""
+    n_dark = int(np.isnan(np.array(found.per_step)).all(axis=0).sum())
+    if not n_dark:
+        return ""
+    which = "The dark line is a layer" if n_dark == 1 else f"Dark lines are the {n_dark} layers"
+    return f" {which} whose outputs do not tell samples apart, such as those that see the timestep alone."
+
+
+def _sufficient(found: Repetition) -> str:
+    """From how many timesteps on more of them change little."""
+    too_few = max((i + 1 for i, value in enumerate(found.converged) if not value >= _SOME), default=0)
+    if too_few + 1 >= len(found.converged):
+        return f"No fewer than all {len(found.converged)} keep the rank correlation at {_SOME} or above."
+    return f"From {too_few + 1} on, the rank correlation is at least {_SOME}."
+
+
+def matrix_chart(found: Repetition, which: str, *, is_small: bool = False) -> Chart:
+    """One matrix of a probe, layers in the order of the denoiser, with the bits of each beside it.
+
+    A small one has no scale, and its labels are few.
+    """
+    matrix, width = found.matrix(which), _SMALL if is_small else WIDTH
+    layers = layers_axis(found, n_most=round(width / 17))
+    panel = Heat(
+        tuple(map(tuple, matrix.tolist())),
+        layers,
+        Axis(ticks=layers.ticks, are_turned=True),
+        "" if is_small else "correlation of outputs (linear CKA)",
+        (0.0, 1.0),
+        is_square=True,
+        strip=found.bits,
+    )
+    across, down = np.triu_indices(len(matrix), 1)
+    most = int(np.argmax(matrix[across, down]))
+    pair = f"{found.layers[across[most]]} and {found.layers[down[most]]}"
+    return Chart(
+        f"orthogonality-{which}",
+        f"Orthogonality of {len(matrix)} layers, {_TITLES[which]}",
+        f"Most alike are {pair}, {number(float(matrix[across, down][most]))}",
+        (panel,),
+        width * (0.95 if is_small else 0.8),
+        width,
+    )
+
+
+def importance_chart(found: Repetition) -> Chart:
+    """Importance of each layer by timestep and over all of them, and beside it the bits that it got."""
+    n, per_step = len(found.layers), np.array(found.per_step, dtype=float).T
+    places = layers_axis(found, n_most=MAX_ROW_LABELS)
+    bare = Axis(ticks=places.ticks)
+    values = tuple(normal_estimate(theta, e) for theta, e in zip(found.theta, found.standard_error, strict=True))
+    panels = (
+        Heat(
+            tuple(map(tuple, per_step.tolist())),
+            places,
+            steps_axis(found.timesteps, n_most=5, label="sampled timestep"),
+            "at the timestep (logarithmic)",
+            is_logarithmic=True,
+        ),
+        Plot(
+            (Series(values, look="this"),),
+            bare,
+            Axis("importance over all\n(bars: 95 % interval)", low=0, high=1.05),
+            is_flat=True,
+        ),
+        Bars(
+            tuple(Bar(i, 0, b, 0.86, b) for i, b in enumerate(found.bits)),
+            bare,
+            Axis("bits it got", is_whole=True, low=0, high=max(found.bits) + 0.5),
+            is_flat=True,
+        ),
+    )
+    order = np.argsort(found.theta)
+    ends = "; ".join(f"{found.layers[i]} {found.theta[i]:.2f}, {found.bits[i]:.3g} bits" for i in (order[-1], order[0]))
+    return Chart(
+        "importance",
+        "Importance of layers and the bits they got",
+        f"{n} layers. Most and least important: {ends}",
+        panels,
+        90 + _row_height(n) * n,
+        n_columns=3,
+        ratios=(3, 3, 2),
+    )
+
+
+def _importance_table(found: Repetition) -> Table:
+    lines = zip(found.layers, found.theta, found.standard_error, found.bits, strict=True)
+    titles = columns("layer", "importance", "bits")
+    return Table(
+        titles,
+        rows((layer, f"{theta:.3f} ± {NORMAL_95 * error:.3f}", f"{bits:.3g}") for layer, theta, error, bits in lines),
+        "Importance with its 95 % interval",
+    )
+
+
+def convergence_chart(found: Repetition) -> Chart | None:
+    """How soon importances from few timesteps have the order of those from all; one timestep has no chart."""
+    if np.isfinite(found.converged).sum() < 2:
+        return None
+    span = max(1.0 - float(np.nanmin(found.converged)), 0.05)
+    panel = Plot(
+        (Series(tuple(map(only, found.converged)), tuple(range(1, len(found.converged) + 1)), look="this", line="-"),),
+        Axis("timesteps sampled, evenly over the trajectory", is_whole=True),
+        Axis("rank correlation with all", low=1.0 - 1.08 * span, high=1.0 + 0.08 * span),
+        ((1.0, ""),),
+    )
+    texts = "; ".join(f"{i + 1}: {value:.3f}" for i, value in enumerate(found.converged))
+    return Chart("convergence", "Convergence over timesteps", texts, (panel,), 300, 500)
+
+
+def layers_axis(found: Repetition, *, n_most: int) -> Axis:
+    """Every layer by its name while there is room, else where an outermost block begins, as far as there is room."""
+    n = len(found.layers)
+    if n <= n_most:
+        return Axis(ticks=named([_begin_and_end(layer) for layer in found.layers], n_most=n_most))
+    begins: dict[str, int] = {}
+    for i, block in enumerate(found.blocks):
+        if block:
+            begins.setdefault(stage(block), i)
+    labelled: list[tuple[float, str]] = []
+    for place, label in zip(begins.values(), stage_labels(list(begins))[0], strict=True):
+        if not labelled or place - labelled[-1][0] >= n / n_most:
+            labelled.append((place, label))
+    return Axis("layers, labelled where a block begins", tuple(labelled))
+
+
+def _begin_and_end(text: str) -> str:
+    """Begin and end of a long name: layers differ in the one, operations in the other."""
+    return text if len(text) <= _NAME else f"{text[:20]}\N{HORIZONTAL ELLIPSIS}{text[-(_NAME - 21) :]}"
+
+
+def _ranges(found: ChannelRanges, position: int) -> Figure:
+    text = "Bars reach from the least to the greatest value of a channel. Each panel has its own scale."
+    return Figure(ranges_chart(found, position), text, f"Activation ranges of {name(found.layer)}")
+
+
+def ranges_chart(found: ChannelRanges, position: int = 0) -> Chart:
+    """Least to greatest value of every channel as a bar, before on top and after below.
+
+    Each has its own scale: quantizing a whole tensor follows its widest channel, whatever that is.
+    """
+    looks: dict[str, Look] = {"before": "other", "after": "this"}
+    both = ((found.before_low, found.before_high), (found.after_low, found.after_high))
+    panels, texts = [], []
+    for (when, look), (low, high) in zip(looks.items(), both, strict=True):
+        bars = tuple(
+            Bar(first + count / 2, least, greatest, count)
+            for first, count, least, greatest in merged(low, high, MAX_BARS).T.tolist()
+        )
+        title = f"{when} smoothing: {_spread(low, high)}"
+        panels.append(Bars(bars, Axis("input channel" if when == "after" else ""), Axis(), look, title=title))
+        texts.append(f"{when} {_spread(low, high)}")
+    return Chart(
+        f"ranges-{position}",
+        f"Activation ranges per channel of {found.layer}",
+        f"{len(found.before_low)} channels; {'; '.join(texts)}",
+        tuple(panels),
+        360,
+        label="activation",
+    )
+
+
+def merged(low: npt.ArrayLike, high: npt.ArrayLike, n_most: int) -> npt.NDArray[np.float64]:
+    """Least and greatest of neighbouring channels `[4, N]`: first channel, number of channels, low, high.
+
+    No extreme value is lost, so that an outlier among thousands of channels is seen.
+    """
+    lows, highs = np.asarray(low, dtype=float), np.asarray(high, dtype=float)
+    edges = np.unique(np.linspace(0, len(lows), min(n_most, len(lows)) + 1).round().astype(int))
+    starts = edges[:-1]
+    return np.stack([starts, np.diff(edges), np.minimum.reduceat(lows, starts), np.maximum.reduceat(highs, starts)])
+
+
+def _spread(low: npt.ArrayLike, high: npt.ArrayLike) -> str:
+    """How far the widest channel is from the usual one, which is what quantization of the whole tensor suffers from."""
+    size = np.maximum(np.abs(low), np.abs(high))
+    middle, widest = float(np.median(size)), float(size.max())
+    text = f"largest {number(widest)}, median channel {number(middle)}"
+    return f"{text}, ratio {number(widest / middle)}" if middle > 0 else text

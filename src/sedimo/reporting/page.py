@@ -1,0 +1,285 @@
+"""What a result has to show, said once: facts, sentences, tables and figures, which `html` and `terminal` render.
+
+Pure values. A page is made from a result by a pure function; nothing here formats, draws or reads a clock. How a cell
+is said follows from its kind (`words.said`), so that a number reads the same wherever it is shown.
+
+Sentences are prose: names between backticks become code, `*words*` emphasis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sedimo.errors import InputError
+from sedimo.quant.formats import Format
+from sedimo.reporting.figures import Chart
+from sedimo.reporting.words import Kind, Value, said
+
+TextLook = Literal["plain", "quiet", "heading", "code"]
+ItemsLook = Literal["findings", "notes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value that is not said as its column says, or with a `note` beside it; `before` stands in front of it."""
+
+    value: Value
+    kind: Kind | None = None
+    note: str = ""
+    before: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The title of a column and how its values are said; `note` is a second line of the title."""
+
+    title: str
+    kind: Kind | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The cells of a row; a marked one stands out. Rows of one `group` stand together under its name."""
+
+    cells: tuple[Value | Cell, ...]
+    is_marked: bool = False
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under columns.
+
+    Raises:
+        InputError: a row with another number of cells than there are columns.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        """Counts the cells."""
+        for row in self.rows:
+            if len(row.cells) != len(self.columns):
+                raise InputError(f"a row of {len(self.columns)} columns has {len(row.cells)} cells: {row.cells}")
+
+    def is_text(self, index: int) -> bool:
+        """Whether a column holds words, which are aligned left, and not numbers."""
+        cells = [row.cells[index] for row in self.rows]
+        values = [cell.value if isinstance(cell, Cell) else cell for cell in cells]
+        return any(values) and all(value is None or isinstance(value, str | Format) for value in values)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph, a quiet one, a heading inside a section, or a command as it was typed."""
+
+    text: str
+    look: TextLook = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Sentences one below the other: findings, or notes."""
+
+    texts: tuple[str, ...]
+    look: ItemsLook = "notes"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Names with what is known of each, or words with what they mean."""
+
+    pairs: tuple[tuple[str, str], ...]
+    is_glossary: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A sentence with the verdict that measuring it gave, and quieter sentences below."""
+
+    verdict: str
+    sentence: str
+    more: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart with its heading, what to see in it, and the same numbers as a table, if they fit on a page."""
+
+    chart: Chart
+    caption: str
+    title: str = ""
+    legend: Legend | None = None
+    table: Table | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LegendEntry:
+    """A colour by its number of bits, the mark of a method by a format that has it, or both; and what it means."""
+
+    text: str
+    bits: float | None = None
+    format: Format | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """What colours and marks mean."""
+
+    label: str
+    entries: tuple[LegendEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MapCell:
+    """A layer at row and column of a map, its format, and all about it in words; a copy is stored elsewhere."""
+
+    row: int
+    column: int
+    format: Format
+    text: str
+    is_copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """Layers by operation and block, coloured by bits and marked by method."""
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[MapCell, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BitsBar:
+    """All weights by their bits: parts that add up to one, by number of bits."""
+
+    parts: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """The same sample by both pipelines: uint8 arrays `[height, width, 3]`."""
+
+    label: str
+    reference: NDArray[np.uint8]
+    quantized: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Pairs of pictures with their difference; as many as fit on the page."""
+
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Details that a reader opens."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Figures or maps side by side as far as there is room."""
+
+    parts: tuple[Figure | Map, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A way to a section of the page, or, with a file's name, to data that the page holds as JSON."""
+
+    text: str
+    target: str
+    file: str = ""
+
+
+Block = Text | Items | Facts | Finding | Table | Figure | Legend | Beside | BitsBar | Gallery | Folded | Link
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page with a name in its address and what it shows."""
+
+    name: str
+    title: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One of the numbers of the first screen."""
+
+    value: str
+    unit: str
+    label: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A result: its title, the answer in a sentence, its numbers, what to beware of, and sections."""
+
+    title: str
+    headline: str = ""
+    tiles: tuple[Tile, ...] = ()
+    warnings: tuple[str, ...] = ()
+    sections: tuple[Section, ...] = ()
+    created: str = ""
+
+
+def shown(*blocks: Block | Iterable[Block] | None) -> tuple[Block, ...]:
+    """Those of the blocks that have something to show."""
+    found: list[Block] = []
+    for block in blocks:
+        if block is not None:
+            found += [block] if isinstance(block, Block) else block
+    return tuple(block for block in found if not _is_empty(block))
+
+
+def say(value: Value | Cell, column: Column) -> tuple[str, str]:
+    """What a cell says, and what it says more quietly beside it: an interval, a note."""
+    cell = value if isinstance(value, Cell) else Cell(value)
+    text, quiet = said(cell.value, cell.kind or column.kind)
+    return f"{cell.before}{text}", " ".join(part for part in (quiet, cell.note) if part)
+
+
+def columns(*titles: str | tuple[str, Kind]) -> tuple[Column, ...]:
+    """Columns by title, with a kind where values do not read well as what they are."""
+    return tuple(Column(title) if isinstance(title, str) else Column(*title) for title in titles)
+
+
+def rows(cells: Iterable[Sequence[Value | Cell]]) -> tuple[Row, ...]:
+    """Rows that are all alike."""
+    return tuple(Row(tuple(one)) for one in cells)
+
+
+def _is_empty(block: Block) -> bool:
+    told = {
+        Text: "text",
+        Items: "texts",
+        Facts: "pairs",
+        Table: "rows",
+        Beside: "parts",
+        Gallery: "pictures",
+        Folded: "blocks",
+    }
+    return type(block) in told and not getattr(block, told[type(block)])
+
+
+def page_of(title: str, headline: str, *blocks: Block | None) -> Page:
+    """A page of one section."""
+    return Page(title, headline, sections=(Section("", "", shown(*blocks)),))

@@ -1,0 +1,79 @@
+"""A page on a terminal: its answer, numbers, tables and notes; what needs room, a browser shows."""
+
+from __future__ import annotations
+
+import sys
+
+from rich import markup
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from sedimo.reporting.page import Block, Facts, Finding, Items, Page, Table, Text, say
+from sedimo.reporting.words import THIN, plain
+
+_WIDTH = 120  # where there is no terminal
+
+
+def print_page(page: Page) -> None:
+    """Prints a page on standard output: figures, folded details and explanations of them are left out."""
+    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else _WIDTH)
+    if page.title:
+        console.print(f"[bold]{_escape(page.title)}[/bold]")
+    for text in (page.headline, *page.warnings):
+        _print_sentence(console, text)
+    for tile in page.tiles:
+        _print_sentence(console, f"{tile.value} {tile.unit}, {tile.label}" + (f" ({tile.note})" if tile.note else ""))
+    for section in page.sections:
+        if len(page.sections) > 1:
+            console.print(f"\n[bold]{_escape(section.title)}[/bold]")
+        for block in section.blocks:
+            _print_block(console, block)
+
+
+def _print_block(console: Console, block: Block) -> None:
+    if isinstance(block, Table):
+        _print_table(console, block)
+    elif isinstance(block, Facts):
+        _print_facts(console, block)
+    elif isinstance(block, Items):
+        for text in block.texts:
+            _print_sentence(console, text)
+    elif isinstance(block, Finding):
+        _print_sentence(console, f"{block.verdict}: {block.sentence} {' '.join(block.more)}")
+    elif isinstance(block, Text) and block.look == "plain":
+        _print_sentence(console, block.text)
+
+
+def _print_table(console: Console, table: Table) -> None:
+    _print_sentence(console, table.caption)
+    shown = RichTable(box=None, pad_edge=False)
+    for i, column in enumerate(table.columns):
+        title = f"{column.title}\n{column.note}" if column.note else column.title
+        is_left = i == 0 or table.is_text(i)
+        shown.add_column(_escape(title), justify="left" if is_left else "right", overflow="fold")
+    group = ""
+    for row in table.rows:
+        if row.group != group:
+            group = row.group
+            shown.add_row(f"[bold]{_escape(group)}[/bold]", *([""] * (len(table.columns) - 1)))
+        texts = (" ".join(part for part in say(*pair) if part) for pair in zip(row.cells, table.columns, strict=True))
+        shown.add_row(*map(_escape, texts), style="bold" if row.is_marked else None)
+    console.print(shown)
+
+
+def _print_facts(console: Console, facts: Facts) -> None:
+    if facts.is_glossary:
+        return
+    width = max(len(name) for name, _ in facts.pairs)
+    for name, value in facts.pairs:
+        console.print(f"{_escape(name.ljust(width))}  {_escape(plain(value))}", soft_wrap=True)
+
+
+def _print_sentence(console: Console, text: str) -> None:
+    if text:
+        console.print(_escape(plain(text)), soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    """Text without markup, in characters that every terminal has."""
+    return markup.escape(text.replace(THIN, " "))

@@ -1,0 +1,286 @@
+"""Judges a packed folder, which is untrusted: every check of its files, of the tensors in them, and against the model.
+
+In the order of docs/formats.md 1.8: headers, seal, names and shapes, and only then tensors: their checksums and values.
+The seal lies in the metadata of the safetensors files and tells a damaged or exchanged file from a good one. It guards
+against accidents, not against an attacker, who can write a new seal.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sedimo.errors import StateError
+from sedimo.pipelines.files import DTYPES, FileHeader
+from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.parts import CODES, TensorSpec
+from sedimo.runtime.layout import (
+    FORMAT_VERSION,
+    Configuration,
+    LayerEntry,
+    Layers,
+    PartEntry,
+    TiedEntry,
+    kind_of,
+    packed_tensors,
+    version_error,
+)
+from sedimo.runtime.smoothed import DIVISOR, How
+
+_VERSION, _LAYERS, _CHECKSUMS = "sedimo_format", "sedimo_layers", "sedimo_crc32"
+_DIGITS = 8  # hexadecimal digits of a CRC-32
+_SHOWN = 5  # names in an error
+_REMEDY = "The checkpoint is damaged or foreign: copy or download it again."
+
+
+def tensor_specs(headers: Iterable[FileHeader]) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor of a checkpoint's files.
+
+    Raises:
+        StateError: a tensor lies in two files, or has a dtype that torch does not know.
+    """
+    homes: dict[str, FileHeader] = {}
+    specs: dict[str, TensorSpec] = {}
+    for header in headers:
+        for name, (shape, dtype) in header.tensors.items():
+            if name in homes:
+                raise StateError(f"tensor {name!r} lies in both {homes[name].path.name} and {header.path.name}")
+            if dtype not in DTYPES:
+                raise StateError(
+                    f"tensor {name!r} of {header.path}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
+                )
+            homes[name], specs[name] = header, TensorSpec(DTYPES[dtype], shape)
+    return specs
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """CRC-32 of every tensor of a checkpoint, in the order of their sorted names, eight hexadecimal digits each."""
+
+    digits: str
+
+    def checksums(self, names: Iterable[str]) -> dict[str, str]:
+        """The checksums by tensor name.
+
+        Raises:
+            StateError: the checkpoint was written with another number of tensors.
+        """
+        ordered, n_sealed = sorted(names), len(self.digits) // _DIGITS
+        if len(ordered) != n_sealed:
+            word = "missing" if len(ordered) < n_sealed else "extra"
+            raise StateError(
+                f"tensors are {word}: the checkpoint was written with {n_sealed}, its files hold {len(ordered)}. "
+                "Copy or download it again."
+            )
+        return {name: self.digits[i * _DIGITS : (i + 1) * _DIGITS] for i, name in enumerate(ordered)}
+
+
+def make_seal(tensors: Mapping[str, torch.Tensor], configuration: Configuration) -> dict[str, str]:
+    """The metadata that seals a checkpoint of these tensors (over all of its files)."""
+    digits = "".join(checksum(tensors[name]) for name in sorted(tensors))
+    return {_VERSION: str(FORMAT_VERSION), _LAYERS: configuration.key, _CHECKSUMS: digits}
+
+
+def read_seal(headers: Iterable[FileHeader], configuration: Configuration) -> Seal:
+    """The seal of a checkpoint's files, after checking that they belong together and to the configuration.
+
+    Raises:
+        StateError: a file was not written by Sedimo, by another version, or belongs to another checkpoint.
+    """
+    found = set()
+    for header in headers:
+        if _VERSION not in header.metadata:
+            raise StateError(
+                f"{header.path} is a foreign file: its metadata has no {_VERSION!r}, so Sedimo did not write it. "
+                "Take the weights file that belongs to this config.json."
+            )
+        if header.metadata[_VERSION] != str(FORMAT_VERSION):
+            raise version_error(header.metadata[_VERSION], str(header.path))
+        if header.metadata.get(_LAYERS) != configuration.key:
+            raise StateError(
+                f"{header.path} belongs to another checkpoint: it was written for other layers than those of "
+                "config.json. Take the two files from the same folder."
+            )
+        found.add(header.metadata.get(_CHECKSUMS, ""))
+    if len(found) != 1:
+        raise StateError("the shards of the checkpoint were not written together. Copy or download them again.")
+    return Seal(found.pop())
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, str]) -> None:
+    """Compares tensors as read with the checksums written.
+
+    Raises:
+        StateError: a tensor has changed since it was written, naming it.
+    """
+    for name, tensor in tensors.items():
+        if checksums.get(name) != checksum(tensor):
+            raise StateError(
+                f"tensor {name!r} is damaged: its checksum is {checksum(tensor)}, it was written with "
+                f"{checksums.get(name)}. Copy or download the checkpoint again."
+            )
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """CRC-32 of a tensor's bytes as they lie in the file, eight hexadecimal digits."""
+    flat = tensor.detach().contiguous().reshape(-1).cpu()
+    data: memoryview = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+    return f"{zlib.crc32(data):08x}"
+
+
+def check_against_layers(
+    found: Mapping[str, TensorSpec], layers: Layers, smoothed: Mapping[str, How] | None = None
+) -> None:
+    """Refuses a checkpoint whose packed tensors or divisors are not those that its configuration describes.
+
+    Raises:
+        StateError: a tensor is missing, or has another dtype or shape.
+    """
+    packed = packed_tensors(layers)
+    _refuse_names("lacks packed tensors", packed.keys() - found.keys())
+    for name, wanted in packed.items():
+        if found[name] != wanted:
+            raise StateError(
+                f"tensor {name!r} must be {_describe(wanted)} by config.json, the file has {_describe(found[name])}. "
+                f"{_REMEDY}"
+            )
+    check_divisor_specs(found, smoothed or {}, _input_sizes(layers))
+
+
+def _input_sizes(layers: Layers) -> dict[str, int]:
+    """Input channels of the packed layers."""
+    owners = {name: layers[e.same_as] if isinstance(e, TiedEntry) else e for name, e in layers.items()}
+    return {name: entry.shape[1] for name, entry in owners.items() if isinstance(entry, LayerEntry)}
+
+
+def check_against_model(found: Mapping[str, TensorSpec], layers: Layers, model: nn.Module) -> None:
+    """Refuses a checkpoint that does not hold exactly the tensors of the model.
+
+    Raises:
+        StateError: a layer is unknown, a tensor missing, extra, or of another shape or kind of dtype.
+    """
+    for name, entry in layers.items():
+        _check_layer(name, entry, layers, model)
+    replaced = {f"{name}.weight" for name in layers}
+    wanted = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in replaced}
+    packed = packed_tensors(layers)
+    plain = {name: spec for name, spec in found.items() if name not in packed}
+    _refuse_names("lacks tensors of the model", wanted.keys() - plain.keys())
+    _refuse_names("holds tensors that the model does not have", plain.keys() - wanted.keys())
+    for name, spec in wanted.items():
+        if plain[name].shape != spec.shape or plain[name].dtype.is_floating_point != spec.dtype.is_floating_point:
+            raise StateError(
+                f"tensor {name!r} must be {_describe(spec)} for this model, the file has {_describe(plain[name])}. "
+                f"{_REMEDY}"
+            )
+
+
+def check_inputs(inputs: InputQuantizers, model: nn.Module) -> None:
+    """Refuses rules for activations of layers that the model does not have.
+
+    Raises:
+        StateError: naming the layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _refuse_names(
+        "rounds the inputs of layers that the model does not have",
+        [name for name in inputs.layers if name not in modules or kind_of(modules[name]) is None],
+    )
+
+
+def check_divisor_specs(
+    found: Mapping[str, TensorSpec], smoothed: Mapping[str, How], shapes: Mapping[str, int]
+) -> None:
+    """Refuses a checkpoint whose divisors are not one floating-point number per input channel of each divided layer.
+
+    `shapes` tells the input channels of packed layers; those of others follow from their weight in `found`.
+
+    Raises:
+        StateError: a divisor is missing, extra, or has another shape or dtype.
+    """
+    wanted = {f"{name}.{DIVISOR}" for name, how in smoothed.items() if how == "divided"}
+    present = {name for name in found if name.rpartition(".")[2] == DIVISOR}
+    if odd := sorted(wanted ^ present):
+        raise StateError(f"divisors of config.json and of the file differ in {', '.join(odd[:_SHOWN])}: copy it again")
+    for name in wanted:
+        layer, spec = name.removesuffix(f".{DIVISOR}"), found[name]
+        weight = found.get(f"{layer}.weight")
+        n_inputs = shapes.get(layer) if weight is None else next(iter(weight.shape[1:]), None)
+        if n_inputs is None:
+            raise StateError(f"tensor {name!r} divides the input of a layer without a weight [out, in, ...]")
+        if spec.shape != (n_inputs,) or not spec.dtype.is_floating_point:
+            raise StateError(f"tensor {name!r} must be [{n_inputs}] of floating point, got {spec.dtype} {spec.shape}")
+
+
+def check_values(place: str, part: PartEntry, tensors: Mapping[str, torch.Tensor], *, n_inputs: int) -> None:
+    """Refuses stored values that no quantizer writes.
+
+    Raises:
+        StateError: naming the tensor, the rule and the value found.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise StateError(f"{place}.{name} holds NaN or infinity: the file is damaged; make the checkpoint again")
+    codes = tensors.get(CODES)
+    n_padding = -n_inputs * part.format.bits % 8
+    if codes is not None and n_padding and int(codes[:, -1].max()) >> (8 - n_padding):
+        raise StateError(f"{place}.codes has set bits after the last code of a row, which must be zero")
+    complaint = part.format.numerics.complaint(part.format, tensors)
+    if complaint:
+        raise StateError(f"{place}.{complaint}")
+
+
+def check_divisors(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuses divisors that are not positive and finite.
+
+    Raises:
+        StateError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == DIVISOR and not bool((tensor.isfinite() & (tensor > 0)).all()):
+            raise StateError(f"{name} must be finite and greater than zero: the file is damaged; make it again")
+
+
+def check_nothing_on_meta(model: nn.Module) -> None:
+    """Refuses a loaded model of which a tensor has no data.
+
+    Raises:
+        StateError: naming the tensors. (Modules that accelerate offloads keep theirs elsewhere and are skipped.)
+    """
+    missing = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if not getattr(getattr(module, "_hf_hook", None), "offload", False)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if tensor.device.type == "meta"
+    ]
+    if missing:
+        raise StateError(f"these tensors of the model were not in the checkpoint: {missing[:5]}")
+
+
+def _check_layer(name: str, entry: LayerEntry | TiedEntry, layers: Layers, model: nn.Module) -> None:
+    owner = layers[entry.same_as] if isinstance(entry, TiedEntry) else entry
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise StateError(f"config.json packs the layer {name!r}, which the model does not have. {_REMEDY}") from error
+    weight, kind = module._parameters.get("weight"), kind_of(module)
+    shape = None if weight is None else tuple(weight.shape)
+    if not isinstance(owner, LayerEntry) or shape != owner.shape or kind != owner.kind:
+        wanted = f"{owner.kind} {owner.shape}" if isinstance(owner, LayerEntry) else "a packed layer"
+        raise StateError(f"layer {name!r} is {wanted} by config.json, the model has {kind} {shape}. {_REMEDY}")
+
+
+def _refuse_names(what: str, names: Iterable[str]) -> None:
+    ordered = sorted(names)
+    if ordered:
+        more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+        raise StateError(f"the checkpoint {what}: {', '.join(map(repr, ordered[:_SHOWN]))}{more}. {_REMEDY}")
+
+
+def _describe(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}"

@@ -1,1 +1,0 @@
-"""What each choice costs, by several methods."""

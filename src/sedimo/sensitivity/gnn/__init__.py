@@ -1,1 +1,0 @@
-"""A graph neural network that predicts quality from a recipe, and what it says of each choice."""

@@ -1,0 +1,158 @@
+"""Settings: frozen records whose fields say how people set them, on the command line and in Python.
+
+A field is written once, with its default, its flag, and its help. From these the command line is made, and the keywords
+of the public functions. Records may hold other records; what people see is flat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from sedimo.errors import InputError
+
+Record = TypeVar("Record")
+_KEY = "sedimo option"
+_PANEL = "sedimo panel"
+REQUIRED: Any = dataclasses.MISSING
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a field is set: its flags (none: a positional argument), and what people read about it.
+
+    `parse` reads the text that a person writes; `choices` are the values that there are, found from a `Literal`
+    if it is empty. `no` is the flag that says no, for a yes or no whose default is None, or yes. `bare` is the value of
+    a flag that is given without one. `place` tells that a text is the path of a file or folder that exists.
+    """
+
+    flags: tuple[str, ...]
+    help: str | Callable[[], str]
+    metavar: str | None = None
+    parse: Callable[[str], object] | None = None
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    no: str = ""
+    bare: str | None = None
+    place: Literal["", "file", "folder"] = ""
+
+    @property
+    def words(self) -> str:
+        """The help as it is now: what it lists may have grown."""
+        return self.help if isinstance(self.help, str) else self.help()
+
+
+def option(default: Any, *flags: str, help: str | Callable[[], str], **more: Any) -> Any:  # click's and argparse's word
+    """A field of a settings record with its default (`REQUIRED`: none) and its `Option`."""
+    return field(default=default, metadata={_KEY: Option(flags, help, **more)})
+
+
+def block(default: Any, panel: str = "") -> Any:
+    """A field that holds a record of more options, which people see under a heading of their own."""
+    return field(default=default, metadata={_PANEL: panel})
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One thing that a person may set: the fields that lead to it, its type, its default, under which heading."""
+
+    path: tuple[str, ...]
+    kind: object
+    default: object
+    option: Option
+    panel: str
+
+    @property
+    def word(self) -> str:
+        """The keyword in Python: the first long flag in snake case, else the field's name."""
+        flag = next((f for f in self.option.flags if f.startswith("--")), self.path[-1])
+        return flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is REQUIRED
+
+
+def leaves(record: type, panel: str = "", path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    """All that a person may set in a record, those of records in it included, in their order."""
+    kinds = typing.get_type_hints(record)
+    for one in dataclasses.fields(record):
+        kind, place = unwrapped(kinds[one.name]), (*path, one.name)
+        if _KEY in one.metadata:
+            yield Leaf(place, kind, one.default, one.metadata[_KEY], panel)
+        elif _PANEL in one.metadata and isinstance(kind, type):
+            yield from leaves(kind, one.metadata[_PANEL] or panel, place)
+
+
+def set_in(record: object) -> list[Leaf]:
+    """The leaves of a record whose value is not the default."""
+    return [leaf for leaf in leaves(type(record)) if functools.reduce(getattr, leaf.path, record) != leaf.default]
+
+
+def build(record: type[Record], given: Mapping[tuple[str, ...], object], path: tuple[str, ...] = ()) -> Record:
+    """A record from the values that were given, by the fields that lead to them; what is not given has its default.
+
+    Raises:
+        InputError: a value is missing, or the record refuses what it was given.
+    """
+    kinds, values = typing.get_type_hints(record), dict[str, object]()
+    for one in dataclasses.fields(record):  # type: ignore[arg-type]  # every record is a dataclass
+        place, kind = (*path, one.name), unwrapped(kinds[one.name])
+        inside = [found for found in given if found[: len(place)] == place]
+        if place in given:
+            values[one.name] = given[place]
+        elif _PANEL in one.metadata and isinstance(kind, type) and (inside or one.default is REQUIRED):
+            values[one.name] = build(kind, given, place)
+        elif one.default is REQUIRED and one.default_factory is dataclasses.MISSING:
+            raise InputError(f"{one.name} is needed")
+    return record(**values)
+
+
+def read_words(record: type, words: Mapping[str, object]) -> dict[tuple[str, ...], object]:
+    """Keywords of Python by the fields that they set; texts are read as they would be on the command line.
+
+    Raises:
+        InputError: a word that the record does not have.
+    """
+    known = {leaf.word: leaf for leaf in leaves(record)}
+    unknown = sorted(words.keys() - known.keys())
+    if unknown:
+        raise InputError(f"there is nothing called {unknown[0]!r} to set; there is: {', '.join(known)}")
+    return {known[word].path: read_value(known[word], value) for word, value in words.items()}
+
+
+def read_value(leaf: Leaf, value: object) -> object:
+    """A value as its field holds it.
+
+    Raises:
+        InputError: not one of its choices.
+    """
+    choices = choices_of(leaf)
+    if choices and value not in choices:
+        raise InputError(f"{leaf.word} must be one of {', '.join(choices)}, got {value!r}")
+    if leaf.option.parse is not None and isinstance(value, str):
+        return leaf.option.parse(value)
+    if leaf.kind is Path and isinstance(value, str):
+        return Path(value)
+    return value
+
+
+def choices_of(leaf: Leaf) -> tuple[str, ...]:
+    """The values that there are, none if they are not listed."""
+    return leaf.option.choices or (get_args(leaf.kind) if get_origin(leaf.kind) is Literal else ())
+
+
+def unwrapped(kind: object) -> object:
+    """A type without the None that it may be instead."""
+    if get_origin(kind) in (types.UnionType, typing.Union):
+        kept = [part for part in get_args(kind) if part is not types.NoneType]
+        return kept[0] if len(kept) == 1 else kind
+    return kind

@@ -1,0 +1,60 @@
+"""What a target is: everything about one place where results run.
+
+A target lives in one file, which makes one constant of the class `Target`; `targets.TARGETS` lists them all. Help,
+checks and the main job read that tuple, and nothing else names a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sedimo.bank import Bank
+from sedimo.lab.lab import Lab
+from sedimo.methods.method import Words
+from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.card import Origin
+from sedimo.runtime.writing import Finish, WriteOptions, WrittenCheckpoint
+from sedimo.space import Recipe, SearchSpace
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A decided model: its recipe, the packed weights by layer, the bank behind them, and where it came from."""
+
+    lab: Lab
+    bank: Bank
+    recipe: Recipe
+    weights: Mapping[str, QuantizedTensor]
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a target's own reader has found of what was written: how many weights, and whether each is ours exactly."""
+
+    n_weights: int
+    is_exact: bool
+
+
+def as_it_is(space: SearchSpace) -> SearchSpace:
+    """A target that can run every decision."""
+    return space
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place where results run.
+
+    `families` are the families of formats that it has. `constrain` ties and bans decisions, with notes; `write` writes
+    a decided model whole or not at all, under names that its readers expect; `verify` reads that with the target's own
+    reader and compares it with what was decided.
+    """
+
+    name: str
+    words: Words
+    families: tuple[str, ...]
+    write: Callable[[Packed, Path, WriteOptions, Finish | None], WrittenCheckpoint]
+    verify: Callable[[Packed, WrittenCheckpoint], Verified]
+    constrain: Callable[[SearchSpace], SearchSpace] = as_it_is

@@ -1,0 +1,337 @@
+"""Second moments of layers' inputs over whole runs: what the errors of a weight's columns do to one another.
+
+The pipeline runs at full precision and its own code calls the denoiser; of the inputs only X^T X is kept, and of wide
+layers only square blocks on the diagonal of it, so that all of them together stay small.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from sedimo.bank import Bank
+from sedimo.codec import content_key
+from sedimo.errors import InputError, StateError
+from sedimo.lab.hooks import hooked
+from sedimo.lab.lab import Lab
+from sedimo.methods.method import Price, Words
+from sedimo.pipelines.adapter import Sampling
+from sedimo.quant.compensation import DAMPING, FEEDBACK_VERSION
+from sedimo.settings import option
+from sedimo.space import SearchSpace
+from sedimo.treatments.treatment import Treatment, Untouched
+
+MOMENTS_VERSION = 2
+MOST_BYTES = 1 << 30  # of all moments together, unless that would make blocks narrower than the least
+MOST_COLUMNS, LEAST_COLUMNS = 1024, 256  # of a block
+MOST_POSITIONS = 256  # of a sample, in one call
+SECONDS_BETWEEN_SAVES = 60.0  # of unfinished sums, which may take a gibibyte
+_INDEX = "index.json"
+_CALL_FACTOR = 2.0  # a call whose inputs are looked at, in plain ones
+_SECONDS_PER_FEEDBACK = 1e-7  # of one weight in one format on one core
+_SECONDS_PER_FACTOR = 3e-10  # of a block of n columns, per n cubed
+
+
+@dataclass(frozen=True)
+class FoldedMoments:
+    """Second moments by weight, in a folder with a file for each.
+
+    `key` names what they were measured on. Weights without moments (grouped convolutions, layers that were never
+    called) have none.
+    """
+
+    folder: Path
+    key: str
+
+    def blocks(self, weight: str) -> Sequence[torch.Tensor]:
+        """Blocks `[n, n]` on the diagonal of the moments of a weight's columns, in order; none if it has no moments.
+
+        Raises:
+            StateError: a file is damaged or gone.
+        """
+        if weight not in self._known:
+            return ()
+        path = self.folder / _file_name(weight)
+        try:
+            found = load_file(path)
+            return [found[str(index)] for index in range(len(found))]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise self._damaged(path, error) from error
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        path = self.folder / _INDEX
+        try:
+            return frozenset(json.loads(path.read_text()))
+        except (ValueError, TypeError, OSError) as error:
+            raise self._damaged(path, error) from error
+
+    def _damaged(self, path: Path, error: Exception) -> StateError:
+        return StateError(f"{path} is damaged or gone: {error!r}. Delete {self.folder} to measure it again")
+
+
+def measure_moments(lab: Lab, on: Sampling, folder: Path) -> FoldedMoments:
+    """The second moments of the inputs of all weights, over all steps of a plan; kept in a folder.
+
+    What the folder holds already is not measured again.
+
+    Raises:
+        InputError: inputs that are not finite.
+        StateError: they cannot be kept.
+        Interrupted: the user stopped it; calling again goes on.
+    """
+    layers = {layer: weight.name for weight in lab.space.weights for layer in weight.layers}
+    columns = block_columns(_columns(lab.space))
+    setting = lab.setting(on, weights_digest=lab.weights.digest)
+    how = {"columns": columns, "positions": MOST_POSITIONS, "damping": DAMPING, "feedback": FEEDBACK_VERSION}
+    key = content_key({"moments": MOMENTS_VERSION, "setting": setting, "layers": layers, **how})
+    place = folder / f"moments-{key[:32]}"
+    if not place.exists():
+        begun = place.with_name(f"{place.name}.begun.safetensors")
+        _write(_measure(lab, layers, on, _Sums(columns, begun)), place)
+        begun.unlink(missing_ok=True)
+    return FoldedMoments(place, key)
+
+
+def block_columns(n_columns: Sequence[int]) -> int:
+    """How wide blocks may be, so that all moments together stay within their bytes as far as that can be."""
+    width = MOST_COLUMNS
+    while width > LEAST_COLUMNS and moments_bytes(n_columns, width) > MOST_BYTES:
+        width //= 2
+    return width
+
+
+def moments_bytes(n_columns: Sequence[int], width: int) -> int:
+    """What the moments of weights of so many columns take, in blocks of a width [bytes]."""
+    return sum(4 * n * min(n, width) for n in n_columns)
+
+
+def _columns(space: SearchSpace) -> list[int]:
+    return [math.prod(weight.shape[1:]) for weight in space.weights]
+
+
+def _measure(lab: Lab, layers: Mapping[str, str], on: Sampling, sums: _Sums) -> Mapping[str, Sequence[torch.Tensor]]:
+    """The sums over all batches, without those that were added before the work was stopped."""
+    pipe = lab.pipe
+    n_added = sums.take_up(next(pipe.denoiser.parameters()).device)
+    hooks = {layer: functools.partial(sums.add, layer, weight) for layer, weight in layers.items()}
+    n_left, saved = on.n_batches - n_added, time.monotonic()
+    with lab.parts().stage("second moments of inputs", n_left) as stop, hooked(pipe.denoiser, hooks):
+        for index, batch in enumerate(on.batches()):
+            if index < n_added:
+                continue
+            pipe.sample(batch)
+            lab.progress.advance(1)
+            if stop.is_set or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+                sums.save(index + 1)
+                saved = time.monotonic()
+            stop.check(f"interrupted: sums so far are saved in {sums.path}; run the same command again to go on")
+    return sums.blocks
+
+
+class _Sums:
+    """Running sums of X^T X by weight, in blocks on the diagonal of so many columns, kept in a file until finished."""
+
+    def __init__(self, columns: int, path: Path) -> None:
+        self._columns, self.path = columns, path
+        self._n_calls: Counter[str] = Counter()
+        self.blocks: dict[str, list[torch.Tensor]] = {}
+
+    def save(self, n_added: int) -> None:
+        """Keeps the sums over so many batches, in place of older ones.
+
+        Raises:
+            StateError: they cannot be kept.
+        """
+        tensors = {
+            f"{weight}.{i}": block.cpu() for weight, found in self.blocks.items() for i, block in enumerate(found)
+        }
+        draft = self.path.with_suffix(".tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, draft, metadata={"n_added": str(n_added), "n_calls": json.dumps(self._n_calls)})
+            draft.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            draft.unlink(missing_ok=True)
+            raise _unkept(self.path, error) from error
+
+    def take_up(self, device: torch.device) -> int:
+        """Goes on with the sums that were kept; over how many batches they are, 0 where none can be read."""
+        try:
+            with safe_open(self.path, framework="pt", device=str(device)) as file:
+                facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return 0
+        self._n_calls = Counter(json.loads(facts["n_calls"]))
+        for name in sorted(tensors, key=lambda name: int(name.rpartition(".")[2])):
+            self.blocks.setdefault(name.rpartition(".")[0], []).append(tensors[name])
+        return int(facts["n_added"])
+
+    def add(self, layer: str, weight: str, module: nn.Module, args: tuple[torch.Tensor, ...], _output: object) -> None:
+        """The hook of a layer. Which positions are looked at is drawn anew at each of its calls."""
+        self._n_calls[layer] += 1
+        for rows in _rows(module, args[0].detach(), f"{layer} {self._n_calls[layer]}"):
+            parts = torch.split(rows, self._columns, dim=1)
+            if weight not in self.blocks:
+                self.blocks[weight] = [part.new_zeros(part.shape[1], part.shape[1]) for part in parts]
+            for total, part in zip(self.blocks[weight], parts, strict=True):
+                total.addmm_(part.T, part)
+                if not torch.isfinite(total.diagonal()).all():  # all others are smaller than the largest of these
+                    raise InputError(
+                        f"the inputs of layer {layer!r} hold NaN, infinity or numbers too large to be squared at full "
+                        "precision: use another --dtype, or leave the codes uncompensated"
+                    )
+
+
+def _rows(module: nn.Module, inputs: torch.Tensor, call: str) -> Iterator[torch.Tensor]:
+    """What meets each row of the weight, float32 `[n, N]`, in portions; nothing for what has no such form.
+
+    Of more than `MOST_POSITIONS` tokens or pixels, which are much alike, so many are drawn by the name of the call.
+    """
+    if isinstance(module, nn.Linear):
+        rows = inputs if inputs.ndim > 1 else inputs.unsqueeze(0)
+        tokens = rows.reshape(len(rows), -1, rows.shape[-1])
+        yield tokens[:, _drawn(tokens.shape[1], call, inputs.device)].flatten(0, 1).float()
+    elif isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1:
+        yield from _patches(module, inputs, call)
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d, inputs: torch.Tensor, call: str) -> Iterator[torch.Tensor]:
+    """The inputs of a convolution under its kernel at the positions that are looked at, image by image."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padded = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    is_flat = isinstance(module, nn.Conv1d)
+    padded = padded.unsqueeze(2) if is_flat else padded
+    sizes = (module.kernel_size, module.dilation, module.stride)
+    kernel, dilation, stride = ((1, *size) if is_flat else size for size in sizes)
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    height, width = ((n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, stride, strict=True))
+    taken = _drawn(height * width, call, inputs.device)
+    tops, lefts = taken // width * stride[0], taken % width * stride[1]
+    rows = tops[:, None] + torch.arange(kernel[0], device=inputs.device) * dilation[0]
+    columns = lefts[:, None] + torch.arange(kernel[1], device=inputs.device) * dilation[1]
+    for image in padded:
+        patches = image[:, rows[:, :, None], columns[:, None, :]]  # C n kh kw
+        yield patches.transpose(0, 1).flatten(1).float()
+
+
+def _drawn(n: int, call: str, device: torch.device) -> torch.Tensor:
+    """At most `MOST_POSITIONS` of n positions."""
+    if n <= MOST_POSITIONS:
+        return torch.arange(n, device=device)
+    seed = int(hashlib.sha256(call.encode()).hexdigest()[:12], 16)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:MOST_POSITIONS].to(device)
+
+
+def _write(moments: Mapping[str, Sequence[torch.Tensor]], place: Path) -> None:
+    """Writes a folder whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".tmp", dir=place.parent))
+    try:
+        for weight, blocks in moments.items():
+            tensors = {str(index): block.cpu().contiguous() for index, block in enumerate(blocks)}
+            save_file(tensors, draft / _file_name(weight))
+        (draft / _INDEX).write_text(json.dumps(sorted(moments)))
+        draft.replace(place)
+    except (OSError, SafetensorError) as error:
+        if not place.exists():  # else another process was quicker
+            raise _unkept(place, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # gone already where it took its place
+
+
+def _unkept(place: Path, error: Exception) -> StateError:
+    return StateError(f"second moments cannot be kept in {place}: {error}. Make room, and run it again")
+
+
+def _file_name(weight: str) -> str:
+    return f"{hashlib.sha256(weight.encode()).hexdigest()[:32]}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackSettings:
+    """Whether codes are chosen by error feedback; where nothing is said, the method may bring it along."""
+
+    compensate: bool = option(
+        True,
+        "--compensate",
+        no="--no-compensate",
+        help="Codes that make up for one another's errors (error feedback); default: with --method auto.",
+    )
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Untouched):
+    """Error feedback that is in force."""
+
+    moments: FoldedMoments
+
+    def on(self, bank: Bank) -> Bank:
+        """The bank whose codes are chosen by these moments."""
+        return bank.compensating(self.moments)
+
+    def __str__(self) -> str:
+        """For people."""
+        return "codes by error feedback"
+
+
+def feed_back(lab: Lab, settings: FeedbackSettings) -> ErrorFeedback | None:
+    """Error feedback from moments of inputs, on samples of their own: what is fitted to some is judged on others.
+
+    Raises:
+        InputError: the pipeline cannot run, or there is no study to keep moments beside.
+        Interrupted: the user stopped it.
+    """
+    if not settings.compensate:
+        return None
+    _refuse_unsampled(lab)
+    if lab.cache is None:
+        raise InputError("moments of inputs are kept beside a study: give the lab one")
+    return ErrorFeedback(measure_moments(lab, lab.seeds.moments, lab.cache))
+
+
+def _refuse_unsampled(lab: Lab) -> None:
+    lab.refuse_unsampled("--compensate runs the pipeline to see inputs of layers", "Leave it out")
+
+
+def _price(lab: Lab, settings: FeedbackSettings) -> Price:
+    """A run of some samples with sums beside it, factors of the sums, rounding of every format, and what is kept."""
+    if not settings.compensate:
+        return Price()
+    _refuse_unsampled(lab)
+    timing, columns = lab.time_calls(lab.seeds.moments), _columns(lab.space)
+    width, n_formats = block_columns(columns), max(len(d.formats) for d in lab.space.decisions)
+    running = _CALL_FACTOR * timing.n_calls * timing.seconds_per_call
+    factors = _SECONDS_PER_FACTOR * sum(n * min(n, width) ** 2 for n in columns)
+    rounding = _SECONDS_PER_FEEDBACK * lab.space.params * n_formats
+    n_bytes = moments_bytes(columns, width)
+    return Price(running + factors + rounding, timing.n_calls, 2 * n_bytes, n_bytes)
+
+
+ERROR_FEEDBACK = Treatment(
+    name="error_feedback",
+    words=Words(
+        "chooses codes that make up for one another's errors in what a layer gives",
+        source="Frantar et al. 2022, GPTQ (arXiv 2210.17323)",
+    ),
+    knobs=FeedbackSettings,
+    apply=feed_back,
+    price=_price,
+    is_wanted=lambda settings: settings.compensate,
+)

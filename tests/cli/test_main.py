@@ -1,0 +1,240 @@
+"""The command line that is made from the jobs' settings: what it takes, what it refuses, what its help shows."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from sedimo import jobs
+from sedimo.cli.main import main
+from sedimo.errors import InputError
+from sedimo.jobs.compare import CompareSettings
+from sedimo.jobs.quantize import QuantizeSettings
+from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.subject import SourceSettings
+from sedimo.methods.search import SEARCH
+from sedimo.settings import leaves
+from sedimo.treatments.smoothing import SmoothingKnobs, SmoothingSettings
+from sedimo.treatments.static_ranges import ActivationSettings
+
+# All that the commands have taken since the first version; scripts rely on it.
+FLAGS = {
+    "allocate": "--bits --bops --bytes --json --out --rule --stored-bits -o",
+    "attribute": "--confidence --json --method --objective --preset --target",
+    "blocks": (
+        "--act-by-timestep --act-ranges --act-steps --act-symmetric --bits --device --dtype --format "
+        "--guidance --json --keep --keep-db --objective --out --page --prompts --resolution --seed --seeds "
+        "--smooth --smooth-share --steps --store --variant -o"
+    ),
+    "change": "--json --out --source --variant -o",
+    "compare": (
+        "--act --act-by-timestep --act-ranges --act-steps --act-symmetric --bits --bops --compensate --device "
+        "--dtype --ends --formats --fresh --guidance --json --methods --out --prompts --resolution --seed "
+        "--seeds --smooth --smooth-share --steps --store --trials --variant --whole-layers -o"
+    ),
+    "demo": "--bits --json --out -o",
+    "diff": "--json",
+    "evaluate": (
+        "--against --correct --device --dtype --guidance --images --json --prompts --resolution --seed "
+        "--seeds --steps --variant"
+    ),
+    "explore": (
+        "--act --act-by-timestep --act-ranges --act-steps --act-symmetric --device --dry-run --dtype --ends "
+        "--executor --formats --guidance --high-bits --json --low-bits --objective --prior --prompts "
+        "--resolution --sampler --seed --seeds --smooth --smooth-share --steps --store --study-seed --trials "
+        "--variant --whole-layers --workers"
+    ),
+    "inspect": "--json --variant",
+    "quantize": (
+        "--act --act-by-timestep --act-ranges --act-steps --act-symmetric --beta --bits --bops --bytes "
+        "--compensate --device --dry-run --dtype --ends --formats --guidance --importance-of --json --keep "
+        "--keep-db --link --method --minutes --no-check --no-compensate --out --prompts --recipe "
+        "--reconstruct --reconstruct-steps --resolution --seed --seeds --smooth --smooth-share --steps "
+        "--store --stored-bits --tail-mean --tau --variant --whole-layers -o"
+    ),
+    "report": "--json --out -o",
+    "run": (
+        "--act --act-by-timestep --act-ranges --act-steps --act-symmetric --bits --bops --bytes --compensate "
+        "--confidence --device --dry-run --dtype --ends --formats --guidance --json --level --link --no-check "
+        "--no-compensate --out --prior --prompts --reconstruct --reconstruct-steps --refine --resolution "
+        "--seed --seeds --smooth --smooth-share --steps --store --stored-bits --study-seed --target --trials "
+        "--variant --whole-layers -o"
+    ),
+    "sweep": (
+        "--act-by-timestep --act-ranges --act-steps --act-symmetric --device --dtype --format --fresh "
+        "--guidance --json --out --prompts --resolution --seed --seeds --signal --smooth-share --steps "
+        "--store --values --variant -o"
+    ),
+    "trials": "--json --out -o",
+}
+DEFAULTS = [
+    ("blocks compare explore quantize run sweep", "--act-ranges", "dynamic"),
+    ("quantize", "--beta", "10.0"),
+    ("demo", "--bits", "3.5"),
+    ("attribute run", "--confidence", "1.0"),
+    ("explore", "--executor", "serial"),
+    ("compare explore quantize run", "--formats", "wide"),
+    ("sweep", "--fresh", "16"),
+    ("compare", "--fresh", "64"),
+    ("quantize", "--importance-of", "bits"),
+    ("run", "--level", "decisions"),
+    ("quantize", "--method", "auto"),
+    ("attribute", "--method", "gnn"),
+    ("compare", "--methods", "all"),
+    ("blocks explore", "--objective", "final_latents"),
+    ("attribute", "--preset", "fast"),
+    ("explore run", "--prior", "jacobian"),
+    ("run", "--refine", "3"),
+    ("allocate", "--rule", "milp"),
+    ("explore", "--sampler", "stratified"),
+    ("blocks compare evaluate explore quantize run sweep", "--seeds", "8"),
+    ("sweep", "--signal", "jacobian"),
+    ("sweep", "--smooth-share", "0.1"),
+    ("blocks compare evaluate explore quantize run sweep", "--steps", "10"),
+    ("run", "--target", "sqnr_db"),
+    ("compare", "--trials", "120"),
+    ("run", "--trials", "300"),
+    ("demo", "-o", "demo-out"),
+]
+
+
+def command(name):
+    return main.get_command(click.Context(main), name)
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
+    return result
+
+
+def default_of(name, flag):
+    """What a flag of a command stands at when nobody gives it."""
+    job = importlib.import_module(f"sedimo.jobs.{name}").JOB
+    records = [job.settings, *job.offers().values()]
+    return next(leaf.default for record in records for leaf in leaves(record) if flag in leaf.option.flags)
+
+
+def test_there_is_a_command_for_every_job():
+    assert main.list_commands(click.Context(main)) == sorted(jobs.JOBS)
+    assert set(FLAGS) <= set(jobs.JOBS)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_no_option_was_lost(name):
+    taken = {flag for p in command(name).params for flag in (*p.opts, *p.secondary_opts)}
+    assert set(FLAGS[name].split()) <= taken
+
+
+@pytest.mark.parametrize(("names", "flag", "value"), DEFAULTS)
+def test_no_default_has_changed(names, flag, value):
+    for name in names.split():
+        found = SEARCH.compared.n_trials if (name, flag) == ("compare", "--trials") else default_of(name, flag)
+        assert (",".join(found) if isinstance(found, tuple) else str(found)) == value, name
+
+
+def test_no_flag_of_a_command_means_two_things():
+    for name in jobs.JOBS:
+        flags = [flag for p in command(name).params for flag in (*p.opts, *p.secondary_opts)]
+        assert len(flags) == len(set(flags)), name
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("quantize x --bits three", 2, "not a valid float"),
+        ("quantize x --nonsense", 2, "No such option"),
+        ("quantize x --seeds 1", 2, "is not in the range"),
+        ("quantize x --dtype int8", 2, "is not one of"),
+        ("quantize", 2, "Missing argument"),
+        ("compare x --bits 3", 2, "Missing option '--store'"),
+        ("quantize x --bits 3 --bytes 9", 3, "give one size"),
+        ("quantize x --bits 3 --method magic", 3, "method must be one of"),
+        ("quantize x --bits 3 --method jacobian --keep 1", 3, "options of hybrid do nothing with --method jacobian"),
+        ("quantize x --bits 3 --method sqnr --beta 3", 3, "(--help-method orthogonality"),
+        ("quantize x --bits 3 --act w8", 3, "are written such as a8"),
+        ("quantize x --help-method magic", 3, "there are no options of 'magic'"),
+    ],
+)
+def test_lines_that_make_no_sense_are_refused(line, code, message):
+    assert message in " ".join(run(*shlex.split(line), code=code).output.split())
+
+
+def test_options_of_one_method_are_shown_when_they_are_asked_for():
+    assert "--trials" not in run("quantize", "--help").stdout
+    shown = run("quantize", "--help-method", "gnn").stdout
+    assert "Options of gnn" in shown
+    assert all(flag in shown for flag in ("--trials", "--refine", "--prior", "--level"))
+    assert "--beta" not in shown
+    assert "--beta" in run("quantize", "--help-method", "orthogonality").stdout
+
+
+@pytest.mark.parametrize("name", jobs.JOBS)
+def test_help_of_every_command_names_its_arguments(name):
+    shown = run(name, "--help").stdout
+    assert f"Usage: main {name}" in shown
+    assert "--json" in shown
+
+
+@pytest.mark.parametrize(
+    ("formats", "act", "expected"),
+    [
+        ("wide", None, "wide"),
+        ("uaq3,kmc4", "a8", "uaq3a8,kmc4a8"),
+        ("uaq3", "a4, a6,a16", "uaq3a4,uaq3a6,uaq3"),
+        ("uaq3,fp16", "8", "uaq3a8,fp16a8"),
+    ],
+)
+def test_widths_of_activations_widen_the_formats(formats, act, expected):
+    assert FormatSettings(formats, act).text == expected
+
+
+@pytest.mark.parametrize(
+    ("act", "formats", "message"),
+    [
+        ("w8", "uaq4", "are written such as a8"),
+        (",", "uaq4", "are written such as a8"),
+        ("a8", "uaq4a8", "has activation bits already"),
+    ],
+)
+def test_widths_that_cannot_be(act, formats, message):
+    with pytest.raises(InputError, match=message):
+        FormatSettings(formats, act)
+
+
+def test_widths_are_for_formats_to_choose_from():
+    with pytest.raises(InputError, match="write uniform:uaq4a8"):
+        QuantizeSettings(SourceSettings("x"), method="uniform:kmc4", formats=FormatSettings(act="a8"))
+
+
+@pytest.mark.parametrize("more", [{"n_steps": 3}, {"by_timestep": True}])
+def test_options_of_calibration_need_calibrated_ranges(more):
+    with pytest.raises(InputError, match="give --act-ranges min-max, too"):
+        ActivationSettings(**more)
+    found = ActivationSettings("mse", **more)
+    assert (found.n_steps, found.by_timestep) == (more.get("n_steps", 0), "by_timestep" in more)
+
+
+def test_a_share_of_smoothed_layers_needs_smoothing():
+    with pytest.raises(InputError, match="give --smooth"):
+        SmoothingKnobs(share=0.5)
+    assert SmoothingKnobs().settings is None
+    assert SmoothingKnobs(0.5).settings == SmoothingSettings(0.5, 0.1)
+    assert SmoothingKnobs(0.5, 1.0).settings == SmoothingSettings(0.5, 1.0)
+
+
+def test_a_comparison_refuses_methods_that_cannot_choose_among_widths(tmp_path):
+    def compared(methods):
+        return CompareSettings(
+            SourceSettings("x"), (4.0,), tmp_path, methods=methods, formats=FormatSettings("uaq4a4,uaq4a8")
+        )
+
+    with pytest.raises(InputError, match="method 'error' sees weights alone"):
+        compared("uniform,orthogonality,error")
+    with pytest.raises(InputError, match="sees weights alone"):
+        compared("orthogonality-noise")
+    compared("uniform,orthogonality,orthogonality-lp,jacobian,ablation,sqnr,gnn")
