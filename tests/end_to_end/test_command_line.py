@@ -312,7 +312,6 @@ def test_the_demo_replaces_only_what_a_demo_wrote(tmp_path, tiny_pipeline_folder
     assert (foreign / "thesis.txt").read_text() == "x"
 
 
-@pytest.mark.xfail(strict=True, reason="the list of commands still imports each of them for its one line")
 def test_help_answers_without_loading_anything_heavy():
     code = "import sys; from sedimo.cli.main import main; main(['--help'], standalone_mode=False); " + (
         "print([m for m in ('torch', 'diffusers', 'numba', 'scipy', 'rich') if m in sys.modules])"

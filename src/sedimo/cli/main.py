@@ -22,7 +22,6 @@ import sedimo.jobs
 from sedimo import __version__
 from sedimo.cli.console import command_line, print_json, progress, run_guarded
 from sedimo.errors import InputError
-from sedimo.reporting.terminal import print_page
 from sedimo.settings import Leaf, build, choices_of, leaves
 
 if TYPE_CHECKING:
@@ -155,6 +154,8 @@ class _JobCommand(click.Command):
         if as_json:
             print_json(found.as_json() if is_plan else self._job.as_json(found))
         else:
+            from sedimo.reporting.terminal import print_page  # not for help, which answers at once
+
             page = self._job.plan_page if is_plan else self._job.page
             print_page(page(found))
 
