@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sedimo import methods
+from sedimo.allocation.agreement import agreement_about_operations
 from sedimo.allocation.budget import BopsLimit, BudgetSettings
 from sedimo.allocation.table import SensitivityTable, of_family
 from sedimo.bank import SILENT, Bank, Progress
@@ -32,12 +31,10 @@ from sedimo.methods.method import Finding, Method, Task
 from sedimo.methods.peer import LEAST_USED, PeerRecipe, measure_peers, wanted_methods
 from sedimo.methods.uniform import UNIFORM
 from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality
-from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
+from sedimo.metrics.signal import mean_sqnr, paired_difference
 from sedimo.quant.families import family_named
 from sedimo.reporting.comparison import ComparedRow, Comparison, comparison_page
 from sedimo.reporting.html import write_page
-from sedimo.reporting.page import Page
 from sedimo.settings import REQUIRED, block, option
 from sedimo.space import Recipe
 
@@ -151,9 +148,10 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
         with study.ledger() as shared:
             lab = treated(lab, settings.chosen)
             _ = lab.bank
-        for budget, method in itertools.product(budgets.values(), compared):
+        for budget in budgets.values():
             refuse_impossible(budget, lab.bank.space)
-            method.prepare(lab, settings.task(method, budget))
+            for method in compared:
+                method.prepare(lab, settings.task(method, budget))
         entries = {
             (method.name, bits): _accounted(lab, method, settings.task(method, budget))
             for (bits, budget), method in itertools.product(budgets.items(), compared)
@@ -230,7 +228,7 @@ def _rows(lab: Lab, bits: float, found: Mapping[str, Recipe | PeerRecipe]) -> It
             stored_bits=stored_bits,
             bops=bops,
             is_full=paper_bits >= LEAST_USED * bits,
-            sqnr_db=sqnr_estimates(summarize(powers[method]))["sqnr_db"],
+            sqnr_db=mean_sqnr(powers[method]),
             ahead=None if method == reference else paired_difference(powers[method], powers[reference]).estimate,
             recipe=recipe if isinstance(recipe, Recipe) else None,
             formats=recipe.formats if isinstance(recipe, PeerRecipe) else {},
@@ -259,30 +257,11 @@ def _cost(entries: Sequence[_Entry], shared: Ledger) -> Spent:
 
 
 def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, Estimate]:
-    """Kendall's tau between operations' costs by each method and by the ablation, with bootstrap intervals.
-
-    An operation's cost is the mean over its decisions, at each one's format nearest to `bits`. Fewer than three
-    operations have no order worth a number. Methods that contain the ablation are left out.
-    """
+    """How each method agrees with the ablation about operations; methods that contain the ablation are left out."""
     if ABLATION.name not in tables:
         return {}
-    truth, found = _of_operations(tables[ABLATION.name], bits), {}
-    for method, table in tables.items():
-        costs = _of_operations(table, bits)
-        if ABLATION.name not in (method, *method_named(method)[0].traits.contains) and len(truth) >= LEAST_RECIPES:
-            found[method] = prediction_quality([costs[name] for name in truth], list(truth.values())).kendall_tau
-    return found
-
-
-def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
-    sums: dict[str, list[float]] = {}
-    for decision, costs in table.by_decision.items():
-        quantized = [c for c in costs if c.format.is_quantized]
-        if not quantized:
-            continue
-        nearest = min(quantized, key=lambda c: (abs(8 * c.paper_bytes / table.params[decision] - bits), c.cost))
-        sums.setdefault(table.operations[decision], []).append(nearest.cost)
-    return {name: float(np.mean(values)) for name, values in sums.items()}
+    independent = {m: t for m, t in tables.items() if ABLATION.name not in (m, *method_named(m)[0].traits.contains)}
+    return agreement_about_operations(tables[ABLATION.name], independent, bits)
 
 
 def run(settings: CompareSettings, progress: Progress) -> Comparison:
@@ -293,11 +272,6 @@ def run(settings: CompareSettings, progress: Progress) -> Comparison:
     return found
 
 
-def page(found: Comparison) -> Page:
-    """All recipes of all methods, and what the methods took."""
-    return comparison_page(found)
-
-
 JOB = Job(
     name="compare",
     words="""All methods side by side on SRC: same formats, same budgets, same fresh seeds, paired.
@@ -305,7 +279,7 @@ JOB = Job(
     Example: sedimo compare zoo:cifar-dit --bits 3.5,4.0 --store runs/compare -o compare.html
     """,
     settings=CompareSettings,
-    page=page,
+    page=comparison_page,
     run=run,
     offers=all_offers,
 )

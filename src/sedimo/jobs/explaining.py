@@ -15,7 +15,7 @@ from sedimo.methods.predictor.scoring import distributions
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.search import Search, SearchSettings
 from sedimo.metrics.estimate import NORMAL_95, mean_estimate
-from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
+from sedimo.metrics.signal import mean_sqnr, paired_difference
 from sedimo.reporting.explanation import (
     OVERALL,
     CurveKind,
@@ -79,7 +79,7 @@ def finalist_rows(search: Search) -> tuple[FinalistRow, ...]:
         FinalistRow(
             f.name,
             space.paper_bits(f.trial.recipe),
-            sqnr_estimates(summarize(f.trial.powers))["sqnr_db"],
+            mean_sqnr(f.trial.powers),
             None if f.trial.powers is chosen else paired_difference(chosen, f.trial.powers).estimate,
         )
         for f in search.finalists
@@ -171,7 +171,7 @@ def curve(lab: Lab, search: Search) -> tuple[CurvePoint, ...]:
 
 
 def _point(space: SearchSpace, name: str, trial: Trial, kind: CurveKind) -> CurvePoint:
-    measured = sqnr_estimates(summarize(trial.powers))["sqnr_db"]
+    measured = mean_sqnr(trial.powers)
     return CurvePoint(name, kind, space.paper_bits(trial.recipe), measured)
 
 

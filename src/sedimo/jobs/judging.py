@@ -11,7 +11,7 @@ from sedimo.lab.lab import Lab
 from sedimo.methods.method import Finding
 from sedimo.methods.prediction import Blamed, Forecast, Prediction
 from sedimo.metrics.estimate import Estimate, normal_estimate
-from sedimo.metrics.signal import decibel, sqnr_estimates, summarize
+from sedimo.metrics.signal import decibel, mean_sqnr
 from sedimo.quant.formats import FP16
 from sedimo.space import compose
 
@@ -32,7 +32,7 @@ def judge_prediction(lab: Lab, finding: Finding, check: Check | None, *, predict
     predicted = predicted_db(finding, predicts=predicts)
     if predicted is None or check is None:
         return None if predicted is None else Prediction(predicted, None)
-    found = Prediction(predicted, sqnr_estimates(summarize(check.this.signals.powers))["sqnr_db"])
+    found = Prediction(predicted, mean_sqnr(check.this.signals.powers))
     return found if found.is_trusted else replace(found, blamed=_blamed(lab, finding))
 
 

@@ -68,11 +68,6 @@ class FormatSettings:
         """The formats as one text; a name such as `wide` stays a name."""
         return self.formats if self.act is None else ",".join(map(str, self.choices))
 
-    @property
-    def all_formats(self) -> tuple[Format, ...]:
-        """The formats, that of the ends included."""
-        return (*self.choices, *([] if self.ends is None else [Format.parse(self.ends)]))
-
     def refuse_nothing(self) -> None:
         """Refuses formats that leave every layer as it is.
 

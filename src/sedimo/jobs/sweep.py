@@ -28,12 +28,11 @@ from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Method, Task
 from sedimo.methods.sqnr import SQNR
 from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality
-from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, paired_difference, sqnr_estimates, summarize
+from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, mean_sqnr, paired_difference
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.schedulers import SCHEDULERS, scheduled, scheduler_named
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.html import write_page
-from sedimo.reporting.page import Page
 from sedimo.reporting.sweep import OTHER_SEEDS, Confirmation, Sweep, SweptRanks, SweptValue, highest_value, sweep_page
 from sedimo.settings import REQUIRED, block, option
 from sedimo.treatments.smoothing import DEFAULT_SHARE, SmoothingSettings, plan_smoothings
@@ -377,7 +376,7 @@ def _valued(work: _Sweeping, names: Sequence[str], measure: Measure, tolerance: 
     for name, one in found.items():
         powers = one.trial.powers
         ahead = paired_difference(powers, found[baseline].trial.powers, tolerance=tolerance).estimate
-        sqnr = sqnr_estimates(summarize(powers))["sqnr_db"]
+        sqnr = mean_sqnr(powers)
         values.append(SweptValue(name, one.paper_bits, sqnr, None if name == baseline else ahead, one.note))
     highest = highest_value(values)
     # the baseline first: the reference is then that of the untouched denoiser, not of an equal one up to rounding
@@ -444,11 +443,6 @@ def run(settings: SweepSettings, progress: Progress) -> Sweep:
     return found
 
 
-def page(found: Sweep) -> Page:
-    """The values with what they gain, or how sensitivities rank alike, and what is missing."""
-    return sweep_page(found)
-
-
 JOB = Job(
     name="sweep",
     words="""One knob over several values on SRC, on the same fresh seeds: what the papers leave open.
@@ -463,6 +457,6 @@ JOB = Job(
     Example: sedimo sweep alpha zoo:cifar-dit --store runs/sweeps -o alpha.html
     """,
     settings=SweepSettings,
-    page=page,
+    page=sweep_page,
     run=run,
 )

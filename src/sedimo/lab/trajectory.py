@@ -29,8 +29,8 @@ from sedimo.lab.hooks import hooked
 from sedimo.lab.lab import Lab
 from sedimo.lab.objective import rows_of
 from sedimo.lab.trial import Execution, Setting
-from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.signal import NoisePowers, sqnr_estimates, summarize
+from sedimo.metrics.estimate import Estimate, to_digits
+from sedimo.metrics.signal import NoisePowers, mean_sqnr
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import output_tensor
 from sedimo.space import Recipe
@@ -253,11 +253,11 @@ def _ratios(powers: Powers, n_samples: int) -> tuple[float, ...]:
     noise, signal = powers
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.where(noise > 0, noise / signal, 0.0)
-    return tuple(float(f"{ratio:.{_DIGITS}g}") for ratio in found.reshape(-1, n_samples).mean(axis=0))
+    return tuple(to_digits(ratio, _DIGITS) for ratio in found.reshape(-1, n_samples).mean(axis=0))
 
 
 def _estimates(parts: Sequence[Ratios]) -> tuple[Estimate, ...]:
     """SQNR at each call [dB], over the samples of all parts."""
     together = np.concatenate([np.array(part) for part in parts], axis=1)
     powers = (NoisePowers(ratios, np.ones(len(ratios))) for ratios in together)
-    return tuple(sqnr_estimates(summarize(one))["sqnr_db"] for one in powers)
+    return tuple(mean_sqnr(one) for one in powers)

@@ -34,14 +34,15 @@ from sedimo.errors import InputError, StateError
 from sedimo.lab.lab import Lab
 from sedimo.lab.objective import rows_for, rows_of
 from sedimo.lab.pace import seconds_of_fits
-from sedimo.lab.passes import MEMORY_BYTES, count_passes, passes
+from sedimo.lab.passes import MEMORY_BYTES, passes
 from sedimo.lab.trial import Execution, Setting
 from sedimo.lab.worker import CallTiming
 from sedimo.methods.exchanges import refine
-from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of
+from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, price_of_passes
 from sedimo.methods.portfolio import N_RUNS, Portfolio, allocate_by_effects, hold_portfolio, predict
 from sedimo.methods.prediction import Entrants, Forecast
 from sedimo.methods.taps import TappedDecisions, Taps, drawn
+from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
 from sedimo.quant.formats import FP16
@@ -253,7 +254,9 @@ class _Pass:
         for decision, names in self._decisions.names.items():
             values = walk.totals.get(decision, np.zeros((len(directions), len(batch.seeds), len(names)))) / boost
             columns = values.transpose(2, 1, 0).reshape(len(names), -1)  # [changes, n * directions]
-            found[decision] = {n: tuple(_rounded(v) for v in c.tolist()) for n, c in zip(names, columns, strict=True)}
+            found[decision] = {
+                n: tuple(to_digits(v, _DIGITS) for v in c.tolist()) for n, c in zip(names, columns, strict=True)
+            }
         return AdjointPart(found, unused)
 
 
@@ -333,15 +336,9 @@ def _directions(latents: torch.Tensor, batch: Sampling, number: int, seed: int) 
     return directions.to(latents.dtype)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
-
-
 def price_of_run(space: SearchSpace, timing: CallTiming) -> Price:
     """Going back through the runs of a plan, as often as memory demands; formats are fitted already."""
-    n_calls = timing.n_calls * (1 + count_passes(space))
-    seconds = timing.seconds_per_call * (timing.n_calls + CALL_FACTOR * (n_calls - timing.n_calls))
-    return Price(seconds, n_calls, MEMORY_BYTES)
+    return price_of_passes(space, timing, CALL_FACTOR)
 
 
 def _plan(lab: Lab, task: Task[AdjointSettings]) -> Sampling:

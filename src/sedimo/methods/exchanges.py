@@ -21,8 +21,9 @@ from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.lab.lab import Lab
 from sedimo.lab.trial import Trial
-from sedimo.methods.portfolio import Portfolio, final_plan, read_limits, sqnr_of
+from sedimo.methods.portfolio import Portfolio, final_plan, read_limits
 from sedimo.methods.prediction import Entrant
+from sedimo.metrics.signal import mean_sqnr
 from sedimo.pipelines.adapter import Sampling
 
 NAME, START_NAME = "measured exchanges", "before exchanges"
@@ -88,11 +89,18 @@ def _better(
     is_better = after.score > before.score
     known = found.entrants or (
         Entrant(
-            START_NAME, "effects", found.allocation.stored_bits, sqnr_of(searched[0]), sqnr_of(before), is_winner=True
+            START_NAME,
+            "effects",
+            found.allocation.stored_bits,
+            mean_sqnr(searched[0].powers),
+            mean_sqnr(before.powers),
+            is_winner=True,
         ),
     )
     others = tuple(replace(one, is_winner=one.is_winner and not is_better) for one in known)
-    exchanged = Entrant(NAME, "exchanges", best.stored_bits, sqnr_of(searched[1]), sqnr_of(after), is_winner=is_better)
+    exchanged = Entrant(
+        NAME, "exchanges", best.stored_bits, mean_sqnr(searched[1].powers), mean_sqnr(after.powers), is_winner=is_better
+    )
     entrants = (*others, exchanged)
     if not is_better:
         return replace(found, entrants=entrants)

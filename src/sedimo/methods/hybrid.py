@@ -11,7 +11,7 @@ from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.pace import seconds_of_fits
-from sedimo.lab.trial import ObjectiveName, Trial
+from sedimo.lab.trial import ObjectiveName
 from sedimo.methods.blocks import (
     BlockRow,
     all_but_one,
@@ -26,7 +26,7 @@ from sedimo.methods.blocks import (
 from sedimo.methods.error import describe
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words
 from sedimo.metrics.estimate import Estimate, ranked
-from sedimo.metrics.signal import paired_difference, sqnr_estimates, summarize
+from sedimo.metrics.signal import mean_sqnr, paired_difference
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
 from sedimo.settings import option
@@ -128,7 +128,7 @@ def measure_hybrid(
     if kept:
         rivals = [recipe, hybrid_recipe(space, number_format, [])]
         mine, plain = lab.measure(rivals, lab.seeds.check, objective=objective)
-        hybrid, gain = _sqnr(mine), paired_difference(mine.powers, plain.powers).estimate
+        hybrid, gain = mean_sqnr(mine.powers), paired_difference(mine.powers, plain.powers).estimate
     return BlocksResult(
         source=lab.subject.name,
         objective=objective,
@@ -171,12 +171,12 @@ def _curves(lab: Lab, number_format: Format, objective: ObjectiveName) -> tuple[
             decisions=tuple(d.name for d in members),
             params=sum(d.params for d in members),
             extra_bytes=extra_bytes_of(members, number_format),
-            up_to=_sqnr(up_to),
+            up_to=mean_sqnr(up_to.powers),
             alone_kept=paired_difference(without.powers, everything.powers).estimate,
         )
         for (name, members), up_to, without in zip(blocks.items(), trials, trials[len(first) :], strict=False)
     )
-    return rows, _sqnr(everything)
+    return rows, mean_sqnr(everything.powers)
 
 
 def _kept(keeping: KeepSettings, rows: tuple[BlockRow, ...], free: int | None) -> tuple[str, ...]:
@@ -197,10 +197,6 @@ def _free_bytes(keeping: KeepSettings, number_format: Format, space: SearchSpace
             f"budget of {keeping.bits:g}; raise it, or take a smaller format"
         )
     return free
-
-
-def _sqnr(trial: Trial) -> Estimate:
-    return sqnr_estimates(summarize(trial.powers))["sqnr_db"]
 
 
 def _format_of(task: Task[KeepSettings]) -> Format:

@@ -26,12 +26,13 @@ from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.objective import batches_of, rows_for, rows_of
 from sedimo.lab.pace import seconds_of_fits
-from sedimo.lab.passes import MEMORY_BYTES, count_passes, passes
+from sedimo.lab.passes import MEMORY_BYTES, passes
 from sedimo.lab.trial import Execution, Setting
 from sedimo.lab.worker import CallTiming
 from sedimo.methods.guidance import find_row_weights
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of
+from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of, price_of_passes
 from sedimo.methods.taps import TappedDecisions, Taps, drawn
+from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import output_tensor
 from sedimo.space import SearchSpace
@@ -182,7 +183,7 @@ class _Pass:
         for decision, formats in self._decisions.names.items():
             found = squares.get(decision, torch.zeros(plan.n_units, len(formats), dtype=torch.float64))
             means = found.reshape(-1, n_samples, len(formats)).mean(0).T.tolist()
-            noise[decision] = {f: tuple(_rounded(v) for v in m) for f, m in zip(formats, means, strict=True)}
+            noise[decision] = {f: tuple(to_digits(v, _DIGITS) for v in m) for f, m in zip(formats, means, strict=True)}
         return JacobianPart(noise, unused)
 
     def _squares(
@@ -289,15 +290,9 @@ def _mean_squares(
     return total
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
-
-
 def price_of_pass(space: SearchSpace, timing: CallTiming) -> Price:
     """Going through the trajectory of a plan, as often as memory demands; formats are fitted already."""
-    n_calls = timing.n_calls * (1 + count_passes(space))
-    seconds = timing.seconds_per_call * (timing.n_calls + CALL_FACTOR * (n_calls - timing.n_calls))
-    return Price(seconds, n_calls, MEMORY_BYTES)
+    return price_of_passes(space, timing, CALL_FACTOR)
 
 
 def _price(lab: Lab, _task: Task[NoKnobs]) -> Price:

@@ -16,6 +16,7 @@ from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.errors import InputError, StateError
 from sedimo.lab.lab import Lab
+from sedimo.lab.passes import MEMORY_BYTES, count_passes
 from sedimo.lab.worker import CallTiming
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
@@ -93,6 +94,13 @@ class Price:
             max(self.memory_bytes, other.memory_bytes),
             self.disk_bytes + other.disk_bytes,
         )
+
+
+def price_of_passes(space: SearchSpace, timing: CallTiming, call_factor: float) -> Price:
+    """A plan's calls, and all of them again, each `call_factor` plain ones long, as often as memory demands."""
+    n_calls = timing.n_calls * (1 + count_passes(space))
+    seconds = timing.seconds_per_call * (timing.n_calls + call_factor * (n_calls - timing.n_calls))
+    return Price(seconds, n_calls, MEMORY_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

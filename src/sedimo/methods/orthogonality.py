@@ -53,6 +53,7 @@ from sedimo.lab.objective import StepBatches, calls_by_step, joined_calls, rows_
 from sedimo.lab.pace import seconds_of_estimates
 from sedimo.lab.trial import Execution, Setting
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, refuse_blind
+from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.quant.families.uaq import UAQ
 from sedimo.quant.formats import FULL_BITS, Format
@@ -359,8 +360,8 @@ def _part(
     constant = {name for name, gram in zip(layers, grams, strict=True) if gram is None} - {*unused, *unread}
     return OrthogonalityPart(
         timestep,
-        tuple(_rounded(v) for v in matrix[np.triu_indices(len(layers), 1)]),
-        tuple(tuple(_rounded(v) for v in sums) for sums in _replicates(grams, n_samples)),
+        tuple(to_digits(v, _DIGITS) for v in matrix[np.triu_indices(len(layers), 1)]),
+        tuple(tuple(to_digits(v, _DIGITS) for v in sums) for sums in _replicates(grams, n_samples)),
         tuple(name for name in layers if name in constant),
         unused,
         unread,
@@ -529,10 +530,6 @@ def _of_decision(decision: Decision, found: Importance, place: Mapping[str, int]
     if not rows:
         return 0.0, 0.0
     return decision.share * float(found.theta[rows].mean()), decision.share * float(found.standard_error[rows].mean())
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
 
 
 def _price(lab: Lab, _task: Task[ImportanceOptions]) -> Price:

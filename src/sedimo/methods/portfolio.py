@@ -25,8 +25,7 @@ from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.trial import Trial
 from sedimo.methods.prediction import Entrant, EntrantKind
-from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.signal import sqnr_estimates, summarize
+from sedimo.metrics.signal import mean_sqnr
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
 
@@ -96,8 +95,8 @@ def hold_portfolio(lab: Lab, table: SensitivityTable, effects: Effects, budget: 
             name=name,
             kind=rules[name].kind,
             stored_bits=rules[name].allocation.stored_bits,
-            searched=sqnr_of(searched[name]),
-            final=sqnr_of(final[name]) if name in final else None,
+            searched=mean_sqnr(searched[name].powers),
+            final=mean_sqnr(final[name].powers) if name in final else None,
             predicted_db=expected_db(noise[name], effects.shape[1]).value if name in noise else None,
             is_winner=name == winner,
         )
@@ -175,11 +174,6 @@ def _predicted(rule: _Rule, table: SensitivityTable, effects: Effects, bank: Ban
     if rule.kind == "uniform":
         return effects.noise(rule.allocation.choice)
     return cross_validated_noise(table, effects, bank.candidates, rule.decide)
-
-
-def sqnr_of(trial: Trial) -> Estimate:
-    """Mean SQNR of a trial [dB]."""
-    return sqnr_estimates(summarize(trial.powers))["sqnr_db"]
 
 
 def read_limits(table: SensitivityTable, budget: BudgetSettings) -> Budget:

@@ -36,6 +36,7 @@ from sedimo.lab.pace import seconds_of_fits
 from sedimo.lab.passes import MEMORY_BYTES, change_names, count_passes, input_roundings, passes, weight_changes
 from sedimo.lab.trial import Execution, Setting
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of
+from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
@@ -261,11 +262,7 @@ class _Powers:
 def _mean(values: torch.Tensor) -> LocalNoise:
     n = values.numel()
     error = float(values.std(correction=1)) / math.sqrt(n) if n > 1 else math.nan
-    return LocalNoise(_rounded(float(values.mean())), _rounded(error))
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+    return LocalNoise(to_digits(float(values.mean()), _DIGITS), to_digits(error, _DIGITS))
 
 
 def _price(lab: Lab, _task: Task[NoKnobs]) -> Price:

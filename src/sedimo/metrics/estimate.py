@@ -29,6 +29,11 @@ class Estimate:
     n: int
 
 
+def to_digits(value: float, digits: int) -> float:
+    """The value to so many significant digits, as it is kept."""
+    return float(f"{value:.{digits}g}")
+
+
 def ranked(value: float) -> float:
     """The value as a key of `max`: what is not a number must never win.
 

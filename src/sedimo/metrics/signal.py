@@ -246,6 +246,11 @@ def _endless_difference(first: NoisePowers, second: NoisePowers) -> PairedDiffer
     return PairedDifference(value, 0.0 if value == value else math.nan, value, value, 0, first.n)
 
 
+def mean_sqnr(powers: NoisePowers) -> Estimate:
+    """Mean SQNR of samples, with its error and interval [dB]."""
+    return sqnr_estimates(summarize(powers))["sqnr_db"]
+
+
 def sqnr_estimates(summary: SignalSummary) -> dict[str, Estimate]:
     """`sqnr_db` and `sqnr_pooled_db` as value, error and interval [dB].
 
