@@ -17,6 +17,8 @@ PUBLIC = re.compile(r"\bsedimo\.(\w+)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 OTHERS = {"--help", "--help-method", "--json", "--version"}  # of every command, or of `sedimo` itself
 BENCHMARKS = re.compile(r"`[^`]*\.py[^`]*`|\(`--[^`]*`\)")  # commands of benchmarks have options of their own
+CONFLICT = re.compile(r"^(<{7}|={7}$|>{7})", re.MULTILINE)  # what an unfinished merge leaves
+NAMED_PAGE = re.compile(r"docs/[\w/-]+\.md")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -57,10 +59,21 @@ def test_options_named_in_the_text_exist(page):
 
 
 def test_public_names_that_pages_use_exist():
-    coming = set() if "Lab" in sedimo.__all__ else {"Lab", "replace"}
     for page in PAGES:
         used = {name for block in PYTHON.findall(page.read_text()) for name in PUBLIC.findall(block)}
-        assert used <= {*sedimo.__all__, *coming}, named(page)
+        assert used <= set(sedimo.__all__), named(page)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *DOCS.glob("adr/*.md")], ids=named)
+def test_no_page_holds_two_versions_of_a_passage(page):
+    assert not CONFLICT.search(page.read_text())
+
+
+def test_pages_that_the_code_names_exist():
+    texts = [path.read_text() for kind in ("py", "j2") for path in (ROOT / "src").rglob(f"*.{kind}")]
+    found = {name for text in texts for name in NAMED_PAGE.findall(text)}
+    assert found
+    assert {name for name in found if not (ROOT / name).is_file()} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

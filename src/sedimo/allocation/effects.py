@@ -30,7 +30,8 @@ from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.quant.formats import FP16, Format
 
-TRUSTED_AT = 128  # products at which cross terms count half; fewer can be cancelled by chance (docs/results.md)
+# Products at which cross terms count half; fewer can be cancelled by chance (docs/results/first-order-noise.md).
+TRUSTED_AT = 128
 _ROUNDS = 30  # of fitting factors of decisions and formats in turn
 
 Array = npt.NDArray[np.float64]

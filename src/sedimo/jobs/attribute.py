@@ -82,7 +82,7 @@ class Attribution:
     argmax: Mapping[str, Recipe]
 
     def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
         plain: dict[str, object] = to_plain(
             {
                 "method": self.table.method,

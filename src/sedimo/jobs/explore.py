@@ -197,7 +197,7 @@ class ExploreResult:
         return 3600 * self.measured / self.measuring_seconds if self.measured else None
 
     def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
         plain: dict[str, object] = to_plain(
             {
                 "study": str(self.study),

@@ -1,8 +1,8 @@
 """The default: what serves best in reasonable time on this machine.
 
 First-order effects on the final latents, with a final of several recipes, if that is quick enough: no other method was
-ahead of it on the models that were looked at (docs/results.md). Where the sampler has no derivative, or where that
-takes too long, the noise of single steps; where nothing can run, or would take too long, weight error.
+ahead of it on the models that were looked at (docs/results/all-methods.md). Where the sampler has no derivative, or
+where that takes too long, the noise of single steps; where nothing can run, or would take too long, weight error.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class BlocksResult:
     hybrid_gain: Estimate | None
 
     def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
         plain: dict[str, object] = to_plain(self)
         plain["recipe"] = {name: str(entry) for name, entry in self.recipe.layers.items()}
         return plain

@@ -71,7 +71,7 @@ class Comparison:
     notes: tuple[str, ...]
 
     def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
         plain: dict[str, object] = to_plain(self)
         return plain
 

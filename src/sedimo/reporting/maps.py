@@ -187,7 +187,7 @@ class Maps:
         return self == Maps()
 
     def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
         plain: dict[str, object] = to_plain(self)
         return plain
 

@@ -74,7 +74,7 @@ class Sweep:
     confirmed: Confirmation | None = None
 
     def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/cli.md)."""
+        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
         plain: dict[str, object] = to_plain(self)
         return plain
 

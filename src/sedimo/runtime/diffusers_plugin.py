@@ -66,8 +66,8 @@ class SedimoMethod(StrEnum):
 class SedimoConfig(QuantizationConfigMixin):
     """What `config.json` says about packed layers, or a recipe for packing while a source is loaded.
 
-    `configuration` is written by Sedimo (docs/formats.md). `recipe` maps layer names to format texts and is for
-    `from_pretrained(source, quantization_config=SedimoConfig(recipe={...}))`.
+    `configuration` is written by Sedimo (docs/reference/formats.md). `recipe` maps layer names to format texts and is
+    for `from_pretrained(source, quantization_config=SedimoConfig(recipe={...}))`.
     """
 
     def __init__(self, *, recipe: Mapping[str, str] | None = None, **configuration: object) -> None:

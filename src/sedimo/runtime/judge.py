@@ -1,6 +1,7 @@
 """Judges a packed folder, which is untrusted: every check of its files, of the tensors in them, and against the model.
 
-In the order of docs/formats.md 1.8: headers, seal, names and shapes, and only then tensors: their checksums and values.
+In the order of docs/reference/formats.md 1.8: headers, seal, names and shapes, and only then tensors: their checksums
+and values.
 The seal lies in the metadata of the safetensors files and tells a damaged or exchanged file from a good one. It guards
 against accidents, not against an attacker, who can write a new seal.
 """

@@ -1,7 +1,7 @@
 """What a checkpoint's configuration says about each packed layer, and which tensors follow from it.
 
 Nothing here opens a file. The configuration is untrusted: it is read strictly, and the names, dtypes and shapes
-that follow from it are compared with the file's header before any tensor is made (docs/formats.md).
+that follow from it are compared with the file's header before any tensor is made (docs/reference/formats.md).
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def read_layers(plain: object, *, place: str) -> dict[str, LayerEntry | TiedEntr
     """The layers of a configuration; strict.
 
     Raises:
-        StateError: an entry is not as docs/formats.md says, or a tie leads nowhere.
+        StateError: an entry is not as docs/reference/formats.md says, or a tie leads nowhere.
     """
     if not isinstance(plain, Mapping):
         raise StateError(f"{place} must be an object of layer names, got {type(plain).__name__}")

@@ -48,10 +48,10 @@ class CalibrationOptions:
     """How ranges are found.
 
     `n_steps` of the trajectory are looked at, evenly spaced from the first on: 0 means all, 1 is the call of greatest
-    noise alone, as published; that loses much where later steps have wider ranges (docs/results.md). Of a scheduler
-    that calls the denoiser several times in a step, all calls of a step are looked at. `percentile` is for that method:
-    so many percent of the values lie below the upper end, and above the lower one. `by_timestep` gives each timestep
-    that is looked at ranges of its own.
+    noise alone, as published; that loses much where later steps have wider ranges (docs/results/sqnr-strategy.md). Of a
+    scheduler that calls the denoiser several times in a step, all calls of a step are looked at. `percentile` is for
+    that method: so many percent of the values lie below the upper end, and above the lower one. `by_timestep` gives
+    each timestep that is looked at ranges of its own.
 
     Raises:
         InputError: an unknown method, or numbers outside their ranges.
