@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_a_second_run_measures_nothing_again(quantized, tiny_pipeline_folder, mo
 
     monkeypatch.setattr(worker, "measure", lambda *_: pytest.fail("a trial was measured again"))
     out = quantized[0].with_name("second")
-    study = quantized[0].with_name("small.study")
+    study = copytree(quantized[0].with_name("small.study"), out.with_name("second.study"))
     again = run_json(
         "quantize", tiny_pipeline_folder, "--bits", "4.5", "-o", out, "--method", "combined", "--store", study, *QUICK
     )

@@ -146,6 +146,7 @@ def test_trials_are_shown_and_exported(explored, tmp_path):
     assert with_error(Estimate(**rows[0]["sqnr_db"])) in shown
     written = run_json("trials", store, "-o", tmp_path / "trials.json")
     assert written == {"out": str(tmp_path / "trials.json"), "trials": len(rows)}
+    assert f"{len(rows)} trials are in " in run("trials", store, "-o", tmp_path / "trials.json").stdout
     exported = json.loads((tmp_path / "trials.json").read_text())["trials"]
     assert {t["key"]: t["measures"]["sqnr_db"] for t in exported} == {r["key"]: r["sqnr_db"] for r in rows}
 

@@ -26,9 +26,10 @@ class HasJson(Protocol):
         """Plain values by name; scripts may rely on the names."""
 
 
-def as_json(result: HasJson) -> Mapping[str, object]:
-    """The plain values of a result that knows them itself."""
-    return result.as_json()
+def as_json(result: Any) -> Mapping[str, object]:
+    """The plain values of a result that knows them itself (`HasJson`)."""
+    plain: Mapping[str, object] = result.as_json()
+    return plain
 
 
 def nothing() -> Mapping[str, type]:
@@ -54,8 +55,8 @@ class Job(Generic[Settings, Result]):
     words: str
     settings: type[Settings]
     run: Callable[[Settings, Progress], Result]
-    page: Callable[[Any], Page]
-    as_json: Callable[[Any], object] = as_json
+    page: Callable[[Result], Page]
+    as_json: Callable[[Result], object] = as_json
     plan: Callable[[Settings, Progress], HasJson] | None = None
     plan_page: Callable[[Any], Page] = no_page
     offers: Callable[[], Mapping[str, type]] = nothing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +92,10 @@ def _as_json(found: tuple[TrialRow, ...] | Exported) -> object:
     return {"trials": to_plain(found)}
 
 
-def page(found: Sequence[TrialRow]) -> Page:
-    """One line per trial."""
+def page(found: tuple[TrialRow, ...] | Exported) -> Page:
+    """One line per trial, or where they were written to."""
+    if isinstance(found, Exported):
+        return page_of("", "", Text(f"{found.trials} trials are in {found.out}"))
     has_fid = any(row.fid is not None for row in found)
     titles = columns(
         "trial",

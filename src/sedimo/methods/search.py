@@ -381,6 +381,7 @@ SEARCH = Method(
     words=Words(
         summary="search by measured recipes: a graph network learns what they cost, the best are measured again",
         source="Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628); noise model and refinement are ours",
+        cost="the noise that a network taught by measured recipes expects of it",
         sees="quality of whole recipes, what choices do to one another",
         misses="what its trials do not show: it takes hundreds of them",
     ),
