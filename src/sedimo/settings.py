@@ -1,16 +1,25 @@
 """Settings: frozen records whose fields say how people set them, on the command line and in Python.
 
-A field is written once, with its default, its flag, and its help. From these the command line is made, and the keywords
-of the public functions. Records may hold other records; what people see is flat.
+A field is written once, with its default, its flag, its help, and what it refuses. From these the command line is made,
+and the keywords of the public functions. Records may hold other records; what people see is flat.
+
+    @dataclass(frozen=True, slots=True)
+    class Settings(Checked):
+        trials: int = option(REQUIRED, "--trials", check=within("at least one is needed", least=1), help="...")
+        sampler: str = option("paper", "--sampler", check=one_of("the sampler", SAMPLERS), help="...")
+        share: float = checked(0.1, within("the share must lie in 0..1 and not be 0", above=0, most=1))
+
+        def check_together(self) -> None: ...  # only for what fields say together
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -20,7 +29,9 @@ from sedimo.errors import InputError
 Record = TypeVar("Record")
 _KEY = "sedimo option"
 _PANEL = "sedimo panel"
+_CHECK = "sedimo check"
 REQUIRED: Any = dataclasses.MISSING
+Check = Callable[[Any], object]  # refuses a value by an InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +39,9 @@ class Option:
     """How a field is set: its flags (none: a positional argument), and what people read about it.
 
     `parse` reads the text that a person writes; `choices` are the values that there are, found from a `Literal`
-    if it is empty. `no` is the flag that says no, for a yes or no whose default is None, or yes. `bare` is the value of
-    a flag that is given without one. `place` tells that a text is the path of a file or folder that exists.
+    if it is empty. What is not among them, below `least` or above `most` is no valid command line; a record that is
+    `Checked` refuses it, too. `no` is the flag that says no, for a yes or no whose default is None, or yes. `bare` is
+    the value of a flag that is given without one. `place` tells that a text is the path of an existing file or folder.
     """
 
     flags: tuple[str, ...]
@@ -49,9 +61,82 @@ class Option:
         return self.help if isinstance(self.help, str) else self.help()
 
 
-def option(default: Any, *flags: str, help: str | Callable[[], str], **more: Any) -> Any:  # click's and argparse's word
-    """A field of a settings record with its default (`REQUIRED`: none) and its `Option`."""
-    return field(default=default, metadata={_KEY: Option(flags, help, **more)})
+def option(
+    default: Any, *flags: str, help: str | Callable[[], str], check: Check | None = None, **more: Any
+) -> Any:  # click's and argparse's word
+    """A field of a settings record with its default (`REQUIRED`: none), its `Option`, and what refuses its values."""
+    return field(default=default, metadata={_KEY: Option(flags, help, **more), _CHECK: check})
+
+
+def checked(default: Any, check: Check) -> Any:
+    """A field of a `Checked` record that people do not set as an option."""
+    return field(default=default, metadata={_CHECK: check})
+
+
+def within(rule: str, *, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Check:
+    """A check that a number is finite and in a range; `rule` says so in the error, before the value that was found."""
+
+    def check(value: float) -> None:
+        if not (-math.inf < value < math.inf and least <= value <= most and value > above):
+            raise InputError(f"{rule}, got {value}")
+
+    return check
+
+
+def one_of(what: str, choices: Iterable[str]) -> Check:
+    """A check that a text is one of several; `what` names it in the error."""
+
+    def check(value: str) -> None:
+        if value not in choices:
+            raise InputError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+
+    return check
+
+
+class Checked:
+    """A record that checks its fields when it is made: each by itself, unless it is None or the default, then together.
+
+    The limits of an option are checked, too.
+    """
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        """Checks them.
+
+        Raises:
+            InputError: a value that a field refuses.
+        """
+        record: Any = type(self)
+        for name, default, check in _checks(record):
+            value = getattr(self, name)
+            if value is not None and value != default:
+                check(value)
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Refuses values that do not go together."""
+
+
+@functools.cache
+def _checks(record: Any) -> tuple[tuple[str, object, Check], ...]:
+    """Names, defaults and checks of the fields that have one."""
+    found = [(leaf.path[0], leaf.default, check) for leaf in leaves(record) for check in _limits(leaf)]
+    own = ((one.name, one.default, one.metadata.get(_CHECK)) for one in dataclasses.fields(record))
+    return (*found, *((name, default, check) for name, default, check in own if check is not None))
+
+
+def _limits(leaf: Leaf) -> Iterator[Check]:
+    """Checks of what an option says of its values; a record inside checks its own."""
+    option, what = leaf.option, f"the {leaf.word.replace('_', ' ')}"
+    if len(leaf.path) > 1:
+        return
+    if choices := choices_of(leaf):
+        yield one_of(what, choices)
+    if option.least is not None:
+        yield within(f"{what} must be at least {option.least}", least=option.least)
+    if option.most is not None:
+        yield within(f"{what} must be at most {option.most}", most=option.most)
 
 
 def block(default: Any, panel: str = "") -> Any:
@@ -135,9 +220,8 @@ def read_value(leaf: Leaf, value: object) -> object:
     Raises:
         InputError: not one of its choices.
     """
-    choices = choices_of(leaf)
-    if choices and value not in choices:
-        raise InputError(f"{leaf.word} must be one of {', '.join(choices)}, got {value!r}")
+    if choices := choices_of(leaf):
+        one_of(leaf.word, choices)(value)
     if leaf.option.parse is not None and isinstance(value, str):
         return leaf.option.parse(value)
     if leaf.kind is Path and isinstance(value, str):

@@ -150,13 +150,12 @@ class _JobCommand(click.Command):
         work = self._job.plan if dry_run and self._job.plan is not None else self._job.run
         with progress() as shown:
             found = work(settings, shown)
-        is_plan = work is not self._job.run
         if as_json:
-            print_json(found.as_json() if is_plan else self._job.as_json(found))
+            print_json(self._job.as_json(found))
         else:
             from sedimo.reporting.terminal import print_page  # not for help, which answers at once
 
-            page = self._job.plan_page if is_plan else self._job.page
+            page = self._job.page if work is self._job.run else self._job.plan_page
             print_page(page(found))
 
     def _chosen(self, given: Mapping[_Word, object]) -> dict[str, object]:

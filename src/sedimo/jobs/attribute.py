@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
-from sedimo.errors import InputError
 from sedimo.jobs.explaining import predictor_rows
 from sedimo.jobs.job import Job
 from sedimo.jobs.report import TABLE
 from sedimo.lab.study import Study
-from sedimo.lab.trial import ObjectiveName
+from sedimo.lab.trial import OBJECTIVES
 from sedimo.methods.predictor.costs import Calibration, argmax_recipes, calibrated_table, refuse_confidence
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.quality import Band, Rating, rate
@@ -27,14 +25,14 @@ from sedimo.methods.predictor.training import FAST, PAPER, PRESETS, Predictor, T
 from sedimo.methods.search import SEARCH
 from sedimo.reporting.explanation_page import predictors_table
 from sedimo.reporting.page import Page, Text, page_of
-from sedimo.settings import REQUIRED, option
+from sedimo.settings import REQUIRED, Checked, one_of, option
 from sedimo.space import Recipe
 
 OPTIONS: Mapping[str, TrainingOptions] = {"fast": FAST, "paper": PAPER}
 
 
 @dataclass(frozen=True, slots=True)
-class AttributeSettings:
+class AttributeSettings(Checked):
     """Which predictor is trained on which trials.
 
     `objective` and `target` are found from the study when empty: the objective with most trials, its usual target.
@@ -45,24 +43,22 @@ class AttributeSettings:
     preset: str = option(
         "fast",
         "--preset",
+        check=one_of("the preset", PRESETS),
         help="fast: starts from a noise model, contributions add; paper: as published (hours).",
     )
-    objective: str = option("", "--objective", help="Whose trials; default: the objective that has most.")
-    target: str = option(
-        "", "--target", help='What to predict, such as "-fid - 150*avg_bits"; default: by the objective.'
+    objective: str = option(
+        "",
+        "--objective",
+        check=one_of("the objective", OBJECTIVES),
+        help="Whose trials; default: the objective that has most.",
     )
-    confidence: float = option(1.0, "--confidence", help="Margin of costs, in deviations.")
-
-    def __post_init__(self) -> None:
-        """Refuses an unknown preset or objective, and a target that cannot be read."""
-        if self.preset not in PRESETS:
-            raise InputError(f"the preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        if self.objective and self.objective not in get_args(ObjectiveName):
-            known = ", ".join(get_args(ObjectiveName))
-            raise InputError(f"the objective must be one of {known}, got {self.objective!r}")
-        refuse_confidence(self.confidence)
-        if self.target:
-            Goal.parse(self.target)
+    target: str = option(
+        "",
+        "--target",
+        check=Goal.parse,
+        help='What to predict, such as "-fid - 150*avg_bits"; default: by the objective.',
+    )
+    confidence: float = option(1.0, "--confidence", check=refuse_confidence, help="Margin of costs, in deviations.")
 
 
 @dataclass(frozen=True)

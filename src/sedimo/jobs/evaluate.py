@@ -27,7 +27,7 @@ from sedimo.reporting.page import Block, Facts, Page, Table, Text, columns, page
 from sedimo.reporting.words import byte_size, count
 from sedimo.runtime.activations import rounded_inputs
 from sedimo.runtime.contents import packed_layers
-from sedimo.settings import REQUIRED, block, option
+from sedimo.settings import REQUIRED, Checked, block, option
 from sedimo.space import Recipe, search_space
 from sedimo.treatments.noise_correction import CorrectionExtent, check_extent, correction_plan
 
@@ -35,7 +35,7 @@ MIN_IMAGES = 2 * N_PARTS  # two in each part that the jackknife leaves out
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluateSettings:
+class EvaluateSettings(Checked):
     """Which checkpoint beside which source, sampled how, with how many images for FID and KID."""
 
     out: str = option(REQUIRED, metavar="OUT", help="A packed checkpoint.")

@@ -39,7 +39,7 @@ from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.tensor import memory_bytes
 from sedimo.reporting.page import Facts, Page, Text, page_of
 from sedimo.reporting.words import byte_size, duration
-from sedimo.settings import REQUIRED, block, option
+from sedimo.settings import REQUIRED, Checked, block, one_of, option, within
 from sedimo.space import SearchSpace
 
 EXPLORATION, SOURCE = "exploration", "source"  # records of an explored study
@@ -54,8 +54,17 @@ def read_objectives(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def check_objectives(names: tuple[str, ...]) -> None:
+    """Refuses names that are no objectives, none, and one that is named twice."""
+    unknown = [name for name in names if name not in OBJECTIVES]
+    if unknown or not names:
+        raise InputError(f"objectives must be of {', '.join(OBJECTIVES)}, got {', '.join(unknown) or 'none'}")
+    if len(set(names)) != len(names):
+        raise InputError(f"each objective is measured once, got {', '.join(names)}")
+
+
 @dataclass(frozen=True, slots=True)
-class ExploreSettings:
+class ExploreSettings(Checked):
     """Which random recipes of a source to measure, on what, where to keep them, and who does it.
 
     Recipe i is a function of (`study_seed`, i), of the formats and the sampler; the seeds of `sampling` are those of
@@ -69,17 +78,24 @@ class ExploreSettings:
 
     source: SourceSettings = block(REQUIRED, "Source")
     store: Path = option(REQUIRED, "--store", help="Folder of the study.")
-    trials: int = option(REQUIRED, "--trials", help="Number of random recipes; those the study has count.")
+    trials: int = option(
+        REQUIRED,
+        "--trials",
+        check=within("there must be at least one trial", least=1),
+        help="Number of random recipes; those the study has count.",
+    )
     formats: FormatSettings = block(FORMATS, "Formats")
     objectives: tuple[str, ...] = option(
         ("final_latents",),
         "--objective",
         parse=read_objectives,
+        check=check_objectives,
         help="What to measure, separated by commas: final_latents, path, step, fid.",
     )
     sampler: str = option(
         "stratified",
         "--sampler",
+        check=one_of("the sampler", SAMPLERS),
         help="stratified: bits evenly over a range, placed as differently as can be; paper: as published.",
     )
     low_bits: float | None = option(
@@ -88,38 +104,35 @@ class ExploreSettings:
     high_bits: float | None = option(
         None, "--high-bits", help="Most paper bits of stratified; default: what they allow, up to 5."
     )
-    study_seed: int = option(0, "--study-seed", help="Which random recipes.")
+    study_seed: int = option(
+        0,
+        "--study-seed",
+        check=within("the seed of a study must not be negative", least=0),
+        help="Which random recipes.",
+    )
     prior: str = option(PRIORS[0].name, "--prior", help=f"What predictors of this study start from: {listed(PRIORS)}.")
-    executor: str = option("serial", "--executor", help="serial, or process: several pipelines at once.")
-    workers: int | None = option(None, "--workers", help="Number of processes of --executor process.")
+    executor: str = option(
+        "serial",
+        "--executor",
+        check=one_of("the executor", EXECUTORS),
+        help="serial, or process: several pipelines at once.",
+    )
+    workers: int | None = option(
+        None,
+        "--workers",
+        check=within("there must be at least one worker", least=1),
+        help="Number of processes of --executor process.",
+    )
     sampling: SamplingSettings = block(SAMPLING, "Sampling")
     chosen: Mapping[str, object] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         """Checks what can be seen before the source is opened."""
-        if self.trials < 1:
-            raise InputError(f"there must be at least one trial, got {self.trials}")
-        self._check_objectives()
         self.formats.refuse_nothing()
-        if self.study_seed < 0:
-            raise InputError(f"the seed of a study must not be negative, got {self.study_seed}")
         if prior_named(self.prior).traits.is_blind:
             refuse_blind(f"{self.prior} (the prior)", self.formats.choices)
-        if self.sampler not in SAMPLERS:
-            raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
-        if self.executor not in EXECUTORS:
-            raise InputError(f"the executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
         if self.workers is not None and self.executor != "process":
             raise InputError("a number of workers is for --executor process")
-        if self.workers is not None and self.workers < 1:
-            raise InputError(f"there must be at least one worker, got {self.workers}")
-
-    def _check_objectives(self) -> None:
-        unknown = [name for name in self.objectives if name not in OBJECTIVES]
-        if unknown or not self.objectives:
-            raise InputError(f"objectives must be of {', '.join(OBJECTIVES)}, got {', '.join(unknown) or 'none'}")
-        if len(set(self.objectives)) != len(self.objectives):
-            raise InputError(f"each objective is measured once, got {', '.join(self.objectives)}")
         if "fid" in self.objectives and self.sampling.n_seeds < MIN_IMAGES:
             raise InputError(
                 f"the objective 'fid' needs at least {MIN_IMAGES} samples, got {self.sampling.n_seeds}: "

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sedimo import methods, treatments
 from sedimo.bank import Progress
+from sedimo.codec import to_plain
 from sedimo.methods.method import NoKnobs
 from sedimo.reporting.page import Page
 
@@ -19,17 +20,9 @@ Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 
 
-class HasJson(Protocol):
-    """Something with plain values."""
-
-    def as_json(self) -> Mapping[str, object]:
-        """Plain values by name; scripts may rely on the names."""
-
-
-def as_json(result: Any) -> Mapping[str, object]:
-    """The plain values of a result that knows them itself (`HasJson`)."""
-    plain: Mapping[str, object] = result.as_json()
-    return plain
+def as_json(result: Any) -> Any:
+    """The plain values of a result: as it tells them itself, or its fields by name; scripts may rely on the names."""
+    return result.as_json() if hasattr(result, "as_json") else to_plain(result)
 
 
 def nothing() -> Mapping[str, type]:
@@ -47,8 +40,8 @@ class Job(Generic[Settings, Result]):
     """One thing that a command does.
 
     `run` does it; `page` and `as_json` tell what came of it, to people and to programs. With `plan`, a dry run tells
-    what it takes. `words` is what help says, with an example. `offers` are records of further options by who owns them
-    (methods, treatments), which go into the settings' field `chosen`.
+    what it takes, by `plan_page` and `as_json`. `words` is what help says, with an example. `offers` are records of
+    further options by who owns them (methods, treatments), which go into the settings' field `chosen`.
     """
 
     name: str
@@ -56,8 +49,8 @@ class Job(Generic[Settings, Result]):
     settings: type[Settings]
     run: Callable[[Settings, Progress], Result]
     page: Callable[[Result], Page]
-    as_json: Callable[[Result], object] = as_json
-    plan: Callable[[Settings, Progress], HasJson] | None = None
+    as_json: Callable[[Any], object] = as_json
+    plan: Callable[[Settings, Progress], object] | None = None
     plan_page: Callable[[Any], Page] = no_page
     offers: Callable[[], Mapping[str, type]] = nothing
 

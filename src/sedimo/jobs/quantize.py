@@ -210,11 +210,6 @@ class JobPlan:
     memory_bytes: int
     disk_bytes: int
 
-    def as_json(self) -> Mapping[str, object]:
-        """Plain values by name."""
-        plain: Mapping[str, object] = to_plain(self)
-        return plain
-
 
 @dataclass(frozen=True)
 class JobResult:

@@ -1,0 +1,65 @@
+"""Fields of settings say what they refuse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+
+from sedimo.errors import InputError
+from sedimo.settings import REQUIRED, Checked, block, checked, one_of, option, within
+
+TRIALS = within("there must be at least one trial", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Inner(Checked):
+    n_seeds: int = option(8, "--seeds", least=2, most=64, help="Samples.")
+
+
+@dataclass(frozen=True, slots=True)
+class Outer(Checked):
+    trials: int = option(REQUIRED, "--trials", check=TRIALS, help="Trials.")
+    sampler: str = option("", "--sampler", check=one_of("the sampler", ("paper", "stratified")), help="Which.")
+    low_bits: float | None = option(None, "--low-bits", check=within("bits must be finite"), help="Least.")
+    extent: Literal["all", "output"] = option("all", "--extent", help="What.")
+    share: float = checked(0.1, within("the share must lie in 0..1 and not be 0", above=0, most=1))
+    inner: Inner = block(Inner())
+
+    def check_together(self) -> None:
+        if self.trials == 7 and self.sampler == "paper":
+            raise InputError("not seven papers")
+
+
+REFUSED = {
+    "below": ({"trials": 0}, "there must be at least one trial, got 0"),
+    "another choice": ({"sampler": "dice"}, "the sampler must be one of paper, stratified, got 'dice'"),
+    "another literal": ({"extent": "none"}, "the extent must be one of all, output, got 'none'"),
+    "not a number": ({"low_bits": math.nan}, "bits must be finite, got nan"),
+    "infinite": ({"low_bits": -math.inf}, "bits must be finite, got -inf"),
+    "at an open end": ({"share": 0.0}, "the share must lie in 0..1 and not be 0, got 0.0"),
+    "above": ({"share": 1.5}, "the share must lie in 0..1 and not be 0, got 1.5"),
+    "together": ({"trials": 7, "sampler": "paper"}, "not seven papers"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_value_that_a_field_refuses_is_an_error_with_rule_and_value(values, message):
+    with pytest.raises(InputError) as raised:
+        replace(Outer(trials=1), **values)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("n_seeds", "message"),
+    [(1, "the seeds must be at least 2, got 1"), (65, "the seeds must be at most 64, got 65")],
+)
+def test_limits_of_an_option_hold_in_python_too(n_seeds, message):
+    with pytest.raises(InputError, match=message):
+        Inner(n_seeds)
+
+
+def test_defaults_and_none_are_not_checked():
+    assert Outer(trials=10**400).sampler == ""
