@@ -21,7 +21,7 @@ from pathlib import Path
 import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.lab.trial import Trial
+from sedimo.lab.study import Trial
 from sedimo.methods.blocks import hybrid_recipe
 from sedimo.methods.hybrid import blocks_by_gain
 from sedimo.metrics.signal import paired_difference, summarize

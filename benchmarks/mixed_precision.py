@@ -18,7 +18,7 @@ from pathlib import Path
 import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.lab.subject import Compute
+from sedimo.lab.bench import Compute
 from sedimo.methods.orthogonality import LEAST_SAMPLES, ImportanceOptions
 from sedimo.metrics.signal import paired_difference, summarize
 from sedimo.quant.formats import parse_formats, with_activations

@@ -26,7 +26,7 @@ from sedimo.lab.exchange import Prober
 from sedimo.lab.images import draw
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
-from sedimo.lab.worker import TrialWorker
+from sedimo.lab.trials import TrialWorker
 from sedimo.methods.predictor.choices import picked
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import fit_noise_model

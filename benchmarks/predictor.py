@@ -27,10 +27,10 @@ import sedimo
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
+from sedimo.lab.bench import Compute
 from sedimo.lab.exploration import Exploration, random_recipe_near
 from sedimo.lab.lab import Lab
-from sedimo.lab.subject import Compute
-from sedimo.lab.trial import Trial
+from sedimo.lab.study import Trial
 from sedimo.methods.ablation import ABLATION
 from sedimo.methods.error import error_table
 from sedimo.methods.method import NO_KNOBS, Task

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import sedimo
 from sedimo.cli.console import ConsoleProgress
+from sedimo.pipelines.loading import zoo_path
 from sedimo.pipelines.weights import denoiser_folder
-from sedimo.pipelines.zoo import zoo_path
 from sedimo.runtime.card import operation_of
 from sedimo.runtime.checkpoint import open_checkpoint
 from sedimo.runtime.layout import LayerEntry, packed_tensors

@@ -15,7 +15,7 @@ from pathlib import Path
 import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.lab.subject import Compute
+from sedimo.lab.bench import Compute
 from sedimo.metrics.signal import paired_difference, summarize
 
 FIRST_FRESH = 8

@@ -97,10 +97,10 @@ def _graphs_read_once(request: pytest.FixtureRequest) -> Iterator[None]:
     Reading itself is the subject of `tests/graph`, which calls it without this.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name in JOBS or "sedimo.lab.subject" in sys.modules:
-            from sedimo.lab import subject
+        if request.path.parent.name in JOBS or "sedimo.lab.bench" in sys.modules:
+            from sedimo.lab import bench
 
-            patch.setattr(subject, "trace_denoiser", functools.partial(_read_once, subject.trace_denoiser))
+            patch.setattr(bench, "trace_denoiser", functools.partial(_read_once, bench.trace_denoiser))
         yield
 
 

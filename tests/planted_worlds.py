@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from sedimo.lab.seeds import SamplingSettings, Seeds
-from sedimo.lab.trial import Execution, Setting, Trial
+from sedimo.lab.study import Execution, Setting, Trial
 from sedimo.methods.adjoint import adjoint_table, effects_of
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling

@@ -9,8 +9,8 @@ import numpy as np
 from sedimo.allocation.costs import EXACTLY_NOTHING, build_table
 from sedimo.bank import Candidate
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.lab.passes import change_names
-from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.exchange import change_names
+from sedimo.lab.study import Execution, Setting
 from sedimo.methods.adjoint import AdjointProbe
 from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace, search_space

@@ -21,9 +21,9 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.cli.console import ConsoleProgress
+from sedimo.lab.bench import Compute
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import Compute
 from sedimo.methods import method_named
 from sedimo.methods.method import Task
 from sedimo.methods.predictor.study import measure_background

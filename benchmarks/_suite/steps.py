@@ -15,11 +15,10 @@ import torch
 from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.lab.exchange import probed
-from sedimo.lab.objective import batches_of, rows_for, rows_of
 from sedimo.methods.guidance import find_row_weights
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
-from sedimo.pipelines.trajectory import Trajectory, output_tensor, record
+from sedimo.pipelines.trajectory import Trajectory, batches_of, output_tensor, record, rows_for, rows_of
 from sedimo.quant.formats import Format
 
 N_DIRECTIONS, SEED = 4, 0  # those of Sedimo's probe

@@ -42,7 +42,7 @@ _HOME = {
     "report": "sedimo.jobs.face",
     "search_space": "sedimo.space",
     "smooth": "sedimo.treatments.smoothing",
-    "trace": "sedimo.lab.subject",
+    "trace": "sedimo.lab.bench",
 }
 
 _OLD = dict.fromkeys(("attribute", "explore", "probe"), "sedimo.jobs.face")  # end with the next release

@@ -20,7 +20,7 @@ from sedimo.codec import from_json, to_json
 from sedimo.errors import StateError
 from sedimo.quant.formats import Format
 from sedimo.quant.parts import Fitted
-from sedimo.store.rows import Rows
+from sedimo.store import Rows
 
 _SUMS = "sums"  # squared error and squared norm, float64 [2]
 _SHAPE = "shape"

@@ -15,7 +15,7 @@ from sedimo.errors import InputError
 from sedimo.jobs.compare import CompareSettings
 from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.jobs.settings import FormatSettings
-from sedimo.lab.subject import SourceSettings
+from sedimo.lab.bench import SourceSettings
 from sedimo.methods.search import SEARCH
 from sedimo.settings import leaves
 from sedimo.treatments.smoothing import SmoothingKnobs, SmoothingSettings

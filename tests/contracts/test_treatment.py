@@ -14,10 +14,10 @@ from sedimo.allocation.solve import allocate_given
 from sedimo.errors import InputError
 from sedimo.jobs.job import treatment_offers
 from sedimo.jobs.settings import treated
+from sedimo.lab.bench import Compute, SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.subject import Compute, SourceSettings
 from sedimo.methods.error import describe
 from sedimo.quant.formats import Format
 from sedimo.settings import leaves

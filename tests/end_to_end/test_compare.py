@@ -13,8 +13,8 @@ from sedimo.errors import InputError
 from sedimo.jobs import compare as comparing
 from sedimo.jobs.compare import CompareSettings, agreement, compared_methods
 from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import SourceSettings
 from sedimo.methods import uniform
 from sedimo.quant.formats import Format
 

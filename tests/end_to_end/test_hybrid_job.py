@@ -14,9 +14,9 @@ from sedimo.jobs.blocks import BlocksSettings, measure_blocks
 from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.jobs.report import evidence_of
 from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import SourceSettings
 from sedimo.methods.blocks import blocks_of
 from sedimo.methods.hybrid import HYBRID, BlocksResult, KeepSettings
 from sedimo.quant.formats import FP16, Format

@@ -21,7 +21,7 @@ COMMANDS = {
     "blocks": ("--format", "uaq4a8", "--keep", "1"),
 }
 MEASURING = (
-    "sedimo.lab.worker.TrialWorker.measure",
+    "sedimo.lab.trials.TrialWorker.measure",
     "sedimo.treatments.static_ranges._count",
     "sedimo.treatments.smoothing.measure_inputs",
 )

@@ -14,10 +14,10 @@ from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
 from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.exchange import probed
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.subject import SourceSettings
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.runtime.checkpoint import check_checkpoint, read_packed

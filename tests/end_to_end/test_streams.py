@@ -15,9 +15,9 @@ from torch.func import functional_call
 import sedimo
 from running import run, run_json
 from sedimo.bank import fit_bank
+from sedimo.lab.bench import weights_of
+from sedimo.lab.exchange import weight_changes
 from sedimo.lab.lab import Lab
-from sedimo.lab.passes import weight_changes
-from sedimo.lab.subject import weights_of
 from sedimo.methods.error import error_table
 from sedimo.methods.jacobian import JacobianOptions, jacobian_table, probe_jacobian
 from sedimo.methods.orthogonality import orthogonality_table, probe_orthogonality

@@ -11,12 +11,12 @@ from scipy import stats
 
 from running import run, run_json
 from sedimo.bank import fit_bank
-from sedimo.lab import worker
+from sedimo.lab import trials
+from sedimo.lab.bench import trace, weights_of
 from sedimo.lab.exchange import probed
 from sedimo.lab.lab import Lab
 from sedimo.lab.objective import measure_reference
 from sedimo.lab.study import Study
-from sedimo.lab.subject import trace, weights_of
 from sedimo.methods.blocks import hybrid_recipe
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import NO_KNOBS, Task
@@ -202,7 +202,7 @@ def test_full_precision_is_sampled_once_for_all_values(
         sampled.append(plan.seeds)
         return measure_reference(objective, pipe, plan)
 
-    monkeypatch.setattr(worker, "measure_reference", counted)
+    monkeypatch.setattr(trials, "measure_reference", counted)
     run("sweep", question, tiny_pipeline_folder, "--store", tmp_path, *QUICK, "--values", values)
     assert len(sampled) == len(set(sampled)) == plans
 
@@ -220,7 +220,7 @@ def test_full_precision_is_sampled_once_for_all_values(
 def test_a_second_run_measures_nothing_and_says_the_same(sweep, question, options, monkeypatch):
     found, arguments, _ = sweep(question, *options)
     for name in (
-        "sedimo.lab.worker.TrialWorker.measure",
+        "sedimo.lab.trials.TrialWorker.measure",
         "sedimo.treatments.static_ranges._count",
         "sedimo.methods.sqnr._Pass.measure",
         "sedimo.treatments.smoothing.measure_inputs",

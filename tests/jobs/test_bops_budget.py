@@ -15,9 +15,9 @@ from sedimo.jobs import quantize as job
 from sedimo.jobs.evaluate import evaluate
 from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import SourceSettings
 
 FORMATS = "uaq2,uaq3,uaq4,uaq6,kmc4,fp16"
 

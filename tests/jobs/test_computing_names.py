@@ -6,9 +6,9 @@ import pytest
 
 from sedimo.jobs.compare import CompareSettings, compare_methods
 from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.subject import SourceSettings
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from sedimo.errors import InputError
 from sedimo.jobs import quantize
 from sedimo.jobs.check import price_of_check
 from sedimo.jobs.quantize import QuantizeSettings
-from sedimo.lab import pace
+from sedimo.lab import lab as lab_module
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import SourceSettings
-from sedimo.lab.worker import CallTiming
+from sedimo.lab.trials import CallTiming
 from sedimo.methods import auto, method_named
 from sedimo.treatments.error_feedback import ERROR_FEEDBACK, FeedbackSettings
 
@@ -54,7 +54,7 @@ def test_auto_looks_through_the_whole_run_and_an_order_is_followed(tiny_pipeline
 
 
 def test_a_slow_machine_gets_the_error_and_says_so(tiny_pipeline_folder, monkeypatch):
-    for module in (auto, pace, quantize):
+    for module in (auto, lab_module, quantize):
         monkeypatch.setattr(module, "PATIENCE_SECONDS", 1e-9)
     plan = plan_of(tiny_pipeline_folder)
     assert plan.method == "error"
@@ -64,7 +64,7 @@ def test_a_slow_machine_gets_the_error_and_says_so(tiny_pipeline_folder, monkeyp
 
 
 def test_no_call_is_timed_where_operations_alone_say_that_it_is_slow(tiny_pipeline_folder, monkeypatch):
-    monkeypatch.setattr(pace, "FASTEST_MACS_PER_SECOND", {"cpu": 1.0, "other": 1.0})
+    monkeypatch.setattr(lab_module, "FASTEST_MACS_PER_SECOND", {"cpu": 1.0, "other": 1.0})
     monkeypatch.setattr(Lab, "time_calls", lambda *_: pytest.fail("timed"))
     for method in ("auto", "error"):
         plan = plan_of(tiny_pipeline_folder, method)

@@ -12,7 +12,7 @@ from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
 from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.jobs.settings import FormatSettings
-from sedimo.lab.subject import SourceSettings
+from sedimo.lab.bench import SourceSettings
 from sedimo.runtime.checkpoint import open_checkpoint
 from sedimo.runtime.judge import tensor_specs
 

@@ -14,11 +14,9 @@ from pathlib import Path
 import torch
 
 from sedimo.bank import fit_bank
-from sedimo.lab.executors import ProcessExecutor, SerialExecutor
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.study import Study
-from sedimo.lab.trials import explore
-from sedimo.lab.worker import TrialWorker
+from sedimo.lab.trials import ProcessExecutor, SerialExecutor, TrialWorker, explore
 from sedimo.pipelines.adapter import Sampling
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 

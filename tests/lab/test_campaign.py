@@ -19,13 +19,19 @@ import pytest
 from sedimo.bank import fit_bank
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError, Interrupted, StateError
-from sedimo.lab.executors import ProcessExecutor
 from sedimo.lab.exploration import Exploration, random_recipe, random_recipe_near
-from sedimo.lab.interrupt import graceful_interrupt
-from sedimo.lab.study import Study
-from sedimo.lab.trial import Execution, Setting, Trial
-from sedimo.lab.trials import explore, plan_campaign, run_trials
-from sedimo.lab.worker import CallTiming, TrialWorker, setting_of, time_calls
+from sedimo.lab.parts import graceful_interrupt
+from sedimo.lab.study import Execution, Setting, Study, Trial
+from sedimo.lab.trials import (
+    CallTiming,
+    ProcessExecutor,
+    TrialWorker,
+    explore,
+    plan_campaign,
+    run_trials,
+    setting_of,
+    time_calls,
+)
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import FP16, Format

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from sedimo.codec import from_plain
-from sedimo.lab.export import export_trials, measures_of
-from sedimo.lab.study import Study
-from sedimo.lab.trial import Execution, Setting, Trial
+from sedimo.lab.study import Execution, Setting, Study, Trial, export_trials, measures_of
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import NoisePowers
 from sedimo.quant.formats import Format

@@ -19,10 +19,9 @@ import pytest
 from killed_explorer import dying_worker
 
 from sedimo.errors import StateError
-from sedimo.lab.executors import ProcessExecutor
-from sedimo.lab.export import export_trials
-from sedimo.lab.interrupt import StopRequest
-from sedimo.lab.study import FILE_NAME, Study
+from sedimo.lab.parts import StopRequest
+from sedimo.lab.study import FILE_NAME, Study, export_trials
+from sedimo.lab.trials import ProcessExecutor
 from sedimo.space import Recipe
 
 N_KILLS = 20

@@ -10,9 +10,7 @@ import pytest
 from sedimo.bank import fit_bank
 from sedimo.codec import to_json
 from sedimo.lab.lab import Lab
-from sedimo.lab.ledger import Ledger, Spent, add_up
-from sedimo.lab.study import Study
-from sedimo.lab.trial import Execution, Setting, Trial
+from sedimo.lab.study import Execution, Ledger, Setting, Spent, Study, Trial, add_up
 from sedimo.methods.jacobian import probe_jacobian
 from sedimo.methods.sqnr import probe_sqnr
 from sedimo.metrics.signal import NoisePowers

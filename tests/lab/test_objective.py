@@ -12,9 +12,10 @@ import sedimo
 from sedimo.codec import content_key, to_plain
 from sedimo.errors import InputError, StateError
 from sedimo.lab.exchange import probed
-from sedimo.lab.objective import batches_of, measure, measure_reference, rows_of
-from sedimo.lab.trial import Setting
+from sedimo.lab.objective import measure, measure_reference
+from sedimo.lab.study import Setting
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
+from sedimo.pipelines.trajectory import batches_of, rows_of
 from toy_pipeline import ToyAdapter
 
 OBJECTIVES = ("final_latents", "path", "step")

@@ -12,11 +12,11 @@ import torch
 
 from sedimo.bank import fit_bank
 from sedimo.lab import trajectory
+from sedimo.lab.bench import trace
 from sedimo.lab.exchange import Prober, probed
 from sedimo.lab.lab import Lab
 from sedimo.lab.objective import measure, measure_reference
 from sedimo.lab.study import Study
-from sedimo.lab.subject import trace
 from sedimo.lab.trajectory import probe_trajectory
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.loading import load_pipeline

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from sedimo.codec import content_key
-from sedimo.lab.passes import activation_bits
+from sedimo.lab.exchange import activation_bits
 from sedimo.pipelines.trajectory import output_tensor
 from whole_gradients import wanting_gradients, whole_run
 

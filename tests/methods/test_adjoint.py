@@ -13,8 +13,8 @@ from product_oracles import whole_products
 
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError, Interrupted, UnsupportedError
+from sedimo.lab.exchange import passes
 from sedimo.lab.lab import Lab
-from sedimo.lab.passes import passes
 from sedimo.lab.study import Study
 from sedimo.methods.adjoint import AdjointOptions, probe_adjoint
 from sedimo.pipelines.adapter import Sampling

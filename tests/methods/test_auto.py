@@ -8,10 +8,10 @@ import pytest
 import sedimo
 from sedimo.allocation.agreement import Agreement
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.lab import pace
+from sedimo.lab import lab as lab_module
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.worker import CallTiming
+from sedimo.lab.trials import CallTiming
 from sedimo.methods import ablation, auto, sqnr
 from sedimo.methods import method as pricing
 from sedimo.methods.ablation import ABLATION
@@ -94,7 +94,7 @@ def test_a_slow_machine_gets_the_error_and_says_so(lab, timed, monkeypatch):
 
 
 def test_no_call_is_timed_where_operations_alone_say_that_it_is_slow(lab, monkeypatch):
-    monkeypatch.setattr(pace, "FASTEST_MACS_PER_SECOND", {"cpu": 1.0, "other": 1.0})
+    monkeypatch.setattr(lab_module, "FASTEST_MACS_PER_SECOND", {"cpu": 1.0, "other": 1.0})
     monkeypatch.setattr(Lab, "time_calls", lambda *_: pytest.fail("timed"))
     found = resolved(lab)
     assert found.method.name == "error"

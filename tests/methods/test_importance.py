@@ -16,7 +16,7 @@ from sedimo.allocation.budget import BudgetSettings
 from sedimo.allocation.solve import allocate
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
-from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.study import Execution, Setting
 from sedimo.methods import method_named
 from sedimo.methods.error import error_table
 from sedimo.methods.method import Task

@@ -13,15 +13,14 @@ from torch.func import functional_call, jvp
 
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError, Interrupted, UnsupportedError
+from sedimo.lab.exchange import count_passes
 from sedimo.lab.lab import Lab
-from sedimo.lab.objective import batches_of
-from sedimo.lab.passes import count_passes
 from sedimo.lab.study import Study
 from sedimo.methods import jacobian
 from sedimo.methods.jacobian import JacobianOptions, probe_jacobian
 from sedimo.methods.taps import Changes, InputChangedError, Taps
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
-from sedimo.pipelines.trajectory import record
+from sedimo.pipelines.trajectory import batches_of, record
 from toy_pipeline import GUIDANCE, ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)

@@ -8,10 +8,9 @@ from product_oracles import step_products
 
 from sedimo.bank import fit_bank
 from sedimo.lab.lab import Lab
-from sedimo.lab.objective import batches_of
 from sedimo.methods.jacobian import JacobianOptions, probe_jacobian
 from sedimo.pipelines.adapter import Sampling
-from sedimo.pipelines.trajectory import record
+from sedimo.pipelines.trajectory import batches_of, record
 from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=4, batch_size=2)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from sedimo.lab.bench import trace
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
-from sedimo.lab.subject import trace
 from sedimo.methods import modelopt
 from sedimo.methods.modelopt import FORMATS, PER_CHANNEL, IntFormat, ModelOptScores, Scored
 from sedimo.pipelines.loading import load_pipeline

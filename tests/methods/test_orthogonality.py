@@ -11,12 +11,11 @@ import sedimo
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
-from sedimo.lab.objective import calls_by_step, joined_calls
 from sedimo.lab.study import Study
 from sedimo.methods import orthogonality
 from sedimo.methods.orthogonality import measure_part, probe_orthogonality
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
-from sedimo.pipelines.trajectory import record
+from sedimo.pipelines.trajectory import calls_by_step, joined_calls, record
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 

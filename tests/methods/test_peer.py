@@ -14,8 +14,8 @@ from sedimo.allocation.budget import BopsLimit
 from sedimo.errors import MissingExtraError
 from sedimo.jobs.compare import CompareSettings, compare_methods
 from sedimo.jobs.settings import FormatSettings
+from sedimo.lab.bench import SourceSettings, trace
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import SourceSettings, trace
 from sedimo.methods import METHODS, method_named, modelopt, peer
 from sedimo.methods.modelopt import FORMATS, GroupScores, ModelOptScores
 from sedimo.methods.peer import PeerRecipe, grouped, nearest_below, peer_recipe, wanted_methods

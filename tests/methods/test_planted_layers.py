@@ -14,8 +14,7 @@ from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
-from sedimo.lab.trials import run_trials
-from sedimo.lab.worker import TrialWorker, setting_of
+from sedimo.lab.trials import TrialWorker, run_trials, setting_of
 from sedimo.methods import modelopt
 from sedimo.methods.ablation import Measured, ablation_table, plan_probes
 from sedimo.methods.error import error_table

@@ -15,7 +15,7 @@ from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.worker import TrialWorker
+from sedimo.lab.trials import TrialWorker
 from sedimo.methods import portfolio
 from sedimo.methods.adjoint import adjoint_table, effects_of, probe_adjoint
 from sedimo.methods.exchanges import refine

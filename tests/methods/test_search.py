@@ -16,7 +16,7 @@ from sedimo.jobs.explaining import explain
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.worker import TrialWorker
+from sedimo.lab.trials import TrialWorker
 from sedimo.methods.method import Task
 from sedimo.methods.predictor import study as background
 from sedimo.methods.predictor.changes import telling_changes

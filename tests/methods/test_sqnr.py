@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from sedimo.bank import fit_bank
-from sedimo.lab import objective, passes
+from sedimo.lab import exchange
 from sedimo.lab.lab import Lab
-from sedimo.lab.objective import batches_of
 from sedimo.lab.study import Study
 from sedimo.methods import sqnr
 from sedimo.methods.sqnr import probe_sqnr, sqnr_table
+from sedimo.pipelines import trajectory
 from sedimo.pipelines.adapter import Sampling
-from sedimo.pipelines.trajectory import record
+from sedimo.pipelines.trajectory import batches_of, record
 from sedimo.quant.formats import Format
 from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
@@ -133,8 +133,8 @@ def test_layers_that_are_never_called_cost_nothing_and_are_named():
 def test_little_memory_takes_more_passes_and_gives_the_same(monkeypatch):
     adapter, bank = made(guided=True)
     whole = probe_sqnr(Lab.on(adapter, bank), SAMPLING)
-    monkeypatch.setattr(sqnr, "passes", lambda space: passes.passes(space, 1))
-    monkeypatch.setattr(objective, "MAX_ROWS", 2)
+    monkeypatch.setattr(sqnr, "passes", lambda space: exchange.passes(space, 1))
+    monkeypatch.setattr(trajectory, "MAX_ROWS", 2)
     parts = probe_sqnr(Lab.on(adapter, bank), SAMPLING)
     for one, other in zip(whole.parts, parts.parts, strict=True):
         assert one.noise.keys() == other.noise.keys()

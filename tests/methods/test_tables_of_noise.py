@@ -17,7 +17,7 @@ from sedimo.allocation.costs import geometric_mean_cost, mean_cost
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.study import Execution, Setting
 from sedimo.methods.ablation import (
     DIVERGED,
     AblationProbe,

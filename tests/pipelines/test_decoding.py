@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
 from sedimo.errors import InputError
-from sedimo.pipelines.decoding import DECODE_BATCH, decode_latents
+from sedimo.pipelines.diffusers import DECODE_BATCH, decode_latents
 
 pytest_plugins = ["tiny_pipelines"]
 

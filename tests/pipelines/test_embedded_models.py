@@ -12,9 +12,9 @@ from sedimo_zoo import MODELS, classifier_path, model_path
 from torch import nn
 from transformers import CLIPTokenizer
 
-from sedimo.lab.subject import trace
+from sedimo.lab.bench import trace
+from sedimo.lab.images import feature_extractor
 from sedimo.pipelines.loading import load_pipeline
-from sedimo.pipelines.zoo import feature_extractor
 from sedimo.space import search_space
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

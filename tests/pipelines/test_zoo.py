@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from sedimo_zoo.classifier import EXTRACTOR_NAME, Classifier
 
 from sedimo.errors import InputError, MissingExtraError, StateError
-from sedimo.pipelines.loading import load_pipeline
-from sedimo.pipelines.zoo import feature_extractor, reference_statistics, zoo_path
+from sedimo.lab.images import feature_extractor, reference_statistics
+from sedimo.pipelines.loading import load_pipeline, zoo_path
 
 N_KID = 20
 

@@ -8,7 +8,7 @@ from explanation_examples import dit_explanation, explained
 from map_examples import channel_ranges, noise_map, repetition, trajectory_lines
 from report_examples import estimate
 
-from sedimo.lab.ledger import Spent
+from sedimo.lab.study import Spent
 from sedimo.methods.blocks import BlockRow
 from sedimo.methods.prediction import Blamed, Entrant, Prediction
 from sedimo.reporting.blocks_page import blocks_page

@@ -7,7 +7,7 @@ import re
 
 from test_html import read
 
-from sedimo.lab.ledger import Spent
+from sedimo.lab.study import Spent
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.comparison import ComparedRow, Comparison, comparison_page, methods_chart
 from sedimo.reporting.html import render

@@ -14,7 +14,7 @@ from test_html import HARM, read, render
 
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
-from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.study import Execution, Setting
 from sedimo.methods.blocks import BlockRow
 from sedimo.methods.orthogonality import OrthogonalityPart, OrthogonalityProbe, importance
 from sedimo.methods.sqnr import LocalNoise, SqnrPart, SqnrProbe

@@ -13,12 +13,12 @@ import textwrap
 import pytest
 
 from sedimo.errors import InputError, StateError
-from sedimo.store.rows import APPLICATION_ID, Rows
+from sedimo.store import APPLICATION_ID, Rows
 
 WRITER = """
 import os, sys
 from pathlib import Path
-from sedimo.store.rows import Rows
+from sedimo.store import Rows
 rows = Rows(Path(sys.argv[1]))
 for i in range(100000):
     rows.put("trial", f"{i:06d}", '{"i":%d}' % i)
@@ -77,7 +77,7 @@ def test_two_writers_wait_for_each_other(tmp_path):
         """
         import sys
         from pathlib import Path
-        from sedimo.store.rows import Rows
+        from sedimo.store import Rows
         with Rows(Path(sys.argv[1])) as rows:
             for i in range(30):
                 rows.put("trial", f"{sys.argv[2]}{i}", "1")

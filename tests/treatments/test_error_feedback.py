@@ -11,7 +11,7 @@ from torch import nn
 
 from sedimo.bank import Bank, fit_bank
 from sedimo.errors import InputError, Interrupted, StateError
-from sedimo.lab.hooks import hooked, linear_part
+from sedimo.lab.exchange import hooked, linear_part
 from sedimo.lab.lab import Lab
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format

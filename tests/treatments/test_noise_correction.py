@@ -11,10 +11,10 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from sedimo.bank import fit_bank
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError, StateError
+from sedimo.lab.bench import trace
 from sedimo.lab.exchange import probed
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
-from sedimo.lab.subject import trace
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.trajectory import output_tensor

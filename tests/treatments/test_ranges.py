@@ -8,9 +8,9 @@ import torch
 from sedimo.bank import Bank
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
-from sedimo.lab import objective
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
+from sedimo.pipelines import trajectory
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import record
 from sedimo.treatments import ranges
@@ -43,7 +43,7 @@ def inputs_of(adapter, layer, step):
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("max_rows", [1, 64])
 def test_ranges_are_those_of_all_inputs(guided, max_rows, monkeypatch):
-    monkeypatch.setattr(objective, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(trajectory, "MAX_ROWS", max_rows)
     adapter = ToyAdapter(guided=guided)
     probe = probed(adapter)
     assert probe.n_samples == 3

@@ -14,10 +14,10 @@ import sedimo
 from folding_examples import close
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError, StateError
+from sedimo.lab.bench import trace, weights_of
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.subject import trace, weights_of
 from sedimo.methods.sqnr import noisiest_decisions, probe_sqnr
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline

@@ -13,7 +13,7 @@ from sedimo.bank import Bank, fit_bank
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
-from sedimo.lab.worker import TrialWorker
+from sedimo.lab.trials import TrialWorker
 from sedimo.methods.jacobian import JacobianOptions, jacobian_table, probe_jacobian
 from sedimo.methods.sqnr import probe_sqnr, sqnr_table
 from sedimo.pipelines.adapter import Sampling

@@ -11,8 +11,7 @@ from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
 from sedimo.lab.exploration import random_recipe_near
 from sedimo.lab.lab import Lab
-from sedimo.lab.study import Study
-from sedimo.lab.trial import Trial
+from sedimo.lab.study import Study, Trial
 from sedimo.quant.formats import FP16
 from sedimo.space import Recipe, SearchSpace
 

@@ -14,8 +14,7 @@ from sedimo.codec import to_plain
 from sedimo.jobs.explaining import predictor_rows
 from sedimo.jobs.job import Job
 from sedimo.jobs.report import TABLE
-from sedimo.lab.study import Study
-from sedimo.lab.trial import OBJECTIVES
+from sedimo.lab.study import OBJECTIVES, Study
 from sedimo.methods.predictor.costs import Calibration, argmax_recipes, calibrated_table, refuse_confidence
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.quality import Band, Rating, rate

@@ -11,10 +11,9 @@ from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job, early_treatment_offers
 from sedimo.jobs.settings import FORMATS, SAMPLING, open_lab, treated
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.study import Study
-from sedimo.lab.subject import SourceSettings
-from sedimo.lab.trial import ObjectiveName
+from sedimo.lab.study import ObjectiveName, Study
 from sedimo.methods.hybrid import BlocksResult, KeepSettings, measure_hybrid
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format

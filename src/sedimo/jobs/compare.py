@@ -19,11 +19,10 @@ from sedimo.errors import InputError, StateError
 from sedimo.jobs.job import Job, all_offers
 from sedimo.jobs.quantize import refuse_impossible
 from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
-from sedimo.lab.ledger import Ledger, Spent, add_up
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.study import Study
-from sedimo.lab.subject import SourceSettings
+from sedimo.lab.study import Ledger, Spent, Study, add_up
 from sedimo.methods import method_named
 from sedimo.methods.ablation import ABLATION
 from sedimo.methods.jacobian import JACOBIAN

@@ -13,8 +13,8 @@ from sedimo.jobs import quantize
 from sedimo.jobs.job import Job
 from sedimo.jobs.quantize import JobResult, QuantizeSettings
 from sedimo.jobs.settings import open_lab
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import SourceSettings
 from sedimo.methods.predictor.training import MIN_RECIPES
 from sedimo.methods.search import SEARCH, TRAINING_FACTOR, SearchSettings
 from sedimo.settings import option

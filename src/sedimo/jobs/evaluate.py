@@ -13,8 +13,8 @@ from sedimo.jobs.describe import refuse_other_source
 from sedimo.jobs.job import Job
 from sedimo.jobs.measures import Plans, compare_drawn, draw_all, measures
 from sedimo.jobs.settings import SAMPLING
+from sedimo.lab.bench import Compute, trace
 from sedimo.lab.seeds import SamplingSettings, Seeds
-from sedimo.lab.subject import Compute, trace
 from sedimo.metrics.distribution import N_PARTS
 from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.diffusers import DiffusersPipeline

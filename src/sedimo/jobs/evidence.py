@@ -18,8 +18,8 @@ from sedimo.jobs.check import NEAREST, Check, CheckedRecipe, pictures_of
 from sedimo.jobs.explaining import explanation_of
 from sedimo.jobs.judging import judge_prediction
 from sedimo.lab.lab import Lab
+from sedimo.lab.study import versions
 from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, TrajectoryProbe, probe_trajectory
-from sedimo.lab.worker import versions
 from sedimo.methods.blocks import blocks_of
 from sedimo.methods.error import ERROR
 from sedimo.methods.hybrid import BlocksResult

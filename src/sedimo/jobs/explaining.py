@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
-from sedimo.lab.trial import Trial
+from sedimo.lab.study import Trial
 from sedimo.methods.method import Finding
 from sedimo.methods.predictor.changes import bits_of, grouped, telling_changes
 from sedimo.methods.predictor.quality import ALL, MINE, Band, Rating, rate, rate_hops

@@ -21,18 +21,14 @@ from sedimo.codec import to_plain
 from sedimo.errors import InputError, StateError
 from sedimo.jobs.job import Job, early_treatment_offers
 from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated, treatments_of
-from sedimo.lab.executors import Executor, ProcessExecutor, SerialExecutor
+from sedimo.lab.bench import SourceSettings, loaded_bytes
 from sedimo.lab.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
 from sedimo.lab.images import Features, compare_distributions, draw_latents_and_features
-from sedimo.lab.lab import Lab
+from sedimo.lab.lab import Lab, Replica, make_worker
 from sedimo.lab.objective import MIN_IMAGES
-from sedimo.lab.replica import Replica, make_worker
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.study import FILE_NAME, GRAPH, SPACE, Study
-from sedimo.lab.subject import SourceSettings, loaded_bytes
-from sedimo.lab.trial import OBJECTIVES, ObjectiveName, Trial
-from sedimo.lab.trials import plan_campaign
-from sedimo.lab.worker import CallTiming
+from sedimo.lab.study import FILE_NAME, GRAPH, OBJECTIVES, SPACE, ObjectiveName, Study, Trial
+from sedimo.lab.trials import CallTiming, Executor, ProcessExecutor, SerialExecutor, plan_campaign
 from sedimo.methods.method import listed, refuse_blind
 from sedimo.methods.predictor.study import PRIOR, PRIORS, measure_background, prior_named
 from sedimo.pipelines.adapter import Sampling

@@ -22,13 +22,11 @@ from sedimo.jobs.describe import card_writer
 from sedimo.jobs.evidence import N_FRONTIER_POINTS
 from sedimo.jobs.explore import EXPLORATION
 from sedimo.jobs.quantize import JobResult, QuantizeSettings
-from sedimo.lab.bench import Bench
+from sedimo.lab.bench import Bench, Compute, Loaded, SourceSettings, Subject, trace, weights_of
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.lab import Lab as BenchLab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.study import Study
-from sedimo.lab.subject import Compute, Loaded, SourceSettings, Subject, trace, weights_of
-from sedimo.lab.trial import ObjectiveName
+from sedimo.lab.study import ObjectiveName, Study
 from sedimo.methods import method_named
 from sedimo.methods.error import error_table
 from sedimo.methods.jacobian import JACOBIAN

@@ -10,7 +10,7 @@ from typing import Any
 from sedimo.graph.model import inspect_summary
 from sedimo.jobs.describe import owners_of, recipe_of
 from sedimo.jobs.job import Job
-from sedimo.lab.subject import trace
+from sedimo.lab.bench import trace
 from sedimo.pipelines.loading import load_architecture, load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
 from sedimo.quant.parts import entry_text

@@ -34,11 +34,10 @@ from sedimo.jobs.settings import (
     treated,
     treatments_of,
 )
-from sedimo.lab.lab import Lab
-from sedimo.lab.pace import PATIENCE_SECONDS, too_slow, why_too_slow
+from sedimo.lab.bench import InForce, SourceSettings
+from sedimo.lab.lab import PATIENCE_SECONDS, Lab, too_slow, why_too_slow
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.subject import InForce, SourceSettings
 from sedimo.methods import method_named
 from sedimo.methods.auto import AUTO
 from sedimo.methods.error import ERROR, describe

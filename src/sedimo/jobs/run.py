@@ -12,8 +12,8 @@ from sedimo.jobs import quantize
 from sedimo.jobs.job import Job, treatment_offers
 from sedimo.jobs.quantize import JobPlan, JobResult, QuantizeSettings
 from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import SourceSettings
 from sedimo.methods.search import SEARCH, SearchSettings
 from sedimo.settings import REQUIRED, block, option
 

@@ -10,9 +10,9 @@ from typing import Any
 from sedimo import treatments
 from sedimo.bank import Progress
 from sedimo.errors import InputError
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.subject import SourceSettings
 from sedimo.methods.method import Finding
 from sedimo.quant.formats import Format, parse_formats, with_activations
 from sedimo.settings import leaves, option

@@ -17,11 +17,10 @@ from sedimo.errors import InputError
 from sedimo.jobs.job import Job
 from sedimo.jobs.settings import FORMATS as ALL_FORMATS
 from sedimo.jobs.settings import SAMPLING, open_lab
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.study import Study
-from sedimo.lab.subject import SourceSettings
-from sedimo.lab.trial import Trial
+from sedimo.lab.study import Study, Trial
 from sedimo.methods.blocks import changeable_blocks, hybrid_recipe, refuse_keeping_all
 from sedimo.methods.hybrid import blocks_by_gain
 from sedimo.methods.jacobian import JACOBIAN

@@ -9,9 +9,7 @@ from sedimo.bank import Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job
-from sedimo.lab.export import export_trials, measures_of
-from sedimo.lab.study import SPACE, Study
-from sedimo.lab.trial import ObjectiveName, Trial
+from sedimo.lab.study import SPACE, ObjectiveName, Study, Trial, export_trials, measures_of
 from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.folder import write_file
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows

@@ -8,18 +8,119 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
+from sedimo.bank import Bank
 from sedimo.errors import InputError
+from sedimo.graph.model import Stream
 from sedimo.quant.activations import DYNAMIC, InputQuantizers
-from sedimo.quant.formats import FP16
+from sedimo.quant.formats import FP16, FULL_BITS, Format
 from sedimo.quant.parts import Entry
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.activations import round_inputs, unround_inputs
-from sedimo.space import Recipe
+from sedimo.space import Decision, Recipe, SearchSpace
+
+MEMORY_BYTES = 2 << 30
+
+
+def weight_formats(space: SearchSpace, decision: str) -> tuple[Format, ...]:
+    """The different weight formats of a decision, full precision left out."""
+    formats = space.decision_index[decision].formats
+    return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
+
+
+def activation_bits(decision: Decision) -> tuple[int, ...]:
+    """The bits below 16 that a decision's inputs may take, ascending."""
+    return tuple(sorted({f.activation_bits for f in decision.formats} - {FULL_BITS}))
+
+
+def change_names(space: SearchSpace, decision: str) -> list[str]:
+    """What can change at a decision, each by itself: its weight formats (`uaq4`), then its activations (`a8`)."""
+    widths = activation_bits(space.decision_index[decision])
+    return [*map(str, weight_formats(space, decision)), *(f"a{bits}" for bits in widths)]
+
+
+def input_roundings(bank: Bank, decision: Decision) -> dict[str, tuple[InputQuantizers, ...]]:
+    """How the inputs of a decision's layers are rounded, at each width that it may take, ascending."""
+    widths = activation_bits(decision)
+    return {name: tuple(bank.activations.quantizers({name: n}) for n in widths) for name in decision.layers}
+
+
+def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[str]]:
+    """Decisions in groups whose weight changes fit in memory; at least one decision each."""
+    found: list[list[str]] = []
+    free = 0
+    for decision in space.decisions:
+        if not change_names(space, decision.name):
+            continue
+        size = 4 * decision.params * len(weight_formats(space, decision.name))
+        if not found or size > free:
+            found.append([])
+            free = memory_bytes
+        found[-1].append(decision.name)
+        free -= size
+    return found
+
+
+def count_passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> int:
+    """How often a trajectory is gone through because weight changes do not fit in memory at once."""
+    return len(passes(space, memory_bytes))
+
+
+def weight_changes(bank: Bank, denoiser: nn.Module, decision: str) -> torch.Tensor:
+    """What each weight format changes, `[F, out, in, ...]` float32 on the denoiser's device."""
+    shape = bank.space.decision_index[decision].shape
+    device = next(denoiser.parameters()).device
+    deltas = torch.empty(len(weight_formats(bank.space, decision)), *shape, device=device)
+    for target, (_, change) in zip(deltas, bank.changes(decision), strict=True):
+        target.copy_(change)
+    return deltas
+
+
+Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
+
+
+@contextmanager
+def hooked(denoiser: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
+    """Each hook is called with its layer, the layer's inputs and its output; all are gone on leaving."""
+    handles = [denoiser.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linear_part(module: nn.Module, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a Linear or Conv layer makes of inputs with a weight and no bias, in float32 or better."""
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    inputs, weight = inputs.to(dtype), weight.to(dtype)
+    if isinstance(module, _ConvNd):
+        return module._conv_forward(inputs, weight, None)
+    return F.linear(inputs, weight)
+
+
+def stream_of(module: nn.Module, inputs: torch.Tensor, stream: Stream | None) -> torch.Tensor:
+    """Of the inputs of a Linear or Conv layer the channels of a stream; all without one."""
+    if stream is None:
+        return inputs
+    return inputs.narrow(1 if isinstance(module, _ConvNd) else -1, stream.start, stream.width)
+
+
+def rounding_change(
+    module: nn.Module, layer: str, inputs: torch.Tensor, quantizers: InputQuantizers, timestep: float
+) -> torch.Tensor:
+    """What rounding its inputs adds to the output of a layer; exact, for a layer is linear in them."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]  # every such layer has one
+    rounded = quantizers.round(layer, inputs, n_axes=weight.ndim - 1, timestep=timestep)
+    return linear_part(module, rounded.float() - inputs.float(), weight)
+
 
 WeightSupply = Callable[[Recipe], Mapping[str, torch.Tensor]]
 InputSupply = Callable[[Recipe], InputQuantizers]

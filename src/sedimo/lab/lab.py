@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self, TypeVar
 
 import psutil
+import torch
 from torch import nn
 
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
-from sedimo.lab.bench import Bench
-from sedimo.lab.executors import Executor, MakeWorker, SerialExecutor
+from sedimo.lab.bench import Bench, Compute, InForce, SourceSettings, Subject, loaded_bytes
 from sedimo.lab.parts import Parts
 from sedimo.lab.seeds import SamplingSettings, Seeds
-from sedimo.lab.study import Study
-from sedimo.lab.subject import Compute, InForce, SourceSettings, Subject, loaded_bytes
-from sedimo.lab.trial import ObjectiveName, Setting, Trial
-from sedimo.lab.trials import run_trials
-from sedimo.lab.worker import CallTiming, TrialWorker, setting_of
+from sedimo.lab.study import ObjectiveName, Setting, Study, Trial
+from sedimo.lab.trials import CallTiming, Executor, MakeWorker, SerialExecutor, TrialWorker, run_trials, setting_of
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.space import Recipe, SearchSpace, search_space
@@ -298,3 +295,63 @@ class Lab:
 
 
 _MADE = ("weights", "bank", "estimated")
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The subject of a lab with its treatments, where its bank is kept, and what is measured how."""
+
+    subject: Subject
+    cache: Path | None
+    on: Sampling
+    objective: ObjectiveName
+
+    @classmethod
+    def of(cls, lab: Lab, on: Sampling, objective: ObjectiveName) -> Replica:
+        """What another process needs to measure recipes as this lab does."""
+        return cls(replace(lab.subject, space=lab.bank.space), lab.cache, on, objective)
+
+
+def make_worker(replica: Replica) -> TrialWorker:
+    """A worker with a pipeline and a bank of its own.
+
+    Raises:
+        InputError: the pipeline is gone since the lab was opened.
+    """
+    subject = replica.subject
+    bench = Bench.open(SourceSettings(str(subject.folder), subject.variant, subject.compute))
+    lab = Lab(subject, bench)
+    bank = fit_bank(lab.weights, subject.space, cache=replica.cache)
+    for treatment in subject.treatments:
+        bank = treatment.on(bank)
+    return TrialWorker(lab.pipe, bank, replica.on, objective=replica.objective)
+
+
+PATIENCE_SECONDS = 30 * 60
+ROWS_PER_SAMPLE = 2  # with guidance
+FASTEST_MACS_PER_SECOND = {"cpu": 5e11, "other": 1e15}  # of any such device: a lower bound of time
+
+
+def seconds_of_fits(lab: Lab) -> float:
+    """Seconds of fitting every format in full."""
+    return sum(d.params * len(d.formats) for d in lab.space.decisions) * lab.seconds_per_fit
+
+
+def seconds_of_estimates(lab: Lab) -> float:
+    """Seconds of errors from some output channels, and of fitting the chosen formats."""
+    decisions = lab.space.decisions
+    sampled = sum(min(1.0, SAMPLE_CHANNELS / d.shape[0]) * d.params * len(d.formats) for d in decisions)
+    return (sampled + lab.space.params) * lab.seconds_per_fit
+
+
+def too_slow(what: str, seconds: float, how_sure: str = "about") -> str:
+    """That something takes too long, in words."""
+    return f"{what} would take {how_sure} {max(1, round(seconds / 60))} minutes"
+
+
+def why_too_slow(lab: Lab, n_rows: int, what: str) -> str | None:
+    """Whether operations alone say that so many denoiser rows take longer than half an hour."""
+    device = lab.subject.compute.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    speed = FASTEST_MACS_PER_SECOND.get(device, FASTEST_MACS_PER_SECOND["other"])
+    seconds = ROWS_PER_SAMPLE * n_rows * lab.graph.macs / speed
+    return too_slow(what, seconds, "at least") if seconds > PATIENCE_SECONDS else None

@@ -2,18 +2,174 @@
 
 from __future__ import annotations
 
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
-from sedimo.codec import from_json, to_json
+import numpy as np
+
+from sedimo.codec import content_key, from_json, to_json, to_plain
 from sedimo.errors import InputError, StateError
-from sedimo.lab.ledger import Ledger
-from sedimo.lab.trial import Execution, Setting, Trial
-from sedimo.store.rows import Rows
+from sedimo.metrics.estimate import Estimate, ranked
+from sedimo.metrics.signal import NoisePowers, sqnr_estimates, summarize
+from sedimo.space import Recipe
+from sedimo.store import Rows
+
+ObjectiveName = Literal["final_latents", "path", "step", "fid"]
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+TRIAL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything but the recipe that determines a measured number; its key is part of every trial's name.
+
+    `weights_digest` names the full-precision weights, `pipeline` what else draws the sample (class, scheduler,
+    text encoders); `dtype` and `device` (kind only, `cpu` or `cuda`) are those the denoiser computes in. The batch
+    size is not part of it: a sample does not depend on its batch. `extractor` names the network behind `fid`, and is
+    None for objectives that look at no image.
+    """
+
+    weights_digest: str
+    pipeline: str
+    objective: ObjectiveName
+    seeds: tuple[int, ...]
+    n_steps: int
+    conditions: tuple[str, ...]
+    guidance: float | None
+    resolution: int | None
+    dtype: str
+    device: str
+    version: int = TRIAL_VERSION
+    extractor: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses another version's numbers and an unknown objective."""
+        if self.version != TRIAL_VERSION:
+            raise InputError(f"trials of version {self.version} cannot be compared; this Sedimo has {TRIAL_VERSION}")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"the objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+
+    @property
+    def key(self) -> str:
+        """Content key of the setting."""
+        return content_key(self._named())
+
+    def trial_key(self, recipe: Recipe) -> str:
+        """The name of the trial of a recipe under this setting: sha256 of all that determines its number."""
+        return content_key({"setting": self._named(), "recipe": recipe.key})
+
+    def _named(self) -> Mapping[str, object]:
+        """What names it. An absent extractor is left out, so that older trials keep their names."""
+        plain: dict[str, object] = to_plain(self)
+        return {name: value for name, value in plain.items() if name != "extractor" or value is not None}
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of what computes numbers."""
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in ("torch", "diffusers", "numpy")}}
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """Where and how fast a number was made; none of it changes the number's name.
+
+    `seconds` is wall-clock time of the trial [s], `n_calls` the number of denoiser calls.
+    """
+
+    seconds: float
+    n_calls: int
+    threads: int
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A recipe with its noise and signal power per sample, in the order of the setting's seeds.
+
+    The powers themselves are kept, so that two trials can be paired and jackknifed later. `measures` holds what is
+    known of the samples as a set: `fid` and `kid` to real images, and their differences to full precision.
+    """
+
+    setting: Setting
+    recipe: Recipe
+    powers: NoisePowers
+    execution: Execution
+    measures: Mapping[str, Estimate] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks that there is one pair of powers per seed.
+
+        Raises:
+            StateError: a sample is missing.
+        """
+        if self.powers.n != len(self.setting.seeds):
+            raise StateError(f"a trial of {len(self.setting.seeds)} seeds needs as many powers, got {self.powers.n}")
+
+    @property
+    def score(self) -> float:
+        """Mean SQNR over samples [dB], by which trials are ranked; minus infinity where it is not a number."""
+        with np.errstate(invalid="ignore"):  # exact samples beside diverged ones
+            return ranked(float(self.powers.sqnr_db.mean()))
+
+    @property
+    def key(self) -> str:
+        """Content key, the trial's name."""
+        return self.setting.trial_key(self.recipe)
+
+
+@dataclass
+class Ledger:
+    """Trials, and executions of parts of probes (None: not kept), that were asked for, each once, by key.
+
+    `measuring_seconds` were spent measuring now: what is left of a clock's time is neither theirs nor kept anywhere.
+    """
+
+    trials: dict[str, Trial] = field(default_factory=dict)
+    parts: dict[str, Execution | None] = field(default_factory=dict)
+    measuring_seconds: float = 0.0
+
+    def without(self, other: Ledger) -> Ledger:
+        """What was asked for here and not in another."""
+        trials = {key: trial for key, trial in self.trials.items() if key not in other.trials}
+        parts = {key: execution for key, execution in self.parts.items() if key not in other.parts}
+        return Ledger(trials, parts, self.measuring_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds [s] and denoiser calls; more than that if not `is_complete`: of some parts nothing is kept."""
+
+    seconds: float
+    denoiser_calls: int
+    is_complete: bool
+
+
+def add_up(ledgers: Iterable[Ledger]) -> Spent:
+    """What was used by any of them, each thing once.
+
+    The full-precision samples that the trials of a setting are compared with count as one more trial of it.
+    """
+    trials: dict[str, Trial] = {}
+    parts: dict[str, Execution | None] = {}
+    for ledger in ledgers:
+        trials |= ledger.trials
+        parts |= ledger.parts
+    by_setting: dict[str, list[Execution]] = {}
+    for trial in trials.values():
+        by_setting.setdefault(trial.setting.key, []).append(trial.execution)
+    known = [execution for execution in parts.values() if execution is not None]
+    for alike in by_setting.values():
+        reference = Execution(sum(e.seconds for e in alike) / len(alike), alike[0].n_calls, alike[0].threads, {})
+        known += [*alike, reference]
+    return Spent(sum(e.seconds for e in known), sum(e.n_calls for e in known), None not in parts.values())
+
 
 FILE_NAME = "study.sqlite"
 SPACE, GRAPH = "space", "graph"  # names of records: what the trials decide about
@@ -162,3 +318,37 @@ class Study:
 
     def _read(self, kind: type[Record], row: str, key: str, text: str) -> Record:
         return from_json(kind, text, place=f"{self.path.name}: {row} {key[:12]}")
+
+
+EXPORT_VERSION = 1
+
+
+def export_trials(study: Study) -> str:
+    """One JSON document: `settings` by key, then `trials` sorted by key.
+
+    A trial has its `key`, the key of its `setting`, its `recipe` (format text by layer), its `measures` by name (value,
+    standard_error, low, high, n; beside them the counts `n_exact` and `n_decorrelated`) and its `powers` by sample, in
+    the order of the setting's seeds.
+    """
+    trials = study.trials()
+    settings = {trial.setting.key: trial.setting for trial in trials}
+    lines = ",\n".join(to_json(_exported(trial)) for trial in sorted(trials, key=lambda trial: trial.key))
+    head = f'"sedimo_trials":{EXPORT_VERSION},\n"settings":{to_json(settings)}'
+    return f'{{{head},\n"trials":[\n{lines}\n]}}\n'
+
+
+def measures_of(trial: Trial) -> dict[str, Estimate]:
+    """All measures of a trial by name; SQNR [dB] by the mean over samples and pooled."""
+    return {**sqnr_estimates(summarize(trial.powers)), **trial.measures}
+
+
+def _exported(trial: Trial) -> dict[str, object]:
+    sqnr = summarize(trial.powers)
+    counts = {"n_exact": sqnr.n_exact, "n_decorrelated": sqnr.n_decorrelated}
+    return {
+        "key": trial.key,
+        "setting": trial.setting.key,
+        "recipe": trial.recipe.layers,
+        "measures": {**measures_of(trial), **counts},
+        "powers": trial.powers,
+    }

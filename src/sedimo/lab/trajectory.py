@@ -24,15 +24,13 @@ from torch import nn
 
 from sedimo.bank import Bank
 from sedimo.codec import content_key
-from sedimo.lab.exchange import Prober, WeightSupply, probed
-from sedimo.lab.hooks import hooked
+from sedimo.lab.exchange import Prober, WeightSupply, hooked, probed
 from sedimo.lab.lab import Lab
-from sedimo.lab.objective import rows_of
-from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.study import Execution, Setting
 from sedimo.metrics.estimate import Estimate, to_digits
 from sedimo.metrics.signal import NoisePowers, mean_sqnr
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import output_tensor
+from sedimo.pipelines.trajectory import output_tensor, rows_of
 from sedimo.space import Recipe
 
 TRAJECTORY_VERSION = 1

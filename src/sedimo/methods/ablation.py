@@ -21,10 +21,8 @@ from sedimo.allocation.costs import EXACTLY_NOTHING, CostEstimate, build_table, 
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank, Candidate
 from sedimo.errors import InputError
-from sedimo.lab.lab import Lab
-from sedimo.lab.pace import seconds_of_estimates
-from sedimo.lab.trials import plan_campaign
-from sedimo.lab.worker import CallTiming
+from sedimo.lab.lab import Lab, seconds_of_estimates
+from sedimo.lab.trials import CallTiming, plan_campaign
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling

@@ -31,12 +31,10 @@ from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Candidate
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
-from sedimo.lab.lab import Lab
-from sedimo.lab.objective import rows_for, rows_of
-from sedimo.lab.pace import seconds_of_fits
-from sedimo.lab.passes import MEMORY_BYTES, passes
-from sedimo.lab.trial import Execution, Setting
-from sedimo.lab.worker import CallTiming
+from sedimo.lab.exchange import MEMORY_BYTES, passes
+from sedimo.lab.lab import Lab, seconds_of_fits
+from sedimo.lab.study import Execution, Setting
+from sedimo.lab.trials import CallTiming
 from sedimo.methods.exchanges import refine
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, price_of_passes
 from sedimo.methods.portfolio import N_RUNS, Portfolio, allocate_by_effects, hold_portfolio, predict
@@ -45,6 +43,7 @@ from sedimo.methods.taps import TappedDecisions, Taps, drawn
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
+from sedimo.pipelines.trajectory import rows_for, rows_of
 from sedimo.quant.formats import FP16
 from sedimo.settings import option
 from sedimo.space import SearchSpace

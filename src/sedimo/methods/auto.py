@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sedimo.errors import UnsupportedError
-from sedimo.lab.lab import Lab
-from sedimo.lab.pace import PATIENCE_SECONDS, too_slow, why_too_slow
+from sedimo.lab.lab import PATIENCE_SECONDS, Lab, too_slow, why_too_slow
 from sedimo.methods import jacobian
 from sedimo.methods.adjoint import ADJOINT, SAMPLES_PER_SEED, AdjointSettings
 from sedimo.methods.error import ERROR

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from sedimo.allocation.costs import CostEstimate, build_table
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank, Candidate
-from sedimo.lab.lab import Lab
-from sedimo.lab.pace import seconds_of_estimates
+from sedimo.lab.lab import Lab, seconds_of_estimates
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words
 from sedimo.space import SearchSpace
 

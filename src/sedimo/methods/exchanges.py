@@ -20,7 +20,7 @@ from sedimo.allocation.problem import Allocation, Budget
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.lab.lab import Lab
-from sedimo.lab.trial import Trial
+from sedimo.lab.study import Trial
 from sedimo.methods.portfolio import Portfolio, final_plan, read_limits
 from sedimo.methods.prediction import Entrant
 from sedimo.metrics.signal import mean_sqnr

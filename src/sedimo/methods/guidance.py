@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedimo.lab.objective import batches_of
 from sedimo.pipelines.adapter import DenoiserCall
-from sedimo.pipelines.trajectory import Trajectory
+from sedimo.pipelines.trajectory import Trajectory, batches_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from sedimo.allocation.solve import allocate_given
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
-from sedimo.lab.lab import Lab
-from sedimo.lab.pace import seconds_of_fits
-from sedimo.lab.trial import ObjectiveName
+from sedimo.lab.lab import Lab, seconds_of_fits
+from sedimo.lab.study import ObjectiveName
 from sedimo.methods.blocks import (
     BlockRow,
     all_but_one,

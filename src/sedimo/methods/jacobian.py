@@ -23,18 +23,16 @@ from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Candidate
 from sedimo.codec import content_key
 from sedimo.errors import InputError
-from sedimo.lab.lab import Lab
-from sedimo.lab.objective import batches_of, rows_for, rows_of
-from sedimo.lab.pace import seconds_of_fits
-from sedimo.lab.passes import MEMORY_BYTES, passes
-from sedimo.lab.trial import Execution, Setting
-from sedimo.lab.worker import CallTiming
+from sedimo.lab.exchange import MEMORY_BYTES, passes
+from sedimo.lab.lab import Lab, seconds_of_fits
+from sedimo.lab.study import Execution, Setting
+from sedimo.lab.trials import CallTiming
 from sedimo.methods.guidance import find_row_weights
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of, price_of_passes
 from sedimo.methods.taps import TappedDecisions, Taps, drawn
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
-from sedimo.pipelines.trajectory import output_tensor
+from sedimo.pipelines.trajectory import batches_of, output_tensor, rows_for, rows_of
 from sedimo.space import SearchSpace
 
 CALL_FACTOR = 12.0  # a call with gradients and inner products in all directions, in plain calls

@@ -15,9 +15,9 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.errors import InputError, StateError
+from sedimo.lab.exchange import MEMORY_BYTES, count_passes
 from sedimo.lab.lab import Lab
-from sedimo.lab.passes import MEMORY_BYTES, count_passes
-from sedimo.lab.worker import CallTiming
+from sedimo.lab.trials import CallTiming
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace

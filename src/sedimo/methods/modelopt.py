@@ -30,9 +30,8 @@ from torch import nn
 from sedimo.codec import content_key
 from sedimo.errors import InputError, MissingExtraError
 from sedimo.lab.lab import Lab
-from sedimo.lab.objective import rows_of
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
-from sedimo.pipelines.trajectory import output_tensor, record
+from sedimo.pipelines.trajectory import output_tensor, record, rows_of
 from sedimo.quant.formats import FULL_BITS
 
 PACKAGE, EXTRA = "nvidia-modelopt", "peers"

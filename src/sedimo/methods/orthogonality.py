@@ -47,14 +47,13 @@ from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Candidate
 from sedimo.codec import content_key
 from sedimo.errors import InputError
-from sedimo.lab.hooks import hooked
-from sedimo.lab.lab import Lab
-from sedimo.lab.objective import StepBatches, calls_by_step, joined_calls, rows_for, rows_of
-from sedimo.lab.pace import seconds_of_estimates
-from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.exchange import hooked
+from sedimo.lab.lab import Lab, seconds_of_estimates
+from sedimo.lab.study import Execution, Setting
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, refuse_blind
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
+from sedimo.pipelines.trajectory import StepBatches, calls_by_step, joined_calls, rows_for, rows_of
 from sedimo.quant.families.uaq import UAQ
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.settings import option

@@ -23,7 +23,7 @@ from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
-from sedimo.lab.trial import Trial
+from sedimo.lab.study import Trial
 from sedimo.methods.prediction import Entrant, EntrantKind
 from sedimo.metrics.signal import mean_sqnr
 from sedimo.pipelines.adapter import Sampling

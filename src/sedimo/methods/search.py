@@ -25,10 +25,9 @@ from sedimo.allocation.solve import allocate_given, allocate_variants
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError, StateError
 from sedimo.lab.exploration import Exploration, possible_bits
-from sedimo.lab.lab import Lab
-from sedimo.lab.pace import seconds_of_fits
+from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.seeds import FINAL_FACTOR
-from sedimo.lab.trial import Trial
+from sedimo.lab.study import Trial
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, listed
 from sedimo.methods.predictor.choices import Codes, Values
 from sedimo.methods.predictor.costs import noise_table, noise_variant_table, options_table, refuse_confidence

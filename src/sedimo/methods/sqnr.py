@@ -29,15 +29,25 @@ from sedimo.bank import Candidate
 from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.graph.model import Stream
-from sedimo.lab.hooks import Hook, hooked, linear_part, rounding_change, stream_of
-from sedimo.lab.lab import Lab
-from sedimo.lab.objective import StepBatches, calls_by_step, inputs_by_samples
-from sedimo.lab.pace import seconds_of_fits
-from sedimo.lab.passes import MEMORY_BYTES, change_names, count_passes, input_roundings, passes, weight_changes
-from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.exchange import (
+    MEMORY_BYTES,
+    Hook,
+    change_names,
+    count_passes,
+    hooked,
+    input_roundings,
+    linear_part,
+    passes,
+    rounding_change,
+    stream_of,
+    weight_changes,
+)
+from sedimo.lab.lab import Lab, seconds_of_fits
+from sedimo.lab.study import Execution, Setting
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
+from sedimo.pipelines.trajectory import StepBatches, calls_by_step, inputs_by_samples
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace

@@ -26,12 +26,10 @@ from torch.nn.modules.conv import _ConvNd
 from sedimo.codec import content_key
 from sedimo.errors import StateError, UnsupportedError
 from sedimo.graph.model import Stream
-from sedimo.lab.hooks import rounding_change, stream_of
+from sedimo.lab.exchange import change_names, input_roundings, rounding_change, stream_of, weight_changes
 from sedimo.lab.lab import Lab
-from sedimo.lab.objective import rows_of
-from sedimo.lab.passes import change_names, input_roundings, weight_changes
 from sedimo.pipelines.adapter import DenoiserCall
-from sedimo.pipelines.trajectory import output_tensor
+from sedimo.pipelines.trajectory import output_tensor, rows_of
 from sedimo.quant.activations import InputQuantizers
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,9 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import diffusers
@@ -26,12 +28,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sedimo.codec import parse_json
-from sedimo.errors import InputError, SedimoError, StateError
+from sedimo.errors import InputError, MissingExtraError, SedimoError, StateError
 from sedimo.pipelines.adapter import PipelineObject
 from sedimo.pipelines.diffusers import DENOISER_NAMES, BareDenoiser, DiffusersPipeline
-from sedimo.pipelines.files import PICKLE_SUFFIXES, WEIGHTS_STEM, WEIGHTS_STEMS, find_weights, variants
-from sedimo.pipelines.weights import dtype_name, refuse_adapter_files, stored_dtype
-from sedimo.pipelines.zoo import zoo_path
+from sedimo.pipelines.weights import (
+    PICKLE_SUFFIXES,
+    WEIGHTS_STEM,
+    WEIGHTS_STEMS,
+    dtype_name,
+    find_weights,
+    refuse_adapter_files,
+    stored_dtype,
+    variants,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -342,3 +351,33 @@ def hub_folder(hub_id: str, variant: str | None) -> Path:
             f"{hub_id!r} is no folder here and could not be had from the hub: {reason}. Check the name and the "
             "network (a private one needs `hf auth login`), or download it and give the folder"
         ) from error
+
+
+def zoo_path(name: str) -> Path:
+    """Folder of the embedded pipeline `name`.
+
+    Raises:
+        MissingExtraError: the package sedimo-zoo is not installed.
+        InputError: it has no such model.
+        StateError: its data is not there.
+    """
+    zoo = zoo_module("sedimo_zoo", f"the embedded model 'zoo:{name}'")
+    try:
+        return existing(zoo.model_path(name))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def zoo_module(module: str, purpose: str) -> ModuleType:
+    """A module of the package sedimo-zoo; `purpose` is what it is for."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError("sedimo-zoo", "zoo", purpose) from error
+
+
+def existing(path: Path) -> Path:
+    """The path of data of sedimo-zoo, known to be there."""
+    if not path.exists():
+        raise StateError(f"sedimo-zoo is installed without its data: {path} is missing; install it again")
+    return path

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from sedimo.errors import InputError
+from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import DenoiserCall, Observer, PipelineAdapter, Sampling
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
@@ -104,3 +104,97 @@ def timestep_of(inputs: Mapping[str, object]) -> float:
     """
     value = next((found for name in TIMESTEP_NAMES if (found := inputs.get(name)) is not None), float("nan"))
     return float(value.max() if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]
+
+
+MAX_ROWS = 64  # of a recorded call that run at once when layers are looked at
+
+
+def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[tuple[DenoiserCall, range]]:
+    """Each recorded call with the positions of the samples that it computed.
+
+    Row r of a call belongs to sample `r mod len(range)` of its batch.
+
+    Raises:
+        StateError: the calls do not fit the sampling plan.
+    """
+    n, first, last_step = len(sampling.seeds), -sampling.batch_size, -1
+    for index, call in enumerate(calls):
+        if index == 0 or call.step <= last_step:
+            first += sampling.batch_size
+        last_step = call.step
+        samples = range(first, min(first + sampling.batch_size, n))
+        if not samples or call.output.shape[0] % len(samples):
+            raise StateError(f"call {index} of {call.output.shape[0]} rows does not fit the plan of {n} samples")
+        yield call, samples
+
+
+StepBatches = list[tuple[DenoiserCall, range]]
+
+
+def calls_by_step(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> list[StepBatches]:
+    """The calls of all batches at one step, with the positions of their samples, step by step."""
+    found: dict[int, StepBatches] = {}
+    for call, samples in batches_of(sampling, calls):
+        found.setdefault(call.step, []).append((call, samples))
+    return [found[step] for step in sorted(found)]
+
+
+def joined_calls(batches: StepBatches) -> DenoiserCall:
+    """The calls of all batches at one step as one of all n samples, whose row r belongs to sample r mod n.
+
+    Tensors whose first axis has the length of their batch are joined; all others are those of the first batch.
+    """
+    if len(batches) == 1:
+        return batches[0][0]
+    (first, _), rows = batches[0], [call.output.shape[0] for call, _ in batches]
+    n_sets = rows[0] // len(batches[0][1])
+    inputs = {name: _joined([call.inputs[name] for call, _ in batches], rows, n_sets) for name in first.inputs}
+    output = _joined([call.output for call, _ in batches], rows, n_sets)
+    return DenoiserCall(first.step, first.timestep, inputs, output_tensor(output))
+
+
+def rows_of(call: DenoiserCall, rows: slice | torch.Tensor) -> dict[str, object]:
+    """The inputs of some rows (a slice or positions) of a recorded call, copied: a denoiser may overwrite them.
+
+    Tensors whose first axis has the length of the batch are cut, all others are whole.
+    """
+    n_rows = call.output.shape[0]
+    return {name: _cut(value, rows, n_rows) for name, value in call.inputs.items()}
+
+
+def rows_for(samples: torch.Tensor, n_samples: int, n_sets: int) -> torch.Tensor:
+    """Positions of the rows of some of `n_samples` samples, of which a call has `n_sets` sets, one after the other."""
+    return torch.cat([samples + k * n_samples for k in range(n_sets)])
+
+
+def inputs_by_samples(call: DenoiserCall, n_samples: int) -> Iterator[tuple[int, dict[str, object]]]:
+    """The inputs of a call, all rows of a sample together and at most about `MAX_ROWS` at a time.
+
+    Each comes with the number of samples that it is of.
+    """
+    n_sets = call.output.shape[0] // n_samples
+    for samples in torch.split(torch.arange(n_samples), max(1, MAX_ROWS // n_sets)):
+        rows = rows_for(samples, n_samples, n_sets).to(call.output.device)
+        yield len(samples), rows_of(call, rows)
+
+
+def _cut(value: object, rows: slice | torch.Tensor, n_rows: int) -> object:
+    if isinstance(value, torch.Tensor):
+        return (value[rows] if value.ndim and value.shape[0] == n_rows else value).clone()
+    if isinstance(value, Mapping):
+        return {k: _cut(v, rows, n_rows) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(v, rows, n_rows) for v in value)
+    return value
+
+
+def _joined(values: Sequence[object], rows: Sequence[int], n_sets: int) -> object:
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {k: _joined([v[k] for v in values if isinstance(v, Mapping)], rows, n_sets) for k in first}
+    if isinstance(first, list | tuple):
+        return type(first)(_joined(group, rows, n_sets) for group in zip(*values, strict=True))
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    if not tensors or any(not t.ndim or t.shape[0] != n for t, n in zip(tensors, rows, strict=True)):
+        return first
+    return torch.cat([t.reshape(n_sets, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sedimo.codec import to_plain
-from sedimo.lab.ledger import Spent
+from sedimo.lab.study import Spent
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.reporting.figures import Axis, Chart, Plot, Series, named, only, short
 from sedimo.reporting.page import Cell, Column, Figure, Items, Page, Row, Section, Table, Text, columns, rows, shown

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
-from sedimo.pipelines.files import WEIGHTS_STEM, FileHeader, find_weights, read_header
+from sedimo.pipelines.weights import WEIGHTS_STEM, FileHeader, find_weights, read_header
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import assemble

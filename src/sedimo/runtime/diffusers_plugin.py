@@ -22,7 +22,7 @@ from torch import nn
 from sedimo import __version__
 from sedimo._import_hook import install
 from sedimo.errors import InputError, StateError, UnsupportedError
-from sedimo.pipelines.files import read_header
+from sedimo.pipelines.weights import read_header
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sedimo.errors import StateError
-from sedimo.pipelines.files import DTYPES, FileHeader
+from sedimo.pipelines.weights import DTYPES, FileHeader
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.parts import CODES, TensorSpec
 from sedimo.runtime.layout import (

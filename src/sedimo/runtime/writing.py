@@ -12,8 +12,8 @@ from torch import nn
 
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
-from sedimo.pipelines.files import component_files
 from sedimo.pipelines.folder import new_folder, place_file
+from sedimo.pipelines.weights import component_files
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.card import BASE_CARD_NAME, CARD_NAME, Origin, is_card, model_card
 from sedimo.runtime.checkpoint import Checkpoint, change_layers, open_checkpoint

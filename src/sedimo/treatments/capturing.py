@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from sedimo.errors import InputError, StateError
-from sedimo.lab.objective import rows_of
 from sedimo.pipelines.adapter import DenoiserCall
+from sedimo.pipelines.trajectory import rows_of
 
 
 @dataclass(frozen=True)

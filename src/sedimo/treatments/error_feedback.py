@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
-from sedimo.lab.hooks import hooked
+from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import Sampling

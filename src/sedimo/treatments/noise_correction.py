@@ -28,7 +28,7 @@ from sedimo.lab.exchange import Prober
 from sedimo.lab.lab import Lab
 from sedimo.lab.parts import Parts
 from sedimo.lab.seeds import Seeds
-from sedimo.lab.trial import Execution
+from sedimo.lab.study import Execution
 from sedimo.metrics.estimate import Estimate, jackknife_estimate
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.correction import Correction, StepCorrection, channel_axis

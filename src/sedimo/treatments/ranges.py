@@ -17,11 +17,11 @@ from torch import nn
 
 from sedimo.codec import content_key
 from sedimo.errors import InputError
-from sedimo.lab.hooks import hooked
+from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab
-from sedimo.lab.objective import calls_by_step, inputs_by_samples
-from sedimo.lab.trial import Execution, Setting
+from sedimo.lab.study import Execution, Setting
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
+from sedimo.pipelines.trajectory import calls_by_step, inputs_by_samples
 
 RANGES_VERSION = 1
 Values = npt.NDArray[np.float64]

@@ -13,9 +13,9 @@ from sedimo.bank import SILENT, Progress
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
 from sedimo.graph.folding import Folding, find_folding
+from sedimo.lab.bench import captured_inputs
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
-from sedimo.lab.subject import captured_inputs
 from sedimo.methods.method import Price, Words
 from sedimo.methods.sqnr import LEAST_SAMPLES, noisiest_decisions, probe_sqnr
 from sedimo.pipelines.adapter import Sampling

@@ -24,10 +24,9 @@ from torch import nn
 from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.errors import InputError
-from sedimo.lab.hooks import Hook, hooked
+from sedimo.lab.exchange import Hook, activation_bits, hooked
 from sedimo.lab.lab import Lab
 from sedimo.lab.parts import Parts
-from sedimo.lab.passes import activation_bits
 from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import sample_until

@@ -14,8 +14,8 @@ from torch import nn
 
 from sedimo.allocation.problem import Allocation
 from sedimo.bank import Bank
+from sedimo.lab.bench import InForce
 from sedimo.lab.lab import Lab
-from sedimo.lab.subject import InForce
 from sedimo.methods.method import Price, Words
 from sedimo.quant.formats import Format
 from sedimo.quant.tensor import QuantizedTensor

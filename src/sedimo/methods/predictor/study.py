@@ -16,8 +16,7 @@ from sedimo.errors import InputError
 from sedimo.graph.groups import split_groups
 from sedimo.graph.model import DenoiserGraph, Group
 from sedimo.lab.lab import Lab
-from sedimo.lab.study import GRAPH, SPACE, Study
-from sedimo.lab.trial import ObjectiveName, Trial
+from sedimo.lab.study import GRAPH, SPACE, ObjectiveName, Study, Trial
 from sedimo.methods.ablation import ABLATION
 from sedimo.methods.adjoint import ADJOINT
 from sedimo.methods.error import ERROR

@@ -1,1 +1,0 @@
-"""One SQLite file of JSON rows."""
