@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -105,7 +106,7 @@ def _kind(leaf: Leaf) -> Any:
 class _JobCommand(click.Command):
     """A command that does a job. Options stand under headings; those of one method or treatment are asked for."""
 
-    def __init__(self, job: Job[Any, Any]) -> None:
+    def __init__(self, name: str, job: Job[Any, Any]) -> None:
         self._job, self._offers = job, job.offers()
         self._words = [
             _Word("_".join(leaf.path), _OWN, leaf, is_shown=True) for leaf in leaves(job.settings, "Options")
@@ -133,10 +134,10 @@ class _JobCommand(click.Command):
                 )
             )
         super().__init__(
-            job.name,
+            name,
             params=[*(word.parameter() for word in self._words), *own],
             callback=self._do,
-            help=job.words,
+            help=re.sub(r"\n\n(?=\w+  )", "\n\n\b\n", job.words),  # click leaves the lines of a table alone
             context_settings=_CONTEXT,
         )
 
@@ -226,7 +227,7 @@ class _Jobs(click.Group):
         module = next((m for m in sedimo.jobs.JOBS if _name(m) == cmd_name), None)
         if module is None:
             return None
-        return _JobCommand(importlib.import_module(f"sedimo.jobs.{module}").JOB)
+        return _JobCommand(cmd_name, importlib.import_module(f"sedimo.jobs.{module}").JOB)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Names with the first lines of the jobs' modules, none of which is imported for that."""

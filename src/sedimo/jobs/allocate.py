@@ -35,20 +35,15 @@ class AllocateSettings:
     out: Path | None = option(None, "-o", "--out", help="Write the recipe to this file.")
 
 
-def allocate_again(run: Path, budget: BudgetSettings, rule: str = "milp") -> Allocation:
-    """The best recipe for another budget, or by another rule, from the table that a job has kept.
+def run(settings: AllocateSettings, _progress: Progress) -> Allocation:
+    """The best recipe by the table that a job has kept, written to a file if there is one.
 
     Raises:
         InputError: no study, no table in it, or a budget that cannot be kept.
     """
-    with Study(run, create=False) as study:
+    with Study(settings.run, create=False) as study:
         table = study.record(SensitivityTable, TABLE)
-    return allocated(table, budget, rule=rule)
-
-
-def run(settings: AllocateSettings, _progress: Progress) -> Allocation:
-    """The recipe, written to a file if there is one."""
-    found = allocate_again(settings.run, settings.budget, settings.rule)
+    found = allocated(table, settings.budget, rule=settings.rule)
     if settings.out is not None:
         write_file(settings.out, found.recipe.to_json().encode())
     return found
@@ -72,11 +67,4 @@ def page(found: Allocation) -> Page:
     return page_of("", "", table, Facts(tuple(facts.items())))
 
 
-JOB = Job(
-    name="allocate",
-    words="""Choose the recipe for another budget from the measurements in the study folder RUN.""",
-    settings=AllocateSettings,
-    page=page,
-    run=run,
-    as_json=as_json,
-)
+JOB = Job(__doc__, AllocateSettings, run, page, as_json=as_json)

@@ -1,4 +1,7 @@
-"""Train a predictor on the study RUN, say how good it is, and keep its table for `sedimo allocate`."""
+"""Train a predictor on the study RUN, say how good it is, and keep its table for `sedimo allocate`.
+
+Example: sedimo attribute runs/alpha && sedimo allocate runs/alpha --bits 3.7
+"""
 
 from __future__ import annotations
 
@@ -134,13 +137,4 @@ def page(found: Attribution) -> Page:
     return page_of(f"{found.target} of held-out recipes, {found.n_trials} trials", "", table, Text(text))
 
 
-JOB = Job(
-    name="attribute",
-    words="""Train a predictor on the study RUN, say how good it is, and keep its table for `sedimo allocate`.
-
-    Example: sedimo attribute runs/alpha && sedimo allocate runs/alpha --bits 3.7
-    """,
-    settings=AttributeSettings,
-    page=page,
-    run=run,
-)
+JOB = Job(__doc__, AttributeSettings, run, page)

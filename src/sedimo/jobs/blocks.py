@@ -1,4 +1,7 @@
-"""Which blocks of SRC noise enters through: the first N quantized, all but one; and a hybrid recipe."""
+"""Which blocks of SRC noise enters through: the first N quantized, all but one; and a hybrid recipe.
+
+Example: sedimo blocks zoo:cifar-dit --format uaq4 --store runs/blocks --keep 1 -o hybrid.json
+"""
 
 from __future__ import annotations
 
@@ -98,14 +101,4 @@ def page(found: BlocksResult) -> Page:
     return blocks_page(BlockCurves.of(found))
 
 
-JOB = Job(
-    name="blocks",
-    words="""Which blocks of SRC noise enters through: the first N quantized, all but one; and a hybrid recipe.
-
-    Example: sedimo blocks zoo:cifar-dit --format uaq4 --store runs/blocks --keep 1 -o hybrid.json
-    """,
-    settings=BlocksSettings,
-    page=page,
-    run=run,
-    offers=early_treatment_offers,
-)
+JOB = Job(__doc__, BlocksSettings, run, page, offers=early_treatment_offers)

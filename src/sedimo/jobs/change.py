@@ -1,13 +1,16 @@
-"""Give single layers of a packed CHECKPOINT other formats; nothing else is fitted or changed."""
+"""Give single layers of a packed CHECKPOINT other formats; nothing else is fitted or changed.
+
+Example: sedimo change small proj_out_2=uaq8 --source zoo:cifar-dit -o better
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sedimo.bank import Progress
-from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.describe import owners_of, recipe_of, refuse_other_source
 from sedimo.jobs.job import Job
@@ -21,21 +24,9 @@ from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import packed_sizes
 from sedimo.runtime.card import Origin
 from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
-from sedimo.runtime.writing import WrittenCheckpoint, replace_layer_format
+from sedimo.runtime.writing import replace_layer_format
 from sedimo.settings import REQUIRED, option
 from sedimo.space import Recipe
-
-
-def read_changes(text: str) -> tuple[str, str]:
-    """Layer and format of a text such as `proj_out_2=uaq8`.
-
-    Raises:
-        InputError: it is written otherwise.
-    """
-    layer, separator, number_format = text.partition("=")
-    if not (layer and separator and number_format):
-        raise InputError(f"a change is written LAYER=FORMAT, such as proj_out_2=uaq8; got {text!r}")
-    return layer, number_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,70 +47,47 @@ class ChangeSettings:
             InputError: a change that cannot be read, or two for one layer.
         """
         found: dict[str, str] = {}
-        for layer, number_format in map(read_changes, self.changes):
+        for text in self.changes:
+            layer, _, number_format = text.partition("=")
+            if not (layer and number_format):
+                raise InputError(f"a change is written LAYER=FORMAT, such as proj_out_2=uaq8; got {text!r}")
             if found.setdefault(layer, number_format) != number_format:
                 raise InputError(f"layer {layer!r} is given two formats: {found[layer]} and {number_format}")
         return found
 
 
-@dataclass(frozen=True)
-class Change:
-    """A checkpoint that was written anew: by layer the formats before and after, and its sizes [bytes]."""
+def run(settings: ChangeSettings, _progress: Progress) -> dict[str, Any]:
+    """Writes the checkpoint anew; all tensors of other layers keep their bytes. Formats before and after, and sizes.
 
-    before: Mapping[str, str]
-    after: Mapping[str, str]
-    written: WrittenCheckpoint
-
-    def as_json(self) -> dict[str, object]:
-        """Plain values by name."""
-        changed = {name: {"before": self.before[name], "after": f} for name, f in self.after.items()}
-        sizes = {"stored_bytes": self.written.stored_bytes, "file_bytes": self.written.file_bytes}
-        plain: dict[str, object] = to_plain({"changed": changed, **sizes, "out": str(self.written.folder)})
-        return plain
-
-
-def change_formats(
-    checkpoint: Path | str,
-    formats: Mapping[str, str | Format],
-    *,
-    source: str,
-    out: Path | str,
-    variant: str | None = None,
-) -> Change:
-    """Writes a packed checkpoint anew with other formats for some layers; all other tensors keep their bytes.
-
-    `source` is what the checkpoint was made from: a diffusers folder, a hub id or `zoo:NAME`, and `variant` which of
-    its weights. Only the named layers
-    are read from it and fitted. A layer that shares its weight changes together with those that it shares it with, a
-    layer in parts as a whole.
+    Only the named layers are read from the source and fitted. A layer that shares its weight changes together with
+    those that it shares it with, a layer in parts as a whole.
 
     Raises:
         InputError: no packed checkpoint, an unknown layer, fp16, activation bits, a source that does not fit, or an
-            `out` in use.
+            output in use.
         StateError: a damaged checkpoint.
     """
-    place = Path(checkpoint).expanduser()
+    wanted = {layer: Format.parse(text) for layer, text in settings.formats.items()}
+    place = settings.checkpoint.expanduser()
     inner = denoiser_folder(place)
     old = open_checkpoint(inner)
-    name, folder = locate(source, variant)
-    weights = FileWeights(denoiser_folder(folder), variant)
-    wanted = {layer: f if isinstance(f, Format) else Format.parse(f) for layer, f in formats.items()}
+    name, folder = locate(settings.source, settings.variant)
     _refuse_activations(wanted)
-    fresh = _fitted(old, weights, wanted)
-    before = recipe_of(old)
-    owners = owners_of(old)
+    fresh = _fitted(old, FileWeights(denoiser_folder(folder), settings.variant), wanted)
+    before, owners = recipe_of(old), owners_of(old)
     changed = {layer: fresh[owner] for layer, owner in owners.items() if owner in fresh} | fresh
     after = Recipe({**before.layers, **{layer: weight.format for layer, weight in changed.items()}})
     after = after.with_activations(before.activation_bits)
-    written = replace_layer_format(
-        place,
-        Path(out),
-        fresh,
-        Origin(name, recipe_json=after.to_json()),
-        component=inner.name if inner != place else None,
-    )
+    component = inner.name if inner != place else None
+    origin = Origin(name, recipe_json=after.to_json())
+    written = replace_layer_format(place, settings.out, fresh, origin, component=component)
     was, is_now = ({n: entry_text(recipe.layers.get(n, FP16)) for n in changed} for recipe in (before, after))
-    return Change(was, is_now, written)
+    return {
+        "changed": {name: {"before": was[name], "after": is_now[name]} for name in changed},
+        "stored_bytes": written.stored_bytes,
+        "file_bytes": written.file_bytes,
+        "out": str(written.folder),
+    }
 
 
 def _refuse_activations(formats: Mapping[str, Format]) -> None:
@@ -160,29 +128,11 @@ def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, F
     return found
 
 
-def run(settings: ChangeSettings, _progress: Progress) -> Change:
-    """Writes the changed checkpoint."""
-    return change_formats(
-        settings.checkpoint, settings.formats, source=settings.source, out=settings.out, variant=settings.variant
-    )
-
-
-def page(found: Change) -> Page:
+def page(found: Mapping[str, Any]) -> Page:
     """What a changed checkpoint has instead of what."""
-    table = Table(
-        columns("layer", "before", "after"), rows((n, str(found.before[n]), str(f)) for n, f in found.after.items())
-    )
-    written = found.written
-    return page_of("", "", table, Text(f"{packed_sizes(written.stored_bytes, written.file_bytes)}: {written.folder}"))
+    lines = ((name, one["before"], one["after"]) for name, one in found["changed"].items())
+    sizes = packed_sizes(found["stored_bytes"], found["file_bytes"])
+    return page_of("", "", Table(columns("layer", "before", "after"), rows(lines)), Text(f"{sizes}: {found['out']}"))
 
 
-JOB = Job(
-    name="change",
-    words="""Give single layers of a packed CHECKPOINT other formats; nothing else is fitted or changed.
-
-    Example: sedimo change small proj_out_2=uaq8 --source zoo:cifar-dit -o better
-    """,
-    settings=ChangeSettings,
-    page=page,
-    run=run,
-)
+JOB = Job(__doc__, ChangeSettings, run, page)

@@ -1,4 +1,7 @@
-"""All methods side by side on SRC: same formats, same budgets, same fresh seeds, paired."""
+"""All methods side by side on SRC: same formats, same budgets, same fresh seeds, paired.
+
+Example: sedimo compare zoo:cifar-dit --bits 3.5,4.0 --store runs/compare -o compare.html
+"""
 
 from __future__ import annotations
 
@@ -271,14 +274,4 @@ def run(settings: CompareSettings, progress: Progress) -> Comparison:
     return found
 
 
-JOB = Job(
-    name="compare",
-    words="""All methods side by side on SRC: same formats, same budgets, same fresh seeds, paired.
-
-    Example: sedimo compare zoo:cifar-dit --bits 3.5,4.0 --store runs/compare -o compare.html
-    """,
-    settings=CompareSettings,
-    page=comparison_page,
-    run=run,
-    offers=all_offers,
-)
+JOB = Job(__doc__, CompareSettings, run, comparison_page, offers=all_offers)

@@ -88,10 +88,4 @@ def _sized(n_trials: int) -> SearchSettings:
     return replace(SEARCHED, n_trials=n_trials, n_rounds=n_rounds)
 
 
-JOB = Job(
-    name="demo",
-    words="""Do the main job on the embedded model and say where the report is.""",
-    settings=DemoSettings,
-    page=quantize.page,
-    run=run,
-)
+JOB = Job(__doc__, DemoSettings, run, quantize.page)

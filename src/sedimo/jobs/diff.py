@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sedimo.bank import Progress
-from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.describe import read_recipe
 from sedimo.jobs.job import Job
@@ -14,7 +13,6 @@ from sedimo.quant.formats import FP16
 from sedimo.quant.parts import entry_text
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.settings import REQUIRED, option
-from sedimo.space import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,45 +23,30 @@ class DiffSettings:
     second: str = option(REQUIRED, metavar="B", help="Another one.")
 
 
-@dataclass(frozen=True, slots=True)
-class LayerDifference:
-    """A layer that two recipes treat differently."""
-
-    layer: str
-    first: str
-    second: str
-
-
-def run(settings: DiffSettings, _progress: Progress) -> tuple[LayerDifference, ...]:
-    """The layers whose formats differ.
+def run(settings: DiffSettings, _progress: Progress) -> dict[str, tuple[str, str]]:
+    """The layers whose formats differ, in the order of the first recipe, with both formats.
 
     Raises:
         InputError: nothing there, or recipes of different denoisers.
         StateError: a damaged file.
     """
-    return differences(read_recipe(settings.first), read_recipe(settings.second))
-
-
-def differences(first: Recipe, second: Recipe) -> tuple[LayerDifference, ...]:
-    """Layers whose formats differ, in the order of the first recipe."""
-    names = dict.fromkeys([*first.layers, *second.layers])
-    if first.layers and second.layers and not first.layers.keys() & second.layers.keys():
+    first, second = read_recipe(settings.first).layers, read_recipe(settings.second).layers
+    if first and second and not first.keys() & second.keys():
         raise InputError("the two have no layer in common: they are of different denoisers")
-    pairs = ((n, *(entry_text(recipe.layers.get(n, FP16)) for recipe in (first, second))) for n in names)
-    return tuple(LayerDifference(*pair) for pair in pairs if pair[1] != pair[2])
+    names = dict.fromkeys([*first, *second])
+    pairs = {n: (entry_text(first.get(n, FP16)), entry_text(second.get(n, FP16))) for n in names}
+    return {name: (one, other) for name, (one, other) in pairs.items() if one != other}
 
 
-def page(found: Sequence[LayerDifference]) -> Page:
+def as_json(found: Mapping[str, tuple[str, str]]) -> object:
+    """The keys that scripts may rely on."""
+    return {"differences": [{"layer": name, "first": a, "second": b} for name, (a, b) in found.items()]}
+
+
+def page(found: Mapping[str, tuple[str, str]]) -> Page:
     """Layers that differ."""
-    table = Table(columns("layer", "first", "second"), rows((d.layer, d.first, d.second) for d in found))
+    table = Table(columns("layer", "first", "second"), rows((name, *pair) for name, pair in found.items()))
     return page_of("", "", table, Text(f"{len(found)} layers differ" if found else "no layer differs"))
 
 
-JOB = Job(
-    name="diff",
-    words="""Show, layer by layer, where two recipes or checkpoints differ.""",
-    settings=DiffSettings,
-    page=page,
-    run=run,
-    as_json=lambda found: {"differences": to_plain(found)},
-)
+JOB = Job(__doc__, DiffSettings, run, page, as_json=as_json)

@@ -217,10 +217,4 @@ def _measures(title: str, measures: Mapping[str, Estimate]) -> Table:
     return Table(columns(title, "value, with its 95 % interval", "n"), rows(lines))
 
 
-JOB = Job(
-    name="evaluate",
-    words="""Compare the checkpoint OUT with its source on the same seeds: size, SQNR, PSNR, FID, KID.""",
-    settings=EvaluateSettings,
-    page=page,
-    run=run,
-)
+JOB = Job(__doc__, EvaluateSettings, run, page)

@@ -1,7 +1,6 @@
 """Measure random recipes of SRC and keep them in the study RUN; Ctrl-C is safe, the same command goes on.
 
-The bank is fitted in full beforehand and kept in the study's folder, so that later stages and workers of their own
-find every format. Nothing is measured before all settings are known to make sense.
+Example: sedimo explore zoo:cifar-dit --store runs/alpha --trials 300
 """
 
 from __future__ import annotations
@@ -470,15 +469,5 @@ def plan_page(found: ExplorationPlan) -> Page:
 
 
 JOB = Job(
-    name="explore",
-    words="""Measure random recipes of SRC and keep them in the study RUN; Ctrl-C is safe, the same command goes on.
-
-    Example: sedimo explore zoo:cifar-dit --store runs/alpha --trials 300
-    """,
-    settings=ExploreSettings,
-    page=page,
-    run=explore,
-    plan_page=plan_page,
-    plan=plan_exploration,
-    offers=early_treatment_offers,
+    __doc__, ExploreSettings, explore, page, plan_page=plan_page, plan=plan_exploration, offers=early_treatment_offers
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sedimo.bank import Progress
 from sedimo.graph.model import inspect_summary
 from sedimo.jobs.describe import owners_of, recipe_of
 from sedimo.jobs.job import Job
@@ -28,16 +29,15 @@ class InspectSettings:
     variant: str | None = option(None, "--variant", help="Variant of the source's weights, such as fp16.")
 
 
-def inspect_source(source: str, variant: str | None = None) -> dict[str, object]:
-    """What `sedimo inspect --json` prints: layers, operation types, blocks, groups, sizes, MACs.
-
-    Of a packed checkpoint, each layer has its `format` too.
+def run(settings: InspectSettings, _progress: Progress) -> dict[str, object]:
+    """Layers, operation types, blocks, groups, sizes and MACs; of a packed checkpoint, the `format` of each layer, too.
 
     Raises:
         InputError: the source cannot be used, or was quantized by another tool.
         StateError: a damaged checkpoint.
     """
-    _, folder = locate(source, variant)
+    variant = settings.variant
+    _, folder = locate(settings.source, variant)
     inner = denoiser_folder(folder)
     if not is_packed(inner):
         dtype = stored_dtype(FileWeights(inner, variant).files)
@@ -62,31 +62,21 @@ def page(found: Mapping[str, Any]) -> Page:
     by_operation: dict[str, list[Mapping[str, Any]]] = {}
     for layer in found["layers"]:
         by_operation.setdefault(layer["operation"], []).append(layer)
-    is_packed = "stored_bytes" in found
     headline = (
         f"{found['n_layers']} layers, {found['n_decisions']} decisions, {found['n_groups']} groups, "
         f"{count(found['params'])} weights, {count(found['macs'])} MACs a call"
     )
-    lines = (
-        (
-            name,
-            len(members),
-            _shapes(members),
-            sum(layer["params"] for layer in members),
-            sum(layer["macs"] for layer in members),
-            *([_formats(layer["format"] for layer in members)] if is_packed else []),
-        )
+    titles = columns("operation", "layers", "shape", ("weights", "count"), ("MACs", "count"))
+    lines = [
+        [name, len(members), _shapes(members), *(sum(layer[key] for layer in members) for key in ("params", "macs"))]
         for name, members in by_operation.items()
-    )
-    titles = columns(
-        "operation",
-        "layers",
-        "shape",
-        ("weights", "count"),
-        ("MACs", "count"),
-    )
-    titles = (*titles, *columns("formats")) if is_packed else titles
-    packed = "" if not is_packed else packed_sizes(found["stored_bytes"], found["file_bytes"])
+    ]
+    packed = ""
+    if "stored_bytes" in found:
+        titles = (*titles, *columns("formats"))
+        formats = (_formats(layer["format"] for layer in members) for members in by_operation.values())
+        lines = [[*line, text] for line, text in zip(lines, formats, strict=True)]
+        packed = packed_sizes(found["stored_bytes"], found["file_bytes"])
     return page_of(found["denoiser"], headline, Table(titles, rows(lines)), Text(packed))
 
 
@@ -100,11 +90,4 @@ def _formats(formats: Iterable[str]) -> str:
     return ", ".join(f"{n} {name}" if n > 1 else name for name, n in sorted(Counter(formats).items()))
 
 
-JOB = Job(
-    name="inspect",
-    words="""Show layers, operation types, blocks, groups, sizes and MACs of a denoiser.""",
-    settings=InspectSettings,
-    page=page,
-    run=lambda settings, _progress: inspect_source(settings.source, settings.variant),
-    as_json=lambda found: found,
-)
+JOB = Job(__doc__, InspectSettings, run, page)

@@ -40,11 +40,10 @@ class Job(Generic[Settings, Result]):
     """One thing that a command does.
 
     `run` does it; `page` and `as_json` tell what came of it, to people and to programs. With `plan`, a dry run tells
-    what it takes, by `plan_page` and `as_json`. `words` is what help says, with an example. `offers` are records of
-    further options by who owns them (methods, treatments), which go into the settings' field `chosen`.
+    what it takes, by `plan_page` and `as_json`. `words` is what help says: the module's docstring. `offers` are
+    records of further options by who owns them (methods, treatments), which go into the settings' field `chosen`.
     """
 
-    name: str
     words: str
     settings: type[Settings]
     run: Callable[[Settings, Progress], Result]

@@ -1,4 +1,7 @@
-"""Write a smaller checkpoint of SRC under a budget, with a report that says why."""
+"""Write a smaller checkpoint of SRC under a budget, with a report that says why.
+
+Example: sedimo quantize zoo:cifar-dit --bits 3.5 -o small
+"""
 
 from __future__ import annotations
 
@@ -595,16 +598,4 @@ def plan_page(found: JobPlan) -> Page:
     return page_of(found.source, headline, Facts(tuple(facts.items())))
 
 
-JOB = Job(
-    name="quantize",
-    words="""Write a smaller checkpoint of SRC under a budget, with a report that says why.
-
-    Example: sedimo quantize zoo:cifar-dit --bits 3.5 -o small
-    """,
-    settings=QuantizeSettings,
-    page=page,
-    run=run,
-    plan_page=plan_page,
-    plan=plan,
-    offers=all_offers,
-)
+JOB = Job(__doc__, QuantizeSettings, run, page, plan_page=plan_page, plan=plan, offers=all_offers)

@@ -118,10 +118,4 @@ def run(settings: ReportSettings, _progress: Progress) -> Reported:
     return Reported(report_again(settings.run, settings.out), settings.run)
 
 
-JOB = Job(
-    name="report",
-    words="""Write the report of a finished job again from its study folder RUN.""",
-    settings=ReportSettings,
-    page=lambda found: page_of("", str(found.path)),
-    run=run,
-)
+JOB = Job(__doc__, ReportSettings, run, lambda found: page_of("", str(found.path)))

@@ -1,4 +1,7 @@
-"""From SRC to checkpoint and report: measure recipes, learn what matters, build, explain."""
+"""From SRC to checkpoint and report: measure recipes, learn what matters, build, explain.
+
+Example: sedimo run zoo:cifar-dit --bits 3.5 --trials 300 --refine 3 -o small
+"""
 
 from __future__ import annotations
 
@@ -62,16 +65,4 @@ def plan(settings: RunSettings, progress: Progress) -> JobPlan:
     return quantize.plan(settings.job, progress)
 
 
-JOB = Job(
-    name="run",
-    words="""From SRC to checkpoint and report: measure recipes, learn what matters, build, explain.
-
-    Example: sedimo run zoo:cifar-dit --bits 3.5 --trials 300 --refine 3 -o small
-    """,
-    settings=RunSettings,
-    page=quantize.page,
-    run=run,
-    plan=plan,
-    plan_page=quantize.plan_page,
-    offers=treatment_offers,
-)
+JOB = Job(__doc__, RunSettings, run, quantize.page, plan=plan, plan_page=quantize.plan_page, offers=treatment_offers)

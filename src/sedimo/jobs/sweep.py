@@ -1,4 +1,13 @@
-"""One knob over several values on SRC, on the same fresh seeds: what the papers leave open."""
+"""One knob over several values on SRC, on the same fresh seeds: what the papers leave open.
+
+alpha        how much SmoothQuant moves into the weights; baseline: no smoothing
+calibration  at how many steps static ranges are taken; baseline: dynamic ranges
+threshold    how many blocks stay at 16 bits, by rank of gain; baseline: none
+samples      how many samples local SQNR needs
+schedulers   whether sensitivities depend on the noise scheduler
+
+Example: sedimo sweep alpha zoo:cifar-dit --store runs/sweeps -o alpha.html
+"""
 
 from __future__ import annotations
 
@@ -442,20 +451,4 @@ def run(settings: SweepSettings, progress: Progress) -> Sweep:
     return found
 
 
-JOB = Job(
-    name="sweep",
-    words="""One knob over several values on SRC, on the same fresh seeds: what the papers leave open.
-
-    \b
-    alpha        how much SmoothQuant moves into the weights; baseline: no smoothing
-    calibration  at how many steps static ranges are taken; baseline: dynamic ranges
-    threshold    how many blocks stay at 16 bits, by rank of gain; baseline: none
-    samples      how many samples local SQNR needs
-    schedulers   whether sensitivities depend on the noise scheduler
-
-    Example: sedimo sweep alpha zoo:cifar-dit --store runs/sweeps -o alpha.html
-    """,
-    settings=SweepSettings,
-    page=sweep_page,
-    run=run,
-)
+JOB = Job(__doc__, SweepSettings, run, sweep_page)

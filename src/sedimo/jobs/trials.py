@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sedimo.bank import Progress
-from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job
-from sedimo.lab.study import SPACE, ObjectiveName, Study, Trial, export_trials, measures_of
-from sedimo.metrics.estimate import Estimate
+from sedimo.lab.study import SPACE, Study, Trial, export_trials, measures_of
 from sedimo.pipelines.folder import write_file
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.settings import REQUIRED, option
@@ -25,92 +25,48 @@ class TrialsSettings:
     out: Path | None = option(None, "-o", "--out", help="Write all of them to this file, as JSON.")
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """The file that the trials of a study were written to, and how many there are."""
+def run(settings: TrialsSettings, _progress: Progress) -> dict[str, Any]:
+    """All trials, by objective and bits, as plain values; or the file that they were written to, and how many.
 
-    out: Path
-    trials: int
-
-
-@dataclass(frozen=True, slots=True)
-class TrialRow:
-    """A trial in a table. `paper_bits` is None where the study does not tell its space."""
-
-    key: str
-    objective: ObjectiveName
-    paper_bits: float | None
-    sqnr_db: Estimate
-    fid: Estimate | None
-
-
-def list_trials(run: Path) -> tuple[TrialRow, ...]:
-    """All trials of the study `run`, by objective and bits.
+    A study that does not tell its space has no `paper_bits`. The file is written whole or not at all.
 
     Raises:
-        InputError: the folder holds no study.
+        InputError: the folder holds no study; to write, it has no trials, or the file cannot be one.
         StateError: damaged records.
     """
-    with Study(run, create=False) as study:
-        space = study.record(SearchSpace, SPACE) if SPACE in study.record_names() else None
-        rows = [_row(trial, space) for trial in study.trials()]
-    return tuple(sorted(rows, key=lambda row: (row.objective, row.paper_bits or 0.0, row.key)))
-
-
-def export_run(run: Path, out: Path) -> int:
-    """Writes the canonical export of the study `run` to the file `out`, whole or not at all; the number of trials.
-
-    Raises:
-        InputError: the folder holds no study, it has no trials, or `out` cannot be a file.
-    """
-    with Study(run, create=False) as study:
-        n_trials = len(study.trial_keys())
-        if n_trials == 0:
+    with Study(settings.run, create=False) as study:
+        if settings.out is None:
+            space = study.record(SearchSpace, SPACE) if SPACE in study.record_names() else None
+            rows = [_row(trial, space) for trial in study.trials()]
+            return {"trials": sorted(rows, key=lambda row: (row["objective"], row["paper_bits"] or 0.0, row["key"]))}
+        if not study.trial_keys():
             raise InputError(f"the study {study.path} has no trials; sedimo explore measures some")
-        write_file(out, export_trials(study).encode())
-    return n_trials
+        write_file(settings.out, export_trials(study).encode())
+        return {"out": str(settings.out), "trials": len(study.trial_keys())}
 
 
-def _row(trial: Trial, space: SearchSpace | None) -> TrialRow:
+def _row(trial: Trial, space: SearchSpace | None) -> dict[str, Any]:
     measures = measures_of(trial)
-    bits = None if space is None else space.paper_bits(trial.recipe)
-    return TrialRow(trial.key, trial.setting.objective, bits, measures["sqnr_db"], measures.get("fid"))
+    return {
+        "key": trial.key,
+        "objective": trial.setting.objective,
+        "paper_bits": None if space is None else space.paper_bits(trial.recipe),
+        "sqnr_db": measures["sqnr_db"],
+        "fid": measures.get("fid"),
+    }
 
 
-def run(settings: TrialsSettings, _progress: Progress) -> tuple[TrialRow, ...] | Exported:
-    """The trials, or the file that they were written to."""
-    if settings.out is None:
-        return list_trials(settings.run)
-    return Exported(settings.out, export_run(settings.run, settings.out))
-
-
-def _as_json(found: tuple[TrialRow, ...] | Exported) -> object:
-    if isinstance(found, Exported):
-        return {"out": str(found.out), "trials": found.trials}
-    return {"trials": to_plain(found)}
-
-
-def page(found: tuple[TrialRow, ...] | Exported) -> Page:
+def page(found: Mapping[str, Any]) -> Page:
     """One line per trial, or where they were written to."""
-    if isinstance(found, Exported):
-        return page_of("", "", Text(f"{found.trials} trials are in {found.out}"))
-    has_fid = any(row.fid is not None for row in found)
-    titles = columns(
-        "trial",
-        "objective",
-        ("paper bits", "fine bits"),
-        ("SQNR [dB]", "plus-minus"),
-    )
-    lines = ((r.key[:12], r.objective, r.paper_bits, r.sqnr_db, *([r.fid] if has_fid else [])) for r in found)
-    titles = (*titles, *columns(("FID", "plus-minus"))) if has_fid else titles
-    return page_of("", "", Table(titles, rows(lines)), Text(f"{len(found)} trials"))
+    if "out" in found:
+        return page_of("", "", Text(f"{found['trials']} trials are in {found['out']}"))
+    trials = found["trials"]
+    titles = columns("trial", "objective", ("paper bits", "fine bits"), ("SQNR [dB]", "plus-minus"))
+    lines = [[row["key"][:12], row["objective"], row["paper_bits"], row["sqnr_db"]] for row in trials]
+    if any(row["fid"] is not None for row in trials):
+        titles = (*titles, *columns(("FID", "plus-minus")))
+        lines = [[*line, row["fid"]] for line, row in zip(lines, trials, strict=True)]
+    return page_of("", "", Table(titles, rows(lines)), Text(f"{len(trials)} trials"))
 
 
-JOB = Job(
-    name="trials",
-    words="Show the trials of the study RUN, or write them to a file that depends on nothing but what was measured.",
-    settings=TrialsSettings,
-    page=page,
-    run=run,
-    as_json=_as_json,
-)
+JOB = Job(__doc__, TrialsSettings, run, page)
