@@ -37,7 +37,7 @@ from sedimo.methods.ablation import (
     plan_checks,
     plan_probes,
 )
-from sedimo.methods.jacobian import JacobianOptions, jacobian_table, probe_jacobian
+from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.method import NO_KNOBS, Task
 from sedimo.metrics.signal import paired_difference, summarize
 from sedimo.pipelines.adapter import Sampling
@@ -102,7 +102,7 @@ def tables_of(lab: sedimo.Lab, bits: float) -> tuple[Tables, Sequence[AblationPr
 
 def jacobian_apart(lab: sedimo.Lab) -> sedimo.SensitivityTable:
     """The table of first-order noise, each guided row for itself, not together as the sampler does."""
-    probe = probe_jacobian(lab, lab.seeds.search, options=JacobianOptions(combine_rows=False))
+    probe = probe_jacobian(lab, lab.seeds.search, combine_rows=False)
     return jacobian_table(lab.bank.space, lab.bank.candidates, probe)
 
 

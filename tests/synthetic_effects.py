@@ -10,8 +10,8 @@ from sedimo.allocation.costs import EXACTLY_NOTHING, build_table
 from sedimo.bank import Candidate
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.lab.exchange import change_names
-from sedimo.lab.study import Execution, Setting
-from sedimo.methods.adjoint import AdjointProbe
+from sedimo.lab.study import Setting
+from sedimo.methods.taps import FirstOrder
 from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace, search_space
 
@@ -44,7 +44,7 @@ def probe_of(products: dict[str, dict[str, Sequence[float]]], n_samples: int, un
     setting = Setting("w", "Toy", "final_latents", tuple(range(n_samples)), 4, (), None, None, "float32", "cpu")
     plain = {d: {name: tuple(np.ravel(v).tolist()) for name, v in c.items()} for d, c in products.items()}
     n_directions = len(next(iter(next(iter(plain.values())).values()))) // n_samples
-    return AdjointProbe(setting, n_directions, 0, plain, unused, Execution(1.0, 4, 1, {}))
+    return FirstOrder(setting, n_directions, plain, unused)
 
 
 def drawn_products(space: SearchSpace, power: Power, shape: tuple[int, int], seed: int = 0):

@@ -15,7 +15,7 @@ import torch
 from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.lab.exchange import probed
-from sedimo.methods.guidance import find_row_weights
+from sedimo.methods.jacobian import find_row_weights
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.trajectory import Trajectory, batches_of, output_tensor, record, rows_for, rows_of

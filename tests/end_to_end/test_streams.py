@@ -19,7 +19,7 @@ from sedimo.lab.bench import weights_of
 from sedimo.lab.exchange import weight_changes
 from sedimo.lab.lab import Lab
 from sedimo.methods.error import error_table
-from sedimo.methods.jacobian import JacobianOptions, jacobian_table, probe_jacobian
+from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.orthogonality import orthogonality_table, probe_orthogonality
 from sedimo.methods.predictor.choices import Choices
 from sedimo.methods.predictor.features import graph_features, split_streams
@@ -172,7 +172,7 @@ def test_local_noise_of_a_stream_is_that_of_its_slice_replaced(made):
 def test_all_tables_of_single_decisions_have_costs_of_streams(made):
     pipe, graph, space, bank = made
     sampling = pipe.default_sampling([0, 1, 2, 3], 2)
-    jacobian = probe_jacobian(Lab.on(pipe, bank), sampling, options=JacobianOptions(n_directions=1))
+    jacobian = probe_jacobian(Lab.on(pipe, bank), sampling, n_directions=1)
     layers = [layer for weight in space.weights for layer in weight.layers]
     repetition = probe_orthogonality(Lab.on(pipe), layers, sampling)
     theta = orthogonality_table(space, bank.candidates, repetition)
@@ -182,7 +182,7 @@ def test_all_tables_of_single_decisions_have_costs_of_streams(made):
         assert choice.recipe == space.recipe(choice.choice)
         assert choice.used_bytes == space.paper_bytes(choice.recipe) <= 4.0 * space.params / 8
         assert choice.bops == space.bops(choice.recipe)
-    assert {d.name for d in space.decisions if d.stream} <= jacobian.noise.keys()
+    assert {d.name for d in space.decisions if d.stream} <= jacobian.numbers.keys()
     one, uaq3 = sedimo.search_space(graph, "uaq3,fp16", streams=False), Format("uaq", 3)
     of_whole = orthogonality_table(one, sedimo.fit(pipe, one).candidates, repetition)
     split = sum(theta.index[f"{SKIP}[{part}]", uaq3].cost for part in ("0:16", "16:32"))

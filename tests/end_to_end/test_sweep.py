@@ -222,7 +222,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(sweep, question, option
     for name in (
         "sedimo.lab.trials.TrialWorker.measure",
         "sedimo.treatments.static_ranges._count",
-        "sedimo.methods.sqnr._Pass.measure",
+        "sedimo.methods.sqnr.measure_part",
         "sedimo.treatments.smoothing.measure_inputs",
     ):
         monkeypatch.setattr(name, lambda *_args, **_named: pytest.fail("measured again"))

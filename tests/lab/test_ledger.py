@@ -47,14 +47,13 @@ def test_probes_cost_the_same_however_they_came_about(tmp_path, probe):
     bank = fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser))
     with Study(tmp_path) as study:
         with study.ledger() as measured:
-            first = probe(Lab.on(adapter, bank, study=study), SAMPLING)
+            probe(Lab.on(adapter, bank, study=study), SAMPLING)
         n_calls = adapter.n_calls
         with study.ledger() as read:
-            again = probe(Lab.on(adapter, bank, study=study), SAMPLING)
+            probe(Lab.on(adapter, bank, study=study), SAMPLING)
     assert add_up([measured]) == add_up([read])
-    assert add_up([read]).denoiser_calls == first.execution.n_calls == again.execution.n_calls > n_calls
-    assert again.execution.seconds == pytest.approx(first.execution.seconds)
-    assert measured.measuring_seconds >= first.execution.seconds > 0
+    assert add_up([read]).denoiser_calls > n_calls
+    assert measured.measuring_seconds >= add_up([measured]).seconds > 0
 
 
 def test_a_study_without_executions_is_read(tmp_path):

@@ -16,14 +16,13 @@ from sedimo.errors import InputError, Interrupted, UnsupportedError
 from sedimo.lab.exchange import passes
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
-from sedimo.methods.adjoint import AdjointOptions, probe_adjoint
+from sedimo.methods.adjoint import probe_adjoint
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
 from toy_pipeline import ToyDenoiser, ToyWeights, toy_space
 from toy_sampler import PixelToyPipeline, ToyPipeline, ToySampler, ToyScheduler
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=3, batch_size=3)
-TWO_DIRECTIONS = AdjointOptions(n_directions=2)
 PRODUCT_TOLERANCE = 2e-6  # of the product of the norms: gradients are float64, but products are summed in float32
 SINGLE_TOLERANCE = 1e-5  # the same where everything is float32, as activations are rounded
 FORMATS = "uaq3,uaq4,kmc3,uaq4a8,uaq4a4,fp16a8,fp16"
@@ -38,9 +37,9 @@ def made(denoiser=None, *, formats="uaq3,kmc4,fp16", dtype=torch.float64, pipeli
 
 
 def assert_close(probe, wanted, tolerance=PRODUCT_TOLERANCE):
-    assert {(d, name) for d, changes in probe.products.items() for name in changes} == wanted.keys()
+    assert {(d, name) for d, changes in probe.numbers.items() for name in changes} == wanted.keys()
     for (decision, name), products in wanted.items():
-        got = probe.products[decision][name]
+        got = probe.numbers[decision][name]
         assert len(got) == len(products)
         for value, product in zip(got, products, strict=True):
             assert value == pytest.approx(product.value, rel=1e-6, abs=tolerance * product.greatest), (decision, name)
@@ -48,11 +47,11 @@ def assert_close(probe, wanted, tolerance=PRODUCT_TOLERANCE):
 
 def assert_same_numbers(one, other):
     """As measured in other pieces; values that cancelled are compared with their decision's others."""
-    assert one.products.keys() == other.products.keys()
-    for decision, changes in one.products.items():
+    assert one.numbers.keys() == other.numbers.keys()
+    for decision, changes in one.numbers.items():
         for name, values in changes.items():
             scale = max(map(abs, values))
-            assert other.products[decision][name] == pytest.approx(values, rel=1e-5, abs=1e-5 * scale), decision
+            assert other.numbers[decision][name] == pytest.approx(values, rel=1e-5, abs=1e-5 * scale), decision
 
 
 @pytest.mark.parametrize("pipeline", [ToyPipeline, PixelToyPipeline])
@@ -60,40 +59,40 @@ def assert_same_numbers(one, other):
 def test_products_are_those_of_plain_autograd(pipeline, guided):
     """Convolutions with groups and odd padding, a tied pair, a layer that is called twice, rows that samples share."""
     adapter, bank = made(pipeline=pipeline, guided=guided)
-    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, options=TWO_DIRECTIONS)
+    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, n_directions=2)
     assert_close(probe, whole_products(adapter, bank, SAMPLING, 2))
     assert probe.unused == ("unused",)
-    assert {len(values) for values in probe.products["unused"].values()} == {6}
-    assert all(set(values) == {0.0} for values in probe.products["unused"].values())
-    assert all(all(values) for d, c in probe.products.items() if d != "unused" for values in c.values())
-    assert (probe.n_samples, probe.n_directions, probe.seed) == (3, 2, 0)
+    assert {len(values) for values in probe.numbers["unused"].values()} == {6}
+    assert all(set(values) == {0.0} for values in probe.numbers["unused"].values())
+    assert all(all(values) for d, c in probe.numbers.items() if d != "unused" for values in c.values())
+    assert (len(probe.setting.seeds), probe.n_directions) == (3, 2)
 
 
 def test_rounded_inputs_are_one_more_change():
     adapter, bank = made(formats=FORMATS, dtype=torch.float32)
-    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, options=TWO_DIRECTIONS)
-    assert list(probe.products["first"]) == ["uaq3", "uaq4", "a4", "a8"]  # a codebook would be larger
+    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, n_directions=2)
+    assert list(probe.numbers["first"]) == ["uaq3", "uaq4", "a4", "a8"]  # a codebook would be larger
     assert_close(probe, whole_products(adapter, bank, SAMPLING, 2), SINGLE_TOLERANCE)
-    together = probe.vectors("first", Format.parse("uaq4a8").changes)
+    together = probe.total("first", Format.parse("uaq4a8").changes)
     assert together.shape == (3, 2)
-    alone = [np.array(probe.products["first"][name]) for name in ("uaq4", "a8")]
+    alone = [np.array(probe.numbers["first"][name]) for name in ("uaq4", "a8")]
     assert together.ravel().tolist() == (alone[0] + alone[1]).tolist()
-    assert not probe.vectors("first", ()).any()
+    assert not probe.total("first", ()).any()
     with pytest.raises(InputError, match="no first at kma2"):
-        probe.vectors("first", ("kma2",))
+        probe.total("first", ("kma2",))
 
 
 def test_their_mean_square_is_what_a_change_of_weights_does():
     """A change so small that the first order is all there is, against the latents that it gives."""
     adapter, bank = made()
-    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, options=AdjointOptions(n_directions=60))
+    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, n_directions=60)
     before, small = adapter.sample(SAMPLING).double(), 1e-3
     _, change = next(iter(bank.changes("conv_in")))
     with torch.no_grad():
         adapter.denoiser.conv_in.weight.add_(change, alpha=small)
     noise = (adapter.sample(SAMPLING).double() - before).flatten(1).norm(dim=1) / small
     expected = (noise / before.flatten(1).norm(dim=1)).square().numpy()
-    got = np.square(probe.vectors("conv_in", ("uaq3",))).mean(axis=1)
+    got = np.square(probe.total("conv_in", ("uaq3",))).mean(axis=1)
     assert got == pytest.approx(expected, rel=0.6)  # 60 squared normals: 18 % each
     assert got.mean() == pytest.approx(expected.mean(), rel=0.3)
 
@@ -104,9 +103,9 @@ def test_samples_do_not_depend_on_their_batch(batch_size):
     whole = probe_adjoint(Lab.on(adapter, bank), SAMPLING)
     assert_same_numbers(whole, probe_adjoint(Lab.on(adapter, bank), replace(SAMPLING, batch_size=batch_size)))
     one = probe_adjoint(Lab.on(adapter, bank), SAMPLING.part(1, 2))
-    for decision, changes in one.products.items():
+    for decision, changes in one.numbers.items():
         for name, values in changes.items():
-            expected = whole.products[decision][name][4:8]
+            expected = whole.numbers[decision][name][4:8]
             assert values == pytest.approx(expected, rel=1e-5, abs=1e-5 * max(map(abs, expected)))
 
 
@@ -119,13 +118,10 @@ def test_numbers_depend_neither_on_rows_nor_on_memory():
     adapter, bank = made(WithoutTime())
     whole = probe_adjoint(Lab.on(adapter, bank), SAMPLING)
     for max_rows in (1, 2, 4):
-        assert_same_numbers(
-            whole, probe_adjoint(Lab.on(adapter, bank), SAMPLING, options=AdjointOptions(max_rows=max_rows))
-        )
-    small = AdjointOptions(memory_bytes=1000)
-    assert len(passes(bank.space, small.memory_bytes)) > 3
+        assert_same_numbers(whole, probe_adjoint(Lab.on(adapter, bank), SAMPLING, max_rows=max_rows))
+    assert len(passes(bank.space, 1000)) > 3
     adapter.n_runs = 0
-    assert_same_numbers(whole, probe_adjoint(Lab.on(adapter, bank), SAMPLING, options=small))
+    assert_same_numbers(whole, probe_adjoint(Lab.on(adapter, bank), SAMPLING, memory_bytes=1000))
     assert adapter.n_runs == 1  # whatever does not fit together is measured on one run
 
 
@@ -134,7 +130,7 @@ def test_layers_that_mix_samples_are_looked_at_one_sample_at_a_time(caplog):
     with caplog.at_level("INFO", logger="sedimo.methods.adjoint"):
         probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING)
     assert "rows of time belong to several samples; one sample at a time from now on" in caplog.text
-    values = np.reshape(probe.products["time"]["uaq3"], (3, 4))
+    values = np.reshape(probe.numbers["time"]["uaq3"], (3, 4))
     assert len({tuple(row) for row in values.tolist()}) == 3
 
 
@@ -154,7 +150,7 @@ def test_inputs_that_are_overwritten_do_not_spoil_the_result(caplog):
         overwriting = probe_adjoint(Lab.on(adapter, bank), SAMPLING)
     assert "'first' was overwritten" in caplog.text
     adapter.denoiser.overwrites = False
-    assert probe_adjoint(Lab.on(adapter, bank), SAMPLING).products == overwriting.products
+    assert probe_adjoint(Lab.on(adapter, bank), SAMPLING).numbers == overwriting.numbers
 
 
 def test_a_weight_used_behind_the_layers_back_is_refused():
@@ -207,13 +203,15 @@ def test_an_interrupted_probe_goes_on_and_measures_nothing_twice(tmp_path):
         assert (progress.total, len(study.probe_keys()), adapter.n_runs) == (3, 1, 1)
     with Study(tmp_path) as study:
         resumed = probe_adjoint(Lab.on(adapter, bank, study=study), single)
-        assert (resumed.products, resumed.unused, adapter.n_runs) == (whole.products, whole.unused, 3)
+        assert (resumed.numbers, resumed.unused, adapter.n_runs) == (whole.numbers, whole.unused, 3)
         calls = []
         handle = adapter.denoiser.register_forward_hook(lambda *_: calls.append(1))
-        again = probe_adjoint(Lab.on(adapter, bank, study=study), single)
+        with study.ledger() as used:
+            again = probe_adjoint(Lab.on(adapter, bank, study=study), single)
         handle.remove()
         assert (again, calls, adapter.n_runs) == (resumed, [], 3)
-        assert again.execution.n_calls == 3 * 2 * SAMPLING.n_steps + 3  # forth and back, and one for what is unused
+        n_calls = sum(one.n_calls for one in used.parts.values())
+        assert n_calls == 3 * 2 * SAMPLING.n_steps + 3  # forth and back, and one for what is unused
 
 
 def test_other_directions_samples_and_formats_are_other_measurements(tmp_path):
@@ -222,11 +220,11 @@ def test_other_directions_samples_and_formats_are_other_measurements(tmp_path):
     with Study(tmp_path) as study:
         first = probe_adjoint(Lab.on(adapter, bank, study=study), SAMPLING)
         others = [
-            probe_adjoint(Lab.on(adapter, bank, study=study), SAMPLING, options=AdjointOptions(seed=1)),
-            probe_adjoint(Lab.on(adapter, bank, study=study), SAMPLING, options=AdjointOptions(n_directions=1)),
+            probe_adjoint(Lab.on(adapter, bank, study=study), SAMPLING, seed=1),
+            probe_adjoint(Lab.on(adapter, bank, study=study), SAMPLING, n_directions=1),
             probe_adjoint(Lab.on(adapter, bank, study=study), replace(SAMPLING, n_steps=2)),
             probe_adjoint(Lab.on(adapter, more, study=study), SAMPLING),
         ]
         assert len(study.probe_keys()) == 5
-    assert all(one.products != first.products for one in others)
-    assert others[3].products["out"]["uaq3"] == first.products["out"]["uaq3"]
+    assert all(one.numbers != first.numbers for one in others)
+    assert others[3].numbers["out"]["uaq3"] == first.numbers["out"]["uaq3"]

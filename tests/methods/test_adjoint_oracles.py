@@ -9,7 +9,7 @@ from product_oracles import whole_products
 
 import sedimo
 from sedimo.lab.lab import Lab
-from sedimo.methods.adjoint import AdjointOptions, probe_adjoint
+from sedimo.methods.adjoint import probe_adjoint
 from sedimo.pipelines.adapter import Sampling
 
 SINGLE_TOLERANCE = 3e-5  # of the product of the norms: everything is float32
@@ -17,11 +17,11 @@ N_DIRECTIONS = 2
 
 
 def assert_products_are_those_of_plain_autograd(pipe, bank, sampling):
-    probe = probe_adjoint(Lab.on(pipe, bank), sampling, options=AdjointOptions(n_directions=N_DIRECTIONS))
+    probe = probe_adjoint(Lab.on(pipe, bank), sampling, n_directions=N_DIRECTIONS)
     wanted = whole_products(pipe, bank, sampling, N_DIRECTIONS)
-    assert {(d, name) for d, changes in probe.products.items() for name in changes} == wanted.keys()
+    assert {(d, name) for d, changes in probe.numbers.items() for name in changes} == wanted.keys()
     for (decision, name), products in wanted.items():
-        got = probe.products[decision][name]
+        got = probe.numbers[decision][name]
         assert len(got) == len(products) == N_DIRECTIONS * len(sampling.seeds)
         for value, product in zip(got, products, strict=True):
             assert value == pytest.approx(product.value, abs=SINGLE_TOLERANCE * product.greatest), (decision, name)
@@ -36,7 +36,7 @@ def test_a_guided_transformer_with_a_tied_timestep_embedder(tiny_pipeline_folder
     sampling = Sampling((3, 4), 3, ("1", "2"), guidance=3.0)
     probe = assert_products_are_those_of_plain_autograd(pipe, bank, sampling)
     assert probe.unused == ()
-    assert all(any(probe.products[d.name]["uaq3"]) for d in tied)
+    assert all(any(probe.numbers[d.name]["uaq3"]) for d in tied)
 
 
 @pytest.fixture(scope="module")
@@ -63,4 +63,4 @@ def test_streams_of_concatenated_inputs(folder):
     streams = [d for d in bank.space.decisions if d.stream is not None]
     assert {d.stream.start for d in streams} > {0, 8}
     probe = assert_products_are_those_of_plain_autograd(pipe, bank, Sampling((3, 4), 2))
-    assert all(any(probe.products[d.name]["kma4"]) for d in streams)
+    assert all(any(probe.numbers[d.name]["kma4"]) for d in streams)

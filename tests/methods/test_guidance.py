@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sedimo.methods.guidance import find_row_weights
+from sedimo.methods.jacobian import find_row_weights
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import Trajectory
 

@@ -17,7 +17,7 @@ from sedimo.lab.exchange import count_passes
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
 from sedimo.methods import jacobian
-from sedimo.methods.jacobian import JacobianOptions, probe_jacobian
+from sedimo.methods.jacobian import probe_jacobian
 from sedimo.methods.taps import Changes, InputChangedError, Taps
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import batches_of, record
@@ -74,10 +74,8 @@ def delta(bank, decision, number_format):
 
 def test_random_directions_give_the_first_order_noise_on_average():
     adapter, bank = made(guided=True)
-    probe = probe_jacobian(
-        Lab.on(adapter, bank), SAMPLING, options=JacobianOptions(n_directions=120, combine_rows=False)
-    )
-    assert len(probe.noise) == len(bank.space.decisions) == 7
+    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING, n_directions=120, combine_rows=False)
+    assert len(probe.numbers) == len(bank.space.decisions) == 7
     calls = list(batches_of(SAMPLING, record(adapter, SAMPLING).calls))
     for name in ("time", "first", "grouped"):
         packed = bank.quantized(name, bank.space.decision_index[name].formats[0]).dequantize()
@@ -86,7 +84,7 @@ def test_random_directions_give_the_first_order_noise_on_average():
             noise = linear_noise(adapter.denoiser, bank.space.decision_index[name], packed, call.inputs)
             rows = noise.flatten(1).square().sum(1) / call.output.flatten(1).square().sum(1)
             total[samples.start : samples.stop] += rows.detach().reshape(-1, len(samples)).mean(0) / SAMPLING.n_steps
-        got = torch.tensor(probe.noise[name][str(bank.space.decision_index[name].formats[0])])
+        got = torch.tensor(probe.numbers[name][str(bank.space.decision_index[name].formats[0])])
         assert float(got.mean()) == pytest.approx(float(total.mean()), rel=0.25)  # 480 squared normals or more: 6 %
         if name == "time":  # shared by the batch: each sample is given the mean
             assert len(set(got[:2].tolist())) == 1
@@ -96,7 +94,7 @@ def test_random_directions_give_the_first_order_noise_on_average():
 
 def test_with_guidance_noise_is_that_of_the_combined_prediction():
     adapter, bank = made(guided=True)
-    probe = probe_jacobian(Lab.on(adapter, bank), LONGER, options=JacobianOptions(n_directions=60))
+    probe = probe_jacobian(Lab.on(adapter, bank), LONGER, n_directions=60)
     assert probe.row_weights == pytest.approx((GUIDANCE, 1 - GUIDANCE), rel=1e-3)
     for name in ("time", "first", "twice"):
         decision = bank.space.decision_index[name]
@@ -107,7 +105,7 @@ def test_with_guidance_noise_is_that_of_the_combined_prediction():
             pair = [GUIDANCE * t[: len(samples)] + (1 - GUIDANCE) * t[len(samples) :] for t in (noise, call.output)]
             powers = [t.detach().flatten(1).square().sum(1) for t in pair]
             total[samples.start : samples.stop] += powers[0] / powers[1] / LONGER.n_steps
-        got = torch.tensor(probe.noise[name][str(decision.formats[0])])
+        got = torch.tensor(probe.numbers[name][str(decision.formats[0])])
         assert float(got.mean()) == pytest.approx(float(total.mean()), rel=0.25)  # 480 squared normals or more: 6 %
         if name != "time":
             assert torch.allclose(got, total, rtol=0.4)
@@ -116,28 +114,27 @@ def test_with_guidance_noise_is_that_of_the_combined_prediction():
 def test_rows_that_stay_apart_are_averaged_by_sample(monkeypatch):
     adapter, bank = made(guided=True)
 
-    def squares(self, taps, plan, directions):
-        values = torch.arange(plan.n_units, dtype=torch.float64)[:, None].expand(-1, 3)
+    def squares(_taps, _decisions, rows, _directions):
+        values = torch.arange(rows.n_units, dtype=torch.float64)[:, None].expand(-1, 3)
         return {"first": values}, ()
 
-    monkeypatch.setattr(jacobian._Pass, "_squares", squares)
-    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING, options=JacobianOptions(combine_rows=False))
+    monkeypatch.setattr(jacobian, "_mean_squares", squares)
+    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING, combine_rows=False)
     assert probe.row_weights == (1.0,)
-    assert probe.noise["first"]["uaq3"] == (1.0, 2.0, 0.5)  # rows 0 and 2, 1 and 3 of the first batch; 0 and 1
+    assert probe.numbers["first"]["uaq3"] == (1.0, 2.0, 0.5)  # rows 0 and 2, 1 and 3 of the first batch; 0 and 1
 
 
 def test_directions_are_relative_to_the_power_of_each_output():
     output = torch.randn(4, 2, 50, 50) * torch.tensor([1.0, 10.0, 0.1, 3.0]).reshape(4, 1, 1, 1)
     call = DenoiserCall(0, 1.0, {}, output)
-    options = JacobianOptions(n_directions=2)
-    first, second = jacobian._directions(jacobian._RowPlan(call, (1.0,)), 0, options)
+    first, second = jacobian._directions(jacobian._Rows(call, (1.0,), 64), ["first", "second"])
     products = first.flatten(1).norm(dim=1) * output.flatten(1).norm(dim=1)
     assert torch.allclose(products, torch.tensor(5000.0).sqrt(), rtol=0.05)
     assert abs(float(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1])) < 0.1
-    plan = jacobian._RowPlan(call, (4.0, -3.0))
+    rows = jacobian._Rows(call, (4.0, -3.0), 64)
     combined = 4 * output[:2] - 3 * output[2:]
-    assert torch.allclose(plan.combined(), combined, atol=1e-4)
-    spread = jacobian._directions(plan, 0, options)[0]
+    assert torch.allclose(rows.combined(), combined, atol=1e-4)
+    (spread,) = jacobian._directions(rows, ["first"])
     assert torch.allclose(spread[:2] / 4, spread[2:] / -3)
     products = spread[:2].flatten(1).norm(dim=1) / 4 * combined.flatten(1).norm(dim=1)
     assert torch.allclose(products, torch.tensor(5000.0).sqrt(), rtol=0.05)
@@ -153,17 +150,17 @@ def test_an_output_that_noise_has_no_measure_beside_is_refused(factor):
 
 def test_slices_keep_the_rows_of_a_sample_together():
     adapter, bank = made(guided=True)
-    whole = probe_jacobian(Lab.on(adapter, bank), LONGER, options=JacobianOptions())
-    pieces = probe_jacobian(Lab.on(adapter, bank), LONGER, options=JacobianOptions(max_rows=2))
-    for decision in whole.noise.keys() - {"time"}:
-        assert pieces.noise[decision]["uaq3"] == pytest.approx(whole.noise[decision]["uaq3"], rel=1e-4)
+    whole = probe_jacobian(Lab.on(adapter, bank), LONGER)
+    pieces = probe_jacobian(Lab.on(adapter, bank), LONGER, max_rows=2)
+    for decision in whole.numbers.keys() - {"time"}:
+        assert pieces.numbers[decision]["uaq3"] == pytest.approx(whole.numbers[decision]["uaq3"], rel=1e-4)
 
 
 def test_a_layer_that_is_never_called_makes_no_noise():
     adapter, bank = made()
     probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING)
     assert probe.unused == ("unused",)
-    assert set(probe.noise["unused"]["uaq3"]) == {0.0}
+    assert set(probe.numbers["unused"]["uaq3"]) == {0.0}
 
 
 def test_a_weight_used_behind_the_layers_back_is_refused():
@@ -222,15 +219,14 @@ def _first_noise(adapter, bank):
 def test_the_result_depends_on_neither_memory_nor_batches(tmp_path):
     adapter, bank = made(guided=True)
     whole = probe_jacobian(Lab.on(adapter, bank), SAMPLING)
-    small = JacobianOptions(memory_bytes=4000, max_rows=1)
     assert count_passes(bank.space) == 1
-    assert count_passes(bank.space, small.memory_bytes) > 3
-    pieces = probe_jacobian(Lab.on(adapter, bank), SAMPLING, options=small)
-    for decision, formats in whole.noise.items():
+    assert count_passes(bank.space, 4000) > 3
+    pieces = probe_jacobian(Lab.on(adapter, bank), SAMPLING, memory_bytes=4000, max_rows=1)
+    for decision, formats in whole.numbers.items():
         for text, values in formats.items():
             if decision == "time":
                 continue  # its pooled form mixes the samples of a slice, not of a batch
-            assert pieces.noise[decision][text] == pytest.approx(values, rel=1e-4)
+            assert pieces.numbers[decision][text] == pytest.approx(values, rel=1e-4)
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path):
@@ -241,7 +237,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
         handle = adapter.denoiser.register_forward_hook(lambda *_: calls.append(1))
         again = probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING)
         handle.remove()
-    assert again.noise == first.noise
+    assert again.numbers == first.numbers
     assert len(calls) == 4  # the trajectory alone: two batches of two steps
 
 
@@ -265,8 +261,8 @@ def test_an_interrupted_probe_goes_on(tmp_path):
             probe_jacobian(Lab.on(adapter, bank, study=study, progress=Interrupting()), SAMPLING)
         assert len(study.probe_keys()) == 2
         assert (
-            probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING).noise
-            == probe_jacobian(Lab.on(adapter, bank), SAMPLING).noise
+            probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING).numbers
+            == probe_jacobian(Lab.on(adapter, bank), SAMPLING).numbers
         )
 
 
@@ -275,6 +271,6 @@ def test_more_directions_and_another_seed_are_other_measurements(tmp_path):
     with Study(tmp_path) as study:
         probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING)
         n_parts = len(study.probe_keys())
-        probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING, options=JacobianOptions(seed=1))
-        probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING, options=JacobianOptions(n_directions=1))
+        probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING, seed=1)
+        probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING, n_directions=1)
         assert len(study.probe_keys()) == 3 * n_parts

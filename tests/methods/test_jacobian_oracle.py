@@ -8,7 +8,7 @@ from product_oracles import step_products
 
 from sedimo.bank import fit_bank
 from sedimo.lab.lab import Lab
-from sedimo.methods.jacobian import JacobianOptions, probe_jacobian
+from sedimo.methods.jacobian import probe_jacobian
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import batches_of, record
 from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
@@ -26,8 +26,7 @@ def test_noise_is_that_of_plain_autograd(guided, combine_rows):
     denoiser = ToyDenoiser()
     adapter = ToyAdapter(denoiser, guided=guided)
     bank = fit_bank(ToyWeights(denoiser), toy_space(denoiser, "uaq3,uaq4,fp16"))
-    options = JacobianOptions(n_directions=N_DIRECTIONS, combine_rows=combine_rows)
-    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING, options=options)
+    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING, n_directions=N_DIRECTIONS, combine_rows=combine_rows)
     assert len(probe.row_weights) == (2 if guided and combine_rows else 1)
     totals = {}
     for index, (call, samples) in enumerate(batches_of(SAMPLING, record(adapter, SAMPLING).calls)):
@@ -38,8 +37,8 @@ def test_noise_is_that_of_plain_autograd(guided, combine_rows):
             noise = products.square().mean(0).reshape(-1, len(samples)).mean(0)
             total = totals.setdefault(key, torch.zeros(3, dtype=torch.float64))
             total[samples.start : samples.stop] += noise / SAMPLING.n_steps
-    for decision, formats in probe.noise.items():
+    for decision, formats in probe.numbers.items():
         for name, values in formats.items():
             assert values == pytest.approx(totals[decision, name].tolist(), rel=NOISE_TOLERANCE), (decision, name)
-    assert len(probe.noise) == 7
-    assert set(probe.noise["unused"]["uaq3"]) == {0.0}
+    assert len(probe.numbers) == 7
+    assert set(probe.numbers["unused"]["uaq3"]) == {0.0}

@@ -11,7 +11,7 @@ from sedimo.bank import fit_bank
 from sedimo.lab import exchange
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
-from sedimo.methods import sqnr
+from sedimo.methods import taps
 from sedimo.methods.sqnr import probe_sqnr, sqnr_table
 from sedimo.pipelines import trajectory
 from sedimo.pipelines.adapter import Sampling
@@ -133,7 +133,7 @@ def test_layers_that_are_never_called_cost_nothing_and_are_named():
 def test_little_memory_takes_more_passes_and_gives_the_same(monkeypatch):
     adapter, bank = made(guided=True)
     whole = probe_sqnr(Lab.on(adapter, bank), SAMPLING)
-    monkeypatch.setattr(sqnr, "passes", lambda space: exchange.passes(space, 1))
+    monkeypatch.setattr(taps, "passes", lambda space, _: exchange.passes(space, 1))
     monkeypatch.setattr(trajectory, "MAX_ROWS", 2)
     parts = probe_sqnr(Lab.on(adapter, bank), SAMPLING)
     for one, other in zip(whole.parts, parts.parts, strict=True):

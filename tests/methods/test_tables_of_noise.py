@@ -17,7 +17,7 @@ from sedimo.allocation.costs import geometric_mean_cost, mean_cost
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.lab.study import Execution, Setting
+from sedimo.lab.study import Setting
 from sedimo.methods.ablation import (
     DIVERGED,
     AblationProbe,
@@ -29,7 +29,8 @@ from sedimo.methods.ablation import (
     plan_probes,
 )
 from sedimo.methods.error import error_table
-from sedimo.methods.jacobian import JacobianProbe, jacobian_table
+from sedimo.methods.jacobian import jacobian_table
+from sedimo.methods.taps import FirstOrder
 from sedimo.metrics.signal import NoisePowers
 from sedimo.quant.formats import FP16, Format, parse_formats
 from sedimo.space import search_space
@@ -118,7 +119,7 @@ def test_a_table_knows_all_that_allocation_needs():
 
 def probe_of(noise, unused=()):
     setting = Setting("w", "Toy", "step", (1, 2), 4, (), None, None, "float32", "cpu")
-    return JacobianProbe(setting, 4, 0, (1.0,), noise, unused, Execution(1.0, 4, 1, {}))
+    return FirstOrder(setting, 4, noise, unused)
 
 
 def test_jacobian_costs_are_means_over_samples_with_their_error():

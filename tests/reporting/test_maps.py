@@ -56,7 +56,7 @@ def sqnr_probe(skipped="proj_out_1"):
             if name != skipped
         }
         parts.append(SqnrPart(1000.0 / step, noise))
-    return SqnrProbe(SETTING, tuple(parts), EXECUTION)
+    return SqnrProbe(SETTING, tuple(parts))
 
 
 def test_local_noise_of_a_block_is_the_mean_power_of_its_layers():
@@ -85,7 +85,7 @@ def test_what_is_not_quantized_is_exact_and_what_cannot_take_a_format_is_left_ou
 def test_local_noise_has_that_of_rounded_inputs_too():
     noise = {"kmc4": LocalNoise(0.003, 0.0003), "a8": LocalNoise(0.001, 0.0004)}
     parts = tuple(SqnrPart(t, dict.fromkeys(TABLE.layers, noise)) for t in (1000.0, 500.0))
-    probe = SqnrProbe(SETTING, parts, EXECUTION)
+    probe = SqnrProbe(SETTING, parts)
     for text, power, error in (("kmc4a8", 0.004, 0.0005), ("fp16a8", 0.001, 0.0004), ("kmc4", 0.003, 0.0003)):
         found = local_map(probe, TABLE, dict.fromkeys(TABLE.layers, Format.parse(text)))
         assert np.array(found.sqnr_db) == pytest.approx(-10 * math.log10(power))

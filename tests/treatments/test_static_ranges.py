@@ -14,7 +14,7 @@ from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
 from sedimo.lab.trials import TrialWorker
-from sedimo.methods.jacobian import JacobianOptions, jacobian_table, probe_jacobian
+from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.sqnr import probe_sqnr, sqnr_table
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.loading import load_pipeline
@@ -265,9 +265,7 @@ def test_probes_add_the_noise_of_activations_to_that_of_weights():
     worker = TrialWorker(adapter, bank, SAMPLING, objective="step")
     by_step = worker.measure(Recipe.from_mapping({"out": "fp16a4"})).powers.ratio.mean()
     worker.close()
-    jacobian = jacobian_table(
-        space, bank.candidates, probe_jacobian(Lab.on(adapter, bank), SAMPLING, options=JacobianOptions(64))
-    )
+    jacobian = jacobian_table(space, bank.candidates, probe_jacobian(Lab.on(adapter, bank), SAMPLING, 64))
     local = sqnr_table(space, bank.candidates, probe_sqnr(Lab.on(adapter, bank), SAMPLING))
     for table in (jacobian, local):
         cost = {str(c.format): c.cost for c in table.costs if c.decision == "out"}

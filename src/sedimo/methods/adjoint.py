@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedimo.allocation.costs import EXACTLY_NOTHING, CostEstimate, build_table
+from sedimo.allocation.costs import EXACTLY_NOTHING, build_table
 from sedimo.allocation.effects import Effects, make_effects
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Candidate
@@ -33,14 +33,13 @@ from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
 from sedimo.lab.exchange import MEMORY_BYTES, passes
 from sedimo.lab.lab import Lab, seconds_of_fits
-from sedimo.lab.study import Execution, Setting
+from sedimo.lab.study import Setting
 from sedimo.lab.trials import CallTiming
 from sedimo.methods.exchanges import refine
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, price_of_passes
 from sedimo.methods.portfolio import N_RUNS, Portfolio, allocate_by_effects, hold_portfolio, predict
 from sedimo.methods.prediction import Entrants, Forecast
-from sedimo.methods.taps import TappedDecisions, Taps, drawn
-from sedimo.metrics.estimate import to_digits
+from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, kept
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
 from sedimo.pipelines.trajectory import rows_for, rows_of
@@ -57,8 +56,6 @@ N_DIRECTIONS, N_DIRECTIONS_COMPENSATED = 4, 2  # compensated errors add up less,
 CALL_FACTOR = 14.0  # a call with gradients, of inputs too, and inner products in all directions, in plain calls
 N_RANDOM = 6  # random recipes that show whether effects add
 _DIGITS = 7
-
-Products = Mapping[str, Mapping[str, tuple[float, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,75 +78,34 @@ class AdjointSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class AdjointOptions:
-    """How precisely, and in how much memory; as `JacobianOptions`, the directions being those of final latents."""
-
-    n_directions: int = 4
-    seed: int = 0
-    memory_bytes: int = MEMORY_BYTES
-    max_rows: int = 64
-
-
-@dataclass(frozen=True, slots=True)
 class AdjointPart:
-    """Of one batch of n samples: the products by decision and change, `[n * directions]`; `unused` decisions.
+    """Of one batch of n samples: the products by decision and change, `[n * directions]`; `unused` decisions."""
 
-    Those of a sample follow one another.
-    """
-
-    products: Products
+    products: Numbers
     unused: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class AdjointProbe:
-    """Signed first-order effects on the final latents, by decision and change (`uaq4`, `a8`), `[n * directions]`.
+def probe_adjoint(
+    lab: Lab,
+    on: Sampling,
+    *,
+    n_directions: int = N_DIRECTIONS,
+    seed: int = 0,
+    memory_bytes: int = MEMORY_BYTES,
+    max_rows: int = 64,
+) -> FirstOrder:
+    """Signed first-order effects on the final latents of all formats of the lab's bank, on the sampling runs of a plan.
 
     Each number is the product of the gradient of one sample in one random direction with what the change does, relative
     to the norm of the sample's final latents; those of a sample follow one another. Their mean square is the relative
-    noise of the change. `unused` decisions were never called; their products are 0.
-    """
-
-    setting: Setting
-    n_directions: int
-    seed: int
-    products: Products
-    unused: tuple[str, ...]
-    execution: Execution
-
-    @property
-    def n_samples(self) -> int:
-        """Samples behind the numbers."""
-        return len(self.setting.seeds)
-
-    def vectors(self, decision: str, changes: Sequence[str]) -> npt.NDArray[np.float64]:
-        """What several changes of a decision do together, `[n, directions]`.
-
-        Raises:
-            InputError: the probe does not know one of them.
-        """
-        known = self.products.get(decision, {})
-        missing = [name for name in changes if name not in known]
-        if missing:
-            raise InputError(f"the probe has no {decision} at {missing[0]}; measure it again for this space")
-        total = np.sum([known[name] for name in changes], axis=0) if changes else np.zeros(1)
-        return np.broadcast_to(total, self.n_samples * self.n_directions).reshape(self.n_samples, self.n_directions)
-
-
-def probe_adjoint(lab: Lab, on: Sampling, *, options: AdjointOptions | None = None) -> AdjointProbe:
-    """Measures all decisions and formats of the lab's bank on the sampling runs of a plan.
-
-    With a study, each batch's part is saved when it is finished and not measured again.
+    noise of the change. The rest is as in `probe_jacobian`, the directions being those of final latents.
 
     Raises:
         InputError: final latents that are zero or not finite.
         Interrupted: the user stopped it (with a study, calling again goes on).
         UnsupportedError: the sampler has no derivative, or a weight is used without calling its layer.
     """
-    options, parts = options or AdjointOptions(), lab.parts()
-    groups = [_Pass(lab, decisions, options) for decisions in passes(lab.bank.space, options.memory_bytes)]
-    found: dict[str, dict[str, list[float]]] = {}
-    used: set[str] = set()
+    groups = [_Pass(lab, d, n_directions, seed, max_rows) for d in passes(lab.bank.space, memory_bytes)]
 
     def works() -> Iterator[tuple[str, Callable[[], AdjointPart]]]:
         for batch in on.batches():
@@ -158,18 +114,18 @@ def probe_adjoint(lab: Lab, on: Sampling, *, options: AdjointOptions | None = No
             for one in groups:
                 yield one.key(setting), functools.partial(one.measure, run, batch)
 
+    found: dict[str, dict[str, tuple[float, ...]]] = {}
+    used: set[str] = set()
     label = "first-order noise on the final latents"
-    for part in parts.each(AdjointPart, label, len(groups) * on.n_batches, works()):
+    for part in lab.parts().each(AdjointPart, label, len(groups) * on.n_batches, works()):
         for decision, changes in part.products.items():
-            for name, values in changes.items():
-                found.setdefault(decision, {}).setdefault(name, []).extend(values)
+            before = found.setdefault(decision, dict.fromkeys(changes, ()))
+            before |= {name: before[name] + values for name, values in changes.items()}
         used |= part.products.keys() - set(part.unused)
-    products = {d: {name: tuple(values) for name, values in changes.items()} for d, changes in found.items()}
-    unused = tuple(sorted(products.keys() - used))
-    return AdjointProbe(lab.setting(on), options.n_directions, options.seed, products, unused, parts.execution)
+    return FirstOrder(lab.setting(on), n_directions, found, tuple(sorted(found.keys() - used)))
 
 
-def effects_of(candidates: Iterable[Candidate], probe: AdjointProbe) -> Effects:
+def effects_of(candidates: Iterable[Candidate], probe: FirstOrder) -> Effects:
     """The effects of all candidates, from what a probe measured of their weights and inputs.
 
     Raises:
@@ -177,11 +133,11 @@ def effects_of(candidates: Iterable[Candidate], probe: AdjointProbe) -> Effects:
     """
     candidates = tuple(candidates)
     changed = [c for c in candidates if c.format != FP16]
-    products = {(c.decision, c.format): probe.vectors(c.decision, c.format.changes) for c in changed}
+    products = {(c.decision, c.format): probe.total(c.decision, c.format.changes) for c in changed}
     return make_effects(products, candidates)
 
 
-def adjoint_table(space: SearchSpace, candidates: Iterable[Candidate], probe: AdjointProbe) -> SensitivityTable:
+def adjoint_table(space: SearchSpace, candidates: Iterable[Candidate], probe: FirstOrder) -> SensitivityTable:
     """Cost = relative noise power of a typical sample's final latents by a choice alone, to first order.
 
     The standard error comes from the variation between samples. Within a family of formats (of one group size and one
@@ -191,18 +147,15 @@ def adjoint_table(space: SearchSpace, candidates: Iterable[Candidate], probe: Ad
         InputError: the probe was made for other decisions or formats.
     """
     candidates = tuple(candidates)
-    effects = effects_of(candidates, probe)
-    settings = {
-        "n_samples": str(probe.n_samples),
-        "n_steps": str(probe.setting.n_steps),
-        "n_directions": str(probe.n_directions),
-        "unused_decisions": ", ".join(probe.unused) or "none",
-    }
-
-    def estimate(candidate: Candidate) -> CostEstimate:
-        return effects.costs.get((candidate.decision, candidate.format), EXACTLY_NOTHING)
-
-    return build_table(NAME, space, candidates, estimate, settings, sees_activations=True)
+    costs = effects_of(candidates, probe).costs
+    return build_table(
+        NAME,
+        space,
+        candidates,
+        lambda c: costs.get((c.decision, c.format), EXACTLY_NOTHING),
+        probe.described(),
+        sees_activations=True,
+    )
 
 
 class _MixedError(StateError):
@@ -212,17 +165,17 @@ class _MixedError(StateError):
 class _Pass:
     """One way back through the runs, for the decisions whose weight changes are in memory together."""
 
-    def __init__(self, lab: Lab, decisions: Sequence[str], options: AdjointOptions) -> None:
-        self._decisions, self._options = TappedDecisions(lab, decisions), options
-        self._max_rows = options.max_rows
+    def __init__(self, lab: Lab, decisions: Sequence[str], n_directions: int, seed: int, max_rows: int) -> None:
+        self._decisions, self._max_rows = ChangedDecisions(lab, decisions), max_rows
+        self._n_directions, self._seed = n_directions, seed
 
     def key(self, setting: Setting) -> str:
         return content_key(
             {
                 "adjoint": ADJOINT_VERSION,
                 "setting": setting,
-                "n_directions": self._options.n_directions,
-                "seed": self._options.seed,
+                "n_directions": self._n_directions,
+                "seed": self._seed,
                 "formats": self._decisions.names,
             }
         )
@@ -237,11 +190,11 @@ class _Pass:
         return self.measure(run, batch)
 
     def _measured(self, run: DifferentiableRun, batch: Sampling) -> AdjointPart:
-        denoiser = self._decisions.denoiser
-        directions = [_directions(run.latents, batch, n, self._options.seed) for n in range(self._options.n_directions)]
+        n, denoiser = len(batch.seeds), self._decisions.denoiser
+        directions = [_directions(run.latents, batch, number, self._seed) for number in range(self._n_directions)]
 
         def walked(taps: Taps) -> _Walk:
-            walk = _Walk(taps, denoiser, len(batch.seeds), self._max_rows)
+            walk = _Walk(taps, denoiser, n, self._max_rows)
             run.walk_back(directions, walk.handle)
             return walk
 
@@ -251,11 +204,9 @@ class _Pass:
         boost = math.sqrt(run.latents[0].numel())
         found = {}
         for decision, names in self._decisions.names.items():
-            values = walk.totals.get(decision, np.zeros((len(directions), len(batch.seeds), len(names)))) / boost
+            values = walk.totals.get(decision, np.zeros((len(directions), n, len(names)))) / boost
             columns = values.transpose(2, 1, 0).reshape(len(names), -1)  # [changes, n * directions]
-            found[decision] = {
-                n: tuple(to_digits(v, _DIGITS) for v in c.tolist()) for n, c in zip(names, columns, strict=True)
-            }
+            found[decision] = kept(names, columns.tolist(), _DIGITS)
         return AdjointPart(found, unused)
 
 
@@ -275,33 +226,27 @@ class _Walk:
         if n_rows % self._n:
             raise StateError(f"a call of {n_rows} rows does not fit a batch of {self._n} samples")
         answers: list[Tensors] = [[None] * len(cut.places) for _ in gradients]
-        step = max(1, self._max_rows * self._n // n_rows)
-        for first in range(0, self._n, step):
-            units = torch.arange(first, min(first + step, self._n), device=cut.call.output.device)
+        samples = torch.arange(self._n, device=cut.call.output.device)
+        for units in torch.split(samples, max(1, self._max_rows * self._n // n_rows)):
             rows = rows_for(units, self._n, n_rows // self._n)
             self._taps.begin(cut.call.output.device, cut.call.timestep)
             outputs, entries = make_again(cut, rows_of(cut.call, rows))
             self.used.update(self._taps.used)
-            for number, one in enumerate(gradients):
-                given = [None if g is None else _of_rows(g, rows, n_rows) for g in one]
+            for number, (one, answer) in enumerate(zip(gradients, answers, strict=True)):
+                given = [g[rows] if g is not None and g.ndim and len(g) == n_rows else g for g in one]
                 products, found = self._taps.products(outputs, given, n_samples=len(units), entries=entries)
                 self._add(products, units, number, len(gradients))
                 for place, part in enumerate(found):
                     if part is not None:
-                        answers[number][place] = _joined(answers[number][place], part, cut.entries[place], rows, n_rows)
+                        answer[place] = _joined(answer[place], part, cut.entries[place], rows, n_rows)
         return answers
 
     def _add(self, products: Mapping[str, torch.Tensor], units: torch.Tensor, number: int, n_directions: int) -> None:
         for decision, values in products.items():
             if len(values) != len(units):
                 raise _MixedError(f"rows of {decision} belong to several samples")
-            shape = (n_directions, self._n, values.shape[1])
-            total = self.totals.setdefault(decision, np.zeros(shape))
+            total = self.totals.setdefault(decision, np.zeros((n_directions, self._n, values.shape[1])))
             total[number, units.cpu().numpy()] += values.cpu().numpy()
-
-
-def _of_rows(gradient: torch.Tensor, rows: torch.Tensor, n_rows: int) -> torch.Tensor:
-    return gradient[rows] if gradient.ndim and len(gradient) == n_rows else gradient
 
 
 def _joined(
@@ -357,8 +302,8 @@ def _price(lab: Lab, task: Task[AdjointSettings]) -> Price:
 
 def _measure(lab: Lab, task: Task[AdjointSettings]) -> Finding:
     bank = lab.bank
-    options = AdjointOptions(n_directions=N_DIRECTIONS if bank.moments is None else N_DIRECTIONS_COMPENSATED)
-    probe = probe_adjoint(lab, _plan(lab, task), options=options)
+    n_directions = N_DIRECTIONS if bank.moments is None else N_DIRECTIONS_COMPENSATED
+    probe = probe_adjoint(lab, _plan(lab, task), n_directions=n_directions)
     table = adjoint_table(bank.space, bank.candidates, probe)
     return Finding(bank, table).with_evidence(probe, effects_of(bank.candidates, probe))
 

@@ -16,9 +16,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,29 +25,15 @@ from torch import nn
 from sedimo.allocation.costs import CostEstimate, build_table
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Candidate
-from sedimo.codec import content_key
 from sedimo.errors import InputError
-from sedimo.graph.model import Stream
-from sedimo.lab.exchange import (
-    MEMORY_BYTES,
-    Hook,
-    change_names,
-    count_passes,
-    hooked,
-    input_roundings,
-    linear_part,
-    passes,
-    rounding_change,
-    stream_of,
-    weight_changes,
-)
+from sedimo.lab.exchange import MEMORY_BYTES, Hook, count_passes, hooked, linear_part, rounding_change, stream_of
 from sedimo.lab.lab import Lab, seconds_of_fits
-from sedimo.lab.study import Execution, Setting
+from sedimo.lab.study import Setting
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of
+from sedimo.methods.taps import ChangedDecisions, each_part, measured
 from sedimo.metrics.estimate import to_digits
-from sedimo.pipelines.adapter import DenoiserCall, Sampling
+from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import StepBatches, calls_by_step, inputs_by_samples
-from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace
 
@@ -81,11 +66,10 @@ class SqnrPart:
 
 @dataclass(frozen=True, slots=True)
 class SqnrProbe:
-    """Local noise of all decisions and formats per timestep, in the order of sampling."""
+    """Local noise of all decisions and formats per timestep, in the order of sampling; `n_samples` behind each."""
 
     setting: Setting
     parts: tuple[SqnrPart, ...]
-    execution: Execution
 
     @property
     def n_samples(self) -> int:
@@ -98,11 +82,8 @@ class SqnrProbe:
         Steps are of the same samples, so their errors are averaged as if they went together.
         """
         found = [part.of(decision, number_format) for part in self.parts if decision in part.noise]
-        if not found:
-            return LocalNoise(0.0, 0.0)
-        return LocalNoise(
-            sum(one.mean for one in found) / len(found), sum(one.standard_error for one in found) / len(found)
-        )
+        n = max(1, len(found))
+        return LocalNoise(sum(one.mean for one in found) / n, sum(one.standard_error for one in found) / n)
 
 
 def probe_sqnr(lab: Lab, on: Sampling) -> SqnrProbe:
@@ -113,23 +94,16 @@ def probe_sqnr(lab: Lab, on: Sampling) -> SqnrProbe:
     Raises:
         Interrupted: the user stopped it (with a study, calling again goes on).
     """
-    parts, setting = lab.parts(), lab.setting(on, "step")
-    calls = calls_by_step(on, parts.trajectory(on, setting).calls)
-    groups = passes(lab.bank.space)
-
-    def works() -> Iterator[tuple[str, Callable[[], SqnrPart]]]:
-        for decisions in groups:
-            one = _Pass(lab, decisions)
-            for index, batches in enumerate(calls):
-                key = content_key({"sqnr": SQNR_VERSION, "setting": setting, "call": index, "formats": one.named})
-                yield key, functools.partial(one.measure, batches)
-
+    setting = lab.setting(on, "step")
+    calls = calls_by_step(on, lab.parts().trajectory(on, setting).calls)
+    named = {"sqnr": SQNR_VERSION, "setting": setting}
     noise: list[dict[str, Mapping[str, LocalNoise]]] = [{} for _ in calls]
-    label = "noise at the layers' own outputs"
-    for index, part in enumerate(parts.each(SqnrPart, label, len(groups) * len(calls), works())):
+    for index, part in enumerate(
+        each_part(lab, SqnrPart, "noise at the layers' own outputs", calls, named, measure_part)
+    ):
         noise[index % len(calls)] |= part.noise
-    found = tuple(SqnrPart(batches[0][0].timestep, one) for batches, one in zip(calls, noise, strict=True))
-    return SqnrProbe(setting, found, parts.execution)
+    parts = (SqnrPart(batches[0][0].timestep, one) for batches, one in zip(calls, noise, strict=True))
+    return SqnrProbe(setting, tuple(parts))
 
 
 def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrProbe) -> SensitivityTable:
@@ -143,21 +117,19 @@ def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrP
     Source:
         Efficient Quantization Strategies for Latent Diffusion Models (arXiv 2312.05431), time-averaged local SQNR.
     """
-    known = {(d, text) for part in probe.parts for d, formats in part.noise.items() for text in formats}
-    called = {d for d, _ in known}
+    names = [d.name for d in space.decisions]
+    known = {d: dict.fromkeys(text for part in probe.parts for text in part.noise.get(d, ())) for d in names}
 
     def estimate(candidate: Candidate) -> CostEstimate:
-        missing = [name for name in candidate.format.changes if (candidate.decision, name) not in known]
-        if candidate.decision in called and missing:
-            raise InputError(f"the probe has no {candidate.decision} at {missing[0]}; measure it again for this space")
+        if known[candidate.decision]:
+            measured(known[candidate.decision], candidate.decision, candidate.format.changes)
         found = probe.over_time(candidate.decision, candidate.format)
         return CostEstimate(found.mean, found.standard_error, probe.n_samples)
 
-    unused = sorted({d.name for d in space.decisions} - called)
     settings = {
         "n_samples": str(probe.n_samples),
         "n_steps": str(len(probe.parts)),
-        "unused_decisions": ", ".join(unused) or "none",
+        "unused_decisions": ", ".join(sorted(d for d in known if not known[d])) or "none",
     }
     return build_table(NAME, space, candidates, estimate, settings, sees_activations=True)
 
@@ -178,83 +150,55 @@ def noisiest_decisions(space: SearchSpace, probe: SqnrProbe, number_format: Form
     return tuple(sorted(noise, key=lambda name: -noise[name])[:n])
 
 
-class _Pass:
-    """The decisions whose weight changes are in memory together; they are loaded when first needed."""
-
-    def __init__(self, lab: Lab, decisions: Sequence[str]) -> None:
-        self._denoiser, self._bank = lab.pipe.denoiser, lab.bank
-        self._changes: dict[str, torch.Tensor] | None = None
-        self._roundings = {d: input_roundings(lab.bank, lab.bank.space.decision_index[d]) for d in decisions}
-        self.named = {d: change_names(lab.bank.space, d) for d in decisions}
-
-    def measure(self, batches: StepBatches) -> SqnrPart:
-        """The part of one step."""
-        if self._changes is None:
-            self._changes = {d: weight_changes(self._bank, self._denoiser, d) for d in self.named}
-        ratios: dict[str, list[torch.Tensor]] = {}
-        for call, samples in batches:
-            for name, powers in self._powers(call, len(samples)).items():
-                ratios.setdefault(name, []).append(powers)
-        noise = {
-            name: {text: _mean(column) for text, column in zip(self.named[name], torch.cat(parts, dim=1), strict=True)}
-            for name, parts in ratios.items()
-        }
-        return SqnrPart(batches[0][0].timestep, noise)
-
-    def _powers(self, call: DenoiserCall, n_samples: int) -> dict[str, torch.Tensor]:
-        """Relative noise `[F, n]` by decision, of one call."""
-        n_sets = call.output.shape[0] // n_samples
-        sums: dict[str, list[torch.Tensor]] = {}
-        with torch.no_grad():
-            for n, inputs in inputs_by_samples(call, n_samples):
-                powers = _Powers((n_sets, n), call.timestep)
-                with hooked(self._denoiser, self._hooks(powers)):
-                    self._denoiser(**inputs)
-                for name, (noise, signal) in powers.found.items():
-                    sums.setdefault(name, []).append(noise / signal.clamp_min(torch.finfo(torch.float64).tiny))
-        return {name: torch.cat(parts, dim=1) for name, parts in sums.items()}
-
-    def _hooks(self, powers: _Powers) -> dict[str, Hook]:
-        of_layer: dict[str, list[_Change]] = {}
-        for name, deltas in (self._changes or {}).items():
-            stream = self._bank.space.decision_index[name].stream
-            for layer, roundings in self._roundings[name].items():
-                of_layer.setdefault(layer, []).append(_Change(name, deltas, roundings, stream))
-        return {layer: functools.partial(powers.add, layer, changes) for layer, changes in of_layer.items()}
-
-
-class _Change(NamedTuple):
-    """What changes a layer for one decision.
-
-    `deltas` `[F, out, in, ...]` of its weight, or of the part that reads a `stream`; then how its inputs are rounded.
-    """
-
-    decision: str
-    deltas: torch.Tensor
-    roundings: tuple[InputQuantizers, ...]
-    stream: Stream | None
+def measure_part(decisions: ChangedDecisions, batches: StepBatches) -> SqnrPart:
+    """The part of one step, of the decisions whose changes are in memory."""
+    ratios: dict[str, list[torch.Tensor]] = {}
+    for call, samples in batches:
+        n_sets = call.output.shape[0] // len(samples)
+        for n, inputs in inputs_by_samples(call, len(samples)):
+            powers = _Powers(decisions, (n_sets, n), call.timestep)
+            with torch.no_grad(), hooked(decisions.denoiser, powers.hooks):
+                decisions.denoiser(**inputs)
+            for name, (noise, signal) in powers.found.items():
+                ratios.setdefault(name, []).append(noise / signal.clamp_min(torch.finfo(torch.float64).tiny))
+    noise_of = {name: torch.cat(parts, dim=1) for name, parts in ratios.items()}
+    return SqnrPart(
+        batches[0][0].timestep,
+        {name: dict(zip(decisions.names[name], map(_mean, found), strict=True)) for name, found in noise_of.items()},
+    )
 
 
 class _Powers:
     """Noise `[F, n]` and signal `[n]` powers of the samples of one run, added up over the layers of each decision."""
 
-    def __init__(self, shape: tuple[int, int], timestep: float) -> None:
+    def __init__(self, decisions: ChangedDecisions, shape: tuple[int, int], timestep: float) -> None:
         self.found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._shape, self._timestep = shape, timestep  # sets of rows, samples
+        self._changes, self._shape, self._timestep = decisions.changes, shape, timestep  # sets of rows, samples
 
-    def add(
+    @property
+    def hooks(self) -> dict[str, Hook]:
+        """Of each layer, with its name and its decisions."""
+        of_layer: dict[str, list[str]] = {}
+        for name, changes in self._changes.items():
+            for layer in changes.layers:
+                of_layer.setdefault(layer, []).append(name)
+        return {layer: functools.partial(self._add, layer, names) for layer, names in of_layer.items()}
+
+    def _add(
         self,
         layer: str,
-        changes: Sequence[_Change],
+        decisions: Sequence[str],
         module: nn.Module,
         args: tuple[torch.Tensor, ...],
         output: torch.Tensor,
     ) -> None:
-        """The hook of a layer, with what changes it for each of its decisions."""
-        for name, deltas, roundings, stream in changes:
-            read = stream_of(module, args[0], stream)
-            by_weight = (linear_part(module, read, delta) for delta in deltas)
-            by_inputs = (rounding_change(module, layer, args[0], how, self._timestep) for how in roundings)
+        for name in decisions:
+            changes = self._changes[name]
+            read = stream_of(module, args[0], changes.stream)
+            by_weight = (linear_part(module, read, delta) for delta in changes.deltas)
+            by_inputs = (
+                rounding_change(module, layer, args[0], how, self._timestep) for how in changes.roundings[layer]
+            )
             noise = torch.stack([self._per_sample(change) for change in itertools.chain(by_weight, by_inputs)])
             signal = self._per_sample(output.detach())
             if name in self.found:

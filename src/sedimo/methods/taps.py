@@ -1,6 +1,7 @@
-"""Inner products of per-sample weight gradients with given weight changes, taken during one backward pass.
+"""Changes of decisions in memory together, and inner products of per-sample weight gradients with them.
 
-Rounded activations are one more change: of the layer's output, which the output gradient is multiplied with directly.
+The products are taken during one backward pass. Rounded activations are one more change: of the layer's output, which
+the output gradient is multiplied with directly.
 
 For a layer with inputs X_s and output gradients D_s, the gradient of sample s with respect to the weight is
 G_s = D_s^T X_s. It is formed for one layer at a time (in slices of output channels), multiplied with the layer's
@@ -9,25 +10,39 @@ weight changes, and dropped: the gradients of all layers never exist together.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn import grad as weight_gradients
 from torch.nn.modules.conv import _ConvNd
 
 from sedimo.codec import content_key
-from sedimo.errors import StateError, UnsupportedError
+from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.graph.model import Stream
-from sedimo.lab.exchange import change_names, input_roundings, rounding_change, stream_of, weight_changes
+from sedimo.lab.exchange import (
+    MEMORY_BYTES,
+    change_names,
+    hooked,
+    input_roundings,
+    passes,
+    rounding_change,
+    stream_of,
+    weight_changes,
+)
 from sedimo.lab.lab import Lab
+from sedimo.lab.study import Setting
+from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall
 from sedimo.pipelines.trajectory import output_tensor, rows_of
 from sedimo.quant.activations import InputQuantizers
@@ -35,15 +50,76 @@ from sedimo.quant.activations import InputQuantizers
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Part = TypeVar("Part")
+Call = TypeVar("Call")
+Values = npt.NDArray[np.float64]
+Numbers = Mapping[str, Mapping[str, tuple[float, ...]]]  # by decision and change: `uaq4`, `a8`
+_WEIGHT_GRADIENTS: Mapping[int, Callable[..., torch.Tensor]] = {  # by the number of axes of a kernel
+    1: weight_gradients.conv1d_weight,
+    2: weight_gradients.conv2d_weight,
+    3: weight_gradients.conv3d_weight,
+}
 _GRADIENT_BYTES = 64 << 20  # of the slice of G that exists at a time
+
+
+@dataclass(frozen=True, slots=True)
+class FirstOrder:
+    """What all decisions and changes do to first order: `numbers` `[n * each]`, those of a sample one after another.
+
+    `unused` decisions were never called; their numbers are 0. `row_weights` say how a sample's rows were combined;
+    `(1.0,)` when each counted for itself.
+    """
+
+    setting: Setting
+    n_directions: int
+    numbers: Numbers
+    unused: tuple[str, ...]
+    row_weights: tuple[float, ...] = (1.0,)
+
+    def total(self, decision: str, changes: Sequence[str]) -> Values:
+        """What several changes of a decision do together, `[n, each]`.
+
+        Raises:
+            InputError: some were not measured.
+        """
+        known, n = measured(self.numbers.get(decision, {}), decision, changes), len(self.setting.seeds)
+        found: Values = np.sum(known, axis=0).reshape(n, -1) if known else np.zeros((n, 1))
+        return found
+
+    def described(self, **more: str) -> dict[str, str]:
+        """The settings of a table that is made of it."""
+        return {
+            "n_samples": str(len(self.setting.seeds)),
+            "n_steps": str(self.setting.n_steps),
+            "n_directions": str(self.n_directions),
+            "unused_decisions": ", ".join(self.unused) or "none",
+            **more,
+        }
+
+
+def measured(known: Mapping[str, Result], decision: str, changes: Iterable[str]) -> list[Result]:
+    """What is known of several changes of a decision.
+
+    Raises:
+        InputError: the first that was not measured.
+    """
+    missing = [name for name in changes if name not in known]
+    if missing:
+        raise InputError(f"the probe has no {decision} at {missing[0]}; measure it again for this space")
+    return [known[name] for name in changes]
+
+
+def kept(names: Iterable[str], rows: Iterable[Iterable[float]], digits: int) -> dict[str, tuple[float, ...]]:
+    """The numbers of each change, as they are kept."""
+    return {name: tuple(to_digits(v, digits) for v in row) for name, row in zip(names, rows, strict=True)}
 
 
 @dataclass(frozen=True)
 class Changes:
     """Changes of the layers of one decision; their products are `[..., F + A]`.
 
-    `deltas` of the weight `[F, out, in * kernel size]`, one per format, or of the part of it that reads a `stream`; by
-    layer, A `roundings` of its inputs.
+    `deltas` of the weight `[F, out, in, ...]`, one per format, or of the part of it that reads a `stream`; by layer, A
+    `roundings` of its inputs.
     """
 
     layers: tuple[str, ...]
@@ -52,39 +128,74 @@ class Changes:
     stream: Stream | None = None
 
 
-@dataclass
-class _Sums:
-    """<G_s, delta_f> summed over all uses of a decision in one backward pass."""
+class ChangedDecisions:
+    """Some decisions whose changes are in memory together; they are loaded when first needed.
 
-    own: torch.Tensor | None = None  # [n, F]
-    pooled: torch.Tensor | None = None  # [1, F], of uses whose first axis is not the batch
+    `names` are those of the changes by decision: weight formats, then widths of activations.
+    """
 
-    def add(self, products: torch.Tensor, *, per_row: bool) -> None:
-        if per_row:
-            self.own = products if self.own is None else self.own + products
-        else:
-            self.pooled = products if self.pooled is None else self.pooled + products
+    def __init__(self, lab: Lab, decisions: Iterable[str]) -> None:
+        self.denoiser, self._bank = lab.pipe.denoiser, lab.bank
+        self.names = {d: change_names(lab.bank.space, d) for d in decisions}
+        self._copies_inputs = False
 
-    def products(self) -> torch.Tensor:
-        """Inner products `[n, F]`, a sample's rows added; `[1, F]`, of all samples together, where they mix."""
-        if self.pooled is None:
-            return torch.zeros(()) if self.own is None else self.own.double()
-        return self.pooled.double() if self.own is None else self.pooled.double() + self.own.double().sum(0)
+    @cached_property
+    def changes(self) -> dict[str, Changes]:
+        """By decision."""
+        known = {d: self._bank.space.decision_index[d] for d in self.names}
+        return {
+            name: Changes(
+                d.layers, weight_changes(self._bank, self.denoiser, name), input_roundings(self._bank, d), d.stream
+            )
+            for name, d in known.items()
+        }
+
+    def tapped(self, measure: Callable[[Taps], Result]) -> Result:
+        """What is measured with hooks on the layers; where a layer's input is overwritten, again with copies."""
+        try:
+            with Taps(self.denoiser, self.changes, copy_inputs=self._copies_inputs) as taps:
+                return measure(taps)
+        except InputChangedError as error:
+            logger.info("%s; inputs are copied from now on", error)
+            self._copies_inputs = True
+        return self.tapped(measure)
+
+    def refuse_hidden_use(self, call: DenoiserCall, unused: Iterable[str]) -> None:
+        """Layers that were not called must have no influence: their weights must get no gradient.
+
+        Raises:
+            UnsupportedError: a weight that is used without calling its layer.
+        """
+        layers = [layer for d in unused for layer in self.changes[d].layers]
+        hidden = hidden_uses(self.denoiser, call, layers) if layers else []
+        if hidden:
+            raise UnsupportedError(
+                f"the weight of layer {hidden[0]!r} is used without calling the layer, so its first-order noise cannot "
+                "be measured. Use method='ablation' or 'error', or leave the layer out of the space."
+            )
 
 
-@dataclass
-class _Use:
-    """One call of a layer in the forward pass."""
+def each_part(
+    lab: Lab,
+    kind: type[Part],
+    label: str,
+    calls: Sequence[Call],
+    named: Mapping[str, object],
+    measure: Callable[[ChangedDecisions, Call], Part],
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Iterator[Part]:
+    """The parts of recorded calls, one after another, for as many decisions at a time as fit in memory; resumable."""
+    groups = passes(lab.bank.space, memory_bytes)
 
-    name: str
-    inputs: torch.Tensor
-    version: int
+    def works() -> Iterator[tuple[str, Callable[[], Part]]]:
+        for group in groups:
+            decisions = ChangedDecisions(lab, group)
+            for index, call in enumerate(calls):
+                key = content_key({**named, "call": index, "formats": decisions.names})
+                yield key, functools.partial(measure, decisions, call)
 
-
-@dataclass
-class _State:
-    sums: dict[str, _Sums] = field(default_factory=dict)
-    uses: set[str] = field(default_factory=set)
+    return lab.parts().each(kind, label, len(groups) * len(calls), works())
 
 
 class InputChangedError(StateError):
@@ -105,44 +216,38 @@ class Taps:
             for layer in change.layers:
                 self._decisions_of.setdefault(layer, []).append(name)
         self._anchor = torch.zeros((), requires_grad=True)
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._wanting: list[nn.Parameter] = []
-        self._state, self._timestep = _State(), math.nan
-        self._n_rows = self._n_samples = 0
+        self._leaving = contextlib.ExitStack()
+        self._called: set[str] = set()
+        self._sums: dict[tuple[str, bool], torch.Tensor] = {}
+        self._n_rows, self._n_samples, self._timestep = 0, 0, math.nan
 
     def __enter__(self) -> Taps:
-        self._wanting = [p for p in self._denoiser.parameters() if p.requires_grad]
-        for parameter in self._wanting:
-            parameter.requires_grad_(False)
-        for layer in self._decisions_of:
-            module = self._denoiser.get_submodule(layer)
-            self._handles.append(module.register_forward_hook(functools.partial(self._tap, layer)))
+        for parameter in self._denoiser.parameters():
+            if parameter.requires_grad:
+                self._leaving.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+        hooks = {layer: functools.partial(self._tap, layer) for layer in self._decisions_of}
+        self._leaving.enter_context(hooked(self._denoiser, hooks))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for parameter in self._wanting:
-            parameter.requires_grad_(True)
-        self._handles.clear()
+    def __exit__(self, *_raised: object) -> None:
+        self._leaving.close()
 
     def begin(self, device: torch.device, timestep: float = math.nan) -> None:
         """Forgets earlier calls; to be called before the denoiser is, with the noise level that it will be told."""
-        self._state, self._timestep = _State(), timestep
+        self._called, self._sums, self._timestep = set(), {}, timestep
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     @property
-    def used(self) -> tuple[str, ...]:
+    def used(self) -> set[str]:
         """Decisions of which a layer was called since `begin`."""
-        return tuple(n for n, c in self._changes.items() if self._state.uses.intersection(c.layers))
+        return {name for name, one in self._changes.items() if not self._called.isdisjoint(one.layers)}
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Decisions none of whose layers was called since `begin`."""
-        used = set(self.used)
-        return tuple(n for n in self._changes if n not in used)
+        used = self.used
+        return tuple(name for name in self._changes if name not in used)
 
     def squared_products(
         self, output: torch.Tensor, direction: torch.Tensor, *, n_samples: int | None = None
@@ -171,105 +276,62 @@ class Taps:
         zero. Rows, and decisions that were not used, as in `squared_products`; where samples mix, there is one row
         `[1, F]` for all of them.
         """
-        self._state.sums, self._n_rows, self._n_samples = {}, outputs[0].shape[0], n_samples
+        self._sums, self._n_rows, self._n_samples = {}, outputs[0].shape[0], n_samples
         pairs = [(o, d) for o, d in zip(outputs, directions, strict=True) if d is not None and o.requires_grad]
         gradients: list[torch.Tensor | None] = [None] * len(entries)
         if pairs:
-            roots, given = [o for o, _ in pairs], [d for _, d in pairs]
-            wanted = [self._anchor, *entries]
+            roots, given = zip(*pairs, strict=True)
             try:
+                wanted = [self._anchor, *entries]
                 found = torch.autograd.grad(roots, wanted, given, retain_graph=True, allow_unused=True)
             except InputChangedError:
                 raise
             except RuntimeError as error:
                 raise UnsupportedError(f"the denoiser cannot be differentiated on its own inputs: {error}") from error
             gradients = list(found[1:])
-        return {name: sums.products() for name, sums in self._state.sums.items()}, gradients
+        return {name: self._summed(name) for name, _ in self._sums}, gradients
+
+    def _summed(self, decision: str) -> torch.Tensor:
+        own, pooled = (self._sums.get((decision, per_row)) for per_row in (True, False))
+        if pooled is None:
+            return torch.zeros(()) if own is None else own.double()
+        return pooled.double() if own is None else pooled.double() + own.double().sum(0)
 
     def _tap(self, layer: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         inputs = args[0].detach()
-        use = _Use(layer, inputs.clone() if self._copy_inputs else inputs, inputs._version)
-        self._state.uses.add(layer)
+        self._called.add(layer)
         tapped = output if output.requires_grad else output + self._anchor.to(output.dtype)
-        tapped.register_hook(functools.partial(self._add, module, use))  # type: ignore[no-untyped-call]  # torch
+        kept_inputs = inputs.clone() if self._copy_inputs else inputs
+        add = functools.partial(self._add, layer, module, kept_inputs, inputs._version)
+        tapped.register_hook(add)  # type: ignore[no-untyped-call]  # torch
         return tapped
 
-    def _add(self, module: nn.Module, use: _Use, gradient: torch.Tensor) -> None:
-        if use.inputs._version != use.version and not self._copy_inputs:
-            raise InputChangedError(f"the input of layer {use.name!r} was overwritten before the backward pass")
-        per_row = gradient.shape[0] == use.inputs.shape[0] == self._n_rows and gradient.ndim > 1
-        for decision in self._decisions_of[use.name]:
+    def _add(self, layer: str, module: nn.Module, inputs: torch.Tensor, version: int, gradient: torch.Tensor) -> None:
+        """Adds the products of one call of a layer; `pooled` where its first axis is not the batch."""
+        if inputs._version != version and not self._copy_inputs:
+            raise InputChangedError(f"the input of layer {layer!r} was overwritten before the backward pass")
+        per_row = gradient.shape[0] == inputs.shape[0] == self._n_rows and gradient.ndim > 1
+        n = self._n_samples if per_row else 1
+        for decision in self._decisions_of[layer]:
             with torch.no_grad():
-                products = self._products(module, use, gradient, self._changes[decision], per_row=per_row)
-            self._state.sums.setdefault(decision, _Sums()).add(products, per_row=per_row)
+                products = self._products(layer, module, inputs, gradient, self._changes[decision], n)
+            before = self._sums.get((decision, per_row))
+            self._sums[decision, per_row] = products if before is None else before + products
 
     def _products(
-        self, module: nn.Module, use: _Use, gradient: torch.Tensor, changes: Changes, *, per_row: bool
+        self, layer: str, module: nn.Module, inputs: torch.Tensor, gradient: torch.Tensor, changes: Changes, n: int
     ) -> torch.Tensor:
         """The products of one use with the changes of one decision, `[n or 1, F + A]`."""
-        inputs = stream_of(module, use.inputs, changes.stream)
-        n = self._n_samples if per_row else 1
+        read = stream_of(module, inputs, changes.stream)
         if isinstance(module, _ConvNd):
-            products = _conv_products(module, inputs, gradient, changes.deltas, n)
+            products = _conv_products(module, read, gradient, changes.deltas, n)
         else:
-            products = _linear_products(_matrices(inputs, n), _matrices(gradient, n), changes.deltas)
-        rounded = [
-            self._rounding_products(module, use, gradient, quantizers).reshape(-1, n, 1).sum(0)
-            for quantizers in changes.roundings.get(use.name, ())
-        ]
-        return torch.cat([products, *rounded], 1)
-
-    def _rounding_products(
-        self, module: nn.Module, use: _Use, gradient: torch.Tensor, quantizers: InputQuantizers
-    ) -> torch.Tensor:
-        """<D_b, layer(rounded X_b) - layer(X_b)> `[B, 1]`."""
-        change = rounding_change(module, use.name, use.inputs, quantizers, self._timestep)
-        return (change * gradient.float()).flatten(1).sum(1, keepdim=True)
-
-
-class TappedDecisions:
-    """Some decisions whose weight changes are in memory together; they are loaded when first needed.
-
-    `names` are those of the changes by decision: weight formats, then widths of activations.
-    """
-
-    def __init__(self, lab: Lab, decisions: Iterable[str]) -> None:
-        self.denoiser, self._bank = lab.pipe.denoiser, lab.bank
-        self.names = {d: change_names(lab.bank.space, d) for d in decisions}
-        self._copies_inputs = False
-
-    @cached_property
-    def _changes(self) -> dict[str, Changes]:
-        return {d: self._loaded(d) for d in self.names}
-
-    def _loaded(self, decision: str) -> Changes:
-        deltas = weight_changes(self._bank, self.denoiser, decision)
-        known = self._bank.space.decision_index[decision]
-        return Changes(known.layers, deltas.flatten(2), input_roundings(self._bank, known), known.stream)
-
-    def tapped(self, measure: Callable[[Taps], Result]) -> Result:
-        """What is measured with hooks on the layers; where a layer's input is overwritten, again with copies."""
-        try:
-            with Taps(self.denoiser, self._changes, copy_inputs=self._copies_inputs) as taps:
-                return measure(taps)
-        except InputChangedError as error:
-            logger.info("%s; inputs are copied from now on", error)
-            self._copies_inputs = True
-        return self.tapped(measure)
-
-    def refuse_hidden_use(self, call: DenoiserCall, unused: Iterable[str]) -> None:
-        """Layers that were not called must have no influence: their weights must get no gradient.
-
-        Raises:
-            UnsupportedError: a weight that is used without calling its layer.
-        """
-        layers = [layer for d in unused for layer in self._changes[d].layers]
-        hidden = hidden_uses(self.denoiser, call, layers) if layers else []
-        if hidden:
-            raise UnsupportedError(
-                f"the weight of layer {hidden[0]!r} is used without calling the layer, so its first-order noise cannot "
-                "be measured. Use method='ablation' or 'error', or leave the layer out of the space."
-            )
+            products = _linear_products(_matrices(read, n), _matrices(gradient, n), changes.deltas)
+        rounded = (
+            rounding_change(module, layer, inputs, quantizers, self._timestep) * gradient.float()
+            for quantizers in changes.roundings.get(layer, ())
+        )
+        return torch.cat([products, *(r.flatten(1).sum(1).reshape(-1, n, 1).sum(0) for r in rounded)], 1)
 
 
 def hidden_uses(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[str]) -> list[str]:
@@ -327,32 +389,12 @@ def _conv_products(
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         inputs = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(module.kernel_size)
-    changes = deltas.flatten(1)
+    changes, size = deltas.flatten(1), (module.out_channels, inputs.shape[1] // module.groups, *module.kernel_size)
+    weight_gradient = _WEIGHT_GRADIENTS[len(padding)]
     rows = []
     for i in range(n):
-        weight_gradient = _conv_weight_gradient(module, inputs[i::n], gradient[i::n], padding)
-        rows.append((changes @ weight_gradient.reshape(-1).to(changes.dtype)).float())
+        found = weight_gradient(
+            inputs[i::n], size, gradient[i::n], module.stride, padding, module.dilation, module.groups
+        )
+        rows.append((changes @ found.reshape(-1).to(changes.dtype)).float())
     return torch.stack(rows)
-
-
-def _conv_weight_gradient(
-    module: _ConvNd, inputs: torch.Tensor, gradient: torch.Tensor, padding: Sequence[int]
-) -> torch.Tensor:
-    flags = [False, True, False]
-    zeros = [0] * len(padding)
-    _, found, _ = torch.ops.aten.convolution_backward(
-        gradient,
-        inputs,
-        module.weight[:, : inputs.shape[1] // module.groups],  # of its shape and dtype alone the operator makes use
-        None,
-        module.stride,
-        list(padding),
-        module.dilation,
-        False,
-        zeros,
-        module.groups,
-        flags,
-    )
-    if not isinstance(found, torch.Tensor):
-        raise UnsupportedError("the framework gave no weight gradient for a convolution")
-    return found
