@@ -21,7 +21,7 @@ import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.metrics.estimate import mean_estimate
 from sedimo.metrics.signal import NoisePowers, paired_difference
-from sedimo.quant.compensation import DAMPING, Moments
+from sedimo.quant.fitting import DAMPING, Moments
 from sedimo.treatments.error_feedback import ErrorFeedback, measure_moments
 
 FIRST_FRESH = 20_000

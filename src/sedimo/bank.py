@@ -25,8 +25,15 @@ from sedimo.errors import InputError, UnfitFormatError
 from sedimo.graph.model import Stream
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.activations import DYNAMIC, Activations, InputQuantizers
-from sedimo.quant.compensation import Feedback, Moments, compensated, feedback_of
-from sedimo.quant.fitting import error_estimates, fit_parameters, with_codes
+from sedimo.quant.fitting import (
+    Feedback,
+    Moments,
+    compensated,
+    error_estimates,
+    feedback_of,
+    fit_parameters,
+    with_codes,
+)
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.parts import Entry, Fitted, PartFormat, parts_of
 from sedimo.quant.tensor import QuantizedTensor
@@ -129,7 +136,7 @@ class Bank:
         return self._with(activations, self.moments)
 
     def compensating(self, moments: Moments) -> Bank:
-        """The same bank with codes by error feedback (see `quant.compensation`); nothing is fitted again."""
+        """The same bank with codes by error feedback (see `quant.fitting`); nothing is fitted again."""
         return self._with(self.activations, moments)
 
     def _with(self, activations: Activations, moments: Moments | None) -> Bank:
@@ -251,7 +258,7 @@ class Bank:
 
 
 def _feedback_bytes(parts: Sequence[Feedback]) -> int:
-    return sum(part.n_bytes for part in parts)
+    return sum(part.order.nbytes + part.asked.nbytes for part in parts)
 
 
 def fit_bank(

@@ -18,9 +18,16 @@ from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.methods.error import error_table
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant import families
-from sedimo.quant.compensation import compensated, feedback
 from sedimo.quant.families import FAMILIES
-from sedimo.quant.fitting import error_estimates, fit, fit_many, fit_parameters, quantize_weight, with_codes
+from sedimo.quant.fitting import (
+    compensated,
+    error_estimates,
+    feedback,
+    fit,
+    fit_parameters,
+    quantize_weight,
+    with_codes,
+)
 from sedimo.quant.formats import FULL_BITS, Format, paper_bytes, parse_formats, stored_bytes
 from sedimo.quant.parts import expected_tensors, pack_fitted, reconstruct
 from sedimo.quant.tensor import QuantizedTensor
@@ -105,9 +112,9 @@ class TestFamilyContract:
 
     def test_formats_fitted_together_are_those_fitted_alone(self, family):
         weight = make_weight((6, 64), torch.float16)
-        for number_format, fitted in fit_many(weight, quantized(family, weight)).items():
-            alone = fit(weight, number_format)
-            error, own = ((f.dequantize() - weight.float()).square().sum() for f in (fitted, alone))
+        for number_format, fitted in fit_parameters(weight, quantized(family, weight)).items():
+            both = with_codes(weight, fitted), fit(weight, number_format)
+            error, own = ((f.dequantize() - weight.float()).square().sum() for f in both)
             assert float(error) == pytest.approx(float(own), rel=FLOAT32_SUM, abs=1e-12)
 
     def test_errors_are_those_of_the_stored_numbers(self, family):

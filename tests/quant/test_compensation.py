@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedimo.errors import InputError
-from sedimo.quant.compensation import compensated, feedback, feedback_of
-from sedimo.quant.fitting import fit_parameters, with_codes
+from sedimo.quant.fitting import compensated, feedback, feedback_of, fit_parameters, with_codes
 from sedimo.quant.formats import WIDE_FORMATS, Format
 from sedimo.quant.parts import Fitted
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import combinations, pairwise
+from typing import NamedTuple
 
 import kmeans1d
 import numpy as np
@@ -12,22 +13,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedimo.quant.families import _kmeans_kernels
-from sedimo.quant.families.kmeans import (
-    KMA,
-    KMC,
-    fit_codebooks,
-    fit_tensor_codebooks,
-    nearest_codes,
-    read_values,
-    relative_error,
-    stored_codebook,
-)
+from sedimo.quant.families import _kmeans_kernels, kmeans
+from sedimo.quant.families.kmeans import KMA, KMC, read_values, relative_error, stored_codebook
 from sedimo.quant.formats import Format
 
 FORMAT = Format.parse("kmc4")  # codebooks tell everything themselves
 OPTIMUM = 1e-9  # relative, promised by the design
 FLOAT64 = 1e-12  # what two float64 computations of a well-conditioned sum may differ by
+
+
+class Books(NamedTuple):
+    centroids: torch.Tensor
+    squared_error: torch.Tensor
+
+
+def fit_codebooks(rows, levels):
+    return [Books(*found) for found in kmeans.fit_codebooks(rows, levels)]
+
+
+def nearest_codes(rows, codebook):
+    return KMC.codes(rows, FORMAT, {"codebook": codebook})
 
 
 def make_rows(kind, n_rows, n_inputs, seed, dtype=torch.float16):
@@ -235,7 +240,7 @@ def test_all_negative_rows():
 def test_tensor_codebook_is_that_of_all_values_in_one_row(dtype):
     weight = make_rows("heavy", 30, 50, seed=4, dtype=dtype).to(dtype)
     weight[0, :4] = torch.tensor([0.0, -0.0, 0.0, -0.0], dtype=dtype)
-    together = fit_tensor_codebooks(read_values(weight), [4, 16])
+    together = [Books(*found) for found in kmeans.fit_tensor_codebooks(read_values(weight), [4, 16])]
     for k, book, row in zip((4, 16), together, fit_codebooks(weight.float().reshape(1, -1), [4, 16]), strict=True):
         assert book.centroids.shape == (1, k)
         assert float(book.squared_error[0]) == pytest.approx(oracle_error(weight.float().reshape(-1), k), rel=OPTIMUM)

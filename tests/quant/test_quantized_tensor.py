@@ -14,7 +14,6 @@ from packed_weights import FORMATS, random_packed
 from sedimo.errors import InputError
 from sedimo.quant.fitting import fit, quantize_weight
 from sedimo.quant.formats import Format, paper_bytes
-from sedimo.quant.operators import run
 from sedimo.quant.tensor import QuantizedTensor, memory_bytes
 
 SPLIT = ((5, "kmc3"), (2, "fp16"), (9, "uaq4g4"))
@@ -139,7 +138,7 @@ def test_pinning_and_streams_reach_every_stored_tensor(monkeypatch):
     assert same(copied, q)
     assert [t.data_ptr() for t in pinned] == [t.data_ptr() for t in stored(q)]
     assert not q.is_pinned()
-    run(q, torch.ops.aten.record_stream.default, (q, "a stream"), {})
+    QuantizedTensor.__torch_dispatch__(torch.ops.aten.record_stream.default, (), (q, "a stream"))
     assert [(t.data_ptr(), s) for t, s in recorded] == [(t.data_ptr(), "a stream") for t in stored(q)]
 
 

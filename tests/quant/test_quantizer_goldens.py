@@ -60,11 +60,11 @@ def test_grids_are_those_of_the_released_code(entry):
 def test_codebooks_are_at_least_as_good_as_those_of_the_released_code(entry):
     weight, number_format = golden(entry)
     if number_format.family == "kmc":
-        (books,) = fit_codebooks(weight.reshape(weight.shape[0], -1), [number_format.n_levels])
+        ((_, errors),) = fit_codebooks(weight.reshape(weight.shape[0], -1), [number_format.n_levels])
     else:
-        (books,) = fit_tensor_codebooks(read_values(weight), [number_format.n_levels])
+        ((_, errors),) = fit_tensor_codebooks(read_values(weight), [number_format.n_levels])
     recorded = ENTRIES[entry]["sse"]
-    assert float(books.squared_error.sum()) <= recorded * (1 + FLOAT32_SUM) + RECORDED_ZERO
+    assert float(errors.sum()) <= recorded * (1 + FLOAT32_SUM) + RECORDED_ZERO
     stored = fit_parameters(weight, [number_format])[number_format]
     assert stored.squared_error <= recorded * (1 + FLOAT32_SUM) + RECORDED_ZERO
 

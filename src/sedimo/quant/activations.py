@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,23 +27,17 @@ from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.quant.formats import FULL_BITS, MAX_BITS, MIN_BITS
 
-RangeKind = Literal["dynamic", "static"]
 _LARGEST = 2.0**126  # the width of a range fits float32
 
 
 @dataclass(frozen=True, slots=True)
 class StaticRange:
-    """The range of a layer's inputs, fixed beforehand: least and greatest value, per group of timesteps.
-
-    Raises:
-        InputError: no pair, lists of different length, a value above its partner, or one that is no number of float32.
-    """
+    """The range of a layer's inputs, fixed beforehand: least and greatest value, per group of timesteps."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Refuses ranges that are none."""
         pairs = list(zip(self.low, self.high, strict=False))
         is_range = all(-_LARGEST <= a <= b <= _LARGEST for a, b in pairs)
         if not pairs or len(self.low) != len(self.high) or not is_range:
@@ -56,18 +49,13 @@ class StaticRange:
 
 @dataclass(frozen=True, slots=True)
 class ActivationQuantizer:
-    """How the inputs of one layer are rounded: `bits`, symmetric or not, by a fixed range or by each token's own.
-
-    Raises:
-        InputError: bits outside 2..8.
-    """
+    """How the inputs of one layer are rounded: `bits`, symmetric or not, by a fixed range or by each token's own."""
 
     bits: int
     symmetric: bool = False
     range: StaticRange | None = None
 
     def __post_init__(self) -> None:
-        """Refuses widths that no kernel computes in."""
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise InputError(f"activations take {MIN_BITS}..{MAX_BITS} bits, or 16, got {self.bits}")
 
@@ -81,16 +69,25 @@ class ActivationQuantizer:
         """Greatest code."""
         return (1 << self.bits - 1) - 1 if self.symmetric else (1 << self.bits) - 1
 
-    def codes(self, inputs: Tensor, *, n_axes: int = 1, group: int = 0) -> ActivationCodes:
-        """The codes of a layer's inputs: tokens `[..., in]` of a Linear layer, images `[..., C, ...]` of a convolution.
+    def codes(self, inputs: Tensor, *, n_axes: int = 1, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scale and zero point, all float32, of tokens `[..., in]` of a Linear layer or images `[..., C, ...]`.
 
         `n_axes` last axes are one token (1) or image (2, 3 or 4), and share a range where ranges are their own; it is
         one less than the layer's weight has. `group` is the group of timesteps that a static range is taken from.
         """
         values = inputs.float()
-        scale, zero_point = self._grid(*self._limits(values, n_axes, group))
+        if self.range is None:
+            axes = tuple(range(-n_axes, 0))
+            low, high = values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
+        else:
+            position = min(group, len(self.range.low) - 1)
+            low, high = values.new_tensor(self.range.low[position]), values.new_tensor(self.range.high[position])
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (torch.maximum(-low, high) if self.symmetric else high - low) / self.qmax
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # nothing but zeros; NaN stays what it is
+        zero_point = torch.zeros_like(low) if self.symmetric else (-low / scale).round()
         codes = torch.div(values, scale).round_().add_(zero_point).clamp_(self.qmin, self.qmax)
-        return ActivationCodes(codes, scale, zero_point)
+        return codes, scale, zero_point
 
     def __call__(self, inputs: Tensor, *, n_axes: int = 1, group: int = 0) -> Tensor:
         """A layer's inputs, rounded: same shape and dtype.
@@ -98,57 +95,19 @@ class ActivationQuantizer:
         The outermost point of the grid may lie half a step beyond the range; the dtype's greatest number stands for
         one that it does not reach.
         """
-        values = self.codes(inputs, n_axes=n_axes, group=group).dequantize()
-        largest = min(torch.finfo(inputs.dtype).max, torch.finfo(values.dtype).max)
-        return values.clamp_(-largest, largest).to(inputs.dtype)
-
-    def _limits(self, values: Tensor, n_axes: int, group: int) -> tuple[Tensor, Tensor]:
-        """Least and greatest value of each token, each image, or of all inputs."""
-        if self.range is not None:
-            position = min(group, len(self.range.low) - 1)
-            return values.new_tensor(self.range.low[position]), values.new_tensor(self.range.high[position])
-        axes = tuple(range(-n_axes, 0))
-        return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
-
-    def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        if self.symmetric:
-            width, zero_point = torch.maximum(low.abs(), high.abs()), torch.zeros_like(low)
-        else:
-            low, high = low.clamp(max=0), high.clamp(min=0)
-            width = high - low
-        scale = width / self.qmax
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # nothing but zeros; NaN stays what it is
-        if not self.symmetric:
-            zero_point = (-low / scale).round()
-        return scale, zero_point
-
-
-@dataclass(frozen=True, slots=True)
-class ActivationCodes:
-    """Whole numbers, and the scale and zero point that they stand on, all float32; shapes broadcast."""
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def dequantize(self) -> Tensor:
-        """The values that the codes stand for."""
-        return (self.codes - self.zero_point) * self.scale
+        codes, scale, zero_point = self.codes(inputs, n_axes=n_axes, group=group)
+        largest = min(torch.finfo(inputs.dtype).max, torch.finfo(codes.dtype).max)
+        return ((codes - zero_point) * scale).clamp_(-largest, largest).to(inputs.dtype)
 
 
 @dataclass(frozen=True)
 class InputQuantizers:
-    """The quantizers of some layers' inputs by layer name; `timesteps` as in `Activations`.
-
-    Raises:
-        InputError: a static range for another number of timesteps.
-    """
+    """The quantizers of some layers' inputs by layer name; `timesteps` as in `Activations`."""
 
     layers: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuses ranges for another number of timesteps."""
         if not all(math.isfinite(t) for t in self.timesteps):
             raise InputError(f"the timesteps of static ranges must be finite, got {self.timesteps}")
         for layer, quantizer in self.layers.items():
@@ -178,29 +137,18 @@ class Activations:
     timesteps: tuple[float, ...] = ()
 
     @property
-    def kind(self) -> RangeKind:
-        """Whether ranges are fixed beforehand."""
-        return "static" if self.static else "dynamic"
-
-    @property
     def key(self) -> str:
         """Content key; empty for the default, which needs no name."""
         return "" if self == DYNAMIC else content_key(self)
 
     def quantizers(self, bits: Mapping[str, int]) -> InputQuantizers:
-        """The quantizers of the layers whose inputs take fewer than 16 bits.
-
-        Raises:
-            InputError: ranges are static and there is none for a layer at its width.
-        """
+        """The quantizers of the layers whose inputs take fewer than 16 bits."""
         found = {layer: self._quantizer(layer, n) for layer, n in bits.items() if n != FULL_BITS}
         return InputQuantizers(found, self.timesteps)
 
     def _quantizer(self, layer: str, bits: int) -> ActivationQuantizer:
-        if not self.static:
-            return ActivationQuantizer(bits, self.symmetric)
         found = self.static.get(layer, {}).get(f"a{bits}")
-        if found is None:
+        if self.static and found is None:
             raise InputError(
                 f"no static range is known for the inputs of layer {layer!r} at {bits} bits: calibrate it "
                 "(sedimo.calibrate), or use dynamic ranges"

@@ -2,14 +2,24 @@
 
 A weight is `[out, in, ...]` of any floating dtype; it is read as float32 rows `[C, N]`, one per output channel,
 and every error is that of the *stored* numbers against those rows. How a format is fitted, its family says.
+
+Codes are the nearest ones, or those of error feedback, which make up for one another in what a layer gives: rounding
+a row w to w' changes the output by the squared error (w - w') H (w - w')^T in the mean, H the second moments of the
+layer's inputs, which nearest codes ignore. Columns are rounded one after another instead, and after each the columns
+that are still to come move to where they make up best for what was missed. Inputs of large power come first. Where
+inputs are strongly correlated (embedded timesteps, modulation), most of the error vanishes.
+
+Source:
+    Frantar et al. 2022, GPTQ (arXiv 2210.17323): the order of columns, the Cholesky form of the updates, and
+    damping by 1 % of the mean power. Scales, zero points and codebooks are those of the format's own fit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +30,9 @@ from sedimo.quant.formats import Format
 from sedimo.quant.parts import Fitted
 from sedimo.quant.tensor import QuantizedTensor
 
+FEEDBACK_VERSION = 1  # raise it when codes by error feedback change: trials are then measured anew
+DAMPING = 0.01  # added to every power of an input, as a share of their mean
+_LEAST_DAMPING, _MOST_DAMPING = 1e-6, 1.0
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Found = TypeVar("Found")
 
@@ -43,64 +56,38 @@ def quantize_weight(weight: Tensor, number_format: Format | str, *, layer_name: 
 
 
 def fit(weight: Tensor, number_format: Format, *, layer_name: str = "") -> Fitted:
-    """The weight in one format.
-
-    Args:
-        weight: `[out, in, ...]`, any floating dtype, any strides.
-        number_format: what it becomes.
-        layer_name: named in errors.
+    """The weight `[out, in, ...]` in one format; `layer_name` is named in errors.
 
     Raises:
         InputError: not a floating tensor of two or more dimensions, NaN or infinity, or the format is fp16.
     """
-    return fit_many(weight, (number_format,), layer_name=layer_name)[number_format]
-
-
-def fit_many(weight: Tensor, formats: Iterable[Format], *, layer_name: str = "") -> dict[Format, Fitted]:
-    """The weight in each format; formats of one family share what they can, and use all threads of torch.
-
-    Raises:
-        InputError: as `fit`.
-    """
-    rows, asked, shape = _read_rows(weight, layer_name), tuple(formats), tuple(weight.shape)
-    fitted = _fit_rows(weight, rows, asked, layer_name)
-    return {f: Fitted(f, shape, fitted[f], f.numerics.codes(rows, f, fitted[f])) for f in asked}
+    rows = _read_rows(weight, layer_name)
+    fitted = _fit(weight, rows, (number_format,), layer_name)[number_format]
+    codes = number_format.numerics.codes(rows, number_format, fitted)
+    return Fitted(number_format, tuple(weight.shape), fitted, codes)
 
 
 def fit_parameters(weight: Tensor, formats: Iterable[Format], *, layer_name: str = "") -> dict[Format, Fitted]:
-    """As `fit_many` with errors and without codes, which `with_codes` makes again: a bank keeps these.
+    """As `fit` with errors and without codes, which `with_codes` makes again: a bank keeps these.
 
-    Raises:
-        InputError: as `fit`.
+    Formats of one family share what they can, and use all threads of torch.
     """
-    rows, asked, shape = _read_rows(weight, layer_name), tuple(formats), tuple(weight.shape)
+    rows = _read_rows(weight, layer_name)
     norm = float(squared_norms(rows).sum())
-    fitted = _fit_rows(weight, rows, asked, layer_name)
-    errors = {f: float(f.numerics.squared_errors(rows, f, fitted[f]).sum()) for f in asked}
-    return {f: Fitted(f, shape, fitted[f], None, errors[f], norm) for f in asked}
+
+    def fitted(number_format: Format, parameters: Parameters) -> Fitted:
+        errors = number_format.numerics.squared_errors(rows, number_format, parameters)
+        return Fitted(number_format, tuple(weight.shape), parameters, None, float(errors.sum()), norm)
+
+    asked = tuple(formats)
+    found = _fit(weight, rows, asked, layer_name)
+    return {f: fitted(f, found[f]) for f in asked}
 
 
 def with_codes(weight: Tensor, fitted: Fitted, *, layer_name: str = "") -> Fitted:
-    """A fit with the codes of the weight that it was made for: the nearest ones.
-
-    Raises:
-        InputError: the weight's shape is another one, or as `fit`.
-    """
-    rows = rows_fitted_by(fitted, weight, layer_name)
+    """A fit with the codes of the weight that it was made for: the nearest ones."""
+    rows = _rows_fitted_by(fitted, weight, layer_name)
     return replace(fitted, codes=fitted.format.numerics.codes(rows, fitted.format, fitted.parameters))
-
-
-def rows_fitted_by(fitted: Fitted, weight: Tensor, layer_name: str) -> Tensor:
-    """The weight as rows `[C, N]`, if it is one that this fit was made for.
-
-    Raises:
-        InputError: as `with_codes`.
-    """
-    if tuple(weight.shape) != fitted.shape:
-        raise InputError(
-            f"{named(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {fitted.shape}"
-        )
-    return _read_rows(weight, layer_name)
 
 
 def error_estimates(
@@ -117,14 +104,11 @@ def error_estimates(
     that of a ratio estimator with the correction for a finite number of channels: 0 when all channels were used.
     A per-tensor codebook is fitted on the whole tensor, and its error exact, when the tensor has 16-bit values or at
     most 2^17; else it is fitted on 2^17 values drawn at random. fp16 has no error: it leaves the layer alone.
-
-    Raises:
-        InputError: fewer than two channels asked of a weight that has more, or as `fit`.
     """
     _check(weight, layer_name)
     n_all, asked = weight.shape[0], tuple(formats)
     if n_channels < min(2, n_all):
-        raise InputError(f"{named(layer_name)}: an error bar needs at least 2 output channels, got {n_channels=}")
+        raise InputError(f"{_named(layer_name)}: an error bar needs at least 2 output channels, got {n_channels=}")
     n = min(n_channels, n_all)
     index = torch.randperm(n_all, generator=generator)[:n].sort().values
     rows = _read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
@@ -133,12 +117,97 @@ def error_estimates(
     return {f: found.get(f, ErrorEstimate(0.0, 0.0, n)) for f in asked}
 
 
-def named(layer_name: str) -> str:
-    """How errors speak of a weight."""
+class Moments(Protocol):
+    """Second moments of the inputs of weights."""
+
+    @property
+    def key(self) -> str:
+        """What they were measured on."""
+
+    def blocks(self, weight: str) -> Sequence[Tensor]:
+        """Blocks `[n, n]` on the diagonal of the moments of a weight's columns, in order; none if it has no moments."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How the errors of some columns are passed on to later ones.
+
+    `order` int64 `[N]` is that in which columns are rounded; `asked` float32 `[N, N]`, lower triangular in that order:
+    in row j what a unit of error in each earlier column asks of column j.
+    """
+
+    order: Tensor
+    asked: Tensor
+
+
+def feedback(moments: Tensor, *, damping: float = DAMPING) -> Feedback:
+    """The feedback that second moments of inputs `[N, N]` ask for.
+
+    Inputs that are never used, and moments that are too nearly singular, are damped more until a factor exists.
+    """
+    if moments.ndim != 2 or moments.shape[0] != moments.shape[1]:
+        raise InputError(f"second moments are a square matrix, got {tuple(moments.shape)}")
+    wide = moments.detach().cpu().double()
+    if not torch.isfinite(wide).all():
+        raise InputError(
+            "second moments hold NaN or infinity: measure them in another dtype, or leave codes as they are"
+        )
+    power = wide.diagonal()
+    order = torch.argsort(power, descending=True, stable=True)
+    mean, damped = float(power.mean()), wide[order][:, order]
+    if mean == 0:  # no inputs were seen: nothing is passed on
+        return Feedback(order, torch.eye(len(power), dtype=torch.float32))
+    added = 0.0
+    while damping <= _MOST_DAMPING:
+        damped.diagonal().add_((damping - added) * mean)
+        added = damping
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return Feedback(order, (upper / upper.diagonal().unsqueeze(1)).T.float().contiguous())
+        damping = max(10 * damping, _LEAST_DAMPING)
+    raise InputError(
+        "second moments that are far from positive semidefinite are those of no inputs: measure them again"
+    )
+
+
+def feedback_of(blocks: Sequence[Tensor], start: int, stop: int) -> list[Feedback]:
+    """The feedback of columns `start` to `stop` (exclusive), one for each block that they lie in."""
+    found, first = [], 0
+    for block in blocks:
+        inner = slice(max(start - first, 0), min(stop - first, len(block)))
+        if inner.start < inner.stop:
+            found.append(feedback(block[inner, inner]))
+        first += len(block)
+    return found
+
+
+def compensated(weight: Tensor, fitted: Fitted, parts: Sequence[Feedback], *, layer_name: str = "") -> Fitted:
+    """As `with_codes` with codes by error feedback instead of the nearest ones, if the family has such.
+
+    `parts` are the feedback of consecutive ranges of the N = in * kernel size columns; errors stay within a range.
+    """
+    rows = _rows_fitted_by(fitted, weight, layer_name)
+    n = sum(len(part.order) for part in parts)
+    if n != rows.shape[1]:
+        raise InputError(f"{_named(layer_name)} has {rows.shape[1]} columns, its moments are of {n}")
+    codes, start, family = torch.empty(rows.shape, dtype=torch.uint8), 0, fitted.format.numerics
+    for part in parts:
+        columns = part.order + start
+        found = family.feedback_codes(rows[:, columns], columns, part.asked, fitted.format, fitted.parameters)
+        if found is None:
+            return with_codes(weight, fitted, layer_name=layer_name)
+        codes[:, columns] = found
+        start += len(part.order)
+    return replace(fitted, codes=codes)
+
+
+def _named(layer_name: str) -> str:
     return f"layer {layer_name!r}" if layer_name else "the weight"
 
 
-def _fit_rows(weight: Tensor, rows: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, Parameters]:
+def _fit(weight: Tensor, rows: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, Parameters]:
     return _by_family(formats, weight, layer_name, lambda own, fs: own.fit(rows, fs, weight))
 
 
@@ -154,20 +223,20 @@ def _by_family(
         own.setdefault(number_format.family, []).append(number_format)
         refusal = number_format.numerics.refusal(number_format, weight.shape)
         if refusal:
-            raise UnfitFormatError(f"{named(layer_name)} cannot take {number_format}: {refusal}")
+            raise UnfitFormatError(f"{_named(layer_name)} cannot take {number_format}: {refusal}")
     found: dict[Format, Found] = {}
     for alike in own.values():
         try:
             found |= make(alike[0].numerics, alike)
         except InputError as error:
-            raise type(error)(f"{named(layer_name)}: {error}") from error
+            raise type(error)(f"{_named(layer_name)}: {error}") from error
     return found
 
 
 def _check(weight: Tensor, layer_name: str) -> None:
     if weight.dtype not in _DTYPES or weight.ndim < 2 or weight.numel() == 0:
         raise InputError(
-            f"{named(layer_name)} must be a non-empty floating tensor [out, in, ...] to be quantized, "
+            f"{_named(layer_name)} must be a non-empty floating tensor [out, in, ...] to be quantized, "
             f"got {weight.dtype} of shape {tuple(weight.shape)}"
         )
 
@@ -178,6 +247,14 @@ def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
     rows = weight.detach().to(device="cpu", dtype=torch.float32).reshape(weight.shape[0], -1).contiguous()
     if not (math.isfinite(float(rows.amin())) and math.isfinite(float(rows.amax()))):  # NaN, when any value is
         raise InputError(
-            f"{named(layer_name)} holds NaN or infinity (as float32) and cannot be quantized. Leave it at fp16."
+            f"{_named(layer_name)} holds NaN or infinity (as float32) and cannot be quantized. Leave it at fp16."
         )
     return rows
+
+
+def _rows_fitted_by(fitted: Fitted, weight: Tensor, layer_name: str) -> Tensor:
+    if tuple(weight.shape) != fitted.shape:
+        raise InputError(
+            f"{_named(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {fitted.shape}"
+        )
+    return _read_rows(weight, layer_name)

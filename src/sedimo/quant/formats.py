@@ -62,7 +62,6 @@ class Format:
     activation_bits: int = FULL_BITS
 
     def __post_init__(self) -> None:
-        """Refuses combinations that no quantizer implements."""
         family = self.numerics
         if self.bits not in family.widths:
             raise InputError(f"bits must {_lie_in(family.widths)}, got {self.bits}. {_choices()}")
@@ -78,11 +77,7 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> Format:
-        """The format that a string such as `kmc4a8` names.
-
-        Raises:
-            InputError: the string is not a format.
-        """
+        """The format that a string such as `kmc4a8` names; refuses what is none."""
         for family in families.FAMILIES:
             match = _pattern(family.spelling).fullmatch(text)
             if match is not None:
@@ -124,11 +119,6 @@ class Format:
         return 1 << self.bits
 
     @property
-    def qmin(self) -> int:
-        """Least code."""
-        return 0
-
-    @property
     def qmax(self) -> int:
         """Greatest code, 2^bits - 1."""
         return self.n_levels - 1
@@ -160,11 +150,7 @@ NAMED_SETS = {"paper": PAPER_FORMATS, "wide": WIDE_FORMATS}
 
 
 def parse_formats(formats: str | Iterable[str | Format]) -> tuple[Format, ...]:
-    """Formats from the name of a set (`paper`, `wide`), a comma-separated text, or a list.
-
-    Raises:
-        InputError: empty, a duplicate, or not a format.
-    """
+    """Formats from the name of a set (`paper`, `wide`), a comma-separated text, or a list."""
     if isinstance(formats, str):
         if formats in NAMED_SETS:
             return NAMED_SETS[formats]
@@ -181,19 +167,14 @@ def with_activations(formats: Iterable[Format], bits: Iterable[int]) -> tuple[Fo
     Example:
         >>> [str(f) for f in with_activations([Format.parse("uaq4"), FP16], [8, 16])]
         ['uaq4a8', 'uaq4', 'fp16a8', 'fp16']
-
-    Raises:
-        InputError: a format that has activation bits already, a width that is neither 2..8 nor 16, or one given twice.
     """
-    widths = tuple(bits)
+    widths, asked = tuple(bits), tuple(formats)
     if not widths or len(set(widths)) != len(widths):
         raise InputError(f"widths of activations must be one or more different numbers, got {list(widths)}")
-    found = []
-    for number_format in formats:
+    for number_format in asked:
         if number_format.activation_bits != FULL_BITS:
             raise InputError(f"format {number_format} has activation bits already; leave them out of one of the two")
-        found += [replace(number_format, activation_bits=width) for width in widths]
-    return tuple(found)
+    return tuple(replace(f, activation_bits=width) for f in asked for width in widths)
 
 
 def paper_bytes(number_format: Format, shape: Sequence[int]) -> int:

@@ -33,7 +33,6 @@ class PartFormat:
     format: Format
 
     def __post_init__(self) -> None:
-        """Refuses an empty range."""
         if not 0 <= self.start < self.stop:
             raise InputError(f"a part must be a range of input channels, got {self.start}..{self.stop}")
 
@@ -48,13 +47,10 @@ def entry_text(entry: Entry) -> str:
 
 def covering(n_inputs: int, parts: Iterable[PartFormat]) -> Entry:
     """The entry of some parts of a layer of `n_inputs`: fp16 between them, and as a whole if all of them are."""
-    found: list[PartFormat] = []
-    for part in sorted(parts, key=lambda p: p.start):
-        end = found[-1].stop if found else 0
-        found += [*([PartFormat(end, part.start, FP16)] if part.start > end else []), part]
-    if found[-1].stop < n_inputs:
-        found.append(PartFormat(found[-1].stop, n_inputs, FP16))
-    return FP16 if all(p.format == FP16 for p in found) else tuple(found)
+    known = sorted(parts, key=lambda p: p.start)
+    gaps = zip([0, *(p.stop for p in known)], [*(p.start for p in known), n_inputs], strict=True)
+    found = [*known, *(PartFormat(start, stop, FP16) for start, stop in gaps if start < stop)]
+    return FP16 if all(p.format == FP16 for p in found) else tuple(sorted(found, key=lambda p: p.start))
 
 
 def parts_of(entry: Entry, n_inputs: int) -> tuple[PartFormat, ...]:
@@ -63,12 +59,7 @@ def parts_of(entry: Entry, n_inputs: int) -> tuple[PartFormat, ...]:
 
 
 def read_entry(value: object) -> Entry:
-    """An entry from a format, its text, or a list of `{start, stop, format}`.
-
-    Raises:
-        InputError: it is neither.
-        StateError: a part that is not as it should be.
-    """
+    """An entry from a format, its text, or a list of `{start, stop, format}`."""
     if isinstance(value, Format):
         return value
     if isinstance(value, str):
@@ -89,6 +80,9 @@ class TensorSpec(NamedTuple):
         """Bytes of such a tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
 
 def expected_tensors(
     number_format: Format, n_channels: int, n_inputs: int, dtypes: Mapping[str, torch.dtype] | None = None
@@ -96,9 +90,6 @@ def expected_tensors(
     """The tensors that a part `[C, n]` stores, by name, in the order in which they are written.
 
     `dtypes` are those of tensors whose dtype depends on the weight, where it is not the usual one.
-
-    Raises:
-        InputError: a dtype that is not allowed for the format.
 
     Example:
         >>> expected_tensors(Format.parse("kmc3"), 8, 10)["codes"]
@@ -133,11 +124,7 @@ class Fitted:
 
     @property
     def relative_error(self) -> float:
-        """Squared error over squared norm; 0 for a weight of zeros.
-
-        Raises:
-            InputError: it was fitted without its error.
-        """
+        """Squared error over squared norm; 0 for a weight of zeros."""
         if self.squared_error is None or self.squared_norm is None:
             raise InputError(f"the error of this fit of {self.format} was not asked for: use fit_parameters")
         return self.squared_error / self.squared_norm if self.squared_norm > 0 else 0.0
@@ -146,26 +133,18 @@ class Fitted:
     def stored_bytes(self) -> int:
         """Bytes of the tensors that replace the weight, codes packed."""
         codes = self.shape[0] * row_bytes(self.format.bits, math.prod(self.shape[1:]))
-        return codes + sum(t.numel() * t.element_size() for t in self.parameters.values())
-
-    def dequantize(self) -> Tensor:
-        """The weight that the codes stand for, float32 of `shape`.
-
-        Raises:
-            InputError: it holds parameters alone.
-        """
-        return reconstruct(self.format, {**self.parameters, CODES: self.known_codes}).reshape(self.shape)
+        return codes + sum(t.nbytes for t in self.parameters.values())
 
     @property
     def known_codes(self) -> Tensor:
-        """The codes.
-
-        Raises:
-            InputError: it holds parameters alone.
-        """
+        """The codes, where they were asked for."""
         if self.codes is None:
             raise InputError(f"these parameters of {self.format} have no codes yet: use with_codes(weight, fitted)")
         return self.codes
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, float32 of `shape`."""
+        return reconstruct(self.format, {**self.parameters, CODES: self.known_codes}).reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,7 +169,7 @@ class WeightPart:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the stored tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.nbytes for t in self.tensors.values())
 
     def with_codes(self, codes: Tensor) -> WeightPart:
         """The same part with other packed codes."""
@@ -205,11 +184,7 @@ class WeightPart:
         return (shape[0], self.stop - self.start, *shape[2:])
 
     def check(self, shape: Sequence[int]) -> None:
-        """Refuses tensors whose dtypes or shapes do not fit a weight of the given shape.
-
-        Raises:
-            InputError: naming the field, what it must be and what it is.
-        """
+        """Refuses tensors whose dtypes or shapes do not fit a weight of the given shape."""
         n_inputs = math.prod(self.shape_in(shape)[1:])
         expected = expected_tensors(self.format, shape[0], n_inputs, self.dtypes)
         found = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
@@ -217,15 +192,11 @@ class WeightPart:
             if expected.get(name) != found.get(name):
                 raise InputError(
                     f"part {self.start}..{self.stop} in format {self.format}: {name} must be "
-                    f"{_describe(expected.get(name))}, got {_describe(found.get(name))}"
+                    f"{expected.get(name, 'absent')}, got {found.get(name, 'absent')}"
                 )
 
     def unpacked_codes(self, shape: Sequence[int]) -> Tensor:
-        """Codes, uint8 `[C, n]`.
-
-        Raises:
-            InputError: the part is not quantized.
-        """
+        """Codes, uint8 `[C, n]`, for a weight of the given shape."""
         if self.codes is None:
             raise InputError(f"part {self.start}..{self.stop} is left at fp16 and has no codes")
         return unpack(self.codes, self.format.bits, math.prod(self.shape_in(shape)[1:]))
@@ -237,11 +208,7 @@ class WeightPart:
 
 
 def reconstruct(number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Weights float32 `[C, n]` of stored tensors, their codes unpacked; on their device.
-
-    Raises:
-        InputError: one that the format needs is missing.
-    """
+    """Weights float32 `[C, n]` of stored tensors, their codes unpacked; on their device."""
     family = number_format.numerics
     needed = [CODES] if number_format.is_quantized else []
     missing = [n for n in (*needed, *family.tensors(number_format, 1, 1)) if n not in tensors]
@@ -265,11 +232,7 @@ def unquantized_part(weight: Tensor, *, start: int = 0) -> WeightPart:
 
 
 def check_cover(parts: Sequence[WeightPart], shape: Sequence[int]) -> None:
-    """Refuses parts that do not cover the input channels of a weight exactly once, in order.
-
-    Raises:
-        InputError: a gap, an overlap, no part, or a part that does not fit.
-    """
+    """Refuses parts that do not fit, or do not cover the input channels of a weight exactly once, in order."""
     if len(shape) < 2 or min(shape) < 1:
         raise InputError(f"a packed weight has the shape [out, in, ...] with at least one of each, got {tuple(shape)}")
     position = 0
@@ -282,7 +245,3 @@ def check_cover(parts: Sequence[WeightPart], shape: Sequence[int]) -> None:
         position = part.stop
     if position != shape[1]:
         raise InputError(f"parts must cover the {shape[1]} input channels, got only {position}")
-
-
-def _describe(spec: TensorSpec | None) -> str:
-    return "absent" if spec is None else f"{spec.dtype} {list(spec.shape)}"

@@ -145,10 +145,7 @@ def check_against_layers(
     _refuse_names("lacks packed tensors", packed.keys() - found.keys())
     for name, wanted in packed.items():
         if found[name] != wanted:
-            raise StateError(
-                f"tensor {name!r} must be {_describe(wanted)} by config.json, the file has {_describe(found[name])}. "
-                f"{_REMEDY}"
-            )
+            raise StateError(f"tensor {name!r} must be {wanted} by config.json, the file has {found[name]}. {_REMEDY}")
     check_divisor_specs(found, smoothed or {}, _input_sizes(layers))
 
 
@@ -174,10 +171,7 @@ def check_against_model(found: Mapping[str, TensorSpec], layers: Layers, model: 
     _refuse_names("holds tensors that the model does not have", plain.keys() - wanted.keys())
     for name, spec in wanted.items():
         if plain[name].shape != spec.shape or plain[name].dtype.is_floating_point != spec.dtype.is_floating_point:
-            raise StateError(
-                f"tensor {name!r} must be {_describe(spec)} for this model, the file has {_describe(plain[name])}. "
-                f"{_REMEDY}"
-            )
+            raise StateError(f"tensor {name!r} must be {spec} for this model, the file has {plain[name]}. {_REMEDY}")
 
 
 def check_inputs(inputs: InputQuantizers, model: nn.Module) -> None:
@@ -281,7 +275,3 @@ def _refuse_names(what: str, names: Iterable[str]) -> None:
     if ordered:
         more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
         raise StateError(f"the checkpoint {what}: {', '.join(map(repr, ordered[:_SHOWN]))}{more}. {_REMEDY}")
-
-
-def _describe(spec: TensorSpec) -> str:
-    return f"{spec.dtype} {list(spec.shape)}"

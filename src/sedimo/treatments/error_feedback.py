@@ -32,7 +32,7 @@ from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import Sampling
-from sedimo.quant.compensation import DAMPING, FEEDBACK_VERSION
+from sedimo.quant.fitting import DAMPING, FEEDBACK_VERSION
 from sedimo.settings import option
 from sedimo.space import SearchSpace
 from sedimo.treatments.treatment import Treatment, Untouched

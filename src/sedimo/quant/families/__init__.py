@@ -16,11 +16,7 @@ FAMILIES: tuple[Family, ...] = (UAQ, KMC, KMA, FP)
 
 
 def family_named(name: str) -> Family:
-    """The family of this name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The family of this name."""
     for family in FAMILIES:
         if family.name == name:
             return family

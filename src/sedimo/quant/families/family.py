@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 Parameters = Mapping[str, Tensor]
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
-Mark = Literal["", "dash", "dot", "ring"]
 _CHUNK = 1 << 17  # weights per task: independent of the threads, so that results are too
+FEEDBACK_WORK = 32  # of a weight whose codes make up for others, as a multiple of a plain rounding's
 
 
 class Words(NamedTuple):
@@ -42,7 +42,7 @@ class Words(NamedTuple):
     summary: str
     grouped: str = ""
     example: str = ""
-    mark: Mark = "dash"
+    mark: Literal["", "dash", "dot", "ring"] = "dash"
     rank: int = 9
 
 
@@ -165,18 +165,17 @@ def _ratio_estimate(errors: Tensor, norms: Tensor, n_all: int) -> ErrorEstimate:
     return ErrorEstimate(mean, math.sqrt((1 - n / n_all) * variance / n) / (total / n), n)
 
 
-def over_rows(n_rows: int, n_inputs: int, task: Callable[[int, int], None]) -> None:
-    """Calls task(start, stop) for consecutive ranges of rows, on as many threads as torch may use.
+def over_rows(rows: Tensor, task: Callable[[slice], None], *, work: int = 1) -> None:
+    """Calls a task with consecutive ranges of rows, on as many threads as torch may use; it must release the lock.
 
-    The task must release the interpreter's lock.
+    `work` is that of one weight, as a multiple of a plain rounding's.
     """
-    step = max(1, _CHUNK // max(n_inputs, 1))
-    ranges = [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
-    n_threads = min(torch.get_num_threads(), len(ranges))
+    step = max(1, _CHUNK // max(rows.shape[1] * work, 1))
+    parts = [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+    n_threads = min(torch.get_num_threads(), len(parts))
     if n_threads <= 1:
-        for start, stop in ranges:
-            task(start, stop)
-        return
-    with ThreadPoolExecutor(n_threads) as pool:
-        for _ in pool.map(lambda pair: task(*pair), ranges):
-            pass
+        for part in parts:
+            task(part)
+    else:
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(task, parts))

@@ -7,9 +7,7 @@ float16; codes are the nearest stored centroid, the lower one at equal distance.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,16 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sedimo.errors import InputError
-from sedimo.quant.families.family import ErrorEstimate, Family, Parameters, Stored, Words, over_rows
+from sedimo.quant.families.family import FEEDBACK_WORK, ErrorEstimate, Family, Parameters, Stored, Words, over_rows
 
 if TYPE_CHECKING:
     from sedimo.quant.formats import Format
 
 _SAMPLE = 1 << 17  # values that a codebook of a tensor is estimated from, when they are not 16 bits wide
-_FEEDBACK_WORK = 32  # of a weight whose codes make up for others, as a multiple of a plain rounding's
 _LEAST_NORMAL = 2.0**-14  # of float16
 _MODEST = 2.0**-9  # a row with a centroid this large is rounded by at least 2^-21, which makes subnormals harmless
 _N_PATTERNS = 1 << 16
+Array = NDArray[np.float64]
+Values = tuple[NDArray[np.float32], Array]  # of a tensor, sorted, and how often each occurs; empty: once each
+Codebooks = tuple[Tensor, Tensor]  # centroids float64 `[R, K]`, sorted, and squared errors of rows float64 `[R]`
 
 
 class KMeans(Family):
@@ -48,12 +48,10 @@ class KMeans(Family):
         return _stored(formats, fit_codebooks(rows, [f.n_levels for f in formats]))
 
     def codes(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
-        return nearest_codes(rows, parameters["codebook"])
+        return _nearest(rows, parameters["codebook"], are_errors_wanted=False)
 
     def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
-        errors = torch.empty(len(rows), dtype=torch.float64)
-        _assign(rows, parameters["codebook"], None, errors)
-        return errors
+        return _nearest(rows, parameters["codebook"], are_errors_wanted=True)
 
     def dequantize(self, number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors["codes"]
@@ -79,16 +77,15 @@ class KMeans(Family):
     ) -> Tensor:
         from sedimo.quant.families._row_kernels import feedback_codebook_codes  # loaded here: importing compiles
 
-        codes = torch.empty(rows.shape, dtype=torch.uint8)
-        weights, asks, found, codebook = rows.numpy(), asked.numpy(), codes.numpy(), parameters["codebook"]
-        limits, centroids = thresholds(codebook), codebook.float().numpy()
+        weights, asks, found = rows.numpy(), asked.numpy(), np.empty(rows.shape, np.uint8)
+        limits, centroids = _thresholds(parameters["codebook"]), parameters["codebook"].float().numpy()
 
-        def task(start: int, stop: int) -> None:
-            own = slice(None) if self._is_shared else slice(start, stop)
-            feedback_codebook_codes(weights[start:stop], asks, limits[own], centroids[own], found[start:stop])
+        def task(part: slice) -> None:
+            own = slice(None) if self._is_shared else part
+            feedback_codebook_codes(weights[part], asks, limits[own], centroids[own], found[part])
 
-        over_rows(len(rows), rows.shape[1] * _FEEDBACK_WORK, task)
-        return codes
+        over_rows(rows, task, work=FEEDBACK_WORK)
+        return torch.from_numpy(found)
 
     def complaint(self, number_format: Format, parameters: Parameters) -> str:
         is_sorted = bool((parameters["codebook"].diff(dim=1) >= 0).all())
@@ -108,66 +105,49 @@ KMC = KMeans("kmc", _OF_CHANNELS, is_shared=False)
 KMA = KMeans("kma", _OF_TENSOR, is_shared=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Codebooks:
-    """Optimal centroids float64 `[R, K]`, sorted, and the sum of squared errors of each row, float64 `[R]`.
-
-    A row of fewer than K distinct values repeats its last centroid.
-    """
-
-    centroids: Tensor
-    squared_error: Tensor
-
-
 def fit_codebooks(rows: Tensor, n_levels: Sequence[int]) -> list[Codebooks]:
-    """Optimal codebooks of every row, one for each number of levels.
+    """Optimal codebooks of every row of finite, contiguous float32 `[R, N]`, one for each number of levels, at least 2.
 
-    Args:
-        rows: float32 `[R, N]`, finite, contiguous.
-        n_levels: numbers of centroids, at least 2; several share one sort.
+    All levels share one sort. A row of fewer than K distinct values repeats its last centroid.
     """
     values = rows.numpy()
-    levels = np.array(sorted(set(n_levels), reverse=True), dtype=np.int64)
-    centroids, errors = np.empty((len(rows), levels.sum())), np.empty((len(rows), len(levels)))
 
-    def task(start: int, stop: int) -> None:
-        _fit_sorted(np.sort(values[start:stop], axis=1), np.empty(0), levels, centroids[start:stop], errors[start:stop])
+    def fill(levels: NDArray[np.int64], centroids: Array, errors: Array) -> None:
+        def task(own: slice) -> None:
+            _fit_sorted(np.sort(values[own], axis=1), np.empty(0), levels, centroids[own], errors[own])
 
-    over_rows(len(values), values.shape[1], task)
-    return _split(centroids, errors, levels, n_levels)
+        over_rows(rows, task)
 
-
-@dataclass(frozen=True, slots=True)
-class Values:
-    """Values of a tensor, sorted float32 `[M]`, and how often each occurs, float64 `[M]` or `[0]` for once each."""
-
-    values: NDArray[np.float32]
-    counts: NDArray[np.float64]
+    return _fit_levels(len(rows), n_levels, fill)
 
 
 def read_values(weight: Tensor) -> Values:
-    """All values of a finite tensor.
+    """All values of a finite tensor: those of a 16-bit float, at most 65,536 different ones, are counted."""
+    if weight.element_size() != 2:
+        return np.sort(weight.detach().to(torch.float32).cpu().numpy(), axis=None), np.empty(0)
+    from sedimo.quant.families._row_kernels import count_patterns  # loaded here: importing compiles
 
-    Those of a 16-bit float are at most 65,536 different ones, which are counted; others are sorted.
-    """
-    if weight.element_size() == 2:
-        return _histogram(weight)
-    return Values(np.sort(weight.detach().to(torch.float32).cpu().numpy(), axis=None), np.empty(0))
+    patterns = weight.detach().cpu().contiguous().view(torch.uint16).numpy().reshape(-1)
+    counts = np.zeros(_N_PATTERNS, dtype=np.int64)
+    count_patterns(patterns, counts)
+    used = np.nonzero(counts)[0]
+    values = torch.from_numpy(used.astype(np.uint16)).view(weight.dtype).to(torch.float32).numpy()
+    order = np.argsort(values)
+    return values[order], counts[used][order].astype(np.float64)
 
 
 def fit_tensor_codebooks(values: Values, n_levels: Sequence[int]) -> list[Codebooks]:
     """Optimal codebooks of all values together, `[1, K]`, one for each number of levels."""
-    levels = np.array(sorted(set(n_levels), reverse=True), dtype=np.int64)
-    centroids, errors = np.empty((1, levels.sum())), np.empty((1, len(levels)))
-    _fit_sorted(values.values[np.newaxis], values.counts, levels, centroids, errors)
-    return _split(centroids, errors, levels, n_levels)
+    rows, counts = values[0][np.newaxis], values[1]
+    return _fit_levels(1, n_levels, lambda *targets: _fit_sorted(rows, counts, *targets))
 
 
 def relative_error(values: Values, codebook: Tensor) -> float:
     """Squared error of all values with their nearest stored centroids `[1, K]`, over their squared norm."""
-    codes = np.searchsorted(thresholds(codebook)[0], values.values)
-    wide = values.values.astype(np.float64)
-    weights = values.counts if len(values.counts) else np.ones(len(wide))
+    distinct, counts = values
+    codes = np.searchsorted(_thresholds(codebook)[0], distinct)
+    wide = distinct.astype(np.float64)
+    weights = counts if len(counts) else np.ones(len(wide))
     norm = float(weights @ wide**2)
     return float(weights @ (codebook[0].double().numpy()[codes] - wide) ** 2) / norm if norm > 0 else 0.0
 
@@ -188,76 +168,45 @@ def stored_codebook(centroids: Tensor) -> Tensor:
     return centroids.to(torch.float32) if bool(hurts.any()) else half
 
 
-def nearest_codes(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Codes uint8 `[R, N]` of the nearest centroid in a stored codebook `[R, K]` or `[1, K]`."""
-    codes = torch.empty(rows.shape, dtype=torch.uint8)
-    _assign(rows, codebook, codes, None)
-    return codes
-
-
 def _fit_shared(values: Values, formats: Sequence[Format]) -> dict[Format, Parameters]:
     """The codebooks of all values together."""
-    if not (math.isfinite(values.values[0]) and math.isfinite(values.values[-1])):  # NaN is sorted last
+    if not np.isfinite(values[0][[0, -1]]).all():  # NaN is sorted last
         raise InputError("some of its values are NaN or infinity (as float32). Leave it at fp16.")
     return _stored(formats, fit_tensor_codebooks(values, [f.n_levels for f in formats]))
 
 
 def _stored(formats: Sequence[Format], books: Sequence[Codebooks]) -> dict[Format, Parameters]:
-    return {f: {"codebook": stored_codebook(b.centroids)} for f, b in zip(formats, books, strict=True)}
+    return {f: {"codebook": stored_codebook(centroids)} for f, (centroids, _) in zip(formats, books, strict=True)}
+
+
+def _fit_levels(
+    n_rows: int, n_levels: Sequence[int], fill: Callable[[NDArray[np.int64], Array, Array], None]
+) -> list[Codebooks]:
+    """The codebooks of each number of levels, which `fill` writes side by side, that of most levels first."""
+    levels = np.array(sorted(set(n_levels), reverse=True), dtype=np.int64)
+    centroids, errors = np.empty((n_rows, levels.sum())), np.empty((n_rows, len(levels)))
+    fill(levels, centroids, errors)
+    books = np.split(centroids, levels.cumsum()[:-1], axis=1)
+    columns = [levels.tolist().index(k) for k in n_levels]
+    return [(torch.from_numpy(books[i].copy()), torch.from_numpy(errors[:, i].copy())) for i in columns]
 
 
 def _fit_sorted(
-    rows: NDArray[np.float32],
-    counts: NDArray[np.float64],
-    levels: NDArray[np.int64],
-    centroids: NDArray[np.float64],
-    errors: NDArray[np.float64],
+    rows: NDArray[np.float32], counts: Array, levels: NDArray[np.int64], centroids: Array, errors: Array
 ) -> None:
-    from sedimo.quant.families._kmeans_kernels import BLOCK, fit_rows  # loaded here: importing compiles
+    from sedimo.quant.families._kmeans_kernels import BLOCK, fit_distinct, fit_rows  # loaded here: importing compiles
 
     fit_rows(rows, counts, levels, BLOCK, centroids, errors)
     ends = levels.cumsum()
-    for row, index in np.argwhere(errors < 0):
-        found = centroids[row, ends[index] - levels[index] : ends[index]]
-        errors[row, index] = _fit_unsolved(rows[row], counts, found)
+    for row, index in np.argwhere(errors < 0):  # unsolved
+        distinct, first = np.unique(rows[row], return_index=True)
+        weights = counts if len(counts) else np.ones(rows.shape[1])
+        found = np.empty(levels[index])
+        errors[row, index] = fit_distinct(distinct.astype(np.float64), np.add.reduceat(weights, first), found)
+        centroids[row, ends[index] - levels[index] : ends[index]] = found
 
 
-def _fit_unsolved(values: NDArray[np.float32], counts: NDArray[np.float64], centroids: NDArray[np.float64]) -> float:
-    from sedimo.quant.families._kmeans_kernels import fit_distinct  # loaded here: importing compiles
-
-    distinct, first = np.unique(values, return_index=True)
-    weights = counts if len(counts) else np.ones(len(values))
-    found = np.empty(len(centroids))
-    error = fit_distinct(distinct.astype(np.float64), np.add.reduceat(weights, first), found)
-    centroids[:] = found
-    return float(error)
-
-
-def _split(
-    centroids: NDArray[np.float64], errors: NDArray[np.float64], levels: NDArray[np.int64], n_levels: Sequence[int]
-) -> list[Codebooks]:
-    ends = dict(zip(levels.tolist(), levels.cumsum().tolist(), strict=True))
-    column = {k: i for i, k in enumerate(levels.tolist())}
-    books = torch.from_numpy(centroids)
-    return [
-        Codebooks(books[:, ends[k] - k : ends[k]].contiguous(), torch.from_numpy(errors[:, column[k]].copy()))
-        for k in n_levels
-    ]
-
-
-def _histogram(weight: Tensor) -> Values:
-    from sedimo.quant.families._row_kernels import count_patterns  # loaded here: importing compiles
-
-    patterns = weight.detach().cpu().contiguous().view(torch.uint16).numpy().reshape(-1)
-    counts = np.zeros(_N_PATTERNS, dtype=np.int64)
-    count_patterns(patterns, counts)
-    used = np.nonzero(counts)[0]
-    values = torch.from_numpy(used.astype(np.uint16)).view(weight.dtype).to(torch.float32).numpy()
-    order = np.argsort(values)
-    return Values(values[order], counts[used][order].astype(np.float64))
-
-
-def thresholds(codebook: Tensor) -> NDArray[np.float32]:
+def _thresholds(codebook: Tensor) -> NDArray[np.float32]:
     """float32 numbers that a float32 weight exceeds exactly when it exceeds the middle of two centroids."""
     wide = codebook.to(torch.float64).numpy()
     middles = (wide[:, 1:] + wide[:, :-1]) / 2
@@ -266,18 +215,19 @@ def thresholds(codebook: Tensor) -> NDArray[np.float32]:
     return rounded
 
 
-def _assign(rows: Tensor, codebook: Tensor, codes: Tensor | None, errors: Tensor | None) -> None:
-    """Fills codes uint8 `[R, N]`, or squared errors float64 `[R]`, or both."""
+def _nearest(rows: Tensor, codebook: Tensor, *, are_errors_wanted: bool) -> Tensor:
+    """The nearest codes uint8 `[R, N]`, or the squared error of each row with them, float64 `[R]`."""
     from sedimo.quant.families._row_kernels import codebook_codes, codebook_errors  # loaded here: importing compiles
 
-    values, limits, centroids = rows.numpy(), thresholds(codebook), codebook.to(torch.float32).numpy()
-    is_shared = len(centroids) == 1
+    values, limits, centroids = rows.numpy(), _thresholds(codebook), codebook.to(torch.float32).numpy()
+    found = np.empty(len(rows)) if are_errors_wanted else np.empty(rows.shape, np.uint8)
 
-    def task(start: int, stop: int) -> None:
-        part = slice(None) if is_shared else slice(start, stop)
-        found = np.empty((stop - start, values.shape[1]), np.uint8) if codes is None else codes.numpy()[start:stop]
-        codebook_codes(values[start:stop], limits[part], found)
-        if errors is not None:
-            codebook_errors(values[start:stop], centroids[part], found, errors.numpy()[start:stop])
+    def task(part: slice) -> None:
+        own = slice(None) if len(centroids) == 1 else part
+        codes = np.empty(values[part].shape, np.uint8) if are_errors_wanted else found[part]
+        codebook_codes(values[part], limits[own], codes)
+        if are_errors_wanted:
+            codebook_errors(values[part], centroids[own], codes, found[part])
 
-    over_rows(len(values), values.shape[1], task)
+    over_rows(rows, task)
+    return torch.from_numpy(found)

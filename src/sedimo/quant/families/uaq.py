@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from sedimo.errors import UnfitFormatError
-from sedimo.quant.families.family import Family, Parameters, Stored, Words, over_rows
+from sedimo.quant.families.family import FEEDBACK_WORK, Family, Parameters, Stored, Words, over_rows
 
 if TYPE_CHECKING:
     from sedimo.quant.formats import Format
 
 SHRINK_FACTORS = tuple(1.0 - percent * 0.01 for percent in range(0, 100, 10))
-_FEEDBACK_WORK = 32  # of a weight whose codes make up for others, as a multiple of a plain rounding's
 _ZERO_POINT_LIMIT = 32766  # a row that would need more has its scale widened: 2^-15 of its values is precise enough
 _LEAST_GROUP_SCALE = 2.0**-24  # smallest positive float16
 
@@ -60,14 +59,10 @@ class UniformAffine(Family):
         return {f: fit_grid(rows, f) for f in formats}
 
     def codes(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
-        codes = torch.empty(rows.shape, dtype=torch.uint8)
-        _assign(rows, number_format, parameters, codes, None)
-        return codes
+        return _nearest(rows, number_format, parameters, are_errors_wanted=False)
 
     def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
-        errors = torch.empty(len(rows), dtype=torch.float64)
-        _assign(rows, number_format, parameters, None, errors)
-        return errors
+        return _nearest(rows, number_format, parameters, are_errors_wanted=True)
 
     def dequantize(self, number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors["codes"]
@@ -84,18 +79,16 @@ class UniformAffine(Family):
     ) -> Tensor:
         from sedimo.quant.families._row_kernels import feedback_grid_codes  # loaded here: importing compiles
 
-        codes = torch.empty(rows.shape, dtype=torch.uint8)
-        weights, asks, found = rows.numpy(), asked.numpy(), codes.numpy()
+        weights, asks, found = rows.numpy(), asked.numpy(), np.empty(rows.shape, np.uint8)
         scales, zeros = parameters["scale"].float().numpy(), parameters["zero_point"].float().numpy()
         size, qmax = number_format.group_size, np.float32(number_format.qmax)
         group_of = (torch.zeros_like(columns) if size is None else columns // size).numpy()
 
-        def task(start: int, stop: int) -> None:
-            own = slice(start, stop)
+        def task(own: slice) -> None:
             feedback_grid_codes(weights[own], asks, group_of, scales[own], zeros[own], qmax, found[own])
 
-        over_rows(len(rows), rows.shape[1] * _FEEDBACK_WORK, task)
-        return codes
+        over_rows(rows, task, work=FEEDBACK_WORK)
+        return torch.from_numpy(found)
 
     def complaint(self, number_format: Format, parameters: Parameters) -> str:
         highest = int(parameters["zero_point"].max())
@@ -108,36 +101,26 @@ UAQ = UniformAffine()
 
 
 def fit_grid(rows: Tensor, number_format: Format) -> dict[str, Tensor]:
-    """Scale and zero point with the least mean |error|^2.4 among the shrunk ranges.
-
-    Raises:
-        UnfitFormatError: values so large that the scale overflows its type.
-    """
+    """Scale and zero point with the least mean |error|^2.4 among the shrunk ranges."""
     from sedimo.quant.families._row_kernels import best_grids  # loaded here: importing compiles
 
-    scale, zero_point = candidate_grids(rows, number_format)
+    scale, zero_point = _candidate_grids(rows, number_format)
     best = torch.zeros(scale.shape[1:], dtype=torch.int64)
     group_size, qmax = number_format.group_size or rows.shape[1], np.float32(number_format.qmax)
 
-    def task(start: int, stop: int) -> None:
-        part = scale[:, start:stop].contiguous()
-        zeros = zero_point[:, start:stop].contiguous().numpy()
-        found = best[start:stop].numpy()
-        best_grids(rows[start:stop].numpy(), group_size, part.numpy(), part.reciprocal().numpy(), zeros, qmax, found)
+    def task(own: slice) -> None:
+        scales, zeros = (t[:, own].contiguous() for t in (scale, zero_point))
+        grids = scales.numpy(), scales.reciprocal().numpy(), zeros.numpy()
+        best_grids(rows[own].numpy(), group_size, *grids, qmax, best[own].numpy())
 
-    over_rows(len(rows), rows.shape[1], task)
-    index = best.unsqueeze(0)
-    chosen = scale.gather(0, index)[0], zero_point.gather(0, index)[0]
+    over_rows(rows, task)
+    chosen = (t.gather(0, best.unsqueeze(0))[0] for t in (scale, zero_point))
     stored = (t.to(dtype) for t, dtype in zip(chosen, _dtypes(number_format), strict=True))  # nothing is rounded
     return dict(zip(("scale", "zero_point"), stored, strict=True))
 
 
-def candidate_grids(rows: Tensor, number_format: Format) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for each shrink factor, as float32 numbers that the stored types hold exactly.
-
-    Returns:
-        Two float32 tensors `[F, C, G]`, one entry per shrink factor.
-    """
+def _candidate_grids(rows: Tensor, number_format: Format) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for each shrink factor, float32 `[F, C, G]` that the stored types hold exactly."""
     low, high = _ranges(rows, number_format.group_size)
     factors = torch.tensor(SHRINK_FACTORS).reshape(-1, 1, 1)
     if number_format.group_size is None:
@@ -206,21 +189,20 @@ def _make_constants_exact(scale: Tensor, zero_point: Tensor, low: Tensor, high: 
     zero_point[:, is_constant] = torch.where(value > 0, 0.0, steps[best])
 
 
-def _assign(
-    rows: Tensor, number_format: Format, parameters: Parameters, codes: Tensor | None, errors: Tensor | None
-) -> None:
-    """Fills codes uint8 `[C, N]`, or squared errors float64 `[C]`, or both."""
+def _nearest(rows: Tensor, number_format: Format, parameters: Parameters, *, are_errors_wanted: bool) -> Tensor:
+    """The nearest codes uint8 `[C, N]`, or the squared error of each row with them, float64 `[C]`."""
     from sedimo.quant.families._row_kernels import grid_codes, grid_errors  # loaded here: importing compiles
 
     values, scales = rows.numpy(), parameters["scale"].float().numpy()
-    zeros = parameters["zero_point"].float().numpy()
-    group_size, qmax = number_format.group_size or values.shape[1], np.float32(number_format.qmax)
+    zeros, qmax = parameters["zero_point"].float().numpy(), np.float32(number_format.qmax)
+    size = number_format.group_size or rows.shape[1]
+    found = np.empty(len(rows)) if are_errors_wanted else np.empty(rows.shape, np.uint8)
 
-    def task(start: int, stop: int) -> None:
-        part = slice(start, stop)
-        found = np.empty(values[part].shape, np.uint8) if codes is None else codes.numpy()[part]
-        grid_codes(values[part], group_size, scales[part], zeros[part], qmax, found)
-        if errors is not None:
-            grid_errors(values[part], group_size, scales[part], zeros[part], found, errors.numpy()[part])
+    def task(own: slice) -> None:
+        codes = np.empty(values[own].shape, np.uint8) if are_errors_wanted else found[own]
+        grid_codes(values[own], size, scales[own], zeros[own], qmax, codes)
+        if are_errors_wanted:
+            grid_errors(values[own], size, scales[own], zeros[own], codes, found[own])
 
-    over_rows(len(values), values.shape[1], task)
+    over_rows(rows, task)
+    return torch.from_numpy(found)
