@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sedimo.allocation.costs import EXACTLY_NOTHING, build_table
+from sedimo.allocation.table import EXACTLY_NOTHING, build_table
 from sedimo.bank import Candidate
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.lab.exchange import change_names

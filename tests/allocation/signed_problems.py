@@ -9,10 +9,9 @@ from functools import cached_property
 import numpy as np
 from allocation_tables import FORMATS, table_of
 
-from sedimo.allocation.costs import CostEstimate
 from sedimo.allocation.effects import Effects
 from sedimo.allocation.problem import Budget
-from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.allocation.table import Cost, CostEstimate, SensitivityTable
 from sedimo.quant.formats import FP16
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from signed_problems import SignedProblem, signed_problem
 
 from examples import examples
-from sedimo.allocation.decide import GAP
-from sedimo.allocation.exchange import allocate_signed, cross_validated_noise
+from sedimo.allocation.effects import allocate_signed, cross_validated_noise
 from sedimo.allocation.problem import Budget
+from sedimo.allocation.program import GAP
 from sedimo.allocation.solve import allocate_within
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError

@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 
 from examples import examples
 from sedimo.allocation.problem import Budget, make_problem
-from sedimo.allocation.relaxation import relax
+from sedimo.allocation.program import relax
 from sedimo.allocation.solve import allocate, allocate_within
 from sedimo.allocation.table import Cost, of_family
 from sedimo.errors import InputError

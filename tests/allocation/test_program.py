@@ -149,7 +149,7 @@ def test_a_solver_that_stops_early_with_nothing_says_so(monkeypatch):
     ],
 )
 def test_answers_that_never_fit_are_not_taken_for_a_proof(monkeypatch, solver, message):
-    monkeypatch.setattr("sedimo.allocation.decide.repair", lambda *_: None)
+    monkeypatch.setattr("sedimo.allocation.program.repair", lambda *_: None)
     monkeypatch.setattr(program, "solve_highs", solver)
     with pytest.raises(InputError, match=message):
         allocate(random_table(8, seed=1), bits=3.5)
@@ -157,7 +157,7 @@ def test_answers_that_never_fit_are_not_taken_for_a_proof(monkeypatch, solver, m
 
 _PRINTS = """
 import ctypes, io, json, os, sys
-from sedimo.allocation._silence import silenced_stdout
+from sedimo.allocation.program import silenced_stdout
 libc = ctypes.CDLL(None)
 print("before"); libc.puts(b"before in C")
 {replace}
@@ -185,12 +185,12 @@ def test_compiled_code_cannot_print(replace):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="closes a POSIX descriptor")
 def test_a_closed_standard_output_is_no_obstacle():
-    code = "import os\nfrom sedimo.allocation._silence import silenced_stdout as quiet\nos.close(1)\nwith quiet(): pass"
+    code = "import os\nfrom sedimo.allocation.program import silenced_stdout as quiet\nos.close(1)\nwith quiet(): pass"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_descriptor_returns_after_an_error(capfd):
-    from sedimo.allocation._silence import silenced_stdout
+    from sedimo.allocation.program import silenced_stdout
 
     with pytest.raises(ValueError, match="inside"), silenced_stdout():
         raise ValueError("inside")
@@ -216,8 +216,9 @@ def test_an_answer_that_never_fits_is_mended_rather_than_thrown_away(monkeypatch
     assert exact.objective < 0.9 * greedy.objective
 
     def spoiled(problem, unit, gap):
-        names = [row[0].decision for row in problem.options]
-        columns = [[e.format for e in row].index(exact.choice[row[0].decision]) for row in problem.options]
+        names = sorted(table.by_decision)
+        formats = [[table.by_decision[n][i].format for i in row] for n, row in zip(names, problem.options, strict=True)]
+        columns = [row.index(exact.choice[name]) for name, row in zip(names, formats, strict=True)]
         columns[names.index("layer0")] = len(problem.options[names.index("layer0")]) - 1
         return Answer(np.array(columns), -math.inf)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from examples import examples
 from sedimo.allocation.problem import Budget, bits_range, make_problem
-from sedimo.allocation.relaxation import relax
+from sedimo.allocation.program import relax
 from sedimo.allocation.solve import allocate, allocate_within
 from sedimo.allocation.table import Cost
 from sedimo.errors import InputError

@@ -102,21 +102,21 @@ def test_a_variant_is_a_row():
     group = group_of(A, B)
     paper, stored, bops = (int(sizes[5]) for sizes in (group.paper_bytes, group.stored_bytes, group.bops))
     kmc4 = Format.parse("kmc4")
-    assert group.variant(5) == Variant({"a": FP16, "b": kmc4}, 2.0, 0.2, paper, stored, bops)
-    assert group.n_variants == 6
+    assert group[5] == Variant({"a": FP16, "b": kmc4}, 2.0, 0.2, paper, stored, bops)
+    assert len(group) == 6
 
 
 def test_forbidden_variants_and_unknown_errors_are_allowed():
     group = group_of(A, cost=np.array([1.0, np.inf, 0.0]), standard_error=np.array([0.0, math.nan, math.nan]))
-    assert math.isinf(group.variant(1).cost)
-    assert math.isnan(group.variant(2).standard_error)
+    assert math.isinf(group[1].cost)
+    assert math.isnan(group[2].standard_error)
 
 
 def test_a_selection_of_variants_is_allowed():
     full = group_of(A, B)
     names = ("choice", "cost", "standard_error", "paper_bytes", "stored_bytes", "bops")
     some = replace(full, **{name: getattr(full, name)[[4, 1]] for name in names})
-    assert [some.variant(i) for i in (0, 1)] == [full.variant(i) for i in (4, 1)]
+    assert [some[i] for i in (0, 1)] == [full[i] for i in (4, 1)]
 
 
 def spoiled(array, row, value):
@@ -192,4 +192,4 @@ def test_groups_that_do_not_share_out_the_decisions_are_refused(groups, message)
 def test_a_long_list_of_names_is_cut():
     names = [f"d{i}" for i in range(8)]
     with pytest.raises(InputError, match=r"missing: d0, d1, d2, d3, d4 and 3 more\."):
-        VariantTable("gnn", "Toy", (), {name: (name,) for name in names}, dict.fromkeys(names, 1))
+        VariantTable("gnn", "Toy", (), {name: (name,) for name in names}, len(names))

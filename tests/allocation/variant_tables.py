@@ -41,7 +41,7 @@ def grouped(
         formats = tuple(tuple(e.format for e in row) for row in entries)
         arrays = [total(field) for field in ("standard_error", "paper_bytes", "stored_bytes", "bops")]
         groups.append(GroupVariants("+".join(decisions), decisions, formats, choice, change(total("cost")), *arrays))
-    return VariantTable(table.method, table.denoiser, tuple(groups), table.layers, table.params)
+    return VariantTable(table.method, table.denoiser, tuple(groups), table.layers, table.total_params)
 
 
 @st.composite

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sedimo.allocation.costs import CostEstimate, build_table
+from sedimo.allocation.table import CostEstimate, build_table
 from sedimo.methods import method
 from sedimo.quant.families.family import Family, Words
 from sedimo.settings import option

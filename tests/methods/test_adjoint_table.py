@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedimo.allocation.costs import CostEstimate
 from sedimo.allocation.effects import TRUSTED_AT, Effects, expected_db
+from sedimo.allocation.table import CostEstimate
 from sedimo.errors import InputError
 from sedimo.methods.adjoint import adjoint_table, effects_of
 from sedimo.quant.formats import FP16, Format

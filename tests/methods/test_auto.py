@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import sedimo
-from sedimo.allocation.agreement import Agreement
 from sedimo.allocation.budget import BudgetSettings
+from sedimo.allocation.combine import Agreement
 from sedimo.lab import lab as lab_module
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings

@@ -8,8 +8,7 @@ import pytest
 import sedimo
 from planted_worlds import N_FINAL, N_SEARCHED, N_SHOWN, World
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.allocation.effects import expected_db
-from sedimo.allocation.exchange import allocate_signed, cross_validated_noise
+from sedimo.allocation.effects import allocate_signed, cross_validated_noise, expected_db
 from sedimo.allocation.solve import allocate_within
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sedimo.allocation.agreement import agreement, predict
-from sedimo.allocation.combine import geometric_mean
-from sedimo.allocation.costs import geometric_mean_cost, mean_cost
+from sedimo.allocation.combine import agreement, geometric_mean, predict
+from sedimo.allocation.table import geometric_mean_cost, mean_cost
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph, Node

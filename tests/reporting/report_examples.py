@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from sedimo.allocation.agreement import agreement
+from sedimo.allocation.combine import agreement
 from sedimo.allocation.solve import allocate, frontier
 from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.metrics.estimate import Estimate, with_interval

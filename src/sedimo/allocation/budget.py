@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from sedimo.allocation.problem import Allocation, Budget, read_budget
-from sedimo.allocation.solve import allocate
+from sedimo.allocation.solve import allocate_within
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
 from sedimo.settings import option
@@ -155,12 +155,4 @@ def allocated(table: SensitivityTable, budget: BudgetSettings, *, rule: str = "m
     Raises:
         InputError: a budget that no choice keeps, with the least and most possible.
     """
-    bops = None if budget.bops is None else budget.bops.resolved(table.full_bops)
-    return allocate(
-        table,
-        bits=budget.bits,
-        stored_bits=budget.stored_bits,
-        budget_bytes=budget.n_bytes,
-        budget_bops=bops,
-        rule=rule,
-    )
+    return allocate_within(table, budget.resolved(table.total_params, table.full_bops), rule=rule)

@@ -1,21 +1,23 @@
-"""Several tables as one: where signals err in different places, their mean errs less.
+"""Several tables: as one, and how far they agree with one another and with measurements.
 
-`geometric_mean` needs costs of one kind (relative noise, of two methods). `rank_average` looks at the order alone, so
-that tables in any units can be combined.
+Where signals err in different places, their mean errs less. `geometric_mean` needs costs of one kind (relative noise,
+of two methods). `rank_average` looks at the order alone, so that tables in any units can be combined.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy import stats
 
-from sedimo.allocation.costs import CostEstimate
 from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.errors import InputError
+from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality
+from sedimo.quant.formats import Format
 
 
 def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> SensitivityTable:
@@ -26,28 +28,12 @@ def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> Sensiti
     Raises:
         InputError: the tables are about other choices.
     """
-    if first.index.keys() != second.index.keys() or first.layers != second.layers:
-        raise InputError(f"the tables {first.method} and {second.method} are about different choices")
+    _refuse_other_choices(first, second)
     pairs = [(c, second.index[key]) for key, c in first.index.items()]
     logs = [math.log(a.cost / b.cost) for a, b in pairs if 0 < a.cost < math.inf and 0 < b.cost < math.inf]
     scale = math.exp(sum(logs) / len(logs)) if logs else 1.0
-    return SensitivityTable(
-        method=f"{first.method}+{second.method}",
-        unit=first.unit,
-        denoiser=first.denoiser,
-        costs=tuple(_with(a, _mean(a, b, scale)) for a, b in pairs),
-        layers=first.layers,
-        operations=first.operations,
-        blocks=first.blocks,
-        params=first.params,
-        settings={
-            **{f"{first.method}.{k}": v for k, v in first.settings.items()},
-            **{f"{second.method}.{k}": v for k, v in second.settings.items()},
-        },
-        attention_bops=first.attention_bops,
-        full_bops=first.full_bops,
-        streams=first.streams,
-    )
+    costs = tuple(_mean(a, b, scale) for a, b in pairs)
+    return replace(first, method=f"{first.method}+{second.method}", costs=costs, settings=_settings(first, second))
 
 
 def rank_average(tables: Sequence[SensitivityTable]) -> SensitivityTable:
@@ -65,41 +51,117 @@ def rank_average(tables: Sequence[SensitivityTable]) -> SensitivityTable:
         raise InputError(f"averaging ranks takes at least two tables, got {len(tables)}")
     first = tables[0]
     for other in tables[1:]:
-        if first.index.keys() != other.index.keys() or first.layers != other.layers:
-            raise InputError(f"the tables {first.method} and {other.method} are about different choices")
+        _refuse_other_choices(first, other)
     costs = np.array([[table.index[key].cost for key in first.index] for table in tables])  # [T, V]
     allowed = np.isfinite(costs).all(axis=0)
-    ranks = rankdata(costs[:, allowed], axis=1) - 1
+    ranks = stats.rankdata(costs[:, allowed], axis=1) - 1
     mean, error = ranks.mean(axis=0), ranks.std(axis=0, ddof=1) / math.sqrt(len(tables))
     ladder = np.sort(costs[0, allowed])
     value, low, high = (np.interp(at, np.arange(len(ladder)), ladder) for at in (mean, mean - error, mean + error))
     found = np.full((2, costs.shape[1]), [[math.inf], [0.0]])
     found[:, allowed] = value, (high - low) / 2
-    estimates = (CostEstimate(float(v), float(e), len(tables)) for v, e in found.T)
-    method = f"rank average of {', '.join(table.method for table in tables)}"
-    settings = {f"{table.method}.{k}": v for table in tables for k, v in table.settings.items()}
-    entries = tuple(_with(cost, one) for cost, one in zip(first.index.values(), estimates, strict=True))
-    return replace(first, method=method, costs=entries, settings=settings)
-
-
-def _mean(first: Cost, second: Cost, scale: float) -> CostEstimate:
-    if math.inf in (first.cost, second.cost):
-        return CostEstimate(math.inf, 0.0, min(first.n, second.n))
-    value = math.sqrt(first.cost * second.cost * scale)
-    if value == 0:
-        return CostEstimate(0.0, 0.0, min(first.n, second.n))
-    relative = math.hypot(first.standard_error / first.cost, second.standard_error / second.cost) / 2
-    return CostEstimate(value, value * relative, min(first.n, second.n))
-
-
-def _with(cost: Cost, estimate: CostEstimate) -> Cost:
-    return Cost(
-        cost.decision,
-        cost.format,
-        estimate.value,
-        estimate.standard_error,
-        estimate.n,
-        cost.paper_bytes,
-        cost.stored_bytes,
-        cost.bops,
+    entries = tuple(
+        replace(c, cost=v, standard_error=e, n=len(tables))
+        for c, (v, e) in zip(first.costs, found.T.tolist(), strict=True)
     )
+    method = f"rank average of {', '.join(table.method for table in tables)}"
+    return replace(first, method=method, costs=entries, settings=_settings(*tables))
+
+
+def _refuse_other_choices(first: SensitivityTable, second: SensitivityTable) -> None:
+    if first.index.keys() != second.index.keys() or first.layers != second.layers:
+        raise InputError(f"the tables {first.method} and {second.method} are about different choices")
+
+
+def _settings(*tables: SensitivityTable) -> dict[str, str]:
+    return {f"{table.method}.{k}": v for table in tables for k, v in table.settings.items()}
+
+
+def _mean(first: Cost, second: Cost, scale: float) -> Cost:
+    value, error = math.inf, 0.0
+    if math.inf not in (first.cost, second.cost):
+        value = math.sqrt(first.cost * second.cost * scale)
+    if 0 < value < math.inf:
+        relative = math.hypot(first.standard_error / first.cost, second.standard_error / second.cost) / 2
+        error = value * relative
+    return replace(first, cost=value, standard_error=error, n=min(first.n, second.n))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Predicted against measured noise of `n` pairs.
+
+    `slope` is that of the least-squares line of log measured on log predicted, with its standard error: 1 when
+    one is proportional to the other. `ratio` is the geometric mean of measured / predicted, `srcc` Spearman's
+    rank correlation. `predicted` and `measured` are the pairs themselves, for pictures.
+    """
+
+    n: int
+    slope: float
+    slope_standard_error: float
+    ratio: float
+    srcc: float
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+
+
+def agreement(predicted: Sequence[float], measured: Sequence[float]) -> Agreement:
+    """How well predictions agree with measurements.
+
+    Raises:
+        InputError: fewer than three pairs, or a number that is not positive.
+    """
+    if len(predicted) != len(measured) or len(predicted) < 3:
+        raise InputError(f"agreement needs at least three pairs, got {len(predicted)} and {len(measured)} numbers")
+    if not all(0 < v < math.inf for v in (*predicted, *measured)):
+        raise InputError("agreement is about positive finite noise powers")
+    x, y = np.log(np.asarray(predicted, dtype=np.float64)), np.log(np.asarray(measured, dtype=np.float64))
+    line = stats.linregress(x, y) if np.ptp(x) > 0 else None
+    return Agreement(
+        n=len(predicted),
+        slope=float(line.slope) if line else math.nan,
+        slope_standard_error=float(line.stderr) if line else math.nan,
+        ratio=math.exp(float((y - x).mean())),
+        srcc=float(stats.spearmanr(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan,
+        predicted=tuple(map(float, predicted)),
+        measured=tuple(map(float, measured)),
+    )
+
+
+def predict(table: SensitivityTable, choice: Mapping[str, Format]) -> float:
+    """Noise that a table predicts for a recipe: the sum of the costs of its choices.
+
+    Raises:
+        InputError: the table has no cost for a choice.
+    """
+    taken = [(decision, f) for decision, f in choice.items() if f.is_quantized]
+    for decision, f in taken:
+        if (decision, f) not in table.index:
+            raise InputError(f"the {table.method} table has no cost for {decision} at {f}")
+    return sum(table.index[key].cost for key in taken)
+
+
+def agreement_about_operations(
+    truth: SensitivityTable, tables: Mapping[str, SensitivityTable], bits: float
+) -> dict[str, Estimate]:
+    """Kendall's tau between operations' costs by each of some tables and by a true one, with bootstrap intervals.
+
+    An operation's cost is the mean over its decisions, at each one's format nearest to `bits`. Fewer than three
+    operations have no order worth a number.
+    """
+    wanted, found = _of_operations(truth, bits), {}
+    for method, table in tables.items() if len(wanted) >= LEAST_RECIPES else ():
+        costs = _of_operations(table, bits)
+        found[method] = prediction_quality([costs[name] for name in wanted], list(wanted.values())).kendall_tau
+    return found
+
+
+def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
+    sums: dict[str, list[float]] = {}
+    for decision, costs in table.by_decision.items():
+        quantized = [c for c in costs if c.format.is_quantized]
+        if not quantized:
+            continue
+        nearest = min(quantized, key=lambda c: (abs(8 * c.paper_bytes / table.params[decision] - bits), c.cost))
+        sums.setdefault(table.operations[decision], []).append(nearest.cost)
+    return {name: float(np.mean(values)) for name, values in sums.items()}

@@ -1,7 +1,7 @@
 """The question that allocation answers, as arrays, and the record of an answer, or why there is none.
 
-A multiple-choice knapsack: exactly one option (format) per decision, least total cost, at most so many
-bytes, bit operations, or both. Sizes stay integers; whoever answers is checked against them.
+A multiple-choice knapsack: exactly one option per decision (a format) or group of decisions (a variant), least total
+cost, at most so many bytes, bit operations, or both. Sizes stay integers; whoever answers is checked against them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from operator import attrgetter
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sedimo.allocation.table import Cost, SensitivityTable
-from sedimo.allocation.variant_table import Variant, VariantTable
+from sedimo.allocation.variant_table import GroupVariants, Variant, VariantTable
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
 from sedimo.space import Recipe, compose
@@ -25,9 +26,8 @@ Accounting = Literal["paper", "stored"]
 Status = Literal["optimal", "feasible", "heuristic"]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-
-Option_co = TypeVar("Option_co", covariant=True)
-Resource = TypeVar("Resource")
+Table = SensitivityTable | VariantTable
+Entries = tuple[Cost, ...] | GroupVariants  # what one decision, or one group, may be
 
 _NO_LIMIT = 1 << 62  # nothing is as large, and differences stay integers of 64 bits
 _ROUNDING = 1e-12  # relative; bits that were computed as 8 * bytes / weights must give the bytes back
@@ -98,41 +98,26 @@ class Budget:
         bops = None if self.bops is None else self.bops - attention_bops
         return np.array([min(limit, _NO_LIMIT) for limit in (self.size_bytes, bops) if limit is not None], np.int64)
 
-    def sizes(self, cost: Cost | Variant) -> tuple[int, ...]:
-        """What one option takes of each limited resource, [R]."""
-        return self.limited(cost.paper_bytes, cost.stored_bytes, cost.bops)
-
-    def limited(self, paper: Resource, stored: Resource, bops: Resource) -> tuple[Resource, ...]:
-        """Of an option's (or of many options') sizes those that are limited, in the order of the limits."""
-        size = paper if self.accounting == "paper" else stored
-        pairs = ((self.size_bytes, size), (self.bops, bops))
-        return tuple(taken for limit, taken in pairs if limit is not None)
+    def sizes(self, entry: Cost | Variant | GroupVariants) -> tuple[int | IntArray, ...]:
+        """What one option, or each of many, takes of each limited resource, [R]."""
+        size = entry.paper_bytes if self.accounting == "paper" else entry.stored_bytes
+        return tuple(taken for limit, taken in ((self.size_bytes, size), (self.bops, entry.bops)) if limit is not None)
 
 
 @dataclass(frozen=True, slots=True)
-class Options(Generic[Option_co]):
-    """What one decision may take: K entries with their `cost` `[K]` and `size` `[R, K]`."""
+class Problem:
+    """Options of all decisions (or groups) as padded arrays; decisions by name, options by size, then cost.
 
-    entries: tuple[Option_co, ...]
-    cost: FloatArray
-    size: IntArray
-
-
-@dataclass(frozen=True, slots=True)
-class Problem(Generic[Option_co]):
-    """Options of all decisions as padded arrays; decisions by name, options by size, then cost.
-
-    Who solves it looks at numbers only: a decision may be one of formats for a layer, or of variants for a group.
     Shapes: D decisions, K options at most, R limited resources (bytes, bit operations, or both in this order).
 
     Attributes:
-        options: what stands behind the columns, per decision.
+        options: which of the table's entries stand behind the columns, per decision.
         cost: `[D, K]`, infinite where there is no option.
         size: `[R, D, K]`, integers; 0 where there is no option.
         limit: `[R]`.
     """
 
-    options: tuple[tuple[Option_co, ...], ...]
+    options: tuple[IntArray, ...]
     cost: FloatArray
     size: IntArray
     limit: IntArray
@@ -150,59 +135,83 @@ class Problem(Generic[Option_co]):
         return bool((self.used(choice) <= self.limit).all())
 
     @property
-    def least_size_each(self) -> IntArray:
+    def least_sizes(self) -> IntArray:
         """The least that each decision can take of each resource, [R, D]."""
         present = np.where(np.isfinite(self.cost), self.size, np.iinfo(np.int64).max)
         return np.asarray(present.min(axis=2), dtype=np.int64)
 
     @property
-    def least_sizes(self) -> IntArray:
-        """The least that any choice takes of each resource, one by one, [R]."""
-        return np.asarray(self.least_size_each.sum(axis=1), dtype=np.int64)
-
-    @property
     def least_objective(self) -> float:
-        """The total cost of `cheapest`."""
+        """The total cost of the cheapest choice, whatever its size."""
         return math.fsum(self.cost.min(axis=1))
 
-    @property
-    def cheapest(self) -> IntArray:
-        """The choice of least cost, whatever its size, [D]."""
-        return np.asarray(self.cost.argmin(axis=1), dtype=np.int64)
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A choice `[D]`, None if none was found, a lower bound of the best objective, and how often a solver ran."""
+
+    choice: IntArray | None
+    bound: float
+    n_solves: int = 0
+    is_heuristic: bool = False
 
 
-def make_problem(table: SensitivityTable, budget: Budget) -> Problem[Cost]:
+def rows_of(table: Table) -> list[Entries]:
+    """What each decision (or group) of a table may be, by name: the answer does not depend on the table's order."""
+    if isinstance(table, VariantTable):
+        return sorted(table.groups, key=attrgetter("group"))
+    return [table.by_decision[name] for name in sorted(table.by_decision)]
+
+
+def arrays_of(entries: Entries, budget: Budget) -> tuple[FloatArray, IntArray, IntArray]:
+    """Costs `[V]`, sizes `[R, V]`, and what tells equals apart `[T, V]`: paper bytes, then formats by their texts."""
+    if isinstance(entries, GroupVariants):
+        ranks = [np.unique([str(f) for f in formats], return_inverse=True)[1] for formats in entries.formats]
+        names = [rank[column] for rank, column in zip(ranks, entries.choice.T, strict=True)]
+        return entries.cost, np.array(budget.sizes(entries), np.int64), np.array([entries.paper_bytes, *names])
+    cost = np.array([entry.cost for entry in entries])
+    if (cost == -np.inf).any():
+        raise InputError(
+            f"costs must be finite, or inf for a forbidden format; decision {entries[0].decision!r} has -inf."
+        )
+    by_name = np.unique([str(entry.format) for entry in entries], return_inverse=True)[1]
+    ties = np.array([[entry.paper_bytes for entry in entries], by_name])
+    return cost, np.array([budget.sizes(entry) for entry in entries], np.int64).T, ties
+
+
+def make_problem(table: Table, budget: Budget) -> Problem:
     """The problem of a table under a budget, with dominated options removed.
 
     Raises:
-        InputError: a decision has no option left, or a cost is minus infinity.
+        InputError: a decision or group has no option left, or a cost is minus infinity.
     """
-    rows = [_pareto_options(table.by_decision[name], budget) for name in sorted(table.by_decision)]
-    return assemble(rows, budget.limits(table.attention_bops))
+    options, costs, sizes = [], [], []
+    for entries in rows_of(table):
+        cost, size, ties = arrays_of(entries, budget)
+        kept = pareto(cost, size, ties)
+        if not len(kept):
+            what = (
+                f"group {entries.group!r} has no variant"
+                if isinstance(entries, GroupVariants)
+                else f"decision {entries[0].decision!r} has no format"
+            )
+            raise InputError(f"{what} of finite cost; add formats to the space.")
+        options.append(kept)
+        costs.append(cost[kept])
+        sizes.append(size[:, kept])
+    return assemble(options, costs, sizes, budget.limits(table.attention_bops))
 
 
-def assemble(rows: Sequence[Options[Option_co]], limits: IntArray) -> Problem[Option_co]:
-    """The problem whose rows are the options of one decision (or group) each; `limits` `[R]`."""
-    n_columns = max((len(row.cost) for row in rows), default=0)
-    cost = np.full((len(rows), n_columns), np.inf)
-    size = np.zeros((len(limits), len(rows), n_columns), dtype=np.int64)
-    for i, row in enumerate(rows):
-        cost[i, : len(row.cost)] = row.cost
-        size[:, i, : len(row.cost)] = row.size
-    return Problem(tuple(row.entries for row in rows), cost, size, limits)
-
-
-def _pareto_options(entries: Sequence[Cost], budget: Budget) -> Options[Cost]:
-    name = entries[0].decision
-    cost = np.array([entry.cost for entry in entries])
-    if (cost == -np.inf).any():
-        raise InputError(f"costs must be finite, or inf for a forbidden format; decision {name!r} has -inf.")
-    size = np.array([budget.sizes(entry) for entry in entries], dtype=np.int64).T
-    by_name = np.unique([str(entry.format) for entry in entries], return_inverse=True)[1]
-    kept = pareto(cost, size, np.array([[entry.paper_bytes for entry in entries], by_name], dtype=np.int64))
-    if not len(kept):
-        raise InputError(f"decision {name!r} has no format of finite cost; add formats to the space.")
-    return Options(tuple(entries[i] for i in kept), cost[kept], size[:, kept])
+def assemble(
+    options: Sequence[IntArray], costs: Sequence[FloatArray], sizes: Sequence[IntArray], limit: IntArray
+) -> Problem:
+    """The problem whose rows are the `options` of one decision (or group) each, with costs `[K]` and sizes `[R, K]`."""
+    n_columns = max(map(len, options), default=0)
+    cost = np.full((len(options), n_columns), np.inf)
+    size = np.zeros((len(limit), len(options), n_columns), dtype=np.int64)
+    for i, (own, taken) in enumerate(zip(costs, sizes, strict=True)):
+        cost[i, : len(own)], size[:, i, : len(own)] = own, taken
+    return Problem(tuple(options), cost, size, limit)
 
 
 def pareto(cost: FloatArray, size: IntArray, ties: IntArray) -> IntArray:
@@ -215,14 +224,12 @@ def pareto(cost: FloatArray, size: IntArray, ties: IntArray) -> IntArray:
     Shapes: `cost` `[V]`, `size` `[R, V]` with one or two resources, `ties` `[T, V]`, the first row first.
     """
     order = np.lexsort((*ties[::-1], cost, *size[::-1]))
-    stays = _falls(cost[order]) if len(size) == 1 else _under_the_stairs(cost[order], size[1, order])
+    ordered = cost[order]
+    if len(size) == 2:
+        stays = _under_the_stairs(ordered, size[1, order])
+    else:  # less than all before it
+        stays = ordered < np.minimum.accumulate(np.concatenate([[np.inf], ordered]))[:-1]
     return np.asarray(order[stays], dtype=np.int64)
-
-
-def _falls(cost: FloatArray) -> NDArray[np.bool_]:
-    """Where a cost is finite and less than all before it."""
-    before = np.concatenate([[np.inf], np.minimum.accumulate(cost)[:-1]])[: len(cost)]
-    return cost < before
 
 
 def _under_the_stairs(cost: FloatArray, size: IntArray) -> NDArray[np.bool_]:
@@ -232,7 +239,7 @@ def _under_the_stairs(cost: FloatArray, size: IntArray) -> NDArray[np.bool_]:
     comparing all pairs takes minutes where all of 300,000 options stay.
     """
     stays = np.zeros(len(cost), dtype=bool)
-    steps, heights = [-1], [float("inf")]  # sizes are never negative
+    steps, heights = [-1], [math.inf]  # sizes are never negative
     for i, (own, room) in enumerate(zip(cost.tolist(), size.tolist(), strict=True)):
         at = bisect_right(steps, room)
         if heights[at - 1] <= own:
@@ -262,9 +269,10 @@ def bits_range(table: SensitivityTable, accounting: Accounting = "paper") -> tup
     "Most" is the largest recipe, whether or not a budget would ever pick it.
     """
     budget = Budget(0, accounting)
-    rows = [[budget.sizes(c)[0] for c in costs if c.cost < math.inf] for costs in table.by_decision.values()]
+    rows = [arrays_of(entries, budget) for entries in rows_of(table)]
+    allowed = [size[0, np.isfinite(cost)] for cost, size, _ in rows]
     scale = 8 / table.total_params
-    return scale * sum(min(row) for row in rows), scale * sum(max(row) for row in rows)
+    return scale * sum(int(size.min()) for size in allowed), scale * sum(int(size.max()) for size in allowed)
 
 
 def read_budget(
@@ -288,59 +296,37 @@ def read_budget(
         raise InputError(f"budget_bytes must be positive, got {budget_bytes}.")
     if budget_bops is not None and budget_bops < 0:
         raise InputError(f"budget_bops must not be negative, got {budget_bops}.")
-    if bits is not None:
-        return Budget(bytes_for_bits(bits, n_weights), "paper", budget_bops)
-    if stored_bits is not None:
-        return Budget(bytes_for_bits(stored_bits, n_weights), "stored", budget_bops)
-    if budget_bytes is not None:
-        return Budget(int(budget_bytes), "stored", budget_bops)
-    return None if budget_bops is None else Budget(None, bops=budget_bops)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What was chosen for each group (a decision alone is a group of one), and how that came about.
-
-    `least` is the least objective without any budget, `bound` a lower bound of the best one within it.
-    """
-
-    chosen: tuple[Variant, ...]
-    least: float
-    bound: float
-    n_solves: int = 0
-    is_heuristic: bool = False
-    notes: tuple[str, ...] = ()
-
-
-def least_cost(costs: Sequence[Cost]) -> Cost:
-    """The entry of least cost; the smaller one of equals."""
-    return min(costs, key=lambda c: (c.cost, c.paper_bytes, c.stored_bytes, str(c.format)))
-
-
-def as_variant(cost: Cost) -> Variant:
-    """The cost of a decision as that of a group of one."""
-    return Variant(
-        {cost.decision: cost.format},
-        cost.cost,
-        cost.standard_error,
-        cost.paper_bytes,
-        cost.stored_bytes,
-        cost.bops,
-    )
+    accounting: Accounting = "paper" if stored_bits is None and budget_bytes is None else "stored"
+    per_weight = bits if stored_bits is None else stored_bits
+    if per_weight is not None:
+        budget_bytes = bytes_for_bits(per_weight, n_weights)
+    if budget_bytes is None and budget_bops is None:
+        return None
+    return Budget(None if budget_bytes is None else int(budget_bytes), accounting, budget_bops)
 
 
 def record(
-    table: SensitivityTable | VariantTable, budget: Budget, rule: str, outcome: Outcome, *, gap: float = 0.0
+    table: Table,
+    budget: Budget,
+    chosen: Iterable[Cost | Variant],
+    answer: Answer,
+    *,
+    rule: str,
+    least: float = -math.inf,
+    gap: float = 0.0,
 ) -> Allocation:
-    """The allocation of an outcome; `gap` is the distance at which it may call itself optimal."""
-    chosen = outcome.chosen
+    """The allocation of the entries that an answer chose, one for each decision or group.
+
+    `least` is the least objective without any budget, `gap` the distance at which it may call itself optimal.
+    """
+    chosen = tuple(chosen)
     choice = {name: number_format for entry in chosen for name, number_format in entry.choice.items()}
     objective = math.fsum(entry.cost for entry in chosen)
-    bound = max(outcome.least, min(outcome.bound, objective))
-    distance = 0.0 if objective <= bound else (objective - bound) / (objective - outcome.least)
+    bound = max(least, min(answer.bound, objective))
+    distance = 0.0 if objective <= bound else (objective - bound) / (objective - least)
     paper, stored = sum(entry.paper_bytes for entry in chosen), sum(entry.stored_bytes for entry in chosen)
     used = paper if budget.accounting == "paper" else stored
-    status: Status = "heuristic" if outcome.is_heuristic else "optimal" if distance <= gap + _TOLERANCE else "feasible"
+    status: Status = "heuristic" if answer.is_heuristic else "optimal" if distance <= gap + _TOLERANCE else "feasible"
     return Allocation(
         recipe=compose(choice, table.layers, table.streams),
         choice=choice,
@@ -359,17 +345,15 @@ def record(
         stored_bits=8 * stored / table.total_params,
         bops=sum(entry.bops for entry in chosen) + table.attention_bops,
         budget_bops=budget.bops,
-        n_solves=outcome.n_solves,
-        notes=outcome.notes,
+        n_solves=answer.n_solves,
     )
 
 
-def infeasible(budget: Budget, table: SensitivityTable | VariantTable, sizes: Iterable[IntArray]) -> InputError:
-    """The error that says what is possible instead of a budget that cannot be kept.
-
-    `sizes` is what the allowed options of each decision or group take of the limited resources, `[R, V]` each.
-    """
-    ends = np.array([[size.min(axis=1), size.max(axis=1)] for size in sizes]).sum(axis=0).T.tolist()  # [R, 2]
+def infeasible(table: Table, budget: Budget) -> InputError:
+    """The error that says what is possible instead of a budget that cannot be kept."""
+    rows = [arrays_of(entries, budget) for entries in rows_of(table)]
+    allowed = [size[:, np.isfinite(cost)] for cost, size, _ in rows]
+    ends = np.array([[size.min(axis=1), size.max(axis=1)] for size in allowed]).sum(axis=0).T.tolist()  # [R, 2]
     limits, possible = [], []
     if budget.size_bytes is not None:
         scale = 8 / table.total_params

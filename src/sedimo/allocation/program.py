@@ -1,6 +1,17 @@
-"""The integer programme, and HiGHS, whose answers are suspects.
+"""From a problem to a choice by a named rule, and what is proven about it: bounds, exchanges, and HiGHS.
 
-What HiGHS does on this kind of problem, and what is done about it:
+This looks at arrays only: whether a row is a decision or a group of them, and what its columns stand for,
+is known to the caller. No clock, no random numbers: equal arrays give equal choices.
+
+Lower bounds are by Lagrange multipliers: for any prices p >= 0 per unit of each resource, the sum over decisions of
+min(cost + p * size) minus p * limit is at most the best objective. The best prices are found by nested bisection on the
+sign of what is left of the limits, because that needs no solver and no scaling; the bound holds for any prices, so that
+its quality, not its truth, depends on the search.
+
+Single exchanges promise nothing about the distance from the optimum: they start the exact search, mend its answers, and
+stand in for it by name.
+
+The answers of HiGHS are suspects. What it does on this kind of problem, and what is done about it:
 
 * costs of 1e-9 disappear in its absolute tolerances, and it stops at half of the budget with status
   optimal: costs are shifted and divided so that a known good objective is 1 per decision, sizes by what the
@@ -8,51 +19,195 @@ What HiGHS does on this kind of problem, and what is done about it:
 * its answers may exceed a limit by its feasibility tolerance: they are summed again in integers, and a
   problem answered that way is solved again with the limit lowered by the excess, at most thrice;
 * it prints to file descriptor 1 on some instances: the descriptor is silenced.
+
+Source:
+    Geoffrion 1974, Lagrangean relaxation for integer programming.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from sedimo.allocation._silence import silenced_stdout
-from sedimo.allocation.problem import IntArray, Problem
-from sedimo.errors import SedimoError
+from sedimo.allocation.problem import Answer, FloatArray, IntArray, Problem
+from sedimo.errors import InputError, SedimoError
 
+GAP = 1e-4
+SEARCHES = ("milp", "greedy", "lp")
 MAX_SOLVES = 4  # once, and thrice again
 NODE_LIMIT = 20_000  # a count, not seconds: the answer must not depend on the machine
-# An excess below the solver's tolerance does not vanish when the limit is lowered by as much.
-_GROWTH = 100
+_FREE = 1e-15  # an exchange that takes no room counts as taking this share of a limit
+_GROWTH = 100  # an excess below the solver's tolerance does not vanish when the limit is lowered by as much
 _OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2
+_STEPS = 64  # halvings of the exponent range: far below the spacing of the breakpoints that matter
+_DECADES = 30.0  # a price is searched over this many powers of ten around the scale of the problem
+_SAFETY = 1e-9  # relative; keeps rounding from dropping an option of the best choice
+_STDOUT = 1
+
+Solver = Callable[[Problem, float, float], Answer]
+
+
+def decide(problem: Problem, *, rule: str, gap: float, starts: Sequence[IntArray] = ()) -> Answer:
+    """The choice of one of `SEARCHES`, never worse than the `starts` that fit; none when nothing fits.
+
+    Raises:
+        InputError: the search ends without a choice, which proves nothing.
+    """
+    if (problem.least_sizes.sum(axis=1) > problem.limit).any():
+        return Answer(None, math.inf)
+    cheapest = np.asarray(problem.cost.argmin(axis=1), dtype=np.int64)
+    if problem.fits(cheapest):
+        return Answer(cheapest, problem.least_objective)
+    relaxed = relax(problem)
+    rounded = repair(problem, relaxed.choice)
+    known = [*starts, *([] if rounded is None else [fill(problem, rounded)])]
+    if rule == "milp":
+        return _decide_exactly(problem, relaxed, known, gap)
+    if rounded is None:
+        raise InputError(f"the rule {rule!r} found no choice that keeps both budgets; use 'milp', which decides it.")
+    return Answer(rounded if rule == "lp" else _best(problem, known), relaxed.bound, is_heuristic=True)
+
+
+def _decide_exactly(problem: Problem, relaxed: Relaxation, known: Sequence[IntArray], gap: float) -> Answer:
+    least = problem.least_objective
+    core, objective = problem, relaxed.bound
+    if known:
+        best = _best(problem, known)
+        objective = problem.total_cost(best)
+        if objective - relaxed.bound <= gap * (objective - least):
+            return Answer(best, relaxed.bound)  # the relaxation proves it
+        core = _without_superfluous(problem, relaxed, objective, best)
+    finite = problem.cost[np.isfinite(problem.cost)]
+    unit = (objective - least) / len(problem.options)
+    solved = solve_checked(core, unit if unit > 0 else float(np.ptp(finite)) or 1.0, gap)
+    mended = None if solved.choice is None else repair(problem, solved.choice)
+    found = [*known, *([] if mended is None else [fill(problem, mended)])]
+    if not found:
+        if solved.choice is None:
+            return solved
+        raise InputError("the solver's answers exceed a budget by a little, which proves nothing; loosen one.")
+    choice = _best(problem, found)
+    proven = min(solved.bound, problem.total_cost(choice)) if solved.choice is not None else -math.inf
+    return Answer(choice, max(relaxed.bound, proven), solved.n_solves)
+
+
+def _best(problem: Problem, choices: Sequence[IntArray]) -> IntArray:
+    return min((c for c in choices if problem.fits(c)), key=problem.total_cost)
+
+
+def _without_superfluous(problem: Problem, relaxed: Relaxation, objective: float, keep: IntArray) -> Problem:
+    """The problem without options that no choice better than `objective` can contain; those of `keep` `[D]` stay."""
+    slack = _SAFETY * (abs(objective) + abs(relaxed.bound))
+    stays = relaxed.bound + relaxed.excess <= objective + slack
+    stays[np.arange(len(keep)), keep] = True
+    return replace(problem, cost=np.where(stays, problem.cost, np.inf))
+
+
+def repair(problem: Problem, choice: IntArray) -> IntArray | None:
+    """Exchanges options until the choice keeps the limits, cheapest relief first.
+
+    Returns None where no single exchange helps any more; with one limit that means that nothing fits.
+    """
+    choice = choice.copy()
+    rows = np.arange(len(choice))
+    while not problem.fits(choice):
+        used = problem.used(choice)
+        change = problem.size - problem.size[:, rows, choice][..., None]
+        relief = _violation(problem, used) - _violation(problem, used[:, None, None] + change)
+        rise = problem.cost - problem.cost[rows, choice][:, None]
+        helps = (relief > 0) & np.isfinite(problem.cost)
+        if not helps.any():
+            return None
+        price = np.where(helps, rise, np.inf) / np.where(helps, relief, 1.0)
+        row, column = np.unravel_index(int(price.argmin()), price.shape)
+        choice[row] = column
+    return choice
+
+
+def fill(problem: Problem, choice: IntArray) -> IntArray:
+    """Exchanges options for cheaper ones that still fit, most saved per room first, until none is left."""
+    choice = choice.copy()
+    rows = np.arange(len(choice))
+    room_unit = np.maximum(problem.limit, 1)[:, None, None]
+    while True:
+        change = problem.size - problem.size[:, rows, choice][..., None]
+        left = (problem.limit - problem.used(choice))[:, None, None]
+        saved = problem.cost[rows, choice][:, None] - problem.cost
+        takes = (saved > 0) & (change <= left).all(axis=0)
+        if not takes.any():
+            return choice
+        weight = (np.maximum(change, 0) / room_unit).sum(axis=0)
+        gain = np.where(takes, saved, 0.0) / np.maximum(weight, _FREE)
+        row, column = np.unravel_index(int(gain.argmax()), gain.shape)
+        choice[row] = column
+
+
+def _violation(problem: Problem, used: IntArray) -> FloatArray:
+    """By how much limits are exceeded, relative to them and summed; `used` is `[R, ...]`."""
+    limit = problem.limit.reshape(-1, *[1] * (used.ndim - 1))
+    return np.asarray((np.maximum(used - limit, 0) / np.maximum(limit, 1)).sum(axis=0), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a solver says: a choice `[D]`, or None when it found none, and a lower bound of the best objective."""
+class Relaxation:
+    """The bound that the best prices prove, the choice `[D]` that they make, which may break the limits.
 
-    choice: IntArray | None
+    `excess` `[D, K]` is how much the bound rises if the option is forced.
+    """
+
     bound: float
+    choice: IntArray
+    excess: FloatArray
 
 
-@dataclass(frozen=True, slots=True)
-class Solved:
-    """An answer that keeps every limit in integers, or the last one that did not when none was found."""
+def relax(problem: Problem) -> Relaxation:
+    """The best Lagrangian bound of a problem that has at least one choice within each single limit."""
+    present, least = np.isfinite(problem.cost), problem.least_sizes
+    left = problem.limit - least.sum(axis=1)
+    room = np.maximum(left, 1).astype(np.float64)  # sizes above the least are in units of it
+    size, limit = np.where(present, problem.size - least[..., None], 0) / room[:, None, None], left / room
+    spread = np.where(present, problem.cost, -np.inf).max(axis=1) - problem.cost.min(axis=1)
+    scale = float(spread.sum()) or 1.0
 
-    choice: IntArray | None
-    bound: float
-    n_solves: int
+    def evaluated(prices: FloatArray) -> Relaxation:
+        priced = problem.cost + np.tensordot(prices, size, axes=1)
+        choice = np.asarray(priced.argmin(axis=1), dtype=np.int64)
+        lowest = priced[np.arange(len(choice)), choice]
+        return Relaxation(float(np.sum(lowest) - prices @ limit), choice, priced - lowest[:, None])
+
+    def is_over(found: Relaxation, resource: int) -> bool:
+        return bool(size[resource, np.arange(len(found.choice)), found.choice].sum() > limit[resource])
+
+    def search(given: tuple[float, ...]) -> Relaxation:
+        """By the best prices of the resources that have no price yet."""
+        resource = len(given)
+        if resource == len(limit):
+            return evaluated(np.array(given))
+        best = search((*given, 0.0))
+        if not is_over(best, resource):
+            return best
+        low, high = -_DECADES, _DECADES
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            found = search((*given, scale * 10.0**middle))
+            best = max(best, found, key=lambda one: one.bound)
+            low, high = (middle, high) if is_over(found, resource) else (low, middle)
+        return best
+
+    return search(())
 
 
-Solver = Callable[[Problem[object], float, float], Answer]
-
-
-def solve_checked(problem: Problem[object], unit: float, gap: float, solver: Solver | None = None) -> Solved:
-    """Solves until the answer fits in integers, at most four times.
+def solve_checked(problem: Problem, unit: float, gap: float, solver: Solver | None = None) -> Answer:
+    """Solves until the answer fits in integers, at most four times; else the last answer that does not.
 
     `unit` is the cost that becomes 1, `gap` the relative distance from the optimum at which to stop. The
     bound is that of the first call, because later ones see lowered limits.
@@ -62,13 +217,13 @@ def solve_checked(problem: Problem[object], unit: float, gap: float, solver: Sol
     limit, choice, n_solves = problem.limit, answer.choice, 1
     while answer.choice is not None and not problem.fits(answer.choice) and n_solves < MAX_SOLVES:
         limit = limit - np.maximum(problem.used(answer.choice) - problem.limit, 0) * _GROWTH ** (n_solves - 1)
-        answer = solver(Problem(problem.options, problem.cost, problem.size, limit), unit, gap)
+        answer = solver(replace(problem, limit=limit), unit, gap)
         choice = choice if answer.choice is None else answer.choice
         n_solves += 1
-    return Solved(choice, first.bound, n_solves)
+    return Answer(choice, first.bound, n_solves)
 
 
-def solve_highs(problem: Problem[object], unit: float, gap: float) -> Answer:
+def solve_highs(problem: Problem, unit: float, gap: float) -> Answer:
     """The integer programme by HiGHS (`scipy.optimize.milp`).
 
     Raises:
@@ -76,7 +231,7 @@ def solve_highs(problem: Problem[object], unit: float, gap: float) -> Answer:
     """
     rows, columns = np.nonzero(np.isfinite(problem.cost))
     least = problem.cost.min(axis=1)
-    smallest = problem.least_size_each  # [R, D]
+    smallest = problem.least_sizes
     room = problem.limit - smallest.sum(axis=1)
     if (room < 0).any():
         return Answer(None, math.inf)
@@ -104,3 +259,36 @@ def solve_highs(problem: Problem[object], unit: float, gap: float) -> Answer:
     picked = np.full(problem.cost.shape, -1.0)
     picked[rows, columns] = result.x
     return Answer(np.asarray(picked.argmax(axis=1), dtype=np.int64), total)
+
+
+@contextlib.contextmanager
+def silenced_stdout() -> Iterator[None]:
+    """Discards everything written to file descriptor 1 in the meantime, by any thread.
+
+    A caller who asked for JSON there gets a broken document otherwise. Replacing `sys.stdout` does not help against C;
+    this does not care whether `sys.stdout` has a descriptor, and does nothing when descriptor 1 is closed. C buffers
+    are flushed on both sides, else the text would come out later.
+    """
+    _flush()
+    try:
+        saved = os.dup(_STDOUT)
+    except OSError:  # closed, as under pythonw or a daemon: there is nothing to protect
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, _STDOUT)
+        yield
+    finally:
+        _flush()
+        os.dup2(saved, _STDOUT)
+        os.close(sink)
+        os.close(saved)
+
+
+def _flush() -> None:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL("ucrtbase") if sys.platform == "win32" else ctypes.CDLL(None)
+        library.fflush(None)

@@ -11,34 +11,32 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from sedimo.allocation.decide import GAP, SEARCHES, Decided, decide
 from sedimo.allocation.problem import (
     Accounting,
     Allocation,
+    Answer,
     Budget,
+    Entries,
     IntArray,
-    Options,
-    Outcome,
     Problem,
-    as_variant,
-    assemble,
+    Table,
+    arrays_of,
     bits_range,
     bytes_for_bits,
     infeasible,
-    least_cost,
     make_problem,
-    pareto,
     read_budget,
     record,
+    rows_of,
 )
-from sedimo.allocation.relaxation import relax
+from sedimo.allocation.program import GAP, SEARCHES, decide, relax
 from sedimo.allocation.table import Cost, SensitivityTable
-from sedimo.allocation.variant_table import GroupVariants, Variant, VariantTable
+from sedimo.allocation.variant_table import Variant
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
 
@@ -47,7 +45,7 @@ RULES = (*SEARCHES, ARGMIN, f"{UNIFORM}FORMAT")
 
 
 def allocate(
-    table: SensitivityTable,
+    table: Table,
     *,
     bits: float | None = None,
     stored_bits: float | None = None,
@@ -56,7 +54,7 @@ def allocate(
     rule: str = "milp",
     gap: float = GAP,
 ) -> Allocation:
-    """The format of every decision: least total cost within a budget.
+    """The format of every decision, by itself or as part of a variant of its group: least total cost within a budget.
 
     One size is given, `bits` per weight in the papers' accounting, `stored_bits` per weight or `budget_bytes` of
     the tensors that replace the weights, or `budget_bops`, or both. `budget_bops` limits the bit operations of one
@@ -65,83 +63,50 @@ def allocate(
 
     Rules: `milp` (default; within `gap` of the optimum, with proof), `greedy` (exchanges from the Lagrangian
     choice), `lp` (the linear relaxation, its one split decision rounded down, as MPQ-Diff does), `argmin`
-    (the least cost of each decision alone, Qua2SeDiMo's argmax of scores, no budget needed) and
-    `uniform:kmc4` (the same format everywhere; no budget needed). A budget given to the last two is a
+    (the least cost of each decision or group alone, Qua2SeDiMo's argmax of scores, no budget needed) and, of
+    decisions, `uniform:kmc4` (the same format everywhere; no budget needed). A budget given to the last two is a
     condition that they are checked against.
 
     Raises:
         InputError: no budget or more than one, an unknown rule, or a budget that no choice keeps; then with
             the least and most possible bits.
     """
-    if not table.costs:
-        raise InputError(f"the sensitivity table {table.method!r} of {table.denoiser} has no decisions.")
     budget = read_budget(
         table.total_params, bits=bits, stored_bits=stored_bits, budget_bytes=budget_bytes, budget_bops=budget_bops
     )
-    if rule == ARGMIN or rule.startswith(UNIFORM):
-        return _allocate_fixed(table, budget, rule)
-    return allocate_within(table, _needed(budget, rule, RULES), rule=rule, gap=gap)
+    return allocate_within(table, budget, rule=rule, gap=gap)
 
 
 def allocate_within(
-    table: SensitivityTable,
-    budget: Budget,
-    *,
-    rule: str = "milp",
-    gap: float = GAP,
-    known: Allocation | None = None,
+    table: Table, budget: Budget | None, *, rule: str = "milp", gap: float = GAP, known: Allocation | None = None
 ) -> Allocation:
-    """Like `allocate`, for a `Budget`; the result is never worse than `known`, a choice that fits it.
+    """Like `allocate`, for a `Budget`; what is searched is never worse than `known`, a choice of decisions that fits.
 
     Raises:
-        InputError: no choice keeps the budget.
+        InputError: as `allocate`.
     """
-    problem = make_problem(table, budget)
-    starts = [] if known is None else [_columns(problem, table, known, budget)]
-    decided = decide(problem, rule=rule, gap=gap, starts=starts)
-    if decided is None:
-        raise infeasible(budget, table, (_sizes(costs, budget) for costs in table.by_decision.values()))
-    pairs = zip(problem.options, decided.choice, strict=True)
-    chosen = tuple(as_variant(row[int(column)]) for row, column in pairs)
-    return record(table, budget, rule, _outcome(chosen, problem, decided), gap=gap)
-
-
-def allocate_variants(
-    table: VariantTable,
-    *,
-    bits: float | None = None,
-    stored_bits: float | None = None,
-    budget_bytes: int | None = None,
-    budget_bops: int | None = None,
-    rule: str = "milp",
-    gap: float = GAP,
-) -> Allocation:
-    """The variant of every group: least total cost within a budget; `choice` is the format of every decision.
-
-    Budgets and the rules `milp`, `greedy` and `lp` are those of `allocate`. `argmin` is the least cost of each
-    group alone, Qua2SeDiMo's argmax of scores; a budget given to it is a condition that it is checked against.
-
-    Raises:
-        InputError: no budget or more than one, an unknown rule, or a budget that no choice keeps; then with
-            the least and most possible bits.
-    """
-    if not table.groups:
-        raise InputError(f"the variants of {table.denoiser} by {table.method!r} have no decisions.")
-    budget = read_budget(
-        table.total_params, bits=bits, stored_bits=stored_bits, budget_bytes=budget_bytes, budget_bops=budget_bops
-    )
+    rows, of_decisions = rows_of(table), table if isinstance(table, SensitivityTable) else None
+    if not rows:
+        raise InputError(f"the costs of {table.denoiser} by {table.method!r} have no decisions.")
     if rule == ARGMIN:
-        cheapest = [group.variant(_cheapest(group)) for group in _sorted(table)]
-        return _judge(table, cheapest, make=partial(_make_problem, table), rule=rule, budget=budget)
-    budget = _needed(budget, rule, (*SEARCHES, ARGMIN))
-    problem = _make_problem(table, budget)
-    decided = decide(problem, rule=rule, gap=gap)
-    if decided is None:
-        allowed = (_variant_sizes(group, budget)[:, np.isfinite(group.cost)] for group in table.groups)
-        raise infeasible(budget, table, allowed)
-    rows = zip(_sorted(table), problem.options, decided.choice, strict=True)
-    chosen = tuple(group.variant(options[int(column)]) for group, options, column in rows)
-    return record(table, budget, rule, _outcome(chosen, problem, decided), gap=gap)
+        return _judge(table, map(_cheapest, of_decisions.by_decision.values() if of_decisions else rows), rule, budget)
+    if rule.startswith(UNIFORM) and of_decisions:
+        return _allocate_uniform(of_decisions, rule, budget)
+    if rule not in SEARCHES:
+        rules = RULES if of_decisions else (*SEARCHES, ARGMIN)
+        raise InputError(f"the rule must be one of {', '.join(rules)}, got {rule!r}.")
+    if budget is None:
+        raise InputError(
+            "allocation needs a budget: bits, stored_bits or budget_bytes, budget_bops, or a size and bops."
+        )
+    problem = make_problem(table, budget)
+    starts = [_columns(problem, of_decisions, known, budget)] if known and of_decisions else []
+    answer = decide(problem, rule=rule, gap=gap, starts=starts)
+    if answer.choice is None:
+        raise infeasible(table, budget)
+    picked = zip(rows, problem.options, answer.choice, strict=True)
+    chosen = (entries[int(kept[column])] for entries, kept, column in picked)
+    return record(table, budget, chosen, answer, rule=rule, least=problem.least_objective, gap=gap)
 
 
 def allocate_given(
@@ -152,14 +117,19 @@ def allocate_given(
     `rule` names how it was made.
 
     Raises:
-        InputError: a decision without a format, a format that the table has no cost of, or a choice beyond the budget.
+        InputError: a decision without a format, a format that is forbidden or that the table has no cost of, or a
+            choice beyond the budget.
     """
-    missing = [d for d in table.by_decision if d not in choice or (d, choice[d]) not in table.index]
-    if missing:
-        raise InputError(f"the table has no cost of {choice.get(missing[0], 'any format')} for {missing[0]!r}.")
-    chosen = {d: table.index[d, choice[d]] for d in table.by_decision}
-    _refuse_forbidden(rule, chosen)
-    return _judge_costs(table, chosen.values(), rule=rule, budget=budget)
+    for d in table.by_decision:
+        if d not in choice or (d, choice[d]) not in table.index:
+            raise InputError(f"the table has no cost of {choice.get(d, 'any format')} for {d!r}.")
+    chosen = [table.index[d, choice[d]] for d in table.by_decision]
+    for entry in chosen:
+        if math.isinf(entry.cost):
+            raise InputError(
+                f"rule {rule!r}: {entry.format} is forbidden for decision {entry.decision!r} (infinite cost)."
+            )
+    return _judge(table, chosen, rule, budget)
 
 
 def frontier(
@@ -221,161 +191,53 @@ def decided_by(method: str, rule: str) -> str:
     return rule if is_described else method
 
 
-def _needed(budget: Budget | None, rule: str, rules: Sequence[str]) -> Budget:
-    """The budget of a rule that searches."""
-    if rule not in SEARCHES:
-        raise InputError(f"the rule must be one of {', '.join(rules)}, got {rule!r}.")
-    if budget is None:
-        raise InputError(
-            "allocation needs a budget: bits, stored_bits or budget_bytes, budget_bops, or a size and bops."
-        )
-    return budget
+def _allocate_uniform(table: SensitivityTable, rule: str, budget: Budget | None) -> Allocation:
+    """One format everywhere; a decision that lacks it has its format of least cost, and a note says so."""
+    number_format = Format.parse(rule.removeprefix(UNIFORM))
+    missing = sorted(d for d in table.by_decision if (d, number_format) not in table.index)
+    if len(missing) == len(table.by_decision):
+        known = sorted({str(c.format) for c in table.costs})
+        raise InputError(f"the table has no costs of {number_format}; it has {', '.join(known)}.")
+    choice = dict.fromkeys(table.by_decision, number_format)
+    choice |= {d: f for d in missing for f in _cheapest(table.by_decision[d]).choice.values()}
+    notes = tuple(f"{d} cannot take {number_format} and has {choice[d]}" for d in missing)
+    return replace(allocate_given(table, choice, budget, rule=rule), notes=notes)
 
 
-def _outcome(chosen: tuple[Variant, ...], problem: Problem[object], decided: Decided) -> Outcome:
-    return Outcome(chosen, problem.least_objective, decided.bound, decided.n_solves, decided.is_heuristic)
+def _cheapest(entries: Entries) -> Cost | Variant:
+    """The entry of least cost; the smaller one of equals, then the first by the names of its formats."""
+    cost = arrays_of(entries, Budget(0))[0]
+    equal = (entries[int(i)] for i in np.flatnonzero(cost == cost.min()))
+    return min(equal, key=lambda e: (e.paper_bytes, e.stored_bytes, [*map(str, e.choice.values())]))
 
 
-def _allocate_fixed(table: SensitivityTable, budget: Budget | None, rule: str) -> Allocation:
-    """The allocation of `argmin` or `uniform:FORMAT`; a budget that is given is checked, not used.
-
-    The bound is that of the best choice of the same size. Under `uniform`, a decision that lacks the format
-    has its format of least cost, and a note says so.
-
-    Raises:
-        InputError: the table does not know the format, or the result exceeds the budget.
-    """
-    notes: tuple[str, ...] = ()
-    if rule == ARGMIN:
-        chosen = {d: least_cost(costs) for d, costs in table.by_decision.items()}
-    else:
-        chosen, notes = _uniform(table, Format.parse(rule.removeprefix(UNIFORM)))
-        _refuse_forbidden(rule, chosen)
-    return _judge_costs(table, chosen.values(), budget=budget, rule=rule, notes=notes)
-
-
-def _judge(
-    table: SensitivityTable | VariantTable,
-    chosen: Sequence[Variant],
-    *,
-    make: Callable[[Budget], Problem[object]],
-    rule: str,
-    budget: Budget | None = None,
-    notes: tuple[str, ...] = (),
-) -> Allocation:
+def _judge(table: Table, chosen: Iterable[Cost | Variant], rule: str, budget: Budget | None) -> Allocation:
     """The allocation of what was chosen without looking at a budget, with the bound of its size.
-
-    `make` gives the problem of a budget.
 
     Raises:
         InputError: the choice exceeds the budget that is given all the same.
     """
-    if budget is not None:
-        _check_kept(chosen, budget, rule, table)
+    chosen = tuple(chosen)
     own = budget or Budget(sum(entry.paper_bytes for entry in chosen), "paper")
-    problem = make(own)
-    bound = relax(problem).bound
-    outcome = Outcome(tuple(chosen), problem.least_objective, bound, is_heuristic=True, notes=notes)
-    return record(table, own, rule, outcome)
-
-
-def _judge_costs(
-    table: SensitivityTable,
-    chosen: Iterable[Cost],
-    *,
-    rule: str,
-    budget: Budget | None = None,
-    notes: tuple[str, ...] = (),
-) -> Allocation:
-    entries = [as_variant(entry) for entry in chosen]
-    return _judge(table, entries, make=partial(make_problem, table), rule=rule, budget=budget, notes=notes)
-
-
-def _check_kept(chosen: Sequence[Variant], budget: Budget, rule: str, table: SensitivityTable | VariantTable) -> None:
-    used = np.array([budget.sizes(entry) for entry in chosen], dtype=np.int64).sum(axis=0)
-    if (used <= budget.limits(table.attention_bops)).all():
-        return
-    bops = table.attention_bops + sum(entry.bops for entry in chosen)
-    size_bytes = sum(entry.paper_bytes if budget.accounting == "paper" else entry.stored_bytes for entry in chosen)
-    limits = [
-        *([] if budget.size_bytes is None else [f"{8 * budget.size_bytes / table.total_params:.4f} bits"]),
-        *([] if budget.bops is None else [f"{budget.bops} operations"]),
-    ]
-    raise InputError(
-        f"the rule {rule!r} takes {8 * size_bytes / table.total_params:.4f} {budget.accounting} bits per weight and "
-        f"{bops} bit operations, more than the budget of {' and '.join(limits)}. Leave the budget out, or choose "
-        "another rule."
-    )
-
-
-def _refuse_forbidden(rule: str, chosen: Mapping[str, Cost]) -> None:
-    for decision, entry in chosen.items():
-        if math.isinf(entry.cost):
-            raise InputError(f"rule {rule!r}: {entry.format} is forbidden for decision {decision!r} (infinite cost).")
-
-
-def _uniform(table: SensitivityTable, number_format: Format) -> tuple[dict[str, Cost], tuple[str, ...]]:
-    index = table.index
-    missing = sorted(d for d in table.by_decision if (d, number_format) not in index)
-    if len(missing) == len(table.by_decision):
-        known = sorted({str(c.format) for c in table.costs})
-        raise InputError(f"the table has no costs of {number_format}; it has {', '.join(known)}.")
-    chosen = {
-        d: index[d, number_format] if d not in missing else least_cost(costs) for d, costs in table.by_decision.items()
-    }
-    notes = tuple(f"{d} cannot take {number_format} and has {chosen[d].format}" for d in missing)
-    return chosen, notes
-
-
-def _sizes(costs: Sequence[Cost], budget: Budget) -> IntArray:
-    """What the allowed formats of a decision take, [R, V]."""
-    return np.array([budget.sizes(entry) for entry in costs if entry.cost < math.inf], dtype=np.int64).T
-
-
-def _columns(problem: Problem[Cost], table: SensitivityTable, known: Allocation, budget: Budget) -> IntArray:
-    """The columns of a known choice, or of options that are as good and as small."""
-    found = np.empty(len(problem.options), dtype=np.int64)
-    for i, row in enumerate(problem.options):
-        entry = table.index[row[0].decision, known.choice[row[0].decision]]
-        sizes = budget.sizes(entry)
-        found[i] = next(
-            j
-            for j, other in enumerate(row)
-            if other.cost <= entry.cost and all(a <= b for a, b in zip(budget.sizes(other), sizes, strict=True))
+    problem = make_problem(table, own)
+    answer = Answer(None, relax(problem).bound, is_heuristic=True)
+    found = record(table, own, chosen, answer, rule=rule, least=problem.least_objective)
+    sizes = ((found.used_bytes, own.size_bytes), (found.bops, own.bops))
+    if any(limit is not None and taken > limit for taken, limit in sizes):
+        limits = [
+            *([] if own.size_bytes is None else [f"{8 * own.size_bytes / table.total_params:.4f} bits"]),
+            *([] if own.bops is None else [f"{own.bops} operations"]),
+        ]
+        raise InputError(
+            f"the rule {rule!r} takes {found.bits:.4f} {own.accounting} bits per weight and {found.bops} bit "
+            f"operations, more than the budget of {' and '.join(limits)}. Leave the budget out, or choose another rule."
         )
     return found
 
 
-def _make_problem(table: VariantTable, budget: Budget) -> Problem[int]:
-    """The problem of a table; its options are rows of `GroupVariants`."""
-    return assemble([_pareto_rows(group, budget) for group in _sorted(table)], budget.limits(table.attention_bops))
-
-
-def _pareto_rows(group: GroupVariants, budget: Budget) -> Options[int]:
-    size = _variant_sizes(group, budget)
-    kept = pareto(group.cost, size, np.vstack([group.paper_bytes, _names(group)]))
-    if not len(kept):
-        raise InputError(f"group {group.group!r} has no variant of finite cost; add formats to the space.")
-    return Options(tuple(kept.tolist()), group.cost[kept], size[:, kept])
-
-
-def _cheapest(group: GroupVariants) -> int:
-    """The variant of least cost; the smaller one of equals, then the first by the names of its formats."""
-    keys = (*_names(group)[::-1], group.stored_bytes, group.paper_bytes, group.cost)
-    return int(np.lexsort(keys)[0])
-
-
-def _variant_sizes(group: GroupVariants, budget: Budget) -> IntArray:
-    """What each variant takes of each resource, [R, V]."""
-    return np.array(budget.limited(group.paper_bytes, group.stored_bytes, group.bops), dtype=np.int64)
-
-
-def _names(group: GroupVariants) -> IntArray:
-    """The place of each decision's format among the sorted texts, [w, V]: equals do not depend on their order."""
-    ranks = [np.argsort(np.argsort([str(f) for f in formats])) for formats in group.formats]
-    return np.array([rank[column] for rank, column in zip(ranks, group.choice.T, strict=True)], dtype=np.int64)
-
-
-def _sorted(table: VariantTable) -> list[GroupVariants]:
-    """Groups by name: the answer does not depend on their order."""
-    return sorted(table.groups, key=lambda group: group.group)
+def _columns(problem: Problem, table: SensitivityTable, known: Allocation, budget: Budget) -> IntArray:
+    """The columns of a known choice, or of options that are as good and as small."""
+    entries = [table.index[name, known.choice[name]] for name in sorted(table.by_decision)]
+    sizes = np.array([budget.sizes(entry) for entry in entries], np.int64).T  # [R, D]
+    is_as_good = problem.cost <= np.array([entry.cost for entry in entries])[:, None]
+    return np.asarray((is_as_good & (problem.size <= sizes[..., None]).all(axis=0)).argmax(axis=1), dtype=np.int64)

@@ -6,14 +6,22 @@ error, jacobian, ablation and sqnr).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from sedimo.errors import StateError
+import numpy as np
+import numpy.typing as npt
+
+from sedimo.bank import Candidate
+from sedimo.errors import InputError, StateError
 from sedimo.graph.model import Stream
 from sedimo.quant.families.family import Family
-from sedimo.quant.formats import Format
+from sedimo.quant.formats import FP16, Format, count_bops
+from sedimo.space import SearchSpace
+
+NOISE_POWER = "relative noise power"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,11 @@ class Cost:
     stored_bytes: int
     bops: int
 
+    @property
+    def choice(self) -> Mapping[str, Format]:
+        """The decision with its format, as a variant of a group has them."""
+        return {self.decision: self.format}
+
 
 @dataclass(frozen=True)
 class SensitivityTable:
@@ -43,6 +56,9 @@ class SensitivityTable:
     `params` how many weights each decision has. `settings` says how the numbers came about. `attention_bops` are the
     bit operations that no decision changes, `full_bops` those of the whole model at 16 bits, `attention_bops` included.
     `streams` are those of the decisions about one stream of a layer.
+
+    Raises:
+        StateError: a duplicate, an unknown decision, or a cost that is not a number.
     """
 
     method: str
@@ -59,21 +75,14 @@ class SensitivityTable:
     streams: Mapping[str, Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks that costs are unique and speak of known decisions.
-
-        Raises:
-            StateError: a duplicate, an unknown decision, or a cost that is not a number.
-        """
-        keys = [(c.decision, c.format) for c in self.costs]
-        if len(set(keys)) != len(keys):
-            raise StateError(f"sensitivity table {self.method!r}: a (decision, format) occurs twice")
-        unknown = sorted({c.decision for c in self.costs} ^ set(self.layers))
-        if unknown:
-            raise StateError(f"sensitivity table {self.method!r}: costs and layers disagree about {unknown[:5]}")
-        bad = [k for k, c in zip(keys, self.costs, strict=True) if c.cost != c.cost]
-        if bad:
-            decision, number_format = bad[0]
-            raise StateError(f"sensitivity table {self.method!r}: {decision} at {number_format} has no number as cost")
+        """Checks that costs are unique and speak of known decisions."""
+        place = f"sensitivity table {self.method!r}"
+        if len(self.index) != len(self.costs):
+            raise StateError(f"{place}: a (decision, format) occurs twice")
+        if unknown := sorted({c.decision for c in self.costs} ^ set(self.layers)):
+            raise StateError(f"{place}: costs and layers disagree about {unknown[:5]}")
+        if bad := next((c for c in self.costs if math.isnan(c.cost)), None):
+            raise StateError(f"{place}: {bad.decision} at {bad.format} has no number as cost")
 
     @cached_property
     def index(self) -> Mapping[tuple[str, Format], Cost]:
@@ -102,3 +111,85 @@ def of_family(table: SensitivityTable, family: Family) -> SensitivityTable:
     kept = {c for c in table.costs if c.format.family == family.name and c.format.group_size is None}
     able = {c.decision for c in kept}
     return replace(table, costs=tuple(c for c in table.costs if c in kept or c.decision not in able))
+
+
+@dataclass(frozen=True, slots=True)
+class CostEstimate:
+    """A number with its standard error; `n` samples are behind it, 0 when it is exact."""
+
+    value: float
+    standard_error: float = 0.0
+    n: int = 0
+
+
+EXACTLY_NOTHING = CostEstimate(0.0)
+
+
+def build_table(
+    method: str,
+    space: SearchSpace,
+    candidates: Iterable[Candidate],
+    estimate: Callable[[Candidate], CostEstimate],
+    settings: Mapping[str, str],
+    *,
+    unit: str = NOISE_POWER,
+    sees_activations: bool = False,
+) -> SensitivityTable:
+    """The table of one method; fp16 costs nothing. What sees weights alone is not asked about their activations.
+
+    Raises:
+        InputError: activations of several widths for one weight, and a method that does not see them.
+    """
+    candidates = tuple(candidates)
+    if not sees_activations:
+        _refuse_widths(method, candidates)
+
+    def cost(c: Candidate) -> Cost:
+        is_changed = c.format != FP16 if sees_activations else c.format.is_quantized
+        e = estimate(c) if is_changed else EXACTLY_NOTHING
+        bops = count_bops(space.decision_index[c.decision].macs, c.format)
+        return Cost(c.decision, c.format, e.value, e.standard_error, e.n, c.paper_bytes, c.stored_bytes, bops)
+
+    return SensitivityTable(
+        method=method,
+        unit=unit,
+        denoiser=space.denoiser,
+        costs=tuple(cost(c) for c in candidates),
+        layers=space.layers,
+        operations={d.name: d.operation for d in space.decisions},
+        blocks={d.name: d.block for d in space.decisions},
+        params={d.name: d.params for d in space.decisions},
+        settings=dict(settings),
+        attention_bops=space.attention_bops,
+        full_bops=space.full_bops,
+        streams=space.streams,
+    )
+
+
+def _refuse_widths(method: str, candidates: Iterable[Candidate]) -> None:
+    """Refuses candidates that differ in their activations alone, which would all cost the same."""
+    seen: dict[tuple[str, Format], Format] = {}
+    for c in candidates:
+        other = seen.setdefault((c.decision, c.format.weight_format), c.format)
+        if other != c.format:
+            raise InputError(
+                f"method {method!r} sees weights alone and cannot choose between {other} and {c.format} for "
+                f"{c.decision!r}: use orthogonality (with importance of bits), or one width of activations"
+            )
+
+
+def mean_cost(values: npt.ArrayLike) -> CostEstimate:
+    """Arithmetic mean of samples, with its standard error (not a number for one sample)."""
+    found = np.asarray(values, dtype=np.float64)
+    error = float(found.std(ddof=1)) / math.sqrt(found.size) if found.size > 1 else math.nan
+    return CostEstimate(float(found.mean()), error, int(found.size))
+
+
+def geometric_mean_cost(values: npt.ArrayLike) -> CostEstimate:
+    """Geometric mean of samples, which is what a mean of decibels speaks of, with its standard error."""
+    found = np.asarray(values, dtype=np.float64)
+    if not found.all():
+        return mean_cost(found)
+    logarithm = mean_cost(np.log(found))
+    value = math.exp(logarithm.value)
+    return CostEstimate(value, value * logarithm.standard_error, logarithm.n)

@@ -44,7 +44,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupVariants:
-    """The variants of one group; V of them over w decisions.
+    """The variants of one group; V of them over w decisions, each a `Variant` by its row.
 
     Attributes:
         group: its name.
@@ -56,6 +56,9 @@ class GroupVariants:
         paper_bytes: of all decisions together [bytes], [V].
         stored_bytes: of the tensors that replace their weights [bytes], [V].
         bops: of one sample and call [bit operations], [V].
+
+    Raises:
+        StateError: a wrong shape or kind of number, an unknown format, a cost that is none, or a duplicate.
     """
 
     group: str
@@ -69,77 +72,56 @@ class GroupVariants:
     bops: Sizes
 
     def __post_init__(self) -> None:
-        """Checks that the arrays belong together and speak of existing formats.
+        """Checks that the arrays belong together and speak of existing formats."""
+        for check in (self._check_names, self._check_arrays, self._check_choice):
+            if reason := check():
+                raise StateError(f"variants of group {self.group!r}: {reason}")
 
-        Raises:
-            StateError: a wrong shape or kind of number, an unknown format, a cost that is none, or a duplicate.
-        """
-        self._check_names()
-        self._check_arrays()
-        self._check_choice()
-        if np.isnan(self.cost).any() or (self.cost == -np.inf).any():
-            raise self._refused("costs must be finite, or inf for a forbidden variant")
-        if any((array < 0).any() for array in (self.standard_error, self.paper_bytes, self.stored_bytes, self.bops)):
-            raise self._refused("errors and sizes must not be negative")
-
-    @property
-    def n_variants(self) -> int:
-        """How many variants there are, V."""
+    def __len__(self) -> int:
         return len(self.cost)
 
-    def variant(self, row: int) -> Variant:
-        """One variant by its row."""
+    def __getitem__(self, row: int) -> Variant:
         columns = zip(self.decisions, self.formats, self.choice[row].tolist(), strict=True)
         return Variant(
-            choice={name: formats[column] for name, formats, column in columns},
-            cost=float(self.cost[row]),
-            standard_error=float(self.standard_error[row]),
-            paper_bytes=int(self.paper_bytes[row]),
-            stored_bytes=int(self.stored_bytes[row]),
-            bops=int(self.bops[row]),
+            {name: formats[column] for name, formats, column in columns},
+            float(self.cost[row]),
+            float(self.standard_error[row]),
+            int(self.paper_bytes[row]),
+            int(self.stored_bytes[row]),
+            int(self.bops[row]),
         )
 
-    def _check_names(self) -> None:
-        n_decisions = len(self.decisions)
-        if not n_decisions or len(set(self.decisions)) != n_decisions:
-            raise self._refused(f"decisions must be one or more different names, got {self.decisions}")
-        if len(self.formats) != n_decisions:
-            raise self._refused(f"{n_decisions} decisions need as many rows of formats, got {len(self.formats)}")
+    def _check_names(self) -> str:
+        n = len(self.decisions)
+        if not n or len(set(self.decisions)) != n:
+            return f"decisions must be one or more different names, got {self.decisions}"
+        if len(self.formats) != n:
+            return f"{n} decisions need as many rows of formats, got {len(self.formats)}"
         for name, formats in zip(self.decisions, self.formats, strict=True):
             if not formats or len(set(formats)) != len(formats):
-                raise self._refused(f"{name} must have one or more different formats, got {[*map(str, formats)]}")
+                return f"{name} must have one or more different formats, got {[*map(str, formats)]}"
+        return "" if self.cost.size else "there must be at least one variant"
 
-    def _check_arrays(self) -> None:
-        n_variants = self.cost.size
-        if not n_variants:
-            raise self._refused("there must be at least one variant")
-        wanted: dict[str, tuple[type, tuple[int, ...]]] = {
-            "choice": (np.integer, (n_variants, len(self.decisions))),
-            **dict.fromkeys(("cost", "standard_error"), (np.floating, (n_variants,))),
-            **dict.fromkeys(("paper_bytes", "stored_bytes", "bops"), (np.integer, (n_variants,))),
-        }
-        for name, (kind, shape) in wanted.items():
-            array = getattr(self, name)
+    def _check_arrays(self) -> str:
+        floats, integers = ("cost", "standard_error"), ("paper_bytes", "stored_bytes", "bops")
+        for name in ("choice", *floats, *integers):
+            array, kind = getattr(self, name), np.floating if name in floats else np.integer
+            shape = (self.cost.size, len(self.decisions)) if name == "choice" else (self.cost.size,)
             if array.shape != shape or not np.issubdtype(array.dtype, kind):
-                raise self._refused(
-                    f"{name} must be {kind.__name__} of shape {shape}, got {array.dtype} of shape {array.shape}"
-                )
+                return f"{name} must be {kind.__name__} of shape {shape}, got {array.dtype} of shape {array.shape}"
+        if np.isnan(self.cost).any() or (self.cost == -np.inf).any():
+            return "costs must be finite, or inf for a forbidden variant"
+        if any((getattr(self, name) < 0).any() for name in ("standard_error", *integers)):
+            return "errors and sizes must not be negative"
+        return ""
 
-    def _check_choice(self) -> None:
+    def _check_choice(self) -> str:
         counts = np.array([len(formats) for formats in self.formats])
-        wrong = np.argwhere((self.choice < 0) | (self.choice >= counts))
-        if len(wrong):
-            row, column = wrong[0]
-            raise self._refused(
-                f"variant {row} takes format {self.choice[row, column]} of {self.decisions[column]}, "
-                f"which has {counts[column]}"
-            )
-        n_different = len(np.unique(self.choice, axis=0))
-        if n_different != self.n_variants:
-            raise self._refused(f"{self.n_variants - n_different} of {self.n_variants} variants occur twice")
-
-    def _refused(self, reason: str) -> StateError:
-        return StateError(f"variants of group {self.group!r}: {reason}")
+        for row, column in np.argwhere((self.choice < 0) | (self.choice >= counts)):
+            wrong = f"takes format {self.choice[row, column]} of {self.decisions[column]}"
+            return f"variant {row} {wrong}, which has {counts[column]}"
+        n_twice = len(self) - len(np.unique(self.choice, axis=0))
+        return f"{n_twice} of {len(self)} variants occur twice" if n_twice else ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,51 +129,41 @@ class VariantTable:
     """The variants of all groups, by one method: what a `SensitivityTable` is for single decisions.
 
     Every decision is in exactly one group; one that is varied alone is a group of its own. `layers` tells which
-    layers each decision covers, `params` how many weights it has, `attention_bops` the bit operations that no
+    layers each decision covers, `total_params` how many weights all have, `attention_bops` the bit operations that no
     decision changes, `streams` those of the decisions about one stream of a layer.
+
+    Raises:
+        InputError: two groups of one name, or a decision that is in no group, in several, or unknown.
     """
 
     method: str
     denoiser: str
     groups: tuple[GroupVariants, ...]
     layers: Mapping[str, tuple[str, ...]]
-    params: Mapping[str, int]
+    total_params: int
     attention_bops: int = 0
     streams: Mapping[str, Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks that the groups have different names and share out the decisions.
-
-        Raises:
-            InputError: two groups of one name, or a decision that is in no group, in several, or unknown.
-        """
-        held = [name for group in self.groups for name in group.decisions]
+        """Checks that the groups have different names and share out the decisions."""
+        names = Counter(group.group for group in self.groups)
+        held = Counter(name for group in self.groups for name in group.decisions)
         wrong = {
-            "groups must have different names, found twice": _repeated([group.group for group in self.groups]),
-            "a decision must be in one group, found in several": _repeated(held),
-            f"groups name decisions that {self.denoiser} does not have": sorted(set(held) - self.layers.keys()),
-            "every decision must be in a group (of its own, if it is varied alone), missing": sorted(
-                self.layers.keys() - set(held)
+            "groups must have different names, found twice": [name for name, n in names.items() if n > 1],
+            "a decision must be in one group, found in several": [name for name, n in held.items() if n > 1],
+            f"groups name decisions that {self.denoiser} does not have": held.keys() - self.layers.keys(),
+            "every decision must be in a group (of its own, if it is varied alone), missing": (
+                self.layers.keys() - held.keys()
             ),
         }
-        for rule, names in wrong.items():
-            if names:
-                raise InputError(f"{rule}: {_listed(names)}.")
-
-    @property
-    def total_params(self) -> int:
-        """Number of weights that the decisions cover, shared ones once."""
-        return sum(self.params.values())
+        for rule, found in wrong.items():
+            if found:
+                raise InputError(f"{rule}: {_listed(sorted(found))}.")
 
 
 def build_variant_table(method: str, space: SearchSpace, groups: Sequence[GroupVariants]) -> VariantTable:
-    """The table of one method for all decisions of a space.
-
-    Raises:
-        InputError: the groups do not share out the decisions.
-    """
-    params = {d.name: d.params for d in space.decisions}
-    about = (space.layers, params, space.attention_bops, space.streams)
+    """The table of one method for all decisions of a space, which the groups must share out."""
+    about = (space.layers, space.params, space.attention_bops, space.streams)
     return VariantTable(method, space.denoiser, tuple(groups), *about)
 
 
@@ -228,26 +200,17 @@ def variant_sizes(
     codebook outside float16 and a full-precision weight of 32 bits exceed.
     """
     total = np.zeros((3, len(choice)), dtype=np.int64)
-    for i, decision in enumerate(decisions):
-        sizes = [_sizes(decision, f, candidates) for f in decision.formats]
-        total += np.array(sizes, dtype=np.int64).T[:, choice[:, i]]
-    paper, stored, bops = total
-    return paper, stored, bops
-
-
-def _sizes(
-    decision: Decision, number_format: Format, candidates: Mapping[tuple[str, Format], Candidate] | None
-) -> tuple[int, int, int]:
-    bops = count_bops(decision.macs, number_format)
-    if candidates is None:
-        return decision.paper_bytes(number_format), decision.stored_bytes(number_format), bops
-    known = candidates[decision.name, number_format]
-    return known.paper_bytes, known.stored_bytes, bops
+    for decision, columns in zip(decisions, choice.T, strict=True):
+        sizes = []
+        for f in decision.formats:
+            paper, stored = decision.paper_bytes(f), decision.stored_bytes(f)
+            if candidates is not None:
+                known = candidates[decision.name, f]
+                paper, stored = known.paper_bytes, known.stored_bytes
+            sizes.append((paper, stored, count_bops(decision.macs, f)))
+        total += np.array(sizes, dtype=np.int64).T[:, columns]
+    return total[0], total[1], total[2]
 
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _repeated(names: Sequence[str]) -> list[str]:
-    return sorted(name for name, n in Counter(names).items() if n > 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from sedimo.allocation.agreement import Agreement, agreement, predict
+from sedimo.allocation.combine import Agreement, agreement, predict
 from sedimo.allocation.effects import Effects
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sedimo import methods
-from sedimo.allocation.agreement import agreement_about_operations
 from sedimo.allocation.budget import BopsLimit, BudgetSettings
+from sedimo.allocation.combine import agreement_about_operations
 from sedimo.allocation.table import SensitivityTable, of_family
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from sedimo.allocation.agreement import Agreement
+from sedimo.allocation.combine import Agreement
 from sedimo.allocation.effects import Effects
 from sedimo.allocation.solve import decided_by, even_budgets, frontier
 from sedimo.jobs.additivity import check_additivity, measure_random_recipes

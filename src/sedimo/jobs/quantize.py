@@ -15,9 +15,9 @@ import psutil
 
 from sedimo import methods, targets, treatments
 from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
-from sedimo.allocation.costs import EXACTLY_NOTHING, build_table
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate_given, decided_by
+from sedimo.allocation.table import EXACTLY_NOTHING, build_table
 from sedimo.bank import SILENT, Candidate, Progress
 from sedimo.codec import content_key, from_json, to_json, to_plain
 from sedimo.errors import InputError

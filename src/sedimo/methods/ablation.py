@@ -16,9 +16,15 @@ from typing import Literal
 
 import numpy as np
 
-from sedimo.allocation.agreement import Agreement, agreement
-from sedimo.allocation.costs import EXACTLY_NOTHING, CostEstimate, build_table, geometric_mean_cost, mean_cost
-from sedimo.allocation.table import SensitivityTable
+from sedimo.allocation.combine import Agreement, agreement
+from sedimo.allocation.table import (
+    EXACTLY_NOTHING,
+    CostEstimate,
+    SensitivityTable,
+    build_table,
+    geometric_mean_cost,
+    mean_cost,
+)
 from sedimo.bank import Bank, Candidate
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab, seconds_of_estimates

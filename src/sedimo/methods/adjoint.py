@@ -25,9 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedimo.allocation.costs import EXACTLY_NOTHING, build_table
 from sedimo.allocation.effects import Effects, make_effects
-from sedimo.allocation.table import SensitivityTable
+from sedimo.allocation.table import EXACTLY_NOTHING, SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError

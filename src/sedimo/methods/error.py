@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sedimo.allocation.costs import CostEstimate, build_table
-from sedimo.allocation.table import SensitivityTable
+from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
 from sedimo.bank import Bank, Candidate
 from sedimo.lab.lab import Lab, seconds_of_estimates
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words

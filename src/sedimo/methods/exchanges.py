@@ -14,8 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.allocation.effects import Effects
-from sedimo.allocation.exchange import allocate_signed
+from sedimo.allocation.effects import Effects, allocate_signed
 from sedimo.allocation.problem import Allocation, Budget
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank

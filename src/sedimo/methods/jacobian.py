@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedimo.allocation.costs import build_table, mean_cost
-from sedimo.allocation.table import SensitivityTable
+from sedimo.allocation.table import SensitivityTable, build_table, mean_cost
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.lab.exchange import MEMORY_BYTES

@@ -42,8 +42,7 @@ from scipy.special import logsumexp
 from torch import nn
 
 from sedimo.allocation.budget import allocated
-from sedimo.allocation.costs import CostEstimate, build_table
-from sedimo.allocation.table import SensitivityTable
+from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.codec import content_key
 from sedimo.errors import InputError

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.allocation.effects import Effects, expected_db
-from sedimo.allocation.exchange import allocate_signed, cross_validated_noise
+from sedimo.allocation.effects import Effects, allocate_signed, cross_validated_noise, expected_db
 from sedimo.allocation.problem import Allocation, Budget
 from sedimo.allocation.solve import allocate, allocate_within
 from sedimo.allocation.table import SensitivityTable

@@ -21,7 +21,7 @@ import numpy as np
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.allocation.combine import geometric_mean
 from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import allocate_given, allocate_variants
+from sedimo.allocation.solve import allocate_given, allocate_within
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError, StateError
 from sedimo.lab.exploration import Exploration, possible_bits
@@ -267,13 +267,7 @@ def build_by_groups(
         for group in disjoint_groups(predictor, background.graph, background.groups)
     ]
     table = noise_variant_table(predictor, noise, background.candidates, confidence=confidence)
-    return allocate_variants(
-        table,
-        bits=budget.bits,
-        stored_bits=budget.stored_bits,
-        budget_bytes=budget.n_bytes,
-        budget_bops=None if budget.bops is None else budget.bops.resolved(background.space.full_bops),
-    )
+    return allocate_within(table, budget.resolved(table.total_params, background.space.full_bops))
 
 
 def model_table(background: Background, log_costs: Values) -> SensitivityTable:

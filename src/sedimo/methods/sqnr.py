@@ -22,8 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sedimo.allocation.costs import CostEstimate, build_table
-from sedimo.allocation.table import SensitivityTable
+from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.lab.exchange import MEMORY_BYTES, Hook, count_passes, hooked, linear_part, rounding_change, stream_of

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from sedimo import methods
-from sedimo.allocation.agreement import Agreement
-from sedimo.allocation.exchange import SIGNED
+from sedimo.allocation.combine import Agreement
+from sedimo.allocation.effects import SIGNED
 from sedimo.methods.prediction import Prediction
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import decibel

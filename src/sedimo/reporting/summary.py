@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sedimo.allocation.agreement import Agreement
-from sedimo.allocation.costs import NOISE_POWER
+from sedimo.allocation.combine import Agreement
 from sedimo.allocation.problem import Accounting, Allocation, Status
 from sedimo.allocation.solve import decided_by
-from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.allocation.table import NOISE_POWER, Cost, SensitivityTable
 from sedimo.methods.prediction import Entrant, Prediction
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.quant.formats import FULL_BITS, Format

@@ -10,7 +10,7 @@ import torch
 from planted import IMPORTANCE, candidates_of, planted_graph, planted_set, quality_of, random_codes, true_costs
 from scipy import stats
 
-from sedimo.allocation.solve import allocate, allocate_variants
+from sedimo.allocation.solve import allocate
 from sedimo.errors import InputError
 from sedimo.methods.predictor.choices import picked
 from sedimo.methods.predictor.costs import (
@@ -236,7 +236,7 @@ def test_groups_are_allocated_by_their_noise(data, fast):
     plain, careful = (noise_variant_table(fast, noise, candidates_of(data.choices), confidence=c) for c in (0.0, 1.0))
     assert all((b.cost > a.cost).all() for a, b in zip(plain.groups, careful.groups, strict=True))
     single = allocate(noise_table(fast, candidates_of(data.choices), reference), bits=4.5)
-    grouped = allocate_variants(plain, bits=4.5)
+    grouped = allocate(plain, bits=4.5)
     assert grouped.paper_bits <= 4.5
     codes = data.choices.codes([single.recipe, grouped.recipe])
     truth = quality_of(data.choices, codes)

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from sedimo.allocation.costs import CostEstimate, build_table
-from sedimo.allocation.table import SensitivityTable
+from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
 from sedimo.allocation.variant_table import GroupVariants, VariantTable, build_variant_table, variant_sizes
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
