@@ -154,9 +154,21 @@ def test_a_forward_that_always_fails_is_reported_with_its_reason() -> None:
 def test_sizes_come_from_the_config() -> None:
     config = {"sample_size": [16, 32], "patch_size": (1, 2, 2), "sample_frames": 49, "temporal_compression_ratio": 4}
     sizes = Sizes(config, torch.float32)
-    assert (sizes.area, sizes.frames, sizes.patches, sizes.n_patches) == ((16, 32), 13, (8, 16), 128)
+    assert (sizes.area, sizes.frames, sizes.patches, sizes.make("N", "any").shape) == ((16, 32), 13, (8, 16), (128,))
     wide = Sizes({"sample_height": 8, "sample_width": 12, "text_len": 5}, torch.float32)
-    assert (wide.area, wide.n_tokens("encoder_hidden_states"), wide.n_tokens("other")) == ((8, 12), 5, 77)
+    assert (wide.area, wide.make("T", "encoder_hidden_states").shape, wide.make("T", "other").shape) == (
+        (8, 12),
+        (5,),
+        (77,),
+    )
+
+
+def test_a_form_is_axes_in_letters_or_a_container_of_forms() -> None:
+    sizes = Sizes({"sample_size": 16}, torch.float16, batch=3, learned={"hint": 5})
+    made = sizes.make([{"hint": "B C 8H W"}, ("int BF", 1, "number h")], "x")
+    assert made[0]["hint"].shape == (3, 5, 128, 16)
+    assert (made[0]["hint"].dtype, made[1][0].dtype) == (torch.float16, torch.int64)
+    assert (made[1][0].shape, *made[1][1:]) == ((24,), 1, 16)
 
 
 def test_unknown_sizes_differ_and_stay() -> None:
@@ -170,5 +182,5 @@ def test_unknown_sizes_differ_and_stay() -> None:
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_form_can_be_built(name: str) -> None:
     sizes = Sizes({"num_attention_heads": 2, "attention_head_dim": 8}, torch.float16, learned={name: 4, "sample": 4})
-    for form in ARGUMENTS[name].forms:
-        assert form(sizes) is not None
+    for form in ARGUMENTS[name]:
+        assert sizes.make(form, name) is not None

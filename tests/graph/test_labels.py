@@ -8,11 +8,12 @@ import pytest
 from denoisers import published
 from torch import nn
 
-from sedimo.graph import flow, labels
-from sedimo.graph.layers import weight_layers
+from sedimo.graph import groups, layers
+from sedimo.graph.layers import block_of, find_blocks, operation_type, weight_layers
+from sedimo.graph.trace import per_sample
 
 
-@pytest.mark.parametrize("module", [flow, labels])
+@pytest.mark.parametrize("module", [groups, layers])
 def test_examples(module) -> None:
     assert doctest.testmod(module).failed == 0
     assert doctest.testmod(module).attempted > 0
@@ -41,18 +42,18 @@ def test_examples(module) -> None:
 )
 def test_blocks_and_operations(denoiser: str, path: str, block: str, operation: str) -> None:
     module = published(denoiser)
-    blocks = labels.find_blocks(module, weight_layers(module))
-    assert labels.block_of(path, blocks) == block
-    assert labels.operation_type(path) == operation
+    blocks = find_blocks(module, weight_layers(module))
+    assert block_of(path, blocks) == block
+    assert operation_type(path) == operation
 
 
 def test_a_numbered_module_outside_a_container_is_no_block() -> None:
     module = nn.Module()
     module.add_module("3", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
-    assert labels.find_blocks(module, weight_layers(module)) == frozenset()
+    assert find_blocks(module, weight_layers(module)) == frozenset()
 
 
 def test_an_output_that_does_not_grow_with_the_batch_is_counted_whole() -> None:
-    assert flow.per_sample(120, (6, 5), 3) == 40
-    assert flow.per_sample(120, (1, 5), 3) == 120
-    assert flow.per_sample(120, (), 3) == 120
+    assert per_sample(120, (6, 5), 3) == 40
+    assert per_sample(120, (1, 5), 3) == 120
+    assert per_sample(120, (), 3) == 120

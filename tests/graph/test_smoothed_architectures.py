@@ -8,7 +8,7 @@ from denoisers import TINY, build
 
 from folding_examples import close, plan_for
 from sedimo.graph.layers import weight_layers
-from sedimo.graph.trace import export_denoiser
+from sedimo.graph.program import export_denoiser
 from sedimo.treatments.smoothing_plan import smoothed
 
 

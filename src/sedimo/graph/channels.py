@@ -16,7 +16,6 @@ Tensors of labels that repeat along axes do not hold the repeats: few elements s
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,7 +27,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx
 from torch.export import ExportedProgram
 
-from sedimo.graph.program import arguments_of, operation_name, owner_of, shape_of
+from sedimo.graph.program import READS_NOTHING, arguments_of, operation_name, owner_of, shape_of
 
 _MAX_ELEMENTS = 1 << 22  # of labels that are not broadcast; larger ones are pinned
 _MAX_PARAMETER = 1 << 16  # elements of a bare parameter that are followed
@@ -41,7 +40,6 @@ _LINEAR = frozenset({"linear"})
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _NORMS = {"layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}  # places of weight and bias
 _MEANS = frozenset({"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "avg_pool2d"})
-_READS_NOTHING = re.compile(r"(zeros|ones|empty|full|rand|randn)_like|new_\w+|_assert\w*|sym_\w+")
 Labels = npt.NDArray[np.int64]
 PINNED = 0  # the label of everything that must stay as it is
 
@@ -80,7 +78,7 @@ class _Reader:
 
     def _call(self, node: fx.Node) -> Value | list[Value]:
         name = operation_name(node)
-        if _READS_NOTHING.fullmatch(name):
+        if READS_NOTHING.fullmatch(name):
             return Value()
         handler = self._handler(name)  # none for operations in place
         result = None if handler is None else handler(node)

@@ -18,7 +18,7 @@ from torch import nn
 from sedimo.errors import InputError
 from sedimo.graph.channels import PINNED, Channels, classes, read_channels
 from sedimo.graph.layers import find_ties, weight_layers, weight_names
-from sedimo.graph.trace import Capture, export_denoiser
+from sedimo.graph.program import Capture, export_denoiser
 
 Integers = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]

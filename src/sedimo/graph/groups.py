@@ -21,10 +21,10 @@ through attention is one shorter, and gates of residuals are edges from the laye
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from sedimo.errors import InputError
-from sedimo.graph.labels import unit_of
 from sedimo.graph.model import DenoiserGraph, Group, Node
 
 Edges = Sequence[tuple[int, int]]
@@ -34,8 +34,8 @@ def find_groups(nodes: Sequence[Node], edges: Edges) -> tuple[Group, ...]:
     """Groups of a graph in the order of their first layers; each connected, each layer in one."""
     finder = _Finder(nodes, edges)
     finder.take_attention()
-    finder.take_units()
-    finder.attach_steering()
+    steering = finder.take_units()
+    finder.attach_steering(steering)
     return tuple(finder.group(kind, members) for kind, members in sorted(finder.found, key=lambda f: min(f[1])))
 
 
@@ -56,17 +56,28 @@ def split_groups(graph: DenoiserGraph, *, n_options: int, max_variants: int) -> 
     found: list[Group] = []
     for group in graph.groups:
         members = [finder.position[name] for name in group.layers]
+        most = next((n - 1 for n in range(2, len(members) + 1) if n_options**n > max_variants), len(members))
         parts = [members]
-        if not _fits(len(members), n_options, max_variants):
-            parts = [
-                p for half in finder.halves_of_attention(members) for p in finder.cut(half, n_options, max_variants)
-            ]
+        if most < len(members):
+            halves = finder.halves_of_attention(members)
+            chunks = (half[i : i + most] for half in halves for i in range(0, len(half), most))
+            parts = [part for chunk in chunks for part in finder.connected_parts(chunk)]
         found += [group] if len(parts) == 1 else [finder.group(group.kind, part) for part in parts]
     return tuple(found)
 
 
-def _fits(n_layers: int, n_options: int, max_variants: int) -> bool:
-    return bool(n_options**n_layers <= max_variants)
+def unit_of(path: str, block: str) -> str:
+    """The part of its block that a layer belongs to: its outermost module inside the block, else the block.
+
+    Example:
+        >>> unit_of("blocks.3.ff.net.0.proj", "blocks.3")
+        'blocks.3.ff'
+        >>> unit_of("blocks.3.conv1", "blocks.3")
+        'blocks.3'
+    """
+    first, *inside = path[len(block) + 1 if block else 0 :].split(".")
+    outer = [block] if block else []
+    return ".".join([*outer, first] if inside else outer)
 
 
 class _Finder:
@@ -77,7 +88,6 @@ class _Finder:
         self.position = {node.name: i for i, node in enumerate(nodes)}
         self.found: list[tuple[str, list[int]]] = []
         self._taken: dict[int, int] = {}
-        self._steering: dict[int, list[int]] = {}
         self._before: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
         self._after: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
         for source, target in edges:
@@ -116,7 +126,7 @@ class _Finder:
             outputs = {j for j in self._layers_next_to(i, self._after, block) if self.nodes[j].block == block}
             members = inputs[i] | (outputs - feeds_attention) | self._inside(i, attentions)
             kind = "self_attention" if self._is_self_attention(i) else "cross_attention"
-            for part in self._connected_parts(sorted(members - self._taken.keys())):
+            for part in self.connected_parts(sorted(members - self._taken.keys())):
                 if not inputs[i].isdisjoint(part):
                     self._take(kind, part)
 
@@ -130,47 +140,47 @@ class _Finder:
 
     def _is_self_attention(self, i: int) -> bool:
         """Whether queries and keys come from the same streams."""
-        ports = self._before[i]
-        if len(ports) < 2:
-            return True
-        query, key = (self._origins(port, self.nodes[i].block) for port in ports[:2])
-        return query == key
+        origins = [
+            {source for layer in self._layers_at(port, self.nodes[i].block) for source in self._before[layer]}
+            for port in self._before[i][:2]
+        ]
+        return len(origins) < 2 or origins[0] == origins[1]
 
-    def _origins(self, port: int, block: str) -> set[int]:
-        layers = [port] if self._is_layer(port) else list(self._layers_next_to(port, self._before, block))
-        return {source for layer in layers for source in self._before[layer]}
+    def _layers_at(self, port: int, block: str) -> list[int]:
+        """The layers that an attention reads through one of its inputs."""
+        return [port] if self._is_layer(port) else list(self._layers_next_to(port, self._before, block))
 
     # units
 
-    def take_units(self) -> None:
-        """The rest of each block by module, cut into connected parts; steering layers wait."""
-        self._steering = {i: targets for i in self._free() if (targets := self._steered_layers(i))}
-        units: dict[tuple[str, str], list[int]] = {}
+    def take_units(self) -> dict[int, list[int]]:
+        """The rest of each block by module, cut into connected parts; the layers that steer others are left."""
+        steering = {i: targets for i in self._free() if (targets := self._steered_layers(i))}
+        units: dict[tuple[str, str], list[int]] = defaultdict(list)
         for i in self._free():
-            if i not in self._steering:
-                node = self.nodes[i]
-                units.setdefault((node.block, unit_of(node.name, node.block)), []).append(i)
-        alone: dict[str, list[int]] = {}
-        for (block, unit), members in units.items():
+            if i not in steering:
+                units[self.nodes[i].block, unit_of(self.nodes[i].name, self.nodes[i].block)].append(i)
+        alone: dict[str, list[int]] = defaultdict(list)
+        for (block, _), members in units.items():
             if len(members) > 1 or not block:
                 self._take_connected(members)
             else:
-                alone.setdefault(block, []).extend(units[block, unit])
+                alone[block] += members
         for members in alone.values():
             self._take_connected(members)
+        return steering
 
     def _take_connected(self, members: Sequence[int]) -> None:
-        for part in self._connected_parts(members):
+        for part in self.connected_parts(members):
             self._take(self._kind(part), part)
 
-    def attach_steering(self) -> None:
+    def attach_steering(self, steering: Mapping[int, Sequence[int]]) -> None:
         """Steering layers join the group of a layer that they steer, attention before others."""
-        for i, targets in sorted(self._steering.items(), reverse=True):
+        for i, targets in sorted(steering.items(), reverse=True):
             homes = [self._taken[t] for t in targets if t in self._taken]
-            home = next((h for h in homes if "attention" in self.found[h][0]), homes[0] if homes else len(self.found))
-            if home == len(self.found):
+            if not homes:
                 self._take(self._kind([i]), [i])
                 continue
+            home = next((h for h in homes if "attention" in self.found[h][0]), homes[0])
             self.found[home][1].append(i)
             self._taken[i] = home
 
@@ -189,8 +199,8 @@ class _Finder:
 
     def _kind(self, members: Sequence[int]) -> str:
         own = [i for i in sorted(members) if not self._is_vector(i)]
-        is_first = not any(self._is_layer(j) for i in members for j in self._ancestors(i) if j not in members)
-        if is_first or (not own and not self.nodes[min(members)].block):
+        before = {j for i in members for j in _reach([i], self._before.__getitem__) if j not in members}
+        if not any(map(self._is_layer, before)) or (not own and not self.nodes[min(members)].block):
             return "embedding"
         if len(own) > 1:
             first, last = self.nodes[own[0]], self.nodes[own[-1]]
@@ -199,12 +209,9 @@ class _Finder:
         n_spatial = sum(math.prod(self.nodes[i].shape[2:]) > 1 for i in own)
         return "residual" if n_spatial > 1 else "other"
 
-    def _ancestors(self, i: int) -> set[int]:
-        return _reach(i, self._before) - {i}
-
     # shape of a group
 
-    def _take(self, kind: str, members: Iterable[int]) -> None:
+    def _take(self, kind: str, members: Sequence[int]) -> None:
         new = sorted(i for i in members if i not in self._taken)
         if new:
             self._taken.update(dict.fromkeys(new, len(self.found)))
@@ -220,21 +227,19 @@ class _Finder:
 
     def _combines_from(self, members: set[int], neighbours: Mapping[int, Sequence[int]]) -> set[int]:
         blocks = {self.nodes[i].block for i in members}
-        seen: set[int] = set()
-        stack = [j for i in members for j in neighbours[i]]
-        while stack:
-            j = stack.pop()
-            if j not in seen and not self._is_layer(j) and self.nodes[j].block in blocks:
-                seen.add(j)
-                stack.extend(neighbours[j])
-        return seen
 
-    def _connected_parts(self, members: Sequence[int]) -> list[list[int]]:
+        def combines(i: int) -> list[int]:
+            return [j for j in neighbours[i] if not self._is_layer(j) and self.nodes[j].block in blocks]
+
+        return _reach((j for i in members for j in combines(i)), combines)
+
+    def connected_parts(self, members: Sequence[int]) -> list[list[int]]:
+        """Members that are connected to one another, apart from the others."""
         neighbours = self._neighbourhood(members)
         left, parts = set(members), []
         for start in members:
             if start in left:
-                reached = _reach(start, neighbours)
+                reached = _reach([start], neighbours.__getitem__)
                 parts.append(sorted(reached & left))
                 left -= reached
         return parts
@@ -244,8 +249,7 @@ class _Finder:
         members = sorted(members)
         inside = set(self._neighbourhood(members))
         distance = {root: self._distances(root, inside) for root in sorted(inside)}
-        common = [root for root, found in distance.items() if set(members) <= found.keys()]
-        root = common[0] if common else members[-1]
+        root = next((root for root, found in distance.items() if set(members) <= found.keys()), members[-1])
         hop = max(distance[root].get(i, 0) for i in members)
         names = tuple(self.nodes[i].name for i in members)
         return Group(names[0], kind, names, self.nodes[root].name, hop)
@@ -254,43 +258,27 @@ class _Finder:
         """The longest path to the root from every node inside that reaches it."""
         found = {root: 0}
         for i in sorted((j for j in inside if j < root), reverse=True):
-            steps = [found[j] + 1 for j in self._after[i] if j in found]
-            if steps:
+            if steps := [found[j] + 1 for j in self._after[i] if j in found]:
                 found[i] = max(steps)
         return found
 
-    # splitting
-
     def halves_of_attention(self, members: Sequence[int]) -> list[list[int]]:
         """Score layers (with what steers them) and the rest of an attention; other groups stay whole."""
-        inside = self._neighbourhood(members)
-        attention = next((i for i in sorted(inside) if self.nodes[i].kind == "attention"), None)
+        attention = next((i for i in sorted(self._neighbourhood(members)) if self.nodes[i].kind == "attention"), None)
         if attention is None or len(self._before[attention]) < 3:
             return [list(members)]
-        query, key = self._before[attention][:2]
-        score = {i for i in members if i in (query, key)}
-        for port in (query, key):
-            if not self._is_layer(port):
-                score |= set(self._layers_next_to(port, self._before, self.nodes[attention].block)) & set(members)
-        score |= {i for i in members if self._is_vector(i)}
-        rest = [i for i in members if i not in score]
-        return [part for part in (sorted(score), rest) if part]
-
-    def cut(self, members: Sequence[int], n_options: int, max_variants: int) -> list[list[int]]:
-        """Consecutive parts of at most the allowed number of variants, each connected."""
-        size = 1
-        while _fits(size + 1, n_options, max_variants) and size < len(members):
-            size += 1
-        chunks = [list(members[i : i + size]) for i in range(0, len(members), size)]
-        return [part for chunk in chunks for part in self._connected_parts(chunk)]
+        block = self.nodes[attention].block
+        score = {i for port in self._before[attention][:2] for i in self._layers_at(port, block)}
+        score = {i for i in members if i in score or self._is_vector(i)}
+        return [part for part in (sorted(score), [i for i in members if i not in score]) if part]
 
 
-def _reach(start: int, neighbours: Mapping[int, Iterable[int]]) -> set[int]:
-    """Everything connected to `start`."""
-    seen, stack = {start}, [start]
+def _reach(starts: Iterable[int], neighbours: Callable[[int], Iterable[int]]) -> set[int]:
+    """The starts and everything that is reached from them."""
+    seen = set(starts)
+    stack = [*seen]
     while stack:
-        for j in neighbours[stack.pop()]:
-            if j not in seen:
-                seen.add(j)
-                stack.append(j)
+        new = set(neighbours(stack.pop())) - seen
+        seen |= new
+        stack += new
     return seen

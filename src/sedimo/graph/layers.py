@@ -1,4 +1,4 @@
-"""The weight layers of a module tree, which of them share a weight, and a copy of the tree without weights.
+"""The weight layers of a module tree, its blocks, the layers that share a weight, and a copy without weights.
 
 A weight layer is a module of type Linear, Conv1d, Conv2d or Conv3d whose own parameter `weight` has the shape
 that its type implies. Everything else that holds weights (bare parameters, transposed convolutions, weights
@@ -8,15 +8,14 @@ computed by a parametrization) is not quantized; `other_weights` names it.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Set
 
 import torch
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.graph.model import LayerType
+from sedimo.graph.model import LayerType, Node
 
 _TYPES: tuple[tuple[type[nn.Module], LayerType], ...] = (
     (nn.Linear, "Linear"),
@@ -25,41 +24,68 @@ _TYPES: tuple[tuple[type[nn.Module], LayerType], ...] = (
     (nn.Conv3d, "Conv3d"),
 )
 _N_PROBED_ELEMENTS = 16
+_MIN_LAYERS_OF_A_BLOCK = 2
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OFFLOAD_HOOKS = ("_hf_hook", "_diffusers_hook")  # accelerate's and diffusers' device placement
 _LEFT_BEHIND = object()
 
 
-@dataclass(frozen=True, slots=True)
-class WeightLayer:
-    """A layer of a module tree: its dotted path, its type, and the shape `[out, in, ...]` of its weight."""
-
-    name: str
-    layer_type: LayerType
-    shape: tuple[int, ...]
-
-
-def weight_layers(denoiser: nn.Module) -> dict[str, WeightLayer]:
-    """All weight layers by name, in the order of the module tree; a module used under two names once.
+def weight_layers(denoiser: nn.Module) -> dict[str, Node]:
+    """All weight layers by name, in the order of the module tree, not run yet; a module used under two names once.
 
     Raises:
         InputError: a weight does not have the shape of its layer, so it is packed by another quantizer.
     """
-    found = {}
+    kinds: dict[str, tuple[LayerType, tuple[int, ...]]] = {}
     for name, module in denoiser.named_modules():
-        layer_type = _layer_type(module)
+        layer_type = next((text for kind, text in _TYPES if isinstance(module, kind)), None)
         weight = module._parameters.get("weight")
         if layer_type is None or weight is None:
             continue
-        shape = tuple(weight.shape)
-        wanted = _implied_shape(module)
+        shape, wanted = tuple(weight.shape), _implied_shape(module)
         if shape != wanted:
             raise InputError(
                 f"layer {name!r}: a {layer_type} must have a weight of shape {wanted}, got {shape} "
                 f"({type(weight).__name__}). It seems to be quantized already; load the original weights"
             )
-        found[name] = WeightLayer(name, layer_type, shape)
-    return found
+        kinds[name] = layer_type, shape
+    blocks = find_blocks(denoiser, kinds)
+    return {
+        name: Node(name, "layer", operation_type(name), block_of(name, blocks), 0, *kind)
+        for name, kind in kinds.items()
+    }
+
+
+def operation_type(path: str) -> str:
+    """The path with its indices removed: equal for all layers that do the same job.
+
+    Example:
+        >>> operation_type("transformer_blocks.3.attn1.to_out.0")
+        'transformer_blocks.attn1.to_out'
+    """
+    return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def find_blocks(denoiser: nn.Module, layer_names: Iterable[str]) -> frozenset[str]:
+    """Paths of all blocks: numbered elements of a container that hold at least two weight layers.
+
+    `transformer_blocks.3` and `down_blocks.1.resnets.0` are blocks; `to_out.0` and `ff.net.0` are not.
+    """
+    n_layers = Counter(path for name in layer_names for path in _ancestors(name))
+    containers = {name for name, m in denoiser.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
+    places = {path: path.rpartition(".") for path, n in n_layers.items() if n >= _MIN_LAYERS_OF_A_BLOCK}
+    return frozenset(path for path, (parent, _, last) in places.items() if last.isdigit() and parent in containers)
+
+
+def block_of(path: str, blocks: Set[str]) -> str:
+    """The innermost block that holds a node or module, or "" outside all blocks."""
+    return next((p for p in (path, *_ancestors(path)) if p in blocks), "")
+
+
+def _ancestors(path: str) -> list[str]:
+    """Paths of the modules around a path, innermost first: `a.b` and `a` of `a.b.c`."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
 
 
 def weight_names(denoiser: nn.Module) -> dict[str, str]:
@@ -71,12 +97,8 @@ def weight_names(denoiser: nn.Module) -> dict[str, str]:
 
 def other_weights(denoiser: nn.Module) -> tuple[str, ...]:
     """Names of floating point parameters of two or more dimensions that belong to no weight layer."""
-    own = weight_names(denoiser)
-    return tuple(
-        name
-        for name, parameter in denoiser.named_parameters()
-        if parameter.dim() >= 2 and parameter.dtype.is_floating_point and name not in own
-    )
+    own, named = weight_names(denoiser), denoiser.named_parameters()
+    return tuple(n for n, p in named if p.dim() >= 2 and p.dtype.is_floating_point and n not in own)
 
 
 def find_ties(denoiser: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -84,19 +106,17 @@ def find_ties(denoiser: nn.Module) -> tuple[tuple[str, ...], ...]:
 
     Values are compared whole only where a few elements agree, so that a pass over a large model reads little.
     """
-    weights = {name: denoiser.get_submodule(name)._parameters["weight"] for name in weight_layers(denoiser)}
-    by_key: dict[object, list[list[str]]] = {}
-    for name, weight in weights.items():
-        if weight is None:  # cannot be: weight_layers lists only layers with a weight
-            continue
+    by_key: dict[object, list[tuple[torch.Tensor, list[str]]]] = {}
+    for name in weight_layers(denoiser):
+        weight = denoiser.get_submodule(name)._parameters["weight"]
+        assert weight is not None  # noqa: S101  # weight_layers lists only layers with a weight
         sets = by_key.setdefault(_value_key(weight), [])
-        for members in sets:
-            if _is_same(weight, weights[members[0]]):
-                members.append(name)
-                break
+        known = next((members for first, members in sets if _is_same(weight, first)), None)
+        if known is None:
+            sets.append((weight, [name]))
         else:
-            sets.append([name])
-    return tuple(tuple(members) for sets in by_key.values() for members in sets if len(members) > 1)
+            known.append(name)
+    return tuple(tuple(members) for sets in by_key.values() for _, members in sets if len(members) > 1)
 
 
 def meta_twin(denoiser: nn.Module) -> nn.Module:
@@ -122,10 +142,6 @@ def meta_twin(denoiser: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def _layer_type(module: nn.Module) -> LayerType | None:
-    return next((name for kind, name in _TYPES if isinstance(module, kind)), None)
-
-
 def _implied_shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
@@ -143,8 +159,8 @@ def _value_key(weight: torch.Tensor) -> object:
     return (tuple(weight.shape), weight.dtype, tuple(flat[positions].double().tolist()))
 
 
-def _is_same(first: torch.Tensor, second: torch.Tensor | None) -> bool:
-    return first is second or (second is not None and not first.is_meta and torch.equal(first, second))
+def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first is second or (not first.is_meta and torch.equal(first, second))
 
 
 def _memo_without_weights(denoiser: nn.Module) -> dict[int, object]:

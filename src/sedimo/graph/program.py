@@ -1,12 +1,103 @@
-"""What a node of an exported program is: its operation, its arguments, the module that it stands in."""
+"""A denoiser as an exported program, and what a node of a program is: its operation, arguments, shape and module."""
 
 from __future__ import annotations
 
+import gc
+import logging
 import operator
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from sedimo.errors import InputError
+from sedimo.graph.example_inputs import find_inputs, first_line, signature_names
+from sedimo.graph.layers import meta_twin
+
+Capture = Callable[[], Mapping[str, object]]
+
+READS_NOTHING = re.compile(r"(zeros|ones|empty|full|rand|randn)_like|new_\w+|_assert\w*|sym_\w+")  # names of operations
+_NOISY_LOGGERS = ("torch", "diffusers")
+
+
+def export_denoiser(
+    denoiser: nn.Module, *, example_inputs: Mapping[str, object] | None = None, capture: Capture | None = None
+) -> tuple[ExportedProgram, dict[str, object]]:
+    """The denoiser as a program on the meta device, and the inputs by argument name that it was exported with.
+
+    Inputs are found as for `trace_denoiser`, which raises what this does.
+    """
+    twin = meta_twin(denoiser)
+    with _quiet():
+        inputs = _inputs_for(twin, example_inputs or {}, capture)
+        try:
+            with torch.no_grad():
+                return torch.export.export(twin, (), inputs, strict=False), inputs
+        except Exception as error:  # foreign code fails in any way, and export adds its own
+            raise InputError(
+                f"{type(twin).__name__} cannot be exported: {first_line(error)}. "
+                "Its forward must not depend on the values of tensors"
+            ) from error
+
+
+def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Capture | None) -> dict[str, object]:
+    """Example inputs on the meta device: given, found by name, or captured."""
+    names, is_open = signature_names(twin)
+    unknown = sorted(examples.keys() - names) if not is_open else []
+    if unknown:
+        raise InputError(
+            f"example_inputs names {', '.join(unknown)}, but the forward of {type(twin).__name__} "
+            f"takes {', '.join(names)}"
+        )
+    try:
+        return find_inputs(twin, {name: _to_meta(value) for name, value in examples.items()})
+    except InputError as error:
+        if capture is not None:
+            captured = {name: _to_meta(value) for name, value in capture().items() if is_open or name in names}
+            return {**captured, "return_dict": False} if "return_dict" in names else captured
+        required = [name for name, is_required in names.items() if is_required] or list(names)[:1]
+        usage = ", ".join(f'"{name}": torch.empty(...)' for name in required)
+        raise InputError(
+            f"{type(twin).__name__} cannot be traced with example inputs found by name: {error}. "
+            f"Pass them, for example example_inputs={{{usage}}}; only shape and dtype matter"
+        ) from error
+
+
+def _to_meta(value: object) -> object:
+    """The value with every tensor replaced by one of its shape and dtype on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    if isinstance(value, Mapping):
+        return {k: _to_meta(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_to_meta(v) for v in value])
+    return value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings and log lines about tracing from the user, who cannot act on them, and garbage collection away.
+
+    It took a third of an export's time by visiting the many long-lived objects.
+    """
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels, was_collecting = [logger.level for logger in loggers], gc.isenabled()
+    gc.disable()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if was_collecting:
+            gc.enable()
 
 
 def operation_name(node: fx.Node) -> str:
@@ -14,9 +105,7 @@ def operation_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2]
-    if target is operator.getitem:
-        return "getitem"
-    return str(getattr(target, "__name__", target))
+    return "getitem" if target is operator.getitem else str(getattr(target, "__name__", target))
 
 
 def arguments_of(node: fx.Node) -> Iterator[fx.Node]:
@@ -32,11 +121,8 @@ def arguments_of(node: fx.Node) -> Iterator[fx.Node]:
 
 def shape_of(node: object) -> tuple[int, ...]:
     """The shape of a node's value, of the first of several; empty for what is no node or has none."""
-    if not isinstance(node, fx.Node):
-        return ()
-    value = node.meta.get("val")
-    if isinstance(value, list | tuple):
-        value = value[0]
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = value[0] if isinstance(value, list | tuple) else value
     return tuple(int(n) for n in value.shape) if isinstance(value, torch.Tensor) else ()
 
 
@@ -44,9 +130,3 @@ def owner_of(node: fx.Node) -> str:
     """The path of the module whose forward makes the call."""
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
-
-
-def is_mutation(node: fx.Node) -> bool:
-    """Whether the operation writes into one of its arguments."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

@@ -1,31 +1,81 @@
-"""From a denoiser to its graph: exported on the meta device, read, labelled, and grouped.
+"""From a denoiser to its graph: the flow of data between weight layers, read from an exported program.
 
-The denoiser itself is neither run nor changed, and none of its weights is copied.
+The denoiser itself is neither run nor changed, and none of its weights is copied. Each value of the program carries its
+*sources*: the graph nodes whose outputs reach it through operations that are not nodes themselves (norms, activations,
+reshapes, gates). A weight layer becomes a node with edges from the sources of its input; an operation that combines two
+streams becomes a node where the streams differ.
+
+* `add`: a sum or difference of two streams with different sources.
+* `concat`: a concatenation of streams with different sources.
+* `modulate`: x * (1 + scale) [+ shift], where x and scale are streams.
+* `attention`: scaled dot-product attention, or two matrix products in a row between streams.
+
+A concatenation of the outputs of different layers makes *streams*: ranges of channels along one axis. An operation
+hands them on only if it is known to put what it makes of channel c at channel c, whatever else it reads (a group
+normalisation shares statistics between channels, but moves none). Everything else ends them: a layer downstream has one
+stream. A layer whose input has streams along its input channels keeps them. Multiply-accumulates (MACs) of layers and
+products are counted from the shapes that the trace saw, of one sample in one call; all else counts nothing.
+
+A layer that is called several times is one node at the place of its first call; an input of a later call that
+is computed after that place would close a cycle and is left out.
 """
 
 from __future__ import annotations
 
-import gc
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
-from torch.export import ExportedProgram
+from torch import fx, nn
 
 from sedimo.errors import InputError
-from sedimo.graph.example_inputs import batch_size, find_inputs, signature_names
-from sedimo.graph.flow import FlowNode, read_flow
+from sedimo.graph.example_inputs import batch_size
 from sedimo.graph.groups import find_groups
-from sedimo.graph.labels import block_of, find_blocks, operation_type
-from sedimo.graph.layers import WeightLayer, find_ties, meta_twin, other_weights, weight_layers, weight_names
-from sedimo.graph.model import DenoiserGraph, Node
+from sedimo.graph.layers import (
+    block_of,
+    find_blocks,
+    find_ties,
+    operation_type,
+    other_weights,
+    weight_layers,
+    weight_names,
+)
+from sedimo.graph.model import DenoiserGraph, Node, NodeKind
+from sedimo.graph.program import (
+    READS_NOTHING,
+    Capture,
+    arguments_of,
+    export_denoiser,
+    operation_name,
+    owner_of,
+    shape_of,
+)
 
-Capture = Callable[[], Mapping[str, object]]
-
-_NOISY_LOGGERS = ("torch", "diffusers")
+_SUMS = frozenset({"add", "add_", "sub", "sub_"})
+_CONCATS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
+_FACTORS = frozenset({"mul", "mul_"})
+_PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm", "einsum"})
+_LAYER_CALLS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution", "addmm", "matmul", "mm", "einsum"})
+_ATTENTION_PREFIX = "scaled_dot_product"
+_RELABELLINGS = frozenset(
+    """to _to_copy type_as view view_as reshape reshape_as unsqueeze squeeze expand expand_as permute transpose t
+    contiguous clone detach alias flatten unflatten slice select chunk split unbind getitem movedim repeat
+    dropout""".split()  # noqa: SIM905  # a table is read like a sentence
+)  # what may lie between 1 + scale and its use, or between a weight and its use
+_OF_FIRST = frozenset({"type_as", "view_as", "reshape_as", "expand_as", "to"})  # of others, dtype and shape only
+_KEEPING = frozenset(
+    """group_norm layer_norm rms_norm batch_norm instance_norm silu gelu relu leaky_relu elu mish sigmoid tanh
+    hardswish dropout feature_dropout to _to_copy type_as contiguous clone detach alias neg""".split()  # noqa: SIM905  # a table is read like a sentence
+)
+_INPUT_AXES = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1}
+_SCALING = frozenset({"mul", "div"})  # by a number: with a tensor they are a combination
+_RESIZING = frozenset(
+    """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d avg_pool1d avg_pool2d
+    avg_pool3d""".split()  # noqa: SIM905
+)  # change positions behind the second axis, which holds the channels
 
 
 def trace_denoiser(
@@ -49,164 +99,302 @@ def trace_denoiser(
     if not layers:
         raise InputError(f"{type(denoiser).__name__} has no Linear or Conv weight: there is nothing to trace")
     program, inputs = export_denoiser(denoiser, example_inputs=example_inputs, capture=capture)
-    shapes = {name: layer.shape for name, layer in layers.items()}
-    flow = read_flow(program, weight_names(denoiser), shapes, batch_size(inputs))
-    if not any(found.layer for found in flow):
+    reader = _Reader(layers, find_blocks(denoiser, layers), batch_size(inputs))
+    layer_of, parameters = weight_names(denoiser), program.graph_signature.inputs_to_parameters
+    places = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    reader.run(program.graph_module, [_Value(weight=layer_of.get(parameters.get(place, ""))) for place in places])
+    called = {node.name for node in reader.nodes if node.kind == "layer"}
+    if not called:
         raise InputError(f"the forward of {type(denoiser).__name__} uses none of its layers: it is no denoiser")
-    nodes, edges = _assemble(flow, layers, find_blocks(denoiser, layers))
+    nodes = (*reader.nodes, *(layer for name, layer in layers.items() if name not in called))
+    edges = tuple((source, target) for target, sources in enumerate(reader.sources) for source in sources)
     return DenoiserGraph(
         denoiser=type(denoiser).__name__,
         nodes=nodes,
         edges=edges,
         groups=find_groups(nodes, edges),
         ties=find_ties(denoiser),
-        notes=_notes(nodes, edges, denoiser),
+        notes=tuple(
+            f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for what, names in (
+                ("weights belong to no Linear or Conv layer and stay as they are", other_weights(denoiser)),
+                (
+                    "layers are not used in a call with these inputs",
+                    [node.name for node in nodes if node.kind == "layer" and node.macs == 0],
+                ),
+            )
+            if names
+        ),
     )
 
 
-def export_denoiser(
-    denoiser: nn.Module, *, example_inputs: Mapping[str, object] | None = None, capture: Capture | None = None
-) -> tuple[ExportedProgram, dict[str, object]]:
-    """The denoiser as a program on the meta device, and the inputs by argument name that it was exported with.
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What is known of a value: sources in order of use, the weight it is, whether it is 1 + a stream, its streams.
 
-    Inputs are found as for `trace_denoiser`, which raises what this does.
+    `streams` are numbers of channels, in order, along an axis counted from the front.
     """
-    twin = meta_twin(denoiser)
-    with _quiet(), _uncollected():
-        inputs = _inputs_for(twin, example_inputs or {}, capture)
-        return _export(twin, inputs), inputs
+
+    sources: tuple[int, ...] = ()
+    weight: str | None = None
+    is_one_plus: bool = False
+    open_modulate: int | None = None
+    storage: int = -1
+    n_writes_seen: int = 0
+    streams: tuple[int, ...] = ()
+    axis: int = 0
+
+    def along(self, axis: int, n_axes: int) -> tuple[int, ...]:
+        """The streams if they are along this axis (negative: from the back), else none."""
+        return self.streams if self.streams and self.axis == axis % n_axes else ()
 
 
-def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Capture | None) -> dict[str, object]:
-    """Example inputs on the meta device: given, found by name, or captured."""
-    names, is_open = signature_names(twin)
-    unknown = sorted(set(examples) - set(names)) if not is_open else []
-    if unknown:
-        raise InputError(
-            f"example_inputs names {', '.join(unknown)}, but the forward of {type(twin).__name__} "
-            f"takes {', '.join(names)}"
+_Arguments = Sequence[tuple[fx.Node, _Value]]
+
+
+class _Reader:
+    """Walks a program once, in order; `sources` are positions of nodes, first argument first."""
+
+    def __init__(self, layers: Mapping[str, Node], blocks: Set[str], batch: int) -> None:
+        self.nodes: list[Node] = []
+        self.sources: list[list[int]] = []
+        self._layers, self._blocks, self._batch = layers, blocks, batch
+        self._taken = set(layers)
+        self._positions: dict[str, int] = {}
+        self._open_products: set[int] = set()
+        self._writes: dict[int, list[tuple[int, ...]]] = {}
+        self._n_storages = 0
+
+    def run(self, module: fx.GraphModule, inputs: Sequence[_Value]) -> list[_Value]:
+        """The values of a program's outputs, given those of its inputs; nested programs are walked through."""
+        environment: dict[fx.Node, _Value] = {}
+        remaining = iter(inputs)
+        outputs: list[_Value] = []
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                environment[node] = self._fresh(next(remaining, _Value()))
+            elif node.op == "call_function":
+                environment[node] = self._call(module, node, environment)
+            elif node.op == "output":
+                outputs = [self._now(environment[a]) for a in node.all_input_nodes if a in environment]
+        return outputs
+
+    def _call(self, module: fx.GraphModule, node: fx.Node, environment: dict[fx.Node, _Value]) -> _Value:
+        given = list(arguments_of(node))
+        for place in given:
+            inner = operator.attrgetter(str(place.target))(module) if place.op == "get_attr" else None
+            if isinstance(inner, fx.GraphModule):  # a region without gradients or autocast: walked as if it stood here
+                values = [self._now(environment.get(a, _Value())) for a in given if a is not place]
+                return self._fresh(_Value(_union(v.sources for v in self.run(inner, values))))
+        arguments = [(a, self._now(environment[a])) for a in given if a in environment]
+        value = self._combine(operation_name(node), node, arguments)
+        return self._track_storage(node, value, arguments, environment)
+
+    def _combine(self, name: str, node: fx.Node, arguments: _Arguments) -> _Value:
+        """The value of one operation; makes a node of it where it is one."""
+        values = [value for _, value in arguments]
+        layer = next((v.weight for v in values if v.weight is not None), None)
+        if layer is not None and name in _LAYER_CALLS:
+            return self._layer(layer, name, node, [(a, v) for a, v in arguments if v.weight is None])
+        streams = [v for v in values if v.sources]
+        made = None
+        if name.startswith(_ATTENTION_PREFIX) and streams:
+            query, key, value = (shape_of(a) for a, _ in arguments[:3])  # [..., Nq, d], [..., Nk, d], [..., Nk, dv]
+            macs = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+            made = self._new("attention", node, streams, macs)
+        elif len(streams) > 1:
+            made = self._combination(name, node, arguments, streams)
+        if made is not None:
+            return made
+        first = values[0] if arguments and _keeps_channels(name, node, arguments[0][0]) else _Value()
+        return replace(_contract(name, node, values), streams=first.streams, axis=first.axis)
+
+    def _combination(self, name: str, node: fx.Node, arguments: _Arguments, streams: list[_Value]) -> _Value | None:
+        """The node that an operation on several streams makes; None if it makes none."""
+        if name in _PRODUCTS:
+            return self._product(name, node, arguments)
+        if name in _FACTORS and sum(v.is_one_plus for v in streams) == 1:
+            made = self._new("modulate", node, sorted(streams, key=lambda v: v.is_one_plus))
+            return replace(made, open_modulate=made.sources[0] if len(node.users) == 1 else None)
+        if name in _SUMS:
+            shifted = self._absorb_shift(node, arguments)
+            if shifted is not None:
+                return shifted
+        if name in _SUMS | _CONCATS and len({frozenset(v.sources) for v in streams}) > 1:
+            made = self._new("add" if name in _SUMS else "concat", node, streams)
+            return made if name in _SUMS else _joined(made, node, [v for _, v in arguments])
+        return None
+
+    def _layer(self, layer: str, call: str, node: fx.Node, inputs: _Arguments) -> _Value:
+        """A call of a layer, whose streams are those along the input channels of its weight, if all calls agree."""
+        first, output = layer not in self._positions, shape_of(node)
+        if first:
+            self._positions[layer] = self._append(self._layers[layer])
+        position = self._positions[layer]
+        known = self.nodes[position]
+        self._connect(position, _union(v.sources for _, v in inputs))
+        axis = _INPUT_AXES.get(call)
+        along = [] if axis is None else [v.along(axis, len(shape_of(a))) for a, v in inputs if node.args[:1] == (a,)]
+        streams = along[0] if along else ()
+        is_agreed = (first or known.streams == streams) and sum(streams) == known.shape[
+            1
+        ]  # less if channels are grouped
+        macs = math.prod(output) * math.prod(known.shape[1:])  # [out, in / groups, ...]: right for any groups
+        self.nodes[position] = replace(
+            known, macs=known.macs + per_sample(macs, output, self._batch), streams=streams if is_agreed else ()
         )
-    given = {name: _to_meta(value) for name, value in examples.items()}
-    try:
-        return find_inputs(twin, given)
-    except InputError as error:
-        if capture is not None:
-            return _captured(capture, names, is_open)
-        raise InputError(
-            f"{type(twin).__name__} cannot be traced with example inputs found by name: {error}. "
-            f"Pass them, for example example_inputs={{{_usage(names)}}}; only shape and dtype matter"
-        ) from error
+        return _Value((position,))
+
+    def _product(self, name: str, node: fx.Node, arguments: _Arguments) -> _Value:
+        """A matrix product of two streams: the first of an attention, or the second, which joins the first."""
+        operands = [(a, v) for a, v in arguments if v.sources][-2:]
+        output = shape_of(node)
+        macs = _einsum_macs(node) if name == "einsum" else math.prod(output) * shape_of(operands[0][0])[-1]
+        for _, value in operands:
+            first = value.sources[0]
+            others = _union(v.sources for _, v in operands if v is not value)
+            if value.sources == (first,) and first in self._open_products and all(s < first for s in others):
+                self._connect(first, others)
+                known = self.nodes[first]
+                self.nodes[first] = replace(known, macs=known.macs + per_sample(macs, output, self._batch))
+                self._open_products.remove(first)
+                return _Value((first,))
+        made = self._new("attention", node, [v for _, v in operands], macs)
+        self._open_products.add(made.sources[0])
+        return made
+
+    def _absorb_shift(self, node: fx.Node, arguments: _Arguments) -> _Value | None:
+        """The modulation made just before, if this sum is its shift, whose sources then join it; None otherwise.
+
+        A shift shares a source with the scale, or is broadcast; what is neither is a residual stream.
+        """
+        opened = [v.open_modulate for _, v in arguments if v.open_modulate is not None]
+        shifts = [(a, v) for a, v in arguments if v.open_modulate is None and v.sources]
+        if len(opened) != 1 or len(shifts) != 1:
+            return None
+        (shift_node, shift), position = shifts[0], opened[0]
+        is_broadcast = math.prod(shape_of(shift_node)) < math.prod(shape_of(node))
+        is_shift = is_broadcast or not set(self.sources[position]).isdisjoint(shift.sources)
+        if not is_shift or not all(s < position for s in shift.sources):
+            return None
+        self._connect(position, shift.sources)
+        return _Value((position,))
+
+    def _new(self, kind: NodeKind, node: fx.Node, streams: Sequence[_Value], macs: int = 0) -> _Value:
+        """A node named by the module that combines, what it does, and the how-manieth time: `blocks.3.add_1`."""
+        owner = owner_of(node)
+        names = (f"{owner}.{kind}_{i}" if owner else f"{kind}_{i}" for i in itertools.count())
+        name = next(free for free in names if free not in self._taken)
+        macs = per_sample(macs, shape_of(node), self._batch)
+        position = self._append(Node(name, kind, operation_type(name), block_of(owner, self._blocks), macs))
+        self._connect(position, _union(v.sources for v in streams))
+        return _Value((position,))
+
+    def _append(self, node: Node) -> int:
+        self.nodes.append(node)
+        self.sources.append([])
+        self._taken.add(node.name)
+        return len(self.nodes) - 1
+
+    def _connect(self, position: int, sources: Iterable[int]) -> None:
+        known = self.sources[position]
+        known.extend(s for s in sources if s < position and s not in known)
+
+    def _fresh(self, value: _Value) -> _Value:
+        self._n_storages += 1
+        return replace(value, storage=self._n_storages, n_writes_seen=0)
+
+    def _now(self, value: _Value) -> _Value:
+        """The value with what was written into its storage since it was made."""
+        later = self._writes.get(value.storage, [])[value.n_writes_seen :]
+        if not later:
+            return value
+        return _Value(
+            _union([value.sources, *later]), value.weight, storage=value.storage, n_writes_seen=value.n_writes_seen
+        )
+
+    def _track_storage(
+        self, node: fx.Node, value: _Value, arguments: _Arguments, environment: Mapping[fx.Node, _Value]
+    ) -> _Value:
+        """Views share their input's storage; an operation in place writes its sources into it."""
+        target = node.target
+        schema = target._schema if isinstance(target, torch._ops.OpOverload) else None
+        is_mutation = schema is not None and schema.is_mutable
+        is_view = (
+            target is operator.getitem if schema is None else any(r.alias_info is not None for r in schema.returns)
+        )
+        if not arguments or not (is_mutation or is_view):
+            return self._fresh(value)
+        base = environment[arguments[0][0]].storage
+        if is_mutation:
+            self._writes.setdefault(base, []).append(value.sources)
+        return replace(value, storage=base, n_writes_seen=len(self._writes.get(base, ())))
 
 
-def _captured(capture: Capture, names: Mapping[str, bool], is_open: bool) -> dict[str, object]:
-    inputs = {name: _to_meta(value) for name, value in capture().items() if is_open or name in names}
-    return {**inputs, "return_dict": False} if "return_dict" in names else inputs
+def _contract(name: str, node: fx.Node, values: Sequence[_Value]) -> _Value:
+    """The value of an operation that is no node: it passes its sources on."""
+    if not values or READS_NOTHING.fullmatch(name):
+        return _Value()
+    first = values[0]
+    sources = first.sources if name in _OF_FIRST else _union(v.sources for v in values)
+    if name == "add" and sources and len(values) == 1 and 1 in node.args:
+        return _Value(sources, is_one_plus=True)
+    if name in _RELABELLINGS:
+        return _Value(sources, first.weight, first.is_one_plus, first.open_modulate if len(node.users) == 1 else None)
+    return _Value(sources)
 
 
-def _usage(names: Mapping[str, bool]) -> str:
-    required = [name for name, is_required in names.items() if is_required] or list(names)[:1]
-    return ", ".join(f'"{name}": torch.empty(...)' for name in required)
+def _union(groups: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(source for group in groups for source in group))
 
 
-def _to_meta(value: object) -> object:
-    """The value with every tensor replaced by one of its shape and dtype on the meta device."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty(value.shape, dtype=value.dtype, device="meta")
-    if isinstance(value, Mapping):
-        return {k: _to_meta(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_to_meta(v) for v in value])
-    return value
+def _einsum_macs(node: fx.Node) -> int:
+    """The product of the sizes of all indices: each combination is one multiplication."""
+    equation, operands = str(node.args[0]), node.args[1]
+    if "..." in equation or not isinstance(operands, list | tuple):
+        return 0
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    sizes = {
+        letter: size
+        for term, operand in zip(terms, operands, strict=True)
+        if isinstance(operand, fx.Node)
+        for letter, size in zip(term, shape_of(operand), strict=True)
+    }
+    return math.prod(sizes.values())
 
 
-def _export(twin: nn.Module, inputs: dict[str, object]) -> ExportedProgram:
-    try:
-        with torch.no_grad():
-            return torch.export.export(twin, (), inputs, strict=False)
-    except Exception as error:  # foreign code fails in any way, and export adds its own
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(
-            f"{type(twin).__name__} cannot be exported: {type(error).__name__}: {reason[:300]}. "
-            "Its forward must not depend on the values of tensors"
-        ) from error
+def _joined(made: _Value, node: fx.Node, known: Sequence[_Value]) -> _Value:
+    """A concatenation (`cat`) of `known` tensors with its streams; a stack has none."""
+    tensors = node.args[0] if node.args else ()
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    shape = shape_of(node)
+    if not isinstance(tensors, list | tuple) or not isinstance(axis, int) or len(known) != len(tensors):
+        return made
+    axis %= len(shape)
+    shapes = [shape_of(tensor) for tensor in tensors]
+    if any(len(own) != len(shape) for own in shapes):
+        return made
+    pairs = zip(known, shapes, strict=True)
+    sizes = tuple(size for value, own in pairs for size in value.along(axis, len(shape)) or (own[axis],))
+    return replace(made, streams=sizes, axis=axis) if sum(sizes) == shape[axis] else made
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps warnings and log lines of torch and diffusers about tracing from the user, who cannot act on them."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def _keeps_channels(name: str, node: fx.Node, first: fx.Node) -> bool:
+    """Whether an operation puts what it makes of each channel of its first argument at the same channel."""
+    if node.args[:1] != (first,):
+        return False
+    before, after = shape_of(first), shape_of(node)
+    if name in _SCALING:
+        return before == after and not any(isinstance(a, fx.Node) for a in node.args[1:])
+    if name in _RESIZING:
+        return len(before) == len(after) and before[:2] == after[:2]
+    return name in _KEEPING and before == after
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pauses garbage collection, which took a third of an export's time by visiting its many long-lived objects."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def per_sample(macs: int, output_shape: Sequence[int], batch: int) -> int:
+    """MACs of one sample, from those of a call whose output has `batch` samples in its first dimension.
 
-
-def _assemble(
-    flow: Sequence[FlowNode], layers: Mapping[str, WeightLayer], blocks: frozenset[str]
-) -> tuple[tuple[Node, ...], tuple[tuple[int, int], ...]]:
-    """Named and labelled nodes, layers that the forward never calls last, and edges by target and argument."""
-    taken = set(layers)
-    counts: dict[str, int] = {}
-    nodes = []
-    for found in flow:
-        if found.layer is not None:
-            nodes.append(_layer_node(layers[found.layer], blocks, found.macs, found.streams or ()))
-            continue
-        name = _combine_name(found, counts, taken)
-        operation = operation_type(name)
-        nodes.append(Node(name, found.kind, operation, block_of(found.owner, blocks), found.macs))
-    called = {found.layer for found in flow}
-    nodes += [_layer_node(layer, blocks, 0) for name, layer in layers.items() if name not in called]
-    edges = tuple((source, target) for target, found in enumerate(flow) for source in found.sources)
-    return tuple(nodes), edges
-
-
-def _layer_node(layer: WeightLayer, blocks: frozenset[str], macs: int, streams: tuple[int, ...] = ()) -> Node:
-    block = block_of(layer.name, blocks)
-    return Node(layer.name, "layer", operation_type(layer.name), block, macs, layer.layer_type, layer.shape, streams)
-
-
-def _combine_name(found: FlowNode, counts: dict[str, int], taken: set[str]) -> str:
-    """`transformer_blocks.3.add_1`: the module that combines, what it does, and the how-manieth time."""
-    prefix = f"{found.owner}.{found.kind}" if found.owner else found.kind
-    while True:
-        number = counts.get(prefix, 0)
-        counts[prefix] = number + 1
-        name = f"{prefix}_{number}"
-        if name not in taken:
-            taken.add(name)
-            return name
-
-
-def _notes(nodes: Sequence[Node], edges: Sequence[tuple[int, int]], denoiser: nn.Module) -> tuple[str, ...]:
-    """What a reader of the graph should know of weights that are not in it, or not used."""
-    notes = []
-    others = other_weights(denoiser)
-    if others:
-        notes.append(f"{len(others)} weights belong to no Linear or Conv layer and stay as they are: {_some(others)}")
-    idle = [node.name for node in nodes if node.kind == "layer" and node.macs == 0]
-    if idle:
-        notes.append(f"{len(idle)} layers are not used in a call with these inputs: {_some(idle)}")
-    return tuple(notes)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    An output whose first dimension is no multiple of `batch` was computed once for all samples and counts whole.
+    """
+    has_batch = bool(output_shape) and output_shape[0] % batch == 0
+    return macs // batch if has_batch else macs
