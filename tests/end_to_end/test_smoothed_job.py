@@ -156,7 +156,7 @@ def test_a_plan_counts_the_smoothing(tiny_pipeline_folder, tmp_path):
     without = job.plan(settings_of(tiny_pipeline_folder, tmp_path / "out"))
     ranked = job.plan(settings_of(tiny_pipeline_folder, tmp_path / "out", smooth=SmoothingKnobs(0.5)))
     every = job.plan(settings_of(tiny_pipeline_folder, tmp_path / "out", smooth=SmoothingKnobs(0.5, share=1)))
-    assert without.denoiser_calls < every.denoiser_calls < ranked.denoiser_calls
+    assert without["denoiser_calls"] < every["denoiser_calls"] < ranked["denoiser_calls"]
 
 
 def test_a_denoiser_alone_cannot_be_smoothed(tiny_pipeline_folder, tmp_path):

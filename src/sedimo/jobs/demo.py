@@ -70,7 +70,7 @@ def _fitting(job: QuantizeSettings, progress: Progress) -> SearchSettings:
     lab = open_lab(job.source, job.formats, chosen={}, sampling=job.sampling, progress=SILENT)
     timing = lab.time_calls(lab.seeds.search)
     per_trial = timing.n_calls * timing.seconds_per_call + TRAINING_FACTOR * len(lab.graph.nodes)
-    left = SECONDS - quantize.plan(job).seconds
+    left = SECONDS - quantize.plan(job)["seconds"]
     n_trials = min(SEARCHED.n_trials, MIN_RECIPES + max(0, int(left / per_trial)))
     progress.done()
     if n_trials < SEARCHED.n_trials:

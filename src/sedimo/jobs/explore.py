@@ -9,16 +9,16 @@ import functools
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from sedimo.bank import SILENT, Progress
-from sedimo.codec import to_plain
 from sedimo.errors import InputError, StateError
-from sedimo.jobs.job import Job, early_treatment_offers
+from sedimo.jobs.job import Job, early_treatment_offers, outlook, outlook_page
 from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated, treatments_of
 from sedimo.lab.bench import SourceSettings, loaded_bytes
 from sedimo.lab.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
@@ -28,12 +28,12 @@ from sedimo.lab.objective import MIN_IMAGES
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import FILE_NAME, GRAPH, OBJECTIVES, SPACE, ObjectiveName, Study, Trial
 from sedimo.lab.trials import CallTiming, Executor, ProcessExecutor, SerialExecutor, plan_campaign
-from sedimo.methods.method import listed, refuse_blind
+from sedimo.methods.method import Price, listed, refuse_blind
 from sedimo.methods.predictor.study import PRIOR, PRIORS, measure_background, prior_named
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.tensor import memory_bytes
-from sedimo.reporting.page import Facts, Page, Text, page_of
-from sedimo.reporting.words import byte_size, duration
+from sedimo.reporting.page import Page, Text, page_of
+from sedimo.reporting.words import duration
 from sedimo.settings import REQUIRED, Checked, block, one_of, option, within
 from sedimo.space import SearchSpace
 
@@ -189,83 +189,42 @@ class ExploredSource:
 class ExploreResult:
     """What an exploration did: of `trials`, `measured` now in `measuring_seconds`; the others were there already.
 
-    `settings` are the keys of the settings under which the trials were measured, by objective.
+    `settings` are the keys of the settings under which the trials were measured, by objective. `trials_per_hour` counts
+    the time of the full-precision samples, too, and is None where no trial was measured.
     """
 
-    study: Path
+    study: str
     trials: int
     measured: int
     settings: Mapping[str, str]
     measuring_seconds: float
     seconds: float
-
-    @property
-    def trials_per_hour(self) -> float | None:
-        """How fast trials were measured, the full-precision samples included; None when none was."""
-        return 3600 * self.measured / self.measuring_seconds if self.measured else None
-
-    def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
-        plain: dict[str, object] = to_plain(
-            {
-                "study": str(self.study),
-                "trials": self.trials,
-                "measured": self.measured,
-                "settings": self.settings,
-                "seconds": self.seconds,
-                "measuring_seconds": self.measuring_seconds,
-                "trials_per_hour": self.trials_per_hour,
-            }
-        )
-        return plain
+    trials_per_hour: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class ExplorationPlan:
-    """What an exploration takes on this machine, estimated from one timed call and one timed fit.
-
-    `missing` of the `trials` are not in the study yet. `seconds` are those of one process, the fits included;
-    `memory_bytes` includes every loaded pipeline.
-    """
-
-    source: str
-    n_decisions: int
-    n_formats: int
-    trials: int
-    missing: int
-    denoiser_calls: int
-    seconds: float
-    memory_bytes: int
-    disk_bytes: int
-
-    def as_json(self) -> Mapping[str, object]:
-        """Plain values by name, `hours` among them."""
-        plain: dict[str, object] = to_plain(self)
-        return plain | {"hours": self.seconds / 3600}
-
-
-def plan_exploration(settings: ExploreSettings, progress: Progress = SILENT) -> ExplorationPlan:
-    """What `explore` would take; nothing is measured or written.
+def plan(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, Any]:
+    """What `run` would take, estimated from one timed call and one timed fit; nothing is measured or written.
 
     Raises:
-        InputError: as `explore`.
-        StateError: as `explore`.
+        InputError: as `run`.
+        StateError: as `run`.
     """
     progress.start(1, "planning")
     lab = _open(settings, progress)
     path = settings.store if settings.store.suffix == ".sqlite" else settings.store / FILE_NAME
-    if not path.exists():
-        found = _plan(lab, settings, None)
-    else:
-        with Study(path, create=False) as study:
+    with Study(path, create=False) if path.exists() else nullcontext() as study:
+        if study is not None:
             refuse_other_study(study, lab, settings)
-            found = _plan(lab, settings, study)
+        found = _plan(lab, settings, study)
     progress.done()
     return found
 
 
-def explore(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult:
+def run(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult:
     """Measures the first `trials` recipes by every objective; what the study has is not measured again.
+
+    The bank is fitted in full beforehand and kept in the study's folder, so that later stages and workers of their own
+    find every format. Nothing is measured before all settings are known to make sense.
 
     Raises:
         InputError: the source cannot be used or sampled, or a range of bits that its formats do not allow.
@@ -292,13 +251,15 @@ def explore(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreRe
                 functools.partial(make_worker, Replica.of(lab, on, name)) if settings.executor != "serial" else None
             )
             trials += lab.measure(recipes, on, objective=name, executor=_executor(settings), make_worker=worker)
+        seconds, measured = time.monotonic() - measuring, len(study.trial_keys()) - n_before
         return ExploreResult(
-            study=study.path,
+            study=str(study.path),
             trials=len({trial.key for trial in trials}),
-            measured=len(study.trial_keys()) - n_before,
+            measured=measured,
             settings={name: lab.setting(on, cast("ObjectiveName", name)).key for name in settings.objectives},
-            measuring_seconds=time.monotonic() - measuring,
+            measuring_seconds=seconds,
             seconds=time.monotonic() - begin,
+            trials_per_hour=3600 * measured / seconds if measured else None,
         )
 
 
@@ -318,10 +279,11 @@ def _open(settings: ExploreSettings, progress: Progress) -> Lab:
     return lab
 
 
-def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> ExplorationPlan:
+def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> dict[str, Any]:
+    """What all of it takes: seconds of one process, memory of every loaded pipeline."""
     on, digest = lab.seeds.search, _digest_of_trials(lab, study)
-    is_fitted = study is not None and study.has_record(SPACE)
-    space = study.record(SearchSpace, SPACE) if study is not None and is_fitted else lab.space
+    fitted = study.record(SearchSpace, SPACE) if study is not None and study.has_record(SPACE) else None
+    space = fitted or lab.space
     exploration = settings.exploration(space)
     recipes = [exploration.recipe(index) for index in range(settings.trials)]
     timing, weights_bytes = lab.time_calls(on), memory_bytes(lab.pipe.denoiser)
@@ -335,31 +297,27 @@ def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> Explorati
         )
         for name in settings.objectives
     }
-    seconds = sum(plan.seconds for plan in campaigns.values())
-    if "fid" in campaigns and campaigns["fid"].n_missing:
-        seconds += (campaigns["fid"].n_missing + 1) * _seconds_of_images(lab, on, timing)
-    is_known = study is not None and study.has_record(PRIOR)
-    n_calls = sum(plan.n_calls for plan in campaigns.values())
-    if not is_known:
-        price = prior_named(settings.prior).price_of_prior(space, lab.time_calls(on.first(MAX_PRIOR_SAMPLES)))
-        seconds, n_calls = seconds + price.seconds, n_calls + price.n_calls
-    memory = settings.n_workers * max(plan.memory_bytes for plan in campaigns.values())
-    disk = sum(plan.disk_bytes for plan in campaigns.values())
-    if not is_fitted:
-        fitted = sum(d.params * sum(f.is_quantized for f in d.formats) for d in space.decisions)
-        seconds += fitted * lab.seconds_per_fit
-        disk += _bank_bytes(space)
-    return ExplorationPlan(
-        source=lab.subject.name,
-        n_decisions=len(space.decisions),
-        n_formats=len({f for d in space.decisions for f in d.formats}),
-        trials=len({recipe.key for recipe in recipes}) * len(settings.objectives),
-        missing=sum(plan.n_missing for plan in campaigns.values()),
-        denoiser_calls=n_calls,
-        seconds=seconds,
-        memory_bytes=memory + settings.n_copies * loaded_bytes(lab.subject),
-        disk_bytes=disk,
+    price = Price(
+        sum(one.seconds for one in campaigns.values()),
+        sum(one.n_calls for one in campaigns.values()),
+        settings.n_workers * max(one.memory_bytes for one in campaigns.values()),
+        sum(one.disk_bytes for one in campaigns.values()),
     )
+    if "fid" in campaigns and (n_missing := campaigns["fid"].n_missing):
+        price += Price((n_missing + 1) * _seconds_of_images(lab, on, timing))
+    if study is None or not study.has_record(PRIOR):
+        prior = prior_named(settings.prior).price_of_prior(space, lab.time_calls(on.first(MAX_PRIOR_SAMPLES)))
+        price += Price(prior.seconds, prior.n_calls)
+    if fitted is None:
+        n_fits = sum(d.params * sum(f.is_quantized for f in d.formats) for d in space.decisions)
+        price += Price(n_fits * lab.seconds_per_fit, disk_bytes=_bank_bytes(space))
+    loaded = settings.n_copies * loaded_bytes(lab.subject)
+    return {
+        **outlook(lab.subject.name, space, replace(price, memory_bytes=price.memory_bytes + loaded)),
+        "trials": len({recipe.key for recipe in recipes}) * len(settings.objectives),
+        "missing": sum(one.n_missing for one in campaigns.values()),
+        "hours": price.seconds / 3600,
+    }
 
 
 def _digest_of_trials(lab: Lab, study: Study | None) -> str:
@@ -400,21 +358,26 @@ def refuse_other_study(study: Study, lab: Lab, settings: ExploreSettings) -> Non
     """
     pairs: list[tuple[str, object, object]] = []
     if study.has_record(SOURCE):
-        source = study.record(ExploredSource, SOURCE)
-        pairs.append(("weights", source.weights_digest[:12], lab.weights.digest[:12]))
-        pairs.append(("formats", ",".join(source.formats), ",".join(settings.format_texts)))
-        pairs.append(("ends", source.ends or None, settings.formats.ends))
-        wanted = _treatments(settings)
-        names = dict.fromkeys([*source.treatments, *wanted])
-        pairs += [(name, source.treatments.get(name), wanted.get(name)) for name in names]
+        source, wanted = study.record(ExploredSource, SOURCE), _treatments(settings)
+        pairs += [
+            ("weights", source.weights_digest[:12], lab.weights.digest[:12]),
+            ("formats", ",".join(source.formats), ",".join(settings.format_texts)),
+            ("ends", source.ends or None, settings.formats.ends),
+            *((n, source.treatments.get(n), wanted.get(n)) for n in dict.fromkeys([*source.treatments, *wanted])),
+        ]
     if study.has_record(EXPLORATION):
         begun = study.record(Exploration, EXPLORATION)
-        pairs.append(("study seed", begun.seed, settings.study_seed))
-        pairs.append(("streams decided on", len(begun.space.streams), len(lab.space.streams)))
-        pairs.append(("sampler", begun.sampler, settings.sampler))
-        pairs.append(("low bits", begun.low_bits, settings.low_bits))
-        pairs.append(("high bits", begun.high_bits, settings.high_bits))
-    differing = [f"{name} {_shown(old)}, not {_shown(new)}" for name, old, new in pairs if old != new]
+        pairs += [
+            ("study seed", begun.seed, settings.study_seed),
+            ("streams decided on", len(begun.space.streams), len(lab.space.streams)),
+            ("sampler", begun.sampler, settings.sampler),
+            ("low bits", begun.low_bits, settings.low_bits),
+            ("high bits", begun.high_bits, settings.high_bits),
+        ]
+    shown = [
+        (name, *("unset" if value is None else value for value in pair)) for name, *pair in pairs if pair[0] != pair[1]
+    ]
+    differing = [f"{name} {old}, not {new}" for name, old, new in shown]
     if differing:
         hint = " (--whole-layers decides on no streams)" if any("streams" in text for text in differing) else ""
         raise StateError(
@@ -426,10 +389,6 @@ def refuse_other_study(study: Study, lab: Lab, settings: ExploreSettings) -> Non
 def _treatments(settings: ExploreSettings) -> dict[str, str]:
     """What was set of treatments, by name, in words."""
     return {one.name: str(knobs) for one, knobs in treatments_of(settings.chosen)}
-
-
-def _shown(value: object) -> str:
-    return "unset" if value is None else str(value)
 
 
 def _keep_records(study: Study, lab: Lab, settings: ExploreSettings, files_digest: str) -> None:
@@ -455,19 +414,10 @@ def page(found: ExploreResult) -> Page:
     )
 
 
-def plan_page(found: ExplorationPlan) -> Page:
+def plan_page(found: Mapping[str, Any]) -> Page:
     """What an exploration would take."""
-    facts = {
-        "trials": f"{found.trials}, of which {found.missing} are not measured yet",
-        "time": f"about {duration(found.seconds)} in one process, {found.denoiser_calls:,} denoiser calls",
-        "memory": f"about {byte_size(found.memory_bytes)}, loaded pipelines included",
-        "disk": f"about {byte_size(found.disk_bytes)}",
-    }
-    return page_of(
-        found.source, f"{found.n_decisions} decisions, {found.n_formats} formats", Facts(tuple(facts.items()))
-    )
+    trials = {"trials": f"{found['trials']}, of which {found['missing']} are not measured yet"}
+    return outlook_page(found, "", trials, memory=", loaded pipelines included", workers=" in one process")
 
 
-JOB = Job(
-    __doc__, ExploreSettings, explore, page, plan_page=plan_page, plan=plan_exploration, offers=early_treatment_offers
-)
+JOB = Job(__doc__, ExploreSettings, run, page, plan=plan, plan_page=plan_page, offers=early_treatment_offers)

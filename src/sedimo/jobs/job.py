@@ -13,8 +13,10 @@ from typing import Any, Generic, TypeVar
 from sedimo import methods, treatments
 from sedimo.bank import Progress
 from sedimo.codec import to_plain
-from sedimo.methods.method import NoKnobs
-from sedimo.reporting.page import Page
+from sedimo.methods.method import NoKnobs, Price
+from sedimo.reporting.page import Facts, Page, page_of
+from sedimo.reporting.words import byte_size, duration
+from sedimo.space import SearchSpace
 
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
@@ -23,6 +25,32 @@ Result = TypeVar("Result")
 def as_json(result: Any) -> Any:
     """The plain values of a result: as it tells them itself, or its fields by name; scripts may rely on the names."""
     return result.as_json() if hasattr(result, "as_json") else to_plain(result)
+
+
+def outlook(source: str, space: SearchSpace, price: Price) -> dict[str, Any]:
+    """What a dry run tells of any job: what is decided on, and what the work takes."""
+    return {
+        "source": source,
+        "n_decisions": len(space.decisions),
+        "n_formats": len({f for d in space.decisions for f in d.formats}),
+        "seconds": price.seconds,
+        "denoiser_calls": price.n_calls,
+        "memory_bytes": price.memory_bytes,
+        "disk_bytes": price.disk_bytes,
+    }
+
+
+def outlook_page(
+    found: Mapping[str, Any], headline: str, facts: Mapping[str, str], *, memory: str, workers: str = ""
+) -> Page:
+    """The same for people, below facts of the job's own; `memory` and `workers` say what the figures are of."""
+    takes = {
+        "time": f"about {duration(found['seconds'])}{workers}, {found['denoiser_calls']:,} denoiser calls",
+        "memory": f"about {byte_size(found['memory_bytes'])}{memory}",
+        "disk": f"about {byte_size(found['disk_bytes'])}",
+    }
+    decided = f"{found['n_decisions']} decisions, {found['n_formats']} formats{headline}"
+    return page_of(found["source"], decided, Facts((*facts.items(), *takes.items())))
 
 
 def nothing() -> Mapping[str, type]:

@@ -6,7 +6,7 @@ Example: sedimo quantize zoo:cifar-dit --bits 3.5 -o small
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate_given, decided_by
 from sedimo.allocation.table import EXACTLY_NOTHING, build_table
 from sedimo.bank import SILENT, Candidate, Progress
-from sedimo.codec import content_key, from_json, to_json, to_plain
+from sedimo.codec import content_key, from_json, to_json
 from sedimo.errors import InputError
 from sedimo.jobs.check import N_CHECKED, Check, check_recipe, price_of_check
 from sedimo.jobs.describe import read_recipe
 from sedimo.jobs.evidence import Circumstances, find_evidence, summary_of
-from sedimo.jobs.job import Job, all_offers
+from sedimo.jobs.job import Job, all_offers, as_json, outlook, outlook_page
 from sedimo.jobs.report import keep_report
 from sedimo.jobs.settings import (
     FORMATS,
@@ -33,7 +33,6 @@ from sedimo.jobs.settings import (
     finish,
     open_lab,
     refuse_together,
-    required,
     treated,
     treatments_of,
 )
@@ -52,14 +51,14 @@ from sedimo.pipelines.loading import is_hub_id
 from sedimo.quant.formats import Format, stored_bytes
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.html import write_page
-from sedimo.reporting.page import Block, Facts, Page, Table, Text, columns, page_of, rows
+from sedimo.reporting.page import Facts, Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.phrasing import prediction_sentence, prediction_warnings
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Evidence
 from sedimo.reporting.words import byte_size, count, duration, share
 from sedimo.runtime.card import Origin
-from sedimo.runtime.writing import Finish, WriteOptions, WrittenCheckpoint
-from sedimo.settings import REQUIRED, block, leaves, option, set_in
+from sedimo.runtime.writing import WriteOptions, WrittenCheckpoint
+from sedimo.settings import REQUIRED, Checked, block, leaves, option, set_in
 from sedimo.space import Recipe, SearchSpace
 from sedimo.targets import target_named
 from sedimo.targets.diffusers import DIFFUSERS
@@ -69,10 +68,11 @@ from sedimo.treatments.treatment import Finished
 
 REPORT_NAME = "report.html"
 STORED_BYTES_PER_SOURCE_BYTE = 0.35  # a generous guess for the disk that the result needs
+_OF_THE_CHOICE = ("paper_bits", "stored_bits", "bops", "objective", "bound", "gap", "status")
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeSettings:
+class QuantizeSettings(Checked):
     """One run of the main job.
 
     A `recipe` and `method="uniform:kmc4"` need no budget. `chosen` has what was set for single methods and treatments,
@@ -98,6 +98,7 @@ class QuantizeSettings:
     target: str = option(
         DIFFUSERS.name,
         "--target",
+        check=target_named,
         help=lambda: f"Where the result is to run: {', '.join(one.name for one in targets.TARGETS)}.",
     )
     link: bool = option(False, "--link", help="Hard-link the other components instead of copying them.")
@@ -106,11 +107,10 @@ class QuantizeSettings:
     chosen: Mapping[str, object] = field(default_factory=dict)
     command: str = ""
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         """Checks method, formats, budget and what was chosen together."""
         if self.recipe is not None and (self.budget.is_given or self.method != AUTO.name or self.formats.ends):
             raise InputError("a recipe decides everything: leave out --method, --ends and the budget")
-        target_named(self.target)
         method, number_format = method_named(self.method)
         if self.formats.act is not None and (self.recipe is not None or number_format is not None):
             raise InputError(
@@ -127,13 +127,10 @@ class QuantizeSettings:
         known = () if self.recipe is not None else (method.name, *method.traits.contains)
         used = (one.knobs for one in methods.METHODS if one.name in known)
         read = {flag for knobs in used for leaf in leaves(knobs) for flag in leaf.option.flags}
-        others = [one.name for one in methods.METHODS if one.name in self.chosen and one.name not in known]
-        idle = [
-            name for name in others if any(read.isdisjoint(leaf.option.flags) for leaf in set_in(self.chosen[name]))
-        ]
-        if idle:
-            what = "a recipe" if self.recipe is not None else f"--method {self.method}"
-            raise InputError(f"options of {idle[0]} do nothing with {what}: leave them out (--help-method {idle[0]})")
+        for name in (one.name for one in methods.METHODS if one.name in self.chosen and one.name not in known):
+            if any(read.isdisjoint(leaf.option.flags) for leaf in set_in(self.chosen[name])):
+                what = "a recipe" if self.recipe is not None else f"--method {self.method}"
+                raise InputError(f"options of {name} do nothing with {what}: leave them out (--help-method {name})")
 
     @property
     def task(self) -> Task[Any]:
@@ -149,14 +146,20 @@ class QuantizeSettings:
         return self.recipe is not None or (number_format is not None and method.name == UNIFORM.name)
 
     @property
-    def study_folder(self) -> Path:
-        """Where measurements are kept, so that an interrupted run goes on.
+    def folder(self) -> Path:
+        """The folder to write.
 
         Raises:
-            InputError: no output folder.
+            InputError: there is none.
         """
-        out = required(self.out)
-        return self.store or out.absolute().with_name(out.resolve().name + ".study")
+        if self.out is None:
+            raise InputError("an output folder is needed: -o OUT")
+        return self.out
+
+    @property
+    def study_folder(self) -> Path:
+        """Where measurements are kept, so that an interrupted run goes on."""
+        return self.store or self.folder.absolute().with_name(self.folder.resolve().name + ".study")
 
     def check_places(self, source: Path) -> None:
         """Refuses outputs that could not be written, before anything is measured.
@@ -164,7 +167,7 @@ class QuantizeSettings:
         Raises:
             InputError: no output, one that exists, or one that lies in the source or in the study, or around it.
         """
-        out = required(self.out)
+        out = self.folder
         if out.resolve() == Path.cwd():
             raise InputError("the output cannot be the working folder, which it would replace: name a folder with -o")
         is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -197,27 +200,10 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class JobPlan:
-    """What a job will do and take, told before it starts; `unchecked` as in `Plan`."""
-
-    source: str
-    method: str
-    reason: str
-    unchecked: str
-    budget: str
-    n_decisions: int
-    n_formats: int
-    seconds: float
-    denoiser_calls: int
-    memory_bytes: int
-    disk_bytes: int
-
-
-@dataclass(frozen=True)
 class JobResult:
     """What a job did. `check` is None when the result was not sampled, and `plan.unchecked` says why.
 
-    `rules` say what was done by treatments before the decision, `finished` what was done after it.
+    `treatments` are what scripts are told of treatments, by key.
     """
 
     finding: Finding
@@ -237,44 +223,38 @@ class JobResult:
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values; scripts may rely on the names (see the reference of JSON keys)."""
-        choice, table = self.allocation, self.finding.table
+        choice, table, evidence = self.allocation, self.finding.table, self.evidence
         found: dict[str, object] = {
             "recipe": {name: str(entry) for name, entry in choice.recipe.layers.items()},
             "method": decided_by(choice.method, choice.rule),
             "reason": self.plan.reason,
             "compensated": self.finding.bank.moments is not None,
-            "paper_bits": choice.paper_bits,
-            "stored_bits": choice.stored_bits,
-            "bops": choice.bops,
+            **{name: getattr(choice, name) for name in _OF_THE_CHOICE},
             "full_bops": table.full_bops,
             "attention_bops": table.attention_bops,
             "stored_bytes": self.written.stored_bytes,
             "file_bytes": self.written.file_bytes,
-            "objective": choice.objective,
-            "bound": choice.bound,
-            "gap": choice.gap,
-            "status": choice.status,
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "out": str(self.written.folder),
             "report": str(self.report),
             **self.treatments,
         }
-        evidence, blocks = self.evidence, self.finding.of(BlocksResult)
-        if evidence.explanation is not None:
-            found["explanation"] = evidence.explanation.as_json()
-        if not evidence.maps.is_empty:
-            found["maps"] = evidence.maps.as_json()
-        if blocks is not None:
-            found["hybrid"] = {name: value for name, value in blocks.as_json().items() if name != "recipe"}
-        if evidence.prediction is not None:
-            found["prediction"] = evidence.prediction.as_json()
-        if evidence.entrants:
-            found["entrants"] = to_plain(evidence.entrants)
-        return found | ({"unchecked": self.plan.unchecked} if self.check is None else {"check": self.check.as_json()})
+        parts = {
+            "explanation": evidence.explanation,
+            "maps": None if evidence.maps.is_empty else evidence.maps,
+            "hybrid": self.finding.of(BlocksResult),
+            "prediction": evidence.prediction,
+            "entrants": evidence.entrants or None,
+            "check": self.check,
+        }
+        found |= {name: as_json(part) for name, part in parts.items() if part is not None}
+        if isinstance(blocks := found.get("hybrid"), dict):
+            del blocks["recipe"]
+        return found | ({"unchecked": self.plan.unchecked} if self.check is None else {})
 
 
-def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> JobPlan:
+def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> dict[str, Any]:
     """What the job takes, estimated from one timed call; nothing is measured or written.
 
     Raises:
@@ -285,19 +265,14 @@ def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> JobPlan:
     found = _plan(lab, settings)
     progress.done()
     source_bytes = sum(f.stat().st_size for f in lab.weights_files)
-    return JobPlan(
-        source=lab.subject.name,
-        method=found.method,
-        reason=found.reason,
-        unchecked=found.unchecked,
-        budget=str(settings.budget),
-        n_decisions=len(lab.space.decisions),
-        n_formats=len({f for d in lab.space.decisions for f in d.formats}),
-        seconds=found.price.seconds,
-        denoiser_calls=found.price.n_calls,
+    disk_bytes = int(STORED_BYTES_PER_SOURCE_BYTE * source_bytes)
+    price = replace(
+        found.price,
         memory_bytes=found.price.memory_bytes + source_bytes,
-        disk_bytes=found.price.disk_bytes + int(STORED_BYTES_PER_SOURCE_BYTE * source_bytes),
+        disk_bytes=found.price.disk_bytes + disk_bytes,
     )
+    own = {"method": found.method, "reason": found.reason, "unchecked": found.unchecked, "budget": str(settings.budget)}
+    return own | outlook(lab.subject.name, lab.space, price)
 
 
 def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
@@ -315,10 +290,7 @@ def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
     with Study(settings.study_folder) as study:
         lab = lab.kept_in(study)
         plan = _kept_plan(lab, settings, study)
-        chosen = {
-            **{one.name: one.knobs() for one in treatments.TREATMENTS if one.name in plan.treatments},
-            **settings.chosen,
-        }
+        chosen = _with_brought(settings, plan.treatments)
         lab = treated(lab, chosen)
         finding = _find(lab, settings, plan)
         if not any(f.is_quantized for f in finding.decided.choice.values()):
@@ -327,7 +299,8 @@ def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
         check = None if plan.unchecked else check_recipe(lab, finding, finished)
         traits = _method(settings, plan).traits
         evidence = find_evidence(lab, finding, traits, check, finished, is_explained=settings.check)
-        _keep_budget(finding, finding.bank.quantize(finding.decided.recipe) if finished is None else finished.weights)
+        weights = finding.bank.quantize(finding.decided.recipe) if finished is None else finished.weights
+        _keep_budget(finding, weights)
 
         def report(folder: Path, written: WrittenCheckpoint) -> None:
             how = Circumstances(check, settings.command, time.monotonic() - begin)
@@ -335,7 +308,9 @@ def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
             keep_report(study, finding.table, summary)
             write_page(report_page(summary), folder / REPORT_NAME)
 
-        written = _write(lab, settings, finding, finished, report)
+        packed = Packed(lab, finding.bank, finding.decided.recipe, weights, _origin(lab, settings, finding, finished))
+        options = WriteOptions(link=settings.link, variant=settings.source.variant, overwrite=settings.overwrite)
+        written = target_named(settings.target).write(packed, settings.folder, options, report)
     done: list[InForce | Finished] = [*lab.subject.treatments, *([] if finished is None else [finished])]
     return JobResult(
         finding=finding,
@@ -363,14 +338,13 @@ def peak_rss_bytes() -> int:
 
 def _open(settings: QuantizeSettings, progress: Progress) -> Lab:
     """The lab of a job, whose budget some recipe keeps."""
-    text = ""
+    text, recipe, (_, number_format) = "", settings.recipe, method_named(settings.method)
     streams: bool | Collection[str] | None = None
-    _, argument = method_named(settings.method)
-    if argument is not None:
-        text, streams = f"{argument},fp16", False
-    if settings.recipe is not None:
-        text = ",".join(sorted({str(f) for f in settings.recipe.formats} | {"fp16"}))
-        streams = [layer for layer, entry in settings.recipe.layers.items() if not isinstance(entry, Format)]
+    if number_format is not None:
+        text, streams = f"{number_format},fp16", False
+    if recipe is not None:
+        text = ",".join(sorted({str(f) for f in recipe.formats} | {"fp16"}))
+        streams = [layer for layer, entry in recipe.layers.items() if not isinstance(entry, Format)]
     lab = open_lab(
         settings.source,
         settings.formats,
@@ -381,8 +355,8 @@ def _open(settings: QuantizeSettings, progress: Progress) -> Lab:
         streams=streams,
     )
     lab = lab.decided_on(target_named(settings.target).constrain(lab.space))
-    if settings.recipe is not None:
-        lab.space.check(settings.recipe)
+    if recipe is not None:
+        lab.space.check(recipe)
     elif not settings.is_given and settings.budget.is_given:
         refuse_impossible(settings.budget, lab.space)
     return lab
@@ -430,10 +404,7 @@ def _plan(lab: Lab, settings: QuantizeSettings) -> Plan:
         if one.name in method.traits.treatments and one.name not in settings.chosen and settings.recipe is None
         if price.n_calls and not any(one.name in other.excludes for other, _ in treatments_of(settings.chosen))
     )
-    wanted = [
-        *treatments_of(settings.chosen),
-        *((one, one.knobs()) for one in treatments.TREATMENTS if one.name in brought),
-    ]
+    wanted = treatments_of(_with_brought(settings, brought))
     return Plan(
         method=found.method.traits.told_as or found.method.name,
         knobs=to_json(found.task.knobs),
@@ -443,6 +414,12 @@ def _plan(lab: Lab, settings: QuantizeSettings) -> Plan:
         treatments=brought,
         price=sum((one.price(lab, knobs) for one, knobs in wanted), price),
     )
+
+
+def _with_brought(settings: QuantizeSettings, names: Collection[str]) -> Mapping[str, object]:
+    """What was set of methods and treatments, and treatments as they come with a method."""
+    brought = {one.name: one.knobs() for one in treatments.TREATMENTS if one.name in names}
+    return {**brought, **settings.chosen}
 
 
 def _resolved(lab: Lab, settings: QuantizeSettings, method: Method[Any]) -> Resolved:
@@ -473,9 +450,7 @@ def _with_check(lab: Lab, settings: QuantizeSettings, found: Resolved) -> tuple[
     check = price_of_check(lab, n_random=found.method.traits.n_random if is_run else 0)
     if check.seconds > max(PATIENCE_SECONDS, found.price.seconds):
         return too_slow("sampling the result", check.seconds), found.price
-    return "", replace(
-        found.price, seconds=found.price.seconds + check.seconds, n_calls=found.price.n_calls + check.n_calls
-    )
+    return "", found.price + check
 
 
 def _find(lab: Lab, settings: QuantizeSettings, plan: Plan) -> Finding:
@@ -491,7 +466,7 @@ def _find(lab: Lab, settings: QuantizeSettings, plan: Plan) -> Finding:
 
 def _method(settings: QuantizeSettings, plan: Plan) -> Method[Any]:
     """The method that decides, or weight error, which describes a recipe that is given."""
-    if settings.is_given and settings.recipe is not None:
+    if settings.recipe is not None:
         return ERROR
     asked, _ = method_named(settings.method)
     return asked if asked.resolve is None else next(one for one in methods.METHODS if one.name == plan.method)
@@ -516,46 +491,29 @@ def _keep_budget(finding: Finding, packed: Mapping[str, QuantizedTensor]) -> Non
         )
 
 
-def _write(
-    lab: Lab, settings: QuantizeSettings, finding: Finding, finished: Finished | None, report: Finish
-) -> WrittenCheckpoint:
-    allocation, bank = finding.decided, finding.bank
+def _origin(lab: Lab, settings: QuantizeSettings, finding: Finding, finished: Finished | None) -> Origin:
+    allocation, source, smoothing = finding.decided, settings.source.source, lab.in_force(Smoothing)
     decided = [decided_by(allocation.method, allocation.rule), allocation.rule]
     decided += [] if finished is None else [str(finished)]
-    decided += ["error feedback"] if bank.moments is not None else []
-    smoothing = lab.in_force(Smoothing)
-    source = settings.source.source
-    origin = Origin(
+    decided += ["error feedback"] if finding.bank.moments is not None else []
+    return Origin(
         base_model=source if is_hub_id(source) else lab.subject.name,
         method=", ".join(dict.fromkeys(decided)),
         recipe_json=allocation.recipe.to_json(),
         smoothing="" if smoothing is None else str(smoothing),
     )
-    weights = bank.quantize(allocation.recipe) if finished is None else finished.weights
-    packed = Packed(lab, bank, allocation.recipe, weights, origin)
-    options = WriteOptions(link=settings.link, variant=settings.source.variant, overwrite=settings.overwrite)
-    return target_named(settings.target).write(packed, required(settings.out), options, report)
 
 
 def page(found: JobResult) -> Page:
     """What a job did, and where its report is."""
     choice, params, written = found.allocation, found.finding.table.total_params, found.written
-    check = Text(f"The result was not sampled: {found.plan.unchecked}.")
-    blocks: list[Block] = [check] if found.check is None else [*_check_table(found)]
-    if found.evidence.prediction is not None:
-        blocks += [
-            Text(text)
-            for text in (
-                prediction_sentence(found.evidence.prediction),
-                *prediction_warnings(found.evidence.prediction),
-            )
-        ]
-    if found.evidence.rounding is not None:
-        learned = found.evidence.rounding
-        text = (
+    prediction, learned = found.evidence.prediction, found.evidence.rounding
+    told = [] if prediction is None else [prediction_sentence(prediction), *prediction_warnings(prediction)]
+    if learned is not None:
+        told.append(
             f"Rounding learned in {learned.n_learned} of {learned.n_blocks} blocks, from {learned.n_samples} samples."
         )
-        blocks.append(Text(text))
+    check = Text(f"The result was not sampled: {found.plan.unchecked}.") if found.check is None else _table(found.check)
     before, after = byte_size(2 * params), byte_size(choice.stored_bits * params / 8)
     facts = {
         "method": f"{decided_by(choice.method, choice.rule)} ({found.plan.reason}); {choice.status}, "
@@ -568,34 +526,29 @@ def page(found: JobResult) -> Page:
         "report": str(found.report),
         "took": f"{duration(found.seconds)}, peak memory {byte_size(found.peak_rss_bytes)}",
     }
-    return page_of("", "", *blocks, Facts(tuple(facts.items())))
+    return page_of("", "", check, *map(Text, told), Facts(tuple(facts.items())))
 
 
-def _check_table(found: JobResult) -> Iterable[Block]:
-    if found.check is None:
-        return
+def _table(check: Check) -> Table:
     lines = (
         (r.name, r.paper_bits, r.stored_bits, sqnr_estimates(r.signals.sqnr)["sqnr_db"])
-        for r in (found.check.this, *found.check.rivals)
+        for r in (check.this, *check.rivals)
     )
-    seeds, n_steps = found.check.seeds, found.check.n_steps
     titles = columns("recipe", ("paper bits", "bits"), ("stored bits", "bits"), ("SQNR [dB]", "plus-minus"))
-    caption = f"Final latents against full precision, seeds {seeds[0]} to {seeds[-1]}, {n_steps} steps"
-    yield Table(titles, rows(lines), caption)
+    caption = (
+        f"Final latents against full precision, seeds {check.seeds[0]} to {check.seeds[-1]}, {check.n_steps} steps"
+    )
+    return Table(titles, rows(lines), caption)
 
 
-def plan_page(found: JobPlan) -> Page:
+def plan_page(found: Mapping[str, Any]) -> Page:
     """What a job would take."""
     checked = "on fresh seeds: beside uniform recipes, block by block, step by step"
     facts = {
-        "method": f"{found.method} ({found.reason})",
-        "check": f"none: {found.unchecked}" if found.unchecked else checked,
-        "time": f"about {duration(found.seconds)}, {found.denoiser_calls:,} denoiser calls",
-        "memory": f"about {byte_size(found.memory_bytes)} besides the loaded pipeline",
-        "disk": f"about {byte_size(found.disk_bytes)}",
+        "method": f"{found['method']} ({found['reason']})",
+        "check": f"none: {found['unchecked']}" if found["unchecked"] else checked,
     }
-    headline = f"{found.n_decisions} decisions, {found.n_formats} formats, {found.budget}"
-    return page_of(found.source, headline, Facts(tuple(facts.items())))
+    return outlook_page(found, f", {found['budget']}", facts, memory=" besides the loaded pipeline")
 
 
-JOB = Job(__doc__, QuantizeSettings, run, page, plan_page=plan_page, plan=plan, offers=all_offers)
+JOB = Job(__doc__, QuantizeSettings, run, page, plan=plan, plan_page=plan_page, offers=all_offers)

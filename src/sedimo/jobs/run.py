@@ -6,14 +6,13 @@ Example: sedimo run zoo:cifar-dit --bits 3.5 --trials 300 --refine 3 -o small
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from sedimo.allocation.budget import NO_BUDGET, BudgetSettings
-from sedimo.bank import Progress
 from sedimo.jobs import quantize
 from sedimo.jobs.job import Job, treatment_offers
-from sedimo.jobs.quantize import JobPlan, JobResult, QuantizeSettings
+from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
@@ -40,29 +39,18 @@ class RunSettings:
     @property
     def job(self) -> QuantizeSettings:
         """The same as settings of the main job."""
+        shared = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "search"}
         return QuantizeSettings(
-            source=self.source,
-            budget=self.budget,
-            out=self.out,
-            method=SEARCH.name,
-            formats=self.formats,
-            sampling=self.sampling,
-            store=self.store,
-            link=self.link,
-            check=self.check,
-            chosen={**self.chosen, SEARCH.name: self.search},
-            command=self.command,
+            **{**shared, "method": SEARCH.name, "chosen": {**self.chosen, SEARCH.name: self.search}}
         )
 
 
-def run(settings: RunSettings, progress: Progress) -> JobResult:
-    """Does the main job."""
-    return quantize.run(settings.job, progress)
-
-
-def plan(settings: RunSettings, progress: Progress) -> JobPlan:
-    """What the main job takes."""
-    return quantize.plan(settings.job, progress)
-
-
-JOB = Job(__doc__, RunSettings, run, quantize.page, plan=plan, plan_page=quantize.plan_page, offers=treatment_offers)
+JOB = Job(
+    __doc__,
+    RunSettings,
+    lambda settings, progress: quantize.run(settings.job, progress),
+    quantize.page,
+    plan=lambda settings, progress: quantize.plan(settings.job, progress),
+    plan_page=quantize.plan_page,
+    offers=treatment_offers,
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sedimo import treatments
@@ -152,14 +151,3 @@ def treated(lab: Lab, chosen: Mapping[str, object]) -> Lab:
         applied = None if treatment.apply is None else treatment.apply(lab, knobs)
         lab = lab if applied is None else lab.treated(applied)
     return lab
-
-
-def required(path: Path | None) -> Path:
-    """A folder to write to.
-
-    Raises:
-        InputError: there is none.
-    """
-    if path is None:
-        raise InputError("an output folder is needed: -o OUT")
-    return path
