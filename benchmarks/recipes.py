@@ -29,7 +29,7 @@ from sedimo.lab.exchange import Prober
 from sedimo.lab.exploration import random_recipe_near
 from sedimo.lab.images import compare_distributions, draw_features
 from sedimo.methods.ablation import (
-    AblationProbe,
+    Probe,
     ablation_table,
     check_scaling,
     measure_probes,
@@ -83,7 +83,7 @@ class Bench:
         return self.paper.pipe.default_sampling(range(1000, 1000 + self.n_seeds), self.n_steps)
 
 
-def tables_of(lab: sedimo.Lab, bits: float) -> tuple[Tables, Sequence[AblationProbe]]:
+def tables_of(lab: sedimo.Lab, bits: float) -> tuple[Tables, Sequence[Probe]]:
     """Tables of all methods, probed near `bits`; and the probes of the ablation."""
     bank, budget = lab.bank, BudgetSettings(bits=bits)
     probes = plan_probes(bank.space, bank.candidates, near_bits=near_bits(lab, Task(NO_KNOBS, budget)))
@@ -168,9 +168,9 @@ def additivity(lab: sedimo.Lab, tables: Tables, bits: float) -> dict[str, object
     return {name: {k: getattr(one, k) for k in AGREEMENT} for name, one in agreed.items()}
 
 
-def scaling(lab: sedimo.Lab, table: sedimo.SensitivityTable, probes: Sequence[AblationProbe]) -> dict[str, object]:
+def scaling(lab: sedimo.Lab, table: sedimo.SensitivityTable, probes: Sequence[Probe]) -> dict[str, object]:
     """Measured noise of 24 pairs that the ablation did not probe, against what it was scaled to."""
-    pairs = plan_checks(lab.bank.space, lab.bank.candidates, probes, n=24)
+    pairs = plan_checks(lab.bank.candidates, probes, n=24)
     agreed = check_scaling(table, measure_probes(lab, lab.seeds.search, pairs))
     return {k: getattr(agreed, k) for k in AGREEMENT}
 

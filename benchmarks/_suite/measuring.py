@@ -21,8 +21,7 @@ from sedimo.methods.adjoint import ADJOINT, AdjointSettings
 from sedimo.methods.method import Finding, Task
 from sedimo.methods.peer import MODELOPT as PEER
 from sedimo.methods.peer import PeerRecipe, measure_peers
-from sedimo.methods.portfolio import COARSE_BITS, allocate_by_effects
-from sedimo.methods.prediction import Entrants, Forecast
+from sedimo.methods.portfolio import COARSE_BITS, Portfolio, allocate_by_effects
 from sedimo.metrics.signal import NoisePowers
 from sedimo.space import Recipe
 from sedimo.treatments.error_feedback import FeedbackSettings, feed_back
@@ -114,11 +113,11 @@ def by_tables(ours: sedimo.Lab, plain: sedimo.Lab, budget: BudgetSettings, defau
 
 def default_facts(default: Finding) -> dict[str, object]:
     """What the default predicted, and which rule's recipe won."""
-    entrants = default.need(Entrants).entrants
+    portfolio = default.need(Portfolio)
     return {
-        "predicted": to_plain(default.need(Forecast).sqnr_db),
-        "winner": next((e.name for e in entrants if e.is_winner), ""),
-        "entrants": to_plain(entrants),
+        "predicted": to_plain(portfolio.sqnr_db),
+        "winner": next((e.name for e in portfolio.entrants if e.is_winner), ""),
+        "entrants": to_plain(portfolio.entrants),
     }
 
 

@@ -18,7 +18,8 @@ from sedimo.jobs.judging import N_BLAMED, N_SUSPECTS, judge_prediction
 from sedimo.methods.adjoint import adjoint_table, effects_of
 from sedimo.methods.error import error_table
 from sedimo.methods.method import Finding
-from sedimo.methods.prediction import DISAGREEMENT_DB, Forecast, Prediction
+from sedimo.methods.portfolio import Portfolio
+from sedimo.methods.prediction import DISAGREEMENT_DB, Prediction
 from sedimo.metrics.estimate import normal_estimate
 from sedimo.metrics.signal import NoisePowers
 from sedimo.quant.formats import Format
@@ -34,13 +35,14 @@ class Judged:
         self.world = world = World()
         shown = {
             d: {name: np.array(values) * (wrong or {}).get(d, 1.0) for name, values in changes.items()}
-            for d, changes in world.probe.products.items()
+            for d, changes in world.probe.numbers.items()
         }
         probe, candidates = probe_of(shown, N_SHOWN), candidates_of(world.space)
         effects, table = effects_of(candidates, probe), adjoint_table(world.space, candidates, probe)
         self.allocation = allocate(table, rule="uniform:uaq4")
         self.predicted = effects.noise(self.allocation.choice)
-        self.finding = Finding(world.bank, table, self.allocation).with_evidence(effects, Forecast(self.predicted, 4))
+        portfolio = Portfolio(self.allocation, self.predicted, 4)
+        self.finding = Finding(world.bank, table, self.allocation).with_evidence(effects, portfolio)
 
     def judge(self, finding=None, *, predicts=True):
         powers = NoisePowers(self.world.noise(self.allocation.recipe)[N_SEARCHED:], np.ones(16))

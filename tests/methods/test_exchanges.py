@@ -10,9 +10,8 @@ import pytest
 
 from planted_worlds import N_SEARCHED, SECONDS, Told, World
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.methods import exchanges as refining
-from sedimo.methods.exchanges import NAME, START_NAME, refine
-from sedimo.methods.portfolio import Portfolio, allocate_by_effects, hold_portfolio, predict
+from sedimo.methods import portfolio as refining
+from sedimo.methods.portfolio import EXCHANGED_NAME, START_NAME, decide_by_effects, hold_portfolio, refine
 
 BUDGET = BudgetSettings(bits=4.6)
 LONG = 1e6
@@ -25,8 +24,7 @@ def world():
 
 
 def start_of(world):
-    allocation = allocate_by_effects(world.table, world.effects, BUDGET)
-    return Portfolio(allocation, predict(world.table, world.effects, world.bank, BUDGET), ())
+    return decide_by_effects(world.table, world.effects, world.bank, BUDGET)
 
 
 def refined(world, minutes, found=None):
@@ -83,7 +81,7 @@ def test_the_better_of_start_and_end_on_the_final_is_returned(world):
     assert score(after) > score(before)
     first, last = found.entrants
     assert (first.name, first.kind, first.is_winner) == (START_NAME, "effects", False)
-    assert (last.name, last.kind, last.is_winner) == (NAME, "exchanges", True)
+    assert (last.name, last.kind, last.is_winner) == (EXCHANGED_NAME, "exchanges", True)
     assert (first.final.value, last.final.value) == pytest.approx((score(before), score(after)))
     assert last.searched.value > first.searched.value
     assert last.stored_bits == found.allocation.stored_bits
@@ -96,7 +94,7 @@ def test_what_is_worse_on_the_final_is_not_returned(world):
     found = refined(world, 16)
     assert found.allocation == start.allocation
     assert np.array_equal(found.predicted, start.predicted)
-    assert [(e.name, e.is_winner) for e in found.entrants] == [(START_NAME, True), (NAME, False)]
+    assert [(e.name, e.is_winner) for e in found.entrants] == [(START_NAME, True), (EXCHANGED_NAME, False)]
     assert found.entrants[0].final.value > found.entrants[1].final.value
     world.deciding = Told(lambda recipe: np.full(16, 0.01), 16)
     assert refined(world, 16).allocation == start.allocation
@@ -116,7 +114,7 @@ def test_entrants_of_the_portfolio_stay(world):
     *old, new = after.entrants
     assert old == [replace(e, is_winner=False) for e in held.entrants]
     assert any(e.is_winner for e in held.entrants)
-    assert (new.name, new.is_winner) == (NAME, True)
+    assert (new.name, new.is_winner) == (EXCHANGED_NAME, True)
 
 
 @pytest.mark.parametrize("patience", [5, 20])

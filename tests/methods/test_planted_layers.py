@@ -16,7 +16,7 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
 from sedimo.lab.trials import TrialWorker, run_trials, setting_of
 from sedimo.methods import modelopt
-from sedimo.methods.ablation import Measured, ablation_table, plan_probes
+from sedimo.methods.ablation import ablation_table, plan_probes
 from sedimo.methods.error import error_table
 from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.orthogonality import ImportanceOptions, orthogonality_table, probe_orthogonality
@@ -85,8 +85,8 @@ class Setup:
 
     def ablation(self):
         probes = plan_probes(*self.about)
-        trials = self.trials([one.recipe(self.bank.space) for one in probes])
-        return ablation_table(*self.about, [Measured(p, t.powers) for p, t in zip(probes, trials, strict=True)])
+        trials = self.trials([self.bank.space.recipe(dict([probe])) for probe in probes])
+        return ablation_table(*self.about, {p: t.powers for p, t in zip(probes, trials, strict=True)})
 
     def combined(self):
         return geometric_mean(self.ablation(), self.jacobian())

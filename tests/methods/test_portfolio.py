@@ -17,7 +17,6 @@ from sedimo.lab.study import Study
 from sedimo.lab.trials import TrialWorker
 from sedimo.methods import portfolio
 from sedimo.methods.adjoint import adjoint_table, effects_of, probe_adjoint
-from sedimo.methods.exchanges import refine
 from sedimo.methods.portfolio import (
     FINE_NAME,
     N_FINALISTS,
@@ -25,9 +24,10 @@ from sedimo.methods.portfolio import (
     SIGNED_NAME,
     SUMMED_NAME,
     allocate_by_effects,
+    decide_by_effects,
     hold_portfolio,
-    predict,
     read_limits,
+    refine,
 )
 from sedimo.quant.formats import Format
 
@@ -130,8 +130,9 @@ def test_what_is_predicted_of_a_rule_is_cross_validated():
         SIGNED_NAME: lambda table, effects: allocate_signed(table, effects, limits).choice,
         SUMMED_NAME: lambda table, _: allocate_within(table, limits).choice,
     }
+    signed = decide_by_effects(world.table, world.effects, world.bank, budget)
     expected = {name: cross_validated_noise(*given, rule) for name, rule in rules.items()}
-    assert np.array_equal(predict(world.table, world.effects, world.bank, budget), expected[SIGNED_NAME])
+    assert np.array_equal(signed.predicted, expected[SIGNED_NAME])
     inside = world.effects.noise(allocate_by_effects(world.table, world.effects, budget).choice)
     assert not np.array_equal(expected[SIGNED_NAME], inside)
     compared = 0

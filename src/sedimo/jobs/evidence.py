@@ -25,7 +25,7 @@ from sedimo.methods.error import ERROR
 from sedimo.methods.hybrid import BlocksResult
 from sedimo.methods.method import Finding, Traits
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
-from sedimo.methods.prediction import Entrants
+from sedimo.methods.portfolio import Portfolio
 from sedimo.methods.sqnr import SqnrProbe
 from sedimo.metrics.signal import sqnr_estimates
 from sedimo.reporting.maps import (
@@ -82,7 +82,7 @@ def find_evidence(
     additivity = None if check is None or not traits.n_random else _additivity(lab, finding, traits.n_random)
     prediction = None if finished is not None else judge_prediction(lab, finding, check, predicts=traits.is_noise)
     probe = None if check is None else _probe_result(lab, finding)
-    entrants = finding.of(Entrants)
+    portfolio = finding.of(Portfolio)
     return Evidence(
         agreement=additivity,
         agreement_of="random recipes of about this size" if additivity else "",
@@ -91,7 +91,7 @@ def find_evidence(
         maps=_maps(lab, finding, probe),
         rounding=finished.summary if isinstance(finished, Reconstruction) else None,
         prediction=prediction,
-        entrants=() if entrants is None else entrants.found,
+        entrants=() if portfolio is None else portfolio.entrants,
         recipes=() if check is None else recipe_rows(check, decided_by(finding.table.method, finding.decided.rule)),
         differences=() if check is None else difference_rows(check),
         pictures=() if check is None else tuple(Picture(*parts) for parts in pictures_of(check)),

@@ -9,7 +9,8 @@ from sedimo.allocation.effects import Effects, expected_db
 from sedimo.jobs.check import Check
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Finding
-from sedimo.methods.prediction import Blamed, Forecast, Prediction
+from sedimo.methods.portfolio import Portfolio
+from sedimo.methods.prediction import Blamed, Prediction
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import decibel, mean_sqnr
 from sedimo.quant.formats import FP16
@@ -37,10 +38,10 @@ def judge_prediction(lab: Lab, finding: Finding, check: Check | None, *, predict
 
 
 def predicted_db(finding: Finding, *, predicts: bool) -> Estimate | None:
-    """Mean SQNR that is predicted of the recipe [dB], by its forecast, or by its costs if they predict."""
-    forecast = finding.of(Forecast)
-    if forecast is not None:
-        return forecast.sqnr_db
+    """Mean SQNR that is predicted of the recipe [dB], by signed effects, or by its costs if they predict."""
+    portfolio = finding.of(Portfolio)
+    if portfolio is not None:
+        return portfolio.sqnr_db
     if not predicts:
         return None
     allocation = finding.decided

@@ -9,14 +9,13 @@ from sedimo.errors import InputError
 from sedimo.methods.ablation import ABLATION
 from sedimo.methods.adjoint import ADJOINT
 from sedimo.methods.auto import AUTO
-from sedimo.methods.combined import COMBINED
+from sedimo.methods.combined import COMBINED, RANK_AVERAGE
 from sedimo.methods.error import ERROR
 from sedimo.methods.hybrid import HYBRID
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Method
 from sedimo.methods.orthogonality import ORTHOGONALITY, ORTHOGONALITY_LP, ORTHOGONALITY_NOISE
 from sedimo.methods.peer import MODELOPT, MODELOPT_UNSCALED
-from sedimo.methods.rank_average import RANK_AVERAGE
 from sedimo.methods.search import SEARCH
 from sedimo.methods.sqnr import SQNR
 from sedimo.methods.uniform import UNIFORM

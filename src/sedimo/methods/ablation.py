@@ -10,97 +10,64 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from sedimo.allocation.combine import Agreement, agreement
-from sedimo.allocation.table import (
-    EXACTLY_NOTHING,
-    CostEstimate,
-    SensitivityTable,
-    build_table,
-    geometric_mean_cost,
-    mean_cost,
-)
+from sedimo.allocation.table import EXACTLY_NOTHING, CostEstimate, SensitivityTable, build_table, mean_cost
 from sedimo.bank import Bank, Candidate
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab, seconds_of_estimates
 from sedimo.lab.trials import CallTiming, plan_campaign
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of
+from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words, plan_of
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import FP16, Format
 from sedimo.space import Recipe, SearchSpace
 
-Average = Literal["arithmetic", "geometric"]
 DIVERGED = 1e6  # stands for the relative noise of a sample that became infinite
 DEFAULT_BITS = (3.0, 4.5)
 NAME = "ablation"
 N_SCALING_CHECKS = 12  # formats measured to see how well the others are scaled
 MIN_CHECKS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class AblationProbe:
-    """A decision quantized alone, the rest at full precision."""
-
-    decision: str
-    format: Format
-
-    def recipe(self, space: SearchSpace) -> Recipe:
-        """The recipe to be measured."""
-        return space.recipe({self.decision: self.format})
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A probe with the powers that were measured for it."""
-
-    probe: AblationProbe
-    powers: NoisePowers
+Probe = tuple[str, Format]  # a decision quantized alone, the rest at full precision
 
 
 def plan_probes(
     space: SearchSpace, candidates: Iterable[Candidate], *, near_bits: Sequence[float] = DEFAULT_BITS
-) -> tuple[AblationProbe, ...]:
+) -> tuple[Probe, ...]:
     """The probes of every decision: of each family the formats nearest to each goal in `near_bits` in paper bits."""
-    by_decision = _by_decision(candidates)
+    families: dict[str, dict[str, list[Candidate]]] = {}
+    for c in candidates:
+        if c.format != FP16:
+            families.setdefault(c.decision, {}).setdefault(_family(c.format), []).append(c)
     probes = (
-        AblationProbe(decision.name, _nearest(front, bits, decision.params))
-        for decision in space.decisions
-        for front in _fronts(by_decision[decision.name])
+        (d.name, min(front, key=lambda c: abs(8 * c.paper_bytes / d.params - bits)).format)
+        for d in space.decisions
+        for front in map(_front, families.get(d.name, {}).values())
         for bits in near_bits
     )
     return tuple(dict.fromkeys(probes))
 
 
-def plan_checks(
-    space: SearchSpace, candidates: Iterable[Candidate], probes: Iterable[AblationProbe], *, n: int, seed: int = 0
-) -> tuple[AblationProbe, ...]:
+def plan_checks(candidates: Iterable[Candidate], probes: Iterable[Probe], *, n: int) -> tuple[Probe, ...]:
     """`n` random (decision, format) pairs that were not probed alone, to check the scaling on."""
-    probed = {(p.decision, p.format) for p in probes}
     pairs = [(c.decision, c.format) for c in candidates if c.format.is_quantized]
-    free = sorted((d, str(f)) for d, f in pairs if (d, f) not in probed)
-    drawn = random.Random(f"sedimo scaling check {seed}").sample(free, min(n, len(free)))
-    return tuple(AblationProbe(d, Format.parse(text)) for d, text in drawn)
+    free = sorted((d, str(f)) for d, f in set(pairs) - set(probes))
+    drawn = random.Random("sedimo scaling check 0").sample(free, min(n, len(free)))
+    return tuple((d, Format.parse(text)) for d, text in drawn)
 
 
-def measure_probes(lab: Lab, on: Sampling, probes: Sequence[AblationProbe]) -> tuple[Measured, ...]:
-    """Each probe as a trial, on the seeds of a plan."""
-    trials = lab.measure([one.recipe(lab.any_bank.space) for one in probes], on)
-    return tuple(Measured(one, trial.powers) for one, trial in zip(probes, trials, strict=True))
+def measure_probes(lab: Lab, on: Sampling, probes: Sequence[Probe]) -> dict[Probe, NoisePowers]:
+    """The noise of each probe, which is a trial, on the seeds of a plan."""
+    trials = lab.measure(_recipes(lab.any_bank.space, probes), on)
+    return {one: trial.powers for one, trial in zip(probes, trials, strict=True)}
 
 
 def ablation_table(
-    space: SearchSpace,
-    candidates: Sequence[Candidate],
-    measured: Sequence[Measured],
-    *,
-    average: Average = "arithmetic",
-    settings: Mapping[str, str] | None = None,
+    space: SearchSpace, candidates: Sequence[Candidate], found: Mapping[Probe, NoisePowers]
 ) -> SensitivityTable:
     """Costs of all candidates from the probes: measured where probed alone, scaled by weight error elsewhere.
 
@@ -108,58 +75,33 @@ def ablation_table(
         InputError: a decision was not probed.
     """
     index = {(c.decision, c.format): c for c in candidates}
-    points: dict[str, list[_Point]] = {d.name: [] for d in space.decisions}
-    for one in measured:
-        probe = one.probe
-        error = index[probe.decision, probe.format].error
-        points[probe.decision].append(_Point(probe.format, error, mean_noise(one.powers, average)))
+    points: dict[str, list[tuple[Candidate, CostEstimate]]] = {}
+    for (decision, number_format), powers in found.items():
+        points.setdefault(decision, []).append((index[decision, number_format], mean_noise(powers)))
 
     def estimate(candidate: Candidate) -> CostEstimate:
-        return _scaled(candidate, sorted(points[candidate.decision], key=lambda p: p.error))
+        if candidate.decision not in points:
+            raise InputError(f"{candidate.decision} was not probed; measure all probes first")
+        return _scaled(candidate, sorted(points[candidate.decision], key=lambda point: point[0].error))
 
-    n_units = len({one.probe.decision for one in measured})
-    known = {"n_probes": str(len(measured)), "n_units": str(n_units), "average": average, **(settings or {})}
-    return build_table(NAME, space, candidates, estimate, known, sees_activations=True)
-
-
-def check_scaling(
-    table: SensitivityTable, measured: Sequence[Measured], *, average: Average = "arithmetic"
-) -> Agreement:
-    """Predicted against measured noise of pairs that were measured but not used for the table.
-
-    Raises:
-        InputError: fewer than three pairs.
-    """
-    predicted, found = [], []
-    for one in measured:
-        noise = mean_noise(one.powers, average).value
-        cost = table.index[one.probe.decision, one.probe.format].cost
-        if noise > 0 and cost > 0:
-            predicted.append(cost)
-            found.append(noise)
-    return agreement(predicted, found)
+    settings = {"n_probes": str(len(found)), "n_units": str(len({d for d, _ in found})), "average": "arithmetic"}
+    return build_table(NAME, space, candidates, estimate, settings, sees_activations=True)
 
 
-def mean_noise(powers: NoisePowers, average: Average = "arithmetic") -> CostEstimate:
+def check_scaling(table: SensitivityTable, found: Mapping[Probe, NoisePowers]) -> Agreement:
+    """Predicted against measured noise of pairs that were measured but not used for the table, three at least."""
+    pairs = [(table.index[probe].cost, mean_noise(powers).value) for probe, powers in found.items()]
+    both = [(cost, noise) for cost, noise in pairs if noise > 0 and cost > 0]
+    return agreement([cost for cost, _ in both], [noise for _, noise in both])
+
+
+def mean_noise(powers: NoisePowers) -> CostEstimate:
     """Mean relative noise over samples; a sample that diverged counts with 1e6."""
-    ratio = np.minimum(powers.ratio, DIVERGED)
-    return mean_cost(ratio) if average == "arithmetic" else geometric_mean_cost(ratio)
+    return mean_cost(np.minimum(powers.ratio, DIVERGED))
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """Measured noise of a decision at a format of a known weight error."""
-
-    format: Format
-    error: float
-    noise: CostEstimate
-
-
-def _by_decision(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
-    found: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        found.setdefault(candidate.decision, []).append(candidate)
-    return found
+def _recipes(space: SearchSpace, probes: Iterable[Probe]) -> list[Recipe]:
+    return [space.recipe({decision: number_format}) for decision, number_format in probes]
 
 
 def _family(number_format: Format) -> str:
@@ -167,57 +109,36 @@ def _family(number_format: Format) -> str:
     return f"{number_format.family} g{number_format.group_size} a{number_format.activation_bits}"
 
 
-def _fronts(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """The front of each family; none where nothing can be quantized."""
-    by_family: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        if candidate.format != FP16:
-            by_family.setdefault(_family(candidate.format), []).append(candidate)
-    return [_front(found) for found in by_family.values()]
-
-
-def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Quantized candidates that no other beats in bytes and error, by growing bytes."""
+def _front(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Candidates that no other beats in bytes and error, by growing bytes."""
     found: list[Candidate] = []
-    for candidate in sorted((c for c in candidates if c.format != FP16), key=lambda c: (c.paper_bytes, c.error)):
+    for candidate in sorted(candidates, key=lambda c: (c.paper_bytes, c.error)):
         if not found or candidate.error < found[-1].error:
             found.append(candidate)
     return found
 
 
-def _nearest(front: Sequence[Candidate], bits: float, params: int) -> Format:
-    return min(front, key=lambda c: abs(8 * c.paper_bytes / params - bits)).format
-
-
-def _scaled(candidate: Candidate, points: Sequence[_Point]) -> CostEstimate:
-    """The noise at a candidate's weight error, from points by growing error."""
-    if not points:
-        raise InputError(f"{candidate.decision} was not probed; measure all probes first")
-    for point in points:
-        if point.format == candidate.format:
-            return point.noise
-    usable = [p for p in points if p.error > 0 and p.noise.value > 0]
+def _scaled(candidate: Candidate, points: Sequence[tuple[Candidate, CostEstimate]]) -> CostEstimate:
+    """The noise at a candidate's weight error, from measured ones of its decision by growing error."""
+    for c, noise in points:
+        if c.format == candidate.format:
+            return noise
+    usable = [(c, noise) for c, noise in points if c.error > 0 and noise.value > 0]
     if not usable or candidate.error <= 0:
         return EXACTLY_NOTHING
-    usable = [p for p in usable if _family(p.format) == _family(candidate.format)] or usable
-    low, high = _neighbours(candidate.error, usable)
-    near = low if candidate.error - low.error <= high.error - candidate.error else high
-    if low.error == high.error:
-        value = low.noise.value * candidate.error / low.error
+    usable = [(c, noise) for c, noise in usable if _family(c.format) == _family(candidate.format)] or usable
+    upper = bisect_left([c.error for c, _ in usable], candidate.error)
+    low, high = usable[max(upper - 1, 0)], usable[min(upper, len(usable) - 1)]
+    if upper > 0 and candidate.error >= usable[-1][0].error:
+        low = high = usable[-1]
+    error, (a, noise), (b, more) = candidate.error, low, high
+    near = noise if error - a.error <= b.error - error else more
+    if a.error == b.error:
+        value = noise.value * error / a.error
     else:
-        position = math.log(candidate.error / low.error) / math.log(high.error / low.error)
-        value = low.noise.value * (high.noise.value / low.noise.value) ** position
-    return CostEstimate(value, value * near.noise.standard_error / near.noise.value, near.noise.n)
-
-
-def _neighbours(error: float, points: Sequence[_Point]) -> tuple[_Point, _Point]:
-    """The points on both sides of an error; twice the outermost one when it lies outside."""
-    if error <= points[0].error:
-        return points[0], points[0]
-    if error >= points[-1].error:
-        return points[-1], points[-1]
-    upper = next(i for i, p in enumerate(points) if p.error >= error)
-    return points[upper - 1], points[upper]
+        position = math.log(error / a.error) / math.log(b.error / a.error)
+        value = noise.value * (more.value / noise.value) ** position
+    return CostEstimate(value, value * near.standard_error / near.value, near.n)
 
 
 def near_bits(lab: Lab, task: Task[NoKnobs]) -> tuple[float, ...]:
@@ -240,13 +161,13 @@ def price_of_ablation(lab: Lab, task: Task[NoKnobs], *, is_fitted: bool = False)
     bank, timing = lab.estimated, lab.time_calls(lab.seeds.search)
     probes = plan_probes(bank.space, bank.candidates, near_bits=near_bits(lab, task))
     campaign = plan_campaign(
-        [one.recipe(bank.space) for one in probes],
+        _recipes(bank.space, probes),
         study=None,
         setting=lab.setting(lab.seeds.search, weights_digest=lab.weights.digest),
         timing=timing,
         weights_bytes=4 * lab.space.params,
     )
-    fitted = sum(lab.space.decision_index[one.decision].params for one in probes)
+    fitted = sum(lab.space.decision_index[decision].params for decision, _ in probes)
     fit = 0.0 if is_fitted else seconds_of_estimates(lab) + fitted * lab.seconds_per_fit
     checks = N_SCALING_CHECKS * timing.n_calls
     seconds = campaign.seconds + checks * timing.seconds_per_call + fit
@@ -258,7 +179,7 @@ def ablate(lab: Lab, task: Task[NoKnobs], bank: Bank) -> Finding:
     on, near = plan_of(lab, task), near_bits(lab, task)
     probes = plan_probes(bank.space, bank.candidates, near_bits=near)
     found = Finding(bank, ablation_table(bank.space, bank.candidates, measure_probes(lab, on, probes)))
-    pairs = plan_checks(bank.space, bank.candidates, probes, n=N_SCALING_CHECKS)
+    pairs = plan_checks(bank.candidates, probes, n=N_SCALING_CHECKS)
     if not task.is_checked or len(pairs) < MIN_CHECKS:
         return found
     return found.with_evidence(check_scaling(found.table, measure_probes(lab, lab.seeds.search, pairs)))
@@ -272,7 +193,6 @@ ABLATION = Method(
         sees="all that a layer alone does to the final latents, of whatever order",
         misses="what errors of layers do together; formats between those probed are scaled by weight error",
     ),
-    traits=Traits(is_prior=True),
     price=price_of_ablation,
     price_of_prior=price_of_probes,
     measure=lambda lab, task: ablate(lab, task, lab.estimated),

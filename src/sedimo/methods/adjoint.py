@@ -34,10 +34,8 @@ from sedimo.lab.exchange import MEMORY_BYTES, passes
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.study import Setting
 from sedimo.lab.trials import CallTiming
-from sedimo.methods.exchanges import refine
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, price_of_passes
-from sedimo.methods.portfolio import N_RUNS, Portfolio, allocate_by_effects, hold_portfolio, predict
-from sedimo.methods.prediction import Entrants, Forecast
+from sedimo.methods.portfolio import N_RUNS, decide_by_effects, hold_portfolio, refine
 from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, kept
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
@@ -313,12 +311,10 @@ def _decide(lab: Lab, task: Task[AdjointSettings], finding: Finding) -> Finding:
     if task.knobs.is_portfolio:
         found = hold_portfolio(lab, table, effects, task.budget)
     else:
-        allocation = allocate_by_effects(table, effects, task.budget)
-        found = Portfolio(allocation, predict(table, effects, finding.bank, task.budget), ())
+        found = decide_by_effects(table, effects, finding.bank, task.budget)
     if task.knobs.minutes is not None:
         found = refine(lab, found, table, effects, task.budget, on=_plan(lab, task), minutes=task.knobs.minutes)
-    forecast = Forecast(found.predicted, effects.shape[1])
-    return replace(finding, allocation=found.allocation).with_evidence(forecast, Entrants(found.entrants))
+    return replace(finding, allocation=found.allocation).with_evidence(found)
 
 
 ADJOINT = Method(
@@ -330,7 +326,7 @@ ADJOINT = Method(
         misses="what is not of first order: formats of two bits, samplers without a derivative",
     ),
     knobs=AdjointSettings,
-    traits=Traits(has_effects=True, n_random=N_RANDOM, is_prior=True),
+    traits=Traits(n_random=N_RANDOM),
     price=_price,
     price_of_prior=price_of_run,
     measure=_measure,

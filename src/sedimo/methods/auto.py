@@ -8,6 +8,7 @@ where that takes too long, the noise of single steps; where nothing can run, or 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from sedimo.errors import UnsupportedError
 from sedimo.lab.lab import PATIENCE_SECONDS, Lab, too_slow, why_too_slow
@@ -15,7 +16,7 @@ from sedimo.methods import jacobian
 from sedimo.methods.adjoint import ADJOINT, SAMPLES_PER_SEED, AdjointSettings
 from sedimo.methods.error import ERROR
 from sedimo.methods.jacobian import JACOBIAN
-from sedimo.methods.method import Finding, Method, Price, Resolved, Task, Words
+from sedimo.methods.method import NO_KNOBS, Method, Price, Resolved, Task, Words
 
 
 def why_not_differentiated(lab: Lab) -> str | None:
@@ -29,13 +30,17 @@ def why_not_differentiated(lab: Lab) -> str | None:
     return None
 
 
-def _resolve(lab: Lab, task: Task[AdjointSettings]) -> Resolved:
+def _resolve(lab: Lab, task: Task[Any]) -> Resolved:
     """The method that serves best here, and its price."""
-    n_seeds, n_steps = lab.seeds.settings.n_seeds, lab.seeds.settings.n_steps
+    n_seeds, n_steps, plain = lab.seeds.settings.n_seeds, lab.seeds.settings.n_steps, replace(task, knobs=NO_KNOBS)
+
+    def resort(obstacle: str) -> Resolved:
+        return Resolved(ERROR, plain, f"{obstacle}, so weight error has to do", ERROR.price(lab, plain))
+
     obstacle = lab.why_not_sampled()
     obstacle = obstacle or why_too_slow(lab, round(jacobian.CALL_FACTOR * n_seeds * n_steps), "measuring")
     if obstacle is not None:
-        return _resort(lab, task, obstacle)
+        return resort(obstacle)
     obstacle, price = why_not_differentiated(lab), Price()
     for n_samples in () if obstacle else (SAMPLES_PER_SEED * n_seeds, n_seeds):
         wide = replace(_by_effects(task), n_samples=n_samples)
@@ -43,29 +48,15 @@ def _resolve(lab: Lab, task: Task[AdjointSettings]) -> Resolved:
         if price.seconds <= PATIENCE_SECONDS:
             return Resolved(ADJOINT, wide, "the best that takes less than half an hour", price)
     obstacle = obstacle or too_slow("looking through the whole run", price.seconds)
-    steps = task.of_other()
-    price = JACOBIAN.price(lab, steps)
+    price = JACOBIAN.price(lab, plain)
     if price.seconds <= PATIENCE_SECONDS:
-        return Resolved(JACOBIAN, steps, f"{obstacle}, so single steps have to do", price)
-    return _resort(lab, task, too_slow("measuring", price.seconds))
-
-
-def _resort(lab: Lab, task: Task[AdjointSettings], obstacle: str) -> Resolved:
-    other = task.of_other()
-    return Resolved(ERROR, other, f"{obstacle}, so weight error has to do", ERROR.price(lab, other))
+        return Resolved(JACOBIAN, plain, f"{obstacle}, so single steps have to do", price)
+    return resort(too_slow("measuring", price.seconds))
 
 
 def _by_effects(task: Task[AdjointSettings]) -> Task[AdjointSettings]:
     """With other rules' recipes as rivals."""
     return replace(task, knobs=replace(task.knobs, is_portfolio=True))
-
-
-def _measure(lab: Lab, task: Task[AdjointSettings]) -> Finding:
-    return ADJOINT.measure(lab, _by_effects(task))
-
-
-def _decide(lab: Lab, task: Task[AdjointSettings], finding: Finding) -> Finding:
-    return ADJOINT.decide(lab, _by_effects(task), finding)
 
 
 AUTO = Method(
@@ -77,9 +68,9 @@ AUTO = Method(
         misses="nothing that a measured recipe of another rule would have shown",
     ),
     knobs=AdjointSettings,
-    traits=replace(ADJOINT.traits, is_prior=False, treatments=("error_feedback",)),
+    traits=replace(ADJOINT.traits, treatments=("error_feedback",)),
     price=lambda lab, task: _resolve(lab, task).price,
-    measure=_measure,
-    decide=_decide,
+    measure=ADJOINT.measure,
+    decide=lambda lab, task, finding: ADJOINT.decide(lab, _by_effects(task), finding),
     resolve=_resolve,
 )

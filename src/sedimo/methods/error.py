@@ -51,7 +51,7 @@ ERROR = Method(
         sees="weights, in seconds, without a pipeline",
         misses="inputs: what an error does to any output",
     ),
-    traits=Traits(runs_pipeline=False, is_blind=True, is_noise=False, n_random=0, is_prior=True),
+    traits=Traits(runs_pipeline=False, is_blind=True, is_noise=False, n_random=0),
     price=_price,
     measure=_measure,
 )

@@ -26,7 +26,7 @@ from sedimo.errors import InputError
 from sedimo.lab.exchange import MEMORY_BYTES
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.trials import CallTiming
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of, price_of_passes
+from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_passes
 from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, each_part, kept
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import Trajectory, batches_of, output_tensor, rows_for, rows_of
@@ -288,7 +288,6 @@ JACOBIAN = Method(
         sees="all decisions and formats from one trajectory",
         misses="what errors of one step do at later ones, and what errors of layers do together",
     ),
-    traits=Traits(is_prior=True),
     price=_price,
     price_of_prior=price_of_pass,
     measure=_measure,

@@ -48,27 +48,24 @@ class Traits:
     What it needs: `least_samples` are those that it takes at least (0: as many as are searched on); whether it
     `runs_pipeline`. One that `is_blind` sees weights alone and cannot choose among widths of activations.
 
-    What it gives: whether its costs predict the noise of final latents (`is_noise`), or it measures signed effects on
-    them (`has_effects`); `n_random` random recipes show whether its costs add up (0: they are not meant to). Its table
-    only describes what was decided otherwise, by weight error, where `is_described`.
+    What it gives: whether its costs predict the noise of final latents (`is_noise`); `n_random` random recipes show
+    whether they add up (0: they are not meant to). Its table only describes what was decided otherwise, by weight
+    error, where `is_described`.
 
     Where it is offered: `is_compared` tells whether `compare` has it, with formats of one `family` alone if its source
-    knows no other; `is_prior`: a search may start from it. `is_peer`: it is another tool's, with formats of its own.
-    `takes_format`: it may be written with a format, `uniform:kmc4`; `needs_format`: it must. `contains` are methods
-    whose tables it is made of, `treatments` those that come with it unless people say no. Plans tell it by the name
-    `told_as`, if there is one.
+    knows no other. `is_peer`: it is another tool's, with formats of its own. `takes_format`: it may be written with a
+    format, `uniform:kmc4`; `needs_format`: it must. `contains` are methods whose tables it is made of, `treatments`
+    those that come with it unless people say no. Plans tell it by the name `told_as`, if there is one.
     """
 
     least_samples: int = 0
     runs_pipeline: bool = True
     is_blind: bool = False
     is_noise: bool = True
-    has_effects: bool = False
     n_random: int = N_RANDOM
     is_described: bool = False
     is_compared: bool = True
     family: str = ""
-    is_prior: bool = False
     is_peer: bool = False
     takes_format: bool = False
     needs_format: bool = False
@@ -126,10 +123,6 @@ class Task(Generic[Knobs]):
     on: Sampling | None = None
     number_format: Format | None = None
 
-    def of_other(self, knobs: Any = NO_KNOBS) -> Task[Any]:
-        """The same task for another method."""
-        return replace(self, knobs=knobs)
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -146,11 +139,7 @@ class Finding:
 
     @property
     def decided(self) -> Allocation:
-        """The recipe.
-
-        Raises:
-            StateError: there is none.
-        """
+        """The recipe; a StateError where there is none."""
         if self.allocation is None:
             raise StateError(f"the method {self.table.method} ended without a recipe: {'; '.join(self.notes)}")
         return self.allocation
@@ -161,11 +150,7 @@ class Finding:
         return found if isinstance(found, kind) else None
 
     def need(self, kind: type[Evidence]) -> Evidence:
-        """The evidence of a kind that its method always gives.
-
-        Raises:
-            StateError: there is none.
-        """
+        """The evidence of a kind that its method always gives; a StateError where there is none."""
         found = self.of(kind)
         if found is None:
             raise StateError(f"the method {self.table.method} ended without {kind.__name__}; this is a fault of Sedimo")
@@ -182,11 +167,7 @@ def plan_of(lab: Lab, task: Task[Any], least: int = 0) -> Sampling:
 
 
 def refuse_blind(name: str, formats: Iterable[Format]) -> None:
-    """Refuses several widths of activations for a method that sees weights alone, before anything is measured.
-
-    Raises:
-        InputError: naming the method.
-    """
+    """Refuses several widths of activations for a method that sees weights alone, by an InputError."""
     widths = sorted({f.activation_bits for f in formats})
     if len(widths) > 1:
         raise InputError(
@@ -200,33 +181,16 @@ def by_costs(_lab: Lab, task: Task[Knobs], finding: Finding) -> Finding:
     return replace(finding, allocation=allocated(finding.table, task.budget))
 
 
-def unpriced(_lab: Lab, _task: Task[Knobs]) -> Price:
-    """What takes no time worth telling."""
-    return Price()
-
-
-def unpriced_prior(_space: SearchSpace, _timing: CallTiming) -> Price:
-    """A prior that needs no denoiser call."""
-    return Price()
-
-
-def prepared(_lab: Lab, _task: Task[Any]) -> None:
-    """Nothing is refused."""
-
-
-def allowed(_task: Task[Any], _formats: Sequence[Format]) -> None:
-    """Nothing is refused."""
-
-
 @dataclass(frozen=True)
 class Method(Generic[Knobs]):
     """One way to find out which weights may lose bits.
 
     `measure` gives the table of costs and the bank that it is about, `decide` the recipe under the task's budget;
-    `price` tells beforehand what both take, `price_of_prior` what measuring on a plan takes where formats are fitted
-    already. `knobs` is the record of what people may set for this method. `refuse` looks at a task beside the formats
-    before anything is loaded. `prepare` refuses what shows only beside the bank and the study. A
-    method that stands for others says by `resolve` for which. `compared` is how it is set where methods are compared.
+    `price` tells beforehand what both take (nothing worth telling by default), `price_of_prior` what measuring on a
+    plan takes where formats are fitted already. `knobs` is the record of what people may set for this method. `refuse`
+    looks at a task beside the formats before anything is loaded; `prepare` refuses what shows only beside the bank and
+    the study. A method that stands for others says by `resolve` for which. `compared` is how it is set where methods
+    are compared.
     """
 
     name: str
@@ -234,12 +198,12 @@ class Method(Generic[Knobs]):
     measure: Callable[[Lab, Task[Knobs]], Finding]
     knobs: type[Knobs] = NoKnobs  # type: ignore[assignment]  # the one default of a generic field
     traits: Traits = Traits()
-    price: Callable[[Lab, Task[Knobs]], Price] = unpriced
-    price_of_prior: Callable[[SearchSpace, CallTiming], Price] = unpriced_prior
+    price: Callable[[Lab, Task[Knobs]], Price] = lambda _lab, _task: Price()
+    price_of_prior: Callable[[SearchSpace, CallTiming], Price] = lambda _space, _timing: Price()
     decide: Callable[[Lab, Task[Knobs], Finding], Finding] = by_costs
-    refuse: Callable[[Task[Knobs], Sequence[Format]], None] = allowed
+    refuse: Callable[[Task[Knobs], Sequence[Format]], None] = lambda _task, _formats: None
     resolve: Callable[[Lab, Task[Knobs]], Resolved] | None = None
-    prepare: Callable[[Lab, Task[Knobs]], None] = prepared
+    prepare: Callable[[Lab, Task[Knobs]], None] = lambda _lab, _task: None
     compared: Knobs | None = None
 
     def __str__(self) -> str:
@@ -249,11 +213,7 @@ class Method(Generic[Knobs]):
         return f"{self.name}:FORMAT" if self.traits.needs_format else f"{self.name}[:FORMAT]"
 
     def check(self, task: Task[Knobs], formats: Sequence[Format]) -> None:
-        """Refuses a task that this method cannot do with these formats, before anything is loaded.
-
-        Raises:
-            InputError: with the reason and the remedy.
-        """
+        """Refuses a task that this method cannot do with these formats, before anything is loaded, by an InputError."""
         if self.traits.is_blind:
             refuse_blind(self.name, formats)
         self.refuse(task, formats)

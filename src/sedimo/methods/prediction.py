@@ -7,28 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from sedimo.allocation.effects import expected_db
 from sedimo.codec import to_plain
 from sedimo.metrics.estimate import Estimate
 
 DISAGREEMENT_DB = 2.0  # beyond which a prediction is not to be trusted
 EntrantKind = Literal["effects", "uniform", "exchanges"]
-
-
-@dataclass(frozen=True, eq=False)
-class Forecast:
-    """What signed effects of `n_directions` say of a recipe before it is measured: relative noise of samples `[n]`."""
-
-    noise: npt.NDArray[np.float64]
-    n_directions: int
-
-    @property
-    def sqnr_db(self) -> Estimate:
-        """Mean SQNR of the recipe [dB]."""
-        return expected_db(self.noise, self.n_directions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +71,3 @@ class Entrant:
     final: Estimate | None = None
     predicted_db: float | None = None
     is_winner: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Entrants:
-    """The recipes that the result was chosen among, none where there was no choice."""
-
-    found: tuple[Entrant, ...] = ()
