@@ -17,8 +17,7 @@ from sedimo.jobs.settings import FormatSettings
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.methods.blocks import blocks_of
-from sedimo.methods.hybrid import HYBRID, BlocksResult, KeepSettings
+from sedimo.methods.hybrid import HYBRID, BlockCurves, KeepSettings, blocks_of
 from sedimo.quant.formats import FP16, Format
 from sedimo.runtime.activations import rounded_inputs
 from sedimo.runtime.contents import packed_layers
@@ -43,8 +42,8 @@ def settings_of(source, out=None, bits=None, method="hybrid:uaq4", *, ends=None,
     )
 
 
-def blocks_result(result):
-    return result.finding.need(BlocksResult)
+def curves_of(result):
+    return result.finding.need(BlockCurves)
 
 
 def quantized(recipe):
@@ -60,9 +59,9 @@ def made(tiny_pipeline_folder, tmp_path_factory):
 
 def test_the_whole_strategy_is_in_the_checkpoint(made):
     out, result = made
-    kept = set(blocks_result(result).kept)
+    kept = set(curves_of(result).kept)
     (name,) = kept
-    spared = next(set(row.decisions) for row in blocks_result(result).rows if row.block == name)
+    spared = next(set(row.decisions) for row in curves_of(result).rows if row.block == name)
     loaded = DiTPipeline.from_pretrained(out).transformer
     formats = {str(f) for weight in packed_layers(loaded).values() for f in weight.formats}
     assert formats == {"uaq8"}
@@ -77,10 +76,10 @@ def test_the_report_has_the_curves_and_can_be_had_again(made):
     out, result = made
     page = (out / "report.html").read_text()
     assert "Where noise enters" in page
-    assert f"Chosen by rank, the first 1 by gain: <code>{blocks_result(result).kept[0]}</code>" in page
+    assert f"Chosen by rank, the first 1 by gain: <code>{curves_of(result).kept[0]}</code>" in page
     curves = evidence_of(out.with_name("out.study"))["maps"]["blocks"]
-    assert curves["kept"] == list(blocks_result(result).kept)
-    assert [row["block"] for row in curves["rows"]] == [row.block for row in blocks_result(result).rows]
+    assert curves["kept"] == list(curves_of(result).kept)
+    assert [row["block"] for row in curves["rows"]] == [row.block for row in curves_of(result).rows]
     plain = json.loads(json.dumps(result.as_json()))
     assert plain["hybrid"]["hybrid_gain"]["n"] == 2
     assert "recipe" not in plain["hybrid"]
@@ -95,9 +94,11 @@ def test_a_budget_is_kept_and_the_same_as_that_of_the_blocks_command(tiny_pipeli
     assert result.allocation.paper_bits <= 9.0
     assert result.allocation.rule == "hybrid:uaq4"
     source = SourceSettings(str(tiny_pipeline_folder))
-    alone = measure_blocks(BlocksSettings(source, Format.parse("uaq4"), tmp_path / "s", bits=9.0, sampling=SAMPLING))
-    assert alone.kept
-    assert quantized(alone.recipe) == quantized(result.allocation.recipe) != {}
+    curves, alone = measure_blocks(
+        BlocksSettings(source, Format.parse("uaq4"), tmp_path / "s", bits=9.0, sampling=SAMPLING)
+    )
+    assert curves.kept
+    assert quantized(alone) == quantized(result.allocation.recipe) != {}
 
 
 def test_given_ends_stay_what_they_are(tiny_pipeline_folder, tmp_path):
@@ -120,7 +121,7 @@ def test_the_plan_counts_what_it_measures(tiny_pipeline_folder):
         ({}, "needs a rule which blocks stay at 16 bits"),
         ({"keep": 1, "bits": 5.0}, "one rule"),
         ({"keep": 1, "keep_db": 1.0}, "one rule"),
-        ({"keep": -1}, "number of blocks"),
+        ({"keep": -1}, "keep must be at least 0, got -1"),
         ({"keep_db": float("nan")}, "gain in dB"),
         ({"method": "hybrid:fp16", "keep": 1}, "format that changes weights"),
         ({"method": "hybrid:", "keep": 1}, "hybrid:FORMAT, got 'hybrid:'"),

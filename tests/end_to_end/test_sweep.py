@@ -17,7 +17,7 @@ from sedimo.lab.exchange import probed
 from sedimo.lab.lab import Lab
 from sedimo.lab.objective import measure_reference
 from sedimo.lab.study import Study
-from sedimo.methods.blocks import hybrid_recipe
+from sedimo.methods.hybrid import hybrid_recipe
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import NO_KNOBS, Task
 from sedimo.methods.sqnr import SQNR

@@ -9,11 +9,12 @@ from map_examples import channel_ranges, noise_map, repetition, trajectory_lines
 from report_examples import estimate
 
 from sedimo.lab.study import Spent
-from sedimo.methods.blocks import BlockRow
+from sedimo.methods.hybrid import BlockCurves, BlockRow
 from sedimo.methods.prediction import Blamed, Entrant, Prediction
-from sedimo.reporting.blocks_page import blocks_page
+from sedimo.quant.formats import Format
 from sedimo.reporting.comparison import ComparedRow, Comparison, comparison_page
-from sedimo.reporting.maps import BlockCurves, Maps
+from sedimo.reporting.maps import Maps
+from sedimo.reporting.maps_page import blocks_page
 from sedimo.reporting.page import Page
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Summary
@@ -33,7 +34,7 @@ def block_curves() -> BlockCurves:
         for i, (name, gain) in enumerate(zip(names, gains, strict=True))
     )
     kept, hybrid, gain = ("transformer_blocks.2",), estimate(14.1, 0.4, 16), estimate(3.0, 0.2, 16)
-    facts = ("zoo:cifar-dit", "uaq4", "final_latents", "0 to 15", 10, "gain of at least 0.5 dB", 0.5)
+    facts = ("zoo:cifar-dit", Format.parse("uaq4"), "final_latents", "0 to 15", 10, "gain of at least 0.5 dB", 0.5)
     return BlockCurves(*facts, rows, rows[-1].up_to, kept, 5.013, hybrid, gain)
 
 

@@ -15,8 +15,7 @@ from report_examples import PROVENANCE, dit_summary, make_pictures, unet_summary
 from sedimo.errors import InputError
 from sedimo.pipelines import folder
 from sedimo.reporting import html
-from sedimo.reporting.html import MAX_BYTES, write_page
-from sedimo.reporting.images import show_pictures
+from sedimo.reporting.html import MAX_BYTES, fitting, write_page
 from sedimo.reporting.page import Picture
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Evidence, RecipeRow
@@ -218,8 +217,8 @@ def test_differences_of_pictures_are_grey_where_nothing_changed():
     from PIL import Image
 
     same = Picture("same", *(make_pictures(1, 16)[0].reference for _ in range(2)))
-    shown = show_pictures([same], budget_bytes=10**6)[0]
-    data = base64.b64decode(shown.difference.split(",")[1])
+    ((_, uris, _),) = fitting([same])
+    data = base64.b64decode(uris["difference"].split(",")[1])
     assert (np.asarray(Image.open(io.BytesIO(data))) == 128).all()
 
 
@@ -233,7 +232,7 @@ def test_differences_of_pictures_are_grey_where_nothing_changed():
 )
 def test_pictures_must_be_pairs_of_rgb(pair):
     with pytest.raises(InputError, match="picture 'p' must be two uint8 arrays"):
-        show_pictures([Picture("p", *pair)], budget_bytes=10**6)
+        fitting([Picture("p", *pair)])
 
 
 def luminance(colour: str) -> float:

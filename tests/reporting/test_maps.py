@@ -15,17 +15,17 @@ from test_html import HARM, read, render
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.lab.study import Execution, Setting
-from sedimo.methods.blocks import BlockRow
+from sedimo.methods.hybrid import BlockCurves, BlockRow
 from sedimo.methods.orthogonality import OrthogonalityPart, OrthogonalityProbe, importance
 from sedimo.methods.sqnr import LocalNoise, SqnrPart, SqnrProbe
 from sedimo.quant.formats import FP16, Format
 from sedimo.reporting import html
-from sedimo.reporting.blocks_page import blocks_page
 from sedimo.reporting.drawing import draw
 from sedimo.reporting.html import MAX_BYTES
-from sedimo.reporting.maps import BlockCurves, ChannelRanges, Maps, local_map
+from sedimo.reporting.maps import ChannelRanges, Maps, local_map
 from sedimo.reporting.maps import repetition as repetition_of
 from sedimo.reporting.maps_page import (
+    blocks_page,
     convergence_chart,
     importance_chart,
     layers_axis,
@@ -251,8 +251,6 @@ def test_labels_of_many_layers_stand_apart_and_name_outermost_blocks(n_most):
 def test_maps_survive_being_saved(whole):
     text = to_json(whole)
     assert to_json(from_json(Maps, text)) == text
-    assert not whole.is_empty
-    assert Maps().is_empty
 
 
 def test_names_stay_text(whole):
@@ -275,7 +273,9 @@ def block_page(gains, *, kept=()):
     )
     hybrid = (estimate(21.0, 0.4, 16), estimate(3.0, 0.2, 16)) if kept else (None, None)
     everything = rows[-1].up_to
-    return BlockCurves("zoo:x", "uaq4", "path", "0 to 7", 10, "rank", 0.5, rows, everything, kept, 5.0, *hybrid)
+    return BlockCurves(
+        "zoo:x", Format.parse("uaq4"), "path", "0 to 7", 10, "rank", 0.5, rows, everything, kept, 5.0, *hybrid
+    )
 
 
 def test_the_page_of_blocks_tells_which_to_keep():

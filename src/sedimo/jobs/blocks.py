@@ -17,30 +17,30 @@ from sedimo.jobs.settings import FORMATS, SAMPLING, open_lab, treated
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import ObjectiveName, Study
-from sedimo.methods.hybrid import BlocksResult, KeepSettings, measure_hybrid
+from sedimo.methods.hybrid import BlockCurves, KeepSettings, hybrid_recipe, measure_hybrid
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
-from sedimo.reporting.blocks_page import blocks_page
 from sedimo.reporting.html import write_page
-from sedimo.reporting.maps import BlockCurves
-from sedimo.reporting.page import Page
-from sedimo.settings import REQUIRED, block, option
+from sedimo.reporting.maps_page import blocks_page
+from sedimo.settings import REQUIRED, Checked, block, one_of, option
+from sedimo.space import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class BlocksSettings:
-    """What to measure block by block, and by which one rule blocks stay at 16 bits; without a rule none do.
-
-    Raises:
-        InputError: a format that changes no weight, an objective without curves, several rules, or no numbers.
-    """
+class BlocksSettings(Checked):
+    """What to measure block by block, and by which one rule blocks stay at 16 bits; without a rule none do."""
 
     source: SourceSettings = block(REQUIRED, "Source")
     number_format: Format = option(
         REQUIRED, "--format", parse=Format.parse, help="The format of quantized blocks, such as uaq4."
     )
     store: Path = option(REQUIRED, "--store", help="Folder of the study.")
-    objective: ObjectiveName = option("final_latents", "--objective", choices=(), help="final_latents, path or step.")
+    objective: ObjectiveName = option(
+        "final_latents",
+        "--objective",
+        check=one_of("the objective of block curves", ("final_latents", "path", "step")),
+        help="final_latents, path or step.",
+    )
     keeping: KeepSettings = block(KeepSettings(), "Blocks at 16 bits")
     bits: float | None = option(
         None, "--bits", help="Keep as many blocks at 16 bits as so many paper bits per weight allow."
@@ -50,12 +50,10 @@ class BlocksSettings:
     sampling: SamplingSettings = block(SAMPLING, "Sampling")
     chosen: Mapping[str, object] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Checks format, objective and rules."""
+    def check_together(self) -> None:
+        """Checks format and rules."""
         if not self.number_format.is_quantized:
             raise InputError(f"block curves need a format that changes weights, got {self.number_format}")
-        if self.objective not in ("final_latents", "path", "step"):
-            raise InputError(f"block curves are measured by final_latents, path or step, got {self.objective!r}")
         BudgetSettings(bits=self.bits)
         _ = self.rule
 
@@ -65,7 +63,7 @@ class BlocksSettings:
         return KeepSettings(self.keeping.keep_db, self.keeping.keep, self.bits)
 
 
-def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> BlocksResult:
+def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> tuple[BlockCurves, Recipe]:
     """Both curves of a format, and the hybrid recipe of the rule. Resumes in the study.
 
     Raises:
@@ -83,22 +81,24 @@ def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> Blo
     )
     with Study(settings.store) as study:
         lab = treated(lab.kept_in(study), settings.chosen)
-        return measure_hybrid(lab, settings.number_format, settings.rule, objective=settings.objective)
+        curves = measure_hybrid(lab, settings.number_format, settings.rule, objective=settings.objective)
+        return curves, hybrid_recipe(lab.bank.space, settings.number_format, curves.kept)
 
 
-def run(settings: BlocksSettings, progress: Progress) -> BlocksResult:
+def run(settings: BlocksSettings, progress: Progress) -> tuple[BlockCurves, Recipe]:
     """Measures, and writes recipe and page where there is a place for them."""
-    found = measure_blocks(settings, progress)
+    curves, recipe = measure_blocks(settings, progress)
     if settings.out is not None:
-        write_file(settings.out, found.recipe.to_json().encode())
+        write_file(settings.out, recipe.to_json().encode())
     if settings.page is not None:
-        write_page(blocks_page(BlockCurves.of(found)), settings.page)
-    return found
+        write_page(blocks_page(curves), settings.page)
+    return curves, recipe
 
 
-def page(found: BlocksResult) -> Page:
-    """Both curves, block by block, and what staying at 16 bits gains."""
-    return blocks_page(BlockCurves.of(found))
+def as_json(found: tuple[BlockCurves, Recipe]) -> Mapping[str, object]:
+    """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
+    curves, recipe = found
+    return {**curves.as_json(), "recipe": {name: str(entry) for name, entry in recipe.layers.items()}}
 
 
-JOB = Job(__doc__, BlocksSettings, run, page, offers=early_treatment_offers)
+JOB = Job(__doc__, BlocksSettings, run, lambda found: blocks_page(found[0]), as_json, offers=early_treatment_offers)

@@ -18,14 +18,14 @@ from sedimo.allocation.combine import agreement_about_operations
 from sedimo.allocation.table import SensitivityTable, of_family
 from sedimo.bank import SILENT, Bank, Progress
 from sedimo.codec import content_key
-from sedimo.errors import InputError, StateError
+from sedimo.errors import InputError
 from sedimo.jobs.job import Job, all_offers
 from sedimo.jobs.quantize import refuse_impossible
 from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.study import Ledger, Spent, Study, add_up
+from sedimo.lab.study import Execution, Ledger, Study, add_up
 from sedimo.methods import method_named
 from sedimo.methods.ablation import ABLATION
 from sedimo.methods.jacobian import JACOBIAN
@@ -37,7 +37,7 @@ from sedimo.metrics.signal import mean_sqnr, paired_difference
 from sedimo.quant.families import family_named
 from sedimo.reporting.comparison import ComparedRow, Comparison, comparison_page
 from sedimo.reporting.html import write_page
-from sedimo.settings import REQUIRED, block, option
+from sedimo.settings import REQUIRED, Checked, block, option, within
 from sedimo.space import Recipe
 
 REFERENCE = JACOBIAN  # what all others are compared with
@@ -49,11 +49,7 @@ def compared_methods() -> tuple[Method[Any], ...]:
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
-    """Different numbers, ascending, from a text such as `3.0,3.5`.
-
-    Raises:
-        InputError: something that is no number.
-    """
+    """Different numbers, ascending, from a text such as `3.0,3.5`."""
     try:
         return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
     except ValueError as error:
@@ -61,14 +57,11 @@ def read_numbers(text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class CompareSettings:
+class CompareSettings(Checked):
     """Which methods at which paper bits, measured on `n_fresh` seeds.
 
     Every budget has the limit `bops` of bit operations besides, if there is one. Treatments that are `chosen` are those
     of all methods but peers. Codes are the nearest ones, unless `compensate`d.
-
-    Raises:
-        InputError: unknown methods, budgets that no weight has, or too few seeds for an error bar.
     """
 
     source: SourceSettings = block(REQUIRED, "Source")
@@ -84,27 +77,28 @@ class CompareSettings:
     )
     methods: str = option("all", "--methods", metavar="LIST", help="all, or some of them, separated by commas.")
     out: Path | None = option(None, "-o", "--out", help="File for the page.")
-    n_fresh: int = option(64, "--fresh", help="Fresh seeds that every recipe is measured on.")
+    n_fresh: int = option(
+        64,
+        "--fresh",
+        check=within("comparing needs at least two fresh seeds", least=2),
+        help="Fresh seeds that every recipe is measured on.",
+    )
     formats: FormatSettings = block(FORMATS, "Formats")
     sampling: SamplingSettings = block(SAMPLING, "Sampling")
     chosen: Mapping[str, object] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Checks methods, budgets and seeds."""
-        known = {method.name for method in compared_methods()}
-        names = self._names
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            listed = ", ".join(method.name for method in compared_methods())
-            raise InputError(f"methods to compare are {listed}; got {unknown or 'none'}")
+    def check_together(self) -> None:
+        """Checks methods and budgets."""
+        known = [method.name for method in compared_methods()]
+        unknown = [name for name in self._names if name not in known]
+        if unknown or not self._names:
+            raise InputError(f"methods to compare are {', '.join(known)}; got {unknown or 'none'}")
         if not self.bits:
             raise InputError("comparing needs at least one budget: --bits 3.0,3.5,4.0")
         for bits in self.bits:
             budget = BudgetSettings(bits=bits, bops=self.bops)
             for method in self.chosen_methods:
                 method.check(self.task(method, budget), self.formats.choices)
-        if self.n_fresh < 2:
-            raise InputError(f"comparing needs at least two fresh seeds, got {self.n_fresh}")
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -123,15 +117,6 @@ class CompareSettings:
         return Task(knobs, budget, is_checked=False)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """What a method decided at a budget, what it used for that, and the seconds of its own computing [s]."""
-
-    finding: Finding
-    used: Ledger
-    own_seconds: float
-
-
 def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> Comparison:
     """Every method's recipe at every budget on the same fresh seeds. Resumes in the study.
 
@@ -145,6 +130,8 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
     budgets = {bits: BudgetSettings(bits=bits, bops=settings.bops) for bits in settings.bits}
     for budget in budgets.values():
         refuse_impossible(budget, lab.space)
+    findings: dict[tuple[str, float], Finding] = {}
+    used: dict[str, list[Ledger]] = {method.name: [] for method in compared}
     with Study(settings.store) as study:
         lab = lab.kept_in(study)
         with study.ledger() as shared:
@@ -154,37 +141,32 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
             refuse_impossible(budget, lab.bank.space)
             for method in compared:
                 method.prepare(lab, settings.task(method, budget))
-        entries = {
-            (method.name, bits): _accounted(lab, method, settings.task(method, budget))
-            for (bits, budget), method in itertools.product(budgets.items(), compared)
-        }
-        rows = [row for bits in budgets for row in _rows(lab, bits, _recipes_at(entries, bits))]
+        for (bits, budget), method in itertools.product(budgets.items(), compared):
+            findings[method.name, bits], ledger = _accounted(lab, study, method, settings.task(method, budget))
+            used[method.name].append(ledger.without(shared))
+        rows = [row for bits in budgets for row in _rows(lab, bits, findings)]
     middle = sorted(settings.bits)[len(settings.bits) // 2]
-    is_told = {method.name: not method.traits.is_described for method in compared}
-    tables = {m: e.finding.table for (m, bits), e in entries.items() if bits == middle and is_told[m]}
+    tables = {m.name: findings[m.name, middle].table for m in compared if not m.traits.is_described}
     plan = lab.seeds.check
     return Comparison(
         source=lab.subject.name,
-        reference=_reference([method.name for method in compared]),
+        reference=_reference(list(used)),
         seeds=f"{plan.seeds[0]} to {plan.seeds[-1]}",
         n_steps=plan.n_steps,
         rows=tuple(rows),
-        costs={m.name: _cost([e for (name, _), e in entries.items() if name == m.name], shared) for m in compared},
+        costs={name: add_up(ledgers) for name, ledgers in used.items()},
         n_comparisons=sum(row.ahead is not None for row in rows),
         agreement=agreement(tables, middle),
         notes=(
             *missing,
             *lab.subject.rules,
-            *(f"{m} at {b:g} bits: {note}" for (m, b), e in entries.items() for note in e.finding.notes),
+            *(f"{m} at {b:g} bits: {note}" for (m, b), finding in findings.items() for note in finding.notes),
         ),
     )
 
 
-def _accounted(lab: Lab, method: Method[Any], task: Task[Any]) -> _Entry:
-    """What a method decides; its own seconds are those of the first time."""
-    study = lab.study
-    if study is None:
-        raise StateError("methods are compared without a study; this is a fault of Sedimo")
+def _accounted(lab: Lab, study: Study, method: Method[Any], task: Task[Any]) -> tuple[Finding, Ledger]:
+    """What a method decides, and what it used, its own computing as one part; that took what it took the first time."""
     asked = [method.name, task, lab.subject.rules, lab.weights.digest, lab.space, lab.seeds.settings]
     name = f"computing:{content_key(asked)[:16]}"
     begin = time.monotonic()
@@ -192,7 +174,8 @@ def _accounted(lab: Lab, method: Method[Any], task: Task[Any]) -> _Entry:
         finding = _found(lab, method, task)
     if name not in study.record_names():
         study.put_record(name, max(0.0, time.monotonic() - begin - used.measuring_seconds))
-    return _Entry(finding, used, study.record(float, name))
+    used.parts[name] = Execution(study.record(float, name), n_calls=0, threads=1, versions={})
+    return finding, used
 
 
 def _found(lab: Lab, method: Method[Any], task: Task[Any]) -> Finding:
@@ -203,23 +186,17 @@ def _found(lab: Lab, method: Method[Any], task: Task[Any]) -> Finding:
     return method.decide(lab, task, measured)
 
 
-def _recipes_at(entries: Mapping[tuple[str, float], _Entry], bits: float) -> dict[str, Recipe | PeerRecipe]:
-    found = {m: _recipe(entry.finding) for (m, at), entry in entries.items() if at == bits}
-    return {method: recipe for method, recipe in found.items() if recipe is not None}
-
-
 def _recipe(finding: Finding) -> Recipe | PeerRecipe | None:
     """What a method chose, None where it has nothing of that size."""
     return finding.of(PeerRecipe) if finding.allocation is None else finding.allocation.recipe
 
 
-def _rows(lab: Lab, bits: float, found: Mapping[str, Recipe | PeerRecipe]) -> Iterator[ComparedRow]:
-    own = {method: recipe for method, recipe in found.items() if isinstance(recipe, Recipe)}
-    peers = {method: recipe for method, recipe in found.items() if isinstance(recipe, PeerRecipe)}
-    trials = lab.measure(list(own.values()), lab.seeds.check)
-    powers = {method: trial.powers for method, trial in zip(own, trials, strict=True)}
-    of_peers = measure_peers(lab, lab.seeds.check, list(peers.values()))
-    powers |= {method: of_peers[recipe.key] for method, recipe in peers.items()}
+def _rows(lab: Lab, bits: float, findings: Mapping[tuple[str, float], Finding]) -> Iterator[ComparedRow]:
+    chosen = {m: _recipe(finding) for (m, at), finding in findings.items() if at == bits}
+    found = {method: recipe for method, recipe in chosen.items() if recipe is not None}
+    own = iter(lab.measure([one for one in found.values() if isinstance(one, Recipe)], lab.seeds.check))
+    peers = measure_peers(lab, lab.seeds.check, [one for one in found.values() if isinstance(one, PeerRecipe)])
+    powers = {m: peers[one.key] if isinstance(one, PeerRecipe) else next(own).powers for m, one in found.items()}
     reference = _reference(list(found))
     for method, recipe in found.items():
         paper_bits, stored_bits, bops = _size_of(lab.bank, recipe)
@@ -250,12 +227,6 @@ def _reference(methods: Sequence[str]) -> str:
     if REFERENCE.name in methods:
         return REFERENCE.name
     return next((m for m in methods if m != UNIFORM.name), UNIFORM.name)
-
-
-def _cost(entries: Sequence[_Entry], shared: Ledger) -> Spent:
-    """What a method took at all budgets, without what all share."""
-    measured = add_up(entry.used.without(shared) for entry in entries)
-    return replace(measured, seconds=measured.seconds + sum(entry.own_seconds for entry in entries))
 
 
 def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, Estimate]:

@@ -20,16 +20,14 @@ from sedimo.jobs.judging import judge_prediction
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import versions
 from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, TrajectoryProbe, probe_trajectory
-from sedimo.methods.blocks import blocks_of
 from sedimo.methods.error import ERROR
-from sedimo.methods.hybrid import BlocksResult
+from sedimo.methods.hybrid import BlockCurves, blocks_of
 from sedimo.methods.method import Finding, Traits
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
 from sedimo.methods.portfolio import Portfolio
 from sedimo.methods.sqnr import SqnrProbe
 from sedimo.metrics.signal import sqnr_estimates
 from sedimo.reporting.maps import (
-    BlockCurves,
     ChannelRanges,
     Maps,
     NoiseMap,
@@ -112,14 +110,14 @@ def _probe_result(lab: Lab, finding: Finding) -> TrajectoryProbe:
 
 def _maps(lab: Lab, finding: Finding, probe: TrajectoryProbe | None) -> Maps:
     """All maps of a job; those of the result if it was probed."""
-    smoothing, blocks = lab.in_force(Smoothing), finding.of(BlocksResult)
+    smoothing = lab.in_force(Smoothing)
     return Maps(
         recipe=None if probe is None else recipe_map(probe),
         trajectory=None if probe is None else trajectory_lines(probe),
         local=_local(finding),
         repetition=_repetition(finding),
         ranges=() if smoothing is None else _ranges(smoothing),
-        blocks=None if blocks is None else BlockCurves.of(blocks),
+        blocks=finding.of(BlockCurves),
     )
 
 
@@ -188,7 +186,7 @@ def provenance(lab: Lab, finding: Finding, how: Circumstances) -> Provenance:
     """How the numbers came about, in words."""
     settings, check = lab.seeds.settings, how.check
     searched = f"{settings.first_seed} to {settings.first_seed + settings.n_seeds - 1}"
-    is_measured = finding.table.method != ERROR.name or finding.of(BlocksResult) is not None
+    is_measured = finding.table.method != ERROR.name or finding.of(BlockCurves) is not None
     seeds = f"searched on {searched}" if is_measured else "none used for the search"
     if check is not None:
         seeds += f"; checked on {check.seeds[0]} to {check.seeds[-1]}"

@@ -43,7 +43,7 @@ from sedimo.lab.study import Study
 from sedimo.methods import method_named
 from sedimo.methods.auto import AUTO
 from sedimo.methods.error import ERROR, describe
-from sedimo.methods.hybrid import BlocksResult
+from sedimo.methods.hybrid import BlockCurves
 from sedimo.methods.method import Finding, Method, Price, Resolved, Task
 from sedimo.methods.uniform import UNIFORM
 from sedimo.metrics.signal import sqnr_estimates
@@ -51,6 +51,7 @@ from sedimo.pipelines.loading import is_hub_id
 from sedimo.quant.formats import Format, stored_bytes
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.html import write_page
+from sedimo.reporting.maps import NO_MAPS
 from sedimo.reporting.page import Facts, Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.phrasing import prediction_sentence, prediction_warnings
 from sedimo.reporting.report_page import report_page
@@ -242,15 +243,13 @@ class JobResult:
         }
         parts = {
             "explanation": evidence.explanation,
-            "maps": None if evidence.maps.is_empty else evidence.maps,
-            "hybrid": self.finding.of(BlocksResult),
+            "maps": None if evidence.maps == NO_MAPS else evidence.maps,
+            "hybrid": self.finding.of(BlockCurves),
             "prediction": evidence.prediction,
             "entrants": evidence.entrants or None,
             "check": self.check,
         }
         found |= {name: as_json(part) for name, part in parts.items() if part is not None}
-        if isinstance(blocks := found.get("hybrid"), dict):
-            del blocks["recipe"]
         return found | ({"unchecked": self.plan.unchecked} if self.check is None else {})
 
 

@@ -13,10 +13,12 @@ from PIL import Image
 
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Progress
+from sedimo.codec import to_plain
 from sedimo.errors import StateError
 from sedimo.jobs.job import Job
 from sedimo.lab.study import Study
 from sedimo.reporting.html import write_page
+from sedimo.reporting.maps import NO_MAPS
 from sedimo.reporting.page import Picture, page_of
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Summary
@@ -83,8 +85,8 @@ def evidence_of(run: Path) -> Mapping[str, object]:
     found: dict[str, object] = {}
     if evidence.explanation is not None:
         found["explanation"] = evidence.explanation.as_json()
-    if not evidence.maps.is_empty:
-        found["maps"] = evidence.maps.as_json()
+    if evidence.maps != NO_MAPS:
+        found["maps"] = to_plain(evidence.maps)
     return found
 
 

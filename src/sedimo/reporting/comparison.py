@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sedimo.codec import to_plain
 from sedimo.lab.study import Spent
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.reporting.figures import Axis, Chart, Plot, Series, named, only, short
@@ -39,14 +38,9 @@ class ComparedRow:
     formats: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def is_peer(self) -> bool:
-        """Whether the method is another tool's, with formats of its own."""
-        return self.recipe is None
-
-    @property
     def label(self) -> str:
         """The method, as it is shown."""
-        return f"{self.method} (peer)" if self.is_peer else self.method
+        return f"{self.method} (peer)" if self.recipe is None else self.method
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +64,6 @@ class Comparison:
     agreement: Mapping[str, Estimate]
     notes: tuple[str, ...]
 
-    def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
-        plain: dict[str, object] = to_plain(self)
-        return plain
-
 
 def comparison_page(comparison: Comparison) -> Page:
     """All that a comparison tells, as a page."""
@@ -85,18 +74,13 @@ def comparison_page(comparison: Comparison) -> Page:
         "interval's width is common to all methods, because seeds differ; the paired differences below are sharper."
     )
     figure = None if chart is None else Figure(chart, caption)
-    return Page(
-        f"Methods compared on {c.source}",
-        _headline(c.rows),
-        sections=(
-            Section("quality", "Quality against bits", shown(Text(_about(c)), figure, _recipes(c), Items(c.notes))),
-            Section("cost", "What each method took", shown(_costs(c))),
-        ),
-    )
+    quality = Section("quality", "Quality against bits", shown(Text(_about(c)), figure, _recipes(c), Items(c.notes)))
+    costs = Section("cost", "What each method took", shown(_costs(c)))
+    return Page(f"Methods compared on {c.source}", _headline(c.rows), sections=(quality, costs))
 
 
 def _about(c: Comparison) -> str:
-    peers = " and ".join(dict.fromkeys(row.method for row in c.rows if row.is_peer))
+    peers = " and ".join(dict.fromkeys(row.method for row in c.rows if row.recipe is None))
     text = (
         f"Every method{f' but {peers}' if peers else ''} chose formats from the same candidates under the same "
         f"budgets; each recipe was then sampled from the same fresh seeds ({c.seeds}, {c.n_steps} steps) and compared "
@@ -125,24 +109,13 @@ def _recipes(c: Comparison) -> Table:
         *columns("method", ("bits", "fine bits"), ("stored", "fine bits"), ("BOPs", "count")),
         Column("SQNR [dB]", note="and interval"),
         Column("ahead [dB]", note="and interval"),
-        *columns(("verdict", "verdict")),
+        Column("verdict", "verdict"),
     )
-    lines = (
-        Row(
-            (
-                row.label,
-                Cell(row.paper_bits, before="" if row.is_full else "* "),
-                row.stored_bits,
-                row.bops,
-                row.sqnr_db,
-                row.ahead,
-                verdict(row.ahead),
-            ),
-            row.ahead is None,
-            _budget(row.bits),
-        )
-        for row in sorted(c.rows, key=lambda row: (row.bits, -ranked(row.sqnr_db.value)))
-    )
+    lines = []
+    for row in sorted(c.rows, key=lambda row: (row.bits, -ranked(row.sqnr_db.value))):
+        bits = Cell(row.paper_bits, before="" if row.is_full else "* ")
+        cells = (row.label, bits, row.stored_bits, row.bops, row.sqnr_db, row.ahead, verdict(row.ahead))
+        lines.append(Row(cells, row.ahead is None, f"{row.bits:g} bits"))
     return Table(titles, tuple(lines), caption)
 
 
@@ -175,7 +148,11 @@ def methods_chart(found: Sequence[ComparedRow], *, reference: str) -> Chart | No
             budgets.setdefault(row.bits, {})[row.label] = row.sqnr_db
     if not budgets:
         return None
-    names = _best_first(budgets.values())
+    values: dict[str, list[float]] = {}
+    for measured in budgets.values():
+        for one, estimate in measured.items():
+            values.setdefault(one, []).append(ranked(estimate.value))
+    names = sorted(values, key=lambda one: -sum(values[one]) / len(values[one]))
     labels = {one: short(one, 24) for one in names}
     places = Axis(ticks=named([*labels.values()]), bold=(labels.get(reference, ""),))
     own = tuple(i for i, one in enumerate(names) if one == reference)
@@ -186,36 +163,18 @@ def methods_chart(found: Sequence[ComparedRow], *, reference: str) -> Chart | No
             Axis("SQNR [dB]"),
             ((measured[reference].value, ""),) if reference in measured else (),
             is_flat=True,
-            title=_budget(bits),
+            title=f"{bits:g} bits",
         )
         for bits, measured in budgets.items()
     )
     texts = (
-        f"{_budget(bits)}: {', '.join(f'{one} {number(e.value)} dB' for one, e in measured.items())}"
+        f"{bits:g} bits: {', '.join(f'{one} {number(e.value)} dB' for one, e in measured.items())}"
         for bits, measured in budgets.items()
     )
     n_columns = min(len(panels), _MOST_COLUMNS)
-    return Chart(
-        "methods",
-        "Quality of every method at every budget",
-        "; ".join(texts),
-        panels,
-        math.ceil(len(panels) / n_columns) * (90 + _ROW * len(names)),
-        n_columns=n_columns,
-    )
-
-
-def _best_first(budgets: Iterable[Mapping[str, Estimate]]) -> list[str]:
-    """Methods by the mean over the budgets at which they have a recipe."""
-    values: dict[str, list[float]] = {}
-    for measured in budgets:
-        for one, e in measured.items():
-            values.setdefault(one, []).append(ranked(e.value))
-    return sorted(values, key=lambda one: -sum(values[one]) / len(values[one]))
-
-
-def _budget(bits: float) -> str:
-    return f"{bits:g} bits"
+    height = math.ceil(len(panels) / n_columns) * (90 + _ROW * len(names))
+    title = "Quality of every method at every budget"
+    return Chart("methods", title, "; ".join(texts), panels, height, n_columns=n_columns)
 
 
 def _headline(found: Sequence[ComparedRow]) -> str:

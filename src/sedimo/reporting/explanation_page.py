@@ -47,7 +47,6 @@ from sedimo.reporting.page import (
     Block,
     Figure,
     Finding,
-    Folded,
     Items,
     Legend,
     LegendEntry,
@@ -484,7 +483,7 @@ def predictors_table(found: Sequence[PredictorRow], caption: str) -> Table:
     return Table(titles, tuple(lines), caption)
 
 
-def _folds(found: Sequence[FoldRow]) -> Folded:
+def _folds(found: Sequence[FoldRow]) -> Section:
     """Fold by fold, hop by hop."""
     ordered = sorted(found, key=lambda row: (row.subset != OVERALL, row.subset, row.fold, row.hop))
     titles = (*columns("fold", "hop", "recipes", "n"), *_QUALITY)
@@ -495,7 +494,7 @@ def _folds(found: Sequence[FoldRow]) -> Folded:
         "layer with its neighbours, and so on.",
     )
     n_folds = len({row.fold for row in found})
-    return Folded(f"Quality in each of the {n_folds} folds, hop by hop", shown(table))
+    return Section("", f"Quality in each of the {n_folds} folds, hop by hop", shown(table))
 
 
 def _rounds(rounds: Sequence[RefineRound]) -> tuple[Block, ...]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
+from PIL import Image
 
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate
@@ -18,13 +22,16 @@ from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting.drawing import draw
 from sedimo.reporting.figures import Chart
-from sedimo.reporting.images import AMPLIFICATION, show_pictures
-from sedimo.reporting.page import Cell, Column, Map, MapCell, Page, Row, Table, say
+from sedimo.reporting.page import Cell, Column, Map, MapCell, Page, Picture, Row, Table, say
 from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, bit_level, properties
 from sedimo.reporting.words import Value, mark, plain, share
 
 MAX_BYTES = 5_000_000
-_PICTURE_BYTES = 3_200_000
+_PICTURE_BYTES = 3_200_000  # of all pictures in a page
+_AMPLIFICATION, _GREY = 2, 128  # of differences
+_SMALL_PIXELS = 96  # up to this edge, pixels are kept as they are and shown enlarged
+_LARGEST_PIXELS = 384
+_JPEG_QUALITY = 88
 _WIDE_SHARE = 0.12  # narrower parts of the bar have no text
 _COLUMNS_WITH_DIGITS = 24  # a map with more has marks and colours alone
 _MOST_INTERVALS = 3  # columns of them that have room beside their values
@@ -80,8 +87,8 @@ def render(page: Page, *, theme: Theme | None = None) -> str:
         "map_rows": _map_rows,
         "groups": _groups,
         "is_wide": _is_wide,
-        "pictures": lambda pictures: show_pictures(pictures, budget_bytes=_PICTURE_BYTES),
-        "json_uri": lambda text: f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}",
+        "fitting": fitting,
+        "json_uri": lambda text: _data_uri("application/json", text.encode()),
         "share": share,
     }
     words = {
@@ -90,7 +97,7 @@ def render(page: Page, *, theme: Theme | None = None) -> str:
         "signs": _SIGNS,
         "wide_share": _WIDE_SHARE,
         "n_with_digits": _COLUMNS_WITH_DIGITS,
-        "amplification": AMPLIFICATION,
+        "amplification": _AMPLIFICATION,
     }
     filled = environment.get_template("page.html.j2").render(page=page, theme=theme, **words)
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", filled)
@@ -137,6 +144,48 @@ def _map_rows(found: Map) -> list[tuple[str, list[MapCell | None]]]:
     for cell in found.cells:
         rows[cell.row][cell.column] = cell
     return list(zip(found.rows, rows, strict=True))
+
+
+def fitting(
+    pictures: Sequence[Picture], budget_bytes: int = _PICTURE_BYTES
+) -> list[tuple[str, Mapping[str, str], bool]]:
+    """The first pictures that fit in so many bytes of the page: label, data URIs by what they show, and if it is small.
+
+    Raises:
+        InputError: an array that is not uint8 `[height, width, 3]`, or a pair of different sizes.
+    """
+    found: list[tuple[str, Mapping[str, str], bool]] = []
+    for picture in pictures:
+        reference, quantized = picture.reference, picture.quantized
+        for array in (reference, quantized):
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.shape != reference.shape:
+                raise InputError(
+                    f"picture {picture.label!r} must be two uint8 arrays [height, width, 3] of one size, "
+                    f"got {array.dtype} {array.shape} beside {reference.shape}."
+                )
+        change = _GREY + _AMPLIFICATION * (quantized.astype(np.int16) - reference)
+        arrays = {"full precision": reference, "quantized": quantized, "difference": np.clip(change, 0, 255)}
+        is_small = max(reference.shape[:2]) <= _SMALL_PIXELS
+        uris = {what: _image_uri(array.astype(np.uint8), is_small=is_small) for what, array in arrays.items()}
+        budget_bytes -= sum(map(len, uris.values()))
+        if budget_bytes < 0:
+            break
+        found.append((picture.label, uris, is_small))
+    return found
+
+
+def _image_uri(array: NDArray[np.uint8], *, is_small: bool) -> str:
+    image, buffer = Image.fromarray(np.ascontiguousarray(array)), io.BytesIO()
+    if is_small:
+        image.save(buffer, format="PNG", optimize=True)
+        return _data_uri("image/png", buffer.getvalue())
+    image.thumbnail((_LARGEST_PIXELS, _LARGEST_PIXELS), Image.Resampling.LANCZOS)
+    image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
+    return _data_uri("image/jpeg", buffer.getvalue())
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _style() -> str:

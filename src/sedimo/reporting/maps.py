@@ -13,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.allocation.table import SensitivityTable
-from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.lab.trajectory import TrajectoryProbe
-from sedimo.methods.blocks import BlockRow
-from sedimo.methods.hybrid import BlocksResult
+from sedimo.methods.hybrid import BlockCurves
 from sedimo.methods.orthogonality import (
     DEFAULT_IMPORTANCE,
     ImportanceOptions,
@@ -125,48 +123,6 @@ class ChannelRanges:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockCurves:
-    """The curves of blocks at one format; `seeds` and `n_steps` say on what they were measured.
-
-    `rule` says by what blocks stay at 16 bits, `gain_db` is its threshold, when it has one; the hybrid recipe
-    was measured on other seeds.
-    """
-
-    source: str
-    number_format: str
-    objective: str
-    seeds: str
-    n_steps: int
-    rule: str
-    gain_db: float | None
-    rows: tuple[BlockRow, ...]
-    everything: Estimate
-    kept: tuple[str, ...]
-    paper_bits: float
-    hybrid: Estimate | None
-    hybrid_gain: Estimate | None
-
-    @classmethod
-    def of(cls, found: BlocksResult) -> BlockCurves:
-        """What a page tells of a measurement."""
-        return cls(
-            source=found.source,
-            number_format=str(found.number_format),
-            objective=found.objective,
-            seeds=found.seeds,
-            n_steps=found.n_steps,
-            rule=found.rule,
-            gain_db=found.keep_db,
-            rows=found.rows,
-            everything=found.everything,
-            kept=found.kept,
-            paper_bits=found.paper_bits,
-            hybrid=found.hybrid,
-            hybrid_gain=found.hybrid_gain,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Maps:
     """All that was measured in detail; each may be absent.
 
@@ -180,16 +136,6 @@ class Maps:
     repetition: Repetition | None = None
     ranges: tuple[ChannelRanges, ...] = ()
     blocks: BlockCurves | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to show."""
-        return self == Maps()
-
-    def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
-        plain: dict[str, object] = to_plain(self)
-        return plain
 
 
 NO_MAPS = Maps()

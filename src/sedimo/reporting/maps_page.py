@@ -1,16 +1,17 @@
-"""The page's part about layers and steps: what was measured in detail, drawn, told and as tables."""
+"""The page's part about blocks, layers and steps: what was measured in detail, drawn, told and as tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from sedimo.methods.hybrid import BlockCurves
 from sedimo.metrics.estimate import NORMAL_95, normal_estimate
-from sedimo.reporting.blocks_page import blocks_chart, headline, hybrid_sentence
 from sedimo.reporting.figures import (
+    LETTER,
     WIDTH,
     Axis,
     Bar,
@@ -20,32 +21,138 @@ from sedimo.reporting.figures import (
     Look,
     Plot,
     Series,
+    are_long,
     named,
     only,
     short,
 )
-from sedimo.reporting.maps import BlockCurves, ChannelRanges, Maps, NoiseMap, Repetition, TrajectoryLines
-from sedimo.reporting.page import Beside, Block, Figure, Section, Table, Text, columns, rows, shown
+from sedimo.reporting.maps import ChannelRanges, Maps, NoiseMap, Repetition, TrajectoryLines
+from sedimo.reporting.page import Beside, Block, Figure, Page, Row, Section, Table, Text, columns, page_of, rows, shown
 from sedimo.reporting.placement import block_labels, stage, stage_labels
-from sedimo.reporting.words import name, number, share
+from sedimo.reporting.words import name, number, share, with_error
 
 MAX_ROW_LABELS = 64
 MAX_STEP_LABELS = 14
 MAX_BARS = 320  # more channels share bars, which then reach over all of them
+_MOST_BLOCKS = 90  # with a label
 _EVERY = tuple(factor * 10**power for power in range(6) for factor in (1, 2, 5))
 _SOME = 0.99  # rank correlation from which on more timesteps change little
 _SMALL = 372  # width of a chart that stands beside another [px]
 _NAME = 34  # characters of a layer's label
 _TITLES = {"mean": "mean of the timesteps", "first": "first timestep", "last": "last timestep"}
+_CURVES = (
+    "Above, blocks are quantized one after the other from the input on: where the curve falls, noise enters. Below, "
+    "all are quantized but one: what it gains to leave that block at 16 bits"
+)
+
+
+def blocks_page(curves: BlockCurves) -> Page:
+    """All that the curves of blocks tell, as a page."""
+    c = curves
+    chart = blocks_chart(c)
+    caption = f"{_CURVES}, paired with all blocks quantized. Bars are 95 % intervals of the mean over seeds."
+    titles = columns(
+        ("block", "name"),
+        "weights",
+        ("more at 16 bits", "bytes"),
+        "this and all before [dB]",
+        "gained by keeping it [dB]",
+        "kept",
+    )
+    lines = []
+    for one in c.rows:
+        kept = "16 bits" if one.block in c.kept else ""
+        lines.append(Row((one.block, one.params, one.extra_bytes, one.up_to, one.alone_kept, kept), bool(kept)))
+    return page_of(
+        f"Blocks of {c.source} at {c.number_format}",
+        _most_gained(c),
+        Text(
+            f"Measured by {name(c.objective)} on seeds {c.seeds}, {c.n_steps} step{'' if c.n_steps == 1 else 's'}, "
+            "against full precision on the same seeds."
+        ),
+        None if chart is None else Figure(chart, caption),
+        Text(_hybrid(c)),
+        Table(
+            titles,
+            tuple(lines),
+            f"{len(c.rows)} blocks, each gain with its own 95 % interval; gains of several blocks do not add up.",
+        ),
+        name="curves",
+        part="Where noise enters",
+    )
+
+
+def blocks_chart(curves: BlockCurves) -> Chart | None:
+    """Both curves over the same blocks with 95 % intervals; blocks that make no noise have no chart."""
+    c = curves
+    if not any(math.isfinite(row.up_to.value) for row in c.rows):
+        return None
+    labels, common = block_labels([row.block for row in c.rows])
+    names = [short(label, 28) for label in labels]
+    places = Axis(
+        f"{common or 'block'}, from input to output", named(names, n_most=_MOST_BLOCKS), are_turned=are_long(names)
+    )
+    whole = f"all blocks: {number(c.everything.value, c.everything.standard_error)} dB"
+    kept = tuple(i for i, row in enumerate(c.rows) if row.block in c.kept)
+    alone = tuple(row.alone_kept for row in c.rows)
+    marks = (Series((), (), "stays at 16 bits", "this", "D"), Series((), (), "quantized")) if kept else ()
+    panels = (
+        Plot(
+            (Series(tuple(row.up_to for row in c.rows), line="-"),),
+            places,
+            Axis("SQNR [dB]\nthis block and all before"),
+            ((c.everything.value, whole),) if math.isfinite(c.everything.value) else (),
+        ),
+        Plot(
+            (Series(alone, marked=kept), *marks),
+            places,
+            Axis("gain [dB]\nby keeping this block alone"),
+            () if c.gain_db is None else ((c.gain_db, f"threshold: {c.gain_db:g} dB"),),
+            zero=True,
+        ),
+    )
+    gains = {row.block: row.alone_kept.value for row in c.rows if math.isfinite(row.alone_kept.value)}
+    most = max(gains, key=lambda block: gains[block], default=None)
+    gain = "" if most is None else f" Keeping {most} gains most, {number(gains[most])} dB."
+    return Chart(
+        "block-curves",
+        f"Noise entering through {len(c.rows)} blocks",
+        f"All blocks quantized: {number(c.everything.value)} dB.{gain}",
+        panels,
+        490 + (LETTER * max(map(len, names)) if are_long(names) else 0),
+    )
+
+
+def _most_gained(curves: BlockCurves) -> str:
+    """Which block gains most when it is spared, if any is shown to."""
+    c = curves
+    gaining = [row for row in c.rows if row.alone_kept.low > 0]
+    whole = f"All blocks at {name(str(c.number_format))} have {with_error(c.everything, 'dB')} SQNR"
+    if not gaining:
+        return f"{whole}; no single block is shown to gain by staying at 16 bits."
+    best = max(gaining, key=lambda row: row.alone_kept.value)
+    return f"{whole}; leaving {name(best.block)} alone at 16 bits gains most, {with_error(best.alone_kept, 'dB')}."
+
+
+def _hybrid(curves: BlockCurves) -> str:
+    """Which blocks stay at 16 bits and what that gains; empty when none do."""
+    c = curves
+    if c.hybrid is None or c.hybrid_gain is None:
+        return ""
+    return (
+        f"Chosen by {c.rule}: {', '.join(map(name, c.kept))} {'stays' if len(c.kept) == 1 else 'stay'} at 16 bits, "
+        f"which makes {number(c.paper_bits)} bits per weight. On {c.hybrid.n} fresh seeds that has "
+        f"{with_error(c.hybrid, 'dB')}, {with_error(c.hybrid_gain, 'dB', signed=True)} against all blocks at "
+        f"{name(str(c.number_format))}, paired."
+    )
 
 
 def maps_section(maps: Maps) -> Section | None:
     """All that was measured in detail; None where nothing was."""
     blocks = shown(
-        _blocks(maps.blocks),
-        _recipe(maps),
-        _local(maps.local),
-        _repetition(maps.repetition),
+        () if maps.blocks is None else _blocks(maps.blocks),
+        _noise(maps),
+        () if maps.repetition is None else _repetition(maps.repetition),
         (_ranges(found, i) for i, found in enumerate(maps.ranges)),
     )
     if not blocks:
@@ -54,56 +161,42 @@ def maps_section(maps: Maps) -> Section | None:
     return Section("steps", "Layer by layer, step by step", (*blocks, numbers))
 
 
-def _blocks(found: BlockCurves | None) -> tuple[Block, ...]:
-    chart = None if found is None else blocks_chart(found)
-    if found is None or chart is None:
-        return ()
-    text = (
-        f"{headline(found)} Above, blocks are quantized one after the other from the input on: where the curve falls, "
-        "noise enters. Below, all are quantized but one: what it gains to leave that block at 16 bits. Bars are "
-        f"95 % intervals, on seeds {found.seeds}. {hybrid_sentence(found)}"
-    )
-    table = Table(
-        columns("block", ("this and all before", "plus-minus"), ("gained by keeping it", "plus-minus"), "kept"),
-        rows((r.block, r.up_to, r.alone_kept, "16 bits" if r.block in found.kept else "") for r in found.rows),
-        "SQNR [dB] with its 95 % interval",
-    )
-    return (Figure(chart, text, "Where noise enters", table=table),)
-
-
-def _recipe(maps: Maps) -> tuple[Block, ...]:
-    blocks: list[Block] = []
-    if maps.recipe is not None and (
-        chart := noise_chart(maps.recipe, "SQNR of the recipe by block and step", "recipe")
-    ):
-        text = (
-            f"SQNR of each block's output, means of {maps.recipe.n} samples; rows are blocks from input to output. "
-            "Each call has the inputs of full precision, so this is the noise that one step makes on its way through "
-            f"the denoiser. {_about(maps.recipe)}"
+def _blocks(found: BlockCurves) -> Iterator[Figure]:
+    if chart := blocks_chart(found):
+        text = f"{_most_gained(found)} {_CURVES}. Bars are 95 % intervals, on seeds {found.seeds}. {_hybrid(found)}"
+        table = Table(
+            columns("block", ("this and all before", "plus-minus"), ("gained by keeping it", "plus-minus"), "kept"),
+            rows((r.block, r.up_to, r.alone_kept, "16 bits" if r.block in found.kept else "") for r in found.rows),
+            "SQNR [dB] with its 95 % interval",
         )
-        blocks.append(Figure(chart, text, "Noise block by block", table=_noise_table(maps.recipe)))
-    if maps.trajectory is not None and (lines := trajectory_chart(maps.trajectory)):
+        yield Figure(chart, text, "Where noise enters", table=table)
+
+
+def _noise(maps: Maps) -> Iterator[Figure]:
+    """Of the recipe by block, along the trajectory, and of layers by themselves."""
+    found, lines = maps.recipe, maps.trajectory
+    if found and (chart := noise_chart(found, "SQNR of the recipe by block and step", "recipe")):
+        text = (
+            f"SQNR of each block's output, means of {found.n} samples; rows are blocks from input to output. Each call "
+            "has the inputs of full precision, so this is the noise that one step makes on its way through the "
+            f"denoiser. {_about(found)}"
+        )
+        yield Figure(chart, text, "Noise block by block", table=_noise_table(found))
+    if lines and (chart := trajectory_chart(lines)):
         text = (
             "Quantized against full precision on the same seeds, with 95 % intervals of the mean as bands. *Same "
             "inputs* is what one step does alone; on its *own path* the recipe also has the noise of earlier steps in "
             "its inputs. Latents are those after the step; the last are the result."
         )
-        blocks.append(Figure(lines, text, "Along the trajectory", table=_trajectory_table(maps.trajectory)))
-    return tuple(blocks)
-
-
-def _local(local: Sequence[NoiseMap]) -> tuple[Block, ...]:
-    figures = []
-    for i, found in enumerate(local):
+        yield Figure(chart, text, "Along the trajectory", table=_trajectory_table(lines))
+    for i, found in enumerate(maps.local):
         what = f"all at {name(found.number_format)}" if found.number_format else "at the formats of this recipe"
-        chart = noise_chart(found, f"Local SQNR {what.replace('`', '')} by block and step", f"local-{i}")
-        text = (
-            f"SQNR of layers' own outputs, {what}, on full-precision inputs: noise of other layers is not in it. "
-            f"Noise is averaged over the layers of a block and {found.n} samples. {_about(found)}"
-        )
-        if chart is not None:
-            figures.append(Figure(chart, text, f"Noise at the layers' own outputs, {what}", table=_noise_table(found)))
-    return tuple(figures)
+        if chart := noise_chart(found, f"Local SQNR {what.replace('`', '')} by block and step", f"local-{i}"):
+            text = (
+                f"SQNR of layers' own outputs, {what}, on full-precision inputs: noise of other layers is not in it. "
+                f"Noise is averaged over the layers of a block and {found.n} samples. {_about(found)}"
+            )
+            yield Figure(chart, text, f"Noise at the layers' own outputs, {what}", table=_noise_table(found))
 
 
 def noise_chart(found: NoiseMap, title: str, key: str) -> Chart | None:
@@ -161,7 +254,7 @@ def _about(found: NoiseMap) -> str:
 
 def _noise_table(found: NoiseMap) -> Table:
     lines = (
-        (block, *(_cell(value, error) for value, error in zip(values, errors, strict=True)))
+        (block, *map(_cell, values, errors))
         for block, values, errors in zip(found.blocks, found.sqnr_db, found.standard_error, strict=True)
     )
     titles = columns("block", *(str(i + 1) for i in range(len(found.timesteps))))
@@ -205,32 +298,28 @@ def _trajectory_table(found: TrajectoryLines) -> Table:
     )
 
 
-def _repetition(found: Repetition | None) -> tuple[Block, ...]:
-    if found is None:
-        return ()
+def _repetition(found: Repetition) -> Iterator[Block]:
     matrix = (
         f"How alike the outputs of two layers are between {found.n} samples (linear CKA, 0 to 1), mean of "
         f"{len(found.timesteps)} timesteps. At the right, the bits that each layer got, coloured as in the map above."
         f"{_dark(found)}"
     )
+    yield Figure(matrix_chart(found, "mean"), matrix, "What repeats what")
+    if len(found.timesteps) > 1:
+        single = (
+            Figure(matrix_chart(found, which, is_small=True), "Colours as above.", f"The {which} timestep alone")
+            for which in ("first", "last")
+        )
+        yield Beside(tuple(single))
     importance = (
         "A layer that repeats others less is more important. Left, by timestep (empty: its output does not tell "
         "samples apart); middle, over all timesteps, the greatest being 1; right, the bits that it got."
     )
-    single = [
-        Figure(matrix_chart(found, which, is_small=True), "Colours as above.", f"The {which} timestep alone")
-        for which in ("first", "last")
-    ]
-    converged = convergence_chart(found)
-    enough = f"How soon importances from few timesteps have the order of those from all. {_sufficient(found)}"
-    return (
-        Figure(matrix_chart(found, "mean"), matrix, "What repeats what"),
-        Beside(tuple(single) if len(found.timesteps) > 1 else ()),
-        Figure(
-            importance_chart(found), importance, "Importance, and the bits it led to", table=_importance_table(found)
-        ),
-        *(() if converged is None else (Figure(converged, enough, "Enough timesteps?"),)),
-    )
+    title, table = "Importance, and the bits it led to", _importance_table(found)
+    yield Figure(importance_chart(found), importance, title, table=table)
+    if chart := convergence_chart(found):
+        text = f"How soon importances from few timesteps have the order of those from all. {_sufficient(found)}"
+        yield Figure(chart, text, "Enough timesteps?")
 
 
 def _dark(found: Repetition) -> str:

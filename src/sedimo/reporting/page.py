@@ -20,9 +20,6 @@ from sedimo.quant.formats import Format
 from sedimo.reporting.figures import Chart
 from sedimo.reporting.words import Kind, Value, said
 
-TextLook = Literal["plain", "quiet", "heading", "code"]
-ItemsLook = Literal["findings", "notes"]
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -54,11 +51,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under columns.
-
-    Raises:
-        InputError: a row with another number of cells than there are columns.
-    """
+    """Rows under columns, each with a cell for every column."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
@@ -82,7 +75,7 @@ class Text:
     """A paragraph, a quiet one, a heading inside a section, or a command as it was typed."""
 
     text: str
-    look: TextLook = "plain"
+    look: Literal["plain", "quiet", "heading", "code"] = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +83,7 @@ class Items:
     """Sentences one below the other: findings, or notes."""
 
     texts: tuple[str, ...]
-    look: ItemsLook = "notes"
+    look: Literal["findings", "notes"] = "notes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,25 +170,10 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Gallery:
-    """Pairs of pictures with their difference; as many as fit on the page."""
-
-    pictures: tuple[Picture, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """Details that a reader opens."""
-
-    title: str
-    blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Beside:
-    """Figures or maps side by side as far as there is room."""
+    """Figures or maps side by side as far as there is room, or as many pictures as fit on the page."""
 
-    parts: tuple[Figure | Map, ...]
+    parts: tuple[Figure | Map | Picture, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,16 +185,17 @@ class Link:
     file: str = ""
 
 
-Block = Text | Items | Facts | Finding | Table | Figure | Legend | Beside | BitsBar | Gallery | Folded | Link
-
-
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page with a name in its address and what it shows."""
+    """A part of the page with a name in its address; inside another one, details that a reader opens."""
 
     name: str
     title: str
     blocks: tuple[Block, ...]
+
+
+Block = Text | Items | Facts | Finding | Table | Figure | Legend | Beside | BitsBar | Link | Section
+_CONTENT = {Text: "text", Items: "texts", Facts: "pairs", Table: "rows", Beside: "parts", Section: "blocks"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +222,8 @@ class Page:
 
 def shown(*blocks: Block | Iterable[Block] | None) -> tuple[Block, ...]:
     """Those of the blocks that have something to show."""
-    found: list[Block] = []
-    for block in blocks:
-        if block is not None:
-            found += [block] if isinstance(block, Block) else block
-    return tuple(block for block in found if not _is_empty(block))
+    found = (b for block in blocks if block is not None for b in ((block,) if isinstance(block, Block) else block))
+    return tuple(b for b in found if type(b) not in _CONTENT or getattr(b, _CONTENT[type(b)]))
 
 
 def say(value: Value | Cell, column: Column) -> tuple[str, str]:
@@ -267,19 +243,6 @@ def rows(cells: Iterable[Sequence[Value | Cell]]) -> tuple[Row, ...]:
     return tuple(Row(tuple(one)) for one in cells)
 
 
-def _is_empty(block: Block) -> bool:
-    told = {
-        Text: "text",
-        Items: "texts",
-        Facts: "pairs",
-        Table: "rows",
-        Beside: "parts",
-        Gallery: "pictures",
-        Folded: "blocks",
-    }
-    return type(block) in told and not getattr(block, told[type(block)])
-
-
-def page_of(title: str, headline: str, *blocks: Block | None) -> Page:
-    """A page of one section."""
-    return Page(title, headline, sections=(Section("", "", shown(*blocks)),))
+def page_of(title: str, headline: str, *blocks: Block | Iterable[Block] | None, name: str = "", part: str = "") -> Page:
+    """A page of one section, which has a name and a title where they are given."""
+    return Page(title, headline, sections=(Section(name, part, shown(*blocks)),))

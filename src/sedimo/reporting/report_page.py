@@ -21,8 +21,6 @@ from sedimo.reporting.page import (
     Column,
     Facts,
     Figure,
-    Folded,
-    Gallery,
     Items,
     Legend,
     LegendEntry,
@@ -122,7 +120,7 @@ def _decided(summary: Summary) -> Section:
     )
 
 
-def _decisions(summary: Summary) -> Folded:
+def _decisions(summary: Summary) -> Section:
     cost_name = _cost_name(summary)
     table = Table(
         columns(
@@ -153,7 +151,9 @@ def _decisions(summary: Summary) -> Folded:
     )
     change = ": the change of the whole recipe's predicted noise, and of the size" if summary.choice.is_noise else ""
     about = f'{cost_name.capitalize()} with its 95 % interval. "One step" is the next useful format of that layer alone'
-    return Folded(f"All {len(summary.decisions)} decisions as a table", (table, Text(f"{about}{change}.", "quiet")))
+    return Section(
+        "", f"All {len(summary.decisions)} decisions as a table", (table, Text(f"{about}{change}.", "quiet"))
+    )
 
 
 def _step(step: Step | None) -> str:
@@ -322,7 +322,7 @@ def _cost(summary: Summary) -> Section | None:
             _differences(summary),
             Beside((*curve, *agreed)),
             Text("The same seeds, before and after", "heading") if evidence.pictures else None,
-            Gallery(evidence.pictures),
+            Beside(evidence.pictures),
         ),
     )
 
@@ -505,7 +505,7 @@ def _how(summary: Summary) -> Section:
         shown(
             Text(origin.command, "code"),
             Facts(tuple((key, value) for key, value in found if value)),
-            Folded("Notes", shown(Items(notes))),
+            Section("", "Notes", shown(Items(notes))),
         ),
     )
 

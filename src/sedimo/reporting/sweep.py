@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from sedimo.codec import to_plain
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.reporting.figures import Axis, Chart, Heat, Plot, Series, named, only
-from sedimo.reporting.page import Block, Figure, Items, Page, Row, Section, Table, Text, columns, rows, shown
+from sedimo.reporting.page import Block, Figure, Items, Page, Row, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import name, number, said, verdict, with_error
 
 OTHER_SEEDS = ", other seeds"  # of a scheduler that is compared with itself
@@ -67,16 +66,11 @@ class Sweep:
     seeds: str
     n_steps: int
     n_comparisons: int
-    values: tuple[SweptValue, ...]
-    ranks: tuple[SweptRanks, ...]
-    errors: Mapping[str, float]
-    notes: tuple[str, ...]
+    values: tuple[SweptValue, ...] = ()
+    ranks: tuple[SweptRanks, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     confirmed: Confirmation | None = None
-
-    def as_json(self) -> Mapping[str, object]:
-        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
-        plain: dict[str, object] = to_plain(self)
-        return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,82 +128,63 @@ def sweep_page(sweep: Sweep) -> Page:
         f"{words.about} All of it with {name(s.number_format)}, {s.n_steps} step{'' if s.n_steps == 1 else 's'}, seeds "
         f"{s.seeds}."
     )
-    chart = _chart(sweep, words.knob)
-    blocks = shown(
-        Text(about),
-        None if chart is None else Figure(chart, _caption(sweep)),
-        _values(sweep, words.knob) if s.values else None,
-        _ranks(sweep, words.knob) if s.ranks else None,
-        Items(s.notes),
-    )
-    return Page(f"{words.title} on {s.source}", headline(s), sections=(Section("answer", words.title, blocks),))
-
-
-def _caption(sweep: Sweep) -> str:
-    if sweep.values:
-        return (
-            "Above, SQNR of the final latents, higher is better; below, what each value is ahead of the baseline on "
-            "the same seeds, which is sharper because seeds differ more than values do. Bars are 95 % intervals of the "
-            "mean over seeds."
-        )
-    bars = " Bars are 95 % intervals over the choice of decisions." if sweep.question == "samples" else ""
-    return f"1 is the same order of decisions, 0 none.{bars}"
-
-
-def _values(sweep: Sweep, knob: str) -> tuple[Block, ...]:
-    n, has_notes = sweep.n_comparisons, any(v.note for v in sweep.values)
-    note = "kept besides" if sweep.question == "threshold" else "what it did"
-    titles = columns(
-        knob,
-        ("paper bits", "fine bits"),
-        "SQNR [dB]",
-        "ahead of the baseline [dB]",
-        ("verdict", "verdict"),
-    )
-    lines = (
-        Row(
-            (
-                v.value,
-                v.paper_bits,
-                v.sqnr_db,
-                v.ahead,
-                verdict(v.ahead),
-                *([v.note] if has_notes else []),
-            ),
-            v.ahead is None,
-        )
-        for v in sweep.values
-    )
     caption = (
+        "Above, SQNR of the final latents, higher is better; below, what each value is ahead of the baseline on the "
+        "same seeds, which is sharper because seeds differ more than values do. Bars are 95 % intervals of the mean "
+        "over seeds."
+    )
+    if not s.values:
+        bars = " Bars are 95 % intervals over the choice of decisions." if s.question == "samples" else ""
+        caption = f"1 is the same order of decisions, 0 none.{bars}"
+    chart = _chart(s, words.knob)
+    return page_of(
+        f"{words.title} on {s.source}",
+        headline(s),
+        Text(about),
+        None if chart is None else Figure(chart, caption),
+        *(_values(s, words.knob) if s.values else _ranks(s, words.knob)),
+        Items(s.notes),
+        name="answer",
+        part=words.title,
+    )
+
+
+def _values(sweep: Sweep, knob: str) -> Iterator[Block]:
+    n = sweep.n_comparisons
+    titles = columns(
+        knob, ("paper bits", "fine bits"), "SQNR [dB]", "ahead of the baseline [dB]", ("verdict", "verdict")
+    )
+    if any(v.note for v in sweep.values):
+        titles += columns("kept besides" if sweep.question == "threshold" else "what it did")
+    lines = ((v.value, v.paper_bits, v.sqnr_db, v.ahead, verdict(v.ahead), v.note) for v in sweep.values)
+    yield Table(
+        titles,
+        tuple(Row(line[: len(titles)], line[3] is None) for line in lines),
         f"{n} paired difference{'' if n == 1 else 's'} to the baseline, each with its own 95 % interval: of so many, "
         f"{0.05 * n:.1f} would miss zero by chance alone. The highest of several is flattered by having been chosen: "
-        "see below."
+        "see below.",
     )
-    table = Table((*titles, *columns(note)) if has_notes else titles, tuple(lines), caption)
-    if sweep.confirmed is None:
-        return (table,)
-    text, limits = said(sweep.confirmed.ahead)
-    again = (
-        f"Measured again on seeds {sweep.confirmed.seeds}, on which nothing was chosen, {name(sweep.confirmed.value)} "
-        f"is *{text} dB* {limits} ahead of the baseline."
-    )
-    return table, Text(again)
+    if (again := sweep.confirmed) is not None:
+        text, limits = said(again.ahead)
+        yield Text(
+            f"Measured again on seeds {again.seeds}, on which nothing was chosen, {name(again.value)} is *{text} dB* "
+            f"{limits} ahead of the baseline."
+        )
 
 
-def _ranks(sweep: Sweep, knob: str) -> tuple[Block, ...]:
+def _ranks(sweep: Sweep, knob: str) -> Iterator[Block]:
     n = sweep.n_comparisons
-    ranks = Table(
+    yield Table(
         columns(knob, "against", "rank correlation", "decisions"),
         rows((r.first, r.second, r.srcc, r.srcc.n) for r in sweep.ranks),
         f"{n} rank correlation{'' if n == 1 else 's'} (Spearman) of sensitivities, each with its own 95 % interval "
         "over the choice of decisions.",
     )
-    errors = Table(
+    yield Table(
         columns(knob, "mean standard error [dB]"),
         rows(sweep.errors.items()),
         "Standard error of a decision's sensitivity over samples, mean over decisions.",
     )
-    return ranks, errors
 
 
 def headline(sweep: Sweep) -> str:
@@ -232,12 +207,12 @@ def highest_value(values: Sequence[SweptValue]) -> str:
 def _confirmed_value(sweep: Sweep, confirmed: Confirmation) -> str:
     """The baseline, and what the value that is highest beside it is worth on seeds on which it was not chosen."""
     baseline = sweep.values[0]
-    start = f"The baseline, `{baseline.value}`, has {with_error(baseline.sqnr_db, 'dB')}"
     value = _WORDS[sweep.question].phrase.format(f"`{confirmed.value}`")
-    ahead = f"{with_error(confirmed.ahead, 'dB', signed=True)} on further seeds"
-    if confirmed.ahead.low > 0:
-        return f"{start}; highest is {value}, {ahead}."
-    return f"{start}; nothing is shown to be better, highest is {value}, {ahead}."
+    is_better = "" if confirmed.ahead.low > 0 else "nothing is shown to be better, "
+    return (
+        f"The baseline, `{baseline.value}`, has {with_error(baseline.sqnr_db, 'dB')}; {is_better}highest is {value}, "
+        f"{with_error(confirmed.ahead, 'dB', signed=True)} on further seeds."
+    )
 
 
 def _least_agreement(sweep: Sweep) -> str:
@@ -251,57 +226,36 @@ def _least_agreement(sweep: Sweep) -> str:
 
 
 def _chart(sweep: Sweep, knob: str) -> Chart | None:
-    if sweep.values:
-        return _values_chart(sweep.values, knob)
+    """SQNR at each value, and what each gains on the baseline; or how sensitivities agree, and their errors."""
     if sweep.question == _SCHEDULERS:
         return ranks_matrix([*sweep.errors], {(r.first, r.second): r.srcc.value for r in sweep.ranks})
-    return _ranks_chart(sweep.errors, {r.first: r.srcc for r in sweep.ranks}, knob)
-
-
-def _values_chart(values: Sequence[SweptValue], knob: str) -> Chart | None:
-    """SQNR at each value, and what each gains on the first one, the baseline, paired."""
-    if not any(math.isfinite(v.sqnr_db.value) for v in values):
-        return None
-    places, baseline = _places([v.value for v in values], knob), values[0].sqnr_db.value
-    panels = (
-        Plot(
-            (Series(tuple(v.sqnr_db for v in values)),),
-            places,
-            Axis("SQNR [dB]"),
-            ((baseline, "baseline"),) if math.isfinite(baseline) else (),
-        ),
-        Plot(
-            (Series(tuple(v.ahead or only(math.nan) for v in values)),),
-            places,
-            Axis("ahead of the\nbaseline [dB]"),
-            zero=True,
-        ),
-    )
-    description = "; ".join(f"{v.value} {number(v.sqnr_db.value)} dB" for v in values)
-    return Chart("sweep", f"SQNR by {knob}", description, panels, _HEIGHT)
-
-
-def _ranks_chart(errors: Mapping[str, float], srcc: Mapping[str, Estimate], knob: str) -> Chart:
-    """Rank correlation with the largest set, and the mean standard error of each set [dB]."""
-    places = _places([*errors], knob)
-    panels = (
-        Plot(
-            (Series(tuple(srcc.get(one, only(math.nan)) for one in errors)),),
-            places,
+    levels: tuple[tuple[float, str], ...] = ()
+    if sweep.values:
+        if not any(math.isfinite(v.sqnr_db.value) for v in sweep.values):
+            return None
+        above = {v.value: v.sqnr_db for v in sweep.values}
+        below = {v.value: v.ahead for v in sweep.values if v.ahead is not None}
+        scales = Axis("SQNR [dB]"), Axis("ahead of the\nbaseline [dB]")
+        baseline, title, unit = sweep.values[0].sqnr_db.value, f"SQNR by {knob}", " dB"
+        levels = ((baseline, "baseline"),) if math.isfinite(baseline) else ()
+    else:
+        above = {r.first: r.srcc for r in sweep.ranks}
+        below = {one: only(error) for one, error in sweep.errors.items()}
+        most = 1.1 * max(sweep.errors.values())
+        scales = (
             Axis("rank correlation\nwith the largest set"),
-        ),
-        Plot(
-            (Series(tuple(map(only, errors.values()))),),
-            places,
-            Axis("mean standard error\nof local SQNR [dB]", low=0.0, high=1.1 * max(errors.values())),
-        ),
+            Axis("mean standard error\nof local SQNR [dB]", low=0.0, high=most),
+        )
+        title, unit = f"Agreement of sensitivities by {knob}", ""
+    names = list(dict.fromkeys([*above, *below]))
+    places = Axis(knob, named(names), are_turned=sum(map(len, names)) > 80)
+    lines = (Series(tuple(found.get(one, only(math.nan)) for one in names)) for found in (above, below))
+    panels = (
+        Plot((next(lines),), places, scales[0], levels),
+        Plot((next(lines),), places, scales[1], zero=bool(sweep.values)),
     )
-    description = "; ".join(f"{one} {number(value.value)}" for one, value in srcc.items())
-    return Chart("sweep", f"Agreement of sensitivities by {knob}", description, panels, _HEIGHT)
-
-
-def _places(names: Sequence[str], knob: str) -> Axis:
-    return Axis(knob, named(names), are_turned=sum(map(len, names)) > 80)
+    description = "; ".join(f"{one} {number(value.value)}{unit}" for one, value in above.items())
+    return Chart("sweep", title, description, panels, _HEIGHT)
 
 
 def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float]) -> Chart:

@@ -8,8 +8,9 @@ import pytest
 
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.methods.blocks import (
+from sedimo.methods.hybrid import (
     BlockRow,
+    KeepSettings,
     all_but_one,
     blocks_of,
     extra_bytes_of,
@@ -78,34 +79,34 @@ def test_extra_bytes_are_what_16_bits_take_more():
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"),
+    ("keeping", "free_bytes", "expected"),
     [
-        ({"gain_db": 0.4}, ("a", "b", "out")),
-        ({"gain_db": 0.0}, ("a", "b", "out")),  # the gain of embed is within its interval
-        ({"gain_db": 5.0}, ()),
-        ({"count": 2}, ("a", "out")),
-        ({"count": 0}, ()),
-        ({"count": 9}, ("embed", "a", "b", "out")),
-        ({"extra_bytes": 115}, ("b", "out")),  # most per byte first, what does not fit is left out
-        ({"extra_bytes": 0}, ()),
-        ({"extra_bytes": 5000}, ("embed", "a", "b", "out")),
+        (KeepSettings(keep_db=0.4), 0, ("a", "b", "out")),
+        (KeepSettings(keep_db=0.0), 0, ("a", "b", "out")),  # the gain of embed is within its interval
+        (KeepSettings(keep_db=5.0), 0, ()),
+        (KeepSettings(keep=2), 0, ("a", "out")),
+        (KeepSettings(keep=0), 0, ()),
+        (KeepSettings(keep=9), 0, ("embed", "a", "b", "out")),
+        (KeepSettings(bits=5.0), 115, ("b", "out")),  # most per byte first, what does not fit is left out
+        (KeepSettings(bits=5.0), 0, ()),
+        (KeepSettings(bits=5.0), 5000, ("embed", "a", "b", "out")),
+        (KeepSettings(), 0, ()),
     ],
 )
-def test_blocks_stay_by_gain_by_number_or_by_budget(rule, expected):
-    assert sensitive_blocks(ROWS, **rule) == expected
+def test_blocks_stay_by_gain_by_number_or_by_budget(keeping, free_bytes, expected):
+    assert sensitive_blocks(ROWS, keeping, free_bytes) == expected
 
 
 def test_a_block_that_is_better_quantized_is_never_kept_for_a_budget():
-    assert sensitive_blocks([row("a", -0.3)], extra_bytes=1000) == ()
+    assert sensitive_blocks([row("a", -0.3)], KeepSettings(bits=5.0), 1000) == ()
 
 
-@pytest.mark.parametrize("rule", [{"gain_db": 0.0}, {"count": 2}, {"extra_bytes": 5000}])
+@pytest.mark.parametrize("rule", [{"keep_db": 0.0}, {"keep": 2}, {"bits": 5.0}])
 def test_blocks_that_cannot_take_the_format_and_gains_without_a_number_are_not_ranked(rule):
     rows = [row("narrow", 9.0, extra_bytes=0), row("diverged", math.nan), row("a", 2.0), row("b", 1.0)]
-    assert sensitive_blocks(rows, **rule) == ("a", "b")
+    assert sensitive_blocks(rows, KeepSettings(**rule), 5000) == ("a", "b")
 
 
-@pytest.mark.parametrize("rule", [{}, {"gain_db": 1.0, "count": 1}])
-def test_exactly_one_rule_is_needed(rule):
-    with pytest.raises(InputError, match="needs one rule"):
-        sensitive_blocks(ROWS, **rule)
+def test_one_rule_is_enough():
+    with pytest.raises(InputError, match="give one rule"):
+        KeepSettings(keep_db=1.0, keep=1)
