@@ -14,7 +14,7 @@ from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 from sedimo.reporting.explanation import ScoreBox
-from sedimo.reporting.figures import Axis, Bar, Bars, Boxes, Chart, Heat, Plot, Series, named, only
+from sedimo.reporting.figures import Axis, Bar, Chart, Heat, Plot, Series, named, only
 from sedimo.reporting.html import render
 from sedimo.reporting.page import (
     Beside,
@@ -149,8 +149,8 @@ def charts(text: str) -> tuple[Chart, ...]:
         Plot((Series((MEASURED, only(2.0)), label=text, line="-", has_band=True),), places, Axis(text), ((2.0, text),)),
         Plot((Series((MEASURED, MEASURED), bits=(2.0, 16.0)),), places, Axis(is_logarithmic=True), is_flat=True),
         Heat(((1.0, math.nan), (-math.inf, 2.0)), places, places, text, is_written=True, strip=(2.0, 4.0)),
-        Bars((Bar(0, 0, 100, bits=3, text=text), Bar(1, 0, 50)), places, Axis(text), is_flat=True),
-        Boxes((box, box), places, Axis(text)),
+        Plot((Bar(0, 0, 100, bits=3, text=text), Bar(1, 0, 50)), places, Axis(text), is_flat=True),
+        Plot((box, box), places, Axis(text)),
     )
     return tuple(Chart(f"chart-{i}", text, text, (panel,), 300) for i, panel in enumerate(panels))
 

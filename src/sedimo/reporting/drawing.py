@@ -22,8 +22,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.explanation import ScoreBox
-from sedimo.reporting.figures import Axis, Bars, Boxes, Chart, Heat, Look, Panel, Plot, Series
-from sedimo.reporting.theme import ACCENT, GRID, INK, MUTED, OTHER, SOFT, SURFACE, bit_colour, bit_ink, themed_svg
+from sedimo.reporting.figures import Axis, Bar, Chart, Heat, Look, Plot, Series
+from sedimo.reporting.theme import ACCENT, GRID, INK, MUTED, OTHER, SOFT, SURFACE, bit_colour, themed_svg
 from sedimo.reporting.words import superscript
 
 _COLOURS: Mapping[Look, str] = {"this": ACCENT, "other": OTHER, "ink": INK, "soft": SOFT}
@@ -33,7 +33,7 @@ _LEAST = 1e-4  # of the greatest value of a logarithmic map, below which differe
 _FEW_DECADES = 2.2  # below, a logarithmic axis has ticks at 1, 2 and 5
 _MANY = 64  # rows, beyond which dots and edges are small
 _HALF = 0.3  # half the thickness of a box [rows]
-_ARROWS = {False: ("<", ">"), True: ("v", "^")}  # for ends below and above the axis, lying and upright
+_ARROWS = {True: ("<", ">"), False: ("v", "^")}  # for ends below and above the axis, lying and upright
 _BAR_WIDTH, _BAR_LETTER = 400, 7.3  # of all parts of a lying bar, and of a character in them [px]
 
 
@@ -41,10 +41,9 @@ def draw(chart: Chart) -> str:
     """The chart as an SVG element that takes its colours from the page."""
 
     def fill(figure: Figure) -> None:
-        n_rows = math.ceil(len(chart.panels) / chart.n_columns)
         is_beside = chart.n_columns > 1
         places = figure.subplots(
-            n_rows,
+            math.ceil(len(chart.panels) / chart.n_columns),
             chart.n_columns,
             squeeze=False,
             sharex=not is_beside,
@@ -52,7 +51,12 @@ def draw(chart: Chart) -> str:
             width_ratios=chart.ratios or None,
         ).ravel()
         for axes, panel in zip(places, chart.panels, strict=False):
-            _draw_panel(figure, axes, panel, is_beside=is_beside)
+            if isinstance(panel, Heat):
+                _draw_heat(figure, axes, panel, is_beside=is_beside)
+            else:
+                _draw_plot(axes, panel)
+            if panel.title:
+                axes.set_title(panel.title, fontsize=11, color=INK, loc="center" if is_beside else "left")
         for axes in [] if is_beside else places:
             axes.label_outer()
         for axes in places[len(chart.panels) :]:
@@ -73,22 +77,33 @@ def draw(chart: Chart) -> str:
     )
 
 
-def _draw_panel(figure: Figure, axes: Axes, panel: Panel, *, is_beside: bool) -> None:
-    if isinstance(panel, Heat):
-        _draw_heat(figure, axes, panel, is_beside=is_beside)
-    elif isinstance(panel, Bars):
-        _draw_bars(axes, panel)
-    elif isinstance(panel, Boxes):
-        _draw_boxes(axes, panel)
-    else:
-        _draw_plot(axes, panel)
-    if panel.title:
-        axes.set_title(panel.title, fontsize=11, color=INK, loc="center" if is_beside else "left")
-
-
 def _draw_plot(axes: Axes, plot: Plot) -> None:
-    for series in plot.series:
-        _draw_series(axes, series, is_flat=plot.is_flat, is_logarithmic=plot.values.is_logarithmic)
+    series = [mark for mark in plot.marks if isinstance(mark, Series)]
+    bars = [mark for mark in plot.marks if isinstance(mark, Bar)]
+    boxes = [mark for mark in plot.marks if isinstance(mark, ScoreBox)]
+    for one in series:
+        _draw_series(axes, one, is_flat=plot.is_flat, is_logarithmic=plot.values.is_logarithmic)
+    if bars:
+        _draw_bars(axes, bars, is_flat=plot.is_flat)
+    if boxes:
+        _draw_boxes(axes, boxes, is_flat=plot.is_flat)
+    _draw_levels(axes, plot)
+    values = [v.value for s in series for v in s.values if math.isfinite(v.value)]
+    places = [float(p) for s in series for p in s.places]
+    if plot.diagonal:
+        values = places = [min(*values, *places) / 1.3, max(*values, *places) * 1.3]
+        axes.plot(values, values, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    by_place, by_value = (axes.yaxis, axes.xaxis) if plot.is_flat else (axes.xaxis, axes.yaxis)
+    if plot.places.ticks:
+        _set_places(axes, plot.places, plot.is_flat, max([len(boxes), *(len(s.values) for s in series)]))
+    else:
+        _set_axis(by_place, plot.places, places)
+    _set_axis(by_value, plot.values, values)
+    if not any(bar.text for bar in bars):
+        axes.grid(axis="both" if series and not plot.places.ticks else "x" if plot.is_flat else "y")
+
+
+def _draw_levels(axes: Axes, plot: Plot) -> None:
     across = axes.axvline if plot.is_flat else axes.axhline
     if plot.zero:
         across(0.0, color=MUTED, linewidth=1, zorder=1)
@@ -99,20 +114,6 @@ def _draw_plot(axes: Axes, plot: Plot) -> None:
             axes.annotate(text, (0, value), (4, 4), xycoords=place, textcoords="offset points", fontsize=10, color=INK)
     if plot.here is not None:
         axes.axvline(plot.here, color=MUTED, linewidth=1.2, linestyle=(0, (2, 3)), zorder=1)
-    finite = [v.value for s in plot.series for v in s.values if math.isfinite(v.value)]
-    ends: list[float] = []
-    if plot.diagonal:
-        found = [*finite, *(p for s in plot.series for p in s.places)]
-        ends = [min(found) / 1.3, max(found) * 1.3]
-        axes.plot(ends, ends, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        finite = ends
-    by_place, by_value = (axes.yaxis, axes.xaxis) if plot.is_flat else (axes.xaxis, axes.yaxis)
-    if plot.places.ticks:
-        _set_places(axes, plot.places, plot.is_flat, max(len(s.values) for s in plot.series))
-    else:
-        _set_axis(by_place, plot.places, ends if plot.diagonal else [p for s in plot.series for p in s.places])
-    _set_axis(by_value, plot.values, finite)
-    axes.grid(axis="both" if not plot.places.ticks else "x" if plot.is_flat else "y")
 
 
 def _draw_series(axes: Axes, series: Series, *, is_flat: bool, is_logarithmic: bool) -> None:
@@ -280,68 +281,50 @@ def _draw_strip(axes: Axes, bits: Sequence[float]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _draw_bars(axes: Axes, bars: Bars) -> None:
-    has_text = any(bar.text for bar in bars.bars)
-    edge = 1.5 if has_text else 0.5 if any(bar.bits for bar in bars.bars) and len(bars.bars) <= _MANY else 0
-    for bar in bars.bars:
-        colour = _COLOURS[bars.look] if bar.bits is None else bit_colour(round(bar.bits))
-        size, line = bar.stop - bar.start, SURFACE if has_text else INK
-        if bars.is_flat:
-            axes.barh(bar.place, size, bar.thickness, bar.start, facecolor=colour, edgecolor=line, linewidth=edge)
-        else:
-            axes.bar(bar.place, size, bar.thickness, bar.start, facecolor=colour, edgecolor=line, linewidth=edge)
+def _draw_bars(axes: Axes, bars: Sequence[Bar], *, is_flat: bool) -> None:
+    has_text = any(bar.text for bar in bars)
+    edge = 1.5 if has_text else 0.5 if any(bar.bits for bar in bars) and len(bars) <= _MANY else 0
+    style = {"edgecolor": SURFACE if has_text else INK, "linewidth": edge}
+    for bar in bars:
+        size, colour = bar.stop - bar.start, _COLOURS[bar.look] if bar.bits is None else bit_colour(round(bar.bits))
+        _bar(axes, bar.place, bar.start, size, bar.thickness, is_flat=is_flat, facecolor=colour, **style)
         if bar.text and size / 100 * _BAR_WIDTH > _BAR_LETTER * len(bar.text) + 8:
-            place, ink = (bar.start + size / 2, bar.place), INK if bar.bits is None else bit_ink(bar.bits)
+            place, ink = (bar.start + size / 2, bar.place), INK if bar.bits is None else bit_colour(bar.bits, "on")
             look = {"ha": "center", "va": "center_baseline", "fontsize": 10.5, "fontweight": "bold"}
             axes.text(*place, bar.text, color=ink, **look)  # type: ignore[arg-type]  # styles by name
-    if not bars.is_flat:
+    if not is_flat:
         axes.use_sticky_edges = False
         axes.axhline(0.0, color=MUTED, linewidth=0.8)
-        axes.set_xlim(
-            bars.bars[0].place - bars.bars[0].thickness / 2, bars.bars[-1].place + bars.bars[-1].thickness / 2
-        )
-    if bars.places.ticks:
-        _set_places(axes, bars.places, bars.is_flat, 0)
-    else:
-        _set_axis(axes.yaxis if bars.is_flat else axes.xaxis, bars.places, [])
-    _set_axis(axes.xaxis if bars.is_flat else axes.yaxis, bars.values, [])
-    if not has_text:
-        axes.grid(axis="x" if bars.is_flat else "y")
+        axes.set_xlim(bars[0].place - bars[0].thickness / 2, bars[-1].place + bars[-1].thickness / 2)
 
 
-def _draw_boxes(axes: Axes, boxes: Boxes) -> None:
-    found = [v for b in boxes.boxes for v in (b.low, b.q25, b.median, b.q75, b.high) if math.isfinite(v)]
+def _draw_boxes(axes: Axes, boxes: Sequence[ScoreBox], *, is_flat: bool) -> None:
+    """Boxes with whiskers; an endless one runs to the edge of the axis and has an arrow there."""
+    found = [v for b in boxes for v in (b.low, b.q25, b.median, b.q75, b.high) if math.isfinite(v)]
     low, high = min(found, default=0.0), max(found, default=0.0)
     margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
     ends = (low - margin, high + margin)
-    for place, box in enumerate(boxes.boxes):
-        _draw_box(axes, place, box, ends, is_upright=not boxes.is_flat)
-    _set_places(axes, boxes.places, boxes.is_flat, len(boxes.boxes))
-    _set_axis(axes.xaxis if boxes.is_flat else axes.yaxis, boxes.values, [])
-    (axes.set_xlim if boxes.is_flat else axes.set_ylim)(*ends)
-    axes.grid(axis="x" if boxes.is_flat else "y")
+    for place, box in enumerate(boxes):
+        numbers = (box.low, box.q25, box.median, box.q75, box.high)
+        first, q25, median, q75, last = (min(max(value, ends[0]), ends[1]) for value in numbers)
+        style: dict[str, object] = {"solid_capstyle": "butt", "zorder": 3}
+        for whisker in ((first, q25), (q75, last)):
+            _plot(axes, [(place, end) for end in whisker], is_flat=is_flat, color=MUTED, linewidth=1.3, **style)
+        if math.isfinite(box.median):
+            middle = [(place - _HALF, median), (place + _HALF, median)]
+            _plot(axes, middle, is_flat=is_flat, color=ACCENT, linewidth=2.4, **style)
+        look = {"facecolor": GRID, "edgecolor": OTHER, "linewidth": 1, "zorder": 2}
+        _bar(axes, place, q25, q75 - q25, 2 * _HALF, is_flat=is_flat, **look)
+        for is_above in {value > 0 for value in (box.low, box.high) if math.isinf(value)}:
+            style = {"marker": _ARROWS[is_flat][is_above], "markersize": 5, "clip_on": False}
+            _plot(axes, [(place, ends[is_above])], is_flat=is_flat, color=MUTED, **style)
+    (axes.set_xlim if is_flat else axes.set_ylim)(*ends)
 
 
-def _draw_box(axes: Axes, place: float, box: ScoreBox, ends: tuple[float, float], *, is_upright: bool) -> None:
-    """One box with whiskers; an endless one runs to the edge of the axis and has an arrow there."""
-
-    def line(along: Sequence[float], across: Sequence[float], colour: str, width: float) -> None:
-        pair = (across, along) if is_upright else (along, across)
-        axes.plot(*pair, color=colour, linewidth=width, solid_capstyle="butt", zorder=3)
-
-    numbers = (box.low, box.q25, box.median, box.q75, box.high)
-    low, q25, median, q75, high = (min(max(value, ends[0]), ends[1]) for value in numbers)
-    line((low, q25), (place, place), MUTED, 1.3)
-    line((q75, high), (place, place), MUTED, 1.3)
-    corner, size = (q25, place - _HALF), (q75 - q25, 2 * _HALF)
-    if is_upright:
-        corner, size = corner[::-1], size[::-1]
-    axes.add_patch(Rectangle(corner, *size, facecolor=GRID, edgecolor=OTHER, linewidth=1, zorder=2))
-    if math.isfinite(box.median):
-        line((median, median), (place - _HALF, place + _HALF), ACCENT, 2.4)
-    for is_above in {value > 0 for value in (box.low, box.high) if math.isinf(value)}:
-        x, y = (place, ends[is_above]) if is_upright else (ends[is_above], place)
-        axes.plot(x, y, marker=_ARROWS[is_upright][is_above], color=MUTED, markersize=5, clip_on=False)
+def _bar(
+    axes: Axes, place: float, start: float, size: float, thickness: float, *, is_flat: bool, **style: object
+) -> None:
+    (axes.barh if is_flat else axes.bar)(place, size, thickness, start, **style)  # type: ignore[arg-type]  # by name
 
 
 def _has_interval(estimate: Estimate) -> bool:

@@ -33,8 +33,6 @@ from sedimo.reporting.figures import (
     WIDTH,
     Axis,
     Bar,
-    Bars,
-    Boxes,
     Chart,
     Marker,
     Plot,
@@ -263,7 +261,7 @@ def _finding(insight: Insight) -> Finding:
 def _operations_figure(boxes: Sequence[ScoreBox]) -> Figure:
     """Scores of each type of operation, the worst median on top."""
     found = sorted(boxes, key=lambda box: (box.median, box.low))[:MAX_OPERATIONS]
-    panel = Boxes(
+    panel = Plot(
         tuple(found),
         Axis(ticks=named([f"{short(b.name, 40)} (n = {b.n})" for b in found])),
         Axis("score, higher is better"),
@@ -291,7 +289,7 @@ def _blocks_figure(boxes: Sequence[ScoreBox]) -> Figure:
         named(names, n_most=width // _BLOCK_WIDTH),
         are_turned=are_long(names),
     )
-    panel = Boxes(tuple(boxes), places, Axis("score, higher is better"))
+    panel = Plot(tuple(boxes), places, Axis("score, higher is better"))
     height = 270 + (LETTER * max(map(len, names)) if are_long(names) else 0)
     chart = Chart("block-scores", "Scores by block, from input to output", _medians(boxes), (panel,), height, width)
     caption = "The same for the blocks: a box that hangs lower than its neighbours is a block that deserves more bits."
@@ -317,7 +315,7 @@ def _formats_figure(shares: Sequence[FormatShare]) -> Figure:
             bars.append(Bar(place, left, right, 0.78, f.bits, f"{f} {mark(f)}".strip()))
             left = right
     notes = tuple(f"{s.paper_bits:.2f} bits, {s.n_layers} layer{'' if s.n_layers == 1 else 's'}" for s in found)
-    panel = Bars(
+    panel = Plot(
         tuple(bars),
         Axis(ticks=named([short(s.operation, 40) for s in found]), notes=notes),
         Axis("layers of the operation [%]", low=0, high=100),

@@ -1,4 +1,4 @@
-"""What charts show: dots with intervals and lines with bands (`Plot`), heat maps, bars, and boxes.
+"""What charts show: dots with intervals, lines with bands, bars and boxes (`Plot`), and heat maps.
 
 A chart is a value: which panels it has, with which data and which names. `drawing` makes pictures of them.
 """
@@ -60,10 +60,26 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
-class Plot:
-    """Dots and lines. Places run along x, or, if it `is_flat`, down in rows; `levels` are values with a broken line."""
+class Bar:
+    """A bar at a place from one value to another, in the colour of its bits, and with a text in it if that fits."""
 
-    series: tuple[Series, ...]
+    place: float
+    start: float
+    stop: float
+    thickness: float = 0.8
+    bits: float | None = None
+    text: str = ""
+    look: Look = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Dots and lines, bars, or boxes, which are at places 0, 1, 2 and so on.
+
+    Places run along x, or, if it `is_flat`, down in rows; `levels` are values with a broken line.
+    """
+
+    marks: Sequence[Series] | Sequence[Bar] | Sequence[ScoreBox]
     places: Axis
     values: Axis
     levels: tuple[tuple[float, str], ...] = ()
@@ -93,42 +109,7 @@ class Heat:
     title: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """A bar at a place from one value to another, in the colour of its bits, and with a text in it if that fits."""
-
-    place: float
-    start: float
-    stop: float
-    thickness: float = 0.8
-    bits: float | None = None
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Bars:
-    """Bars that stand on places along x or, if flat, lie in rows."""
-
-    bars: tuple[Bar, ...]
-    places: Axis
-    values: Axis
-    look: Look = "other"
-    is_flat: bool = False
-    title: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Boxes:
-    """Boxes at places 0, 1, 2 and so on: along x, or, if flat, in rows."""
-
-    boxes: tuple[ScoreBox, ...]
-    places: Axis
-    values: Axis
-    is_flat: bool = False
-    title: str = ""
-
-
-Panel = Plot | Heat | Bars | Boxes
+Panel = Plot | Heat
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -21,7 +22,6 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting.drawing import draw
-from sedimo.reporting.figures import Chart
 from sedimo.reporting.page import Cell, Column, Map, MapCell, Page, Picture, Row, Table, say
 from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, bit_level, properties
 from sedimo.reporting.words import Value, mark, plain, share
@@ -32,8 +32,6 @@ _AMPLIFICATION, _GREY = 2, 128  # of differences
 _SMALL_PIXELS = 96  # up to this edge, pixels are kept as they are and shown enlarged
 _LARGEST_PIXELS = 384
 _JPEG_QUALITY = 88
-_WIDE_SHARE = 0.12  # narrower parts of the bar have no text
-_COLUMNS_WITH_DIGITS = 24  # a map with more has marks and colours alone
 _MOST_INTERVALS = 3  # columns of them that have room beside their values
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _LOOKS = {
@@ -45,8 +43,6 @@ _LOOKS = {
     "not measured": "open",
 }
 _SIGNS = {"confirmed": "✓", "refuted": "✗", "open": "?", "not measured": "–"}  # noqa: RUF001
-
-Theme = Literal["light", "dark"]
 
 
 def write_page(page: Page, path: str | Path) -> Path:
@@ -67,7 +63,7 @@ def write_page(page: Page, path: str | Path) -> Path:
     return target
 
 
-def render(page: Page, *, theme: Theme | None = None) -> str:
+def render(page: Page, *, theme: Literal["light", "dark"] | None = None) -> str:
     """The page as HTML text; `theme` fixes light or dark, which is otherwise the reader's setting."""
     environment = Environment(
         loader=FunctionLoader(_resource),
@@ -76,30 +72,16 @@ def render(page: Page, *, theme: Theme | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "prose": _prose,
-        "plain": plain,
-        "kind": lambda block: type(block).__name__,
-        "cell": _cell,
-        "chart": _chart,
-        "mark": mark,
-        "level": bit_level,
-        "map_rows": _map_rows,
-        "groups": _groups,
-        "is_wide": _is_wide,
-        "fitting": fitting,
-        "json_uri": lambda text: _data_uri("application/json", text.encode()),
-        "share": share,
-    }
-    words = {
-        "style": Markup(_style()),  # our own constants
-        "looks": _LOOKS,
-        "signs": _SIGNS,
-        "wide_share": _WIDE_SHARE,
-        "n_with_digits": _COLUMNS_WITH_DIGITS,
-        "amplification": _AMPLIFICATION,
-    }
-    filled = environment.get_template("page.html.j2").render(page=page, theme=theme, **words)
+    environment.filters.update(prose=_prose, plain=plain, mark=mark, share=share, level=bit_level, fitting=fitting)
+    environment.filters.update(cell=_cell, is_wide=_is_wide, groups=_groups, map_rows=_map_rows)
+    environment.filters.update(
+        kind=lambda block: type(block).__name__,
+        chart=lambda chart: Markup(draw(chart)),  # texts in it are escaped
+        json_uri=lambda text: _data_uri("application/json", text.encode()),
+    )
+    words = {"looks": _LOOKS, "signs": _SIGNS, "amplification": _AMPLIFICATION}
+    style = Markup(_style())  # our own constants
+    filled = environment.get_template("page.html.j2").render(page=page, theme=theme, style=style, **words)
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", filled)
 
 
@@ -126,16 +108,7 @@ def _is_wide(table: Table) -> bool:
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """Rows by the group that they stand in."""
-    found: list[tuple[str, list[Row]]] = []
-    for row in rows:
-        if not found or found[-1][0] != row.group:
-            found.append((row.group, []))
-        found[-1][1].append(row)
-    return found
-
-
-def _chart(chart: Chart) -> Markup:
-    return Markup(draw(chart))  # texts in it are escaped
+    return [(group, list(inside)) for group, inside in itertools.groupby(rows, lambda row: row.group)]
 
 
 def _map_rows(found: Map) -> list[tuple[str, list[MapCell | None]]]:

@@ -6,7 +6,7 @@ Rows are blocks or layers in the order of the denoiser, columns its calls in the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,8 @@ from sedimo.methods.orthogonality import (
     converged,
     importance,
 )
-from sedimo.methods.sqnr import LocalNoise, SqnrPart, SqnrProbe
-from sedimo.metrics.estimate import Estimate
+from sedimo.methods.sqnr import SqnrPart, SqnrProbe
+from sedimo.metrics.estimate import Estimate, to_digits
 from sedimo.metrics.signal import decibel
 from sedimo.quant.formats import Format
 
@@ -104,11 +104,7 @@ class ChannelRanges:
     after_high: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Refuses ranges that are none.
-
-        Raises:
-            InputError: no channels, different numbers of them, or a least value above the greatest.
-        """
+        """Refuses different numbers of channels, none, and ranges that are none."""
         lists = (self.before_low, self.before_high, self.after_low, self.after_high)
         lengths = [len(one) for one in lists]
         if len(set(lengths)) != 1 or not lengths[0]:
@@ -163,21 +159,33 @@ def local_map(
 ) -> NoiseMap:
     """Local noise of each decision at its format, weight and activations, as the mean power over those of a block.
 
-    Decisions that `formats` lacks and those that were never called are left out.
+    Decisions that `formats` lacks and those that were never called are left out. All saw the same samples, so their
+    errors are averaged as if they went together; in decibels they are of first order.
     """
     members: dict[str, list[str]] = {}
     for name in table.layers:
         if name in formats and any(name in part.noise for part in probe.parts):
             members.setdefault(table.blocks[name] or table.layers[name][0], []).append(name)
-    cells = [[_mean(_noise_of(part, names, formats)) for part in probe.parts] for names in members.values()]
+    values, errors = [], []
+    for names in members.values():
+        cells = [_mean_noise(part, {name: formats[name] for name in names}) for part in probe.parts]
+        values.append(tuple(decibel(power) for power, _ in cells))
+        errors.append(tuple(0.0 if power == 0 else _DECIBELS * error / power for power, error in cells))
     return NoiseMap(
         blocks=tuple(members),
         timesteps=tuple(part.timestep for part in probe.parts),
-        sqnr_db=tuple(tuple(decibel(cell.mean) for cell in row) for row in cells),
-        standard_error=tuple(tuple(_error(cell) for cell in row) for row in cells),
+        sqnr_db=tuple(values),
+        standard_error=tuple(errors),
         n=probe.n_samples,
         number_format=number_format,
     )
+
+
+def _mean_noise(part: SqnrPart, formats: Mapping[str, Format]) -> tuple[float, float]:
+    """Mean power of decisions at their formats, and its standard error; not a number without any."""
+    found = [part.of(name, one) for name, one in formats.items() if name in part.noise or not one.changes]
+    n = len(found) or math.nan
+    return sum(one.mean for one in found) / n, sum(one.standard_error for one in found) / n
 
 
 def repetition(
@@ -187,24 +195,23 @@ def repetition(
     options: ImportanceOptions = DEFAULT_IMPORTANCE,
 ) -> Repetition:
     """The matrix of a probe, what follows from it, and the bits that a choice gave to each layer."""
-    found, matrices = importance(probe, options), probe.matrices
+    found, matrices, convergence = importance(probe, options), probe.matrices, converged(probe, options)
     decisions: dict[str, list[str]] = {}
     for name, layers in table.layers.items():
         for layer in layers:
             decisions.setdefault(layer, []).append(name)
-    rows = np.triu_indices(len(probe.layers), 1)
+    triangle = np.triu_indices(len(probe.layers), 1)
     named = {"mean": matrices.mean(axis=0), "first": matrices[0], "last": matrices[-1]}
-    convergence = converged(probe, options)
     return Repetition(
         layers=probe.layers,
         blocks=tuple(table.blocks[decisions[layer][0]] for layer in probe.layers),
         bits=tuple(_bits_of(decisions[layer], table, choice) for layer in probe.layers),
         timesteps=tuple(part.timestep for part in probe.parts),
         n=probe.n_samples,
-        upper={name: _rounded(matrix[rows], _MATRIX_DIGITS) for name, matrix in named.items()},
+        upper={name: tuple(to_digits(v, _MATRIX_DIGITS) for v in one[triangle]) for name, one in named.items()},
         theta=tuple(found.theta.tolist()),
         standard_error=tuple(found.standard_error.tolist()),
-        per_step=tuple(tuple(row) for row in found.per_step.tolist()),
+        per_step=tuple(map(tuple, found.per_step.tolist())),
         converged=tuple(convergence[n] for n in sorted(convergence)),
     )
 
@@ -213,24 +220,3 @@ def _bits_of(decisions: Sequence[str], table: SensitivityTable, choice: Mapping[
     """Bits per weight of a layer, the mean over its streams if each has a decision."""
     params = [table.params[name] for name in decisions]
     return sum(n * choice[name].bits for n, name in zip(params, decisions, strict=True)) / sum(params)
-
-
-def _noise_of(part: SqnrPart, names: Sequence[str], formats: Mapping[str, Format]) -> Iterable[LocalNoise]:
-    return (part.of(name, formats[name]) for name in names if name in part.noise or not formats[name].changes)
-
-
-def _mean(cells: Iterable[LocalNoise]) -> LocalNoise:
-    """The mean of layers; they saw the same samples, so their errors are averaged as if they went together."""
-    found = list(cells)
-    if not found:
-        return LocalNoise(math.nan, math.nan)
-    return LocalNoise(sum(c.mean for c in found) / len(found), sum(c.standard_error for c in found) / len(found))
-
-
-def _error(cell: LocalNoise) -> float:
-    """Of the decibels, to first order."""
-    return 0.0 if cell.mean == 0 else _DECIBELS * cell.standard_error / cell.mean
-
-
-def _rounded(values: Matrix, digits: int) -> tuple[float, ...]:
-    return tuple(float(f"{value:.{digits}g}") for value in values)

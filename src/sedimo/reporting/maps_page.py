@@ -15,7 +15,6 @@ from sedimo.reporting.figures import (
     WIDTH,
     Axis,
     Bar,
-    Bars,
     Chart,
     Heat,
     Look,
@@ -388,7 +387,7 @@ def importance_chart(found: Repetition) -> Chart:
             Axis("importance over all\n(bars: 95 % interval)", low=0, high=1.05),
             is_flat=True,
         ),
-        Bars(
+        Plot(
             tuple(Bar(i, 0, b, 0.86, b) for i, b in enumerate(found.bits)),
             bare,
             Axis("bits it got", is_whole=True, low=0, high=max(found.bits) + 0.5),
@@ -469,11 +468,11 @@ def ranges_chart(found: ChannelRanges, position: int = 0) -> Chart:
     panels, texts = [], []
     for (when, look), (low, high) in zip(looks.items(), both, strict=True):
         bars = tuple(
-            Bar(first + count / 2, least, greatest, count)
+            Bar(first + count / 2, least, greatest, count, look=look)
             for first, count, least, greatest in merged(low, high, MAX_BARS).T.tolist()
         )
         title = f"{when} smoothing: {_spread(low, high)}"
-        panels.append(Bars(bars, Axis("input channel" if when == "after" else ""), Axis(), look, title=title))
+        panels.append(Plot(bars, Axis("input channel" if when == "after" else ""), Axis(), title=title))
         texts.append(f"{when} {_spread(low, high)}")
     return Chart(
         f"ranges-{position}",

@@ -19,10 +19,8 @@ def print_page(page: Page) -> None:
     console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else _WIDTH)
     if page.title:
         console.print(f"[bold]{_escape(page.title)}[/bold]")
-    for text in (page.headline, *page.warnings):
-        _print_sentence(console, text)
-    for tile in page.tiles:
-        _print_sentence(console, f"{tile.value} {tile.unit}, {tile.label}" + (f" ({tile.note})" if tile.note else ""))
+    tiles = (f"{t.value} {t.unit}, {t.label}" + (f" ({t.note})" if t.note else "") for t in page.tiles)
+    _print_sentences(console, page.headline, *page.warnings, *tiles)
     for section in page.sections:
         if len(page.sections) > 1:
             console.print(f"\n[bold]{_escape(section.title)}[/bold]")
@@ -31,21 +29,23 @@ def print_page(page: Page) -> None:
 
 
 def _print_block(console: Console, block: Block) -> None:
-    if isinstance(block, Table):
-        _print_table(console, block)
-    elif isinstance(block, Facts):
-        _print_facts(console, block)
-    elif isinstance(block, Items):
-        for text in block.texts:
-            _print_sentence(console, text)
-    elif isinstance(block, Finding):
-        _print_sentence(console, f"{block.verdict}: {block.sentence} {' '.join(block.more)}")
-    elif isinstance(block, Text) and block.look == "plain":
-        _print_sentence(console, block.text)
+    match block:
+        case Table():
+            _print_table(console, block)
+        case Facts(pairs, is_glossary=False):
+            width = max(len(name) for name, _ in pairs)
+            for name, value in pairs:
+                console.print(f"{_escape(name.ljust(width))}  {_escape(plain(value))}", soft_wrap=True)
+        case Items(texts):
+            _print_sentences(console, *texts)
+        case Finding(verdict, sentence, more):
+            _print_sentences(console, f"{verdict}: {sentence} {' '.join(more)}")
+        case Text(text, "plain"):
+            _print_sentences(console, text)
 
 
 def _print_table(console: Console, table: Table) -> None:
-    _print_sentence(console, table.caption)
+    _print_sentences(console, table.caption)
     shown = RichTable(box=None, pad_edge=False)
     for i, column in enumerate(table.columns):
         title = f"{column.title}\n{column.note}" if column.note else column.title
@@ -61,16 +61,8 @@ def _print_table(console: Console, table: Table) -> None:
     console.print(shown)
 
 
-def _print_facts(console: Console, facts: Facts) -> None:
-    if facts.is_glossary:
-        return
-    width = max(len(name) for name, _ in facts.pairs)
-    for name, value in facts.pairs:
-        console.print(f"{_escape(name.ljust(width))}  {_escape(plain(value))}", soft_wrap=True)
-
-
-def _print_sentence(console: Console, text: str) -> None:
-    if text:
+def _print_sentences(console: Console, *texts: str) -> None:
+    for text in filter(None, texts):
         console.print(_escape(plain(text)), soft_wrap=True)
 
 

@@ -15,86 +15,46 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from html import escape
+from typing import Literal
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-LIGHT: Mapping[str, str] = {
-    "paper": "#ffffff",
-    "card": "#f5f6f8",
-    "ink": "#1a1e23",
-    "muted": "#59626d",
-    "grid": "#e2e5ea",
-    "surface": "#ffffff",
-    "accent": "#bf3f0a",
-    "accent-soft": "#e39a72",
-    "other": "#4d6075",
-    "good": "#1a6b3c",
-    "bad": "#a3242b",
-    "b2": "#fdeaa8",
-    "b3": "#cbe8a6",
-    "b4": "#84cfb8",
-    "b5": "#45b2c6",
-    "b6": "#1f78b4",
-    "b7": "#2b5ba6",
-    "b8": "#27388c",
-    "b16": "#131a45",
-    "on2": "#10202a",
-    "on3": "#10202a",
-    "on4": "#10202a",
-    "on5": "#071d26",
-    "on6": "#ffffff",
-    "on7": "#ffffff",
-    "on8": "#ffffff",
-    "on16": "#ffffff",
-    "edge": "#8d97a3",
+_COLOURS = {  # role: on paper, on a dark screen
+    "paper": ("#ffffff", "#14171b"),
+    "card": ("#f5f6f8", "#1e2227"),
+    "ink": ("#1a1e23", "#e7e9ec"),
+    "muted": ("#59626d", "#a4adb8"),
+    "grid": ("#e2e5ea", "#323941"),
+    "surface": ("#ffffff", "#14171b"),
+    "accent": ("#bf3f0a", "#ff9558"),
+    "accent-soft": ("#e39a72", "#9c6544"),
+    "other": ("#4d6075", "#9db2c9"),
+    "good": ("#1a6b3c", "#74cf9b"),
+    "bad": ("#a3242b", "#ff9a97"),
+    "b2": ("#fdeaa8", "#3d4796"),
+    "b3": ("#cbe8a6", "#2b66a8"),
+    "b4": ("#84cfb8", "#2c92b4"),
+    "b5": ("#45b2c6", "#45b5b0"),
+    "b6": ("#1f78b4", "#7ecb9f"),
+    "b7": ("#2b5ba6", "#a9dc98"),
+    "b8": ("#27388c", "#d2ea9c"),
+    "b16": ("#131a45", "#fff7c9"),
+    "on2": ("#10202a", "#ffffff"),
+    "on3": ("#10202a", "#ffffff"),
+    "on4": ("#10202a", "#04141a"),
+    "on5": ("#071d26", "#04141a"),
+    "on6": ("#ffffff", "#04141a"),
+    "on7": ("#ffffff", "#04141a"),
+    "on8": ("#ffffff", "#04141a"),
+    "on16": ("#ffffff", "#04141a"),
+    "edge": ("#8d97a3", "#69737f"),
 }
-
-DARK: Mapping[str, str] = {
-    "paper": "#14171b",
-    "card": "#1e2227",
-    "ink": "#e7e9ec",
-    "muted": "#a4adb8",
-    "grid": "#323941",
-    "surface": "#14171b",
-    "accent": "#ff9558",
-    "accent-soft": "#9c6544",
-    "other": "#9db2c9",
-    "good": "#74cf9b",
-    "bad": "#ff9a97",
-    "b2": "#3d4796",
-    "b3": "#2b66a8",
-    "b4": "#2c92b4",
-    "b5": "#45b5b0",
-    "b6": "#7ecb9f",
-    "b7": "#a9dc98",
-    "b8": "#d2ea9c",
-    "b16": "#fff7c9",
-    "on2": "#ffffff",
-    "on3": "#ffffff",
-    "on4": "#04141a",
-    "on5": "#04141a",
-    "on6": "#04141a",
-    "on7": "#04141a",
-    "on8": "#04141a",
-    "on16": "#04141a",
-    "edge": "#69737f",
-}
-
-
-def properties(colours: Mapping[str, str]) -> str:
-    """The colours as CSS custom properties."""
-    return " ".join(f"--{role}: {colour};" for role, colour in colours.items())
-
-
+LIGHT = {role: light for role, (light, _) in _COLOURS.items()}
+DARK = {role: dark for role, (_, dark) in _COLOURS.items()}
+PLACEHOLDER = {role: f"#fe01{i:02x}" for i, role in enumerate(_COLOURS)}
 BIT_LEVELS = (2, 3, 4, 5, 6, 7, 8, 16)
-ROLES = (
-    *("ink", "muted", "grid", "surface", "accent", "accent-soft", "other"),
-    *(f"b{n}" for n in BIT_LEVELS),
-    *(f"on{n}" for n in BIT_LEVELS),
-)
-PLACEHOLDER = {role: f"#fe01{i:02x}" for i, role in enumerate(ROLES)}
 POINTS_PER_INCH = 72
 
 INK, MUTED, GRID = PLACEHOLDER["ink"], PLACEHOLDER["muted"], PLACEHOLDER["grid"]
@@ -132,14 +92,14 @@ def bit_level(bits: float) -> int:
     return min(BIT_LEVELS, key=lambda level: (abs(level - bits), level))
 
 
-def bit_colour(bits: float) -> str:
-    """The placeholder of a number of bits."""
-    return PLACEHOLDER[f"b{bit_level(bits)}"]
+def bit_colour(bits: float, role: Literal["b", "on"] = "b") -> str:
+    """The placeholder of a number of bits, or of the ink that is read `on` its colour."""
+    return PLACEHOLDER[f"{role}{bit_level(bits)}"]
 
 
-def bit_ink(bits: float) -> str:
-    """The placeholder of the ink that is read on the colour of a number of bits."""
-    return PLACEHOLDER[f"on{bit_level(bits)}"]
+def properties(colours: Mapping[str, str]) -> str:
+    """The colours as CSS custom properties."""
+    return " ".join(f"--{role}: {colour};" for role, colour in colours.items())
 
 
 def themed_svg(
