@@ -18,7 +18,6 @@ from sedimo.errors import InputError, StateError
 
 NodeKind = Literal["layer", "add", "concat", "modulate", "attention"]
 LayerType = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
-_NO_FORMATS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,6 @@ class Stream:
     n_inputs: int
 
     def __post_init__(self) -> None:
-        """Checks the range."""
         if not 0 <= self.start < self.stop <= self.n_inputs or self.width == self.n_inputs:
             raise InputError(f"a stream must be a part of the {self.n_inputs} inputs, got {self.start}..{self.stop}")
 
@@ -116,36 +114,24 @@ class DenoiserGraph:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks what every reader relies on."""
-        self.validate()
-
-    def validate(self) -> None:
-        """Checks names, order, and that every group and tie speaks of existing layers.
-
-        Raises:
-            StateError: a duplicate name, an edge against the order, a group or tie with an unknown layer, streams that
-                do not make up a layer's input.
-        """
-        names = [node.name for node in self.nodes]
+        """Checks names, order, streams, and that every group and tie speaks of existing layers."""
+        names, place = [node.name for node in self.nodes], f"graph of {self.denoiser}"
         if len(set(names)) != len(names):
             twice = sorted({n for n in names if names.count(n) > 1})
-            raise StateError(f"graph of {self.denoiser}: node names must be unique, found twice: {twice[:5]}")
+            raise StateError(f"{place}: node names must be unique, found twice: {twice[:5]}")
         for source, target in self.edges:
             if not 0 <= source < target < len(names):
-                raise StateError(
-                    f"graph of {self.denoiser}: edges must go forward between existing nodes, got {(source, target)}"
-                )
+                raise StateError(f"{place}: edges must go forward between existing nodes, got {(source, target)}")
         for node in self.nodes:
             if node.streams and (len(node.streams) < 2 or min(node.streams) < 1 or sum(node.streams) != node.shape[1]):
                 raise StateError(
-                    f"graph of {self.denoiser}: the streams of {node.name!r} must be two or more and make up the input "
+                    f"{place}: the streams of {node.name!r} must be two or more and make up the input "
                     f"channels of its weight of shape {node.shape}, got {node.streams}"
                 )
-        layers = self.layer_index.keys()
         for name, members in [*((g.name, g.layers) for g in self.groups), *((t[0], t) for t in self.ties if t)]:
-            unknown = set(members) - layers
+            unknown = set(members) - self.layer_index.keys()
             if unknown or not members:
-                raise StateError(f"graph of {self.denoiser}: group or tie {name!r} names unknown layers {unknown}")
+                raise StateError(f"{place}: group or tie {name!r} names unknown layers {unknown}")
 
     @cached_property
     def layer_index(self) -> Mapping[str, Node]:
@@ -195,44 +181,35 @@ def first_layers(graph: DenoiserGraph) -> tuple[str, ...]:
 
     A layer is first if none comes before it and it is computed at as many positions as the last ones: it reads the
     latents, where the first layers of timestep, class and text read something with fewer positions. (Positions are
-    multiply-accumulates per weight: pixels, patches or tokens.) Where none is, those of most positions.
-
-    Example:
-        `conv_in` of a U-Net, `pos_embed.proj` of a DiT.
+    multiply-accumulates per weight: pixels, patches or tokens.) Where none is, those of most positions. Such as
+    `conv_in` of a U-Net, `pos_embed.proj` of a DiT.
     """
-    fed: set[int] = set()
-    for source, target in sorted(graph.edges, key=lambda edge: edge[1]):
-        if source in fed or _is_used(graph.nodes[source]):
-            fed.add(target)
-    opening = [node for i, node in enumerate(graph.nodes) if _is_used(node) and i not in fed]
-    wanted = {_positions(graph.layer_index[name]) for name in last_layers(graph)}
-    if not any(_positions(node) in wanted for node in opening):
-        wanted = {max((_positions(node) for node in opening), default=0)}
-    return tuple(node.name for node in opening if _positions(node) in wanted)
+    positions = {node.name: node.macs // node.params for node in graph.layers if node.macs}
+    opening = _without(graph, sorted((target, source) for source, target in graph.edges))
+    wanted = {positions[name] for name in last_layers(graph)}
+    if wanted.isdisjoint(positions[name] for name in opening):
+        wanted = {max((positions[name] for name in opening), default=0)}
+    return tuple(name for name in opening if positions[name] in wanted)
 
 
 def last_layers(graph: DenoiserGraph) -> tuple[str, ...]:
     """Names of the layers that the output is made of directly: no other layer comes after them.
 
-    Example:
-        `conv_out` of a U-Net, `proj_out_2` of a DiT.
+    Such as `conv_out` of a U-Net, `proj_out_2` of a DiT.
     """
-    feeding: set[int] = set()
-    for source, target in sorted(graph.edges, key=lambda edge: -edge[0]):
-        if target in feeding or _is_used(graph.nodes[target]):
-            feeding.add(source)
-    return tuple(node.name for i, node in enumerate(graph.nodes) if _is_used(node) and i not in feeding)
+    return _without(graph, sorted(graph.edges, reverse=True))
 
 
-def _is_used(node: Node) -> bool:
-    return node.kind == "layer" and node.macs > 0
+def _without(graph: DenoiserGraph, links: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """The used layers that no used layer is linked to, by links (node, neighbour), neighbours' own ones before."""
+    is_used, linked = [node.kind == "layer" and node.macs > 0 for node in graph.nodes], set[int]()
+    for node, neighbour in links:
+        if neighbour in linked or is_used[neighbour]:
+            linked.add(node)
+    return tuple(node.name for i, node in enumerate(graph.nodes) if is_used[i] and i not in linked)
 
 
-def _positions(node: Node) -> int:
-    return node.macs // node.params
-
-
-def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] = _NO_FORMATS) -> dict[str, object]:
+def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] | None = None) -> dict[str, object]:
     """Counts, sizes and layers of a graph in the words of `sedimo inspect`, ready for JSON; scripts rely on the names.
 
     `params` is the number of Linear and Conv weights, shared ones once; `macs` are multiply-accumulates of one
@@ -253,10 +230,7 @@ def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] = _NO_FORMA
         "macs": graph.macs,
         "digest": graph.digest,
         "notes": list(graph.notes),
-        "groups": [
-            {"name": g.name, "kind": g.kind, "layers": list(g.layers), "root": g.root, "hop": g.hop}
-            for g in graph.groups
-        ],
+        "groups": to_plain(graph.groups),
         "layers": [
             {
                 "name": node.name,
