@@ -183,7 +183,8 @@ def distributions(bench: Bench, recipe: sedimo.Recipe, n_images: int) -> dict[st
     with Prober(pipe.denoiser, bank.quantize, bank.input_quantizers) as prober:
         prober.switch(recipe)
         small = draw_features(pipe, plan, label="recipe", progress=bench.progress)
-    return to_plain(compare_distributions(full, small))
+    named = {"extractor": full.extractor, "n_images": len(full.values)}
+    return to_plain(named | compare_distributions(full, small))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from sedimo.bank import fit_bank
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.study import Study
-from sedimo.lab.trials import ProcessExecutor, SerialExecutor, TrialWorker, explore
+from sedimo.lab.trials import TrialWorker, run_trials
 from sedimo.pipelines.adapter import Sampling
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
@@ -43,6 +43,11 @@ def toy_worker(cache):
     return TrialWorker(adapter, bank, SAMPLING, objective="final_latents")
 
 
+def explore(study, exploration, *, n_trials, **how):
+    study.claim("exploration", exploration)
+    return run_trials(study, [exploration.recipe(index) for index in range(n_trials)], **how)
+
+
 def explore_toy(folder, n_trials, executor):
     space = toy_space(ToyAdapter().denoiser, FORMATS)
     with Study(folder) as study:
@@ -52,7 +57,7 @@ def explore_toy(folder, n_trials, executor):
             n_trials=n_trials,
             setting=toy_worker(folder).setting,
             make_worker=functools.partial(toy_worker, folder),
-            executor=ProcessExecutor(2) if executor == "process" else SerialExecutor(),
+            n_processes=2 if executor == "process" else 0,
             progress=Telling(),
         )
 

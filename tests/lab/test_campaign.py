@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killed_explorer import explore
 
 from sedimo.bank import fit_bank
 from sedimo.codec import from_json, to_json
@@ -24,14 +25,13 @@ from sedimo.lab.parts import graceful_interrupt
 from sedimo.lab.study import Execution, Setting, Study, Trial
 from sedimo.lab.trials import (
     CallTiming,
-    ProcessExecutor,
     TrialWorker,
-    explore,
-    plan_campaign,
+    missing_trials,
     run_trials,
     setting_of,
     time_calls,
 )
+from sedimo.methods.method import Price, price_of_trials
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import FP16, Format
@@ -209,7 +209,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from test_campaign import toy_worker
 from toy_pipeline import toy_space
-from sedimo.lab.trials import explore
+from killed_explorer import explore
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.study import Study
 
@@ -262,13 +262,11 @@ def test_processes_measure_what_one_process_does(tmp_path):
             recipes,
             setting=worker.setting,
             make_worker=functools.partial(toy_worker),
-            executor=ProcessExecutor(2),
+            n_processes=2,
         )
     assert [t.key for t in serial] == [t.key for t in parallel]
     for a, b in zip(serial, parallel, strict=True):
         assert np.allclose(a.powers.ratio, b.powers.ratio, rtol=1e-3)
-    with pytest.raises(InputError, match="at least one worker"):
-        ProcessExecutor(0)
 
 
 def test_a_worker_of_another_setting_is_refused(tmp_path):
@@ -282,19 +280,21 @@ def test_a_plan_counts_what_is_missing(tmp_path):
     worker = toy_worker()
     recipes = [Recipe({"twice": Format("uaq", bits)}) for bits in (3, 4, 8)]
     timing = CallTiming(seconds_per_call=0.5, n_calls=4)
+
+    def price(study):
+        return price_of_trials(missing_trials(recipes, study, worker.setting), 3, timing, 100)
+
     with Study(tmp_path) as study:
-        plan = plan_campaign(recipes, study=study, setting=worker.setting, timing=timing, weights_bytes=100)
-        assert (plan.n_trials, plan.n_missing, plan.n_calls, plan.seconds) == (3, 3, 16, 8.0)
-        assert plan.memory_bytes == 200
+        plan = price(study)
+        assert (plan.n_calls, plan.seconds, plan.memory_bytes) == (16, 8.0, 200)
         run_trials(study, recipes[:2], setting=worker.setting, make_worker=lambda: worker)
         saved = sum(len(to_json(t)) for t in study.trials())
-        later = plan_campaign(recipes, study=study, setting=worker.setting, timing=timing, weights_bytes=100)
-        assert (later.n_missing, later.n_calls) == (1, 8)
+        later = price(study)
+        assert later.n_calls == 8
         assert saved / 4 < 2 * later.disk_bytes < 4 * saved
         run_trials(study, recipes, setting=worker.setting, make_worker=lambda: worker)
-        done = plan_campaign(recipes, study=study, setting=worker.setting, timing=timing, weights_bytes=100)
-        assert (done.n_missing, done.n_calls, done.seconds, done.disk_bytes) == (0, 0, 0, 0)
-    assert plan_campaign(recipes, study=None, setting=worker.setting, timing=timing, weights_bytes=1).n_missing == 3
+        assert price(study) == Price()
+    assert price(None) == plan
 
 
 def test_a_timed_call_is_a_call():

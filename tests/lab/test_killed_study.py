@@ -21,7 +21,7 @@ from killed_explorer import dying_worker
 from sedimo.errors import StateError
 from sedimo.lab.parts import StopRequest
 from sedimo.lab.study import FILE_NAME, Study, export_trials
-from sedimo.lab.trials import ProcessExecutor
+from sedimo.lab.trials import in_processes
 from sedimo.space import Recipe
 
 N_KILLS = 20
@@ -148,7 +148,7 @@ def test_workers_end_with_a_killed_driver_and_the_study_goes_on(nursery, tmp_pat
 
 def test_a_worker_that_dies_is_a_clear_error():
     with pytest.raises(StateError, match="a worker process died"):
-        list(ProcessExecutor(1).run(dying_worker, [Recipe({})], StopRequest()))
+        list(in_processes(dying_worker, [Recipe({})], StopRequest(), 1))
 
 
 def _exported(folder):

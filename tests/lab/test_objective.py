@@ -26,7 +26,7 @@ SAMPLING = Sampling(seeds=(5, 6, 7), n_steps=3, batch_size=2)
 @pytest.mark.parametrize("guided", [False, True])
 def test_an_unchanged_denoiser_makes_no_noise(objective, guided):
     adapter = ToyAdapter(guided=guided)
-    powers = measure(adapter, measure_reference(objective, adapter, SAMPLING)).powers
+    powers = measure(adapter, measure_reference(objective, adapter, SAMPLING))[0]
     assert powers.n == 3
     assert powers.noise.tolist() == [0, 0, 0]
 
@@ -37,7 +37,7 @@ def test_noise_does_not_depend_on_batches(objective):
     for batch_size in (1, 3):
         reference = measure_reference(objective, adapter, Sampling((5, 6, 7), 3, batch_size=batch_size))
         with probed(adapter.denoiser, {"twice": adapter.denoiser.twice.weight.detach() * 0.8}):
-            found.append(measure(adapter, reference).powers)
+            found.append(measure(adapter, reference)[0])
     assert np.allclose(found[0].ratio, found[1].ratio, rtol=1e-4)
     assert (found[0].ratio > 0).all()
 
@@ -51,10 +51,10 @@ def test_a_halved_output_layer_halves_each_step(guided):
     reference = measure_reference("step", adapter, SAMPLING)
     assert reference.n_calls == 6
     with probed(adapter.denoiser, half):
-        taught = measure(adapter, reference).powers
+        taught = measure(adapter, reference)[0]
         assert np.allclose(taught.ratio, 0.25, rtol=1e-5)
         assert taught.signal.tolist() == [1, 1, 1]
-        own = measure(adapter, measure_reference("path", adapter, SAMPLING)).powers
+        own = measure(adapter, measure_reference("path", adapter, SAMPLING))[0]
     assert own.noise.tolist() == [0, 0, 0]
 
 
@@ -65,21 +65,21 @@ def test_the_own_path_accumulates_what_single_steps_do_not():
         adapter.denoiser.out.weight *= 20
     references = {name: measure_reference(name, adapter, SAMPLING) for name in OBJECTIVES}
     with probed(adapter.denoiser, {"out": adapter.denoiser.out.weight.detach() / 2}):
-        found = {name: measure(adapter, reference).powers for name, reference in references.items()}
+        found = {name: measure(adapter, reference)[0] for name, reference in references.items()}
         latents = adapter.sample(SAMPLING)
     assert np.allclose(found["step"].ratio, 0.25, rtol=1e-5)
     assert not np.allclose(found["path"].ratio, 0.25, rtol=0.05)
-    exact = references["final_latents"].latents
+    exact = references["final_latents"].trajectory.latents
     noise = (latents.double() - exact.double()).flatten(1).square().sum(1)
     assert np.allclose(found["final_latents"].noise, noise.numpy(), rtol=1e-9)
 
 
 def test_rows_belong_to_samples_batch_after_batch():
     adapter = ToyAdapter(guided=True)
-    reference = measure_reference("step", adapter, SAMPLING)
-    assert [samples for _, samples in batches_of(SAMPLING, reference.calls)] == [range(2)] * 3 + [range(2, 3)] * 3
+    calls = measure_reference("step", adapter, SAMPLING).trajectory.calls
+    assert [samples for _, samples in batches_of(SAMPLING, calls)] == [range(2)] * 3 + [range(2, 3)] * 3
     with pytest.raises(StateError, match="does not fit"):
-        list(batches_of(Sampling((5, 6, 7), 3, batch_size=3), reference.calls))
+        list(batches_of(Sampling((5, 6, 7), 3, batch_size=3), calls))
 
 
 def test_inputs_are_cut_by_rows_and_copied():
@@ -99,16 +99,16 @@ def test_images_are_measured_as_a_set_beside_their_latents(tiny_pipeline_folder)
     plan = pipe.default_sampling(range(24), 1)
     reference = measure_reference("fid", pipe, plan)
     assert reference.n_calls == 1
-    same = measure(pipe, reference)
-    assert same.powers.noise.max() == 0
-    assert same.measures["fid_difference"].value == pytest.approx(0, abs=1e-9)
+    powers, same = measure(pipe, reference)
+    assert powers.noise.max() == 0
+    assert same["fid_difference"].value == pytest.approx(0, abs=1e-9)
     weight = pipe.denoiser.proj_out_2.weight.detach()
     with probed(pipe.denoiser, {"proj_out_2": weight * 0.2}):
-        other = measure(pipe, reference)
-    assert other.powers.noise.min() > 0
-    assert other.measures["fid"].value != same.measures["fid"].value
-    assert other.measures["fid"].n == 24
-    assert {"fid", "fid_difference", "kid", "kid_difference"} == set(other.measures)
+        powers, other = measure(pipe, reference)
+    assert powers.noise.min() > 0
+    assert other["fid"].value != same["fid"].value
+    assert other["fid"].n == 24
+    assert {"fid", "fid_difference", "kid", "kid_difference"} == set(other)
     with pytest.raises(InputError, match="at least 20 samples, got 3"):
         measure_reference("fid", pipe, pipe.default_sampling(range(3), 1))
 
@@ -124,6 +124,6 @@ def test_a_recipe_that_diverges_has_endless_fid_and_ends_no_campaign(tiny_pipeli
     reference = measure_reference("fid", pipe, pipe.default_sampling(range(20), 1))
     weight = torch.full_like(pipe.denoiser.proj_out_2.weight, float("nan"))
     with probed(pipe.denoiser, {"proj_out_2": weight}):
-        found = measure(pipe, reference)
-    assert found.measures["fid"].value == np.inf
-    assert np.isinf(found.powers.noise).all()
+        powers, found = measure(pipe, reference)
+    assert found["fid"].value == np.inf
+    assert np.isinf(powers.noise).all()

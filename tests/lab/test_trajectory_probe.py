@@ -50,7 +50,7 @@ def test_the_lines_are_those_of_the_objectives(guided):
     for name, field in (("path", "path"), ("step", "step"), ("final_latents", "latents")):
         reference = measure_reference(name, adapter, SAMPLING)
         with probed(adapter.denoiser, bank.quantize(recipe)):
-            expected = measure(adapter, reference).powers.ratio
+            expected = measure(adapter, reference)[0].ratio
         found = together(probe, field)
         assert found.shape == (3, 5)
         kept = found[-1] if name == "final_latents" else found.mean(axis=0)
@@ -70,7 +70,7 @@ def test_a_pipeline_that_is_watched_may_be_called_again(tiny_pipeline_folder, gu
     for name, field in (("path", "path"), ("step", "step"), ("final_latents", "latents")):
         reference = measure_reference(name, pipe, plan)
         with probed(pipe.denoiser, bank.quantize(recipe)):
-            expected = measure(pipe, reference).powers.ratio
+            expected = measure(pipe, reference)[0].ratio
         found = together(probe, field)
         assert (found[-1] if name == "final_latents" else found.mean(axis=0)) == pytest.approx(expected, rel=ROUNDING)
 
@@ -132,9 +132,7 @@ def test_rounded_activations_are_part_of_it():
     reference = measure_reference("path", adapter, SAMPLING)
     with Prober(adapter.denoiser, bank.quantize, bank.input_quantizers) as prober:
         prober.switch(rounded)
-        assert together(both, "path").mean(axis=0) == pytest.approx(
-            measure(adapter, reference).powers.ratio, rel=ROUNDING
-        )
+        assert together(both, "path").mean(axis=0) == pytest.approx(measure(adapter, reference)[0].ratio, rel=ROUNDING)
 
 
 def test_a_diverging_recipe_is_endlessly_noisy(monkeypatch):

@@ -55,7 +55,7 @@ class Check:
 
     def as_json(self) -> dict[str, object]:
         """Plain values by name."""
-        recipes = {r.name: to_plain(measures(r.signals, None)) for r in (self.this, *self.rivals)}
+        recipes = {r.name: to_plain(measures(r.signals, {})) for r in (self.this, *self.rivals)}
         return {
             "seeds": list(self.seeds),
             "n_steps": self.n_steps,

@@ -55,5 +55,5 @@ def evaluate_corrected(
     powers = [relative_noise(reference.samples.latents, d.samples.latents) for d in (again, plain)]
     gain = {"sqnr_db": paired_difference(*powers).estimate}
     if plain.features is not None and again.features is not None:
-        gain["fid"] = compare_distributions(plain.features, again.features).fid_difference
+        gain["fid"] = compare_distributions(plain.features, again.features)["fid_difference"]
     return CorrectedEvaluation(measures(*compare_drawn(reference, again)), gain, probe, str(log))

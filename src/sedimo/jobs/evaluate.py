@@ -122,7 +122,7 @@ def evaluate(
         n_decorrelated=sqnr.n_decorrelated,
         size=_sizes(quantized, against),
         bops=_bops(quantized, against),
-        extractor=distributions.extractor if distributions else None,
+        extractor=drawn.features.extractor if drawn.features else None,
         corrected=correction,
     )
 

@@ -159,7 +159,7 @@ def summary_of(
         evidence,
         frontier=frontier_points(frontier(table, budgets, bops=allocation.budget_bops)),
         file_bytes=written.file_bytes,
-        source_file_bytes=sum(f.stat().st_size for f in lab.weights_files),
+        source_file_bytes=lab.source_bytes,
     )
     return summarize(
         table,

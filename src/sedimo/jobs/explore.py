@@ -5,7 +5,6 @@ Example: sedimo explore zoo:cifar-dit --store runs/alpha --trials 300
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Mapping
@@ -20,15 +19,15 @@ from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError, StateError
 from sedimo.jobs.job import Job, early_treatment_offers, outlook, outlook_page
 from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated, treatments_of
-from sedimo.lab.bench import SourceSettings, loaded_bytes
+from sedimo.lab.bench import SourceSettings
 from sedimo.lab.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
 from sedimo.lab.images import Features, compare_distributions, draw_latents_and_features
-from sedimo.lab.lab import Lab, Replica, make_worker
+from sedimo.lab.lab import Lab
 from sedimo.lab.objective import MIN_IMAGES
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import FILE_NAME, GRAPH, OBJECTIVES, SPACE, ObjectiveName, Study, Trial
-from sedimo.lab.trials import CallTiming, Executor, ProcessExecutor, SerialExecutor, plan_campaign
-from sedimo.methods.method import Price, listed, refuse_blind
+from sedimo.lab.trials import CallTiming, missing_trials
+from sedimo.methods.method import Price, listed, price_of_trials, refuse_blind
 from sedimo.methods.predictor.study import PRIOR, PRIORS, measure_background, prior_named
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.tensor import memory_bytes
@@ -247,10 +246,8 @@ def run(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult
         trials: list[Trial] = []
         for objective in settings.objectives:
             name = cast("ObjectiveName", objective)
-            worker = (
-                functools.partial(make_worker, Replica.of(lab, on, name)) if settings.executor != "serial" else None
-            )
-            trials += lab.measure(recipes, on, objective=name, executor=_executor(settings), make_worker=worker)
+            n_processes = settings.n_workers if settings.executor == "process" else 0
+            trials += lab.measure(recipes, on, objective=name, n_processes=n_processes)
         seconds, measured = time.monotonic() - measuring, len(study.trial_keys()) - n_before
         return ExploreResult(
             study=str(study.path),
@@ -287,35 +284,26 @@ def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> dict[str,
     exploration = settings.exploration(space)
     recipes = [exploration.recipe(index) for index in range(settings.trials)]
     timing, weights_bytes = lab.time_calls(on), memory_bytes(lab.pipe.denoiser)
-    campaigns = {
-        name: plan_campaign(
-            recipes,
-            study=study,
-            setting=lab.setting(on, cast("ObjectiveName", name), weights_digest=digest),
-            timing=timing,
-            weights_bytes=weights_bytes,
-        )
+    missing = {
+        name: missing_trials(recipes, study, lab.setting(on, cast("ObjectiveName", name), weights_digest=digest))
         for name in settings.objectives
     }
-    price = Price(
-        sum(one.seconds for one in campaigns.values()),
-        sum(one.n_calls for one in campaigns.values()),
-        settings.n_workers * max(one.memory_bytes for one in campaigns.values()),
-        sum(one.disk_bytes for one in campaigns.values()),
-    )
-    if "fid" in campaigns and (n_missing := campaigns["fid"].n_missing):
-        price += Price((n_missing + 1) * _seconds_of_images(lab, on, timing))
+    prices = [price_of_trials(left, len(on.seeds), timing, weights_bytes) for left in missing.values()]
+    price = sum(prices, Price())
+    price = replace(price, memory_bytes=settings.n_workers * price.memory_bytes)
+    if missing.get("fid"):
+        price += Price((len(missing["fid"]) + 1) * _seconds_of_images(lab, on, timing))
     if study is None or not study.has_record(PRIOR):
         prior = prior_named(settings.prior).price_of_prior(space, lab.time_calls(on.first(MAX_PRIOR_SAMPLES)))
         price += Price(prior.seconds, prior.n_calls)
     if fitted is None:
         n_fits = sum(d.params * sum(f.is_quantized for f in d.formats) for d in space.decisions)
         price += Price(n_fits * lab.seconds_per_fit, disk_bytes=_bank_bytes(space))
-    loaded = settings.n_copies * loaded_bytes(lab.subject)
+    loaded = settings.n_copies * lab.subject.loaded_bytes
     return {
         **outlook(lab.subject.name, space, replace(price, memory_bytes=price.memory_bytes + loaded)),
         "trials": len({recipe.key for recipe in recipes}) * len(settings.objectives),
-        "missing": sum(one.n_missing for one in campaigns.values()),
+        "missing": sum(map(len, missing.values())),
         "hours": price.seconds / 3600,
     }
 
@@ -399,10 +387,6 @@ def _keep_records(study: Study, lab: Lab, settings: ExploreSettings, files_diges
     source, variant = settings.source.source, settings.source.variant
     about = (source, variant, files_digest, settings.format_texts, settings.formats.ends or "")
     study.put_record(SOURCE, ExploredSource(*about, _treatments(settings), lab.bank.digest))
-
-
-def _executor(settings: ExploreSettings) -> Executor:
-    return SerialExecutor() if settings.executor == "serial" else ProcessExecutor(settings.n_workers)
 
 
 def page(found: ExploreResult) -> Page:

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sedimo.bank import SILENT, Progress
-from sedimo.lab.images import (
-    DistributionEvaluation,
-    Features,
-    Samples,
-    compare_distributions,
-    draw,
-    draw_features,
-)
+from sedimo.lab.images import Features, Samples, compare_distributions, draw, draw_features
 from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.metrics.signal import NoisePowers, SignalSummary, psnr_db, relative_noise, sqnr_estimates, summarize
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
@@ -55,11 +48,11 @@ def draw_all(pipe: PipelineAdapter, plans: Plans, *, label: str = "", progress: 
     return Drawn(plans, samples, features)
 
 
-def compare_drawn(reference: Drawn, quantized: Drawn) -> tuple[SignalEvaluation, DistributionEvaluation | None]:
+def compare_drawn(reference: Drawn, quantized: Drawn) -> tuple[SignalEvaluation, Mapping[str, Estimate]]:
     """What both pipelines drew, sample by sample, and as sets where there are features."""
     signals = compare_signals(reference.samples, quantized.samples)
     if reference.features is None or quantized.features is None:
-        return signals, None
+        return signals, {}
     return signals, compare_distributions(reference.features, quantized.features)
 
 
@@ -72,10 +65,6 @@ def compare_signals(reference: Samples, quantized: Samples) -> SignalEvaluation:
     return SignalEvaluation(powers, summarize(powers), mean_estimate(finite) if finite.size else exact)
 
 
-def measures(signals: SignalEvaluation, distributions: DistributionEvaluation | None) -> Mapping[str, Estimate]:
+def measures(signals: SignalEvaluation, distributions: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
     """Every measure by name, each with value, standard error, interval and n."""
-    found = {**sqnr_estimates(signals.sqnr), "psnr_db": signals.psnr}
-    if distributions is not None:
-        names = ("fid", "reference_fid", "fid_difference", "kid", "reference_kid", "kid_difference")
-        found |= {name: getattr(distributions, name) for name in names}
-    return found
+    return {**sqnr_estimates(signals.sqnr), "psnr_db": signals.psnr, **distributions}

@@ -263,7 +263,7 @@ def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> dict[str, A
     lab = _open(settings, progress)
     found = _plan(lab, settings)
     progress.done()
-    source_bytes = sum(f.stat().st_size for f in lab.weights_files)
+    source_bytes = lab.source_bytes
     disk_bytes = int(STORED_BYTES_PER_SOURCE_BYTE * source_bytes)
     price = replace(
         found.price,

@@ -1,7 +1,8 @@
-"""The bench: what is loaded for a source, once for all its labs, in the state that the lab which asked last needs."""
+"""What lies on the bench: which source, which treatments are in force, and what is loaded for it, once for all labs."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from sedimo.bank import Bank, time_fits
+from sedimo.bank import Bank
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.graph.trace import trace_denoiser
-from sedimo.lab.trials import CallTiming, References, time_calls
+from sedimo.lab.trials import CallTiming, References
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
@@ -103,12 +104,18 @@ class Subject:
         """What is done by treatments, in words."""
         return tuple(str(one) for one in self.treatments)
 
+    def treated(self, bank: Bank) -> Bank:
+        """A bank under the treatments."""
+        return functools.reduce(lambda found, one: one.on(found), self.treatments, bank)
 
-def load_stored(folder: Path, variant: str | None) -> Loaded:
-    """The denoiser of a folder alone, in the dtype that its files have, on the CPU."""
-    inner = denoiser_folder(folder)
-    dtype = stored_dtype(FileWeights(inner, variant).files)
-    return load_pipeline(str(inner), device="cpu", dtype=dtype, variant=variant)
+    @property
+    def loaded_bytes(self) -> int:
+        """About what the loaded pipeline takes [bytes]; 0 where it is in memory already."""
+        if self.folder is None:
+            return 0
+        files = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
+        on_cpu = self.compute.device in (None, "cpu") and not torch.cuda.is_available()
+        return files * (2 if on_cpu and self.compute.dtype in (None, "fp32") else 1)
 
 
 def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | None = None) -> DenoiserGraph:
@@ -120,11 +127,10 @@ def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | No
     Raises:
         InputError: inputs that nobody knows, a network that cannot be exported, or one with an adapter (LoRA).
     """
-    refuse_adapters(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
-    if isinstance(pipe, DiffusersPipeline):
-        return trace_denoiser(pipe.denoiser, example_inputs=example_inputs, capture=lambda: captured_inputs(pipe))
-    denoiser = pipe.denoiser if isinstance(pipe, BareDenoiser) else pipe
-    return trace_denoiser(denoiser, example_inputs=example_inputs)
+    denoiser = pipe if isinstance(pipe, nn.Module) else pipe.denoiser
+    refuse_adapters(denoiser)
+    capture = (lambda: captured_inputs(pipe)) if isinstance(pipe, DiffusersPipeline) else None
+    return trace_denoiser(denoiser, example_inputs=example_inputs, capture=capture)
 
 
 def captured_inputs(pipe: DiffusersPipeline) -> Mapping[str, object]:
@@ -145,46 +151,35 @@ def weights_of(pipe: Loaded | nn.Module) -> WeightSource:
     Raises:
         InputError: weights that are quantized, carry an adapter, or are no longer those of their files.
     """
-    if isinstance(pipe, DiffusersPipeline | BareDenoiser) and pipe.folder is not None and not pipe.is_quantized:
-        weights = FileWeights(denoiser_folder(pipe.folder), pipe.variant)
-        if not smoothed_layers(pipe.denoiser):
-            refuse_changed(weights, pipe.denoiser)
-            return weights
-    return ModuleWeights(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
-
-
-def loaded_bytes(subject: Subject) -> int:
-    """About what the loaded pipeline takes [bytes]; 0 where it is in memory already."""
-    if subject.folder is None:
-        return 0
-    files = sum(f.stat().st_size for f in subject.folder.rglob("*.safetensors"))
-    on_cpu = subject.compute.device in (None, "cpu") and not torch.cuda.is_available()
-    return files * (2 if on_cpu and subject.compute.dtype in (None, "fp32") else 1)
-
-
-logger = logging.getLogger(__name__)
-
-Treatments = Sequence[InForce]
+    if isinstance(pipe, nn.Module):
+        return ModuleWeights(pipe)
+    if pipe.folder is None or pipe.is_quantized:
+        return ModuleWeights(pipe.denoiser)
+    weights = FileWeights(pipe.folder, pipe.variant)
+    if smoothed_layers(pipe.denoiser):
+        return ModuleWeights(pipe.denoiser)
+    refuse_changed(weights, pipe.denoiser)
+    return weights
 
 
 class Bench:
     """The pipeline, the denoiser in the dtype that it is stored in, its weights and its graph.
 
-    Treatments are put into the denoisers, and taken out bit-exactly, when a lab asks for them. `references` are the
-    full-precision samples that trials were compared with: no treatment changes what the denoiser computes there.
+    Treatments are put into the denoisers, and taken out bit-exactly, when a lab asks for them. `bank` is that of
+    objects which came with one. `references` are the full-precision samples that trials were compared with: no
+    treatment changes what the denoiser computes there. `timings` are of plans that were timed.
     """
 
     def __init__(self, source: SourceSettings, name: str, folder: Path | None) -> None:
         """An empty bench; see `open` and `of`."""
         self.source, self.name, self.folder = source, name, folder
-        self.bank: Bank | None = None  # of objects that came with one
+        self.bank: Bank | None = None
         self.references: References = {}
+        self.timings: dict[Sampling, CallTiming] = {}
+        self.seconds_per_fit: float | None = None
         self._pipe: DiffusersPipeline | None = None
         self._bare: Loaded | None = None
-        self._graph: DenoiserGraph | None = None
-        self._computing, self._stored = _Inside(is_stored=False), _Inside(is_stored=True)
-        self._timings: dict[Sampling, CallTiming] = {}
-        self._seconds_per_fit: float | None = None
+        self._inside: dict[nn.Module, list[tuple[InForce, Callable[[], None] | None]]] = {}  # with what undoes it
 
     @classmethod
     def open(cls, source: SourceSettings) -> Bench:
@@ -194,10 +189,10 @@ class Bench:
             InputError: the source cannot be used, is quantized already, or holds NaN.
             StateError: a damaged file.
         """
-        name, folder = locate(source.source, source.variant)
-        bench = cls(source, name, folder)
-        FileWeights(denoiser_folder(folder), source.variant)  # refuses what is no full-precision checkpoint
-        bench._bare = load_stored(folder, source.variant)
+        bench = cls(source, *locate(source.source, source.variant))
+        files = bench.files  # refuses what is no full-precision checkpoint
+        dtype = stored_dtype(files.files)
+        bench._bare = load_pipeline(str(files.folder), device="cpu", dtype=dtype, variant=source.variant)
         refuse_endless(bench._bare.denoiser)
         return bench
 
@@ -205,7 +200,9 @@ class Bench:
     def of(cls, pipe: DiffusersPipeline, bank: Bank | None = None, graph: DenoiserGraph | None = None) -> Bench:
         """The bench of a pipeline that is in memory already, of its bank and its graph if they are known."""
         bench = cls(SourceSettings(pipe.name, None, Compute()), pipe.name, None)
-        bench._pipe, bench.bank, bench._graph = pipe, bank, graph
+        bench._pipe, bench.bank = pipe, bank
+        if graph is not None:
+            bench.graph = graph
         return bench
 
     @cached_property
@@ -215,8 +212,6 @@ class Bench:
         Raises:
             InputError: the denoiser cannot be traced.
         """
-        if self._graph is not None:
-            return self._graph
         if self._bare is None:
             return trace(self.pipe(()))
         try:
@@ -229,7 +224,7 @@ class Bench:
             self._pipe = whole
             return trace(whole)
 
-    def pipe(self, treatments: Treatments) -> DiffusersPipeline:
+    def pipe(self, treatments: Sequence[InForce]) -> DiffusersPipeline:
         """The pipeline in the compute dtype under some treatments.
 
         Raises:
@@ -239,27 +234,31 @@ class Bench:
         if isinstance(pipe, BareDenoiser):  # of objects in memory, too
             raise InputError(f"{self.name} is a denoiser without its pipeline and cannot be sampled")
         self._pipe = pipe
-        self._computing.put(pipe.denoiser, treatments)
+        self._put(pipe.denoiser, treatments, is_stored=False)
         return pipe
 
-    def stored(self, treatments: Treatments) -> nn.Module:
+    def stored(self, treatments: Sequence[InForce]) -> nn.Module:
         """The denoiser as it is stored under some treatments; of objects in memory, the one that computes."""
         if self._bare is None:
             return self.pipe(treatments).denoiser
-        self._stored.put(self._bare.denoiser, treatments)
+        self._put(self._bare.denoiser, treatments, is_stored=True)
         return self._bare.denoiser
 
-    def weights(self, treatments: Treatments) -> WeightSource:
+    def weights(self, treatments: Sequence[InForce]) -> WeightSource:
         """The weights that are quantized under some treatments: those of the files, where none changes them.
 
         Treatments exchange parameters and never write to them, so what is in force now can be read later, too.
         """
         stored = self.stored(treatments)
-        if (self._computing if self._bare is None else self._stored).is_changed:
+        if self.is_changed(stored):
             return ModuleWeights(stored)
         if self.bank is not None:
             return self.bank.weights
         return weights_of(self.pipe(treatments)) if self._bare is None else self.files
+
+    def is_changed(self, denoiser: nn.Module) -> bool:
+        """Whether a treatment that is in it now changes a denoiser of the bench."""
+        return any(undo is not None for _, undo in self._inside.get(denoiser, ()))
 
     @property
     def files(self) -> FileWeights:
@@ -270,50 +269,21 @@ class Bench:
         """
         if self.folder is None:
             raise InputError(f"{self.name} was made in memory and has no files")
-        return FileWeights(denoiser_folder(self.folder), self.source.variant)
+        return FileWeights(self.folder, self.source.variant)
 
-    def is_changed(self, treatments: Treatments) -> bool:
-        """Whether treatments change the denoiser that computes."""
-        self.pipe(treatments)
-        return self._computing.is_changed
-
-    def timed(self, treatments: Treatments, on: Sampling) -> CallTiming:
-        """How long a call of a plan takes; each plan is timed once."""
-        if on not in self._timings:
-            self._timings[on] = time_calls(self.pipe(treatments), on)
-        return self._timings[on]
-
-    def seconds_per_fit(self, weights: WeightSource, space: SearchSpace) -> float:
-        """Seconds that one weight in one format of a space takes; timed once."""
-        if self._seconds_per_fit is None:
-            self._seconds_per_fit = time_fits(weights, space)
-        return self._seconds_per_fit
+    def _put(self, denoiser: nn.Module, treatments: Sequence[InForce], *, is_stored: bool) -> None:
+        """Makes a denoiser be under exactly these treatments."""
+        inside = self._inside.setdefault(denoiser, [])
+        if [id(one) for one, _ in inside] == [id(one) for one in treatments]:
+            return
+        while inside:
+            _, undo = inside.pop()
+            if undo is not None:
+                undo()
+        for one in treatments:
+            inside.append((one, one.enter(denoiser, is_stored=is_stored)))
 
     def _loaded(self) -> Loaded:
         compute = self.source.compute
         place = str(self.folder)
         return load_pipeline(place, device=compute.device, dtype=compute.dtype, variant=self.source.variant)
-
-
-class _Inside:
-    """Which treatments are in a denoiser, and how they come out again."""
-
-    def __init__(self, *, is_stored: bool) -> None:
-        self._is_stored = is_stored
-        self._entered: list[tuple[InForce, Callable[[], None] | None]] = []  # with what undoes it
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether any treatment changes the denoiser."""
-        return any(undo is not None for _, undo in self._entered)
-
-    def put(self, denoiser: nn.Module, treatments: Treatments) -> None:
-        """Makes the denoiser be under exactly these treatments."""
-        if [id(one) for one, _ in self._entered] == [id(one) for one in treatments]:
-            return
-        while self._entered:
-            _, undo = self._entered.pop()
-            if undo is not None:
-                undo()
-        for one in treatments:
-            self._entered.append((one, one.enter(denoiser, is_stored=self._is_stored)))

@@ -1,4 +1,8 @@
-"""Sampling images, and how far a set of them is from real ones: FID and KID with their errors."""
+"""Sampling images, and how far a set of them is from real ones: FID and KID with their errors.
+
+Their features are those of the extractor of the optional package `sedimo-zoo`. It is a measuring instrument: its name
+belongs into every record of a number it had a part in.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.loading import existing, zoo_module
 
+_EXTRACT_BATCH = 250
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -40,32 +46,14 @@ class Features:
     @functools.cached_property
     def distances(self) -> tuple[Replicated, Replicated]:
         """FID and KID to real images; computed once, because full precision is compared with every recipe."""
-        real = _real()
-        target = FeatureStatistics(real.mean, real.covariance, real.n_images)
-        return fid_replicates(self.values, target), kid_replicates(self.values, real.features)
-
-
-@dataclass(frozen=True)
-class DistributionEvaluation:
-    """FID and KID of both pipelines to real images, and their paired differences (quantized minus reference).
-
-    `extractor` names the network behind the features; `n_images` were made by each pipeline from the same seeds.
-    """
-
-    extractor: str
-    n_images: int
-    fid: Estimate
-    reference_fid: Estimate
-    fid_difference: Estimate
-    kid: Estimate
-    reference_kid: Estimate
-    kid_difference: Estimate
+        real, statistics = _real()
+        return fid_replicates(self.values, statistics), kid_replicates(self.values, real.values)
 
 
 def draw(adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT) -> Samples:
     """Latents and images of a plan, all in memory."""
-    batches = list(_drawn(adapter, sampling, f"sampling {label or adapter.name}", progress))
-    return Samples(torch.cat([latents for latents, _ in batches]), torch.cat([images for _, images in batches]))
+    latents, images = zip(*_drawn(adapter, sampling, f"sampling {label or adapter.name}", progress), strict=True)
+    return Samples(torch.cat(latents), torch.cat(images))
 
 
 def draw_features(
@@ -82,16 +70,11 @@ def draw_features(
 def draw_latents_and_features(
     adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT
 ) -> tuple[torch.Tensor, Features]:
-    """Final latents `[n, C, H, W]` of a plan, and features of their images; a batch of images is in memory.
-
-    Raises:
-        MissingExtraError: the embedded extractor is not installed.
-    """
+    """Final latents `[n, C, H, W]` of a plan, and features of their images; as `draw_features`."""
     extractor, extract = feature_extractor()
     batches = _drawn(adapter, sampling, f"images of {label or adapter.name}", progress)
-    pairs = [(latents, extract(images).numpy()) for latents, images in batches]
-    values = np.concatenate([features for _, features in pairs])
-    return torch.cat([latents for latents, _ in pairs]), Features(extractor, values)
+    latents, values = zip(*((latents, extract(images).numpy()) for latents, images in batches), strict=True)
+    return torch.cat(latents), Features(extractor, np.concatenate(values))
 
 
 def _drawn(
@@ -106,59 +89,27 @@ def _drawn(
     progress.done()
 
 
-def compare_distributions(reference: Features, quantized: Features) -> DistributionEvaluation:
-    """FID and KID of two sets of features of images from the same seeds.
+def compare_distributions(reference: Features, quantized: Features) -> dict[str, Estimate]:
+    """`fid` and `kid` of the second set of images to real ones, `reference_fid` and `reference_kid` of the first.
+
+    Both are of the same seeds; `fid_difference` and `kid_difference` are paired, the second minus the first.
 
     Raises:
         InputError: fewer than twenty images, or features of different extractors.
     """
-    real = _real()
-    names = {reference.extractor, quantized.extractor, real.extractor}
+    names = {reference.extractor, quantized.extractor, _real()[0].extractor}
     if len(names) > 1:
         raise InputError(f"features of different extractors do not compare: {', '.join(sorted(names))}")
     if reference.values.shape != quantized.values.shape:
         raise InputError(f"sets must be of one size, got {reference.values.shape} and {quantized.values.shape}")
-    (fid, kid), (reference_fid, reference_kid) = quantized.distances, reference.distances
-    return DistributionEvaluation(
-        extractor=real.extractor,
-        n_images=len(quantized.values),
-        fid=fid.estimate(),
-        reference_fid=reference_fid.estimate(),
-        fid_difference=fid.minus(reference_fid),
-        kid=kid.estimate(),
-        reference_kid=reference_kid.estimate(),
-        kid_difference=kid.minus(reference_kid),
-    )
+    found: dict[str, Estimate] = {}
+    for name, ours, theirs in zip(("fid", "kid"), quantized.distances, reference.distances, strict=True):
+        found |= {name: ours.estimate(), f"reference_{name}": theirs.estimate()}
+        found[f"{name}_difference"] = ours.minus(theirs)
+    return found
 
 
-@functools.cache
-def _real() -> ReferenceStatistics:
-    """Real images, read once."""
-    return reference_statistics()
-
-
-FeatureExtractor = Callable[[torch.Tensor], torch.Tensor]
-
-
-_EXTRACT_BATCH = 250
-
-
-@dataclass(frozen=True, eq=False)
-class ReferenceStatistics:
-    """Features of real images by the extractor named `extractor`.
-
-    `mean` `[D]` and `covariance` `[D, D]` float64 of all `n_images` (FID), and `features` `[m, D]` float16 of
-    the first m of them (KID).
-    """
-
-    extractor: str
-    mean: npt.NDArray[np.float64]
-    covariance: npt.NDArray[np.float64]
-    features: npt.NDArray[np.float16]
-    n_images: int
-
-
-def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, FeatureExtractor]:
+def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Name and function of the embedded extractor: images `[B, 3, H, W]` in [0, 1] to features `[B, 256]`.
 
     Features are float32 on the CPU. Images of another size than 32 x 32 are resized first (bilinear,
@@ -172,7 +123,8 @@ def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, FeatureE
     classifier = module.Classifier()
     path = existing(zoo_module("sedimo_zoo", "the embedded feature extractor").classifier_path()) / "model.safetensors"
     try:
-        classifier.load_state_dict({k: _widened(v) for k, v in load_tensors(path).items()})
+        tensors = load_tensors(path)
+        classifier.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise StateError(f"{path} does not hold the embedded classifier: {error}") from error
     classifier.eval().requires_grad_(False).to(device)
@@ -181,37 +133,10 @@ def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, FeatureE
     def extract(images: torch.Tensor) -> torch.Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"images must have shape [B, 3, H, W], got {list(images.shape)}")
-        chunks = [classifier.features(_fitted(c.to(device))).float().cpu() for c in torch.split(images, _EXTRACT_BATCH)]
-        return torch.cat(chunks)
+        chunks = torch.split(images, _EXTRACT_BATCH)
+        return torch.cat([classifier.features(_fitted(chunk.to(device))).float().cpu() for chunk in chunks])
 
     return module.EXTRACTOR_NAME, extract
-
-
-def reference_statistics() -> ReferenceStatistics:
-    """Feature statistics of the real images that the embedded models imitate.
-
-    Raises:
-        MissingExtraError: the package sedimo-zoo is not installed.
-        StateError: its data is missing or damaged.
-    """
-    folder = existing(zoo_module("sedimo_zoo", "the reference of FID and KID").classifier_path())
-    path = folder / "statistics.safetensors"
-    record = parse_json(existing(folder / "training.json").read_bytes(), place=str(folder / "training.json"))
-    try:
-        arrays = load_arrays(existing(path))
-        return ReferenceStatistics(
-            str(record["extractor"]),
-            arrays["mean"].astype(np.float64),
-            arrays["covariance"].astype(np.float64),
-            arrays["features"],
-            int(record["n_reference_images"]),
-        )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StateError(f"{folder} does not hold complete reference statistics: {error!r}") from error
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _fitted(images: torch.Tensor) -> torch.Tensor:
@@ -220,3 +145,24 @@ def _fitted(images: torch.Tensor) -> torch.Tensor:
     if images.shape[2:] != (32, 32):
         images = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
     return images * 2 - 1
+
+
+def reference_statistics() -> tuple[Features, FeatureStatistics]:
+    """Of the real images that the embedded models imitate: features of some (KID), and statistics of all (FID).
+
+    Raises:
+        MissingExtraError: the package sedimo-zoo is not installed.
+        StateError: its data is missing or damaged.
+    """
+    folder = existing(zoo_module("sedimo_zoo", "the reference of FID and KID").classifier_path())
+    record = parse_json(existing(folder / "training.json").read_bytes(), place=str(folder / "training.json"))
+    try:
+        arrays = load_arrays(existing(folder / "statistics.safetensors"))
+        mean, covariance = (arrays[name].astype(np.float64) for name in ("mean", "covariance"))
+        statistics = FeatureStatistics(mean, covariance, int(record["n_reference_images"]))
+        return Features(str(record["extractor"]), arrays["features"]), statistics
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise StateError(f"{folder} does not hold complete reference statistics: {error!r}") from error
+
+
+_real = functools.cache(reference_statistics)  # read once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self, TypeVar
@@ -13,14 +13,20 @@ import psutil
 import torch
 from torch import nn
 
-from sedimo.bank import SILENT, Bank, Progress, fit_bank
+from sedimo.bank import SILENT, Bank, Progress, fit_bank, time_fits
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
-from sedimo.lab.bench import Bench, Compute, InForce, SourceSettings, Subject, loaded_bytes
+from sedimo.lab.bench import Bench, Compute, InForce, SourceSettings, Subject
 from sedimo.lab.parts import Parts
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.lab.study import ObjectiveName, Setting, Study, Trial
-from sedimo.lab.trials import CallTiming, Executor, MakeWorker, SerialExecutor, TrialWorker, run_trials, setting_of
+from sedimo.lab.trials import (
+    CallTiming,
+    TrialWorker,
+    run_trials,
+    setting_of,
+    time_calls,
+)
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.space import Recipe, SearchSpace, search_space
@@ -119,7 +125,7 @@ class Lab:
     @property
     def is_changed(self) -> bool:
         """Whether this lab's treatments change the denoiser that computes."""
-        return bool(self.subject.treatments) and self._bench.is_changed(self.subject.treatments)
+        return bool(self.subject.treatments) and self._bench.is_changed(self.pipe.denoiser)
 
     @property
     def graph(self) -> DenoiserGraph:
@@ -159,9 +165,9 @@ class Lab:
         return None if self.study is None else self.study.path.parent
 
     @property
-    def weights_files(self) -> tuple[Path, ...]:
-        """The files that hold the denoiser's weights."""
-        return tuple(self._bench.files.files)
+    def source_bytes(self) -> int:
+        """The size of the files that hold the denoiser's weights [bytes]."""
+        return sum(f.stat().st_size for f in self._bench.files.files)
 
     @property
     def folder(self) -> Path:
@@ -174,11 +180,6 @@ class Lab:
             raise InputError(f"{self.subject.name} was made in memory and has no folder")
         return self.subject.folder
 
-    @property
-    def component(self) -> str | None:
-        """Name of the denoiser's folder inside the pipeline's, None when the source is a denoiser alone."""
-        return self._bench.files.folder.name if self.subject.is_pipeline else None
-
     def in_force(self, kind: type[Treatment]) -> Treatment | None:
         """The treatment of a kind that is in force, None where none is."""
         return next((one for one in self.subject.treatments if isinstance(one, kind)), None)
@@ -186,7 +187,9 @@ class Lab:
     @property
     def seconds_per_fit(self) -> float:
         """Seconds that one weight in one format takes here, timed once on some rows of the largest weight."""
-        return self._bench.seconds_per_fit(self.weights, self.space)
+        bench = self._bench
+        bench.seconds_per_fit = bench.seconds_per_fit or time_fits(self.weights, self.space)
+        return bench.seconds_per_fit
 
     def treated(self, *treatments: InForce) -> Self:
         """A lab of the same source with these treatments in force besides its own; this one stays as it is."""
@@ -200,12 +203,6 @@ class Lab:
     def kept_in(self, study: Study) -> Self:
         """The same lab with a study to keep what is measured in."""
         return self._again(self.subject, study=study)
-
-    def sampled(self, sampling: SamplingSettings) -> Self:
-        """The same lab with other seeds, its banks included."""
-        other = self._again(self.subject, sampling=sampling)
-        other.__dict__.update({name: made for name in _MADE if (made := self.__dict__.get(name)) is not None})
-        return other
 
     def setting(
         self, on: Sampling, objective: ObjectiveName = "final_latents", *, weights_digest: str | None = None
@@ -223,22 +220,25 @@ class Lab:
         on: Sampling,
         *,
         objective: ObjectiveName = "final_latents",
-        executor: Executor | None = None,
-        make_worker: MakeWorker | None = None,
+        n_processes: int = 0,
     ) -> tuple[Trial, ...]:
         """The trials of whole recipes under a plan, in their order; what the study has is not measured again.
 
-        `make_worker` is for an executor whose workers have pipelines of their own.
+        With `n_processes`, by so many that each have a pipeline of their own.
 
         Raises:
             Interrupted: the user stopped it; calling again measures what is left.
         """
+        make_worker = functools.partial(self._worker, on, objective)
+        if n_processes:
+            subject = replace(self.subject, space=self.bank.space)
+            make_worker = functools.partial(_replica, subject, self.cache, on, objective)
         return run_trials(
             self.study,
             recipes,
             setting=self.setting(on, objective),
-            make_worker=make_worker or functools.partial(self._worker, on, objective),
-            executor=executor or SerialExecutor(),
+            make_worker=make_worker,
+            n_processes=n_processes,
             progress=self.progress,
         )
 
@@ -248,13 +248,16 @@ class Lab:
 
     def time_calls(self, on: Sampling) -> CallTiming:
         """How long a denoiser call of a plan takes here; a plan is timed once."""
-        return self._bench.timed(self.subject.treatments, on)
+        timings = self._bench.timings
+        if on not in timings:
+            timings[on] = time_calls(self.pipe, on)
+        return timings[on]
 
     def why_not_sampled(self, n_copies: int = 1) -> str | None:
         """Why so many copies of the pipeline cannot run here, or None when they can."""
         if not self.subject.is_pipeline:
             return "the source is a denoiser without its pipeline"
-        needed, free = n_copies * loaded_bytes(self.subject), psutil.virtual_memory().available
+        needed, free = n_copies * self.subject.loaded_bytes, psutil.virtual_memory().available
         if needed > MEMORY_SHARE * free:
             what = "the pipeline needs" if n_copies == 1 else f"{n_copies} copies of the pipeline need"
             return f"{what} about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
@@ -276,55 +279,23 @@ class Lab:
             bank = fit_bank(
                 self.weights, self.space, sample_channels=sample_channels, cache=self.cache, progress=self.progress
             )
-        return functools.reduce(lambda found, one: one.on(found), self.subject.treatments, bank)
+        return self.subject.treated(bank)
 
     def _worker(self, on: Sampling, objective: ObjectiveName) -> TrialWorker:
         return TrialWorker(self.pipe, self.any_bank, on, objective=objective, references=self._bench.references)
 
-    def _again(self, subject: Subject, *, sampling: SamplingSettings | None = None, study: Study | None = None) -> Self:
+    def _again(self, subject: Subject, *, study: Study | None = None) -> Self:
         other = type(self).__new__(type(self))
-        Lab.__init__(
-            other,
-            subject,
-            self._bench,
-            study=study or self.study,
-            sampling=sampling or self.seeds.settings,
-            progress=self.progress,
-        )
+        settings = self.seeds.settings
+        Lab.__init__(other, subject, self._bench, study=study or self.study, sampling=settings, progress=self.progress)
         return other
 
 
-_MADE = ("weights", "bank", "estimated")
-
-
-@dataclass(frozen=True)
-class Replica:
-    """The subject of a lab with its treatments, where its bank is kept, and what is measured how."""
-
-    subject: Subject
-    cache: Path | None
-    on: Sampling
-    objective: ObjectiveName
-
-    @classmethod
-    def of(cls, lab: Lab, on: Sampling, objective: ObjectiveName) -> Replica:
-        """What another process needs to measure recipes as this lab does."""
-        return cls(replace(lab.subject, space=lab.bank.space), lab.cache, on, objective)
-
-
-def make_worker(replica: Replica) -> TrialWorker:
-    """A worker with a pipeline and a bank of its own.
-
-    Raises:
-        InputError: the pipeline is gone since the lab was opened.
-    """
-    subject = replica.subject
-    bench = Bench.open(SourceSettings(str(subject.folder), subject.variant, subject.compute))
-    lab = Lab(subject, bench)
-    bank = fit_bank(lab.weights, subject.space, cache=replica.cache)
-    for treatment in subject.treatments:
-        bank = treatment.on(bank)
-    return TrialWorker(lab.pipe, bank, replica.on, objective=replica.objective)
+def _replica(subject: Subject, cache: Path | None, on: Sampling, objective: ObjectiveName) -> TrialWorker:
+    """A lab's worker in another process, with a pipeline and a bank of its own."""
+    lab = Lab(subject, Bench.open(SourceSettings(str(subject.folder), subject.variant, subject.compute)))
+    bank = subject.treated(fit_bank(lab.weights, subject.space, cache=cache))
+    return TrialWorker(lab.pipe, bank, on, objective=objective)
 
 
 PATIENCE_SECONDS = 30 * 60

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from sedimo.lab.study import ObjectiveName
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import NoisePowers, relative_noise
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
-from sedimo.pipelines.trajectory import batches_of, output_tensor, record, rows_of
+from sedimo.pipelines.trajectory import Trajectory, batches_of, output_tensor, record, rows_of
 
 MIN_IMAGES = 20  # of which a jackknife can leave parts out
 
@@ -30,65 +30,14 @@ MIN_IMAGES = 20  # of which a jackknife can leave parts out
 class Reference:
     """What the full-precision pipeline gives under a sampling plan: the other side of every comparison.
 
-    `calls` are the recorded denoiser calls, empty for `final_latents` and `fid`, which need only `latents`; `features`
-    are those of the images, for `fid`.
+    The `trajectory` of `final_latents` and `fid`, which need only its latents, has no calls; `n_calls` is how many
+    there were. `features` are those of the images, for `fid`.
     """
 
     objective: ObjectiveName
-    sampling: Sampling
-    latents: torch.Tensor  # [n, ...]
-    calls: tuple[DenoiserCall, ...]
+    trajectory: Trajectory
     n_calls: int
     features: Features | None = None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Noise and signal power per sample, and what the samples are as a set."""
-
-    powers: NoisePowers
-    measures: Mapping[str, Estimate] = field(default_factory=dict)
-
-
-def measure_reference(objective: ObjectiveName, adapter: PipelineAdapter, sampling: Sampling) -> Reference:
-    """Samples at full precision once and keeps what the objective compares with."""
-    if objective == "final_latents":
-        counted: list[int] = []
-        latents = adapter.sample(sampling, observer=lambda call: counted.append(call.step))
-        return Reference(objective, sampling, latents, (), len(counted))
-    if objective == "fid":
-        if len(sampling.seeds) < MIN_IMAGES:
-            raise InputError(f"the objective 'fid' needs at least {MIN_IMAGES} samples, got {len(sampling.seeds)}")
-        with counted_calls(adapter) as calls:
-            latents, features = draw_latents_and_features(adapter, sampling, label="full precision")
-        return Reference(objective, sampling, latents, (), len(calls), features)
-    trajectory = record(adapter, sampling)
-    return Reference(objective, sampling, trajectory.latents, trajectory.calls, trajectory.n_calls)
-
-
-def measure(adapter: PipelineAdapter, reference: Reference) -> Measurement:
-    """The denoiser as it is now, against the reference."""
-    if reference.objective == "final_latents":
-        return Measurement(_noise(reference, adapter.sample(reference.sampling)))
-    if reference.features is not None:
-        latents, features = draw_latents_and_features(adapter, reference.sampling)
-        return Measurement(_noise(reference, latents), _set_measures(reference.features, features))
-    if reference.objective == "path":
-        return Measurement(_measure_path(adapter, reference))
-    return Measurement(_measure_steps(adapter, reference))
-
-
-def _noise(reference: Reference, latents: torch.Tensor) -> NoisePowers:
-    return relative_noise(reference.latents.numpy(), latents.numpy())
-
-
-def _set_measures(reference: Features, features: Features) -> dict[str, Estimate]:
-    """FID and KID, and their differences; endless for a set that diverged."""
-    names = ("fid", "fid_difference", "kid", "kid_difference")
-    if not np.isfinite(features.values).all():
-        return dict.fromkeys(names, Estimate(np.inf, np.nan, np.inf, np.inf, len(features.values)))
-    found = compare_distributions(reference, features)
-    return {name: getattr(found, name) for name in names}
 
 
 @contextlib.contextmanager
@@ -102,12 +51,49 @@ def counted_calls(adapter: PipelineAdapter) -> Iterator[list[int]]:
         hook.remove()
 
 
+def measure_reference(objective: ObjectiveName, adapter: PipelineAdapter, sampling: Sampling) -> Reference:
+    """Samples at full precision once and keeps what the objective compares with."""
+    if objective == "fid" and len(sampling.seeds) < MIN_IMAGES:
+        raise InputError(f"the objective 'fid' needs at least {MIN_IMAGES} samples, got {len(sampling.seeds)}")
+    features = None
+    with counted_calls(adapter) as calls:
+        if objective in ("path", "step"):
+            trajectory = record(adapter, sampling)
+        elif objective == "fid":
+            latents, features = draw_latents_and_features(adapter, sampling, label="full precision")
+            trajectory = Trajectory(sampling, (), latents)
+        else:
+            trajectory = Trajectory(sampling, (), adapter.sample(sampling))
+    return Reference(objective, trajectory, len(calls), features)
+
+
+def measure(adapter: PipelineAdapter, reference: Reference) -> tuple[NoisePowers, Mapping[str, Estimate]]:
+    """The denoiser as it is now, against the reference: powers per sample, and what the samples are as a set."""
+    objective, plan, measures = reference.objective, reference.trajectory.sampling, dict[str, Estimate]()
+    if objective in ("path", "step"):
+        return (_path_noise if objective == "path" else _step_noise)(adapter, reference.trajectory), measures
+    if reference.features is None:
+        latents = adapter.sample(plan)
+    else:
+        latents, features = draw_latents_and_features(adapter, plan)
+        measures = _set_measures(reference.features, features)
+    return relative_noise(reference.trajectory.latents.numpy(), latents.numpy()), measures
+
+
+def _set_measures(reference: Features, features: Features) -> dict[str, Estimate]:
+    """FID and KID, and their differences; endless for a set that diverged."""
+    names = ("fid", "fid_difference", "kid", "kid_difference")
+    if not np.isfinite(features.values).all():
+        return dict.fromkeys(names, Estimate(np.inf, np.nan, np.inf, np.inf, len(features.values)))
+    found = compare_distributions(reference, features)
+    return {name: found[name] for name in names}
+
+
 class _Average:
     """Relative noise per sample, averaged over rows and calls."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._total = np.zeros(len(sampling.seeds))
-        self._count = np.zeros(len(sampling.seeds))
+        self._total, self._count = np.zeros((2, len(sampling.seeds)))
 
     def add(self, reference: torch.Tensor, test: torch.Tensor, samples: range) -> None:
         rows = relative_noise(_array(reference), _array(test)).ratio.reshape(-1, len(samples))
@@ -122,22 +108,22 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     return tensor.detach().float().cpu().numpy()  # numpy knows no bfloat16
 
 
-def _measure_path(adapter: PipelineAdapter, reference: Reference) -> NoisePowers:
-    average, recorded = _Average(reference.sampling), batches_of(reference.sampling, reference.calls)
+def _path_noise(adapter: PipelineAdapter, recorded: Trajectory) -> NoisePowers:
+    average, expected = _Average(recorded.sampling), batches_of(recorded.sampling, recorded.calls)
 
     def compare(call: DenoiserCall) -> None:
-        expected, samples = next(recorded)
-        if expected.output.shape != call.output.shape:
-            raise StateError(f"the denoiser gave {tuple(call.output.shape)}, recorded {tuple(expected.output.shape)}")
-        average.add(expected.output, call.output, samples)
+        wanted, samples = next(expected)
+        if wanted.output.shape != call.output.shape:
+            raise StateError(f"the denoiser gave {tuple(call.output.shape)}, recorded {tuple(wanted.output.shape)}")
+        average.add(wanted.output, call.output, samples)
 
-    adapter.sample(reference.sampling, observer=compare)
+    adapter.sample(recorded.sampling, observer=compare)
     return average.powers()
 
 
-def _measure_steps(adapter: PipelineAdapter, reference: Reference) -> NoisePowers:
-    average = _Average(reference.sampling)
+def _step_noise(adapter: PipelineAdapter, recorded: Trajectory) -> NoisePowers:
+    average = _Average(recorded.sampling)
     with torch.no_grad():
-        for call, samples in batches_of(reference.sampling, reference.calls):
+        for call, samples in batches_of(recorded.sampling, recorded.calls):
             average.add(call.output, output_tensor(adapter.denoiser(**rows_of(call, slice(None)))), samples)
     return average.powers()

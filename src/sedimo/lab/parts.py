@@ -1,4 +1,7 @@
-"""Parts of a measurement: saved when they are finished, not measured again, and safe to stop between."""
+"""Parts of a measurement: saved when they are finished, not measured again, and safe to stop between.
+
+Ctrl-C once: finish what runs, save it, say how to go on. Ctrl-C twice: stop at once.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,18 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-import torch
-
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import content_key
 from sedimo.errors import Interrupted
 from sedimo.lab.objective import counted_calls
-from sedimo.lab.study import Execution, Setting, Study, versions
+from sedimo.lab.study import Execution, Setting, Study, measuring
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import Trajectory, record
 
 logger = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 class StopRequest:
@@ -62,10 +66,6 @@ def graceful_interrupt() -> Iterator[StopRequest]:
         yield request
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-Part = TypeVar("Part")
-Result = TypeVar("Result")
 
 
 class Parts:
@@ -126,8 +126,7 @@ class Parts:
     def execution(self) -> Execution:
         """What all parts so far took together, whenever they were measured."""
         taken = self._taken.values()
-        threads = torch.get_num_threads()
-        return Execution(sum(e.seconds for e in taken), sum(e.n_calls for e in taken), threads, versions())
+        return Execution.here(sum(e.seconds for e in taken), sum(e.n_calls for e in taken))
 
     def check(self, stop: StopRequest) -> None:
         """Ends the work when the user asked for it, and says where what was measured is.
@@ -139,8 +138,7 @@ class Parts:
         stop.check(f"interrupted: what was measured is {kept or 'lost; give a study to keep it'}")
 
     def _timed(self, measure: Callable[[], Result]) -> tuple[Result, Execution]:
-        with self._study.measuring() if self._study else contextlib.nullcontext():
+        with measuring(self._study), counted_calls(self._adapter) as calls:
             begin = time.perf_counter()
-            with counted_calls(self._adapter) as calls:
-                found = measure()
-            return found, Execution(time.perf_counter() - begin, len(calls), torch.get_num_threads(), versions())
+            found = measure()
+        return found, Execution.here(time.perf_counter() - begin, len(calls))

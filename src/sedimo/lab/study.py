@@ -1,4 +1,7 @@
-"""A study: trials and probes of one denoiser in one durable file, and the records that explain them."""
+"""A study: trials and probes of one denoiser in one durable file, and the records that explain them.
+
+A trial is one measured recipe: what determines the number, and the number per sample.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
+import torch
 
 from sedimo.codec import content_key, from_json, to_json, to_plain
 from sedimo.errors import InputError, StateError
@@ -24,6 +27,10 @@ from sedimo.store import Rows
 ObjectiveName = Literal["final_latents", "path", "step", "fid"]
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 TRIAL_VERSION = 1
+EXPORT_VERSION = 1
+FILE_NAME = "study.sqlite"
+SPACE, GRAPH = "space", "graph"  # names of records: what the trials decide about
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +78,27 @@ class Setting:
         return {name: value for name, value in plain.items() if name != "extractor" or value is not None}
 
 
-def versions() -> Mapping[str, str]:
-    """Versions of what computes numbers."""
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in ("torch", "diffusers", "numpy")}}
-
-
 @dataclass(frozen=True, slots=True)
 class Execution:
     """Where and how fast a number was made; none of it changes the number's name.
 
-    `seconds` is wall-clock time of the trial [s], `n_calls` the number of denoiser calls.
+    `seconds` is wall-clock time [s], `n_calls` the number of denoiser calls.
     """
 
     seconds: float
     n_calls: int
     threads: int
     versions: Mapping[str, str]
+
+    @classmethod
+    def here(cls, seconds: float, n_calls: int) -> Execution:
+        """One in this process."""
+        return cls(seconds, n_calls, torch.get_num_threads(), versions())
+
+
+def versions() -> Mapping[str, str]:
+    """Versions of what computes numbers."""
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in ("torch", "diffusers", "numpy")}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +116,7 @@ class Trial:
     measures: Mapping[str, Estimate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks that there is one pair of powers per seed.
-
-        Raises:
-            StateError: a sample is missing.
-        """
+        """Refuses powers of a part of the seeds."""
         if self.powers.n != len(self.setting.seeds):
             raise StateError(f"a trial of {len(self.setting.seeds)} seeds needs as many powers, got {self.powers.n}")
 
@@ -124,11 +132,17 @@ class Trial:
         return self.setting.trial_key(self.recipe)
 
 
+def measures_of(trial: Trial) -> dict[str, Estimate]:
+    """All measures of a trial by name; SQNR [dB] by the mean over samples and pooled."""
+    return {**sqnr_estimates(summarize(trial.powers)), **trial.measures}
+
+
 @dataclass
 class Ledger:
     """Trials, and executions of parts of probes (None: not kept), that were asked for, each once, by key.
 
-    `measuring_seconds` were spent measuring now: what is left of a clock's time is neither theirs nor kept anywhere.
+    So what work took is the same whether it was measured now, before, or by other work. `measuring_seconds` were spent
+    measuring now: what is left of a clock's time is neither theirs nor kept anywhere.
     """
 
     trials: dict[str, Trial] = field(default_factory=dict)
@@ -164,16 +178,11 @@ def add_up(ledgers: Iterable[Ledger]) -> Spent:
     by_setting: dict[str, list[Execution]] = {}
     for trial in trials.values():
         by_setting.setdefault(trial.setting.key, []).append(trial.execution)
-    known = [execution for execution in parts.values() if execution is not None]
+    used = [(e.seconds, e.n_calls) for e in parts.values() if e is not None]
     for alike in by_setting.values():
-        reference = Execution(sum(e.seconds for e in alike) / len(alike), alike[0].n_calls, alike[0].threads, {})
-        known += [*alike, reference]
-    return Spent(sum(e.seconds for e in known), sum(e.n_calls for e in known), None not in parts.values())
-
-
-FILE_NAME = "study.sqlite"
-SPACE, GRAPH = "space", "graph"  # names of records: what the trials decide about
-Record = TypeVar("Record")
+        used += [(e.seconds, e.n_calls) for e in alike]
+        used.append((sum(e.seconds for e in alike) / len(alike), alike[0].n_calls))
+    return Spent(sum(seconds for seconds, _ in used), sum(n for _, n in used), None not in parts.values())
 
 
 class Study:
@@ -197,9 +206,7 @@ class Study:
     def __enter__(self) -> Study:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -213,12 +220,10 @@ class Study:
 
     def trial(self, key: str) -> Trial | None:
         """The trial of that name, or None when it has not been measured."""
-        text = self._rows.get("trial", key)
-        if text is None:
-            return None
-        found = self._read(Trial, "trial", key, text)
-        for ledger in self._ledgers:
-            ledger.trials[key] = found
+        found = self._get(Trial, "trial", key)
+        if found is not None:
+            for ledger in self._ledgers:
+                ledger.trials[key] = found
         return found
 
     def trial_keys(self) -> frozenset[str]:
@@ -231,13 +236,19 @@ class Study:
 
     def probe(self, kind: type[Record], key: str) -> Record | None:
         """The part of a layer-wise measurement saved under a content key, or None."""
-        text = self._rows.get("probe", key)
-        return None if text is None else self._read(kind, "probe", key, text)
+        return self._get(kind, "probe", key)
+
+    def probe_keys(self) -> frozenset[str]:
+        """The names of all saved parts of layer-wise measurements."""
+        return frozenset(self._rows.keys("probe"))
+
+    def put_probe(self, key: str, part: object) -> None:
+        """Saves a part of a layer-wise measurement (a frozen dataclass)."""
+        self._rows.put("probe", key, to_json(part))
 
     def execution(self, key: str) -> Execution | None:
         """What the part of that name took when it was measured; None where nothing is kept of it."""
-        text = self._rows.get("execution", key)
-        found = None if text is None else self._read(Execution, "execution", key, text)
+        found = self._get(Execution, "execution", key)
         self._enter(key, found)
         return found
 
@@ -256,23 +267,10 @@ class Study:
         finally:
             self._ledgers.remove(ledger)
 
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Tells ledgers that what is done inside is measuring."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            for ledger in self._ledgers:
-                ledger.measuring_seconds += time.perf_counter() - begin
-
-    def probe_keys(self) -> frozenset[str]:
-        """The names of all saved parts of layer-wise measurements."""
-        return frozenset(self._rows.keys("probe"))
-
-    def put_probe(self, key: str, part: object) -> None:
-        """Saves a part of a layer-wise measurement (a frozen dataclass)."""
-        self._rows.put("probe", key, to_json(part))
+    def took(self, seconds: float) -> None:
+        """Tells ledgers that so long was spent measuring [s]."""
+        for ledger in self._ledgers:
+            ledger.measuring_seconds += seconds
 
     def record(self, kind: type[Record], name: str) -> Record:
         """A named record, such as the search space.
@@ -280,11 +278,11 @@ class Study:
         Raises:
             InputError: the study has no such record.
         """
-        text = self._rows.get("record", name)
-        if text is None:
-            known = ", ".join(self._rows.keys("record")) or "none"
+        found = self._get(kind, "record", name)
+        if found is None:
+            known = ", ".join(self.record_names()) or "none"
             raise InputError(f"the study {self.path} has no record {name!r}; it has: {known}")
-        return self._read(kind, "record", name, text)
+        return found
 
     def record_names(self) -> tuple[str, ...]:
         """Names of the records, sorted."""
@@ -304,10 +302,10 @@ class Study:
         Raises:
             StateError: the study was begun with another value.
         """
-        text, saved = to_json(record), self._rows.get("record", name)
+        saved = self._rows.get("record", name)
         if saved is None:
-            self._rows.put("record", name, text)
-        elif saved != text:
+            self.put_record(name, record)
+        elif saved != to_json(record):
             raise StateError(
                 f"the study {self.path} was begun with another {name}; choose another folder or the same settings"
             )
@@ -316,16 +314,29 @@ class Study:
         for ledger in self._ledgers:
             ledger.parts[key] = execution
 
+    def _get(self, kind: type[Record], row: str, key: str) -> Record | None:
+        text = self._rows.get(row, key)
+        return None if text is None else self._read(kind, row, key, text)
+
     def _read(self, kind: type[Record], row: str, key: str, text: str) -> Record:
         return from_json(kind, text, place=f"{self.path.name}: {row} {key[:12]}")
 
 
-EXPORT_VERSION = 1
+@contextmanager
+def measuring(study: Study | None) -> Iterator[None]:
+    """Tells a study's ledgers, if there is one, that what is done inside is measuring."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        if study:
+            study.took(time.perf_counter() - begin)
 
 
 def export_trials(study: Study) -> str:
-    """One JSON document: `settings` by key, then `trials` sorted by key.
+    """The trials as one canonical JSON text: what was measured and of what, never when, where or how fast.
 
+    `settings` by key, then `trials` sorted by key, one on each line, so that two exports can be compared line by line.
     A trial has its `key`, the key of its `setting`, its `recipe` (format text by layer), its `measures` by name (value,
     standard_error, low, high, n; beside them the counts `n_exact` and `n_decorrelated`) and its `powers` by sample, in
     the order of the setting's seeds.
@@ -335,11 +346,6 @@ def export_trials(study: Study) -> str:
     lines = ",\n".join(to_json(_exported(trial)) for trial in sorted(trials, key=lambda trial: trial.key))
     head = f'"sedimo_trials":{EXPORT_VERSION},\n"settings":{to_json(settings)}'
     return f'{{{head},\n"trials":[\n{lines}\n]}}\n'
-
-
-def measures_of(trial: Trial) -> dict[str, Estimate]:
-    """All measures of a trial by name; SQNR [dB] by the mean over samples and pooled."""
-    return {**sqnr_estimates(summarize(trial.powers)), **trial.measures}
 
 
 def _exported(trial: Trial) -> dict[str, object]:

@@ -20,8 +20,8 @@ from sedimo.allocation.table import EXACTLY_NOTHING, CostEstimate, SensitivityTa
 from sedimo.bank import Bank, Candidate
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab, seconds_of_estimates
-from sedimo.lab.trials import CallTiming, plan_campaign
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words, plan_of
+from sedimo.lab.trials import CallTiming
+from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_trials
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import FP16, Format
@@ -160,18 +160,12 @@ def price_of_ablation(lab: Lab, task: Task[NoKnobs], *, is_fitted: bool = False)
     """The probes and the checks of their scaling; formats that are probed are fitted, others estimated."""
     bank, timing = lab.estimated, lab.time_calls(lab.seeds.search)
     probes = plan_probes(bank.space, bank.candidates, near_bits=near_bits(lab, task))
-    campaign = plan_campaign(
-        _recipes(bank.space, probes),
-        study=None,
-        setting=lab.setting(lab.seeds.search, weights_digest=lab.weights.digest),
-        timing=timing,
-        weights_bytes=4 * lab.space.params,
-    )
+    recipes = {recipe.key: recipe for recipe in _recipes(bank.space, probes)}
+    campaign = price_of_trials(recipes.values(), len(lab.seeds.search.seeds), timing, 4 * lab.space.params)
     fitted = sum(lab.space.decision_index[decision].params for decision, _ in probes)
     fit = 0.0 if is_fitted else seconds_of_estimates(lab) + fitted * lab.seconds_per_fit
     checks = N_SCALING_CHECKS * timing.n_calls
-    seconds = campaign.seconds + checks * timing.seconds_per_call + fit
-    return Price(seconds, campaign.n_calls + checks, campaign.memory_bytes, campaign.disk_bytes)
+    return campaign + Price(checks * timing.seconds_per_call + fit, checks)
 
 
 def ablate(lab: Lab, task: Task[NoKnobs], bank: Bank) -> Finding:

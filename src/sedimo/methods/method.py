@@ -6,7 +6,7 @@ run, `compare`, checks and report read that tuple, and nothing else names a meth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -20,11 +20,13 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.trials import CallTiming
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
-from sedimo.space import SearchSpace
+from sedimo.space import Recipe, SearchSpace
 
 Knobs = TypeVar("Knobs")
 Evidence = TypeVar("Evidence")
 N_RANDOM = 30
+_TRIAL_BYTES = 2_000  # of a row, besides the recipe and the powers
+_ENTRY_BYTES = 60  # of a layer's entry in a recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,16 @@ def price_of_passes(space: SearchSpace, timing: CallTiming, call_factor: float) 
     n_calls = timing.n_calls * (1 + count_passes(space))
     seconds = timing.seconds_per_call * (timing.n_calls + call_factor * (n_calls - timing.n_calls))
     return Price(seconds, n_calls, MEMORY_BYTES)
+
+
+def price_of_trials(recipes: Collection[Recipe], n_samples: int, timing: CallTiming, weights_bytes: int) -> Price:
+    """Of measuring different recipes, and full precision once; one that is probed is as large as the loaded weights."""
+    if not recipes:
+        return Price()
+    n_calls = (len(recipes) + 1) * timing.n_calls
+    n_layers = max(len(recipe.layers) for recipe in recipes)
+    disk_bytes = len(recipes) * (_TRIAL_BYTES + n_layers * _ENTRY_BYTES + 50 * n_samples)
+    return Price(n_calls * timing.seconds_per_call, n_calls, 2 * weights_bytes, disk_bytes)
 
 
 @dataclass(frozen=True, slots=True)

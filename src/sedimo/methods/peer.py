@@ -152,7 +152,7 @@ def measure_peers(lab: Lab, on: Sampling, recipes: Sequence[PeerRecipe]) -> dict
     def trial(recipe: PeerRecipe) -> PeerTrial:
         compared = reference()  # at full precision, so before the weights are exchanged
         with probed(pipe.denoiser, modelopt.quantized_weights(pipe.denoiser, recipe.formats)):
-            return PeerTrial(measure(pipe, compared).powers)
+            return PeerTrial(measure(pipe, compared)[0])
 
     def works() -> Iterator[tuple[str, Callable[[], PeerTrial]]]:
         for key, recipe in distinct.items():
