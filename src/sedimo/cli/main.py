@@ -12,8 +12,8 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
 
@@ -59,26 +59,22 @@ class _Word:
     name: str
     owner: str
     leaf: Leaf
-    is_shown: bool
 
-    def parameter(self) -> click.Parameter:
+    def parameter(self, *, is_hidden: bool = False) -> click.Parameter:
         """What click reads it with."""
         leaf, option = self.leaf, self.leaf.option
-        more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.is_required}
+        more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.is_required, "metavar": option.metavar}
         if not option.flags and not option.no:
-            is_many = get_origin(leaf.kind) is tuple
-            return click.Argument([self.name], metavar=option.metavar, nargs=-1 if is_many else 1, **more)
+            return click.Argument([self.name], nargs=-1 if get_origin(leaf.kind) is tuple else 1, **more)
+        flags = [*option.flags]
         if leaf.kind is bool:
-            flags = "/".join(flag for flag in (*option.flags, option.no) if flag)
+            flags = ["/".join(flag for flag in (*flags, option.no) if flag)]
             more = {"is_flag": True, "default": None, **({} if option.flags else {"flag_value": True})}
-            return _Option([flags, self.name], help=option.words, hidden=not self.is_shown, **more)
-        if option.bare is not None:
+        elif option.bare is not None:
             more |= {"is_flag": False, "flag_value": option.bare}
         elif not leaf.is_required and leaf.default not in (None, "", ()):
             more |= {"show_default": str(leaf.default)}
-        return _Option(
-            [*option.flags, self.name], help=option.words, metavar=option.metavar, hidden=not self.is_shown, **more
-        )
+        return _Option([*flags, self.name], help=option.words, hidden=is_hidden, **more)
 
     def value(self, given: object) -> object:
         """What was given as the field holds it."""
@@ -89,11 +85,11 @@ class _Word:
 
 def _kind(leaf: Leaf) -> Any:
     """Its type as click knows it."""
-    option, choices = leaf.option, choices_of(leaf)
+    option = leaf.option
     if option.place:
         is_file = option.place == "file"
         return click.Path(exists=True, dir_okay=not is_file, file_okay=is_file, path_type=Path)
-    if choices:
+    if choices := choices_of(leaf):
         return click.Choice(choices)
     if leaf.kind is Path:
         return click.Path(path_type=Path)
@@ -108,34 +104,28 @@ class _JobCommand(click.Command):
 
     def __init__(self, name: str, job: Job[Any, Any]) -> None:
         self._job, self._offers = job, job.offers()
-        self._words = [
-            _Word("_".join(leaf.path), _OWN, leaf, is_shown=True) for leaf in leaves(job.settings, "Options")
-        ]
+        self._words = [_Word("_".join(leaf.path), _OWN, leaf) for leaf in leaves(job.settings, "Options")]
+        self._shown = [*self._words]
         for owner, record in self._offers.items():
             known = {flag for word in self._words for flag in word.leaf.option.flags}
-            found = [leaf for leaf in leaves(record) if known.isdisjoint(leaf.option.flags)]
-            prefix = owner.replace("-", "_")
-            self._words += [
-                _Word(f"{prefix}__{'_'.join(leaf.path)}", owner, leaf, is_shown=owner in job.shown and n == 0)
-                for n, leaf in enumerate(found)
+            found = [
+                _Word(f"{owner.replace('-', '_')}__{'_'.join(leaf.path)}", owner, leaf)
+                for leaf in leaves(record)
+                if known.isdisjoint(leaf.option.flags)
             ]
+            self._words += found
+            self._shown += found[:1] if owner in job.shown else []
         own = [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON and nothing else.")]
         if job.plan is not None:
             own.append(click.Option(["--dry-run"], is_flag=True, help="Tell what it takes, and stop."))
         if self._offers:
-            own.append(
-                click.Option(
-                    ["--help-method"],
-                    metavar="NAME",
-                    is_eager=True,
-                    expose_value=False,
-                    callback=self._help_method,
-                    help=f"Show the options of one of {', '.join(self._offers)}, and stop.",
-                )
-            )
+            text = f"Show the options of one of {', '.join(self._offers)}, and stop."
+            more: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": self._help_method}
+            own.append(click.Option(["--help-method"], metavar="NAME", help=text, **more))
+        self._own = own
         super().__init__(
             name,
-            params=[*(word.parameter() for word in self._words), *own],
+            params=[*(word.parameter(is_hidden=word not in self._shown) for word in self._words), *own],
             callback=self._do,
             help=re.sub(r"\n\n(?=\w+  )", "\n\n\b\n", job.words),  # click leaves the lines of a table alone
             context_settings=_CONTEXT,
@@ -178,75 +168,54 @@ class _JobCommand(click.Command):
             return
         if name not in self._offers:
             raise InputError(f"there are no options of {name!r}; there are of {', '.join(self._offers)}")
+        flags = {flag for leaf in leaves(self._offers[name]) for flag in leaf.option.flags}
+        words = [  # those included that it shares with another one
+            w for w in self._words if w.owner != _OWN and (w.owner == name or not flags.isdisjoint(w.leaf.option.flags))
+        ]
         formatter = ctx.make_formatter()
         with formatter.section(f"Options of {name}"):
-            formatter.write_dl(_records(ctx, self._words_of(name)))
+            formatter.write_dl(_records(ctx, (word.parameter() for word in words)))
         click.echo(formatter.getvalue().rstrip("\n"))
         ctx.exit()
 
-    def _words_of(self, name: str) -> list[_Word]:
-        """The options of a method or treatment, those included that it shares with another one."""
-        flags = {flag for leaf in leaves(self._offers[name]) for flag in leaf.option.flags}
-        offered = (w for w in self._words if w.owner != _OWN)
-        return [w for w in offered if w.owner == name or not flags.isdisjoint(w.leaf.option.flags)]
-
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Options under the headings of their settings."""
-        panels: dict[str, list[_Word]] = {}
-        for word in self._words:
-            if word.is_shown:
-                panels.setdefault(word.leaf.panel or "Treatments", []).append(word)
-        for panel, words in panels.items():
-            records = _records(ctx, words)
-            if records:
+        panels: dict[str, list[click.Parameter]] = {}
+        for word in self._shown:
+            panels.setdefault(word.leaf.panel or "Treatments", []).append(word.parameter())
+        panels["Output and help"] = [*self._own, *(p for p in self.get_params(ctx) if p not in self.params)]
+        for panel, parameters in panels.items():
+            if records := _records(ctx, parameters):
                 with formatter.section(panel):
                     formatter.write_dl(records)
-        named = {word.name for word in self._words}
-        own = [p.get_help_record(ctx) for p in self.get_params(ctx) if p.name not in named]
-        with formatter.section("Output and help"):
-            formatter.write_dl([record for record in own if record is not None])
 
 
-def _records(ctx: click.Context, words: Sequence[_Word]) -> list[tuple[str, str]]:
-    found = []
-    for word in words:
-        parameter = replace(word, is_shown=True).parameter()
-        record = parameter.get_help_record(ctx)
-        if record is not None:
-            found.append(record)
-    return found
+def _records(ctx: click.Context, parameters: Iterable[click.Parameter]) -> list[tuple[str, str]]:
+    return [record for one in parameters if (record := one.get_help_record(ctx)) is not None]
 
 
 class _Jobs(click.Group):
     """Loads a job when it is asked for, and turns the errors of `sedimo.errors` into a message and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_name(module) for module in sedimo.jobs.JOBS)
+        return sorted(sedimo.jobs.JOBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        module = next((m for m in sedimo.jobs.JOBS if _name(m) == cmd_name), None)
-        if module is None:
+        if cmd_name not in sedimo.jobs.JOBS:
             return None
-        return _JobCommand(cmd_name, importlib.import_module(f"sedimo.jobs.{module}").JOB)
+        return _JobCommand(cmd_name, importlib.import_module(f"sedimo.jobs.{cmd_name}").JOB)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Names with the first lines of the jobs' modules, none of which is imported for that."""
         folder = Path(inspect.getfile(sedimo.jobs)).parent
-        lines = [(_name(m), _first_line(folder / f"{m}.py")) for m in sedimo.jobs.JOBS]
+        texts = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in self.list_commands(ctx)}
         with formatter.section("Commands"):
-            formatter.write_dl(sorted(lines))
+            formatter.write_dl(
+                [(n, (ast.get_docstring(ast.parse(t)) or "").partition("\n")[0]) for n, t in texts.items()]
+            )
 
     def invoke(self, ctx: click.Context) -> object:
         return run_guarded(lambda: super(_Jobs, self).invoke(ctx), verbose=bool(ctx.params.get("verbose")))
-
-
-def _name(module: str) -> str:
-    return module.removesuffix("_")
-
-
-def _first_line(path: Path) -> str:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0]
 
 
 @click.group(cls=_Jobs, epilog=EXIT_CODES, context_settings=_CONTEXT)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
-from sedimo.jobs.correcting import CorrectedEvaluation, evaluate_corrected
 from sedimo.jobs.describe import refuse_other_source
 from sedimo.jobs.job import Job
 from sedimo.jobs.measures import Plans, compare_drawn, draw_all, measures
 from sedimo.jobs.settings import SAMPLING
 from sedimo.lab.bench import Compute, trace
+from sedimo.lab.images import compare_distributions
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.metrics.distribution import N_PARTS
 from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.signal import paired_difference, relative_noise
+from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
@@ -29,7 +32,13 @@ from sedimo.runtime.activations import rounded_inputs
 from sedimo.runtime.contents import packed_layers
 from sedimo.settings import REQUIRED, Checked, block, option
 from sedimo.space import Recipe, search_space
-from sedimo.treatments.noise_correction import CorrectionExtent, check_extent, correction_plan
+from sedimo.treatments.noise_correction import (
+    CorrectionExtent,
+    StepFit,
+    check_extent,
+    correction_plan,
+    estimate_correction,
+)
 
 MIN_IMAGES = 2 * N_PARTS  # two in each part that the jackknife leaves out
 
@@ -53,6 +62,21 @@ class EvaluateSettings(Checked):
 
 
 @dataclass(frozen=True)
+class CorrectedEvaluation:
+    """Measures with the noise corrected in the sampler, and the paired gain (corrected minus not) of SQNR and FID.
+
+    The correction was estimated from `seeds` on a `path`; `fits` has slope and biases by timestep, `done` what it did.
+    """
+
+    measures: Mapping[str, Estimate]
+    gain: Mapping[str, Estimate]
+    done: str
+    seeds: tuple[int, ...]
+    path: str
+    fits: tuple[StepFit, ...]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Measures by name; sizes by name [bytes]; bit operations of one sample and denoiser call by name [BOPs].
 
@@ -71,10 +95,10 @@ class Evaluation:
 
     def as_json(self) -> dict[str, object]:
         """Plain values by name: each measure has value, standard_error, low, high, n."""
-        counts = {"n_exact": self.n_exact, "n_decorrelated": self.n_decorrelated}
-        rest = {"size": dict(self.size), "bops": dict(self.bops), "extractor": self.extractor}
-        correction = {} if self.corrected is None else {"corrected": self.corrected.as_json()}
-        return {**to_plain(self.measures), **counts, **rest, **correction}
+        plain: dict[str, Any] = to_plain(self)
+        if self.corrected is None:
+            del plain["corrected"]
+        return {**plain.pop("measures"), **plain}
 
 
 def evaluate(
@@ -105,16 +129,22 @@ def evaluate(
         raise InputError(f"FID and KID need at least {MIN_IMAGES} images, got {n_images}; 0 leaves them out")
     check_extent(correct)
     _refuse_strangers(quantized, against)
-    pair = (against, quantized)
     images = range(sampling.first_seed, sampling.first_seed + n_images)
     seeds = Seeds(sampling, against.default_sampling)
     plans = Plans(seeds.search, seeds.plan(images) if n_images else None)
-    reference, drawn = (draw_all(p, plans, progress=progress) for p in pair)
+    reference, drawn = (draw_all(p, plans, progress=progress) for p in (against, quantized))
     signals, distributions = compare_drawn(reference, drawn)
     correction = None
     if correct:
-        estimating = correction_plan(seeds, n_images)
-        correction = evaluate_corrected(pair, (reference, drawn), estimating, correct, progress)
+        probe = estimate_correction(against, quantized, correction_plan(seeds, n_images), progress=progress)
+        with corrected(quantized, probe.correction, with_variance=correct == "all") as log:
+            again = draw_all(quantized, plans, label=f"{quantized.name}, corrected", progress=progress)
+        powers = [relative_noise(reference.samples.latents, d.samples.latents) for d in (again, drawn)]
+        gain = {"sqnr_db": paired_difference(*powers).estimate}
+        if drawn.features is not None and again.features is not None:
+            gain["fid"] = compare_distributions(drawn.features, again.features)["fid_difference"]
+        better = measures(*compare_drawn(reference, again))
+        correction = CorrectedEvaluation(better, gain, str(log), probe.seeds, probe.path, probe.fits)
     sqnr = signals.sqnr
     return Evaluation(
         measures=measures(signals, distributions),
@@ -125,18 +155,6 @@ def evaluate(
         extractor=drawn.features.extractor if drawn.features else None,
         corrected=correction,
     )
-
-
-def load_pair(
-    quantized: str, against: str, compute: Compute, *, variant: str | None = None
-) -> tuple[DiffusersPipeline, DiffusersPipeline]:
-    """The pipelines of two folders or hub ids for `evaluate`; `variant` names the weights of `against`.
-
-    Raises:
-        InputError: one of them cannot be sampled.
-    """
-    full = _pipeline(against, compute, variant)
-    return _pipeline(quantized, compute), full
 
 
 def _refuse_strangers(quantized: DiffusersPipeline, against: DiffusersPipeline) -> None:
@@ -179,10 +197,15 @@ def _pipeline(source: str, compute: Compute, variant: str | None = None) -> Diff
 
 
 def run(settings: EvaluateSettings, progress: Progress) -> Evaluation:
-    """Loads both and compares them."""
-    pair = load_pair(settings.out, settings.against, settings.compute, variant=settings.variant)
+    """Loads both and compares them.
+
+    Raises:
+        InputError: one of them cannot be sampled; else as `evaluate`.
+    """
+    against = _pipeline(settings.against, settings.compute, settings.variant)
     return evaluate(
-        *pair,
+        _pipeline(settings.out, settings.compute),
+        against,
         sampling=settings.sampling,
         n_images=settings.n_images,
         correct=settings.correct,
@@ -204,10 +227,9 @@ def page(found: Evaluation) -> Page:
     ]
     if found.corrected:
         gains = {f"gain of {name}": value for name, value in found.corrected.gain.items()}
-        n_seeds = len(found.corrected.probe.seeds)
         blocks += [
             _measures("corrected", {**found.corrected.measures, **gains}),
-            Text(f"{found.corrected.done}; estimated from {n_seeds} other seeds"),
+            Text(f"{found.corrected.done}; estimated from {len(found.corrected.seeds)} other seeds"),
         ]
     return page_of("", "", *blocks)
 

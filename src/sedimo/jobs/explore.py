@@ -43,9 +43,9 @@ MAX_PRIOR_SAMPLES = 16  # of a plan of many more for sets of images; gradients a
 _BYTES_OF_A_FIT = 1_000  # names, sums and a row
 
 
-def read_objectives(text: str) -> tuple[str, ...]:
-    """Objectives from a text such as `final_latents,fid`."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def read_objectives(text: str) -> tuple[ObjectiveName, ...]:
+    """Objectives from a text such as `final_latents,fid`; what is none is refused where the settings are made."""
+    return tuple(cast("ObjectiveName", part.strip()) for part in text.split(",") if part.strip())
 
 
 def check_objectives(names: tuple[str, ...]) -> None:
@@ -79,7 +79,7 @@ class ExploreSettings(Checked):
         help="Number of random recipes; those the study has count.",
     )
     formats: FormatSettings = block(FORMATS, "Formats")
-    objectives: tuple[str, ...] = option(
+    objectives: tuple[ObjectiveName, ...] = option(
         ("final_latents",),
         "--objective",
         parse=read_objectives,
@@ -241,19 +241,17 @@ def run(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult
         _keep_records(study, lab, settings, files_digest)
         measure_background(lab, settings.prior, on.first(MAX_PRIOR_SAMPLES))
         n_before, measuring = len(study.trial_keys()), time.monotonic()
-        study.claim(EXPLORATION, exploration)
         recipes = [exploration.recipe(index) for index in range(settings.trials)]
         trials: list[Trial] = []
-        for objective in settings.objectives:
-            name = cast("ObjectiveName", objective)
-            n_processes = settings.n_workers if settings.executor == "process" else 0
+        n_processes = settings.n_workers if settings.executor == "process" else 0
+        for name in settings.objectives:
             trials += lab.measure(recipes, on, objective=name, n_processes=n_processes)
         seconds, measured = time.monotonic() - measuring, len(study.trial_keys()) - n_before
         return ExploreResult(
             study=str(study.path),
             trials=len({trial.key for trial in trials}),
             measured=measured,
-            settings={name: lab.setting(on, cast("ObjectiveName", name)).key for name in settings.objectives},
+            settings={name: lab.setting(on, name).key for name in settings.objectives},
             measuring_seconds=seconds,
             seconds=time.monotonic() - begin,
             trials_per_hour=3600 * measured / seconds if measured else None,
@@ -278,14 +276,16 @@ def _open(settings: ExploreSettings, progress: Progress) -> Lab:
 
 def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> dict[str, Any]:
     """What all of it takes: seconds of one process, memory of every loaded pipeline."""
-    on, digest = lab.seeds.search, _digest_of_trials(lab, study)
+    on = lab.seeds.search
+    begun = study.record(ExploredSource, SOURCE) if study is not None and study.has_record(SOURCE) else None
+    digest = lab.weights.digest if begun is None else begun.digest  # that names the trials; before, there are none
     fitted = study.record(SearchSpace, SPACE) if study is not None and study.has_record(SPACE) else None
     space = fitted or lab.space
     exploration = settings.exploration(space)
     recipes = [exploration.recipe(index) for index in range(settings.trials)]
     timing, weights_bytes = lab.time_calls(on), memory_bytes(lab.pipe.denoiser)
     missing = {
-        name: missing_trials(recipes, study, lab.setting(on, cast("ObjectiveName", name), weights_digest=digest))
+        name: missing_trials(recipes, study, lab.setting(on, name, weights_digest=digest))
         for name in settings.objectives
     }
     prices = [price_of_trials(left, len(on.seeds), timing, weights_bytes) for left in missing.values()]
@@ -306,13 +306,6 @@ def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> dict[str,
         "missing": sum(map(len, missing.values())),
         "hours": price.seconds / 3600,
     }
-
-
-def _digest_of_trials(lab: Lab, study: Study | None) -> str:
-    """What names the trials of a study that was begun with these settings; before that, nothing has been measured."""
-    if study is not None and study.has_record(SOURCE):
-        return study.record(ExploredSource, SOURCE).digest
-    return lab.weights.digest
 
 
 def _seconds_of_images(lab: Lab, on: Sampling, timing: CallTiming) -> float:
@@ -384,8 +377,8 @@ def _keep_records(study: Study, lab: Lab, settings: ExploreSettings, files_diges
     study.claim(EXPLORATION, settings.exploration(lab.bank.space))
     study.put_record(SPACE, lab.bank.space)
     study.put_record(GRAPH, lab.graph)
-    source, variant = settings.source.source, settings.source.variant
-    about = (source, variant, files_digest, settings.format_texts, settings.formats.ends or "")
+    source = settings.source
+    about = (source.source, source.variant, files_digest, settings.format_texts, settings.formats.ends or "")
     study.put_record(SOURCE, ExploredSource(*about, _treatments(settings), lab.bank.digest))
 
 

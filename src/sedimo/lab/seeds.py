@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Sampling
-from sedimo.settings import Checked, option, within
+from sedimo.settings import option, within
 
 FINAL_FACTOR = 4  # seeds of the final per seed of the search
 MAX_SEED = 2**62
@@ -37,7 +37,7 @@ def read_prompts(path: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingSettings(Checked):
+class SamplingSettings:
     """How to sample while searching: `n_seeds` samples from `first_seed` on, `n_steps` each.
 
     The result is checked on `n_check_seeds` fresh seeds that follow the searched ones. `conditions` are prompts or
@@ -57,14 +57,14 @@ class SamplingSettings(Checked):
         metavar="FILE",
         help="Text file, a prompt or class per line; default: the pipeline's classes or prompts, or built-in ones.",
     )
-    guidance: float | None = option(
-        None,
-        "--guidance",
-        check=within("the guidance scale must be a finite number"),
-        help="Guidance scale; default: the pipeline's.",
-    )
+    guidance: float | None = option(None, "--guidance", help="Guidance scale; default: the pipeline's.")
     resolution: int | None = option(None, "--resolution", least=8, help="Image size [pixels]; default: the pipeline's.")
     n_check_seeds: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks the guidance scale. The other limits are the command line's: a script may look at one sample."""
+        if self.guidance is not None:
+            within("the guidance scale must be a finite number")(self.guidance)
 
 
 class Seeds:
