@@ -20,6 +20,7 @@ from torch import nn
 
 from sedimo.jobs.quantize import peak_rss_bytes
 from sedimo.lab.lab import Lab
+from sedimo.lab.objective import counted_calls
 from sedimo.methods.orthogonality import probe_orthogonality
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 
@@ -85,12 +86,13 @@ def main() -> None:
     names = [f"layers.{i}" for i in range(len(adapter.denoiser.layers))]
     plan = Sampling(tuple(range(arguments.samples)), arguments.timesteps, batch_size=arguments.batch)
     loaded, begin = psutil.Process().memory_info().rss, time.perf_counter()
-    probe = probe_orthogonality(Lab.on(adapter), names, plan, n_timesteps=arguments.timesteps)
+    with counted_calls(adapter) as calls:
+        probe = probe_orthogonality(Lab.on(adapter), names, plan, n_timesteps=arguments.timesteps)
     found = {
         **{name: value for name, value in vars(arguments).items() if name != "json"},
         "layers": len(names),
         "timesteps": len(probe.parts),
-        "denoiser_calls": probe.execution.n_calls,
+        "denoiser_calls": len(calls),
         "seconds": time.perf_counter() - begin,
         "loaded_mib": loaded / 2**20,
         "beyond_the_model_mib": (peak_rss_bytes() - loaded) / 2**20,

@@ -16,8 +16,8 @@ from sedimo.allocation.budget import BudgetSettings
 from sedimo.allocation.solve import allocate
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
-from sedimo.lab.study import Execution, Setting
-from sedimo.methods import method_named
+from sedimo.lab.study import Setting
+from sedimo.methods import method_named, orthogonality
 from sedimo.methods.error import error_table
 from sedimo.methods.method import Task
 from sedimo.methods.orthogonality import (
@@ -33,7 +33,6 @@ from sedimo.quant.formats import FP16, Format, parse_formats, with_activations
 from sedimo.space import search_space
 
 SETTING = Setting("0" * 64, "toy", "step", tuple(range(8)), 4, (), None, None, "float32", "cpu")
-EXECUTION = Execution(1.0, 4, 1, {})
 
 
 def part_of(matrix, constant=(), timestep=500.0, **unknown):
@@ -55,7 +54,7 @@ EARLY, LATE = matrix_of(0.9, 0.9, 0.9, 0.1, 0.1, 0.1), matrix_of(0.1, 0.1, 0.9, 
 
 
 def probe_of(*parts):
-    return OrthogonalityProbe(SETTING, NAMES, parts, EXECUTION)
+    return OrthogonalityProbe(SETTING, NAMES, parts)
 
 
 def candidates_of(space):
@@ -123,7 +122,7 @@ def test_tau_turns_the_view_to_early_or_late_timesteps():
     early, late = (importance(probe, ImportanceOptions(tau=tau)).theta for tau in (20.0, -20.0))
     assert early == pytest.approx(importance(probe_of(part_of(EARLY))).theta, rel=1e-6)
     assert late == pytest.approx(importance(probe_of(part_of(LATE))).theta, rel=1e-6)
-    weights = importance(probe, ImportanceOptions(tau=1.0)).step_weights
+    weights = np.exp(orthogonality._log_weights(2, tau=1.0))
     assert weights[0] / weights[1] == pytest.approx(math.e)
 
 

@@ -14,7 +14,7 @@ from test_html import HARM, read, render
 
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
-from sedimo.lab.study import Execution, Setting
+from sedimo.lab.study import Setting
 from sedimo.methods.hybrid import BlockCurves, BlockRow
 from sedimo.methods.orthogonality import OrthogonalityPart, OrthogonalityProbe, importance
 from sedimo.methods.sqnr import LocalNoise, SqnrPart, SqnrProbe
@@ -41,7 +41,6 @@ from sedimo.reporting.page import Figure
 from sedimo.reporting.theme import PLACEHOLDER
 
 SETTING = Setting("w", "p", "step", tuple(range(8)), 2, (), None, None, "float32", "cpu")
-EXECUTION = Execution(1.0, 2, 1, {})
 TABLE = make_table(list(dit_layers(2)), 1)
 KMC3, KMC4 = Format.parse("kmc3"), Format.parse("kmc4")
 
@@ -104,7 +103,7 @@ def test_repetition_keeps_the_matrices_and_the_bits_of_each_layer():
         )
         for t in (900.0, 500.0, 100.0)
     )
-    probe = OrthogonalityProbe(SETTING, layers, parts, EXECUTION)
+    probe = OrthogonalityProbe(SETTING, layers, parts)
     choice = {name: FP16 if "proj_out" in name else KMC3 for name in TABLE.layers}
     found = repetition_of(probe, TABLE, choice)
     for name, matrix in (("mean", probe.matrices.mean(0)), ("first", probe.matrices[0]), ("last", probe.matrices[2])):

@@ -32,7 +32,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,15 +48,15 @@ from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab, seconds_of_estimates
-from sedimo.lab.study import Execution, Setting
+from sedimo.lab.study import Setting
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, refuse_blind
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
-from sedimo.pipelines.trajectory import StepBatches, calls_by_step, joined_calls, rows_for, rows_of
+from sedimo.pipelines.trajectory import calls_by_step, joined_calls, rows_for, rows_of
 from sedimo.quant.families.uaq import UAQ
-from sedimo.quant.formats import FULL_BITS, Format
-from sedimo.settings import option
-from sedimo.space import Decision, SearchSpace
+from sedimo.quant.formats import FULL_BITS
+from sedimo.settings import Checked, option, within
+from sedimo.space import SearchSpace
 
 NAME = "orthogonality"
 ORTHOGONALITY_VERSION = 2
@@ -72,7 +72,6 @@ MAX_WASTE = 0.99  # of a bit: a worse family is still better than one bit less
 UNITS = {"bits": "missing bits, weighted by importance", "noise": "weight error, weighted by importance"}
 Objective = Literal["bits", "noise"]
 Matrix = npt.NDArray[np.float64]
-Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +98,11 @@ class OrthogonalityPart:
 
 @dataclass(frozen=True, slots=True)
 class OrthogonalityProbe:
-    """Parts of the sampled timesteps, in the order of sampling, for `layers`; `n_samples` are behind each."""
+    """Parts of the sampled timesteps, in the order of sampling, for `layers`."""
 
     setting: Setting
     layers: tuple[str, ...]
     parts: tuple[OrthogonalityPart, ...]
-    execution: Execution
 
     @property
     def n_samples(self) -> int:
@@ -130,7 +128,7 @@ class OrthogonalityProbe:
 
 
 @dataclass(frozen=True, slots=True)
-class ImportanceOptions:
+class ImportanceOptions(Checked):
     """Knobs of the importance.
 
     `beta` is how sharply importance falls with repetition (0: all layers alike); `tau` how much more early, noisy
@@ -139,8 +137,18 @@ class ImportanceOptions:
     missing `bits`, as published, or weight `noise`.
     """
 
-    beta: float = option(10.0, "--beta", help="orthogonality: how sharply repetition counts.")
-    tau: float = option(0.0, "--tau", help="orthogonality: how much more early steps count.")
+    beta: float = option(
+        10.0,
+        "--beta",
+        check=within("beta must be a number of at least 0", least=0),
+        help="orthogonality: how sharply repetition counts.",
+    )
+    tau: float = option(
+        0.0,
+        "--tau",
+        check=within("tau must be a number"),
+        help="orthogonality: how much more early steps count.",
+    )
     tail_mean: bool = option(
         False,
         "--tail-mean",
@@ -150,41 +158,30 @@ class ImportanceOptions:
         "bits", "--importance-of", help="orthogonality: weigh missing bits, as published, or weight noise."
     )
 
-    def __post_init__(self) -> None:
-        """Refuses knobs that mean nothing."""
-        if not (math.isfinite(self.tau) and math.isfinite(self.beta) and self.beta >= 0):
-            raise InputError(f"beta must be a number of at least 0 and tau a number, got {self.beta} and {self.tau}")
-        if self.objective not in get_args(Objective):
-            raise InputError(f"the objective of importances is 'bits' or 'noise', got {self.objective!r}")
-
 
 DEFAULT_IMPORTANCE = ImportanceOptions()
 
 
 @dataclass(frozen=True)
 class Importance:
-    """theta `[L]` of `layers` with jackknife errors; `per_step` `[T, L]` is exp(-beta gamma_t). The largest are 1.
+    """theta `[L]` with jackknife errors; `per_step` `[T, L]` is exp(-beta gamma_t). The largest are 1.
 
     Of `constant` layers (the same for all samples at every timestep) and of `unread` ones (samples cannot be told apart
     in their outputs) nothing is known; they have the mean of the others. `unused` layers, never called, have 0.
     """
 
-    layers: tuple[str, ...]
-    theta: Values
-    standard_error: Values
-    per_step: Values
-    step_weights: Values
+    theta: Matrix
+    standard_error: Matrix
+    per_step: Matrix
     constant: tuple[str, ...]
-    unused: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
+    unused: tuple[str, ...]
+    unread: tuple[str, ...]
 
 
 def probe_orthogonality(
     lab: Lab, layers: Sequence[str], on: Sampling, *, n_timesteps: int = N_TIMESTEPS
 ) -> OrthogonalityProbe:
-    """Measures the matrix of `layers` at some timesteps, uniform over one recorded trajectory.
-
-    With a study, each timestep's part is saved when it is finished and not measured again.
+    """Measures the matrix of `layers` at some timesteps, uniform over one recorded trajectory; resumes in the study.
 
     Raises:
         InputError: fewer than four samples or no timestep, or a layer whose output is not finite.
@@ -199,27 +196,21 @@ def probe_orthogonality(
     parts, setting = lab.parts(), lab.setting(on, "step", weights_digest=lab.weights.digest)
     calls = calls_by_step(on, parts.trajectory(on, setting, at_most=n_timesteps).calls)
     named = {"orthogonality": ORTHOGONALITY_VERSION, "setting": setting, "layers": tuple(layers)}
-
-    def measure(batches: StepBatches) -> OrthogonalityPart:
-        return measure_part(lab.pipe.denoiser, layers, joined_calls(batches), n, on.batch_size)
-
-    def works() -> Iterator[tuple[str, Callable[[], OrthogonalityPart]]]:
-        for batches in calls:
-            key = content_key({**named, "call": batches[0][0].step})
-            yield key, functools.partial(measure, batches)
-
-    found = tuple(parts.each(OrthogonalityPart, "orthogonality of layers", len(calls), works()))
-    return OrthogonalityProbe(setting, tuple(layers), found, parts.execution)
+    works = (
+        (
+            content_key({**named, "call": batches[0][0].step}),
+            lambda batches=batches: measure_part(lab.pipe.denoiser, layers, joined_calls(batches), n, on.batch_size),
+        )
+        for batches in calls
+    )
+    found = tuple(parts.each(OrthogonalityPart, "orthogonality of layers", len(calls), works))
+    return OrthogonalityProbe(setting, tuple(layers), found)
 
 
 def measure_part(
     denoiser: nn.Module, layers: Sequence[str], call: DenoiserCall, n_samples: int, batch_size: int = 64
 ) -> OrthogonalityPart:
-    """The part of one recorded call, whose row r belongs to sample r mod `n_samples`; `batch_size` run at once.
-
-    Raises:
-        InputError: a layer whose output is not finite.
-    """
+    """The part of one recorded call, whose row r belongs to sample r mod `n_samples`; `batch_size` run at once."""
     n_sets = call.output.shape[0] // n_samples
 
     def run(samples: torch.Tensor, hook: Callable[..., None]) -> None:
@@ -227,10 +218,11 @@ def measure_part(
         with torch.no_grad(), hooked(denoiser, {name: functools.partial(hook, name) for name in layers}):
             denoiser(**rows_of(call, rows.to(call.output.device)))
 
-    alone = _Shapes()
-    run(torch.arange(1), alone.add)
-    grams = _Grams(n_samples, n_sets, alone.found)
-    for samples in sample_runs(n_samples, max(2, min(batch_size, MEMORY_BYTES // max(1, 3 * alone.most_bytes)))):
+    alone: dict[str, list[torch.Tensor]] = {}  # outputs for one sample, without their values
+    run(torch.arange(1), lambda name, _module, _args, output: alone.setdefault(name, []).append(output.to("meta")))
+    most_bytes = max((output.nbytes for outputs in alone.values() for output in outputs), default=0)
+    grams = _Grams(n_samples, n_sets, {name: [output.shape for output in one] for name, one in alone.items()})
+    for samples in sample_runs(n_samples, max(2, min(batch_size, MEMORY_BYTES // max(1, 3 * most_bytes)))):
         grams.begin(samples)
         run(samples, grams.add)
     for name, gram in grams.found.items():
@@ -239,14 +231,15 @@ def measure_part(
                 f"the output of layer {name!r} is not finite at timestep {call.timestep:g}, so it cannot be compared "
                 "with others; compute in a wider dtype (--dtype fp32), or leave the layer out of the space"
             )
-    centred = {name: _centred(gram) for name, gram in grams.found.items() if name not in grams.unread}
-    called = set(alone.found)
-    return _part(
+    known = [_centred(grams.found[name]) if name in alone and name not in grams.unread else None for name in layers]
+    matrix = orthogonality(known)
+    silent = {name for name, gram in zip(layers, known, strict=True) if gram is None and name in alone}
+    return OrthogonalityPart(
         call.timestep,
-        [centred.get(name) for name in layers],
-        layers,
-        n_samples,
-        unused=tuple(name for name in layers if name not in called),
+        tuple(to_digits(v, _DIGITS) for v in matrix[np.triu_indices(len(layers), 1)]),
+        tuple(tuple(to_digits(v, _DIGITS) for v in sums) for sums in _replicates(known, n_samples)),
+        constant=tuple(name for name in layers if name in silent - grams.unread),
+        unused=tuple(name for name in layers if name not in alone),
         unread=tuple(name for name in layers if name in grams.unread),
     )
 
@@ -260,19 +253,6 @@ def orthogonality(grams: Sequence[Matrix | None]) -> Matrix:
     return found
 
 
-class _Shapes:
-    """The shapes of each layer's outputs, call by call, when one sample runs; `most_bytes` has the largest [bytes]."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, list[tuple[int, ...]]] = {}
-        self.most_bytes = 0
-
-    def add(self, name: str, _module: nn.Module, _args: object, output: torch.Tensor) -> None:
-        """The hook of a layer."""
-        self.found.setdefault(name, []).append(tuple(output.shape))
-        self.most_bytes = max(self.most_bytes, output.nbytes)
-
-
 class _Grams:
     """Adds up the Gram matrix of each layer's outputs, pair of samples by pair of samples.
 
@@ -280,7 +260,7 @@ class _Grams:
     them, `n_sets` times, one after the other, each with the rows into which a denoiser may have folded others.
     """
 
-    def __init__(self, n_samples: int, n_sets: int, alone: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
+    def __init__(self, n_samples: int, n_sets: int, alone: Mapping[str, Sequence[torch.Size]]) -> None:
         self.found = {name: np.zeros((n_samples, n_samples)) for name in alone}
         self.unread: set[str] = set()
         self._n_sets, self._alone = n_sets, alone
@@ -296,33 +276,24 @@ class _Grams:
 
     def add(self, name: str, _module: nn.Module, _args: object, output: torch.Tensor) -> None:
         """The hook of a layer."""
-        n_units, alone = len(self._wanted), next(self._calls.get(name, iter(())), ())
+        n_units, alone = len(self._wanted), next(self._calls.get(name, iter(())), torch.Size())
         if alone == output.shape:
             return  # the same for all samples
-        axis = _grown_axis(alone, output.shape, n_units)
-        if axis is None:
+        axes = [axis for axis, pair in enumerate(zip(alone, output.shape, strict=False)) if len(set(pair)) > 1]
+        if len(alone) != output.ndim or len(axes) != 1 or output.shape[axes[0]] != n_units * alone[axes[0]]:
             self.unread.add(name)
             return
-        units = output.detach().movedim(axis, 0).reshape(self._n_sets, n_units, -1)
+        units = output.detach().movedim(axes[0], 0).reshape(self._n_sets, n_units, -1)
         total = sum(_gram(rows) for rows in units)
         self.found[name][self._place] += np.where(self._wanted, np.asarray(total), 0.0)
 
 
-def _grown_axis(alone: Sequence[int], shape: Sequence[int], times: int) -> int | None:
-    """The one axis that is so many times longer."""
-    if len(alone) != len(shape):
-        return None
-    differing = [axis for axis, (one, many) in enumerate(zip(alone, shape, strict=True)) if one != many]
-    return differing[0] if len(differing) == 1 and shape[differing[0]] == times * alone[differing[0]] else None
-
-
 def _gram(rows: torch.Tensor) -> Matrix:
     """X X^T of `[n, p]` in float64, a slice of features at a time."""
-    step = max(1, _SLICE_BYTES // (8 * rows.shape[0]))
     found = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64, device=rows.device)
-    for first in range(0, rows.shape[1], step):
-        part = rows[:, first : first + step].double()
-        found += part @ part.T
+    for part in torch.split(rows, max(1, _SLICE_BYTES // (8 * rows.shape[0])), dim=1):
+        values = part.double()
+        found += values @ values.T
     plain: Matrix = found.cpu().numpy()
     return plain
 
@@ -332,9 +303,7 @@ def sample_runs(n_samples: int, at_once: int) -> Iterator[torch.Tensor]:
     if n_samples <= at_once:
         yield torch.arange(n_samples)
         return
-    step = at_once // 2
-    parts = [torch.arange(first, min(first + step, n_samples)) for first in range(0, n_samples, step)]
-    for one, other in itertools.combinations(parts, 2):
+    for one, other in itertools.combinations(torch.split(torch.arange(n_samples), at_once // 2), 2):
         yield torch.cat([one, other])
 
 
@@ -343,27 +312,6 @@ def _centred(gram: Matrix) -> Matrix | None:
     rows = gram - gram.mean(axis=0, keepdims=True)
     found: Matrix = rows - rows.mean(axis=1, keepdims=True)
     return None if np.trace(found) <= _CONSTANT * np.trace(gram) else found
-
-
-def _part(
-    timestep: float,
-    grams: Sequence[Matrix | None],
-    layers: Sequence[str],
-    n_samples: int,
-    *,
-    unused: tuple[str, ...],
-    unread: tuple[str, ...],
-) -> OrthogonalityPart:
-    matrix = orthogonality(grams)
-    constant = {name for name, gram in zip(layers, grams, strict=True) if gram is None} - {*unused, *unread}
-    return OrthogonalityPart(
-        timestep,
-        tuple(to_digits(v, _DIGITS) for v in matrix[np.triu_indices(len(layers), 1)]),
-        tuple(tuple(to_digits(v, _DIGITS) for v in sums) for sums in _replicates(grams, n_samples)),
-        tuple(name for name in layers if name in constant),
-        unused,
-        unread,
-    )
 
 
 def _replicates(grams: Sequence[Matrix | None], n_samples: int) -> Iterator[Matrix]:
@@ -380,24 +328,25 @@ def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_I
     Raises:
         InputError: no timestep at which two layers' outputs differ between samples.
     """
-    known = _known(probe)
+    known, parts, sums = _known(probe), probe.parts, probe.sums
     if not known.any():
         raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
     unknown = [name for i, name in enumerate(probe.layers) if not known[:, i].any()]
-    unused = tuple(name for name in unknown if all(name in part.unused for part in probe.parts))
-    unread = tuple(name for name in unknown if any(name in part.unread for part in probe.parts))
-    constant = tuple(name for name in unknown if name not in unused and name not in unread)
+    unused = tuple(name for name in unknown if all(name in part.unused for part in parts))
+    unread = tuple(name for name in unknown if any(name in part.unread for part in parts))
     is_used = np.array([name not in unused for name in probe.layers])
-    logs = _log_step_weights(len(probe.parts), options.tau)
-    replicates = np.array([part.replicates for part in probe.parts])  # [T, R, L]
-    sums = probe.sums
-    theta = _theta(sums, known, logs, options) * is_used
-    thetas = np.stack([_theta(replicates[:, r], known, logs, options) for r in range(replicates.shape[1])]) * is_used
+    replicates = np.array([part.replicates for part in parts])  # [T, R, L]
+    thetas = np.stack([_theta(one, known, options) for one in np.moveaxis(replicates, 1, 0)]) * is_used
     n = len(thetas)
-    error = np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0))
     gamma = np.where(known, _gamma(sums, known), np.nan)
-    per_step = np.exp(-options.beta * (gamma - np.nanmin(gamma)))
-    return Importance(probe.layers, theta, error, per_step, np.exp(logs), constant, unused, unread)
+    return Importance(
+        theta=_theta(sums, known, options) * is_used,
+        standard_error=np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0)),
+        per_step=np.exp(-options.beta * (gamma - np.nanmin(gamma))),
+        constant=tuple(name for name in unknown if name not in (*unused, *unread)),
+        unused=unused,
+        unread=unread,
+    )
 
 
 def orthogonality_table(
@@ -421,17 +370,27 @@ def orthogonality_table(
     """
     candidates = tuple(candidates)
     found, place = importance(probe, options), {name: i for i, name in enumerate(probe.layers)}
-    best = _least_errors(candidates)
-    thetas = {d.name: _of_decision(d, found, place) for d in space.decisions}
+    least: dict[tuple[str, int], float] = {}  # weight error of the families of equal bits, by decision and bits
+    for c in (c for c in candidates if c.format.is_quantized):
+        least[c.decision, c.format.bits] = min(least.get((c.decision, c.format.bits), math.inf), c.error)
+    thetas: dict[str, tuple[float, ...]] = {}  # mean of a decision's layers that are used, and of their errors
+    for d in space.decisions:
+        probed = [layer for layer in d.layers if layer in place]
+        if not probed:
+            raise InputError(f"the probe has no layer of {d.name}; measure it again for this space")
+        rows = [place[layer] for layer in probed if layer not in found.unused]
+        both = (found.theta[rows], found.standard_error[rows])
+        thetas[d.name] = tuple(d.share * float(values.mean()) if rows else 0.0 for values in both)
 
     def estimate(candidate: Candidate) -> CostEstimate:
         theta, error = thetas[candidate.decision]
         if options.objective == "noise":
-            return CostEstimate(theta * candidate.error, error * candidate.error, probe.n_samples)
-        least = best.get((candidate.decision, candidate.format.bits), 0.0)
-        missing = FULL_BITS - candidate.format.bits + _wasted(candidate.error, least)
-        missing += FULL_BITS - candidate.format.activation_bits
-        return CostEstimate(theta * missing, error * missing, probe.n_samples)
+            factor = candidate.error
+        else:
+            best = least.get((candidate.decision, candidate.format.bits), 0.0)
+            factor = FULL_BITS - candidate.format.bits + _wasted(candidate.error, best)
+            factor += FULL_BITS - candidate.format.activation_bits
+        return CostEstimate(theta * factor, error * factor, probe.n_samples)
 
     settings = {
         "beta": f"{options.beta:g}",
@@ -444,9 +403,15 @@ def orthogonality_table(
         "unused_layers": ", ".join(found.unused) or "none",
         "unread_layers": ", ".join(found.unread) or "none",
     }
-    is_joint = options.objective == "bits"
-    unit = UNITS[options.objective]
+    is_joint, unit = options.objective == "bits", UNITS[options.objective]
     return build_table(NAME, space, candidates, estimate, settings, unit=unit, sees_activations=is_joint)
+
+
+def _wasted(error: float, least: float) -> float:
+    """Bits that a family wastes against the one of least weight error; against an exact one all that it may."""
+    if error <= least:
+        return 0.0
+    return min(0.5 * math.log2(error / least), MAX_WASTE) if least > 0 else MAX_WASTE
 
 
 def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Mapping[int, float]:
@@ -473,24 +438,23 @@ def _known(probe: OrthogonalityProbe) -> npt.NDArray[np.bool_]:
     return known
 
 
-def _log_step_weights(n: int, tau: float) -> Values:
+def _gamma(sums: Matrix, known: npt.NDArray[np.bool_]) -> Matrix:
+    """Mean correlation with the other layers that differ between samples, `[T, L]`."""
+    found: Matrix = sums / np.maximum(known.sum(axis=1, keepdims=True) - 1, 1)
+    return found
+
+
+def _log_weights(n: int, tau: float) -> Matrix:
     """Logarithms of weights over timesteps, whose sum is 1."""
     logs = tau * (1.0 - np.linspace(0.0, 1.0, n))
-    found: Values = logs - logsumexp(logs)
+    found: Matrix = logs - logsumexp(logs)
     return found
 
 
-def _gamma(sums: Values, known: npt.NDArray[np.bool_]) -> Values:
-    """Mean correlation with the other layers that differ between samples, `[T, L]`."""
-    others = np.maximum(known.sum(axis=1, keepdims=True) - 1, 1)
-    found: Values = sums / others
-    return found
-
-
-def _theta(sums: Values, known: npt.NDArray[np.bool_], log_weights: Values, options: ImportanceOptions) -> Values:
+def _theta(sums: Matrix, known: npt.NDArray[np.bool_], options: ImportanceOptions) -> Matrix:
     """In logarithms up to the end, so that no beta and no tau leaves nothing of all layers."""
     is_known = known.any(axis=0)
-    shares = np.where(known, log_weights[:, None], -np.inf)[:, is_known]
+    shares = np.where(known, _log_weights(len(known), options.tau)[:, None], -np.inf)[:, is_known]
     each = -options.beta * _gamma(sums, known)[:, is_known]
     logs = logsumexp(shares + each, axis=0) - logsumexp(shares, axis=0)
     theta = np.ones(known.shape[1])
@@ -498,36 +462,8 @@ def _theta(sums: Values, known: npt.NDArray[np.bool_], log_weights: Values, opti
     theta[~is_known] = theta[is_known].mean()
     if options.tail_mean:
         theta = np.cumsum(theta[::-1])[::-1] / np.arange(len(theta), 0, -1)
-    found: Values = theta / theta.max()
+    found: Matrix = theta / theta.max()
     return found
-
-
-def _wasted(error: float, least: float) -> float:
-    """Bits that a family wastes against the one of least weight error; against an exact one all that it may."""
-    if error <= least:
-        return 0.0
-    return min(0.5 * math.log2(error / least), MAX_WASTE) if least > 0 else MAX_WASTE
-
-
-def _least_errors(candidates: Iterable[Candidate]) -> dict[tuple[str, int], float]:
-    """Least weight error of the families of equal bits, by (decision, bits)."""
-    found: dict[tuple[str, int], float] = {}
-    for c in candidates:
-        if c.format.is_quantized:
-            key = c.decision, c.format.bits
-            found[key] = min(found.get(key, math.inf), c.error)
-    return found
-
-
-def _of_decision(decision: Decision, found: Importance, place: Mapping[str, int]) -> tuple[float, float]:
-    """Mean importance of a decision's layers that are used, and the mean of their errors; of a stream, its share."""
-    probed = [layer for layer in decision.layers if layer in place]
-    if not probed:
-        raise InputError(f"the probe has no layer of {decision.name}; measure it again for this space")
-    rows = [place[layer] for layer in probed if layer not in found.unused]
-    if not rows:
-        return 0.0, 0.0
-    return decision.share * float(found.theta[rows].mean()), decision.share * float(found.standard_error[rows].mean())
 
 
 def _price(lab: Lab, _task: Task[ImportanceOptions]) -> Price:
@@ -553,16 +489,6 @@ def _measure(lab: Lab, task: Task[ImportanceOptions]) -> Finding:
     return Finding(bank, table).with_evidence(probe, task.knobs)
 
 
-def _by_programme(_lab: Lab, task: Task[ImportanceOptions], finding: Finding) -> Finding:
-    """By the published linear programme, its one split decision rounded down."""
-    return replace(finding, allocation=allocated(finding.table, task.budget, rule="lp"))
-
-
-def _refuse(task: Task[ImportanceOptions], formats: Sequence[Format]) -> None:
-    if task.knobs.objective != "bits":
-        refuse_blind(NAME, formats)
-
-
 ORTHOGONALITY = Method(
     name=NAME,
     words=Words(
@@ -576,14 +502,17 @@ ORTHOGONALITY = Method(
     traits=Traits(least_samples=LEAST_SAMPLES, is_noise=False, n_random=0),
     price=_price,
     measure=_measure,
-    refuse=_refuse,
+    refuse=lambda task, formats: None if task.knobs.objective == "bits" else refuse_blind(NAME, formats),
 )
 ORTHOGONALITY_LP = replace(
     ORTHOGONALITY,
     name="orthogonality-lp",
     words=replace(ORTHOGONALITY.words, summary="orthogonality by the published linear programme with rounding"),
     traits=replace(ORTHOGONALITY.traits, family=UAQ.name, told_as=NAME),
-    decide=_by_programme,
+    decide=lambda _lab, task, finding: replace(
+        finding,
+        allocation=allocated(finding.table, task.budget, rule="lp"),  # its one split decision rounded down
+    ),
 )
 ORTHOGONALITY_NOISE = replace(
     ORTHOGONALITY,
