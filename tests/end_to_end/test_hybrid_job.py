@@ -10,9 +10,9 @@ from diffusers import DiTPipeline
 from sedimo.allocation.budget import BudgetSettings
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
+from sedimo.jobs import report
 from sedimo.jobs.blocks import BlocksSettings, measure_blocks
 from sedimo.jobs.quantize import QuantizeSettings
-from sedimo.jobs.report import evidence_of
 from sedimo.jobs.settings import FormatSettings
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
@@ -77,7 +77,7 @@ def test_the_report_has_the_curves_and_can_be_had_again(made):
     page = (out / "report.html").read_text()
     assert "Where noise enters" in page
     assert f"Chosen by rank, the first 1 by gain: <code>{curves_of(result).kept[0]}</code>" in page
-    curves = evidence_of(out.with_name("out.study"))["maps"]["blocks"]
+    curves = report.run(report.ReportSettings(out.with_name("out.study")))["maps"]["blocks"]
     assert curves["kept"] == list(curves_of(result).kept)
     assert [row["block"] for row in curves["rows"]] == [row.block for row in curves_of(result).rows]
     plain = json.loads(json.dumps(result.as_json()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,15 +12,15 @@ import pytest
 from planted_worlds import N_SEARCHED, N_SHOWN, World
 from sedimo.allocation.effects import expected_db
 from sedimo.allocation.solve import allocate
-from sedimo.jobs import judging
-from sedimo.jobs.judging import N_BLAMED, N_SUSPECTS, judge_prediction
+from sedimo.jobs import evidence
+from sedimo.jobs.evidence import N_BLAMED, N_SUSPECTS, judge_prediction
 from sedimo.methods.adjoint import adjoint_table, effects_of
 from sedimo.methods.error import error_table
 from sedimo.methods.method import Finding
 from sedimo.methods.portfolio import Portfolio
 from sedimo.methods.prediction import DISAGREEMENT_DB, Prediction
 from sedimo.metrics.estimate import normal_estimate
-from sedimo.metrics.signal import NoisePowers
+from sedimo.metrics.signal import NoisePowers, mean_sqnr
 from sedimo.quant.formats import Format
 from synthetic_effects import candidates_of, probe_of
 
@@ -46,8 +45,7 @@ class Judged:
 
     def judge(self, finding=None, *, predicts=True):
         powers = NoisePowers(self.world.noise(self.allocation.recipe)[N_SEARCHED:], np.ones(16))
-        check = SimpleNamespace(this=SimpleNamespace(signals=SimpleNamespace(powers=powers)))
-        return judge_prediction(self.world, finding or self.finding, check, predicts=predicts)
+        return judge_prediction(self.world, finding or self.finding, mean_sqnr(powers), predicts=predicts)
 
 
 def loudest(world):
@@ -105,7 +103,7 @@ def test_suspects_are_those_of_great_cost_and_of_great_error(monkeypatch):
     ranked = sorted(costs, key=costs.get)
     for number, name in enumerate(ranked):  # the greatest error where the cost is least
         index[name, UAQ4] = replace(index[name, UAQ4], error=1.0 / (1 + number))
-    monkeypatch.setattr(judging, "N_SUSPECTS", 4)
+    monkeypatch.setattr(evidence, "N_SUSPECTS", 4)
     judged.judge()
     first, *others = [trial.recipe for trial in world.searching.kept.values()]
     assert first == judged.allocation.recipe

@@ -12,7 +12,7 @@ import sedimo
 from sedimo.allocation.budget import BudgetSettings
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
-from sedimo.jobs.explaining import explain
+from sedimo.jobs.evidence import explain
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study

@@ -10,7 +10,7 @@ import torch
 from test_search import BUDGET, Setup
 
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.jobs.explaining import finalist_rows
+from sedimo.jobs.evidence import finalist_rows
 from sedimo.methods.search import BUILT, finalists, hold_final, keeps
 from sedimo.metrics.signal import NoisePowers
 

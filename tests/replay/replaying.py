@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sedimo.cli.main import main
+from sedimo.codec import from_json, to_plain
+from sedimo.reporting.summary import Summary, added
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -213,8 +215,25 @@ def study_numbers(file: Path) -> dict[str, list[float]]:
     found = {}
     for kind, key, text in _rows(file):
         if kind == "trial" or (kind == "record" and key in ("table", "report")):
-            found[f"{kind} {key[:16]}"] = sorted({float(f"{n:.6g}") for n in _fractions(json.loads(text))})
+            told = [json.loads(text), *(reckoned(text) if key == "report" else ())]
+            found[f"{kind} {key[:16]}"] = sorted({float(f"{n:.6g}") for n in _fractions(told)})
     return found
+
+
+def reckoned(report: str) -> list[object]:
+    """What the page of a report reckons from the table and the recipe that are kept in it."""
+    summary = from_json(Summary, report)
+    told: list[object] = [summary.cost]
+    for cost in summary.chosen:
+        others = (summary.at_reference(cost), summary.step(cost, larger=True), summary.step(cost, larger=False))
+        told += [summary.share([cost]), *(summary.noise_db(cost, other) for other in others if other)]
+        told += [other.cost - cost.cost for other in others[1:] if other]
+    for costs in (*summary.operations.values(), *summary.blocks.values()):
+        referred = [other for cost in costs if (other := summary.at_reference(cost))]
+        told += [summary.paper_bits(costs), summary.share(costs), added(costs).value, added(referred)]
+    if summary.allocation.budget_bytes is not None:
+        told.append(8 * summary.allocation.budget_bytes / summary.table.total_params)
+    return list(to_plain(told))
 
 
 def _rows(file: Path) -> list[tuple[str, str, str]]:

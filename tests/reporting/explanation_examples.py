@@ -119,11 +119,15 @@ def insights() -> tuple[Insight, ...]:
 
 def shares(summary: Summary) -> tuple[FormatShare, ...]:
     counts: dict[str, dict[str, int]] = {}
-    for row in summary.decisions:
-        found = counts.setdefault(row.operation.removeprefix("transformer_blocks."), {})
-        found[str(row.format)] = found.get(str(row.format), 0) + len(row.layers)
-    by_name = {g.name: g for g in summary.operations}
-    return tuple(FormatShare(k, c, by_name[k].params, by_name[k].paper_bits) for k, c in counts.items() if k in by_name)
+    for cost in summary.chosen:
+        operation, text = summary.table.operations[cost.decision], str(cost.format)
+        found = counts.setdefault(operation.removeprefix("transformer_blocks."), {})
+        found[text] = found.get(text, 0) + len(summary.table.layers[cost.decision])
+    groups = {name: summary.operations[name] for name in counts if name in summary.operations}
+    return tuple(
+        FormatShare(name, counts[name], summary.params(group), summary.paper_bits(group))
+        for name, group in groups.items()
+    )
 
 
 @cache
@@ -131,7 +135,7 @@ def dit_explanation() -> Explanation:
     summary = dit_summary()
     rng = np.random.default_rng(5)
     means = {"norm1.linear": -1.9, "proj_out_2": -1.2, "ff.net.2": -0.5}
-    operations = {g.name: means.get(g.name, float(rng.normal(0.2, 0.25))) for g in summary.operations}
+    operations = {name: means.get(name, float(rng.normal(0.2, 0.25))) for name in summary.operations}
     blocks = {f"transformer_blocks.{i}": m for i, m in enumerate((-0.9, -0.2, 0.1, -0.6, 0.2, -0.1))}
     folds = tuple(
         FoldRow(

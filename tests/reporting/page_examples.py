@@ -56,11 +56,11 @@ def whole_summary() -> Summary:
         prediction=Prediction(estimate(13.2, 0.4, 8), estimate(10.21, 0.29, 64), blamed),
         rounding=LearnedRounding(8, 6, 64, 500, 0.12, 0.81),
         scaling=summary.evidence.agreement,
-        differences=tuple(d for d in summary.evidence.differences if d.measure == "sqnr_db"),
         pictures=(),
     )
-    sizes = replace(summary.sizes, bops=123_456_789, full_bops=987_654_321, attention_bops=3_456_789)
-    return replace(summary, evidence=evidence, sizes=sizes)
+    table = replace(summary.table, full_bops=987_654_321, attention_bops=3_456_789)
+    allocation = replace(summary.allocation, bops=123_456_789)
+    return replace(summary, table=table, allocation=allocation, evidence=evidence)
 
 
 def comparison() -> Comparison:

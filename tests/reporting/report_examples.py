@@ -11,17 +11,10 @@ from sedimo.allocation.combine import agreement
 from sedimo.allocation.solve import allocate, frontier
 from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.metrics.estimate import Estimate, with_interval
+from sedimo.metrics.signal import PairedDifference
 from sedimo.quant.formats import FP16, WIDE_FORMATS, Format, paper_bytes, stored_bytes
 from sedimo.reporting.page import Picture
-from sedimo.reporting.summary import (
-    DifferenceRow,
-    Evidence,
-    Provenance,
-    RecipeRow,
-    Summary,
-    frontier_points,
-    summarize,
-)
+from sedimo.reporting.summary import Evidence, MeasuredRecipe, Provenance, Summary
 
 Layer = tuple[str, str, str, tuple[int, ...], tuple[str, ...]]  # name, operation, block, shape, layers
 
@@ -134,6 +127,11 @@ def estimate(value: float, error: float, n: int) -> Estimate:
     return with_interval(value, error, n, n_replicates=n)
 
 
+def ahead(value: float, error: float, n: int) -> PairedDifference:
+    found = estimate(value, error, n)
+    return PairedDifference(found.value, found.standard_error, found.low, found.high, n, n_exact=0)
+
+
 def make_pictures(n: int, size: int, seed: int = 0) -> tuple[Picture, ...]:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:size, 0:size] / size
@@ -151,9 +149,8 @@ def make_pictures(n: int, size: int, seed: int = 0) -> tuple[Picture, ...]:
 def dit_evidence(table: SensitivityTable, bits: float) -> Evidence:
     rng = np.random.default_rng(7)
     recipes = (
-        RecipeRow(
+        MeasuredRecipe(
             f"ablation {bits}",
-            "this",
             bits,
             bits + 0.14,
             {
@@ -163,24 +160,17 @@ def dit_evidence(table: SensitivityTable, bits: float) -> Evidence:
                 "kid": estimate(0.01212, 0.00061, 5000),
             },
         ),
-        RecipeRow("error 3.5", "method", 3.5, 3.63, {"sqnr_db": estimate(8.57, 0.3, 64)}),
-        RecipeRow("jacobian 3.5", "method", 3.5, 3.65, {"sqnr_db": estimate(9.66, 0.28, 64)}),
-        RecipeRow("uniform kmc3", "uniform", 3.54, 3.54, {"sqnr_db": estimate(4.64, 0.26, 64)}),
-        RecipeRow("uniform uaq3", "uniform", 3.12, 3.19, {"sqnr_db": estimate(1.02, 0.21, 64)}),
-    )
-    differences = (
-        DifferenceRow("the best uniform recipe (kmc3)", "sqnr_db", estimate(5.57, 0.22, 64)),
-        DifferenceRow("error 3.5", "sqnr_db", estimate(1.64, 0.19, 64)),
-        DifferenceRow("full precision", "fid", estimate(0.92, 0.61, 5000)),
-        DifferenceRow("full precision", "kid", estimate(0.00091, 0.00031, 5000)),
+        MeasuredRecipe("error 3.5", 3.5, 3.63, {"sqnr_db": estimate(8.57, 0.3, 64)}, ahead(1.64, 0.19, 64)),
+        MeasuredRecipe("jacobian 3.5", 3.5, 3.65, {"sqnr_db": estimate(9.66, 0.28, 64)}, ahead(0.2, 0.19, 64)),
+        MeasuredRecipe("uniform kmc3", 3.54, 3.54, {"sqnr_db": estimate(4.64, 0.26, 64)}, ahead(5.57, 0.22, 64)),
+        MeasuredRecipe("uniform uaq3", 3.12, 3.19, {"sqnr_db": estimate(1.02, 0.21, 64)}, ahead(9.19, 0.24, 64)),
     )
     predicted = np.exp(rng.normal(-1.6, 0.35, 30))
     measured = predicted**0.9 * np.exp(rng.normal(-0.1, 0.15, 30))
     return Evidence(
         recipes=recipes,
-        differences=differences,
         agreement=agreement(predicted.tolist(), measured.tolist()),
-        frontier=frontier_points(frontier(table, [3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0])),
+        frontier=tuple((a.bits, a.objective) for a in frontier(table, [3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0])),
         pictures=make_pictures(8, 32),
         file_bytes=8_390_000,
         source_file_bytes=19_100_000,
@@ -203,14 +193,8 @@ PROVENANCE = Provenance(
 def dit_summary(bits: float = 3.5) -> Summary:
     layers = list(dit_layers())
     table = make_table(layers, 1)
-    return summarize(
-        table,
-        allocate(table, bits=bits),
-        model="cifar-dit",
-        shapes={name: shape for name, _, _, shape, _ in layers},
-        evidence=dit_evidence(table, bits),
-        provenance=PROVENANCE,
-    )
+    shapes = {name: shape for name, _, _, shape, _ in layers}
+    return Summary("cifar-dit", table, allocate(table, bits=bits), shapes, dit_evidence(table, bits), PROVENANCE)
 
 
 @cache
@@ -219,4 +203,4 @@ def unet_summary() -> Summary:
     layers = list(unet_layers())
     table = make_table(layers, 2)
     shapes = {name: shape for name, _, _, shape, _ in layers}
-    return summarize(table, allocate(table, bits=3.7), model="stable-diffusion-v1-5/unet", shapes=shapes)
+    return Summary("stable-diffusion-v1-5/unet", table, allocate(table, bits=3.7), shapes)

@@ -7,14 +7,16 @@ import html
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from explanation_examples import dit_explanation, explained, large_explanation
-from report_examples import dit_summary, make_table, unet_layers, unet_summary
+from report_examples import dit_summary, unet_summary
 from test_html import HARM, read, render
 
 from sedimo.codec import from_json, from_plain, to_json, to_plain
-from sedimo.jobs.report import keep_report, report_again
+from sedimo.errors import StateError
+from sedimo.jobs import report
 from sedimo.lab.study import Study
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting import html as pages
@@ -185,11 +187,19 @@ def test_untrusted_text_stays_text():
 
 
 def test_a_report_is_the_same_after_saving(tmp_path):
-    table = make_table(list(unet_layers())[:4], 2)
     summary = replace(explained(dit_explanation()), provenance=Provenance(command="sedimo quantize"))
     with Study(tmp_path) as study:
-        keep_report(study, table, summary)
-    assert report_again(tmp_path).read_text(encoding="utf-8") == render(summary)
+        study.put_record(report.REPORT, summary)
+    found = report.run(report.ReportSettings(tmp_path))
+    assert Path(found["report"]).read_text(encoding="utf-8") == render(summary)
+    assert found["explanation"] == to_plain(summary.evidence.explanation)
+
+
+def test_a_damaged_picture_is_named():
+    plain = to_plain(dit_summary())
+    plain["evidence"]["pictures"][0]["quantized"] = "AAAA"
+    with pytest.raises(StateError, match="a picture of the study is damaged"):
+        from_plain(Summary, plain)
 
 
 def test_records_of_earlier_versions_are_still_read():

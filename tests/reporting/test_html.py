@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from report_examples import PROVENANCE, dit_summary, make_pictures, unet_summary
+from report_examples import PROVENANCE, ahead, dit_summary, make_pictures, unet_summary
 
 from sedimo.errors import InputError
 from sedimo.pipelines import folder
@@ -18,7 +18,7 @@ from sedimo.reporting import html
 from sedimo.reporting.html import MAX_BYTES, fitting, write_page
 from sedimo.reporting.page import Picture
 from sedimo.reporting.report_page import report_page
-from sedimo.reporting.summary import Evidence, RecipeRow
+from sedimo.reporting.summary import Evidence, MeasuredRecipe
 from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, PLACEHOLDER, bit_level
 
 TEXT_CONTRAST, SHAPE_CONTRAST = 4.5, 3.0  # WCAG 2.2, 1.4.3 and 1.4.11
@@ -123,7 +123,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", ["recipes", "differences", "agreement", "frontier", "pictures", "file_bytes"])
+@pytest.mark.parametrize("name", ["recipes", "agreement", "frontier", "pictures", "file_bytes"])
 def test_any_single_piece_of_evidence_may_be_absent(name):
     summary = dit_summary()
     evidence = replace(summary.evidence, **{name: getattr(Evidence(), name)})
@@ -133,23 +133,26 @@ def test_any_single_piece_of_evidence_may_be_absent(name):
 @pytest.mark.usefixtures("quick")
 def test_any_single_piece_of_evidence_is_enough():
     summary = dit_summary()
-    for name in ("recipes", "differences", "agreement", "frontier", "pictures"):
+    for name in ("recipes", "agreement", "frontier", "pictures"):
         evidence = Evidence(**{name: getattr(summary.evidence, name)})
         assert 'id="cost"' in render(replace(summary, evidence=evidence))
 
 
 def test_untrusted_text_stays_text():
     summary = dit_summary()
-    row = replace(summary.decisions[5], name=HARM, layers=(HARM,), operation=f"x.{HARM}", block="x.0")
-    recipe = RecipeRow(HARM, "method", 3.5, 3.6, summary.evidence.recipes[0].measures)
+    table, choice, name = summary.table, summary.allocation.choice, summary.chosen[5].decision
+    costs = tuple(replace(c, decision=HARM) if c.decision == name else c for c in table.costs)
+    told = {"layers": (HARM,), "operations": f"x.{HARM}", "blocks": f"x.{HARM}.0", "params": table.params[name]}
+    facts = {key: {**getattr(table, key), HARM: value} for key, value in told.items()}
+    for fact in facts.values():
+        del fact[name]
+    recipe = MeasuredRecipe(HARM, 3.5, 3.6, summary.evidence.recipes[0].measures, ahead(1.0, 0.2, 64))
     picture = replace(summary.evidence.pictures[0], label=HARM)
     evil = replace(
         summary,
         model=HARM,
-        denoiser=HARM,
-        decisions=(row, *summary.decisions),
-        operations=(replace(summary.operations[0], name=HARM), *summary.operations),
-        blocks=(replace(summary.blocks[0], name=HARM), *summary.blocks),
+        table=replace(table, costs=costs, denoiser=HARM, **facts),
+        allocation=replace(summary.allocation, choice={**choice, HARM: choice[name]}),
         evidence=replace(
             summary.evidence, recipes=(*summary.evidence.recipes, recipe), pictures=(picture,), agreement_of=HARM
         ),

@@ -16,7 +16,7 @@ from sedimo.quant.formats import parse_formats
 from sedimo.reporting.drawing import draw
 from sedimo.reporting.html import render
 from sedimo.reporting.report_page import report_page
-from sedimo.reporting.summary import Evidence, FrontierPoint, summarize
+from sedimo.reporting.summary import Evidence, Summary
 from sedimo.reporting.sweep import ranks_matrix
 from sedimo.reporting.words import count
 
@@ -45,8 +45,8 @@ def changed(**values: float) -> SensitivityTable:
 )
 def test_a_page_is_made_all_the_same(table, arguments):
     allocation = allocate(table, **arguments)
-    points = (FrontierPoint(3.0, 0.1), FrontierPoint(4.0, 0.0))
-    page = render(report_page(summarize(table, allocation, model="m", evidence=Evidence(frontier=points))))
+    evidence = Evidence(frontier=((3.0, 0.1), (4.0, 0.0)))
+    page = render(report_page(Summary("m", table, allocation, evidence=evidence)))
     assert "nan" not in page.lower().replace("nano", "")
     assert "</html>" in page
 
@@ -54,10 +54,13 @@ def test_a_page_is_made_all_the_same(table, arguments):
 def test_measures_without_an_interval_are_shown_as_they_are():
     evidence = dit_evidence(TABLE, 3.5)
     only = replace(evidence.recipes[0].measures["sqnr_db"], standard_error=math.nan, low=-math.inf, high=math.inf, n=1)
-    rows = tuple(replace(row, measures={"sqnr_db": only}) for row in evidence.recipes)
-    differences = tuple(replace(d, difference=only) for d in evidence.differences)
-    found = replace(evidence, recipes=rows, differences=differences)
-    page = render(report_page(summarize(TABLE, allocate(TABLE, bits=3.5), model="m", evidence=found)))
+    odd = {"standard_error": math.nan, "low": -math.inf, "high": math.inf, "n": 1}
+    rows = tuple(
+        replace(one, measures={"sqnr_db": only}, ahead=one.ahead and replace(one.ahead, **odd))
+        for one in evidence.recipes
+    )
+    found = replace(evidence, recipes=rows)
+    page = render(report_page(Summary("m", TABLE, allocate(TABLE, bits=3.5), evidence=found)))
     assert "no difference shown" in page
     assert "∞" not in page
 

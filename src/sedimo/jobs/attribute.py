@@ -14,7 +14,7 @@ import numpy as np
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
-from sedimo.jobs.explaining import predictor_rows
+from sedimo.jobs.evidence import predictor_rows
 from sedimo.jobs.job import Job
 from sedimo.jobs.report import TABLE
 from sedimo.lab.study import OBJECTIVES, Study

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from sedimo.bank import Bank
 from sedimo.codec import to_plain
-from sedimo.jobs.measures import SignalEvaluation, compare_signals, measures
+from sedimo.jobs.measures import compare_signals
 from sedimo.lab.exchange import probed
 from sedimo.lab.images import Samples, draw
 from sedimo.lab.lab import Lab
 from sedimo.lab.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
 from sedimo.methods.method import Finding, Price
 from sedimo.methods.uniform import SLACK_BITS
-from sedimo.metrics.signal import PairedDifference, paired_difference
+from sedimo.metrics.signal import paired_difference
 from sedimo.quant.formats import Format
-from sedimo.space import Recipe
+from sedimo.reporting.page import Picture
+from sedimo.reporting.summary import MeasuredRecipe
 from sedimo.treatments.treatment import Finished
 
 N_PICTURES = 8
@@ -27,27 +27,14 @@ THIS, NEAREST = "this recipe", "this recipe, rounded to nearest"
 
 
 @dataclass(frozen=True)
-class CheckedRecipe:
-    """A recipe and how its samples compare with full precision."""
-
-    name: str
-    recipe: Recipe
-    paper_bits: float
-    stored_bits: float
-    signals: SignalEvaluation
-
-
-@dataclass(frozen=True)
 class Check:
-    """The result and its rivals on the same fresh seeds.
+    """The result and its rivals on the same fresh seeds, the result first.
 
     Rivals are the result rounded to nearest, if its rounding is learned, and the uniform recipes of about its size,
-    which are rounded to nearest, too. `differences` are result minus rival [dB], paired.
+    which are rounded to nearest, too.
     """
 
-    this: CheckedRecipe
-    rivals: tuple[CheckedRecipe, ...]
-    differences: Mapping[str, PairedDifference]
+    recipes: tuple[MeasuredRecipe, ...]
     reference: Samples
     quantized: Samples
     seeds: tuple[int, ...]
@@ -55,12 +42,11 @@ class Check:
 
     def as_json(self) -> dict[str, object]:
         """Plain values by name."""
-        recipes = {r.name: to_plain(measures(r.signals, {})) for r in (self.this, *self.rivals)}
         return {
             "seeds": list(self.seeds),
             "n_steps": self.n_steps,
-            "recipes": recipes,
-            "differences_db": to_plain(self.differences),
+            "recipes": {one.name: to_plain(one.measures) for one in self.recipes},
+            "differences_db": {one.name: to_plain(one.ahead) for one in self.recipes if one.ahead is not None},
         }
 
 
@@ -71,19 +57,20 @@ def check_recipe(lab: Lab, finding: Finding, finished: Finished | None = None) -
     """
     pipe, on, bank, allocation = lab.pipe, lab.seeds.check, finding.bank, finding.decided
     reference = draw(pipe, on, label="full precision", progress=lab.progress)
-    names = (THIS,) if finished is None else (THIS, NEAREST)
     uniform = uniform_rivals(bank, allocation.paper_bits + SLACK_BITS)
-    recipes = dict.fromkeys(names, allocation.recipe) | {f"uniform {f}": bank.space.uniform(f) for f in uniform}
-    checked, quantized = [], reference
-    for name, recipe in recipes.items():
+    recipes = dict.fromkeys((THIS,) if finished is None else (THIS, NEAREST), allocation.recipe)
+    checked: list[MeasuredRecipe] = []
+    for name, recipe in (recipes | {f"uniform {f}": bank.space.uniform(f) for f in uniform}).items():
         weights = finished.weights if name == THIS and finished is not None else bank.quantize(recipe)
         with probed(pipe.denoiser, weights, inputs=bank.input_quantizers(recipe)):
             samples = draw(pipe, on, label=name, progress=lab.progress)
-        checked.append(_checked(bank, name, recipe, compare_signals(reference, samples)))
-        quantized = samples if name == THIS else quantized
-    this, *rivals = checked
-    differences = {r.name: paired_difference(this.signals.powers, r.signals.powers) for r in rivals}
-    return Check(this, tuple(rivals), differences, reference, quantized, on.seeds, on.n_steps)
+        powers, found = compare_signals(reference, samples)
+        if name == THIS:
+            own, quantized = powers, samples
+        ahead = None if name == THIS else paired_difference(own, powers)
+        stored_bits = 8 * bank.stored_bytes(recipe) / bank.space.params
+        checked.append(MeasuredRecipe(name, bank.space.paper_bits(recipe), stored_bits, found, ahead))
+    return Check(tuple(checked), reference, quantized, on.seeds, on.n_steps)
 
 
 def price_of_check(lab: Lab, *, n_random: int) -> Price:
@@ -106,17 +93,13 @@ def uniform_rivals(bank: Bank, paper_bits: float, *, n: int = 3) -> tuple[Format
     return tuple(best.values())[:n]
 
 
-def pictures_of(check: Check) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Label and uint8 images `[H, W, 3]` of full precision and of the result, for the first samples."""
-    pairs = zip(check.seeds, check.reference.images, check.quantized.images, strict=True)
-    return [(f"seed {seed}", _pixels(a), _pixels(b)) for seed, a, b in list(pairs)[:N_PICTURES]]
+def pictures_of(check: Check) -> tuple[Picture, ...]:
+    """Full precision and the result, for the first samples."""
+    pairs = zip(check.seeds[:N_PICTURES], check.reference.images, check.quantized.images, strict=False)
+    return tuple(Picture(f"seed {seed}", _pixels(a), _pixels(b)) for seed, a, b in pairs)
 
 
 def _pixels(image: object) -> np.ndarray:
+    """Of an image `[3, H, W]`, uint8 `[H, W, 3]`."""
     array = np.asarray(image, dtype=np.float64).transpose(1, 2, 0)
     return np.clip(np.rint(array * 255), 0, 255).astype(np.uint8)
-
-
-def _checked(bank: Bank, name: str, recipe: Recipe, signals: SignalEvaluation) -> CheckedRecipe:
-    stored = 8 * bank.stored_bytes(recipe) / bank.space.params
-    return CheckedRecipe(name, recipe, bank.space.paper_bits(recipe), stored, signals)

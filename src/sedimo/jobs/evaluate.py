@@ -11,14 +11,14 @@ from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.describe import refuse_other_source
 from sedimo.jobs.job import Job
-from sedimo.jobs.measures import Plans, compare_drawn, draw_all, measures
+from sedimo.jobs.measures import draw_all, measures
 from sedimo.jobs.settings import SAMPLING
 from sedimo.lab.bench import Compute, trace
 from sedimo.lab.images import compare_distributions
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.metrics.distribution import N_PARTS
 from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.signal import paired_difference, relative_noise
+from sedimo.metrics.signal import paired_difference, relative_noise, summarize
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
@@ -131,23 +131,23 @@ def evaluate(
     _refuse_strangers(quantized, against)
     images = range(sampling.first_seed, sampling.first_seed + n_images)
     seeds = Seeds(sampling, against.default_sampling)
-    plans = Plans(seeds.search, seeds.plan(images) if n_images else None)
-    reference, drawn = (draw_all(p, plans, progress=progress) for p in (against, quantized))
-    signals, distributions = compare_drawn(reference, drawn)
+    plans = seeds.search, seeds.plan(images) if n_images else None
+    reference, drawn = (draw_all(p, *plans, progress=progress) for p in (against, quantized))
+    powers = relative_noise(reference.samples.latents, drawn.samples.latents)
     correction = None
     if correct:
         probe = estimate_correction(against, quantized, correction_plan(seeds, n_images), progress=progress)
         with corrected(quantized, probe.correction, with_variance=correct == "all") as log:
-            again = draw_all(quantized, plans, label=f"{quantized.name}, corrected", progress=progress)
-        powers = [relative_noise(reference.samples.latents, d.samples.latents) for d in (again, drawn)]
-        gain = {"sqnr_db": paired_difference(*powers).estimate}
+            again = draw_all(quantized, *plans, label=f"{quantized.name}, corrected", progress=progress)
+        less_noise = relative_noise(reference.samples.latents, again.samples.latents)
+        gain = {"sqnr_db": paired_difference(less_noise, powers).estimate}
         if drawn.features is not None and again.features is not None:
             gain["fid"] = compare_distributions(drawn.features, again.features)["fid_difference"]
-        better = measures(*compare_drawn(reference, again))
+        better = measures(reference, again)
         correction = CorrectedEvaluation(better, gain, str(log), probe.seeds, probe.path, probe.fits)
-    sqnr = signals.sqnr
+    sqnr = summarize(powers)
     return Evaluation(
-        measures=measures(signals, distributions),
+        measures=measures(reference, drawn),
         n_exact=sqnr.n_exact,
         n_decorrelated=sqnr.n_decorrelated,
         size=_sizes(quantized, against),

@@ -1,32 +1,55 @@
-"""From what a job knows to the report's numbers."""
+"""What a job finds out about its result: comparisons, maps, what was predicted, and what a search has learned."""
 
 from __future__ import annotations
 
 import datetime
+import math
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import psutil
 import torch
 
+from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.allocation.combine import Agreement
-from sedimo.allocation.effects import Effects
+from sedimo.allocation.effects import Effects, expected_db
 from sedimo.allocation.solve import decided_by, even_budgets, frontier
+from sedimo.errors import InputError
 from sedimo.jobs.additivity import check_additivity, measure_random_recipes
-from sedimo.jobs.check import NEAREST, Check, CheckedRecipe, pictures_of
-from sedimo.jobs.explaining import explanation_of
-from sedimo.jobs.judging import judge_prediction
+from sedimo.jobs.check import Check, pictures_of
 from sedimo.lab.lab import Lab
-from sedimo.lab.study import versions
-from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, TrajectoryProbe, probe_trajectory
+from sedimo.lab.study import Trial, versions
+from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, probe_trajectory
 from sedimo.methods.error import ERROR
 from sedimo.methods.hybrid import BlockCurves, blocks_of
 from sedimo.methods.method import Finding, Traits
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
 from sedimo.methods.portfolio import Portfolio
+from sedimo.methods.prediction import Blamed, Prediction
+from sedimo.methods.predictor.changes import bits_of, grouped, telling_changes
+from sedimo.methods.predictor.quality import ALL, MINE, Band, Rating, rate, rate_hops
+from sedimo.methods.predictor.scoring import distributions
+from sedimo.methods.predictor.study import Background
+from sedimo.methods.search import Search, SearchSettings
 from sedimo.methods.sqnr import SqnrProbe
-from sedimo.metrics.signal import sqnr_estimates
+from sedimo.metrics.estimate import NORMAL_95, Estimate, mean_estimate, normal_estimate
+from sedimo.metrics.signal import decibel, estimated_db, mean_sqnr, paired_difference
+from sedimo.quant.formats import FP16
+from sedimo.reporting.explanation import (
+    OVERALL,
+    CurveKind,
+    CurvePoint,
+    Explanation,
+    FinalistRow,
+    FoldRow,
+    FormatShare,
+    Insight,
+    PredictorRow,
+    RefineRound,
+    score_boxes,
+    verdict_of,
+)
 from sedimo.reporting.maps import (
     ChannelRanges,
     Maps,
@@ -37,19 +60,9 @@ from sedimo.reporting.maps import (
     repetition,
     trajectory_lines,
 )
-from sedimo.reporting.page import Picture
-from sedimo.reporting.summary import (
-    DifferenceRow,
-    Evidence,
-    Provenance,
-    RecipeKind,
-    RecipeRow,
-    Summary,
-    frontier_points,
-    reference_format,
-    summarize,
-)
+from sedimo.reporting.summary import Evidence, Provenance, Summary, reference_format
 from sedimo.runtime.writing import WrittenCheckpoint
+from sedimo.space import SearchSpace, compose
 from sedimo.treatments.learned_rounding import Reconstruction
 from sedimo.treatments.smoothing_plan import Smoothing
 from sedimo.treatments.treatment import Finished
@@ -58,15 +71,10 @@ N_FRONTIER_POINTS = 24
 N_RANGES = 4  # smoothed layers whose ranges are drawn
 FRONTIER_BITS_BEYOND = 3.0
 N_SHOWN_CONDITIONS = 12
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """How a job went: the check of its result, the command as it was typed, how long it took [s]."""
-
-    check: Check | None
-    command: str
-    seconds: float
+N_SUSPECTS = 8  # half of them by what they are predicted to add, half by their weight error
+N_BLAMED = 3
+GOAL_NAMES = {"sqnr_db": "SQNR [dB]", "sqnr_pooled_db": "pooled SQNR [dB]"}
+CURVE_STEPS = (-0.4, -0.2, 0.2, 0.4, 0.7)  # bits beside the budget at which the curve is measured
 
 
 def find_evidence(
@@ -75,24 +83,26 @@ def find_evidence(
     """What else is measured about the result, and what was found on the way; less where it is not sampled.
 
     What a search has learned is measured where it `is_explained`.
+
+    Raises:
+        Interrupted: Ctrl-C; what was measured is kept.
     """
     explanation = explanation_of(lab, finding) if is_explained else None
-    additivity = None if check is None or not traits.n_random else _additivity(lab, finding, traits.n_random)
-    prediction = None if finished is not None else judge_prediction(lab, finding, check, predicts=traits.is_noise)
-    probe = None if check is None else _probe_result(lab, finding)
-    portfolio = finding.of(Portfolio)
+    agreement = None if check is None or not traits.n_random else _additivity(lab, finding, traits.n_random)
+    measured = None if check is None else check.recipes[0].measures["sqnr_db"]
+    prediction = None if finished is not None else judge_prediction(lab, finding, measured, predicts=traits.is_noise)
+    name, portfolio = decided_by(finding.table.method, finding.decided.rule), finding.of(Portfolio)
     return Evidence(
-        agreement=additivity,
-        agreement_of="random recipes of about this size" if additivity else "",
+        recipes=() if check is None else (replace(check.recipes[0], name=name), *check.recipes[1:]),
+        agreement=agreement,
+        agreement_of="random recipes of about this size",
         scaling=finding.of(Agreement),
+        pictures=() if check is None else pictures_of(check),
         explanation=explanation,
-        maps=_maps(lab, finding, probe),
+        maps=_maps(lab, finding, is_probed=check is not None),
         rounding=finished.summary if isinstance(finished, Reconstruction) else None,
         prediction=prediction,
         entrants=() if portfolio is None else portfolio.entrants,
-        recipes=() if check is None else recipe_rows(check, decided_by(finding.table.method, finding.decided.rule)),
-        differences=() if check is None else difference_rows(check),
-        pictures=() if check is None else tuple(Picture(*parts) for parts in pictures_of(check)),
     )
 
 
@@ -102,15 +112,12 @@ def _additivity(lab: Lab, finding: Finding, n: int) -> Agreement | None:
     return check_additivity(finding.table, trials, finding.of(Effects))
 
 
-def _probe_result(lab: Lab, finding: Finding) -> TrajectoryProbe:
-    """The noise of the chosen recipe at all blocks and along the trajectory, on the first of the checked seeds."""
-    blocks = tuple(blocks_of(finding.bank.space))
-    return probe_trajectory(lab, finding.decided.recipe, lab.seeds.check.first(TRAJECTORY_SAMPLES), blocks)
-
-
-def _maps(lab: Lab, finding: Finding, probe: TrajectoryProbe | None) -> Maps:
-    """All maps of a job; those of the result if it was probed."""
-    smoothing = lab.in_force(Smoothing)
+def _maps(lab: Lab, finding: Finding, *, is_probed: bool) -> Maps:
+    """All maps of a job; those of the result, on the first of the checked seeds, if it is to be probed."""
+    smoothing, probe = lab.in_force(Smoothing), None
+    if is_probed:
+        on, names = lab.seeds.check.first(TRAJECTORY_SAMPLES), tuple(blocks_of(finding.bank.space))
+        probe = probe_trajectory(lab, finding.decided.recipe, on, names)
     return Maps(
         recipe=None if probe is None else recipe_map(probe),
         trajectory=None if probe is None else trajectory_lines(probe),
@@ -150,56 +157,49 @@ def _repetition(finding: Finding) -> Repetition | None:
 
 
 def summary_of(
-    lab: Lab, finding: Finding, written: WrittenCheckpoint, evidence: Evidence, how: Circumstances
+    lab: Lab,
+    finding: Finding,
+    written: WrittenCheckpoint,
+    evidence: Evidence,
+    check: Check | None,
+    *,
+    command: str,
+    seconds: float,
 ) -> Summary:
-    """The numbers of a job's report; `evidence` is what was found out about the result besides it."""
+    """The numbers of a job's report: what it found, `evidence` about it, the command as typed, how long it took [s]."""
     table, allocation = finding.table, finding.decided
     budgets = even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND)
-    found = replace(
-        evidence,
-        frontier=frontier_points(frontier(table, budgets, bops=allocation.budget_bops)),
-        file_bytes=written.file_bytes,
-        source_file_bytes=lab.source_bytes,
-    )
-    return summarize(
+    points = frontier(table, budgets, bops=allocation.budget_bops)
+    return Summary(
+        lab.subject.name,
         table,
         allocation,
-        model=lab.subject.name,
-        shapes={d.name: d.shape for d in finding.bank.space.decisions},
-        evidence=found,
-        provenance=provenance(lab, finding, how),
+        {d.name: d.shape for d in finding.bank.space.decisions},
+        replace(
+            evidence,
+            frontier=tuple((a.bits, a.objective) for a in points),
+            file_bytes=written.file_bytes,
+            source_file_bytes=lab.source_bytes,
+        ),
+        Provenance(
+            command=command,
+            created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            seeds=_seeds(lab, finding, check),
+            sampling=_sorted({"steps": str(lab.seeds.settings.n_steps), **table.settings, **_drawn(lab)}),
+            versions=_sorted(versions()),
+            machine=f"{platform.system()} {platform.machine()}, {_processor()}",
+            seconds={"the whole job": round(seconds)},
+            notes=(*finding.bank.space.notes, *lab.subject.rules),
+        ),
     )
 
 
-def recipe_rows(check: Check, method: str) -> tuple[RecipeRow, ...]:
-    """The result, called by what decided it, and its rivals with their measures."""
-    kinds: dict[str, RecipeKind] = {NEAREST: "method"}
-    return _row(method, "this", check.this), *(_row(r.name, kinds.get(r.name, "uniform"), r) for r in check.rivals)
-
-
-def difference_rows(check: Check) -> tuple[DifferenceRow, ...]:
-    """The paired differences as estimates."""
-    return tuple(DifferenceRow(name, "sqnr_db", d.estimate) for name, d in check.differences.items())
-
-
-def provenance(lab: Lab, finding: Finding, how: Circumstances) -> Provenance:
-    """How the numbers came about, in words."""
-    settings, check = lab.seeds.settings, how.check
-    searched = f"{settings.first_seed} to {settings.first_seed + settings.n_seeds - 1}"
+def _seeds(lab: Lab, finding: Finding, check: Check | None) -> str:
+    settings = lab.seeds.settings
     is_measured = finding.table.method != ERROR.name or finding.of(BlockCurves) is not None
-    seeds = f"searched on {searched}" if is_measured else "none used for the search"
-    if check is not None:
-        seeds += f"; checked on {check.seeds[0]} to {check.seeds[-1]}"
-    return Provenance(
-        command=how.command,
-        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        seeds=seeds,
-        sampling=_sorted({"steps": str(settings.n_steps), **finding.table.settings, **_drawn(lab)}),
-        versions=_sorted(versions()),
-        machine=f"{platform.system()} {platform.machine()}, {_processor()}",
-        seconds={"the whole job": round(how.seconds)},
-        notes=(*finding.bank.space.notes, *lab.subject.rules),
-    )
+    last = settings.first_seed + settings.n_seeds - 1
+    text = f"searched on {settings.first_seed} to {last}" if is_measured else "none used for the search"
+    return text if check is None else f"{text}; checked on {check.seeds[0]} to {check.seeds[-1]}"
 
 
 def _drawn(lab: Lab) -> dict[str, str]:
@@ -215,11 +215,6 @@ def _drawn(lab: Lab) -> dict[str, str]:
     return {"conditions": shown or "none", "guidance": guidance}
 
 
-def _row(name: str, kind: RecipeKind, recipe: CheckedRecipe) -> RecipeRow:
-    found = {"sqnr_db": sqnr_estimates(recipe.signals.sqnr)["sqnr_db"], "psnr_db": recipe.signals.psnr}
-    return RecipeRow(name, kind, recipe.paper_bits, recipe.stored_bits, found)
-
-
 def _sorted(facts: Mapping[str, str]) -> dict[str, str]:
     """In the order in which a saved record gives them back."""
     return dict(sorted(facts.items()))
@@ -228,3 +223,203 @@ def _sorted(facts: Mapping[str, str]) -> dict[str, str]:
 def _processor() -> str:
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or "CPU"
     return f"{name}, {psutil.cpu_count()} cores"
+
+
+def judge_prediction(lab: Lab, finding: Finding, measured: Estimate | None, *, predicts: bool) -> Prediction | None:
+    """The predicted SQNR of the chosen recipe beside the one measured on fresh seeds, if it was [dB].
+
+    None where costs that do not predict (`predicts`) noise of final latents are all that there is.
+
+    Where they are far apart, some suspects go back to 16 bits, one after the other, and the recipe is measured again.
+
+    Raises:
+        Interrupted: Ctrl-C; what was measured is kept.
+    """
+    portfolio, allocation = finding.of(Portfolio), finding.decided
+    if portfolio is not None:
+        predicted = portfolio.sqnr_db
+    elif predicts:
+        predicted = estimated_db(normal_estimate(allocation.objective, allocation.standard_error))
+    else:
+        return None
+    found = Prediction(predicted, measured)
+    return found if found.is_trusted else replace(found, blamed=_blamed(lab, finding))
+
+
+def _blamed(lab: Lab, finding: Finding) -> tuple[Blamed, ...]:
+    table, allocation = finding.table, finding.decided
+    suspects = _suspects(finding)
+    recipes = [compose({**allocation.choice, name: FP16}, table.layers, table.streams) for name in suspects]
+    scores = [trial.score for trial in lab.measure([allocation.recipe, *recipes], lab.seeds.search)]
+    found = [
+        Blamed(name, str(allocation.choice[name]), _predicted_gain(finding, name), score - scores[0])
+        for name, score in zip(suspects, scores[1:], strict=True)
+    ]
+    found.sort(key=lambda one: -abs(one.measured_db - one.predicted_db))
+    return tuple(found[:N_BLAMED])
+
+
+def _suspects(finding: Finding) -> list[str]:
+    """The decisions that are predicted to add most, and those whose weights changed most."""
+    choice = finding.decided.choice
+    changed = [name for name, number_format in choice.items() if number_format.is_quantized]
+    errors = {name: finding.bank.index[name, choice[name]].error for name in changed}
+    costs = {name: finding.table.index[name, choice[name]].cost for name in changed}
+    by_cost, by_error = (sorted(changed, key=lambda name: -values[name]) for values in (costs, errors))
+    half = N_SUSPECTS // 2
+    return list(dict.fromkeys([*by_cost[:half], *by_error]))[:N_SUSPECTS]
+
+
+def _predicted_gain(finding: Finding, name: str) -> float:
+    """What the recipe is predicted to gain without the noise of one decision [dB]."""
+    choice, effects = finding.decided.choice, finding.of(Effects)
+    if effects is None:
+        costs = {d: finding.table.index[key].cost for d, key in zip(choice, choice.items(), strict=True)}
+        whole = math.fsum(costs.values())
+        return decibel(whole - costs[name]) - decibel(whole)
+    before, after = (effects.noise(c) for c in (choice, {**choice, name: FP16}))
+    n_directions = effects.shape[1]
+    return expected_db(after, n_directions).value - expected_db(before, n_directions).value
+
+
+def explanation_of(lab: Lab, finding: Finding) -> Explanation | None:
+    """What a search by measured recipes has learned; None where there was none."""
+    search, background, settings = finding.of(Search), finding.of(Background), finding.of(SearchSettings)
+    if search is None or background is None or settings is None:
+        return None
+    return explain(lab, background, search, target=settings.target)
+
+
+def explain(lab: Lab, background: Background, search: Search, *, target: str) -> Explanation:
+    """All that the report tells of a search. Measures the curve on the search's seeds, the sentences on the check's."""
+    band = Band.around(search.allocation.paper_bits)
+    operations, blocks, notes = distributions(search.predictor, background, search.data)
+    return Explanation(
+        predictor=f"graph network, preset {search.predictor.options.preset}",
+        target=GOAL_NAMES.get(target, target),
+        n_trials=len(search.trials),
+        objective=search.trials[0].setting.objective,
+        operation_boxes=score_boxes(operations),
+        block_boxes=score_boxes(blocks),
+        format_shares=format_shares(search),
+        predictors=predictor_rows(rate(search.predictor, search.data, background, band=band)),
+        folds=fold_rows(search, band),
+        curve=curve(lab, search),
+        insights=insights(lab, search),
+        rounds=tuple(
+            RefineRound(r.index + 1, r.n_trials, mean_estimate(r.best.powers.sqnr_db), r.predicted)
+            for r in search.rounds
+        ),
+        finalists=finalist_rows(search),
+        notes=notes,
+    )
+
+
+def finalist_rows(search: Search) -> tuple[FinalistRow, ...]:
+    """The finalists, and what the chosen one is ahead of each, paired on the seeds of the final."""
+    chosen = next((f.trial.powers for f in search.finalists if f.trial.recipe == search.allocation.recipe), None)
+    if chosen is None:
+        return ()
+    space = search.data.choices.space
+    return tuple(
+        FinalistRow(
+            f.name,
+            space.paper_bits(f.trial.recipe),
+            mean_sqnr(f.trial.powers),
+            None if f.trial.powers is chosen else paired_difference(chosen, f.trial.powers).estimate,
+        )
+        for f in search.finalists
+    )
+
+
+def predictor_rows(ratings: Iterable[Rating]) -> tuple[PredictorRow, ...]:
+    """The predictor and its rivals, with what the predictor is ahead of each."""
+    return tuple(
+        PredictorRow(
+            predictor=r.predictor,
+            subset=_subset(r.subset),
+            n=r.quality.n,
+            srcc=r.quality.srcc,
+            kendall_tau=r.quality.kendall_tau,
+            ndcg_at_10=r.quality.ndcg_at_10,
+            mae=r.quality.mae,
+            is_used=r.predictor == MINE,
+            advantage=r.ahead,
+        )
+        for r in ratings
+    )
+
+
+def fold_rows(search: Search, band: Band) -> tuple[FoldRow, ...]:
+    """Quality per fold and hop on the fold's own test recipes, and on those of them within a band of bits."""
+    return tuple(
+        FoldRow(r.fold, r.hop, _subset(r.subset), q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae)
+        for r in rate_hops(search.predictor, search.data, band)
+        for q in (r.quality,)
+    )
+
+
+def format_shares(search: Search) -> tuple[FormatShare, ...]:
+    """The chosen formats by operation."""
+    choice = search.allocation.choice
+    found = []
+    for name, members in grouped(search.data.choices.space, lambda d: d.operation).items():
+        counts: dict[str, int] = {}
+        for decision in members:
+            text = str(choice[decision.name])
+            counts[text] = counts.get(text, 0) + len(decision.layers)
+        params = sum(d.params for d in members)
+        found.append(FormatShare(name, counts, params, bits_of(members, choice)))
+    return tuple(found)
+
+
+def insights(lab: Lab, search: Search) -> tuple[Insight, ...]:
+    """The most telling changes of the chosen recipe, measured on the seeds of the check against the recipe itself."""
+    changes = telling_changes(search.predictor, search.table, search.allocation)
+    recipes = [search.allocation.recipe, *(change.recipe for change in changes)]
+    base, *trials = lab.measure(recipes, lab.seeds.check)
+    found = []
+    for change, trial in zip(changes, trials, strict=True):
+        measured = paired_difference(trial.powers, base.powers).estimate
+        half = NORMAL_95 * change.error_db
+        found.append(
+            Insight(
+                change.sentence,
+                change.decisions,
+                change.from_format,
+                change.to_format,
+                change.predicted_db,
+                change.predicted_db - half,
+                change.predicted_db + half,
+                measured,
+                verdict_of(change.predicted_db, measured),
+            )
+        )
+    return tuple(found)
+
+
+def curve(lab: Lab, search: Search) -> tuple[CurvePoint, ...]:
+    """Measured quality against bits: the predictor's recipes at several budgets, random and uniform recipes."""
+    space, bits = search.data.choices.space, search.allocation.paper_bits
+    mine = [search.allocation.recipe]
+    for step in CURVE_STEPS:
+        try:
+            mine.append(allocated(search.table, BudgetSettings(bits=bits + step)).recipe)
+        except InputError:
+            continue  # below what the formats can make
+    uniform = {f"uniform {f}": space.uniform(f) for f in space.common_formats}
+    trials = lab.measure([*mine, *uniform.values()], lab.seeds.search)
+    points = [_point(space, "this method", t, "this") for t in trials[: len(mine)]]
+    points += [_point(space, n, t, "uniform") for n, t in zip(uniform, trials[len(mine) :], strict=True)]
+    random = {t.key: t for t in search.trials[: search.n_random]}
+    points += [_point(space, "random", t, "random") for t in random.values()]
+    return tuple(points)
+
+
+def _point(space: SearchSpace, name: str, trial: Trial, kind: CurveKind) -> CurvePoint:
+    measured = mean_sqnr(trial.powers)
+    return CurvePoint(name, kind, space.paper_bits(trial.recipe), measured)
+
+
+def _subset(name: str) -> str:
+    return OVERALL if name == ALL else name

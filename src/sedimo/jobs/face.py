@@ -41,7 +41,7 @@ from sedimo.quant import tensor
 from sedimo.quant.formats import Format
 from sedimo.reporting.html import write_page
 from sedimo.reporting.report_page import report_page
-from sedimo.reporting.summary import Evidence, frontier_points, summarize
+from sedimo.reporting.summary import Evidence, Summary
 from sedimo.runtime.card import Origin
 from sedimo.runtime.contents import refuse_unfit_source
 from sedimo.runtime.weights import replace_weights
@@ -269,13 +269,13 @@ def report(
         InputError: the folder of `path` does not exist.
     """
     agreed = None if study is None else check_additivity(table, whole_recipes(study, table))
+    budgets = even_budgets(table, N_FRONTIER_POINTS)
     evidence = Evidence(
-        frontier=frontier_points(frontier(table, even_budgets(table, N_FRONTIER_POINTS), bops=choice.budget_bops)),
+        frontier=tuple((a.bits, a.objective) for a in frontier(table, budgets, bops=choice.budget_bops)),
         agreement=agreed,
         agreement_of="" if agreed is None else f"{agreed.n} recipes of the study",
     )
-    summary = summarize(table, choice, model=model or table.denoiser, evidence=evidence)
-    return write_page(report_page(summary), path)
+    return write_page(report_page(Summary(model or table.denoiser, table, choice, evidence=evidence)), path)
 
 
 def memory_bytes(model: nn.Module | Loaded) -> int:

@@ -23,9 +23,9 @@ from sedimo.codec import content_key, from_json, to_json
 from sedimo.errors import InputError
 from sedimo.jobs.check import N_CHECKED, Check, check_recipe, price_of_check
 from sedimo.jobs.describe import read_recipe
-from sedimo.jobs.evidence import Circumstances, find_evidence, summary_of
+from sedimo.jobs.evidence import find_evidence, summary_of
 from sedimo.jobs.job import Job, all_offers, as_json, outlook, outlook_page
-from sedimo.jobs.report import keep_report
+from sedimo.jobs.report import REPORT, TABLE
 from sedimo.jobs.settings import (
     FORMATS,
     SAMPLING,
@@ -46,12 +46,10 @@ from sedimo.methods.error import ERROR, describe
 from sedimo.methods.hybrid import BlockCurves
 from sedimo.methods.method import Finding, Method, Price, Resolved, Task
 from sedimo.methods.uniform import UNIFORM
-from sedimo.metrics.signal import sqnr_estimates
 from sedimo.pipelines.loading import is_hub_id
 from sedimo.quant.formats import Format, stored_bytes
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.html import write_page
-from sedimo.reporting.maps import NO_MAPS
 from sedimo.reporting.page import Facts, Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.phrasing import prediction_sentence, prediction_warnings
 from sedimo.reporting.report_page import report_page
@@ -242,14 +240,12 @@ class JobResult:
             **self.treatments,
         }
         parts = {
-            "explanation": evidence.explanation,
-            "maps": None if evidence.maps == NO_MAPS else evidence.maps,
             "hybrid": self.finding.of(BlockCurves),
             "prediction": evidence.prediction,
             "entrants": evidence.entrants or None,
             "check": self.check,
         }
-        found |= {name: as_json(part) for name, part in parts.items() if part is not None}
+        found |= evidence.as_json() | {name: as_json(part) for name, part in parts.items() if part is not None}
         return found | ({"unchecked": self.plan.unchecked} if self.check is None else {})
 
 
@@ -302,9 +298,10 @@ def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
         _keep_budget(finding, weights)
 
         def report(folder: Path, written: WrittenCheckpoint) -> None:
-            how = Circumstances(check, settings.command, time.monotonic() - begin)
-            summary = summary_of(lab, finding, written, evidence, how)
-            keep_report(study, finding.table, summary)
+            seconds = time.monotonic() - begin
+            summary = summary_of(lab, finding, written, evidence, check, command=settings.command, seconds=seconds)
+            study.put_record(TABLE, finding.table)
+            study.put_record(REPORT, summary)
             write_page(report_page(summary), folder / REPORT_NAME)
 
         packed = Packed(lab, finding.bank, finding.decided.recipe, weights, _origin(lab, settings, finding, finished))
@@ -507,7 +504,7 @@ def page(found: JobResult) -> Page:
     """What a job did, and where its report is."""
     choice, params, written = found.allocation, found.finding.table.total_params, found.written
     prediction, learned = found.evidence.prediction, found.evidence.rounding
-    told = [] if prediction is None else [prediction_sentence(prediction), *prediction_warnings(prediction)]
+    told = [*prediction_sentence(prediction), *prediction_warnings(prediction)]
     if learned is not None:
         told.append(
             f"Rounding learned in {learned.n_learned} of {learned.n_blocks} blocks, from {learned.n_samples} samples."
@@ -529,10 +526,7 @@ def page(found: JobResult) -> Page:
 
 
 def _table(check: Check) -> Table:
-    lines = (
-        (r.name, r.paper_bits, r.stored_bits, sqnr_estimates(r.signals.sqnr)["sqnr_db"])
-        for r in (check.this, *check.rivals)
-    )
+    lines = ((one.name, one.paper_bits, one.stored_bits, one.measures["sqnr_db"]) for one in check.recipes)
     titles = columns("recipe", ("paper bits", "bits"), ("stored bits", "bits"), ("SQNR [dB]", "plus-minus"))
     caption = (
         f"Final latents against full precision, seeds {check.seeds[0]} to {check.seeds[-1]}, {check.n_steps} steps"

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from sedimo.codec import from_plain, to_plain
 from sedimo.errors import InputError
-from sedimo.metrics.estimate import Estimate, jackknife_estimate, mean_estimate, with_interval
+from sedimo.metrics.estimate import Estimate, jackknife_estimate, mean_estimate, normal_estimate, with_interval
 
 Vector = npt.NDArray[np.float64]
 
@@ -235,6 +235,14 @@ def _pooled(powers: NoisePowers) -> tuple[float, float]:
 def decibel(noise: float) -> float:
     """SQNR of a relative noise power [dB]: endless without noise, not a number if that is none."""
     return math.inf if noise <= 0 else -10 * math.log10(noise)
+
+
+def estimated_db(noise: Estimate) -> Estimate:
+    """SQNR of an estimated noise power [dB], with its error by the derivative."""
+    value = decibel(noise.value)
+    if not math.isfinite(value):
+        return Estimate(value, 0.0, value, value, noise.n)
+    return normal_estimate(value, 10 / math.log(10) * noise.standard_error / noise.value)
 
 
 def _endless_difference(first: NoisePowers, second: NoisePowers) -> PairedDifference:

@@ -22,7 +22,7 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting.drawing import draw
-from sedimo.reporting.page import Cell, Column, Map, MapCell, Page, Picture, Row, Table, say
+from sedimo.reporting.page import Cell, Column, Map, MapCell, Page, Picture, Row, Table, png, say
 from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, bit_level, properties
 from sedimo.reporting.words import Value, mark, plain, share
 
@@ -148,10 +148,9 @@ def fitting(
 
 
 def _image_uri(array: NDArray[np.uint8], *, is_small: bool) -> str:
-    image, buffer = Image.fromarray(np.ascontiguousarray(array)), io.BytesIO()
     if is_small:
-        image.save(buffer, format="PNG", optimize=True)
-        return _data_uri("image/png", buffer.getvalue())
+        return _data_uri("image/png", png(array))
+    image, buffer = Image.fromarray(np.ascontiguousarray(array)), io.BytesIO()
     image.thumbnail((_LARGEST_PIXELS, _LARGEST_PIXELS), Image.Resampling.LANCZOS)
     image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
     return _data_uri("image/jpeg", buffer.getvalue())

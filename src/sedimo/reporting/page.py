@@ -8,14 +8,18 @@ Sentences are prose: names between backticks become code, `*words*` emphasis.
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from sedimo.errors import InputError
+from sedimo.codec import from_plain
+from sedimo.errors import InputError, StateError
 from sedimo.quant.formats import Format
 from sedimo.reporting.figures import Chart
 from sedimo.reporting.words import Kind, Value, said
@@ -168,6 +172,21 @@ class Picture:
     reference: NDArray[np.uint8]
     quantized: NDArray[np.uint8]
 
+    def __plain__(self) -> dict[str, str]:
+        """The JSON form, as PNG in base64."""
+        pair = {"reference": self.reference, "quantized": self.quantized}
+        return {"label": self.label, **{name: base64.b64encode(png(one)).decode() for name, one in pair.items()}}
+
+    @classmethod
+    def __from_plain__(cls, plain: object, place: str) -> Picture:
+        """Reads the JSON form."""
+        texts = from_plain(dict[str, str], plain, place=place)
+        try:
+            pair = [base64.b64decode(texts[name], validate=True) for name in ("reference", "quantized")]
+            return cls(texts["label"], *(np.asarray(Image.open(io.BytesIO(one)).convert("RGB")) for one in pair))
+        except (OSError, ValueError, KeyError) as error:
+            raise StateError(f"a picture of the study is damaged: {error}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class Beside:
@@ -224,6 +243,13 @@ def shown(*blocks: Block | Iterable[Block] | None) -> tuple[Block, ...]:
     """Those of the blocks that have something to show."""
     found = (b for block in blocks if block is not None for b in ((block,) if isinstance(block, Block) else block))
     return tuple(b for b in found if type(b) not in _CONTENT or getattr(b, _CONTENT[type(b)]))
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """An image `[height, width, 3]` as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def say(value: Value | Cell, column: Column) -> tuple[str, str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
+from sedimo.allocation.combine import Agreement
+from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.methods.prediction import Entrant
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import decibel
 from sedimo.quant import families
-from sedimo.quant.formats import Format
 from sedimo.reporting import phrasing
 from sedimo.reporting.explanation_page import explanation_section, matters_section
 from sedimo.reporting.figures import LETTER, ROW, Axis, Chart, Plot, Series, are_long, named, only, short
@@ -32,10 +35,11 @@ from sedimo.reporting.page import (
     Table,
     Text,
     columns,
+    rows,
     shown,
 )
 from sedimo.reporting.placement import OUTSIDE, Place, natural_order, place, stage_labels, without_numbers
-from sedimo.reporting.summary import MEASURES, Choice, DecisionRow, GroupRow, RecipeRow, Sizes, Step, Summary
+from sedimo.reporting.summary import MeasuredRecipe, Summary, added
 from sedimo.reporting.theme import bit_level
 from sedimo.reporting.words import (
     EXPLANATION_GLOSSARY,
@@ -49,6 +53,7 @@ from sedimo.reporting.words import (
     number,
     said,
     share,
+    verdict,
     with_error,
 )
 
@@ -56,6 +61,8 @@ MAX_ROWS = 24  # operations that are drawn
 _MOST_LABELS = 40
 _TENTH = 0.5  # an error with which decibels are told to one decimal
 _BITS_AHEAD = 3.0  # how far beyond this recipe the frontier is drawn
+_MEASURES = {"sqnr_db": "SQNR [dB] ↑", "psnr_db": "PSNR [dB] ↑", "fid": "FID ↓", "kid": "KID ↓"}
+_COUNTED = {"paper": "as in the papers", "stored": "as stored"}
 _MANY_TIMES = 30  # the least cost, beyond which a curve of costs has a logarithmic axis
 
 
@@ -66,7 +73,7 @@ def report_page(summary: Summary) -> Page:
         None if explanation is None else matters_section(explanation),
         _decided(summary),
         _why(summary),
-        None if explanation is None else explanation_section(explanation, here=summary.sizes.paper_bits),
+        None if explanation is None else explanation_section(explanation, here=summary.allocation.paper_bits),
         maps_section(summary.evidence.maps),
         _cost(summary),
         _how(summary),
@@ -75,36 +82,34 @@ def report_page(summary: Summary) -> Page:
         ),
     )
     return Page(
-        title=f"{summary.model} at {summary.sizes.paper_bits:.2f} bits",
+        title=f"{summary.model} at {summary.allocation.paper_bits:.2f} bits",
         headline=phrasing.headline(summary),
         tiles=phrasing.tiles(summary),
-        warnings=phrasing.warning_sentences(summary),
+        warnings=phrasing.prediction_warnings(summary.evidence.prediction),
         sections=tuple(section for section in sections if section is not None),
         created=summary.provenance.created,
     )
 
 
 def _decided(summary: Summary) -> Section:
-    sizes = summary.sizes
-    formats = "Each weight layer got a number format: how many bits every weight keeps, and how they are used."
-    shared = (
-        f" {sizes.n_layers} layers make {sizes.n_decisions} decisions, because layers with equal weights are stored "
-        "once."
-    )
-    weights: dict[int, int] = {}
-    for row in summary.decisions:
-        weights[row.format.bits] = weights.get(row.format.bits, 0) + row.params
-    maps = layer_maps(summary.decisions, cost_name=_cost_name(summary))
+    n_layers, n_decisions, n_params = summary.n_layers, len(summary.chosen), summary.table.total_params
+    about = "Each weight layer got a number format: how many bits every weight keeps, and how they are used."
+    if n_decisions < n_layers:
+        about += f" {n_layers} layers make {n_decisions} decisions, because layers with equal weights are stored once."
+    weights: Counter[int] = Counter()
+    for cost in summary.chosen:
+        weights[cost.format.bits] += summary.params([cost])
+    maps = layer_maps(summary)
     return Section(
         "decided",
         "What was decided",
         shown(
-            Text(formats + (shared if sizes.n_decisions < sizes.n_layers else "")),
+            Text(about),
             Items(phrasing.decision_sentences(summary), "findings"),
-            BitsBar(tuple((bits, weights[bits] / sizes.params) for bits in sorted(weights))),
+            BitsBar(tuple((bits, n / n_params) for bits, n in sorted(weights.items()))),
             Text(
-                f"All {sizes.params:,} weights by the bits of their codes; scales and codebooks come on top "
-                f"({sizes.stored_bits:.2f} bits per weight as stored).",
+                f"All {n_params:,} weights by the bits of their codes; scales and codebooks come on top "
+                f"({summary.allocation.stored_bits:.2f} bits per weight as stored).",
                 "quiet",
             ),
             Text("Map of the layers", "heading"),
@@ -112,7 +117,7 @@ def _decided(summary: Summary) -> Section:
             Beside(maps),
             Text(
                 "Rows are operations, columns blocks from input to output. Point at a cell for its name, size and "
-                f"{_cost_name(summary)}.",
+                f"{summary.cost_name}.",
                 "quiet",
             ),
             _decisions(summary),
@@ -121,89 +126,81 @@ def _decided(summary: Summary) -> Section:
 
 
 def _decisions(summary: Summary) -> Section:
-    cost_name = _cost_name(summary)
-    table = Table(
-        columns(
-            ("layer", "name"),
-            "format",
-            "shape",
-            ("stored", "bytes"),
-            (cost_name, "plus-minus"),
-            ("share", "share"),
-            "one step up",
-            "one step down",
-        ),
-        tuple(
-            Row(
-                (
-                    Cell(row.name, note=f"+{len(row.layers) - 1} equal" if len(row.layers) > 1 else ""),
-                    row.format,
-                    "\N{MULTIPLICATION SIGN}".join(map(str, row.shape)),
-                    row.stored_bytes,
-                    normal_estimate(row.cost, row.standard_error, row.n),
-                    "" if row.share is None else row.share,
-                    _step(row.larger),
-                    _step(row.smaller),
-                )
+    titles = columns(
+        ("layer", "name"),
+        "format",
+        "shape",
+        ("stored", "bytes"),
+        (summary.cost_name, "plus-minus"),
+        ("share", "share"),
+        "one step up",
+        "one step down",
+    )
+    lines = []
+    for cost in summary.chosen:
+        n_equal, part = len(summary.table.layers[cost.decision]) - 1, summary.share([cost])
+        lines.append(
+            (
+                Cell(cost.decision, note=f"+{n_equal} equal" if n_equal else ""),
+                cost.format,
+                "\N{MULTIPLICATION SIGN}".join(map(str, summary.shapes.get(cost.decision, ()))),
+                cost.stored_bytes,
+                normal_estimate(cost.cost, cost.standard_error, cost.n),
+                "" if part is None else part,
+                *(_step(summary, cost, summary.step(cost, larger=larger)) for larger in (True, False)),
             )
-            for row in summary.decisions
-        ),
-    )
-    change = ": the change of the whole recipe's predicted noise, and of the size" if summary.choice.is_noise else ""
-    about = f'{cost_name.capitalize()} with its 95 % interval. "One step" is the next useful format of that layer alone'
-    return Section(
-        "", f"All {len(summary.decisions)} decisions as a table", (table, Text(f"{about}{change}.", "quiet"))
-    )
+        )
+    change = ": the change of the whole recipe's predicted noise, and of the size" if summary.is_noise else ""
+    name = summary.cost_name.capitalize()
+    about = f'{name} with its 95 % interval. "One step" is the next useful format of that layer alone{change}.'
+    return Section("", f"All {len(lines)} decisions as a table", (Table(titles, rows(lines)), Text(about, "quiet")))
 
 
-def _step(step: Step | None) -> str:
-    if step is None:
+def _step(summary: Summary, cost: Cost, other: Cost | None) -> str:
+    if other is None:
         return ""
-    change = number(step.cost_change, signed=True)
-    if step.noise_db is not None:
-        relative = 10 ** (step.noise_db / 10) - 1
+    change, db = number(other.cost - cost.cost, signed=True), summary.noise_db(cost, other)
+    if db is not None:
+        relative = 10 ** (db / 10) - 1
         change = f"{'+' if relative > 0 else MINUS}{share(abs(relative))}"
-    return f"{step.format}: {change}, {said(step.stored_bytes_change, 'change of bytes')[0]}"
+    return f"{other.format}: {change}, {said(other.stored_bytes - cost.stored_bytes, 'change of bytes')[0]}"
 
 
 def _legends(summary: Summary, *, has_copies: bool) -> tuple[Legend, Legend]:
-    levels = sorted({bit_level(d.format.bits) for d in summary.decisions})
-    found: dict[str, Format] = {}
-    for decision in summary.decisions:
-        found.setdefault(family(decision.format), decision.format)
+    formats = [cost.format for cost in summary.chosen]
     order = [one.name for one in families.FAMILIES]
-    quantized = sorted(
-        (f for f in found.values() if f.is_quantized), key=lambda f: (order.index(f.family), bool(f.group_size))
-    )
+    found = {family(f): f for f in reversed(formats) if f.is_quantized}
+    quantized = sorted(found.values(), key=lambda f: (order.index(f.family), bool(f.group_size)))
     marks = [LegendEntry(family_words(f), None, f, family(f)) for f in quantized]
     if has_copies:
         marks.append(LegendEntry("dashed outline: shares the weights of the first such layer, stored once"))
+    levels = enumerate(sorted({bit_level(f.bits) for f in formats}))
     return (
-        Legend("Colours: bits per weight", tuple(LegendEntry("" if i else "bits", n) for i, n in enumerate(levels))),
+        Legend("Colours: bits per weight", tuple(LegendEntry("" if i else "bits", n) for i, n in levels)),
         Legend("Marks: method", tuple(marks)),
     )
 
 
-def layer_maps(decisions: Sequence[DecisionRow], *, cost_name: str = "noise") -> tuple[Map, ...]:
+def layer_maps(summary: Summary) -> tuple[Map, ...]:
     """The map: one for each kind of block, the largest first, layers outside all blocks last."""
     placed: dict[str, list[tuple[Place, MapCell, str]]] = {}
-    for decision in decisions:
-        for layer, found in _places(decision):
-            is_copy = layer != decision.layers[0]
-            text = _about_cell(decision, layer if is_copy else decision.name, cost_name, is_copy=is_copy)
-            placed.setdefault(found.kind, []).append((found, MapCell(0, 0, decision.format, text, is_copy), layer))
+    for cost in summary.chosen:
+        for layer, found in _places(summary.table, cost.decision):
+            cell = MapCell(0, 0, cost.format, *_about_cell(summary, cost, layer))
+            placed.setdefault(found.kind, []).append((found, cell, layer))
     made = [_outside(placed[kind]) if kind == OUTSIDE else _map(kind, placed[kind]) for kind in placed]
     return tuple(sorted(made, key=lambda one: (one.columns == ("",), -len(one.cells))))
 
 
-def _places(decision: DecisionRow) -> list[tuple[str, Place]]:
+def _places(table: SensitivityTable, decision: str) -> list[tuple[str, Place]]:
     """The places of all layers of a decision; layers elsewhere in the tree than the first have none."""
-    first, depth = decision.layers[0], len(decision.block.split(".")) if decision.block else 0
-    found = [(first, place(decision.operation, decision.block))]
-    for layer in decision.layers[1:]:
-        if depth and without_numbers(layer) == without_numbers(first):
-            block = ".".join(layer.split(".")[:depth])
-            found.append((layer, place(decision.operation, block)))
+    operation, block = table.operations[decision], table.blocks[decision]
+    first, *others = table.layers[decision]
+    found = [(first, place(operation, block))]
+    if block:
+        alike = [layer for layer in others if without_numbers(layer) == without_numbers(first)]
+        depth = len(block.split("."))
+        found += [(layer, place(operation, ".".join(layer.split(".")[:depth]))) for layer in alike]
     return found
 
 
@@ -229,17 +226,20 @@ def _outside(entries: Sequence[tuple[Place, MapCell, str]]) -> Map:
     return Map("Layers outside all blocks", tuple(layer for *_, layer in entries), ("",), cells)
 
 
-def _about_cell(row: DecisionRow, name: str, cost_name: str, *, is_copy: bool) -> str:
-    text = f"{name}: {row.format} ({family_words(row.format)}), {byte_size(row.stored_bytes)}"
-    if row.share is not None:
-        text += f", {share(row.share)} of the {cost_name}"
+def _about_cell(summary: Summary, cost: Cost, layer: str) -> tuple[str, bool]:
+    """All about a layer in words, and whether its weights are stored with another's."""
+    first, part = summary.table.layers[cost.decision][0], summary.share([cost])
+    name = cost.decision if layer == first else layer
+    text = f"{name}: {cost.format} ({family_words(cost.format)}), {byte_size(cost.stored_bytes)}"
+    if part is not None:
+        text += f", {share(part)} of the {summary.cost_name}"
     else:
-        text += f", {cost_name} {number(row.cost, row.standard_error)}"
-    return f"{text}; stored once with {row.layers[0]}" if is_copy else text
+        text += f", {summary.cost_name} {number(cost.cost, cost.standard_error)}"
+    return (text, False) if layer == first else (f"{text}; stored once with {first}", True)
 
 
 def _why(summary: Summary) -> Section:
-    operations, blocks = _comparable(summary.operations), _comparable(summary.blocks)
+    operations, blocks = _compared(summary, summary.operations), _compared(summary, summary.blocks)
     return Section(
         "why",
         "Why",
@@ -252,86 +252,88 @@ def _why(summary: Summary) -> Section:
     )
 
 
-def _comparable(groups: Sequence[GroupRow]) -> list[GroupRow]:
-    return [g for g in groups if g.n_reference and g.reference_cost > 0]
+def _compared(summary: Summary, groups: Mapping[str, Sequence[Cost]]) -> dict[str, Estimate]:
+    """What groups would cost at the reference format, as far as they can take it."""
+    referred = {name: [c for c in map(summary.at_reference, costs) if c is not None] for name, costs in groups.items()}
+    found = {name: added(costs) for name, costs in referred.items() if costs}
+    return {name: total for name, total in found.items() if total.value > 0}
 
 
-def _reference_costs(groups: Sequence[GroupRow]) -> Series:
-    """Costs at the reference format, coloured by the bits that the groups got."""
-    values = (normal_estimate(g.reference_cost, g.reference_standard_error) for g in groups)
-    return Series(tuple(values), bits=tuple(g.paper_bits for g in groups))
-
-
-def _operations_figure(summary: Summary, groups: Sequence[GroupRow]) -> Figure:
-    rows = sorted(groups, key=lambda g: -g.reference_cost)[:MAX_ROWS]
-    reference, choice = summary.reference_format, summary.choice
-    notes = tuple(f"{g.paper_bits:.1f} bits, {share(g.params / summary.sizes.params)}" for g in rows)
-    what = "noise" if choice.is_noise else f"cost [{choice.unit}]"
-    label = f"{what} if all its layers were at {reference}\n(logarithmic; bars: 95 % interval)"
+def _operations_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figure:
+    """Costs at the reference format, coloured by the bits that the operations got."""
+    names = sorted(costs, key=lambda name: -costs[name].value)[:MAX_ROWS]
+    groups = [summary.operations[name] for name in names]
+    bits = tuple(map(summary.paper_bits, groups))
+    notes = tuple(f"{b:.1f} bits, {share(summary.params_share(g))}" for b, g in zip(bits, groups, strict=True))
+    what = "noise" if summary.is_noise else f"cost [{summary.table.unit}]"
     plot = Plot(
-        (_reference_costs(rows),),
-        Axis(ticks=named([short(g.name, 40) for g in rows]), notes=notes),
-        Axis(label, is_logarithmic=True),
+        (Series(tuple(costs[name] for name in names), bits=bits),),
+        Axis(ticks=named([short(name, 40) for name in names]), notes=notes),
+        Axis(
+            f"{what} if all its layers were at {summary.reference}\n(logarithmic; bars: 95 % interval)",
+            is_logarithmic=True,
+        ),
         is_flat=True,
     )
-    description = "; ".join(f"{g.name} {g.reference_cost:.2e}, {g.paper_bits:.1f} bits" for g in rows)
-    title = f"Sensitivity by operation, all at {reference}"
+    title = f"Sensitivity by operation, all at {summary.reference}"
+    about = "; ".join(f"{name} {costs[name].value:.2e}, {b:.1f} bits" for name, b in zip(names, bits, strict=True))
     return Figure(
-        Chart("operations", title, description, (plot,), 86 + ROW * len(rows)),
-        f"If every layer of the operation were at `{reference}`: further right is more sensitive. The colour and the "
-        "numbers at the right tell what it got: average bits, and its share of the weights. Sensitive operations get "
-        "more bits, unless their many weights make every bit expensive.",
+        Chart("operations", title, about, (plot,), 86 + ROW * len(names)),
+        f"If every layer of the operation were at `{summary.reference}`: further right is more sensitive. The colour "
+        "and the numbers at the right tell what it got: average bits, and its share of the weights. Sensitive "
+        "operations get more bits, unless their many weights make every bit expensive.",
         "By operation",
     )
 
 
-def _blocks_figure(summary: Summary, groups: Sequence[GroupRow]) -> Figure:
-    rows = sorted(groups, key=lambda g: g.name == OUTSIDE)
-    names, common = stage_labels([g.name for g in rows])
-    noise = "noise" if summary.choice.is_noise else "cost"
+def _blocks_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figure:
+    blocks = sorted(costs, key=lambda name: name == OUTSIDE)
+    names, common = stage_labels(blocks)
+    bits = tuple(summary.paper_bits(summary.blocks[name]) for name in blocks)
     plot = Plot(
-        (_reference_costs(rows),),
+        (Series(tuple(costs[name] for name in blocks), bits=bits),),
         Axis(common, named(names, n_most=_MOST_LABELS), are_turned=are_long(names)),
-        Axis(f"{noise} at {summary.reference_format}", is_logarithmic=True),
+        Axis(f"{summary.cost_name} at {summary.reference}", is_logarithmic=True),
     )
-    chart = Chart(
-        "blocks",
-        f"Sensitivity by block, all at {summary.reference_format}",
-        "; ".join(f"{g.name} {g.reference_cost:.2e}" for g in rows),
-        (plot,),
-        240 + (LETTER * max(map(len, names)) if are_long(names) else 0),
-    )
+    title = f"Sensitivity by block, all at {summary.reference}"
+    about = "; ".join(f"{name} {costs[name].value:.2e}" for name in blocks)
+    height = 240 + (LETTER * max(map(len, names)) if are_long(names) else 0)
     caption = "The same, with all layers of an outermost block taken together."
-    return Figure(chart, caption, "By block, from input to output")
+    return Figure(Chart("blocks", title, about, (plot,), height), caption, "By block, from input to output")
 
 
 def _cost(summary: Summary) -> Section | None:
     evidence = summary.evidence
-    curve = [_frontier_figure(summary)] if len(evidence.frontier) > 1 else []
-    agreed = [] if evidence.agreement is None else [_agreement_figure(summary)]
-    if not (evidence.recipes or evidence.differences or curve or agreed or evidence.pictures):
+    curves = [_frontier_figure(summary)] if len(evidence.frontier) > 1 else []
+    if evidence.agreement is not None:
+        curves.append(_agreement_figure(evidence.agreement, evidence.agreement_of))
+    if not (evidence.recipes or curves or evidence.pictures):
         return None
     return Section(
         "cost",
         "What it cost",
         shown(
             Items(phrasing.cost_sentences(summary), "findings"),
-            _entrants(summary),
-            _recipes_figure(summary),
+            _entrants(evidence.entrants),
+            _recipes_figure(evidence.recipes),
             _recipes(evidence.recipes),
-            _differences(summary),
-            Beside((*curve, *agreed)),
+            _differences(evidence.differences),
+            Beside(tuple(curves)),
             Text("The same seeds, before and after", "heading") if evidence.pictures else None,
             Beside(evidence.pictures),
         ),
     )
 
 
-def _entrants(summary: Summary) -> tuple[Block, ...]:
-    entrants = summary.evidence.entrants
-    if not entrants:
-        return ()
-    rows = tuple(
+def _entrants(entrants: Sequence[Entrant]) -> tuple[Block, ...]:
+    titles = columns(
+        "recipe by",
+        ("stored bits", "bits"),
+        "predicted [dB]",
+        ("on the searched seeds [dB]", "plus-minus"),
+        ("in the final [dB]", "plus-minus"),
+    )
+    lines = tuple(
         Row(
             (
                 f"{one.name} (this report)" if one.is_winner else one.name,
@@ -344,42 +346,32 @@ def _entrants(summary: Summary) -> tuple[Block, ...]:
         )
         for one in entrants
     )
-    titles = columns(
-        "recipe by",
-        ("stored bits", "bits"),
-        "predicted [dB]",
-        ("on the searched seeds [dB]", "plus-minus"),
-        ("in the final [dB]", "plus-minus"),
-    )
     caption = (
         "Mean SQNR with its 95 % interval; higher is better. The final is held on seeds that nothing was searched on, "
         "and the figures of the recipes there are known better than the errors suggest, because all ran on the same "
         "seeds."
     )
-    return (
-        Text("What it was chosen among", "heading"),
-        Table(titles, rows, caption),
-    )
+    return (Text("What it was chosen among", "heading"), Table(titles, lines, caption)) if lines else ()
 
 
-def _recipes_figure(summary: Summary) -> Figure | None:
-    measured = [(r, r.measures["sqnr_db"]) for r in summary.evidence.recipes if "sqnr_db" in r.measures]
+def _recipes_figure(recipes: Sequence[MeasuredRecipe]) -> Figure | None:
+    measured = [(one, one.measures["sqnr_db"]) for one in recipes if "sqnr_db" in one.measures]
     if len(measured) < 2:
         return None
-    rows = sorted(measured, key=lambda pair: -pair[1].value)
+    measured.sort(key=lambda pair: -pair[1].value)
     names = [
-        ("this recipe: " if r.kind == "this" else "") + f"{short(r.name, 36)} ({r.paper_bits:.2f} bits)"
-        for r, _ in rows
+        f"{'this recipe: ' if one.ahead is None else ''}{short(one.name, 36)} ({one.paper_bits:.2f} bits)"
+        for one, _ in measured
     ]
-    own = tuple(i for i, (r, _) in enumerate(rows) if r.kind == "this")
+    own = tuple(i for i, (one, _) in enumerate(measured) if one.ahead is None)
     plot = Plot(
-        (Series(tuple(value for _, value in rows), marked=own),),
+        (Series(tuple(value for _, value in measured), marked=own),),
         Axis(ticks=named(names), bold=tuple(names[i] for i in own)),
         Axis("SQNR [dB], higher is better"),
         is_flat=True,
     )
-    description = "; ".join(f"{r.name} {with_error(value, 'dB')}" for r, value in rows)
-    chart = Chart("recipes", "Quality of all measured recipes", description, (plot,), 60 + ROW * len(rows))
+    about = "; ".join(f"{one.name} {with_error(value, 'dB')}" for one, value in measured)
+    chart = Chart("recipes", "Quality of all measured recipes", about, (plot,), 60 + ROW * len(names))
     caption = (
         "Each with its 95 % interval over seeds. All recipes ran on the same seeds, so differences between them are "
         "known better than the bars suggest."
@@ -387,149 +379,125 @@ def _recipes_figure(summary: Summary) -> Figure | None:
     return Figure(chart, caption, "Compared with other recipes")
 
 
-def _recipes(recipes: Sequence[RecipeRow]) -> Table | None:
-    """All measured recipes, this one first; a number of samples that all share stands in the title."""
-    names = [m for m in MEASURES if any(m in row.measures for row in recipes)]
-    if not names:
-        return None
-    common = {m: _common_n(row.measures[m] for row in recipes if m in row.measures) for m in names}
+def _recipes(recipes: Sequence[MeasuredRecipe]) -> Table:
+    """All measured recipes; a number of samples that all share stands in the title."""
+    counts = {m: {one.measures[m].n for one in recipes if m in one.measures} for m in _MEASURES}
+    common = {m: ns.pop() if len(ns) == 1 else 0 for m, ns in counts.items() if ns}
     titles = (
         *columns("recipe", ("bits", "bits"), ("stored bits", "bits")),
-        *(Column(_title(m), "plus-minus", f"n = {n}" if n else "") for m, n in common.items()),
+        *(Column(_MEASURES[m], "plus-minus", f"n = {n}" if n else "") for m, n in common.items()),
     )
 
-    def cell(row: RecipeRow, measure: str) -> Cell:
-        value = row.measures.get(measure, "")
-        is_own = isinstance(value, Estimate) and not common[measure]
-        return Cell(value, note=f"n = {value.n}" if is_own and isinstance(value, Estimate) else "")
+    def cell(value: Estimate | None, *, has_common: int) -> Cell:
+        return Cell("") if value is None else Cell(value, note="" if has_common else f"n = {value.n}")
 
-    rows = (
+    lines = (
         Row(
             (
-                f"{row.name} (this report)" if row.kind == "this" else row.name,
-                row.paper_bits,
-                "" if row.stored_bits is None else row.stored_bits,
-                *(cell(row, m) for m in names),
+                f"{one.name} (this report)" if one.ahead is None else one.name,
+                one.paper_bits,
+                one.stored_bits,
+                *(cell(one.measures.get(m), has_common=n) for m, n in common.items()),
             ),
-            row.kind == "this",
+            one.ahead is None,
         )
-        for row in sorted(recipes, key=lambda row: row.kind != "this")
+        for one in recipes
     )
-    return Table(titles, tuple(rows))
+    return Table(titles, tuple(lines))
 
 
-def _common_n(estimates: Iterable[Estimate]) -> int:
-    """The number of samples if all have the same, else 0: then every value tells its own."""
-    found = {estimate.n for estimate in estimates}
-    return found.pop() if len(found) == 1 else 0
-
-
-def _differences(summary: Summary) -> tuple[Block, ...]:
-    found = summary.evidence.differences
-    if not found:
-        return ()
+def _differences(found: Sequence[tuple[str, Estimate]]) -> tuple[Block, ...]:
     difference = Column("difference", "change", "95 % interval")
     titles = (*columns("this recipe minus", "measure"), difference, *columns("samples", ("verdict", "verdict")))
-    rows = tuple(Row((r.other, _title(r.measure), r.difference, r.difference.n, r.verdict)) for r in found)
-    return Text("Differences on the same seeds", "heading"), Table(titles, rows)
-
-
-def _title(measure: str) -> str:
-    found = MEASURES[measure]
-    return f"{found.title}{f' [{found.unit}]' if found.unit else ''} {'↑' if found.is_higher_better else '↓'}"
+    lines = rows((other, _MEASURES["sqnr_db"], ahead, ahead.n, verdict(ahead)) for other, ahead in found)
+    return (Text("Differences on the same seeds", "heading"), Table(titles, lines)) if found else ()
 
 
 def _frontier_figure(summary: Summary) -> Figure:
     """Predicted quality over bits: the curve of best recipes, and this one on it."""
-    choice, points = summary.choice, summary.evidence.frontier
-    here = summary.sizes.paper_bits if choice.accounting == "paper" else summary.sizes.stored_bits
-    scale = decibel if choice.is_noise else float
-    drawn = [p for p in points if (p.cost > 0 or not choice.is_noise) and p.bits <= here + _BITS_AHEAD]
-    costs = [p.cost for p in drawn]
+    allocation, is_noise, points = summary.allocation, summary.is_noise, summary.evidence.frontier
+    scale = decibel if is_noise else float
+    drawn = [(x, cost) for x, cost in points if (cost > 0 or not is_noise) and x <= allocation.bits + _BITS_AHEAD]
     curve = Series(
-        tuple(only(scale(c)) for c in costs), tuple(p.bits for p in drawn), "the best at each budget", line="-"
+        tuple(only(scale(cost)) for _, cost in drawn), tuple(x for x, _ in drawn), "the best at each budget", line="-"
     )
-    this = Series((only(scale(choice.cost.value)),), (here,), "this recipe", "this", "D")
-    is_logarithmic = bool(costs) and not choice.is_noise and max(costs) > _MANY_TIMES * min(costs) > 0
+    own, costs = summary.cost.value, [cost for _, cost in drawn]
+    this = Series((only(scale(own)),), (allocation.bits,), "this recipe", "this", "D")
+    is_logarithmic = bool(costs) and not is_noise and max(costs) > _MANY_TIMES * min(costs) > 0
     plot = Plot(
-        (curve, this) if choice.cost.value > 0 or not choice.is_noise else (curve,),
-        Axis(f"bits per weight, {'as in the papers' if choice.accounting == 'paper' else 'as stored'}"),
-        Axis("predicted SQNR [dB]" if choice.is_noise else "predicted cost", is_logarithmic=is_logarithmic),
+        (curve, this) if own > 0 or not is_noise else (curve,),
+        Axis(f"bits per weight, {_COUNTED[allocation.accounting]}"),
+        Axis("predicted SQNR [dB]" if is_noise else "predicted cost", is_logarithmic=is_logarithmic),
     )
-    description = "; ".join(f"{p.bits:.2f} bits {scale(p.cost):.3g}" for p in points if p.cost > 0)
-    limit = "" if choice.budget_bops is None else f" within {count(choice.budget_bops)} bit operations"
+    about = "; ".join(f"{x:.2f} bits {scale(cost):.3g}" for x, cost in points if cost > 0)
+    limit = "" if allocation.budget_bops is None else f" within {count(allocation.budget_bops)} bit operations"
     return Figure(
-        Chart("frontier", "What more bits would buy", description, (plot,), 340, 500),
+        Chart("frontier", "What more bits would buy", about, (plot,), 340, 500),
         f"The best recipe at each budget{limit}, as predicted from the costs.",
         "What more bits would buy",
     )
 
 
-def _agreement_figure(summary: Summary) -> Figure:
+def _agreement_figure(agreement: Agreement, of: str) -> Figure:
     """Predicted against measured noise; on the line, costs simply add up."""
-    agreement = summary.evidence.agreement
-    assert agreement is not None  # noqa: S101  # the caller has looked
     plot = Plot(
         (Series(tuple(map(only, agreement.measured)), tuple(agreement.predicted), look="this"),),
         Axis("predicted noise (sum of costs)", is_logarithmic=True),
         Axis("measured noise", is_logarithmic=True),
         diagonal=True,
     )
-    description = f"{agreement.n} recipes; rank correlation {agreement.srcc:.2f}, slope {agreement.slope:.2f}"
+    about = f"{agreement.n} recipes; rank correlation {agreement.srcc:.2f}, slope {agreement.slope:.2f}"
     return Figure(
-        Chart("agreement", "Do costs add up?", description, (plot,), 340, 420),
-        f"{agreement.n} {summary.evidence.agreement_of}. On the dashed line the prediction is exact.",
+        Chart("agreement", "Do costs add up?", about, (plot,), 340, 420),
+        f"{agreement.n} {of}. On the dashed line the prediction is exact.",
         "Do costs add up?",
     )
 
 
 def _how(summary: Summary) -> Section:
-    choice, origin = summary.choice, summary.provenance
-    limits = choice.rule if choice.decided_by == choice.rule else f"{choice.rule}, at most {_limits(choice)}"
+    allocation, origin = summary.allocation, summary.provenance
     found = [
-        ("Sensitivity by", choice.method),
-        ("Chosen by", limits),
-        ("Bit operations", _operations(summary.sizes)),
-        ("Denoiser", summary.denoiser),
+        ("Sensitivity by", summary.table.method),
+        ("Chosen by", _rule(summary)),
+        ("Bit operations", _operations(summary)),
+        ("Denoiser", summary.table.denoiser),
         ("Seeds", origin.seeds),
         *((key.removeprefix("n_").replace("_", " ").capitalize(), value) for key, value in origin.sampling.items()),
-        ("Time", _listed({name: duration(value) for name, value in origin.seconds.items()})),
+        ("Time", ", ".join(f"{name} {duration(value)}" for name, value in origin.seconds.items())),
         ("Machine", origin.machine),
-        ("Versions", _listed(origin.versions)),
+        ("Versions", ", ".join(f"{name} {value}" for name, value in origin.versions.items())),
         ("Made", origin.created),
     ]
-    notes = (*choice.notes, *origin.notes)
     return Section(
         "how",
         "How it was made",
         shown(
             Text(origin.command, "code"),
             Facts(tuple((key, value) for key, value in found if value)),
-            Section("", "Notes", shown(Items(notes))),
+            Section("", "Notes", shown(Items((*allocation.notes, *origin.notes)))),
         ),
     )
 
 
-def _listed(facts: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+def _rule(summary: Summary) -> str:
+    """The rule, and the limits that it kept if it is one that searches."""
+    allocation = summary.allocation
+    limits = []
+    if allocation.budget_bytes is not None:
+        budget = 8 * allocation.budget_bytes / summary.table.total_params
+        limits.append(f"{budget:.3f} bits per weight {_COUNTED[allocation.accounting]}")
+    if allocation.budget_bops is not None:
+        limits.append(f"{count(allocation.budget_bops)} bit operations")
+    is_searched = limits and summary.decided_by != allocation.rule
+    return f"{allocation.rule}, at most {' and '.join(limits)}" if is_searched else allocation.rule
 
 
-def _limits(choice: Choice) -> str:
-    accounting = "as in the papers" if choice.accounting == "paper" else "as stored"
-    size = "" if choice.budget_bits is None else f"{choice.budget_bits:.3f} bits per weight {accounting}"
-    bops = "" if choice.budget_bops is None else f"{count(choice.budget_bops)} bit operations"
-    return " and ".join(text for text in (size, bops) if text)
-
-
-def _operations(sizes: Sizes) -> str:
+def _operations(summary: Summary) -> str:
     """Of one sample and call; nothing if they were not counted."""
-    if not sizes.full_bops:
+    table, bops = summary.table, summary.allocation.bops
+    if not table.full_bops:
         return ""
     return (
-        f"{count(sizes.bops)} a sample and denoiser call, {share(sizes.bops / sizes.full_bops)} of those at 16 bits; "
-        f"the products of attention are {count(sizes.attention_bops)} of them in any case"
+        f"{count(bops)} a sample and denoiser call, {share(bops / table.full_bops)} of those at 16 bits; the products "
+        f"of attention are {count(table.attention_bops)} of them in any case"
     )
-
-
-def _cost_name(summary: Summary) -> str:
-    return "noise" if summary.choice.is_noise else "cost"
