@@ -64,7 +64,7 @@ class BlocksSettings(Checked):
 
 
 def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> tuple[BlockCurves, Recipe]:
-    """Both curves of a format, and the hybrid recipe of the rule. Resumes in the study.
+    """Both curves of a format, and the hybrid recipe of the rule, written where there is a place for them. Resumes.
 
     Raises:
         InputError: the source cannot be sampled, no layer can take the format, or a budget below all quantized.
@@ -82,12 +82,7 @@ def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> tup
     with Study(settings.store) as study:
         lab = treated(lab.kept_in(study), settings.chosen)
         curves = measure_hybrid(lab, settings.number_format, settings.rule, objective=settings.objective)
-        return curves, hybrid_recipe(lab.bank.space, settings.number_format, curves.kept)
-
-
-def run(settings: BlocksSettings, progress: Progress) -> tuple[BlockCurves, Recipe]:
-    """Measures, and writes recipe and page where there is a place for them."""
-    curves, recipe = measure_blocks(settings, progress)
+        recipe = hybrid_recipe(lab.bank.space, settings.number_format, curves.kept)
     if settings.out is not None:
         write_file(settings.out, recipe.to_json().encode())
     if settings.page is not None:
@@ -101,4 +96,6 @@ def as_json(found: tuple[BlockCurves, Recipe]) -> Mapping[str, object]:
     return {**curves.as_json(), "recipe": {name: str(entry) for name, entry in recipe.layers.items()}}
 
 
-JOB = Job(__doc__, BlocksSettings, run, lambda found: blocks_page(found[0]), as_json, offers=early_treatment_offers)
+JOB = Job(
+    __doc__, BlocksSettings, measure_blocks, lambda found: blocks_page(found[0]), as_json, offers=early_treatment_offers
+)

@@ -118,7 +118,7 @@ class CompareSettings(Checked):
 
 
 def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> Comparison:
-    """Every method's recipe at every budget on the same fresh seeds. Resumes in the study.
+    """Every method's recipe at every budget on the same fresh seeds, on a page if there is a place for it. Resumes.
 
     Raises:
         InputError: the source cannot be sampled, or a budget that its formats do not allow.
@@ -148,7 +148,7 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
     middle = sorted(settings.bits)[len(settings.bits) // 2]
     tables = {m.name: findings[m.name, middle].table for m in compared if not m.traits.is_described}
     plan = lab.seeds.check
-    return Comparison(
+    found = Comparison(
         source=lab.subject.name,
         reference=_reference(list(used)),
         seeds=f"{plan.seeds[0]} to {plan.seeds[-1]}",
@@ -163,6 +163,9 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
             *(f"{m} at {b:g} bits: {note}" for (m, b), finding in findings.items() for note in finding.notes),
         ),
     )
+    if settings.out is not None:
+        write_page(comparison_page(found), settings.out)
+    return found
 
 
 def _accounted(lab: Lab, study: Study, method: Method[Any], task: Task[Any]) -> tuple[Finding, Ledger]:
@@ -186,14 +189,10 @@ def _found(lab: Lab, method: Method[Any], task: Task[Any]) -> Finding:
     return method.decide(lab, task, measured)
 
 
-def _recipe(finding: Finding) -> Recipe | PeerRecipe | None:
-    """What a method chose, None where it has nothing of that size."""
-    return finding.of(PeerRecipe) if finding.allocation is None else finding.allocation.recipe
-
-
 def _rows(lab: Lab, bits: float, findings: Mapping[tuple[str, float], Finding]) -> Iterator[ComparedRow]:
-    chosen = {m: _recipe(finding) for (m, at), finding in findings.items() if at == bits}
-    found = {method: recipe for method, recipe in chosen.items() if recipe is not None}
+    here = {method: finding for (method, at), finding in findings.items() if at == bits}
+    chosen = {m: one.of(PeerRecipe) if one.allocation is None else one.allocation.recipe for m, one in here.items()}
+    found = {method: recipe for method, recipe in chosen.items() if recipe is not None}  # others have none so small
     own = iter(lab.measure([one for one in found.values() if isinstance(one, Recipe)], lab.seeds.check))
     peers = measure_peers(lab, lab.seeds.check, [one for one in found.values() if isinstance(one, PeerRecipe)])
     powers = {m: peers[one.key] if isinstance(one, PeerRecipe) else next(own).powers for m, one in found.items()}
@@ -237,12 +236,4 @@ def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, 
     return agreement_about_operations(tables[ABLATION.name], independent, bits)
 
 
-def run(settings: CompareSettings, progress: Progress) -> Comparison:
-    """Compares, and writes the page if there is a place for it."""
-    found = compare_methods(settings, progress)
-    if settings.out is not None:
-        write_page(comparison_page(found), settings.out)
-    return found
-
-
-JOB = Job(__doc__, CompareSettings, run, comparison_page, offers=all_offers)
+JOB = Job(__doc__, CompareSettings, compare_methods, comparison_page, offers=all_offers)

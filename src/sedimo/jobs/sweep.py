@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sedimo.allocation.table import Cost
-from sedimo.bank import SILENT, Progress
+from sedimo.bank import Progress
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job
-from sedimo.jobs.settings import FORMATS as ALL_FORMATS
-from sedimo.jobs.settings import SAMPLING, open_lab
+from sedimo.jobs.settings import FORMATS, SAMPLING, open_lab
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
@@ -46,13 +45,6 @@ from sedimo.treatments.static_ranges import ACTIVATIONS, DYNAMIC_ACTIVATIONS, Ac
 
 Question = Literal["alpha", "calibration", "threshold", "samples", "schedulers"]
 SIGNALS = {JACOBIAN.name: JACOBIAN, SQNR.name: SQNR}  # by which schedulers are compared
-FORMATS: Mapping[Question, str] = {
-    "alpha": "uaq8a8",
-    "calibration": "uaq8a8",
-    "threshold": "uaq4",
-    "samples": "uaq4",
-    "schedulers": "uaq4",
-}
 MOST_SAMPLES = 1024
 _ROUNDS_INPUTS = ("alpha", "calibration")
 _STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -88,10 +80,7 @@ class SweepSettings(Checked):
         (), "--values", parse=read_values, help="Values, separated by commas; default: the question's usual ones."
     )
     number_format: Format | None = option(
-        None,
-        "--format",
-        parse=Format.parse,
-        help="Format of all layers; default: uaq8a8, or uaq4 without activations.",
+        None, "--format", parse=Format.parse, help="Format of all layers; default: uaq8a8, or uaq4 without activations."
     )
     n_fresh: int = option(
         16,
@@ -101,10 +90,7 @@ class SweepSettings(Checked):
     )
     share: float = option(DEFAULT_SHARE, "--smooth-share", help="alpha: share of the layers to smooth.")
     signal: str = option(
-        JACOBIAN.name,
-        "--signal",
-        choices=tuple(SIGNALS),
-        help="schedulers: the sensitivity that is compared.",
+        JACOBIAN.name, "--signal", choices=tuple(SIGNALS), help="schedulers: the sensitivity that is compared."
     )
     activations: ActivationSettings = block(DYNAMIC_ACTIVATIONS, "Activations")
     out: Path | None = option(None, "-o", "--out", help="File for the page.")
@@ -145,7 +131,7 @@ class SweepSettings(Checked):
     @property
     def format(self) -> Format:
         """The format that the question is asked about."""
-        return self.number_format or Format.parse(FORMATS[self.question])
+        return self.number_format or Format.parse("uaq8a8" if self.question in _ROUNDS_INPUTS else "uaq4")
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
@@ -173,8 +159,8 @@ class SweepSettings(Checked):
         return tuple(SmoothingSettings(alpha, self.share) for alpha in alphas)
 
 
-def sweep(settings: SweepSettings, progress: Progress = SILENT) -> Sweep:
-    """Answers a question. Resumes in the study; the pipeline is given back as it was.
+def run(settings: SweepSettings, progress: Progress) -> Sweep:
+    """Answers a question, on a page if there is a place for it. Resumes; the pipeline is given back as it was.
 
     Raises:
         InputError: the source cannot be sampled, no layer can take the format, more blocks than there are, or fewer
@@ -184,7 +170,7 @@ def sweep(settings: SweepSettings, progress: Progress = SILENT) -> Sweep:
     number_format = settings.format
     lab = open_lab(
         settings.source,
-        ALL_FORMATS,
+        FORMATS,
         chosen={ACTIVATIONS.name: settings.activations},
         sampling=replace(settings.sampling, n_check_seeds=settings.n_fresh),
         progress=progress,
@@ -198,7 +184,10 @@ def sweep(settings: SweepSettings, progress: Progress = SILENT) -> Sweep:
             f"only {n_taking} layers of {lab.subject.name} can take {number_format}, too few for this question"
         )
     with Study(settings.store) as study:
-        return _ANSWERS[settings.question](lab.kept_in(study), settings)
+        found = _ANSWERS[settings.question](lab.kept_in(study), settings)
+    if settings.out is not None:
+        write_page(sweep_page(found), settings.out)
+    return found
 
 
 @dataclass(frozen=True)
@@ -310,19 +299,16 @@ def _valued(lab: Lab, settings: SweepSettings, cases: Mapping[str, _Case], toler
         SweptValue(name, spaces[name].paper_bits(recipes[name]), mean_sqnr(powers[name]), ahead.get(name), case.note)
         for name, case in cases.items()
     )
-    highest, further = highest_value(values), _further(lab, settings)
+    highest = highest_value(values)
+    # as many fresh seeds again, past those of all other plans: nothing was chosen on them
+    n_ranges = max(SQNR.traits.least_samples, settings.activations.n_samples)
+    first = 1 + max(*lab.seeds.check.seeds, *lab.seeds.more(n_ranges).seeds)
+    further = lab.seeds.plan(range(first, first + lab.seeds.settings.n_check_seeds))
     # the baseline first: the reference is then that of the untouched denoiser, not of an equal one up to rounding
     least, best = measured(baseline, further), measured(highest, further)
     again = paired_difference(best, least, tolerance=tolerance).estimate
     answer = _sweep(lab, settings, [lab.seeds.check], len(others))
     return replace(answer, values=values, confirmed=Confirmation(highest, again, _span(further.seeds)))
-
-
-def _further(lab: Lab, settings: SweepSettings) -> Sampling:
-    """As many fresh seeds again, past those of all other plans: nothing was chosen on them."""
-    n_ranges = max(SQNR.traits.least_samples, settings.activations.n_samples)
-    first = 1 + max(*lab.seeds.check.seeds, *lab.seeds.more(n_ranges).seeds)
-    return lab.seeds.plan(range(first, first + lab.seeds.settings.n_check_seeds))
 
 
 def _ranked(
@@ -336,31 +322,21 @@ def _ranked(
     """Rank correlations of pairs of sensitivities, and the mean standard error of each."""
     costs = {name: [cost.cost for cost in one] for name, one in found.items()}
     ranks = tuple(SweptRanks(a, b, prediction_quality(costs[a], costs[b]).srcc) for a, b in pairs)
-    errors = {name: _mean_error(one) for name, one in found.items()}
+    errors = dict[str, float]()
+    for name, one in found.items():  # to first order [dB]
+        known = [_DECIBEL * cost.standard_error / cost.cost for cost in one if cost.cost > 0]
+        errors[name] = sum(known) / len(known) if known else math.nan
     return replace(_sweep(lab, settings, plans, len(pairs)), ranks=ranks, errors=errors, notes=notes)
 
 
-def _mean_error(costs: Sequence[Cost]) -> float:
-    """Mean over decisions of the standard error of the local noise, to first order [dB]."""
-    errors = [_DECIBEL * cost.standard_error / cost.cost for cost in costs if cost.cost > 0]
-    return sum(errors) / len(errors) if errors else math.nan
-
-
 def _sweep(lab: Lab, settings: SweepSettings, plans: Sequence[Sampling], n_comparisons: int) -> Sweep:
+    """A sweep that is to be filled."""
     seeds = _span([seed for plan in plans for seed in plan.seeds])
     return Sweep(settings.question, lab.subject.name, str(settings.format), seeds, plans[0].n_steps, n_comparisons)
 
 
 def _span(seeds: Sequence[int]) -> str:
     return f"{min(seeds)} to {max(seeds)}"
-
-
-def run(settings: SweepSettings, progress: Progress) -> Sweep:
-    """Answers, and writes the page if there is a place for it."""
-    found = sweep(settings, progress)
-    if settings.out is not None:
-        write_page(sweep_page(found), settings.out)
-    return found
 
 
 JOB = Job(__doc__, SweepSettings, run, sweep_page)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy.typing as npt
+
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.explanation import ScoreBox
 
@@ -97,7 +99,7 @@ class Heat:
     `limits` are those of the colours, whose scale is called `scale` (none, no scale) and may be logarithmic.
     """
 
-    cells: tuple[tuple[float, ...], ...]
+    cells: npt.ArrayLike
     rows: Axis
     columns: Axis
     scale: str = ""

@@ -92,7 +92,7 @@ def _cell(value: Value | Cell, column: Column) -> Markup:
     text, quiet = say(value, column)
     shown = escape(text)
     if kind == "name" and text:
-        shown = Markup("<code>{}</code>").format(_breakable(text))
+        shown = Markup("<code>{}</code>").format(Markup(".<wbr>").join(text.split(".")))  # join escapes the parts
     elif isinstance(cell.value, Format):
         shown = Markup('<span class="tag b{0}">{1}</span>').format(bit_level(cell.value.bits), text)
     elif kind == "verdict" and text in _LOOKS:
@@ -178,17 +178,11 @@ def _prose(text: str) -> Markup:
     parts = text.split("`")
     if len(parts) % 2 == 0:
         return escape(text)
-    made = [f"<code>{escape(p)}</code>" if i % 2 else _emphasised(str(escape(p))) for i, p in enumerate(parts)]
+    made = [str(escape(part)) for part in parts]
+    made[1::2] = [f"<code>{part}</code>" for part in made[1::2]]
+    emphasised = [re.sub(r"\*([^*]+)\*", r"<em>\1</em>", part) for part in made[::2]]
+    made[::2] = [re.sub(r"(?<=\d) (?=%)", "&nbsp;", part) for part in emphasised]
     return Markup("".join(made))  # every part was escaped
-
-
-def _emphasised(text: str) -> str:
-    return re.sub(r"(?<=\d) (?=%)", "&nbsp;", re.sub(r"\*([^*]+)\*", r"<em>\1</em>", text))
-
-
-def _breakable(name: str) -> Markup:
-    """An escaped dotted name that may be broken after its dots."""
-    return Markup(".<wbr>").join(name.split("."))  # join escapes the parts
 
 
 def _resource(name: str) -> str:

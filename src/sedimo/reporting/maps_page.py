@@ -152,7 +152,14 @@ def maps_section(maps: Maps) -> Section | None:
         () if maps.blocks is None else _blocks(maps.blocks),
         _noise(maps),
         () if maps.repetition is None else _repetition(maps.repetition),
-        (_ranges(found, i) for i, found in enumerate(maps.ranges)),
+        (
+            Figure(
+                ranges_chart(found, i),
+                "Bars reach from the least to the greatest value of a channel. Each panel has its own scale.",
+                f"Activation ranges of {name(found.layer)}",
+            )
+            for i, found in enumerate(maps.ranges)
+        ),
     )
     if not blocks:
         return None
@@ -187,7 +194,14 @@ def _noise(maps: Maps) -> Iterator[Figure]:
             "inputs* is what one step does alone; on its *own path* the recipe also has the noise of earlier steps in "
             "its inputs. Latents are those after the step; the last are the result."
         )
-        yield Figure(chart, text, "Along the trajectory", table=_trajectory_table(lines))
+        kinds = ("output, same inputs", "output, own path", "latents after it")
+        calls = enumerate(zip(lines.timesteps, lines.step, lines.path, lines.latents, strict=True), 1)
+        table = Table(
+            columns("call", "timestep", *((kind, "plus-minus") for kind in kinds)),
+            rows((i, f"{timestep:.4g}", *values) for i, (timestep, *values) in calls),
+            "SQNR [dB] with its 95 % interval",
+        )
+        yield Figure(chart, text, "Along the trajectory", table=table)
     for i, found in enumerate(maps.local):
         what = f"all at {name(found.number_format)}" if found.number_format else "at the formats of this recipe"
         if chart := noise_chart(found, f"Local SQNR {what.replace('`', '')} by block and step", f"local-{i}"):
@@ -281,72 +295,48 @@ def trajectory_chart(found: TrajectoryLines) -> Chart | None:
     return Chart("trajectory", "Noise along the trajectory", description, (panel,), 380)
 
 
-def _trajectory_table(found: TrajectoryLines) -> Table:
-    titles = columns(
-        "call",
-        "timestep",
-        ("output, same inputs", "plus-minus"),
-        ("output, own path", "plus-minus"),
-        ("latents after it", "plus-minus"),
-    )
-    lines = zip(found.timesteps, found.step, found.path, found.latents, strict=True)
-    return Table(
-        titles,
-        rows((i + 1, f"{timestep:.4g}", *values) for i, (timestep, *values) in enumerate(lines)),
-        "SQNR [dB] with its 95 % interval",
-    )
-
-
 def _repetition(found: Repetition) -> Iterator[Block]:
-    matrix = (
-        f"How alike the outputs of two layers are between {found.n} samples (linear CKA, 0 to 1), mean of "
-        f"{len(found.timesteps)} timesteps. At the right, the bits that each layer got, coloured as in the map above."
-        f"{_dark(found)}"
+    n_steps, n_dark = len(found.timesteps), int(np.isnan(np.array(found.per_step)).all(axis=0).sum())
+    text = (
+        f"How alike the outputs of two layers are between {found.n} samples (linear CKA, 0 to 1), mean of {n_steps} "
+        "timesteps. At the right, the bits that each layer got, coloured as in the map above."
     )
-    yield Figure(matrix_chart(found, "mean"), matrix, "What repeats what")
-    if len(found.timesteps) > 1:
+    if n_dark:
+        which = "The dark line is a layer" if n_dark == 1 else f"Dark lines are the {n_dark} layers"
+        text += f" {which} whose outputs do not tell samples apart, such as those that see the timestep alone."
+    yield Figure(matrix_chart(found, "mean"), text, "What repeats what")
+    if n_steps > 1:
         single = (
             Figure(matrix_chart(found, which, is_small=True), "Colours as above.", f"The {which} timestep alone")
             for which in ("first", "last")
         )
         yield Beside(tuple(single))
-    importance = (
+    text = (
         "A layer that repeats others less is more important. Left, by timestep (empty: its output does not tell "
         "samples apart); middle, over all timesteps, the greatest being 1; right, the bits that it got."
     )
-    title, table = "Importance, and the bits it led to", _importance_table(found)
-    yield Figure(importance_chart(found), importance, title, table=table)
+    layers = zip(found.layers, found.theta, found.standard_error, found.bits, strict=True)
+    table = Table(
+        columns("layer", "importance", "bits"),
+        rows((layer, f"{theta:.3f} ± {NORMAL_95 * error:.3f}", f"{bits:.3g}") for layer, theta, error, bits in layers),
+        "Importance with its 95 % interval",
+    )
+    yield Figure(importance_chart(found), text, "Importance, and the bits it led to", table=table)
     if chart := convergence_chart(found):
-        text = f"How soon importances from few timesteps have the order of those from all. {_sufficient(found)}"
+        too_few = max((i + 1 for i, value in enumerate(found.converged) if not value >= _SOME), default=0)
+        enough = f"From {too_few + 1} on, the rank correlation is at least {_SOME}."
+        if too_few + 1 >= len(found.converged):
+            enough = f"No fewer than all {len(found.converged)} keep the rank correlation at {_SOME} or above."
+        text = f"How soon importances from few timesteps have the order of those from all. {enough}"
         yield Figure(chart, text, "Enough timesteps?")
 
 
-def _dark(found: Repetition) -> str:
-    """What layers of which nothing is known look like in the matrix."""
-    n_dark = int(np.isnan(np.array(found.per_step)).all(axis=0).sum())
-    if not n_dark:
-        return ""
-    which = "The dark line is a layer" if n_dark == 1 else f"Dark lines are the {n_dark} layers"
-    return f" {which} whose outputs do not tell samples apart, such as those that see the timestep alone."
-
-
-def _sufficient(found: Repetition) -> str:
-    """From how many timesteps on more of them change little."""
-    too_few = max((i + 1 for i, value in enumerate(found.converged) if not value >= _SOME), default=0)
-    if too_few + 1 >= len(found.converged):
-        return f"No fewer than all {len(found.converged)} keep the rank correlation at {_SOME} or above."
-    return f"From {too_few + 1} on, the rank correlation is at least {_SOME}."
-
-
 def matrix_chart(found: Repetition, which: str, *, is_small: bool = False) -> Chart:
-    """One matrix of a probe, layers in the order of the denoiser, with the bits of each beside it.
-
-    A small one has no scale, and its labels are few.
-    """
+    """One matrix of a probe, layers in the order of the denoiser, with the bits of each beside it."""
     matrix, width = found.matrix(which), _SMALL if is_small else WIDTH
     layers = layers_axis(found, n_most=round(width / 17))
     panel = Heat(
-        tuple(map(tuple, matrix.tolist())),
+        matrix,
         layers,
         Axis(ticks=layers.ticks, are_turned=True),
         "" if is_small else "correlation of outputs (linear CKA)",
@@ -375,7 +365,7 @@ def importance_chart(found: Repetition) -> Chart:
     values = tuple(normal_estimate(theta, e) for theta, e in zip(found.theta, found.standard_error, strict=True))
     panels = (
         Heat(
-            tuple(map(tuple, per_step.tolist())),
+            per_step,
             places,
             steps_axis(found.timesteps, n_most=5, label="sampled timestep"),
             "at the timestep (logarithmic)",
@@ -404,16 +394,6 @@ def importance_chart(found: Repetition) -> Chart:
         90 + _row_height(n) * n,
         n_columns=3,
         ratios=(3, 3, 2),
-    )
-
-
-def _importance_table(found: Repetition) -> Table:
-    lines = zip(found.layers, found.theta, found.standard_error, found.bits, strict=True)
-    titles = columns("layer", "importance", "bits")
-    return Table(
-        titles,
-        rows((layer, f"{theta:.3f} ± {NORMAL_95 * error:.3f}", f"{bits:.3g}") for layer, theta, error, bits in lines),
-        "Importance with its 95 % interval",
     )
 
 
@@ -453,16 +433,8 @@ def _begin_and_end(text: str) -> str:
     return text if len(text) <= _NAME else f"{text[:20]}\N{HORIZONTAL ELLIPSIS}{text[-(_NAME - 21) :]}"
 
 
-def _ranges(found: ChannelRanges, position: int) -> Figure:
-    text = "Bars reach from the least to the greatest value of a channel. Each panel has its own scale."
-    return Figure(ranges_chart(found, position), text, f"Activation ranges of {name(found.layer)}")
-
-
 def ranges_chart(found: ChannelRanges, position: int = 0) -> Chart:
-    """Least to greatest value of every channel as a bar, before on top and after below.
-
-    Each has its own scale: quantizing a whole tensor follows its widest channel, whatever that is.
-    """
+    """Least to greatest value of every channel as a bar, before on top and after below, each with its own scale."""
     looks: dict[str, Look] = {"before": "other", "after": "this"}
     both = ((found.before_low, found.before_high), (found.after_low, found.after_high))
     panels, texts = [], []
@@ -485,10 +457,7 @@ def ranges_chart(found: ChannelRanges, position: int = 0) -> Chart:
 
 
 def merged(low: npt.ArrayLike, high: npt.ArrayLike, n_most: int) -> npt.NDArray[np.float64]:
-    """Least and greatest of neighbouring channels `[4, N]`: first channel, number of channels, low, high.
-
-    No extreme value is lost, so that an outlier among thousands of channels is seen.
-    """
+    """Neighbouring channels `[4, N]`: the first, their number, least and greatest value; no outlier is lost."""
     lows, highs = np.asarray(low, dtype=float), np.asarray(high, dtype=float)
     edges = np.unique(np.linspace(0, len(lows), min(n_most, len(lows)) + 1).round().astype(int))
     starts = edges[:-1]

@@ -188,11 +188,22 @@ def _ranks(sweep: Sweep, knob: str) -> Iterator[Block]:
 
 
 def headline(sweep: Sweep) -> str:
-    """The answer in a sentence."""
-    if sweep.confirmed is not None:
-        return _confirmed_value(sweep, sweep.confirmed)
+    """The answer in a sentence, which says of what was chosen what it is worth on seeds on which it was not chosen."""
+    if (highest := sweep.confirmed) is not None:
+        baseline, value = sweep.values[0], _WORDS[sweep.question].phrase.format(f"`{highest.value}`")
+        better = "" if highest.ahead.low > 0 else "nothing is shown to be better, "
+        return (
+            f"The baseline, `{baseline.value}`, has {with_error(baseline.sqnr_db, 'dB')}; {better}highest is {value}, "
+            f"{with_error(highest.ahead, 'dB', signed=True)} on further seeds."
+        )
     if sweep.question == _SCHEDULERS:
-        return _least_agreement(sweep)
+        again = next(r for r in sweep.ranks if r.second == f"{r.first}{OTHER_SEEDS}")
+        between = (r for r in sweep.ranks if not r.second.endswith(OTHER_SEEDS))
+        lowest = min(between, key=lambda r: ranked(r.srcc.value))
+        return (
+            f"Between schedulers the rank correlation is at least {number(lowest.srcc.value)} (`{lowest.first}` and "
+            f"`{lowest.second}`); of `{again.first}` with itself on other seeds it is {number(again.srcc.value)}."
+        )
     told = ", ".join(f"{number(r.srcc.value, r.srcc.standard_error)} from {r.first}" for r in sweep.ranks)
     return f"Rank correlation with {sweep.ranks[0].second} samples: {told} samples."
 
@@ -202,27 +213,6 @@ def highest_value(values: Sequence[SweptValue]) -> str:
     paired = [(v.value, v.ahead) for v in values if v.ahead is not None]
     shown = [(value, ahead) for value, ahead in paired if ahead.low > 0]
     return max(shown or paired, key=lambda pair: ranked(pair[1].value))[0]
-
-
-def _confirmed_value(sweep: Sweep, confirmed: Confirmation) -> str:
-    """The baseline, and what the value that is highest beside it is worth on seeds on which it was not chosen."""
-    baseline = sweep.values[0]
-    value = _WORDS[sweep.question].phrase.format(f"`{confirmed.value}`")
-    is_better = "" if confirmed.ahead.low > 0 else "nothing is shown to be better, "
-    return (
-        f"The baseline, `{baseline.value}`, has {with_error(baseline.sqnr_db, 'dB')}; {is_better}highest is {value}, "
-        f"{with_error(confirmed.ahead, 'dB', signed=True)} on further seeds."
-    )
-
-
-def _least_agreement(sweep: Sweep) -> str:
-    """Which two schedulers differ most, beside what another choice of seeds does."""
-    again = next(r for r in sweep.ranks if r.second == f"{r.first}{OTHER_SEEDS}")
-    lowest = min((r for r in sweep.ranks if not r.second.endswith(OTHER_SEEDS)), key=lambda r: ranked(r.srcc.value))
-    return (
-        f"Between schedulers the rank correlation is at least {number(lowest.srcc.value)} (`{lowest.first}` and "
-        f"`{lowest.second}`); of `{again.first}` with itself on other seeds it is {number(again.srcc.value)}."
-    )
 
 
 def _chart(sweep: Sweep, knob: str) -> Chart | None:
@@ -266,7 +256,7 @@ def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float]) ->
         matrix[index[first], index[second]] = matrix[index[second], index[first]] = value
     places = Axis(ticks=named([one.replace(", ", ",\n") for one in names]))
     panel = Heat(
-        tuple(map(tuple, matrix.tolist())),
+        matrix,
         places,
         places,
         "rank correlation",

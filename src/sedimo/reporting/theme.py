@@ -55,35 +55,21 @@ LIGHT = {role: light for role, (light, _) in _COLOURS.items()}
 DARK = {role: dark for role, (_, dark) in _COLOURS.items()}
 PLACEHOLDER = {role: f"#fe01{i:02x}" for i, role in enumerate(_COLOURS)}
 BIT_LEVELS = (2, 3, 4, 5, 6, 7, 8, 16)
-POINTS_PER_INCH = 72
 
 INK, MUTED, GRID = PLACEHOLDER["ink"], PLACEHOLDER["muted"], PLACEHOLDER["grid"]
 SURFACE, ACCENT, SOFT, OTHER = (PLACEHOLDER[role] for role in ("surface", "accent", "accent-soft", "other"))
 
 _STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sedimo",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 12,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor", "svg.fonttype"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.grid", "legend.frameon", "text.parse_math"), False),
+    **dict.fromkeys(("axes.axisbelow", "axes.unicode_minus"), True),
     "grid.color": GRID,
     "grid.linewidth": 1.0,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "legend.frameon": False,
+    "font.family": "sans-serif",
+    "font.size": 12,
+    "svg.hashsalt": "sedimo",
 }
 
 
@@ -112,17 +98,13 @@ def themed_svg(
     rc = matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]  # the stubs list every key as a literal
     with rc, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts draw the text
-        figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")  # 72 points make an inch
         FigureCanvasSVG(figure)
         draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _cleaned(buffer.getvalue(), title, description, prefix, width)
-
-
-def _cleaned(svg: str, title: str, description: str, prefix: str, width: float) -> str:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     for role, colour in PLACEHOLDER.items():
         svg = svg.replace(colour, f"var(--{role})")
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
