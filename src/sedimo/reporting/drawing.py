@@ -1,4 +1,4 @@
-"""Charts as SVG with matplotlib, one function for each kind of panel.
+"""Charts as SVG with matplotlib, one function for each kind of mark.
 
 No number is computed here and no name is chosen; what is not finite has no place in a chart. Cells of heat maps are
 one picture in a colour map whose lightness rises evenly (viridis: told apart without red-green vision, in grey print,
@@ -7,23 +7,28 @@ and on light and dark pages alike); all around them takes its colours from the p
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Literal
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis as PlotAxis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.explanation import ScoreBox
 from sedimo.reporting.figures import Axis, Bar, Chart, Heat, Look, Plot, Series
-from sedimo.reporting.theme import ACCENT, GRID, INK, MUTED, OTHER, SOFT, SURFACE, bit_colour, themed_svg
+from sedimo.reporting.theme import ACCENT, GRID, INK, MUTED, OTHER, PLACEHOLDER, SOFT, SURFACE, bit_colour
 from sedimo.reporting.words import superscript
 
 _COLOURS: Mapping[Look, str] = {"this": ACCENT, "other": OTHER, "ink": INK, "soft": SOFT}
@@ -37,44 +42,77 @@ _ARROWS = {True: ("<", ">"), False: ("v", "^")}  # for ends below and above the 
 _BAR_WIDTH, _BAR_LETTER = 400, 7.3  # of all parts of a lying bar, and of a character in them [px]
 
 
+_STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor", "svg.fonttype"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.grid", "legend.frameon", "text.parse_math"), False),
+    **dict.fromkeys(("axes.axisbelow", "axes.unicode_minus"), True),
+    "grid.color": GRID,
+    "grid.linewidth": 1.0,
+    "font.family": "sans-serif",
+    "font.size": 12,
+    "svg.hashsalt": "sedimo",
+}
+
+
 def draw(chart: Chart) -> str:
     """The chart as an SVG element that takes its colours from the page."""
+    rc = matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]  # the stubs list every key as a literal
+    with rc, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts draw the text
+        figure = Figure(figsize=(chart.width / 72, chart.height / 72), layout="constrained")  # 72 points make an inch
+        _fill(figure, chart)
+        return svg_of(figure, chart)
 
-    def fill(figure: Figure) -> None:
-        is_beside = chart.n_columns > 1
-        places = figure.subplots(
-            math.ceil(len(chart.panels) / chart.n_columns),
-            chart.n_columns,
-            squeeze=False,
-            sharex=not is_beside,
-            sharey=is_beside,
-            width_ratios=chart.ratios or None,
-        ).ravel()
-        for axes, panel in zip(places, chart.panels, strict=False):
-            if isinstance(panel, Heat):
-                _draw_heat(figure, axes, panel, is_beside=is_beside)
-            else:
-                _draw_plot(axes, panel)
-            if panel.title:
-                axes.set_title(panel.title, fontsize=11, color=INK, loc="center" if is_beside else "left")
-        for axes in [] if is_beside else places:
-            axes.label_outer()
-        for axes in places[len(chart.panels) :]:
-            axes.set_axis_off()
-        if chart.label:
-            figure.supylabel(chart.label, fontsize=12)
-        handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
-        if handles:
-            figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, handlelength=2.5)
 
-    return themed_svg(
-        fill,
-        width=chart.width,
-        height=chart.height,
-        title=chart.title,
-        description=chart.description,
-        prefix=chart.name,
+def svg_of(figure: Figure, chart: Chart) -> str:
+    """The SVG element of a figure; the chart's name keeps its ids apart from those of others."""
+    FigureCanvasSVG(figure)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    for role, colour in PLACEHOLDER.items():
+        svg = svg.replace(colour, f"var(--{role})")
+    svg = re.sub(r'\bid="', f'id="{chart.name}-', svg)
+    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{chart.name}-", svg)
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]+", r"\1 var(--sans)", svg)
+    view_box = re.search(r'viewBox="[^"]+"', svg)
+    opening = (
+        f'<svg class="chart" xmlns:xlink="http://www.w3.org/1999/xlink" {view_box.group() if view_box else ""} '
+        f'style="max-width:{chart.width:.0f}px" role="img" '
+        f'aria-label="{escape(chart.title)}. {escape(chart.description)}">'
     )
+    return re.sub(r"^<svg[^>]*>", lambda _: opening, svg, count=1)
+
+
+def _fill(figure: Figure, chart: Chart) -> None:
+    is_beside = chart.n_columns > 1
+    places = figure.subplots(
+        math.ceil(len(chart.panels) / chart.n_columns),
+        chart.n_columns,
+        squeeze=False,
+        sharex=not is_beside,
+        sharey=is_beside,
+        width_ratios=chart.ratios or None,
+    ).ravel()
+    for axes, panel in zip(places, chart.panels, strict=False):
+        if isinstance(panel, Heat):
+            _draw_heat(figure, axes, panel, is_beside=is_beside)
+        else:
+            _draw_plot(axes, panel)
+        if panel.title:
+            axes.set_title(panel.title, fontsize=11, color=INK, loc="center" if is_beside else "left")
+    for axes in [] if is_beside else places:
+        axes.label_outer()
+    for axes in places[len(chart.panels) :]:
+        axes.set_axis_off()
+    if chart.label:
+        figure.supylabel(chart.label, fontsize=12)
+    handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
+    if handles:
+        figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, handlelength=2.5)
 
 
 def _draw_plot(axes: Axes, plot: Plot) -> None:
@@ -119,7 +157,7 @@ def _draw_levels(axes: Axes, plot: Plot) -> None:
 def _draw_series(axes: Axes, series: Series, *, is_flat: bool, is_logarithmic: bool) -> None:
     places = series.places or range(len(series.values))
     shown = [(p, v, i) for i, (p, v) in enumerate(zip(places, series.values, strict=True)) if math.isfinite(v.value)]
-    bars = [] if series.look == "soft" else [(p, v, i) for p, v, i in shown if _has_interval(v)]
+    bars = [] if series.look == "soft" else [(p, v, i) for p, v, i in shown if math.isfinite(v.high - v.low)]
     if series.has_band and len(bars) == len(shown):
         ends = [v.low for _, v, _ in bars], [v.high for _, v, _ in bars]
         axes.fill_between([p for p, *_ in bars], *ends, color=_COLOURS[series.look], alpha=0.16, linewidth=0, zorder=2)
@@ -325,7 +363,3 @@ def _bar(
     axes: Axes, place: float, start: float, size: float, thickness: float, *, is_flat: bool, **style: object
 ) -> None:
     (axes.barh if is_flat else axes.bar)(place, size, thickness, start, **style)  # type: ignore[arg-type]  # by name
-
-
-def _has_interval(estimate: Estimate) -> bool:
-    return math.isfinite(estimate.low) and math.isfinite(estimate.high)

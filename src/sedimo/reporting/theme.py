@@ -1,25 +1,17 @@
-"""The colours of a page in light and dark, and charts that take them: one SVG for both.
+"""The colours of a page in light and dark, and how charts take them: one SVG for both.
 
 Bits are an ordinal ramp (yellow, green, blue; told apart without red-green vision and in grey print), in which
 more bits stand out more: darker on paper, brighter on a dark screen. `on...` is the ink on such a cell. A test
 holds every pair to the contrast that WCAG 2.2 asks for.
 
-matplotlib knows no `var(--ink)`. So every role has a colour that nobody would choose, and `themed_svg` replaces
+matplotlib knows no `var(--ink)`. So every role has a colour that nobody would choose, and `drawing` replaces
 these by the property of the role. The page's style sheet says what the roles look like.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Mapping
-from html import escape
+from collections.abc import Mapping
 from typing import Literal
-
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 _COLOURS = {  # role: on paper, on a dark screen
     "paper": ("#ffffff", "#14171b"),
@@ -59,19 +51,6 @@ BIT_LEVELS = (2, 3, 4, 5, 6, 7, 8, 16)
 INK, MUTED, GRID = PLACEHOLDER["ink"], PLACEHOLDER["muted"], PLACEHOLDER["grid"]
 SURFACE, ACCENT, SOFT, OTHER = (PLACEHOLDER[role] for role in ("surface", "accent", "accent-soft", "other"))
 
-_STYLE = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor", "svg.fonttype"), "none"),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.grid", "legend.frameon", "text.parse_math"), False),
-    **dict.fromkeys(("axes.axisbelow", "axes.unicode_minus"), True),
-    "grid.color": GRID,
-    "grid.linewidth": 1.0,
-    "font.family": "sans-serif",
-    "font.size": 12,
-    "svg.hashsalt": "sedimo",
-}
-
 
 def bit_level(bits: float) -> int:
     """The level of the colour ramp that is nearest to a number of bits."""
@@ -86,33 +65,3 @@ def bit_colour(bits: float, role: Literal["b", "on"] = "b") -> str:
 def properties(colours: Mapping[str, str]) -> str:
     """The colours as CSS custom properties."""
     return " ".join(f"--{role}: {colour};" for role, colour in colours.items())
-
-
-def themed_svg(
-    draw: Callable[[Figure], None], *, width: float, height: float, title: str, description: str, prefix: str
-) -> str:
-    """An SVG element that takes its colours from the page.
-
-    `draw` fills a figure of `width` x `height` pixels; `prefix` keeps its ids apart from those of other charts.
-    """
-    rc = matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]  # the stubs list every key as a literal
-    with rc, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts draw the text
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")  # 72 points make an inch
-        FigureCanvasSVG(figure)
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    for role, colour in PLACEHOLDER.items():
-        svg = svg.replace(colour, f"var(--{role})")
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{prefix}-", svg)
-    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]+", r"\1 var(--sans)", svg)
-    view_box = re.search(r'viewBox="[^"]+"', svg)
-    opening = (
-        f'<svg class="chart" xmlns:xlink="http://www.w3.org/1999/xlink" {view_box.group() if view_box else ""} '
-        f'style="max-width:{width:.0f}px" role="img" aria-label="{escape(title)}. {escape(description)}">'
-    )
-    return re.sub(r"^<svg[^>]*>", lambda _: opening, svg, count=1)
