@@ -64,12 +64,7 @@ class BlocksSettings(Checked):
 
 
 def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> tuple[BlockCurves, Recipe]:
-    """Both curves of a format, and the hybrid recipe of the rule, written where there is a place for them. Resumes.
-
-    Raises:
-        InputError: the source cannot be sampled, no layer can take the format, or a budget below all quantized.
-        Interrupted: Ctrl-C; what was measured is kept.
-    """
+    """Both curves of a format, and the hybrid recipe of the rule, written where there is a place for them. Resumes."""
     lab = open_lab(
         settings.source,
         FORMATS,

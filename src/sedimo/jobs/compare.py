@@ -58,11 +58,7 @@ def read_numbers(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class CompareSettings(Checked):
-    """Which methods at which paper bits, measured on `n_fresh` seeds.
-
-    Every budget has the limit `bops` of bit operations besides, if there is one. Treatments that are `chosen` are those
-    of all methods but peers. Codes are the nearest ones, unless `compensate`d.
-    """
+    """Which methods at which paper bits; treatments that are `chosen` are those of all methods but peers."""
 
     source: SourceSettings = block(REQUIRED, "Source")
     bits: tuple[float, ...] = option(
@@ -118,12 +114,7 @@ class CompareSettings(Checked):
 
 
 def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> Comparison:
-    """Every method's recipe at every budget on the same fresh seeds, on a page if there is a place for it. Resumes.
-
-    Raises:
-        InputError: the source cannot be sampled, or a budget that its formats do not allow.
-        Interrupted: Ctrl-C; what was measured is kept.
-    """
+    """Every method's recipe at every budget on the same fresh seeds, on a page if there is a place for it. Resumes."""
     compared, missing = wanted_methods(settings.chosen_methods, everything=compared_methods())
     sampling = replace(settings.sampling, n_check_seeds=settings.n_fresh)
     lab = open_lab(settings.source, settings.formats, chosen=settings.chosen, sampling=sampling, progress=progress)

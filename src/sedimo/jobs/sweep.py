@@ -66,12 +66,7 @@ def read_values(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class SweepSettings(Checked):
-    """One question about one format. Without `values`, the usual ones; `number_format` None: the question's usual one.
-
-    `share` of the layers is smoothed for `alpha`. `activations` say how inputs are rounded; `calibration` replaces the
-    number of steps there. `signal` is what `schedulers` compares. Values are measured on `n_fresh` seeds; ranges are
-    calibrated on `activations.n_samples` others.
-    """
+    """One question about one format; `calibration` replaces the number of steps in `activations`."""
 
     question: Question = option(REQUIRED, metavar="QUESTION", help="What to find out.")
     source: SourceSettings = block(REQUIRED, "Source")
@@ -160,13 +155,7 @@ class SweepSettings(Checked):
 
 
 def run(settings: SweepSettings, progress: Progress) -> Sweep:
-    """Answers a question, on a page if there is a place for it. Resumes; the pipeline is given back as it was.
-
-    Raises:
-        InputError: the source cannot be sampled, no layer can take the format, more blocks than there are, or fewer
-            than two schedulers that the pipeline can take.
-        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
-    """
+    """Answers a question, on a page if there is a place for it. Resumes; the pipeline is given back as it was."""
     number_format = settings.format
     lab = open_lab(
         settings.source,

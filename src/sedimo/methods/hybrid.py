@@ -33,11 +33,7 @@ _KEEP_FEWER = "Keep fewer: a smaller --keep or --bits, or a larger --keep-db"
 
 @dataclass(frozen=True, slots=True)
 class KeepSettings(Checked):
-    """By which one rule blocks stay at 16 bits; without a rule none do.
-
-    `keep_db` keeps those whose protection gains so much [dB], `keep` so many that gain most, `bits`, which come from a
-    budget, as many as the average paper bits allow.
-    """
+    """By which one rule blocks stay at 16 bits; without a rule none do. `bits` come from a budget."""
 
     keep_db: float | None = option(
         None,
@@ -132,11 +128,7 @@ def refuse_keeping_all(space: SearchSpace, number_format: Format, n_kept: int, *
 
 
 def first_blocks(space: SearchSpace, number_format: Format) -> list[Recipe]:
-    """Recipes with the first 1, 2, ... blocks at a format and the rest at 16 bits.
-
-    Raises:
-        InputError: a format that no decision can take.
-    """
+    """Recipes with the first 1, 2, ... blocks at a format and the rest at 16 bits."""
     if not changeable_blocks(space, number_format):
         raise InputError(f"no layer of {space.denoiser} can take {number_format}; it is not in the space")
     names = list(blocks_of(space))
@@ -149,11 +141,7 @@ def all_but_one(space: SearchSpace, number_format: Format) -> list[Recipe]:
 
 
 def hybrid_recipe(space: SearchSpace, number_format: Format, kept: Sequence[str]) -> Recipe:
-    """All blocks at a format, those of `kept` at 16 bits, or else at the format that first and last layers were given.
-
-    Raises:
-        InputError: a block that the space does not have.
-    """
+    """All blocks at a format, those of `kept` at 16 bits, or at the format that first and last layers were given."""
     blocks = blocks_of(space)
     unknown = sorted(set(kept) - blocks.keys())
     if unknown:
@@ -193,14 +181,7 @@ def sensitive_blocks(rows: Sequence[BlockRow], keeping: KeepSettings, free_bytes
 def measure_hybrid(
     lab: Lab, number_format: Format, keeping: KeepSettings, *, objective: ObjectiveName = "final_latents"
 ) -> BlockCurves:
-    """Both curves of a format on the searched seeds, and the hybrid recipe of a rule, measured on the fresh ones.
-
-    Resumes in the study.
-
-    Raises:
-        InputError: no layer can take the format, a budget below all quantized, or a rule that keeps every block.
-        Interrupted: Ctrl-C; what was measured is kept.
-    """
+    """Both curves of a format on the searched seeds, and the hybrid recipe of a rule, measured on the fresh ones."""
     space, search = lab.bank.space, lab.seeds.search
     free = _free_bytes(keeping, number_format, space)  # refuses a small budget before anything is measured
     refuse_keeping_all(space, number_format, keeping.keep or 0, remedy=_KEEP_FEWER)

@@ -21,9 +21,8 @@ _MOST_COLUMNS = 4
 class ComparedRow:
     """A method at a budget: its recipe measured on the fresh seeds, and what it is ahead of the reference, paired.
 
-    `bops` are bit operations of one sample and denoiser call, attention included [BOPs].
-    `is_full` tells whether it uses at least 99.5 % of the budget. A peer has no recipe in Sedimo's formats; `formats`
-    are then its own by layer.
+    `bops` are those of one sample and denoiser call, attention included; a recipe that `is_full` uses at least 99.5 %
+    of the budget. A peer has no recipe in Sedimo's formats, but `formats` of its own by layer.
     """
 
     method: str
@@ -138,10 +137,7 @@ def _costs(c: Comparison) -> Table:
 
 
 def methods_chart(found: Sequence[ComparedRow], *, reference: str) -> Chart | None:
-    """SQNR of each method [dB] with its 95 % interval; the highest mean over the budgets on top; nothing, no chart.
-
-    Each budget has a panel with its own scale. Measurements that are not finite have no place in it.
-    """
+    """SQNR of each method [dB] with its 95 % interval, the highest mean on top, budget by budget; nothing, no chart."""
     budgets: dict[float, dict[str, Estimate]] = {}
     for row in sorted(found, key=lambda row: row.bits):
         if math.isfinite(row.sqnr_db.value):

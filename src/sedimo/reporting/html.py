@@ -122,11 +122,7 @@ def _map_rows(found: Map) -> list[tuple[str, list[MapCell | None]]]:
 def fitting(
     pictures: Sequence[Picture], budget_bytes: int = _PICTURE_BYTES
 ) -> list[tuple[str, Mapping[str, str], bool]]:
-    """The first pictures that fit in so many bytes of the page: label, data URIs by what they show, and if it is small.
-
-    Raises:
-        InputError: an array that is not uint8 `[height, width, 3]`, or a pair of different sizes.
-    """
+    """The first pictures that fit in so many bytes of the page: label, data URIs by what they show, if it is small."""
     found: list[tuple[str, Mapping[str, str], bool]] = []
     for picture in pictures:
         reference, quantized = picture.reference, picture.quantized

@@ -51,11 +51,7 @@ class NoiseMap:
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryLines:
-    """SQNR [dB] at each call, three times.
-
-    Of the denoiser's output on full-precision inputs (`step`) and on the recipe's own `path`, and of the `latents`
-    after the call.
-    """
+    """SQNR at each call [dB]: of outputs on full-precision inputs and on the recipe's own path, and of the latents."""
 
     timesteps: tuple[float, ...]
     step: tuple[Estimate, ...]
@@ -120,11 +116,7 @@ class ChannelRanges:
 
 @dataclass(frozen=True, slots=True)
 class Maps:
-    """All that was measured in detail; each may be absent.
-
-    `recipe` is noise at block outputs on full-precision inputs, `local` that at layers' own outputs, in which no other
-    layer's noise takes part, `blocks` the curves that hybrid precision follows from.
-    """
+    """All that was measured in detail: noise of the recipe at block outputs, `local` noise of layers by themselves."""
 
     recipe: NoiseMap | None = None
     trajectory: TrajectoryLines | None = None

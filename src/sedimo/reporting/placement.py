@@ -29,26 +29,19 @@ def place(operation: str, block: str) -> Place:
     Example:
         >>> place("transformer_blocks.attn1.to_q", "transformer_blocks.3")
         Place(kind='transformer_blocks', block='transformer_blocks.3', label='3', operation='attn1.to_q')
-        >>> place("down_blocks.resnets.conv1", "down_blocks.1.resnets.0").label
-        'down 1.0'
     """
     if not block:
         return Place(OUTSIDE, "", "", operation)
-    words = [part for part in block.split(".") if not part.isdigit()]
-    numbers = _numbers(block)
-    prefix = ".".join(words) + "."
-    local = operation.removeprefix(prefix)
-    kind = words[-1] if words else "blocks"
+    path, numbers = without_numbers(block), _numbers(block)
+    words = path.split(".")
     label = f"{_without_block(words[0])} {numbers}".strip() if len(words) > 1 else numbers
-    return Place(kind, block, label or block, local)
+    return Place(words[-1] or "blocks", block, label or block, operation.removeprefix(f"{path}."))
 
 
 def operation_label(operation: str, block: str, *, has_one_kind: bool) -> str:
     """An operation without the path above its block, e.g. `attn1.to_q`."""
     found = place(operation, block)
-    if has_one_kind or found.kind == OUTSIDE:
-        return found.operation
-    return f"{found.kind}.{found.operation}"
+    return found.operation if has_one_kind or found.kind == OUTSIDE else f"{found.kind}.{found.operation}"
 
 
 def stage(block: str) -> str:
@@ -57,8 +50,6 @@ def stage(block: str) -> str:
     Example:
         >>> stage("down_blocks.1.attentions.0.transformer_blocks.0"), stage("mid_block.resnets.1")
         ('down_blocks.1', 'mid_block')
-        >>> stage("transformer_blocks.3")
-        'transformer_blocks.3'
     """
     parts = block.split(".")
     n_parts = next((i for i in range(1, len(parts)) if parts[i].isdigit()), len(parts) - 1)
@@ -97,11 +88,8 @@ def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
     else:
         labels, common = [place("", b).label if "." in without_numbers(b) else _stage_label(b) for b in named], ""
     labels = [label or block for label, block in zip(labels, named, strict=True)]
-    is_alone = [labels.count(label) == 1 for label in labels]
-    return [
-        label if alone else f"{label} {place('', block).kind}"
-        for label, alone, block in zip(labels, is_alone, named, strict=True)
-    ], common
+    pairs = zip(labels, named, strict=True)
+    return [one if labels.count(one) == 1 else f"{one} {place('', block).kind}" for one, block in pairs], common
 
 
 def natural_order(block: str) -> tuple[tuple[int, int, str], ...]:
