@@ -19,12 +19,11 @@ import numpy as np
 import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.lab.exchange import probed
-from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.metrics.signal import paired_difference, relative_noise, summarize
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.schedulers import handled_steps
-from sedimo.treatments.noise_correction import CORRECTION_PATHS, probe_correction
+from sedimo.treatments.noise_correction import CORRECTION_PATHS, estimate_correction
 
 FRESH_SEED = 1000
 say = functools.partial(print, flush=True)
@@ -53,7 +52,7 @@ def line(name: str, powers, plain=None) -> str:
     return f"{text}, gain {gain.mean_db:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] dB"
 
 
-def measure(pipe, bank, recipe, plans, eta: float) -> None:
+def measure(pipe, small, bank, recipe, plans, eta: float) -> None:
     """Prints what the correction gains at an eta; on the recipe's own path only where there is no noise."""
     learning, fresh = plans
     reference, weights = sampled(pipe, fresh, eta), bank.quantize(recipe)
@@ -61,8 +60,8 @@ def measure(pipe, bank, recipe, plans, eta: float) -> None:
         plain = relative_noise(reference, sampled(pipe, fresh, eta))
     say(line(f"eta {eta:g}, plain", plain))
     for path in CORRECTION_PATHS[: 1 if eta else None]:
-        with noisy(pipe, eta):
-            probe = probe_correction(Lab.on(pipe, bank, progress=ConsoleProgress()), recipe, learning, path=path)
+        with noisy(pipe, eta), noisy(small, eta), probed(small.denoiser, weights):
+            probe = estimate_correction(pipe, small, learning, path=path, progress=ConsoleProgress())
         for fit in probe.fits:
             bias = np.abs([b.value for b in fit.bias]).max()
             say(
@@ -85,7 +84,7 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=16)
     parser.add_argument("--etas", default="0,1")
     options = parser.parse_args()
-    pipe, begin = sedimo.load(options.source), time.perf_counter()
+    (pipe, small), begin = (sedimo.load(options.source) for _ in range(2)), time.perf_counter()
     graph = sedimo.trace(pipe)
     learning = Seeds(SamplingSettings(options.samples), pipe.default_sampling).search
     fresh = Seeds(SamplingSettings(options.fresh, FRESH_SEED), pipe.default_sampling).search
@@ -93,7 +92,7 @@ def main() -> None:
         bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{name},fp16"), sample_channels=2)
         say(name)
         for eta in map(float, options.etas.split(",")):
-            measure(pipe, bank, bank.space.uniform(sedimo.Format.parse(name)), (learning, fresh), eta)
+            measure(pipe, small, bank, bank.space.uniform(sedimo.Format.parse(name)), (learning, fresh), eta)
     say(f"{time.perf_counter() - begin:.0f} s")
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from sedimo.graph.folding import Folding, find_folding
 from sedimo.pipelines.weights import ModuleWeights
-from sedimo.treatments.ranges import ChannelRange
-from sedimo.treatments.smoothing_plan import Smoothing, plan_smoothing
+from sedimo.treatments.smoothing_plan import ChannelRange, Smoothing, plan_smoothing, smooth_weights
 
 C = 8
 EXACT = 1e-12  # of float64, where only the constants of modulations are rounded
@@ -264,25 +265,30 @@ def example(n_tokens=6):
     return torch.randn(3, n_tokens, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-class RandomRanges:
+def random_ranges(denoiser, layers):
     """Ranges that lie far apart, from a seed."""
-
-    def __init__(self, denoiser):
-        self._denoiser = denoiser
-
-    def largest(self, layer):
+    found = {}
+    for layer in layers:
         generator = torch.Generator().manual_seed(sum(map(ord, layer)))
-        n = self._denoiser.get_parameter(f"{layer}.weight").shape[1]
-        return torch.exp(2 * torch.randn(n, generator=generator)).double().numpy()
-
-    def over_time(self, layer):
-        found = self.largest(layer).tolist()
-        return ChannelRange(tuple(-value for value in found), tuple(found))
+        n = denoiser.get_parameter(f"{layer}.weight").shape[1]
+        largest = torch.exp(2 * torch.randn(n, generator=generator)).double().tolist()
+        found[layer] = ChannelRange(tuple(-value for value in largest), tuple(largest))
+    return found
 
 
 def plan_for(denoiser, layers, alpha=0.7, **how) -> tuple[Folding, Smoothing]:
     folding = find_folding(denoiser, layers, **how)
-    return folding, plan_smoothing(folding, RandomRanges(denoiser), ModuleWeights(denoiser), alpha)
+    return folding, plan_smoothing(folding, random_ranges(denoiser, layers), ModuleWeights(denoiser), alpha)
+
+
+@contextlib.contextmanager
+def smoothed(denoiser, smoothing):
+    """The denoiser smoothed; on leaving it is bit-exactly what it was."""
+    restore = smooth_weights(denoiser, smoothing)
+    try:
+        yield denoiser
+    finally:
+        restore()
 
 
 def close(found, wanted, tolerance=EXACT):

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from sedimo.allocation.table import CostEstimate, build_table
+from sedimo.lab.bench import InForce
 from sedimo.methods import method
 from sedimo.quant.families.family import Family, Words
 from sedimo.settings import option
-from sedimo.treatments.treatment import Treatment, Untouched
+from sedimo.treatments.treatment import Treatment
 
 
 class Step(Family):
@@ -57,7 +58,7 @@ class ToyKnobs:
 
 
 @dataclass(frozen=True)
-class LargerWeight(Untouched):
+class LargerWeight(InForce):
     """Does harm rather than good, which nobody asks a toy about."""
 
     factor: float

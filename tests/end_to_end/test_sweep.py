@@ -27,7 +27,7 @@ from sedimo.pipelines.schedulers import scheduler_named
 from sedimo.quant.formats import Format
 from sedimo.space import search_space
 from sedimo.treatments.smoothing import SmoothingSettings, smooth
-from sedimo.treatments.static_ranges import CalibrationOptions, calibrate
+from sedimo.treatments.static_ranges import ActivationSettings, calibrate
 
 QUICK = ("--seeds", "2", "--steps", "2", "--fresh", "3")
 FRESH = range(2, 5)
@@ -93,16 +93,16 @@ def test_static_ranges_are_compared_with_dynamic_ones(sweep, tiny):
     widths = {layer: [8] for d in space.decisions if UAQ8A8 in d.formats for layer in d.layers}
     plan, lab = tiny.default_sampling(RANGES, 2), Lab.on(tiny)
     for row, n_steps in zip(found["values"][1:], (1, 2), strict=True):
-        options = CalibrationOptions("percentile", n_steps)
-        rules = calibrate(lab, widths, plan, options=options)
+        options = ActivationSettings("percentile", n_steps=n_steps)
+        rules = calibrate(lab, widths, plan, options)
         assert row["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference, rules).mean(), abs=1e-6)
     assert "One-step against multi-step" in page
     again = found["confirmed"]
     assert again["seeds"] == "75 to 77"  # past those of RANGES
     seeds = range(75, 78)
     reference = tiny.sample(tiny.default_sampling(seeds, 2))
-    options = CalibrationOptions("percentile", int(again["value"].removeprefix("all ")))
-    rules = calibrate(lab, widths, plan, options=options)
+    options = ActivationSettings("percentile", n_steps=int(again["value"].removeprefix("all ")))
+    rules = calibrate(lab, widths, plan, options)
     ahead = by_hand(tiny, reference, rules, seeds) - by_hand(tiny, reference, None, seeds)
     assert again["ahead"]["value"] == pytest.approx(ahead.mean(), abs=1e-6)
     assert again["ahead"]["n"] == 3

@@ -6,10 +6,9 @@ import pytest
 import torch
 from denoisers import TINY, build
 
-from folding_examples import close, plan_for
+from folding_examples import close, plan_for, smoothed
 from sedimo.graph.layers import weight_layers
 from sedimo.graph.program import export_denoiser
-from sedimo.treatments.smoothing_plan import smoothed
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -8,14 +8,18 @@ import torch
 from contracts.toys import LargerWeight
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError
+from sedimo.lab.bench import InForce
 from sedimo.lab.lab import Lab
-from sedimo.treatments.treatment import Untouched
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 CHANGED = "unused"  # the last Linear layer
 
 
-class Failing(Untouched):
+class Untouched(InForce):
+    pass
+
+
+class Failing(InForce):
     def enter(self, denoiser, *, is_stored):
         raise InputError("not this one")
 

@@ -8,20 +8,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
-from sedimo.bank import fit_bank
-from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError, StateError
-from sedimo.lab.bench import trace
-from sedimo.lab.exchange import probed
-from sedimo.lab.lab import Lab
-from sedimo.lab.study import Study
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.trajectory import output_tensor
-from sedimo.pipelines.weights import FileWeights
-from sedimo.quant.formats import Format
-from sedimo.space import search_space
-from sedimo.treatments.noise_correction import CorrectionPart, _estimated, _sums, estimate_correction, probe_correction
+from sedimo.treatments.noise_correction import _estimated, _sums, estimate_correction
 
 SEEDS, BIAS = (1, 2, 3, 5, 8), (0.2, -0.1, 0.05, 0.3)
 
@@ -136,32 +127,6 @@ def test_rows_of_guidance_belong_to_their_samples():
     together = _sums(x, y, 3)
     assert together == pytest.approx(_sums(x[:3], y[:3], 3) + _sums(x[3:], y[3:], 3))
     assert together[0, 0].tolist() == [32, 32]
-
-
-def test_a_recipe_is_measured_once_per_study_and_the_weights_come_back(pair, tiny_pipeline_folder, tmp_path):
-    full, small = pair
-    bank = fit_bank(FileWeights(tiny_pipeline_folder / "transformer"), search_space(trace(full), "uaq3,fp16"))
-    recipe = bank.space.uniform(Format.parse("uaq3"))
-    plan = plan_of(full, batch_size=3)
-    with probed(small.denoiser, bank.quantize(recipe)):
-        expected = estimate_correction(full, small, plan)
-    calls = []
-    full.denoiser.register_forward_hook(lambda *_: calls.append(1))
-    before = full.sample(plan)
-    calls.clear()
-    with Study(tmp_path) as study:
-        lab = Lab.on(full, bank, study=study)
-        probe = probe_correction(lab, recipe, plan)
-        assert len(calls) == 2 * 2 * 3  # two batches, both runs, three steps
-        again = probe_correction(lab, recipe, plan)
-        assert len(calls) == 12
-        own = probe_correction(lab, recipe, plan, path="own")
-        assert len(calls) == 24
-    assert probe.parts == again.parts == expected.parts
-    assert own.parts != probe.parts
-    assert probe.execution.n_calls == again.execution.n_calls == 12
-    assert from_json(CorrectionPart, to_json(probe.parts[0])) == probe.parts[0]
-    assert torch.equal(full.sample(plan), before)
 
 
 def test_what_cannot_be_estimated_is_refused(pair):

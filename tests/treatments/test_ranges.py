@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from sedimo.bank import Bank
-from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
 from sedimo.pipelines import trajectory
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import record
-from sedimo.treatments import ranges
-from sedimo.treatments.ranges import ChannelRange, RangesProbe, probe_ranges
+from sedimo.treatments import smoothing
+from sedimo.treatments.smoothing import RangesPart, probe_ranges
+from sedimo.treatments.smoothing_plan import ChannelRange
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)
@@ -42,42 +42,27 @@ def inputs_of(adapter, layer, step):
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("max_rows", [1, 64])
-def test_ranges_are_those_of_all_inputs(guided, max_rows, monkeypatch):
+def test_ranges_are_those_of_all_inputs_at_each_step_and_over_all(guided, max_rows, monkeypatch, tmp_path):
     monkeypatch.setattr(trajectory, "MAX_ROWS", max_rows)
-    adapter = ToyAdapter(guided=guided)
-    probe = probed(adapter)
-    assert probe.n_samples == 3
-    for step, part in enumerate(probe.parts):
-        assert set(part.ranges) == set(LAYERS) - {"unused"}
-        for layer, found in part.ranges.items():
-            whole = inputs_of(adapter, layer, step)
-            torch.testing.assert_close(torch.tensor(found.low), whole.amin(1), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(torch.tensor(found.high), whole.amax(1), rtol=1e-5, atol=1e-6)
-
-
-def test_over_time_is_the_widest():
-    probe = probed(ToyAdapter())
-    low = torch.tensor([part.ranges["twice"].low for part in probe.parts]).amin(0)
-    high = torch.tensor([part.ranges["twice"].high for part in probe.parts]).amax(0)
-    found = probe.over_time("twice")
-    assert torch.equal(torch.tensor(found.low), low)
-    assert torch.equal(torch.tensor(found.high), high)
-    assert torch.equal(torch.tensor(probe.largest("twice")).float(), torch.maximum(low.abs(), high.abs()))
-    assert probe.over_time("unused") is None
-    assert probe.largest("unused") is None
-
-
-def test_the_record_is_json():
-    probe = probed(ToyAdapter())
-    assert from_json(RangesProbe, to_json(probe)) == probe
+    with Study(tmp_path) as study:
+        over_time = probed(ToyAdapter(guided=guided), study)
+        steps = [study.probe(RangesPart, key) for key in study.probe_keys()]
+    steps.sort(key=lambda part: -part.timestep)
+    inputs = [{layer: inputs_of(ToyAdapter(guided=guided), layer, step) for layer in over_time} for step in range(2)]
+    inputs.append({layer: torch.cat([seen[layer] for seen in inputs], dim=1) for layer in over_time})
+    for ranges, seen in zip([*(part.ranges for part in steps), over_time], inputs, strict=True):
+        assert set(ranges) == set(LAYERS) - {"unused"}
+        for layer, found in ranges.items():
+            torch.testing.assert_close(torch.tensor(found.low), seen[layer].amin(1), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(torch.tensor(found.high), seen[layer].amax(1), rtol=1e-5, atol=1e-6)
 
 
 def test_a_study_keeps_the_parts(tmp_path, monkeypatch):
     with Study(tmp_path) as study:
         first = probed(ToyAdapter(), study)
-        monkeypatch.setattr(ranges, "_measure_part", lambda *_: pytest.fail("measured again"))
-        assert probed(ToyAdapter(), study).parts == first.parts
-        monkeypatch.setattr(ranges, "_measure_part", lambda *_: first.parts[0])
+        monkeypatch.setattr(smoothing, "_measure_part", lambda *_: pytest.fail("measured again"))
+        assert probed(ToyAdapter(), study) == first
+        monkeypatch.setattr(smoothing, "_measure_part", lambda *_: RangesPart(1.0, first))
         assert len(study.probe_keys()) == 2
         probed(ToyAdapter(), study, layers=("first",))  # other layers are another part
         assert len(study.probe_keys()) == 4

@@ -132,7 +132,7 @@ def test_a_study_keeps_what_was_measured(tiny, tmp_path, monkeypatch):
     plan = tiny.default_sampling(range(2), 1)
     first = smooth(tiny, SmoothingSettings(share=0.2), store=tmp_path, sampling=plan)
     again = load_pipeline(str(tiny.folder))
-    monkeypatch.setattr("sedimo.treatments.ranges._measure_part", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("sedimo.treatments.smoothing._measure_part", lambda *_: pytest.fail("measured again"))
     assert smooth(again, SmoothingSettings(share=0.2), store=tmp_path, sampling=plan) == first
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from folding_examples import DIVIDED, FOLDED, RandomRanges, close, example, plan_for, randomised
+from folding_examples import DIVIDED, FOLDED, close, example, plan_for, random_ranges, randomised, smoothed
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.graph.folding import find_folding
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.runtime.smoothed import smoothed_layers
-from sedimo.treatments.smoothing_plan import Smoothing, plan_smoothing, smooth_weights, smoothed
+from sedimo.treatments.smoothing_plan import ChannelRange, Smoothing, plan_smoothing, smooth_weights
 
 
 def inputs_seen(network, layers, sample):
@@ -88,7 +87,7 @@ def test_the_plan_is_joint_over_readers_and_a_record():
     network, layers, *_ = FOLDED["layer norm"]
     network = randomised(copy.deepcopy(network))
     _, plan = plan_for(network, layers.split(), example_inputs={"sample": example()})
-    inputs = np.max([RandomRanges(network).largest(name) for name in "qkv"], axis=0)
+    inputs = np.max([one.high for one in random_ranges(network, "qkv").values()], axis=0)
     weights = np.max([network.get_parameter(f"{n}.weight").detach().abs().amax(0).numpy() for n in "qkv"], axis=0)
     logs = np.log2(inputs**0.7 / weights**0.3)
     wanted = np.clip(np.round(logs - logs.mean()), -8, 8).astype(int).tolist()
@@ -103,14 +102,9 @@ def test_the_plan_is_joint_over_readers_and_a_record():
 def test_dead_channels_stay():
     network = randomised(copy.deepcopy(FOLDED["linear"][0]))
     folding = find_folding(network, ["out"], example_inputs={"sample": example()})
-
-    class Dead(RandomRanges):
-        def largest(self, layer):
-            found = super().largest(layer)
-            found[3] = 0.0
-            return found
-
-    plan = plan_smoothing(folding, Dead(network), ModuleWeights(network))
+    largest = [0.0 if i == 3 else high for i, high in enumerate(random_ranges(network, ["out"])["out"].high)]
+    dead = ChannelRange(tuple(-value for value in largest), tuple(largest))
+    plan = plan_smoothing(folding, {"out": dead}, ModuleWeights(network))
     assert plan.layers["out"].exponents[3] == 0
     assert any(plan.layers["out"].exponents)
 
@@ -132,7 +126,7 @@ def test_float16_is_exact_and_widened_only_where_needed():
     network, layers, *_ = FOLDED["modulation"]
     network = randomised(copy.deepcopy(network)).half()
     folding = find_folding(network, layers.split(), example_inputs={"sample": example().half()})
-    plan = plan_smoothing(folding, RandomRanges(network), ModuleWeights(network))
+    plan = plan_smoothing(folding, random_ranges(network, layers.split()), ModuleWeights(network))
     smooth_weights(network, plan, widen=True)
     assert network.out.weight.dtype == network.modulation.weight.dtype == torch.float16
     assert network.modulation.bias.dtype == torch.float32  # takes constants
@@ -146,9 +140,9 @@ def test_smoothing_twice_and_strangers_are_refused():
     with smoothed(network, plan), pytest.raises(InputError, match="smoothed already"):
         smooth_weights(network, plan)
     with pytest.raises(InputError, match="was not measured"):
-        plan_smoothing(folding, SimpleNamespace(largest=lambda _layer: None), ModuleWeights(network))
+        plan_smoothing(folding, {}, ModuleWeights(network))
     with pytest.raises(InputError, match="alpha must lie"):
-        plan_smoothing(folding, RandomRanges(network), ModuleWeights(network), 2.0)
+        plan_smoothing(folding, random_ranges(network, ["out"]), ModuleWeights(network), 2.0)
 
 
 def test_the_divisor_comes_before_other_hooks():

@@ -21,7 +21,8 @@ from sedimo.pipelines.loading import load_pipeline
 from sedimo.quant.activations import ActivationQuantizer, Activations, StaticRange
 from sedimo.quant.formats import Format
 from sedimo.space import Recipe
-from sedimo.treatments.static_ranges import CalibrationOptions, calibrate
+from sedimo.treatments import static_ranges
+from sedimo.treatments.static_ranges import ActivationSettings, calibrate, calls_of
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3, 4, 5), n_steps=3, batch_size=2)
@@ -60,8 +61,8 @@ def inputs_of(adapter, layer, n_calls=SAMPLING.n_steps):
     return {at: torch.cat(parts).numpy() for at, parts in found.items()}
 
 
-def ranges(adapter, layer="twice", bits=8, **options):
-    found = calibrate(lab_of(adapter), LAYERS, SAMPLING, options=CalibrationOptions(**options))
+def ranges(adapter, layer="twice", bits=8, method="min-max", **options):
+    found = calibrate(lab_of(adapter), LAYERS, SAMPLING, ActivationSettings(method, **options))
     return found.static[layer][f"a{bits}"]
 
 
@@ -79,8 +80,8 @@ def test_all_calls_are_looked_at_whatever_the_number_of_steps(n_calls):
     adapter = OtherCalls(n_calls)
     given = inputs_of(adapter, "twice", n_calls)
     assert sorted(given) == list(range(n_calls))
-    options = CalibrationOptions(by_timestep=True)
-    found = calibrate(lab_of(adapter), LAYERS, SAMPLING, options=options)
+    options = ActivationSettings("min-max", by_timestep=True)
+    found = calibrate(lab_of(adapter), LAYERS, SAMPLING, options)
     assert found.timesteps == pytest.approx([1 - step / n_calls for step in range(n_calls)])
     assert found.static["twice"]["a8"].high == tuple(float(given[step].max()) for step in range(n_calls))
 
@@ -94,8 +95,8 @@ def test_nothing_is_sampled_past_the_last_step_that_is_looked_at():
 def test_each_timestep_can_have_ranges_of_its_own():
     adapter = ToyAdapter()
     given = inputs_of(adapter, "conv_in")
-    options = CalibrationOptions(n_steps=0, by_timestep=True)
-    found = calibrate(lab_of(adapter), LAYERS, SAMPLING, options=options)
+    options = ActivationSettings("min-max", by_timestep=True)
+    found = calibrate(lab_of(adapter), LAYERS, SAMPLING, options)
     assert found.timesteps == pytest.approx((1.0, 2 / 3, 1 / 3))
     assert found.static["conv_in"]["a8"].high == tuple(float(given[step].max()) for step in range(3))
 
@@ -112,7 +113,7 @@ def test_each_timestep_can_have_ranges_of_its_own():
     ],
 )
 def test_a_step_is_all_calls_that_it_takes(n_steps, n_calls, wanted):
-    assert CalibrationOptions(n_steps=n_steps).calls(3, n_calls) == wanted
+    assert calls_of(n_steps, 3, n_calls) == wanted
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of KDPM2's own tables
@@ -120,11 +121,11 @@ def test_a_step_is_all_calls_that_it_takes(n_steps, n_calls, wanted):
 def test_calls_belong_to_the_steps_of_real_schedulers(kind):
     scheduler = kind(**({"skip_prk_steps": True} if kind is PNDMScheduler else {}))
     scheduler.set_timesteps(7)
-    n_calls, options = len(scheduler.timesteps), CalibrationOptions(n_steps=2)
+    n_calls = len(scheduler.timesteps)
     first = (0, 1)
     last = {HeunDiscreteScheduler: (8, 9), KDPM2DiscreteScheduler: (8, 9), PNDMScheduler: (5,)}[kind]
-    assert options.calls(7, n_calls) == (*first, *last)  # steps 0 and 4
-    assert CalibrationOptions().calls(7, n_calls) == tuple(range(n_calls))
+    assert calls_of(2, 7, n_calls) == (*first, *last)  # steps 0 and 4
+    assert calls_of(0, 7, n_calls) == tuple(range(n_calls))
 
 
 def test_both_calls_of_a_step_are_looked_at(tiny_pipeline_folder):
@@ -143,7 +144,7 @@ def test_both_calls_of_a_step_are_looked_at(tiny_pipeline_folder):
         return min(float(low) for low, _ in pairs), max(float(high) for _, high in pairs)
 
     def found(**options):
-        return calibrate(lab, {"proj_out_2": (8,)}, plan, options=CalibrationOptions(**options))
+        return calibrate(lab, {"proj_out_2": (8,)}, plan, ActivationSettings("min-max", **options))
 
     for n_steps, calls in ((0, range(5)), (1, [0]), (2, [0, 1, 4])):
         static = found(n_steps=n_steps).static["proj_out_2"]["a8"]
@@ -156,10 +157,11 @@ def test_both_calls_of_a_step_are_looked_at(tiny_pipeline_folder):
 
 
 @pytest.mark.parametrize("percentile", [99.0, 90.0, 100.0])
-def test_percentiles_are_those_of_the_values_to_the_precision_of_bfloat16(percentile):
+def test_percentiles_are_those_of_the_values_to_the_precision_of_bfloat16(percentile, monkeypatch):
+    monkeypatch.setattr(static_ranges, "PERCENTILE", percentile)
     adapter = ToyAdapter()
     given = np.concatenate(list(inputs_of(adapter, "twice").values()))
-    found = ranges(adapter, method="percentile", n_steps=0, percentile=percentile)
+    found = ranges(adapter, method="percentile", n_steps=0)
     low, high = np.percentile(given, [100 - percentile, percentile], method="inverted_cdf")
     assert found.low[0] == pytest.approx(low, rel=2**-7)
     assert found.high[0] == pytest.approx(high, rel=2**-7)
@@ -183,36 +185,35 @@ def test_the_range_of_least_error_is_no_worse_than_any_shrunk_one(symmetric):
 def test_ranges_are_kept_in_the_study_under_all_that_determines_them(tmp_path):
     adapter = ToyAdapter()
     with Study(tmp_path) as study:
-        first = calibrate(lab_of(adapter, study), LAYERS, SAMPLING)
+        first = calibrate(lab_of(adapter, study), LAYERS, SAMPLING, ActivationSettings("min-max"))
         calls = adapter.n_calls
-        assert calibrate(lab_of(adapter, study), LAYERS, SAMPLING) == first
+        assert calibrate(lab_of(adapter, study), LAYERS, SAMPLING, ActivationSettings("min-max")) == first
         assert adapter.n_calls == calls
-        calibrate(lab_of(adapter, study, "other"), LAYERS, SAMPLING)
+        calibrate(lab_of(adapter, study, "other"), LAYERS, SAMPLING, ActivationSettings("min-max"))
         assert adapter.n_calls > calls
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "min-max, percentile, mse"),
-        ({"n_steps": -1}, "steps to calibrate"),
-        ({"percentile": 40.0}, "above 50"),
-        ({"percentile": float("nan")}, "above 50"),
+        ({"ranges": "magic"}, "min-max, percentile, mse, got 'magic'"),
+        ({"ranges": "mse", "n_steps": -1}, "steps must be at least 0, got -1"),
+        ({"n_samples": 0}, "at least one sample, got 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        CalibrationOptions(**options)
+        ActivationSettings(**options)
 
 
 def test_layers_without_a_range_are_named():
     adapter = ToyAdapter()
     with pytest.raises(InputError, match="'unused' was never called"):
-        calibrate(lab_of(adapter), {"unused": (8,)}, SAMPLING)
+        calibrate(lab_of(adapter), {"unused": (8,)}, SAMPLING, ActivationSettings("min-max"))
     with torch.no_grad():
         adapter.denoiser.first.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="'twice': its inputs hold NaN"):
-        calibrate(lab_of(adapter), LAYERS, SAMPLING)
+        calibrate(lab_of(adapter), LAYERS, SAMPLING, ActivationSettings("min-max"))
 
 
 @pytest.mark.parametrize("rules", ["dynamic", "static", "by timestep"])
@@ -221,8 +222,8 @@ def test_recipes_with_activation_bits_are_measured_with_rounded_inputs(rules):
     adapter = ToyAdapter()
     bank = fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser, "uaq8,fp16,fp16a4"))
     if rules != "dynamic":
-        options = CalibrationOptions(n_steps=0, by_timestep=rules == "by timestep")
-        static = calibrate(lab_of(adapter), {"out": (4,)}, SAMPLING, options=options)
+        options = ActivationSettings("min-max", by_timestep=rules == "by timestep")
+        static = calibrate(lab_of(adapter), {"out": (4,)}, SAMPLING, options)
         bank = bank.rounding(static)
     worker = TrialWorker(adapter, bank, SAMPLING, objective="final_latents")
     trial = worker.measure(Recipe.from_mapping({"out": "fp16a4"}))

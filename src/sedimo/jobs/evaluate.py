@@ -127,7 +127,8 @@ def evaluate(
         )
     if 0 < n_images < MIN_IMAGES:
         raise InputError(f"FID and KID need at least {MIN_IMAGES} images, got {n_images}; 0 leaves them out")
-    check_extent(correct)
+    if correct is not None:
+        check_extent(correct)
     _refuse_strangers(quantized, against)
     images = range(sampling.first_seed, sampling.first_seed + n_images)
     seeds = Seeds(sampling, against.default_sampling)

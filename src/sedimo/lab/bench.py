@@ -58,19 +58,25 @@ class SourceSettings:
 
 
 class InForce(Protocol):
-    """A treatment that is in force, with all that was measured for it. Its text says for people what was done."""
+    """A treatment that is in force, with all that was measured for it. Its text says for people what was done.
+
+    What is not said otherwise changes nothing.
+    """
 
     def enter(self, denoiser: nn.Module, *, is_stored: bool) -> Callable[[], None] | None:
         """Changes a denoiser in place; what it gives undoes that bit-exactly, None where nothing was changed.
 
         `is_stored` tells the denoiser whose weights are packed from the one that computes.
         """
+        return None
 
     def on(self, bank: Bank) -> Bank:
         """The bank under this treatment."""
+        return bank
 
     def as_json(self) -> Mapping[str, object]:
         """What scripts are told of it, by key."""
+        return {}
 
 
 @dataclass(frozen=True)

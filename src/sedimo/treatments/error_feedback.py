@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
+from sedimo.lab.bench import InForce
 from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Price, Words
@@ -35,7 +36,7 @@ from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.fitting import DAMPING, FEEDBACK_VERSION
 from sedimo.settings import option
 from sedimo.space import SearchSpace
-from sedimo.treatments.treatment import Treatment, Untouched
+from sedimo.treatments.treatment import Treatment
 
 MOMENTS_VERSION = 2
 MOST_BYTES = 1 << 30  # of all moments together, unless that would make blocks narrower than the least
@@ -60,11 +61,7 @@ class FoldedMoments:
     key: str
 
     def blocks(self, weight: str) -> Sequence[torch.Tensor]:
-        """Blocks `[n, n]` on the diagonal of the moments of a weight's columns, in order; none if it has no moments.
-
-        Raises:
-            StateError: a file is damaged or gone.
-        """
+        """Blocks `[n, n]` on the diagonal of the moments of a weight's columns, in order; none if it has no moments."""
         if weight not in self._known:
             return ()
         path = self.folder / _file_name(weight)
@@ -90,11 +87,6 @@ def measure_moments(lab: Lab, on: Sampling, folder: Path) -> FoldedMoments:
     """The second moments of the inputs of all weights, over all steps of a plan; kept in a folder.
 
     What the folder holds already is not measured again.
-
-    Raises:
-        InputError: inputs that are not finite.
-        StateError: they cannot be kept.
-        Interrupted: the user stopped it; calling again goes on.
     """
     layers = {layer: weight.name for weight in lab.space.weights for layer in weight.layers}
     columns = block_columns(_columns(lab.space))
@@ -103,9 +95,10 @@ def measure_moments(lab: Lab, on: Sampling, folder: Path) -> FoldedMoments:
     key = content_key({"moments": MOMENTS_VERSION, "setting": setting, "layers": layers, **how})
     place = folder / f"moments-{key[:32]}"
     if not place.exists():
-        begun = place.with_name(f"{place.name}.begun.safetensors")
-        _write(_measure(lab, layers, on, _Sums(columns, begun)), place)
-        begun.unlink(missing_ok=True)
+        sums = _Sums(columns, place.with_name(f"{place.name}.begun.safetensors"))
+        _sum_up(lab, layers, on, sums)
+        _write(sums.blocks, place)
+        sums.path.unlink(missing_ok=True)
     return FoldedMoments(place, key)
 
 
@@ -126,8 +119,8 @@ def _columns(space: SearchSpace) -> list[int]:
     return [math.prod(weight.shape[1:]) for weight in space.weights]
 
 
-def _measure(lab: Lab, layers: Mapping[str, str], on: Sampling, sums: _Sums) -> Mapping[str, Sequence[torch.Tensor]]:
-    """The sums over all batches, without those that were added before the work was stopped."""
+def _sum_up(lab: Lab, layers: Mapping[str, str], on: Sampling, sums: _Sums) -> None:
+    """Adds all batches but those that were added before the work was stopped."""
     pipe = lab.pipe
     n_added = sums.take_up(next(pipe.denoiser.parameters()).device)
     hooks = {layer: functools.partial(sums.add, layer, weight) for layer, weight in layers.items()}
@@ -142,7 +135,6 @@ def _measure(lab: Lab, layers: Mapping[str, str], on: Sampling, sums: _Sums) -> 
                 sums.save(index + 1)
                 saved = time.monotonic()
             stop.check(f"interrupted: sums so far are saved in {sums.path}; run the same command again to go on")
-    return sums.blocks
 
 
 class _Sums:
@@ -154,14 +146,9 @@ class _Sums:
         self.blocks: dict[str, list[torch.Tensor]] = {}
 
     def save(self, n_added: int) -> None:
-        """Keeps the sums over so many batches, in place of older ones.
-
-        Raises:
-            StateError: they cannot be kept.
-        """
-        tensors = {
-            f"{weight}.{i}": block.cpu() for weight, found in self.blocks.items() for i, block in enumerate(found)
-        }
+        """Keeps the sums over so many batches, in place of older ones."""
+        named = ((f"{weight}.{i}", block) for weight, found in self.blocks.items() for i, block in enumerate(found))
+        tensors = {name: block.cpu() for name, block in named}
         draft = self.path.with_suffix(".tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +166,8 @@ class _Sums:
         except (OSError, SafetensorError):
             return 0
         self._n_calls = Counter(json.loads(facts["n_calls"]))
-        for name in sorted(tensors, key=lambda name: int(name.rpartition(".")[2])):
-            self.blocks.setdefault(name.rpartition(".")[0], []).append(tensors[name])
+        for weight, _, index in sorted((name.rpartition(".") for name in tensors), key=lambda parts: int(parts[2])):
+            self.blocks.setdefault(weight, []).append(tensors[f"{weight}.{index}"])
         return int(facts["n_added"])
 
     def add(self, layer: str, weight: str, module: nn.Module, args: tuple[torch.Tensor, ...], _output: object) -> None:
@@ -277,7 +264,7 @@ class FeedbackSettings:
 
 
 @dataclass(frozen=True)
-class ErrorFeedback(Untouched):
+class ErrorFeedback(InForce):
     """Error feedback that is in force."""
 
     moments: FoldedMoments
@@ -287,17 +274,11 @@ class ErrorFeedback(Untouched):
         return bank.compensating(self.moments)
 
     def __str__(self) -> str:
-        """For people."""
         return "codes by error feedback"
 
 
 def feed_back(lab: Lab, settings: FeedbackSettings) -> ErrorFeedback | None:
-    """Error feedback from moments of inputs, on samples of their own: what is fitted to some is judged on others.
-
-    Raises:
-        InputError: the pipeline cannot run, or there is no study to keep moments beside.
-        Interrupted: the user stopped it.
-    """
+    """Error feedback from moments of inputs, on samples of their own: what is fitted to some is judged on others."""
     if not settings.compensate:
         return None
     _refuse_unsampled(lab)

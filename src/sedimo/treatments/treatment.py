@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from torch import nn
-
 from sedimo.allocation.problem import Allocation
 from sedimo.bank import Bank
 from sedimo.lab.bench import InForce
@@ -23,21 +21,6 @@ from sedimo.quant.tensor import QuantizedTensor
 Knobs = TypeVar("Knobs")
 
 
-class Untouched:
-    """What is in force without a change of any parameter."""
-
-    def enter(self, _denoiser: nn.Module, *, is_stored: bool) -> None:
-        """Nothing is changed, neither where weights are stored nor where they compute."""
-
-    def on(self, bank: Bank) -> Bank:
-        """The bank as it is."""
-        return bank
-
-    def as_json(self) -> Mapping[str, object]:
-        """Nothing that scripts are told besides."""
-        return {}
-
-
 class Finished(Protocol):
     """What a treatment after the decision has made of a recipe's weights. Its text says for people what was done."""
 
@@ -47,20 +30,6 @@ class Finished(Protocol):
 
     def as_json(self) -> Mapping[str, object]:
         """What scripts are told, by key."""
-
-
-def unpriced(_lab: Lab, _knobs: Knobs) -> Price:
-    """What takes no time worth telling."""
-    return Price()
-
-
-def always(_knobs: Knobs) -> bool:
-    """What was set is wanted."""
-    return True
-
-
-def allowed(_knobs: Knobs, _formats: Sequence[Format]) -> None:
-    """Nothing is refused."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +47,7 @@ class Treatment(Generic[Knobs]):
     knobs: type[Knobs]
     apply: Callable[[Lab, Knobs], InForce | None] | None = None
     finish: Callable[[Lab, Knobs, Bank, Allocation], Finished] | None = None
-    price: Callable[[Lab, Knobs], Price] = unpriced
-    refuse: Callable[[Knobs, Sequence[Format]], None] = allowed
-    is_wanted: Callable[[Knobs], bool] = always
+    price: Callable[[Lab, Knobs], Price] = lambda _lab, _knobs: Price()
+    refuse: Callable[[Knobs, Sequence[Format]], None] = lambda _knobs, _formats: None
+    is_wanted: Callable[[Knobs], bool] = lambda _knobs: True
     excludes: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedimo.errors import InputError
-from sedimo.quant.smoothing import MAX_EXPONENT, factor_exponents, smoothing_factors
+from sedimo.treatments.smoothing_plan import MAX_EXPONENT, factor_exponents, smoothing_factors
 
 MAGNITUDES = st.one_of(st.just(0.0), st.floats(1e-7, 6e4))
 PAIRS = st.lists(st.tuples(MAGNITUDES, MAGNITUDES), min_size=1, max_size=12)
