@@ -22,8 +22,7 @@ from sedimo.methods.error import ERROR
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Task
 from sedimo.metrics.signal import paired_difference, relative_noise, summarize
-from sedimo.quant.rounding import RoundingSchedule
-from sedimo.treatments.learned_rounding import ReconstructionOptions, plan_reconstruction, reconstruct
+from sedimo.treatments.learned_rounding import reconstruct
 
 MIXED_BITS = 4.0
 # allocations by weight error and by first-order noise
@@ -63,12 +62,11 @@ def main() -> None:
     learning = Seeds(SamplingSettings(options.samples), pipe.default_sampling).search
     fresh = Seeds(SamplingSettings(options.fresh, options.fresh_seed), pipe.default_sampling).search
     reference = pipe.sample(fresh).numpy()
-    how = ReconstructionOptions(RoundingSchedule(n_steps=options.steps))
     for name in options.formats.split(","):
         bank, recipe = recipe_of(pipe, graph, name)
         begin = time.perf_counter()
-        lab = Lab.on(pipe, bank, progress=ConsoleProgress())
-        found = reconstruct(lab, bank, plan_reconstruction(graph, recipe), learning, options=how)
+        lab = Lab.on(pipe, bank, graph=graph, progress=ConsoleProgress())
+        found = reconstruct(lab, bank, recipe, learning, n_steps=options.steps)
         seconds = time.perf_counter() - begin
         powers = [measure(pipe, fresh, reference, w) for w in (bank.quantize(recipe), found.weights)]
         nearest, learned = (summarize(p) for p in powers)

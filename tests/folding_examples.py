@@ -278,7 +278,7 @@ def random_ranges(denoiser, layers):
 
 def plan_for(denoiser, layers, alpha=0.7, **how) -> tuple[Folding, Smoothing]:
     folding = find_folding(denoiser, layers, **how)
-    return folding, plan_smoothing(folding, random_ranges(denoiser, layers), ModuleWeights(denoiser), alpha)
+    return folding, plan_smoothing(folding, random_ranges(denoiser, folding.inputs), ModuleWeights(denoiser), alpha)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ COMMANDS = {
 }
 MEASURING = (
     "sedimo.lab.trials.TrialWorker.measure",
-    "sedimo.treatments.static_ranges._count",
+    "sedimo.treatments.static_ranges.sample_until",
     "sedimo.treatments.smoothing.measure_inputs",
 )
 

@@ -11,8 +11,7 @@ from running import run, run_json
 from sedimo.lab.exchange import probed
 from sedimo.lab.lab import Lab
 from sedimo.metrics.signal import paired_difference, relative_noise
-from sedimo.quant.rounding import RoundingSchedule
-from sedimo.treatments.learned_rounding import ReconstructionOptions, plan_reconstruction, reconstruct
+from sedimo.treatments.learned_rounding import reconstruct
 
 QUICK = ["--seeds", "2", "--steps", "2"]
 UNIFORM = ["--method", "uniform:uaq3"]
@@ -85,9 +84,8 @@ def test_latents_of_fresh_seeds_gain_on_the_embedded_model(text):
     graph = sedimo.trace(pipe)
     bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{text},fp16"), sample_channels=2)
     recipe = bank.space.uniform(sedimo.Format.parse(text))
-    options = ReconstructionOptions(RoundingSchedule(n_steps=100))
     on, plan = (pipe.default_sampling(seeds, 10) for seeds in (range(8), range(1000, 1016)))
-    found = reconstruct(Lab.on(pipe, bank), bank, plan_reconstruction(graph, recipe), on, options=options)
+    found = reconstruct(Lab.on(pipe, bank, graph=graph), bank, recipe, on, n_steps=100)
     reference, powers = pipe.sample(plan).numpy(), []
     for weights in (found.weights, bank.quantize(recipe)):
         with probed(pipe.denoiser, weights):

@@ -221,7 +221,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(sweep, question, option
     found, arguments, _ = sweep(question, *options)
     for name in (
         "sedimo.lab.trials.TrialWorker.measure",
-        "sedimo.treatments.static_ranges._count",
+        "sedimo.treatments.static_ranges.sample_until",
         "sedimo.methods.sqnr.measure_part",
         "sedimo.treatments.smoothing.measure_inputs",
     ):

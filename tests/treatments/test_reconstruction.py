@@ -17,16 +17,21 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import record
-from sedimo.quant.rounding import RoundingSchedule
 from sedimo.space import Recipe
 from sedimo.treatments import learned_rounding as reconstruction
 from sedimo.treatments.capturing import capture, capture_outputs, slices
-from sedimo.treatments.learned_rounding import ReconstructionOptions, plan_reconstruction, reconstruct
+from sedimo.treatments.learned_rounding import reconstruct, units_of
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=3, batch_size=2)
-QUICK = ReconstructionOptions(RoundingSchedule(n_steps=40, learning_rate=3e-2), batch_rows=4)
+N_STEPS = 40
 GAIN_SHARE = 0.75  # of what the best of all roundings gains over nearest; this layer is ill-conditioned
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(reconstruction, "LEARNING_RATE", 3e-2)
+    monkeypatch.setattr(reconstruction, "BATCH_ROWS", 4)
 
 
 def node(name, module, block=""):
@@ -66,12 +71,10 @@ def test_captured_rows_reproduce_the_module(name, guided):
         assert float(part.squared_error(module, {"weight": torch.zeros_like(module.weight.detach())})) > 1e-3
 
 
-def test_one_small_layer_gains_most_of_what_the_best_of_all_roundings_gains():
+def test_one_small_layer_gains_most_of_what_the_best_of_all_roundings_gains(monkeypatch):
     adapter, graph, bank, recipe = toy()
-    options = replace(QUICK, schedule=RoundingSchedule(n_steps=200, learning_rate=3e-2), batch_rows=64)
-    found = reconstruct(
-        Lab.on(adapter, bank), bank, plan_reconstruction(graph, only(recipe, "out")), SAMPLING, options=options
-    )
+    monkeypatch.setattr(reconstruction, "BATCH_ROWS", 64)
+    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, only(recipe, "out"), SAMPLING, n_steps=200)
     (block,) = found.blocks
     assert block.learned_error < block.nearest_error
     calls = record(adapter, SAMPLING).calls
@@ -95,7 +98,7 @@ def test_one_small_layer_gains_most_of_what_the_best_of_all_roundings_gains():
 def test_every_block_is_at_least_as_good_as_nearest_rounding_and_bytes_stay():
     adapter, graph, bank, recipe = toy("uaq3")
     before = copy.deepcopy(adapter.denoiser.state_dict())
-    found = reconstruct(Lab.on(adapter, bank), bank, plan_reconstruction(graph, recipe), SAMPLING, options=QUICK)
+    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
     nearest = bank.quantize(recipe)
     assert [b.name for b in found.blocks] == ["conv_in", "grouped", "time", "twice", "out"]  # the tied pair keeps codes
     assert all(b.error <= b.nearest_error for b in found.blocks)
@@ -107,12 +110,11 @@ def test_every_block_is_at_least_as_good_as_nearest_rounding_and_bytes_stay():
     assert all(torch.equal(value, before[key]) for key, value in adapter.denoiser.state_dict().items())
 
 
-def test_a_block_whose_error_does_not_fall_keeps_nearest_rounding():
+def test_a_block_whose_error_does_not_fall_keeps_nearest_rounding(monkeypatch):
     adapter, graph, bank, recipe = toy("uaq3")
-    wild = ReconstructionOptions(RoundingSchedule(n_steps=1, learning_rate=100.0), batch_rows=1)
-    found = reconstruct(
-        Lab.on(adapter, bank), bank, plan_reconstruction(graph, only(recipe, "twice", "out")), SAMPLING, options=wild
-    )
+    monkeypatch.setattr(reconstruction, "LEARNING_RATE", 100.0)
+    monkeypatch.setattr(reconstruction, "BATCH_ROWS", 1)
+    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, only(recipe, "twice", "out"), SAMPLING, n_steps=1)
     kept = [block for block in found.blocks if not block.is_learned]
     assert kept
     for block in kept:
@@ -123,7 +125,7 @@ def test_a_block_whose_error_does_not_fall_keeps_nearest_rounding():
 def test_inputs_come_from_the_quantized_layers_before_and_targets_from_full_precision():
     adapter, graph, bank, recipe = toy("uaq2")
     recipe = only(recipe, "conv_in", "out")
-    found = reconstruct(Lab.on(adapter, bank), bank, plan_reconstruction(graph, recipe), SAMPLING, options=QUICK)
+    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
     calls = record(adapter, SAMPLING).calls
     targets = capture_outputs(adapter.denoiser, "out", calls)
     with probed(adapter.denoiser, found.weights):
@@ -138,7 +140,7 @@ def test_blocks_are_innermost_containers_and_other_layers_stand_alone():
     nodes = [("in", ""), ("up.0.conv", "up.0"), ("up.0.a.0.q", "up.0.a.0"), ("up.0.a.0.k", "up.0.a.0"), ("b.1", "b.1")]
     graph = DenoiserGraph("Toy", tuple(node(n, layer, b) for n, b in nodes), (), ())
     recipe = Recipe.from_mapping({"in": "kmc2", "up.0.conv": "uaq2", "up.0.a.0.k": "uaq4"})
-    units = plan_reconstruction(graph, recipe).units
+    units = units_of(graph, recipe)
     assert [(u.name, u.learned) for u in units] == [
         ("in", ()),
         ("up.0.conv", ("up.0.conv",)),
@@ -162,18 +164,12 @@ def test_finished_blocks_are_not_learned_again(tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruction, "learn_rounding", learn_two)
     with Study(tmp_path) as study:
         with pytest.raises(Interrupted):
-            reconstruct(
-                Lab.on(adapter, bank, study=study), bank, plan_reconstruction(graph, recipe), SAMPLING, options=QUICK
-            )
+            reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
         assert len(study.probe_keys()) == 2
         monkeypatch.setattr(reconstruction, "learn_rounding", learn)
-        resumed = reconstruct(
-            Lab.on(adapter, bank, study=study), bank, plan_reconstruction(graph, recipe), SAMPLING, options=QUICK
-        )
+        resumed = reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
         monkeypatch.setattr(reconstruction, "learn_rounding", lambda *_, **__: pytest.fail("learned again"))
-        again = reconstruct(
-            Lab.on(adapter, bank, study=study), bank, plan_reconstruction(graph, recipe), SAMPLING, options=QUICK
-        )
+        again = reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
     for layer, weight in whole.weights.items():
         assert torch.equal(weight.codes(), resumed.weights[layer].codes())
         assert torch.equal(weight.codes(), again.weights[layer].codes())
@@ -181,28 +177,25 @@ def test_finished_blocks_are_not_learned_again(tmp_path, monkeypatch):
 
 def reconstruct_with(learn, monkeypatch, adapter, graph, bank, recipe):
     monkeypatch.setattr(reconstruction, "learn_rounding", learn)
-    return reconstruct(Lab.on(adapter, bank), bank, plan_reconstruction(graph, recipe), SAMPLING, options=QUICK)
+    return reconstruct(Lab.on(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
 
 
-def test_another_plan_recipe_or_schedule_is_learned_anew(tmp_path):
+def test_another_plan_recipe_or_schedule_is_learned_anew(tmp_path, monkeypatch):
     adapter, graph, bank, recipe = toy("uaq3")
     recipe = only(recipe, "out")
     with Study(tmp_path) as study:
-        for sampling, entries, options in (
-            (SAMPLING, recipe, QUICK),
-            (replace(SAMPLING, n_steps=2), recipe, QUICK),
-            (SAMPLING, Recipe.from_mapping({"out": "uaq2"}), QUICK),
-            (SAMPLING, recipe, replace(QUICK, seed=1)),
-            (SAMPLING, recipe, replace(QUICK, schedule=RoundingSchedule(n_steps=39))),
+        for sampling, entries, n_steps, seed in (
+            (SAMPLING, recipe, N_STEPS, 0),
+            (replace(SAMPLING, n_steps=2), recipe, N_STEPS, 0),
+            (SAMPLING, Recipe.from_mapping({"out": "uaq2"}), N_STEPS, 0),
+            (SAMPLING, recipe, N_STEPS, 1),
+            (SAMPLING, recipe, 39, 0),
         ):
             before = len(study.probe_keys())
+            monkeypatch.setattr(reconstruction, "SEED", seed)
             with_bank = bank if entries is recipe else toy("uaq2")[2]
             reconstruct(
-                Lab.on(adapter, with_bank, study=study),
-                with_bank,
-                plan_reconstruction(graph, entries),
-                sampling,
-                options=options,
+                Lab.on(adapter, with_bank, graph=graph, study=study), with_bank, entries, sampling, n_steps=n_steps
             )
             assert len(study.probe_keys()) == before + 1
 
@@ -211,25 +204,21 @@ def test_damaged_codes_of_a_study_are_refused(tmp_path):
     adapter, graph, bank, recipe = toy("uaq3")
     recipe = only(recipe, "out")
     with Study(tmp_path) as study:
-        reconstruct(
-            Lab.on(adapter, bank, study=study), bank, plan_reconstruction(graph, recipe), SAMPLING, options=QUICK
-        )
+        reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
         (key,) = study.probe_keys()
         block = study.probe(reconstruction.ReconstructedBlock, key)
         study.put_probe(key, replace(block, codes={"out": ("AAAA",)}))
         with pytest.raises(StateError, match="damaged"):
-            reconstruct(
-                Lab.on(adapter, bank, study=study), bank, plan_reconstruction(graph, recipe), SAMPLING, options=QUICK
-            )
+            reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
 
 
 def test_a_recipe_without_a_grid_is_refused():
     adapter, graph, bank, recipe = toy()
     with pytest.raises(InputError, match="only uaq formats"):
         reconstruct(
-            Lab.on(adapter, bank),
+            Lab.on(adapter, bank, graph=graph),
             bank,
-            plan_reconstruction(graph, Recipe.from_mapping(dict.fromkeys(recipe.layers, "kma2"))),
+            Recipe.from_mapping(dict.fromkeys(recipe.layers, "kma2")),
             SAMPLING,
         )
 
@@ -239,8 +228,8 @@ def test_parts_at_full_precision_and_layers_that_are_never_called_are_no_trouble
     parts = [{"start": 0, "stop": 4, "format": "uaq3"}, {"start": 4, "stop": 8, "format": "fp16"}]
     recipe = Recipe.from_mapping({"twice": parts, "unused": "uaq3"})
     unused = node("unused", adapter.denoiser.unused)
-    plan = plan_reconstruction(DenoiserGraph("ToyDenoiser", (*graph.nodes, unused), (), ()), recipe)
-    found = reconstruct(Lab.on(adapter, bank), bank, plan, SAMPLING, options=QUICK)
+    graph = DenoiserGraph("ToyDenoiser", (*graph.nodes, unused), (), ())
+    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
     assert [b.name for b in found.blocks] == ["twice", "unused"]
     assert (found.blocks[1].n_rows, found.blocks[1].is_learned) == (0, False)
     assert found.blocks[0].n_changed <= 8 * 4 < found.blocks[0].n_weights  # only the first part has codes

@@ -126,7 +126,7 @@ def test_float16_is_exact_and_widened_only_where_needed():
     network, layers, *_ = FOLDED["modulation"]
     network = randomised(copy.deepcopy(network)).half()
     folding = find_folding(network, layers.split(), example_inputs={"sample": example().half()})
-    plan = plan_smoothing(folding, random_ranges(network, layers.split()), ModuleWeights(network))
+    plan = plan_smoothing(folding, random_ranges(network, folding.inputs), ModuleWeights(network))
     smooth_weights(network, plan, widen=True)
     assert network.out.weight.dtype == network.modulation.weight.dtype == torch.float16
     assert network.modulation.bias.dtype == torch.float32  # takes constants

@@ -266,7 +266,7 @@ def test_probes_add_the_noise_of_activations_to_that_of_weights():
     worker = TrialWorker(adapter, bank, SAMPLING, objective="step")
     by_step = worker.measure(Recipe.from_mapping({"out": "fp16a4"})).powers.ratio.mean()
     worker.close()
-    jacobian = jacobian_table(space, bank.candidates, probe_jacobian(Lab.on(adapter, bank), SAMPLING, 64))
+    jacobian = jacobian_table(space, bank.candidates, probe_jacobian(Lab.on(adapter, bank), SAMPLING, n_directions=64))
     local = sqnr_table(space, bank.candidates, probe_sqnr(Lab.on(adapter, bank), SAMPLING))
     for table in (jacobian, local):
         cost = {str(c.format): c.cost for c in table.costs if c.decision == "out"}
@@ -280,7 +280,7 @@ def test_a_probe_of_activations_only_needs_no_weight_format():
     space = toy_space(adapter.denoiser, "fp16,fp16a8,fp16a4")
     bank = fit_bank(ToyWeights(adapter.denoiser), space)
     found = probe_jacobian(Lab.on(adapter, bank), SAMPLING)
-    assert found.noise["out"].keys() == {"a4", "a8"}
+    assert found.numbers["out"].keys() == {"a4", "a8"}
     table = jacobian_table(space, bank.candidates, found)
     cost = {c.format: c.cost for c in table.costs if c.decision == "out"}
     assert cost[Format.parse("fp16a4")] > cost[Format.parse("fp16a8")] > 0

@@ -166,8 +166,9 @@ class _Sums:
         except (OSError, SafetensorError):
             return 0
         self._n_calls = Counter(json.loads(facts["n_calls"]))
+        # copies lie in memory as sums do that were never kept: an unaligned block is summed to other bits
         for weight, _, index in sorted((name.rpartition(".") for name in tensors), key=lambda parts: int(parts[2])):
-            self.blocks.setdefault(weight, []).append(tensors[f"{weight}.{index}"])
+            self.blocks.setdefault(weight, []).append(tensors[f"{weight}.{index}"].clone())
         return int(facts["n_added"])
 
     def add(self, layer: str, weight: str, module: nn.Module, args: tuple[torch.Tensor, ...], _output: object) -> None:

@@ -2,15 +2,21 @@
 
 Block after block, in the order of the graph: what the block gives on a recorded full-precision trajectory is the
 target; its inputs are what it gets on the same denoiser calls when all blocks before it are quantized already. The
-rounding of its layers on uniform grids is then learned (see `quant/rounding.py`) so that the squared error of its
-output is least. Layers in other formats, and weights that several layers share, keep their codes but take part in the
-error. A block whose error does not fall keeps nearest rounding.
+rounding of its layers on uniform grids is then learned so that the squared error of its output is least. Layers in
+other formats, and weights that several layers share, keep their codes but take part in the error. A block whose error
+does not fall keeps nearest rounding. A block is a repeated container of the graph that holds no other such container;
+every other layer is a unit of its own.
 
-A block is a repeated container of the graph that holds no other such container; every other layer is a unit of its own.
+A weight between two codes may take either: code = clamp(floor(weight / scale) + zero_point + h, 0, 2^b - 1), h 0 or 1.
+While learning, h is a number in between, h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1), which starts where the weight is
+exact; a regulariser, sum of 1 - |2 h - 1|^beta, then drives every h to 0 or 1. Scale, zero point, format and bytes
+stay.
 
 Source:
     Li et al. 2021, BRECQ (arXiv 2102.05426), block reconstruction with plain squared error in place of the Fisher
-    weights; inputs from the quantized network, as in AdaRound (Nagel et al. 2020, arXiv 2004.10568), eq. 25.
+    weights. Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization (arXiv 2004.10568), eq. 21
+    to 25: the rectified sigmoid (zeta 1.1, gamma -0.1), the regulariser and its annealed exponent, and inputs from the
+    quantized network.
 """
 
 from __future__ import annotations
@@ -20,16 +26,16 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sedimo.allocation.problem import Allocation
-from sedimo.bank import Bank, Progress
-from sedimo.codec import content_key, to_plain
+from sedimo.bank import Bank
+from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.lab.exchange import probed
@@ -38,43 +44,123 @@ from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import record
 from sedimo.quant import families
-from sedimo.quant.formats import FP16, Format
-from sedimo.quant.parts import WeightPart
-from sedimo.quant.rounding import DEFAULT_SCHEDULE, RoundingSchedule, SoftWeight, learn_rounding
+from sedimo.quant.formats import FP16
+from sedimo.quant.packing import pack
+from sedimo.quant.parts import WeightPart, parts_of
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.settings import option
+from sedimo.settings import Checked, option
 from sedimo.space import Recipe
 from sedimo.treatments.capturing import Captured, capture, capture_outputs, minibatches, slices
 from sedimo.treatments.treatment import Treatment
 
 RECONSTRUCTION_VERSION = 1
+ZETA, GAMMA = 1.1, -0.1  # where the sigmoid is stretched to, so that 0 and 1 are reached
+N_STEPS, LEARNING_RATE = 500, 1e-2  # of Adam, for each block
+STRENGTH = 1.0  # lambda, of the regulariser beside the error
+WARM_UP = 0.2  # the share of the steps without it; then its exponent falls linearly
+FIRST_BETA, LAST_BETA = 20.0, 2.0
+N_TIMESTEPS = 10  # of the sampling plan, evenly spread, whose rows are learned from
+BATCH_ROWS, SEED = 16, 0  # of minibatches, and what draws them
+N_SAMPLES = 32  # that rounding is learned from, unless more are searched on
 _EVALUATED_ROWS = 64  # at a time, without gradients
 _BLOCK_KEYS = ("name", "nearest_error", "learned_error", "is_learned", "n_rows", "n_weights", "n_changed", "seconds")
-N_SAMPLES = 32  # that rounding is learned from, unless more are searched on
 _GRADIENT_FACTOR = 3.0  # a pass with gradients, in plain ones
 _ROWS_PER_SAMPLE = 2  # with guidance
 
 
-@dataclass(frozen=True, slots=True)
-class ReconstructionOptions:
-    """What is learned from, and how.
+class SoftWeight:
+    """A packed weight whose codes on uniform grids are being learned; parts in other formats stay as they are."""
 
-    Every row of `n_timesteps` steps of the sampling plan, evenly spread, is learned from, in minibatches of
-    `batch_rows` rows that `seed` draws.
+    def __init__(self, weight: Tensor, packed: QuantizedTensor) -> None:
+        """Starts where `soft()` is the full-precision `weight` `[out, in, ...]`, as far as the grid's ends allow."""
+        if weight.shape != packed.shape:
+            raise InputError(f"a packed weight of shape {tuple(packed.shape)} is not of one of {tuple(weight.shape)}")
+        self._packed = packed
+        self._pieces = [
+            _SoftPart(weight[:, p.start : p.stop], p)
+            if p.format.numerics.is_uniform
+            else p.dequantize(packed.packing.shape)
+            for p in packed.parts
+        ]
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """V of every learned part: what an optimiser changes."""
+        return [piece.logits for piece in self._pieces if isinstance(piece, _SoftPart)]
+
+    def soft(self) -> Tensor:
+        """The weight with codes in between, float32 `[out, in, ...]`; gradients reach the logits."""
+        return torch.cat([p.soft() if isinstance(p, _SoftPart) else p for p in self._pieces], dim=1)
+
+    def penalty(self, beta: float) -> Tensor:
+        """Sum of 1 - |2 h - 1|^beta over the learned weights: 0 when every h is 0 or 1."""
+        return torch.stack([(1 - (2 * _h(v) - 1).abs().pow(beta)).sum() for v in self.logits]).sum()
+
+    def hard(self) -> QuantizedTensor:
+        """The packed weight with every h at the nearer of 0 and 1."""
+        pairs = zip(self._packed.parts, self._pieces, strict=True)
+        return self._packed.rewrapped([p.hard(part) if isinstance(p, _SoftPart) else part for part, p in pairs])
+
+
+class _SoftPart:
+    """A part on a uniform grid: codes below every weight, and V."""
+
+    def __init__(self, weight: Tensor, part: WeightPart) -> None:
+        self._shape, self._qmax = weight.shape, part.format.qmax
+        rows = weight.detach().float().reshape(weight.shape[0], -1)
+        self._scale, self._zero_point = part.format.numerics.grid(part.format, part.tensors, rows.shape[1])
+        steps = rows / self._scale
+        below = steps.floor()
+        self._below = below + self._zero_point
+        self.logits = torch.logit((steps - below - GAMMA) / (ZETA - GAMMA)).requires_grad_(True)
+
+    def soft(self) -> Tensor:
+        codes = (self._below + _h(self.logits)).clamp(0, self._qmax)
+        return ((codes - self._zero_point) * self._scale).reshape(self._shape)
+
+    def hard(self, part: WeightPart) -> WeightPart:
+        codes = (self._below + (self.logits.detach() >= 0)).clamp(0, self._qmax).to(torch.uint8)
+        return part.with_codes(pack(codes, part.format.bits))
+
+
+def _h(logits: Tensor) -> Tensor:
+    return (torch.sigmoid(logits) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def beta_at(step: int, n_steps: int) -> float | None:
+    """The exponent at a step, counted from 0; None while warming up."""
+    begin = WARM_UP * n_steps
+    if step < begin:
+        return None
+    progress = (step - begin) / max(1.0, n_steps - 1 - begin)
+    return FIRST_BETA + (LAST_BETA - FIRST_BETA) * min(1.0, progress)
+
+
+def learn_rounding(
+    weights: Sequence[SoftWeight],
+    error: Callable[[], Tensor],
+    n_steps: int,
+    *,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Minimises error plus regulariser over the logits of `weights`, in place.
+
+    `error` is the squared error of the present soft weights (of another minibatch at each call), as a multiple of what
+    nearest rounding leaves; times the number of weights, so that lambda means the same everywhere.
     """
-
-    schedule: RoundingSchedule = DEFAULT_SCHEDULE
-    n_timesteps: int = 10
-    batch_rows: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses empty minibatches."""
-        if self.n_timesteps < 1 or self.batch_rows < 1:
-            raise InputError(f"timesteps and rows of a minibatch must be positive, got {self}")
-
-
-DEFAULT_OPTIONS = ReconstructionOptions()
+    logits = [v for weight in weights for v in weight.logits]
+    n_weights = sum(v.numel() for v in logits)
+    optimizer = torch.optim.Adam(logits, lr=LEARNING_RATE)
+    for step in range(n_steps):
+        beta = beta_at(step, n_steps)
+        with torch.enable_grad():
+            loss = n_weights * error()
+            if beta is not None:
+                loss = loss + STRENGTH * torch.stack([w.penalty(beta) for w in weights if w.logits]).sum()
+            optimizer.zero_grad()
+            loss.backward(inputs=logits)  # type: ignore[no-untyped-call]  # torch
+        optimizer.step()
+        after_step()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,41 +227,45 @@ class Reconstruction:
     weights: Mapping[str, QuantizedTensor]
     blocks: tuple[ReconstructedBlock, ...]
     n_samples: int
-    options: ReconstructionOptions
+    n_steps: int
 
     def __str__(self) -> str:
-        """For people."""
         return "learned rounding"
 
     @property
     def summary(self) -> LearnedRounding:
         """What the report tells about it."""
+        ratios = [b.error / b.nearest_error for b in self.blocks if b.error > 0]
         return LearnedRounding(
             n_blocks=len(self.blocks),
             n_learned=sum(block.is_learned for block in self.blocks),
             n_samples=self.n_samples,
-            n_steps=self.options.schedule.n_steps,
+            n_steps=self.n_steps,
             changed_share=sum(b.n_changed for b in self.blocks if b.is_learned) / sum(b.n_weights for b in self.blocks),
-            error_ratio=statistics.geometric_mean(
-                [b.error / b.nearest_error for b in self.blocks if b.error > 0] or [1.0]
-            ),
+            error_ratio=statistics.geometric_mean(ratios or [1.0]),
         )
 
     def as_json(self) -> Mapping[str, object]:
         """Plain values by name, the codes left out."""
         blocks = [{key: getattr(block, key) for key in _BLOCK_KEYS} for block in self.blocks]
-        return {"reconstruction": {"n_samples": self.n_samples, "options": to_plain(self.options), "blocks": blocks}}
+        found = {"n_samples": self.n_samples, "options": _options(self.n_steps), "blocks": blocks}
+        return {"reconstruction": found}
 
 
-@dataclass(frozen=True, slots=True)
-class ReconstructionPlan:
-    """A recipe, and the blocks and single layers of its denoiser in the order in which they are reconstructed."""
+def _options(n_steps: int) -> dict[str, object]:
+    """What is learned from, and how: part of the names of what studies keep."""
+    schedule = {
+        "n_steps": n_steps,
+        "learning_rate": LEARNING_RATE,
+        "strength": STRENGTH,
+        "warm_up": WARM_UP,
+        "first_beta": FIRST_BETA,
+        "last_beta": LAST_BETA,
+    }
+    return {"schedule": schedule, "n_timesteps": N_TIMESTEPS, "batch_rows": BATCH_ROWS, "seed": SEED}
 
-    recipe: Recipe
-    units: tuple[ReconstructionUnit, ...]
 
-
-def plan_reconstruction(graph: DenoiserGraph, recipe: Recipe) -> ReconstructionPlan:
+def units_of(graph: DenoiserGraph, recipe: Recipe) -> tuple[ReconstructionUnit, ...]:
     """The units of a graph in its order, with the layers whose codes can be learned under a recipe."""
     blocks = {node.block for node in graph.layers}
     innermost = {b for b in blocks if b and not any(other.startswith(f"{b}.") for other in blocks)}
@@ -184,167 +274,113 @@ def plan_reconstruction(graph: DenoiserGraph, recipe: Recipe) -> ReconstructionP
         members.setdefault(node.block if node.block in innermost else node.name, []).append(node.name)
     shared = {layer for tie in graph.ties for layer in tie}
     learned = {node.name for node in graph.layers if node.name not in shared and _has_grid(recipe, node.name)}
-    units = (
+    return tuple(
         ReconstructionUnit(name, tuple(layers), tuple(layer for layer in layers if layer in learned))
         for name, layers in members.items()
     )
-    return ReconstructionPlan(recipe, tuple(units))
 
 
-def reconstruct(
-    lab: Lab, bank: Bank, plan: ReconstructionPlan, on: Sampling, *, options: ReconstructionOptions = DEFAULT_OPTIONS
-) -> Reconstruction:
-    """Learns the rounding of a layers on uniform grids on the model's own trajectory under a sampling plan.
+def _has_grid(recipe: Recipe, layer: str) -> bool:
+    return any(part.format.numerics.is_uniform for part in parts_of(recipe.layers.get(layer, FP16), 1))
+
+
+def reconstruct(lab: Lab, bank: Bank, recipe: Recipe, on: Sampling, *, n_steps: int = N_STEPS) -> Reconstruction:
+    """Learns the rounding of layers on uniform grids on the model's own trajectory under a sampling plan.
 
     With a study, each block is saved when it is finished and not learned again. What one block is called with and gives
     is in memory at a time, besides the recorded calls of the denoiser.
-
-    Raises:
-        InputError: the recipe has no layer on a uniform grid.
-        StateError: a saved block does not belong to these weights.
-        Interrupted: the user stopped it (with a study, calling again goes on).
     """
-    facts = {
-        "reconstruction": RECONSTRUCTION_VERSION,
-        "setting": lab.setting(on, "step", weights_digest=bank.weights_digest),
-        "recipe": plan.recipe.key,
-        "options": options,
-    }
-    keys = {unit: content_key({**facts, "unit": unit}) for unit in plan.units if unit.learned}
+    units, setting = units_of(lab.graph, recipe), lab.setting(on, "step", weights_digest=bank.weights_digest)
+    facts = {"reconstruction": RECONSTRUCTION_VERSION, "setting": setting, "recipe": recipe.key}
+    options = _options(n_steps)
+    keys = {unit: content_key({**facts, "options": options, "unit": unit}) for unit in units if unit.learned}
     if not keys:
         uniform = ", ".join(f.name for f in families.FAMILIES if f.is_uniform)
         raise InputError(
             f"only {uniform} formats round to a grid, and no layer of the recipe has one: nothing to reconstruct"
         )
-    learning = _Weights(lab, on, bank.quantize(plan.recipe), options)
+    weights, finished = bank.quantize(recipe), set[str]()
+    calls = functools.cache(lambda: record(lab.pipe, on, at_most=N_TIMESTEPS).calls)  # when they are first needed
     n_missing = len(set(keys.values()) - (lab.study.probe_keys() if lab.study else frozenset()))
     found, parts = [], lab.parts()
-    with parts.stage("learning the rounding", n_missing * options.schedule.n_steps) as stop:
-        for unit in plan.units:
+    with parts.stage("learning the rounding", n_missing * n_steps) as stop:
+        for unit in units:
             if unit.learned:
-                found.append(parts.part(ReconstructedBlock, keys[unit], functools.partial(learning.learn, unit)))
-                learning.take(unit, found[-1])
+                learn = functools.partial(_learn, lab, unit, weights, finished, calls, n_steps)
+                found.append(parts.part(ReconstructedBlock, keys[unit], learn))
+                weights |= _coded(unit, found[-1], weights)
                 parts.check(stop)
-            learning.finish(unit)
-    return Reconstruction(learning.weights, tuple(found), len(on.seeds), options)
+            finished |= weights.keys() & set(unit.layers)  # quantized for what follows
+    return Reconstruction(weights, tuple(found), len(on.seeds), n_steps)
 
 
-class _Weights:
-    """The weights as they are learned, and the recorded calls of the denoiser, made when they are first needed."""
+def _learn(
+    lab: Lab,
+    unit: ReconstructionUnit,
+    weights: Mapping[str, QuantizedTensor],
+    finished: set[str],
+    calls: Callable[[], Sequence[DenoiserCall]],
+    n_steps: int,
+) -> ReconstructedBlock:
+    """What one unit learns when all layers of units before it are quantized."""
+    begin, denoiser = time.perf_counter(), lab.pipe.denoiser
+    targets = capture_outputs(denoiser, unit.name, calls())
+    with probed(denoiser, {layer: weights[layer] for layer in finished}):
+        own = _Unit(denoiser, unit, capture(denoiser, unit.name, calls(), targets))
+    packed = {layer: own.moved(layer, weights[layer]) for layer in unit.layers if layer in weights}
+    nearest_error, learned_error = own.error(packed), 0.0
+    if nearest_error == 0:
+        lab.progress.advance(n_steps)
+        learned = {layer: packed[layer] for layer in unit.learned}
+    else:
+        soft = {layer: SoftWeight(own.originals[layer], packed[layer]) for layer in unit.learned}
+        stays = {layer: weight.dequantize() for layer, weight in packed.items() if layer not in soft}
+        seed = int(content_key(f"sedimo reconstruction {SEED} {unit.name}")[:12], 16)
+        draw = minibatches(own.data, BATCH_ROWS, torch.Generator().manual_seed(seed))
 
-    def __init__(
-        self, lab: Lab, on: Sampling, weights: Mapping[str, QuantizedTensor], options: ReconstructionOptions
-    ) -> None:
-        self.weights = dict(weights)
-        self._lab, self._on, self._options = lab, on, options
-        self._finished: set[str] = set()
-
-    @functools.cached_property
-    def _calls(self) -> tuple[DenoiserCall, ...]:
-        return record(self._lab.pipe, self._on, at_most=self._options.n_timesteps).calls
-
-    def take(self, unit: ReconstructionUnit, block: ReconstructedBlock) -> None:
-        """Gives the layers of a unit their learned codes.
-
-        Raises:
-            StateError: codes of other layers or another size.
-        """
-        if block.codes and set(block.codes) != set(unit.learned):
-            raise StateError(f"the saved rounding of {unit.name!r} is of layers {sorted(block.codes)}")
-        for layer, texts in block.codes.items():
-            self.weights[layer] = _with_codes(self.weights[layer], texts, layer)
-
-    def finish(self, unit: ReconstructionUnit) -> None:
-        """From now on the unit is quantized for what follows it."""
-        self._finished |= self.weights.keys() & set(unit.layers)
-
-    def learn(self, unit: ReconstructionUnit) -> ReconstructedBlock:
-        """What one unit learns when all units before it are quantized."""
-        begin, denoiser = time.perf_counter(), self._lab.pipe.denoiser
-        targets = capture_outputs(denoiser, unit.name, self._calls)
-        with probed(denoiser, {layer: self.weights[layer] for layer in self._finished}):
-            data = capture(denoiser, unit.name, self._calls, targets)
-        learner = _Learner(denoiser, unit, self.weights, data)
-        learned, nearest_error, learned_error = learner.learn(self._options, self._lab.progress)
-        return ReconstructedBlock(
-            name=unit.name,
-            nearest_error=nearest_error,
-            learned_error=learned_error,
-            n_rows=sum(part.n_rows for part in data),
-            n_weights=sum(self.weights[layer].numel() for layer in unit.learned),
-            n_changed=sum(_n_changed(learned[layer], self.weights[layer]) for layer in learned),
-            seconds=time.perf_counter() - begin,
-            codes={layer: _codes_of(weight) for layer, weight in learned.items()}
-            if learned_error < nearest_error
-            else {},
-        )
-
-
-class _Learner:
-    """One unit, called with other weights: those that are learned, and those that are quantized and stay."""
-
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        unit: ReconstructionUnit,
-        weights: Mapping[str, QuantizedTensor],
-        data: Sequence[Captured],
-    ) -> None:
-        self._unit, self._data = unit, data
-        self._module = denoiser.get_submodule(unit.name)
-        self._originals = {layer: denoiser.get_submodule(layer).get_parameter("weight") for layer in unit.layers}
-        packed = {layer: weights[layer] for layer in unit.layers if layer in weights}
-        self._nearest = {layer: self._moved(layer, weight) for layer, weight in packed.items()}
-        self._n_rows = max(1, sum(part.n_rows for part in data))  # none where the pipeline never calls the unit
-        self._signal = sum(float(t.double().square().sum()) for part in data for t in part.targets) / self._n_rows
-
-    def learn(
-        self, options: ReconstructionOptions, progress: Progress
-    ) -> tuple[dict[str, QuantizedTensor], float, float]:
-        """Learned weights by layer, and relative squared errors of nearest and of learned rounding."""
-        nearest = self._error(self._nearest)
-        if nearest == 0:
-            progress.advance(options.schedule.n_steps)
-            return {layer: self._nearest[layer] for layer in self._unit.learned}, 0.0, 0.0
-        soft = {layer: SoftWeight(self._originals[layer], self._nearest[layer]) for layer in self._unit.learned}
-        stays = {layer: weight.dequantize() for layer, weight in self._nearest.items() if layer not in soft}
-        draw = minibatches(self._data, options.batch_rows, _generator(options.seed, self._unit.name))
-
-        def error() -> torch.Tensor:
+        def error() -> Tensor:
             batch = draw()
-            weights = stays | {layer: weight.soft() for layer, weight in soft.items()}
-            return batch.squared_error(self._module, self._named(weights)) / (batch.n_rows * self._signal * nearest)
+            named = own.named(stays | {layer: weight.soft() for layer, weight in soft.items()})
+            return batch.squared_error(own.module, named) / (batch.n_rows * own.signal * nearest_error)
 
-        learn_rounding(tuple(soft.values()), error, options.schedule, after_step=progress.advance)
+        learn_rounding(tuple(soft.values()), error, n_steps, after_step=lab.progress.advance)
         learned = {layer: weight.hard() for layer, weight in soft.items()}
-        return learned, nearest, self._error(self._nearest | learned)
+        learned_error = own.error(packed | learned)
+    return ReconstructedBlock(
+        name=unit.name,
+        nearest_error=nearest_error,
+        learned_error=learned_error,
+        n_rows=sum(part.n_rows for part in own.data),
+        n_weights=sum(weights[layer].numel() for layer in unit.learned),
+        n_changed=sum(_n_changed(weight, weights[layer]) for layer, weight in learned.items()),
+        seconds=time.perf_counter() - begin,
+        codes={n: tuple(map(_text, w.parts)) for n, w in learned.items()} if learned_error < nearest_error else {},
+    )
 
-    def _error(self, weights: Mapping[str, QuantizedTensor]) -> float:
+
+class _Unit:
+    """The module of a unit and what it is called with; called with other weights."""
+
+    def __init__(self, denoiser: nn.Module, unit: ReconstructionUnit, data: Sequence[Captured]) -> None:
+        self.module, self.data, self._name = denoiser.get_submodule(unit.name), data, unit.name
+        self.originals = {layer: denoiser.get_submodule(layer).get_parameter("weight") for layer in unit.layers}
+        self._n_rows = max(1, sum(part.n_rows for part in data))  # none where the pipeline never calls the unit
+        self.signal = sum(float(t.double().square().sum()) for part in data for t in part.targets) / self._n_rows
+
+    def error(self, weights: Mapping[str, QuantizedTensor]) -> float:
         """Squared error of the unit's output over its squared norm, on all rows."""
-        named = self._named({layer: weight.dequantize() for layer, weight in weights.items()})
+        named = self.named({layer: weight.dequantize() for layer, weight in weights.items()})
         with torch.no_grad():
-            errors = [float(part.squared_error(self._module, named)) for part in slices(self._data, _EVALUATED_ROWS)]
-        return math.fsum(errors) / (self._n_rows * self._signal) if self._signal else 0.0
+            errors = [float(part.squared_error(self.module, named)) for part in slices(self.data, _EVALUATED_ROWS)]
+        return math.fsum(errors) / (self._n_rows * self.signal) if self.signal else 0.0
 
-    def _named(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def named(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by their parameters' names in the unit's module, in the dtype of those."""
-        prefix = f"{self._unit.name}."
-        names = {layer: f"{layer.removeprefix(prefix)}.weight" for layer in weights}
-        if self._unit.name in weights:
-            names[self._unit.name] = "weight"
-        return {names[layer]: weight.to(self._originals[layer].dtype) for layer, weight in weights.items()}
+        names = {layer: f"{layer.removeprefix(f'{self._name}.')}.weight" for layer in weights} | {self._name: "weight"}
+        return {names[layer]: weight.to(self.originals[layer].dtype) for layer, weight in weights.items()}
 
-    def _moved(self, layer: str, weight: QuantizedTensor) -> QuantizedTensor:
-        return cast("QuantizedTensor", weight.to(self._originals[layer].device))
-
-
-def _has_grid(recipe: Recipe, layer: str) -> bool:
-    entry = recipe.layers.get(layer, FP16)
-    return any(f.numerics.is_uniform for f in ([entry] if isinstance(entry, Format) else [p.format for p in entry]))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int(content_key(f"sedimo reconstruction {seed} {name}")[:12], 16))
+    def moved(self, layer: str, weight: QuantizedTensor) -> QuantizedTensor:
+        return cast("QuantizedTensor", weight.to(self.originals[layer].device))
 
 
 def _n_changed(weight: QuantizedTensor, other: QuantizedTensor) -> int:
@@ -354,18 +390,24 @@ def _n_changed(weight: QuantizedTensor, other: QuantizedTensor) -> int:
     return sum(int((a.unpacked_codes(shape).cpu() != b.unpacked_codes(shape).cpu()).sum()) for a, b in pairs)
 
 
-def _codes_of(weight: QuantizedTensor) -> tuple[str, ...]:
-    return tuple(
-        "" if part.codes is None else base64.b64encode(part.codes.cpu().numpy().tobytes()).decode("ascii")
-        for part in weight.parts
-    )
+def _text(part: WeightPart) -> str:
+    return "" if part.codes is None else base64.b64encode(part.codes.cpu().numpy().tobytes()).decode("ascii")
 
 
-def _with_codes(weight: QuantizedTensor, texts: Sequence[str], layer: str) -> QuantizedTensor:
-    try:
-        return weight.rewrapped([_part(*pair) for pair in zip(weight.parts, texts, strict=True)])
-    except (ValueError, RuntimeError) as error:
-        raise StateError(f"the saved codes of layer {layer!r} are damaged: {error}. Use another study") from error
+def _coded(
+    unit: ReconstructionUnit, block: ReconstructedBlock, weights: Mapping[str, QuantizedTensor]
+) -> dict[str, QuantizedTensor]:
+    """The layers of a unit with the codes that were learned."""
+    if block.codes and set(block.codes) != set(unit.learned):
+        raise StateError(f"the saved rounding of {unit.name!r} is of layers {sorted(block.codes)}")
+    found = {}
+    for layer, texts in block.codes.items():
+        try:
+            pairs = zip(weights[layer].parts, texts, strict=True)
+            found[layer] = weights[layer].rewrapped([_part(*pair) for pair in pairs])
+        except (ValueError, RuntimeError) as error:
+            raise StateError(f"the saved codes of layer {layer!r} are damaged: {error}. Use another study") from error
+    return found
 
 
 def _part(part: WeightPart, text: str) -> WeightPart:
@@ -376,12 +418,8 @@ def _part(part: WeightPart, text: str) -> WeightPart:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundingSettings:
-    """Whether rounding is learned, and for how many steps of each block; None: as many as usual.
-
-    Raises:
-        InputError: steps of what is not done.
-    """
+class RoundingSettings(Checked):
+    """Whether rounding is learned, and for how many steps of each block; None: as many as usual."""
 
     is_wanted: bool = option(
         False,
@@ -392,40 +430,26 @@ class RoundingSettings:
         None, "--reconstruct-steps", least=1, help="Steps of learning per block; more take longer and help more."
     )
 
-    def __post_init__(self) -> None:
-        """Checks them together."""
+    def check_together(self) -> None:
+        """Refuses steps of what is not done."""
         if self.n_steps is not None and not self.is_wanted:
             raise InputError("--reconstruct-steps says how long to learn the rounding: give --reconstruct, too")
 
-    @property
-    def options(self) -> ReconstructionOptions:
-        """What is learned from, and how."""
-        if self.n_steps is None:
-            return DEFAULT_OPTIONS
-        return ReconstructionOptions(RoundingSchedule(n_steps=self.n_steps))
-
 
 def learn(lab: Lab, settings: RoundingSettings, bank: Bank, allocation: Allocation) -> Reconstruction:
-    """The weights of an allocation with learned rounding.
-
-    Raises:
-        InputError: the recipe has no uaq layer.
-        Interrupted: Ctrl-C; finished blocks are kept in the study.
-    """
-    plan = plan_reconstruction(lab.graph, allocation.recipe)
-    return reconstruct(lab, bank, plan, lab.seeds.more(N_SAMPLES), options=settings.options)
+    """The weights of an allocation with learned rounding; finished blocks are kept in the study."""
+    return reconstruct(lab, bank, allocation.recipe, lab.seeds.more(N_SAMPLES), n_steps=settings.n_steps or N_STEPS)
 
 
 def _price(lab: Lab, settings: RoundingSettings) -> Price:
     """The trajectory, its calls again twice per block, and in all blocks together as many passes as there are steps."""
     lab.refuse_unsampled("--reconstruct runs the pipeline", "Leave it out")
-    on, options = lab.seeds.more(N_SAMPLES), settings.options
+    on, n_steps = lab.seeds.more(N_SAMPLES), settings.n_steps or N_STEPS
     timing = lab.time_calls(on)
-    share = min(1.0, options.n_timesteps / on.n_steps)
-    n_units = len(plan_reconstruction(lab.graph, Recipe({})).units)
-    n_calls = round(timing.n_calls * (1 + 2 * share * n_units))
+    share = min(1.0, N_TIMESTEPS / on.n_steps)
+    n_calls = round(timing.n_calls * (1 + 2 * share * len(units_of(lab.graph, Recipe({})))))
     rows_of_a_call = _ROWS_PER_SAMPLE * min(on.batch_size, len(on.seeds))
-    learning = options.schedule.n_steps * _GRADIENT_FACTOR * options.batch_rows / rows_of_a_call
+    learning = n_steps * _GRADIENT_FACTOR * BATCH_ROWS / rows_of_a_call
     codes = lab.space.params  # a byte each, packed and written as text
     return Price((n_calls + learning) * timing.seconds_per_call, n_calls, disk_bytes=codes)
 

@@ -10,12 +10,17 @@ import torch
 from sedimo.errors import InputError
 from sedimo.quant.fitting import fit, quantize_weight
 from sedimo.quant.formats import Format
-from sedimo.quant.rounding import GAMMA, ZETA, RoundingSchedule, SoftWeight, learn_rounding
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.treatments import learned_rounding as module
+from sedimo.treatments.learned_rounding import GAMMA, ZETA, SoftWeight, beta_at, learn_rounding
 
-SCHEDULE = RoundingSchedule(n_steps=300, learning_rate=3e-2)
 NEAR_OPTIMUM = 1.02  # learned rounding leaves at most this many times the least possible error, on average over cases
 STARTS_EXACT = 1e-5  # in scales: float32 rounding of V and back
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(module, "LEARNING_RATE", 3e-2)
 
 
 def layer_problem(seed, text, n_inputs=8, n_outputs=1):
@@ -44,9 +49,9 @@ def least_error(weight, packed, inputs):
     return min(errors)
 
 
-def learned(weight, packed, inputs, schedule=SCHEDULE):
+def learned(weight, packed, inputs, n_steps=300):
     soft, nearest = SoftWeight(weight, packed), error_of(packed.dequantize(), weight, inputs)
-    learn_rounding([soft], lambda: (inputs @ (soft.soft() - weight).T).square().sum() / nearest, schedule)
+    learn_rounding([soft], lambda: (inputs @ (soft.soft() - weight).T).square().sum() / nearest, n_steps)
     return soft.hard()
 
 
@@ -76,7 +81,7 @@ def test_the_soft_weight_starts_at_the_weight_where_the_grid_reaches():
 @pytest.mark.parametrize("text", ["uaq3", "uaq4g8"])
 def test_only_codes_change_and_by_one_step_at_most(text):
     weight, packed, inputs = layer_problem(2, text, 20, 6)
-    found = learned(weight, packed, inputs, RoundingSchedule(n_steps=50))
+    found = learned(weight, packed, inputs, 50)
     (before,), (after,) = packed.parts, found.parts
     assert torch.equal(before.tensors["scale"], after.tensors["scale"])
     assert torch.equal(before.tensors["zero_point"], after.tensors["zero_point"])
@@ -115,18 +120,11 @@ def test_the_penalty_is_that_of_the_paper():
 
 
 def test_beta_falls_from_first_to_last_after_the_warm_up():
-    schedule = RoundingSchedule(n_steps=11, warm_up=0.2)
-    betas = [schedule.beta(step) for step in range(11)]
+    betas = [beta_at(step, 11) for step in range(11)]
     assert betas[:3] == [None, None, None]
     assert betas[-1] == 2.0
     assert all(a > b for a, b in itertools.pairwise(betas[3:]))
     assert 18 < betas[3] <= 20
-
-
-@pytest.mark.parametrize("wrong", [{"n_steps": 0}, {"learning_rate": 0.0}, {"strength": -1.0}, {"warm_up": 1.0}])
-def test_senseless_schedules_are_refused(wrong):
-    with pytest.raises(InputError, match=r"positive|warm-up"):
-        RoundingSchedule(**wrong)
 
 
 def test_another_shape_is_refused():
