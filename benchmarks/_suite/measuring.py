@@ -19,8 +19,8 @@ from sedimo.errors import InputError
 from sedimo.methods import modelopt
 from sedimo.methods.adjoint import ADJOINT, AdjointSettings
 from sedimo.methods.method import Finding, Task
-from sedimo.methods.peer import MODELOPT as PEER
-from sedimo.methods.peer import PeerRecipe, measure_peers
+from sedimo.methods.modelopt import MODELOPT as PEER
+from sedimo.methods.modelopt import PeerRecipe, measure_peers
 from sedimo.methods.portfolio import COARSE_BITS, Portfolio, allocate_by_effects
 from sedimo.metrics.signal import NoisePowers
 from sedimo.space import Recipe

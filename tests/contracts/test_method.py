@@ -18,8 +18,7 @@ from sedimo.lab.study import Study
 from sedimo.methods import METHODS, method_named
 from sedimo.methods.hybrid import KeepSettings
 from sedimo.methods.method import Task
-from sedimo.methods.modelopt import is_installed
-from sedimo.methods.peer import PeerRecipe
+from sedimo.methods.modelopt import PeerRecipe, is_installed
 from sedimo.quant.formats import Format
 from sedimo.settings import leaves
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from importlib.util import find_spec
 
 import pytest
@@ -14,7 +13,7 @@ from sedimo.lab.bench import trace
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
 from sedimo.methods import modelopt
-from sedimo.methods.modelopt import FORMATS, PER_CHANNEL, IntFormat, ModelOptScores, Scored
+from sedimo.methods.modelopt import FORMATS, PER_CHANNEL, IntFormat, ModelOptScores, grouped
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.space import search_space
 
@@ -31,8 +30,13 @@ def pipe(tiny_pipeline_folder):
 
 
 @pytest.fixture(scope="module")
-def shapes(pipe):
-    return {layer: d.shape for d in search_space(trace(pipe), "uaq4").decisions for layer in d.layers}
+def space(pipe):
+    return search_space(trace(pipe), "uaq4")
+
+
+@pytest.fixture(scope="module")
+def shapes(space):
+    return {layer: d.shape for d in space.decisions for layer in d.layers}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +72,8 @@ def test_the_denoiser_is_left_as_it_was_and_scores_are_kept(scored, pipe, shapes
     assert execution.n_calls == 2 + len(FORMATS) + 2  # recorded, once per format for its ranges, scored
 
 
-def test_the_programme_keeps_its_own_budget_and_spends_it(scored, shapes):
-    groups = [Scored(math.prod(shapes[g.layers[0]]), g.scores) for g in scored[0].groups]
+def test_the_programme_keeps_its_own_budget_and_spends_it(scored, space):
+    groups = grouped(space, scored[0])
     total = sum(g.n_weights for g in groups)
     for bits in (3.0, 4.5):
         chosen = modelopt.solve(groups, bits)

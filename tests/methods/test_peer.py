@@ -16,9 +16,17 @@ from sedimo.jobs.compare import CompareSettings, compare_methods
 from sedimo.jobs.settings import FormatSettings
 from sedimo.lab.bench import SourceSettings, trace
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.methods import METHODS, method_named, modelopt, peer
-from sedimo.methods.modelopt import FORMATS, GroupScores, ModelOptScores
-from sedimo.methods.peer import PeerRecipe, grouped, nearest_below, peer_recipe, wanted_methods
+from sedimo.methods import METHODS, method_named, modelopt
+from sedimo.methods.modelopt import (
+    FORMATS,
+    GroupScores,
+    ModelOptScores,
+    PeerRecipe,
+    grouped,
+    nearest_below,
+    peer_recipe,
+    wanted_methods,
+)
 from sedimo.reporting.comparison import comparison_page
 from sedimo.reporting.html import render
 from sedimo.space import Recipe, search_space
@@ -207,20 +215,20 @@ def test_bisection_holds_the_budget_where_sizes_jump_and_fall():
 
 
 def test_a_peer_that_is_not_installed_is_left_out_of_all_and_refused_by_name(monkeypatch):
-    monkeypatch.setattr(peer.modelopt, "find_spec", lambda _name: None)
+    monkeypatch.setattr(modelopt, "find_spec", lambda _name: None)
 
     def missing(name):
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(peer.modelopt, "import_module", missing)
+    monkeypatch.setattr(modelopt, "import_module", missing)
     methods, notes = wanted_methods(METHODS, everything=METHODS)
     assert [m.name for m in methods] == [m.name for m in METHODS if m.name not in PEERS]
     assert "pip install 'sedimo[peers]'" in notes[0]
     assert all(name in notes[0] for name in PEERS)
-    error, jacobian, modelopt = (method_named(name)[0] for name in ("error", "jacobian", "modelopt"))
+    error, jacobian, asked = (method_named(name)[0] for name in ("error", "jacobian", "modelopt"))
     assert wanted_methods([error], everything=METHODS) == ((error,), ())
     with pytest.raises(MissingExtraError, match=r"nvidia-modelopt.*pip install 'sedimo\[peers\]'"):
-        wanted_methods([modelopt, jacobian], everything=METHODS)
+        wanted_methods([asked, jacobian], everything=METHODS)
 
 
 def test_a_peer_is_measured_at_equal_bytes_on_the_same_seeds(fake, tiny_pipeline_folder, tmp_path):

@@ -30,7 +30,7 @@ from sedimo.methods import method_named
 from sedimo.methods.ablation import ABLATION
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Finding, Method, Task
-from sedimo.methods.peer import LEAST_USED, PeerRecipe, measure_peers, wanted_methods
+from sedimo.methods.modelopt import LEAST_USED, PeerRecipe, measure_peers, wanted_methods
 from sedimo.methods.uniform import UNIFORM
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import mean_sqnr, paired_difference

@@ -14,8 +14,8 @@ from sedimo.methods.error import ERROR
 from sedimo.methods.hybrid import HYBRID
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Method
+from sedimo.methods.modelopt import MODELOPT, MODELOPT_UNSCALED
 from sedimo.methods.orthogonality import ORTHOGONALITY, ORTHOGONALITY_LP, ORTHOGONALITY_NOISE
-from sedimo.methods.peer import MODELOPT, MODELOPT_UNSCALED
 from sedimo.methods.search import SEARCH
 from sedimo.methods.sqnr import SQNR
 from sedimo.methods.uniform import UNIFORM
