@@ -15,9 +15,9 @@ import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.pipelines.loading import zoo_path
 from sedimo.pipelines.weights import denoiser_folder
-from sedimo.runtime.card import operation_of
 from sedimo.runtime.checkpoint import open_checkpoint
 from sedimo.runtime.layout import LayerEntry, packed_tensors
+from sedimo.runtime.writing import operation_of
 
 N_SHOWN = 6
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from sedimo.quant.formats import Format
 from sedimo.quant.packing import pack
 from sedimo.quant.parts import WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
 from sedimo.runtime.contents import named_layers
 
 OWNER = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"
@@ -76,3 +78,10 @@ def denoise(denoiser: torch.nn.Module, dtype: torch.dtype = torch.float32) -> to
     latents = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
     with torch.no_grad():
         return denoiser(latents, timestep=torch.tensor([3, 700]), class_labels=torch.tensor([1, 2])).sample
+
+
+def check_checkpoint(folder: Path) -> Checkpoint:
+    """A packed denoiser's folder that has been judged completely: its headers, and every byte of every tensor."""
+    checkpoint = open_checkpoint(folder)
+    read_packed(checkpoint)
+    return checkpoint

@@ -1,27 +1,29 @@
 """The bank: what each format would do to each decision's weight, and the packed weights themselves on demand.
 
 Candidates carry an error (exact, or estimated from some output channels) and bytes. Parameters (scales,
-codebooks) are fitted when a recipe first needs them and kept, in memory or in a cache folder; codes are
-recomputed from the weight. Weights are read one layer at a time.
+codebooks) are fitted when a recipe first needs them and kept, in memory or in a cache folder that survives a kill;
+codes are recomputed from the weight. Weights are read one layer at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from sedimo._bank_cache import BankCache
-from sedimo._last_used import LastUsed
-from sedimo.codec import content_key
-from sedimo.errors import InputError, UnfitFormatError
+from sedimo.codec import content_key, from_json, to_json
+from sedimo.errors import InputError, StateError, UnfitFormatError
 from sedimo.graph.model import Stream
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.activations import DYNAMIC, Activations, InputQuantizers
@@ -39,11 +41,14 @@ from sedimo.quant.parts import Entry, Fitted, PartFormat, parts_of
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import narrowed
 from sedimo.space import Decision, Recipe, SearchSpace
+from sedimo.store import Rows
 
+Key = TypeVar("Key")
 Made = TypeVar("Made")
 FIT_VERSION = 1  # raise it when a fit changes: cached parameters and errors are then made anew
 _TIMED_WEIGHTS = 1 << 18
 _PACKED_BYTES_KEPT = 1 << 30
+_SUMS, _SHAPE = "sums", "shape"  # of a saved fit: squared error and squared norm, float64 [2]; that of the weight
 _FEEDBACK_BYTES_KEPT = 3 << 30  # all of it: recipes go through layers in order, and what is dropped is needed next
 
 
@@ -114,10 +119,12 @@ class Bank:
         self.weights, self.space, self.activations, self.moments = weights, space, activations, moments
         self.candidates = tuple(candidates)
         self._cache = cache or BankCache(None)
-        self._packed = LastUsed[tuple[str, Entry], QuantizedTensor](
+        self._packed = _LastUsed[tuple[str, Entry], QuantizedTensor](
             packed_bytes_kept, lambda packed: packed.stored_bytes
         )
-        self._feedback = LastUsed[tuple[str, int, int], list[Feedback]](_FEEDBACK_BYTES_KEPT, _feedback_bytes)
+        self._feedback = _LastUsed[tuple[str, int, int], list[Feedback]](
+            _FEEDBACK_BYTES_KEPT, lambda parts: sum(part.order.nbytes + part.asked.nbytes for part in parts)
+        )
 
     @property
     def weights_digest(self) -> str:
@@ -140,8 +147,8 @@ class Bank:
         return self._with(self.activations, moments)
 
     def _with(self, activations: Activations, moments: Moments | None) -> Bank:
-        cache, known = self._cache, (self.weights, self.space, self.candidates)
-        return Bank(*known, cache=cache, activations=activations, moments=moments)
+        known = (self.weights, self.space, self.candidates)
+        return Bank(*known, cache=self._cache, activations=activations, moments=moments)
 
     def input_quantizers(self, recipe: Recipe) -> InputQuantizers:
         """How a recipe rounds the inputs of layers.
@@ -257,8 +264,98 @@ class Bank:
         return {f: known[f] for f in formats}
 
 
-def _feedback_bytes(parts: Sequence[Feedback]) -> int:
-    return sum(part.order.nbytes + part.asked.nbytes for part in parts)
+class _LastUsed(Generic[Key, Made]):
+    """Things that are costly to make, the last used ones up to a number of bytes; the last one always."""
+
+    def __init__(self, most_bytes: int, size_of: Callable[[Made], int]) -> None:
+        self._kept: OrderedDict[Key, Made] = OrderedDict()
+        self._bytes, self._most_bytes, self._size_of = 0, most_bytes, size_of
+
+    def get(self, key: Key, make: Callable[[], Made]) -> Made:
+        """What was made for a key, or is made now."""
+        if key not in self._kept:
+            self._kept[key] = make()
+            self._bytes += self._size_of(self._kept[key])
+        self._kept.move_to_end(key)
+        while self._bytes > self._most_bytes and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._bytes -= self._size_of(dropped)
+        return self._kept[key]
+
+
+class BankCache:
+    """Parameters by decision and format, and candidates by key: in memory, or in a folder that survives a kill.
+
+    The folder belongs to one set of weights: `bank.sqlite` holds candidates, one safetensors file per decision the
+    scales and codebooks of its formats. A file is written whole under another name and then renamed.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._memory: dict[str, dict[Format, Fitted]] = {}
+        self._rows = Rows(folder / "bank.sqlite") if folder else None
+        self._candidates: dict[str, Candidate] = {}
+
+    def candidate(self, key: str) -> Candidate | None:
+        """The saved candidate of a key, or None."""
+        if self._rows is None:
+            return self._candidates.get(key)
+        text = self._rows.get("candidate", key)
+        return None if text is None else from_json(Candidate, text, place=f"candidate {key[:12]} of the bank")
+
+    def put_candidates(self, candidates: Mapping[str, Candidate]) -> None:
+        """Saves candidates by key."""
+        if self._rows is None:
+            self._candidates |= candidates
+        else:
+            self._rows.put_many("candidate", [(key, to_json(c)) for key, c in candidates.items()])
+
+    def parameters(self, decision: str) -> dict[Format, Fitted]:
+        """The fitted parameters of a decision by format.
+
+        Raises:
+            StateError: the saved file is damaged.
+        """
+        if self._folder is None:
+            return self._memory.get(decision, {})
+        path, found = self._path(self._folder, decision), dict[Format, dict[str, torch.Tensor]]()
+        try:
+            for name, tensor in (load_file(path) if path.exists() else {}).items():
+                text, _, field = name.rpartition(".")
+                found.setdefault(Format.parse(text), {})[field] = tensor
+            return {f: _fitted(f, tensors) for f, tensors in found.items()}
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            raise StateError(f"{path} in the bank's cache is damaged: {error!r}. Delete it to fit it again") from error
+
+    def put_parameters(self, decision: str, fitted: Mapping[Format, Fitted]) -> None:
+        """Keeps fitted parameters."""
+        known = {**self.parameters(decision), **fitted}
+        if self._folder is None:
+            self._memory[decision] = known
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        for f, one in known.items():
+            sums = torch.tensor([one.squared_error, one.squared_norm], dtype=torch.float64)
+            own = {**one.parameters, _SUMS: sums, _SHAPE: torch.tensor(one.shape)}
+            for name, tensor in own.items():  # formats may share one
+                tensors[f"{f}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
+        path = self._path(self._folder, decision)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    @staticmethod
+    def _path(folder: Path, decision: str) -> Path:
+        return folder / f"{hashlib.sha256(decision.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _fitted(number_format: Format, tensors: Mapping[str, torch.Tensor]) -> Fitted:
+    squared_error, squared_norm = tensors[_SUMS].tolist()
+    shape = tuple(int(size) for size in tensors[_SHAPE])
+    parameters = {name: t for name, t in tensors.items() if name not in (_SUMS, _SHAPE)}
+    return Fitted(number_format, shape, parameters, None, squared_error, squared_norm)
 
 
 def fit_bank(
@@ -337,18 +434,35 @@ def read_weight(weights: WeightSource, decision: Decision) -> torch.Tensor:
 def _candidates(
     weights: WeightSource, decision: Decision, sample_channels: int | None, store: BankCache
 ) -> list[Candidate]:
-    n_channels = decision.shape[0] if sample_channels is None else min(sample_channels, decision.shape[0])
-    is_exact = n_channels == decision.shape[0]
+    n_all = decision.shape[0]
+    n_channels = n_all if sample_channels is None else min(sample_channels, n_all)
     keys = {f: _row_key(decision, f, n_channels) for f in dict.fromkeys(f.weight_format for f in decision.formats)}
-    found = {f: c for f, key in keys.items() if (c := store.candidate(Candidate, key)) is not None}
+    found = {f: c for f, key in keys.items() if (c := store.candidate(key)) is not None}
     missing = [f for f in keys if f not in found]
     if missing:
         weight = read_weight(weights, decision)
-        measure = _fit_all if is_exact else _estimate
-        quantized = [f for f in missing if f.is_quantized]
-        made = possible(lambda formats: measure(weight, decision, formats, store, n_channels), quantized)
+
+        def measure(formats: Sequence[Format]) -> dict[Format, Candidate]:
+            if n_channels == n_all:
+                fitted = fit_parameters(weight, formats, layer_name=decision.name)
+                store.put_parameters(decision.name, fitted)
+                return {
+                    f: _candidate(decision, f, fitted[f].relative_error, stored_bytes=fitted[f].stored_bytes)
+                    for f in formats
+                }
+            seed = int(hashlib.sha256(decision.name.encode()).hexdigest()[:12], 16)
+            generator = torch.Generator().manual_seed(seed)
+            estimates = error_estimates(
+                weight, formats, n_channels=n_channels, generator=generator, layer_name=decision.name
+            )
+            return {f: _candidate(decision, f, e.mean, e.standard_error, e.n % n_all) for f, e in estimates.items()}
+
+        made = possible(measure, [f for f in missing if f.is_quantized])
         whole = weight if decision.stream is None else weights.read(decision.layers[0])
-        made |= {f: _unquantized(whole, decision, f) for f in missing if not f.is_quantized}
+        for f in missing:
+            if not f.is_quantized:  # left alone, it takes what it takes in a file; a stream has its share of the whole
+                size = decision.params * narrowed(whole).element_size()
+                made[f] = _candidate(decision, f, 0.0, stored_bytes=size)
         store.put_candidates({keys[f]: candidate for f, candidate in made.items()})
         found |= made
     return [replace(found[f.weight_format], format=f) for f in decision.formats if f.weight_format in found]
@@ -363,41 +477,17 @@ def possible(make: Callable[[Sequence[Format]], dict[Format, Made]], formats: Se
         return {f: made for one in one_by_one for f, made in possible(make, one).items()}
 
 
-def _fit_all(
-    weight: torch.Tensor, decision: Decision, formats: Sequence[Format], store: BankCache, _n_channels: int
-) -> dict[Format, Candidate]:
-    fitted = fit_parameters(weight, formats, layer_name=decision.name)
-    store.put_parameters(decision.name, fitted)
-    return {f: _exact_candidate(decision, fitted[f]) for f in formats}
-
-
-def _estimate(
-    weight: torch.Tensor, decision: Decision, formats: Sequence[Format], _store: BankCache, n_channels: int
-) -> dict[Format, Candidate]:
-    seed = int(hashlib.sha256(decision.name.encode()).hexdigest()[:12], 16)
-    generator = torch.Generator().manual_seed(seed)
-    estimates = error_estimates(weight, formats, n_channels=n_channels, generator=generator, layer_name=decision.name)
-    n_all = decision.shape[0]  # an estimate from all channels is exact
-    return {f: _candidate(decision, f, e.mean, e.standard_error, e.n % n_all) for f, e in estimates.items()}
-
-
-def _exact_candidate(decision: Decision, fitted: Fitted) -> Candidate:
-    size = fitted.stored_bytes
-    return replace(_candidate(decision, fitted.format, fitted.relative_error, 0.0, 0), stored_bytes=size)
-
-
-def _candidate(decision: Decision, number_format: Format, error: float, standard_error: float, n: int) -> Candidate:
-    sizes = decision.paper_bytes(number_format), decision.stored_bytes(number_format)
-    return Candidate(decision.name, number_format, error, standard_error, n, *sizes)
-
-
-def _unquantized(whole: torch.Tensor, decision: Decision, number_format: Format) -> Candidate:
-    """The weight left alone: no error, and the bytes that it takes in a file, more than 16 bits where they matter.
-
-    That is decided by the whole weight, of which a stream has its share.
-    """
-    size = decision.params * narrowed(whole).element_size()
-    return replace(_candidate(decision, number_format, 0.0, 0.0, 0), stored_bytes=size)
+def _candidate(
+    decision: Decision,
+    number_format: Format,
+    error: float,
+    standard_error: float = 0.0,
+    n: int = 0,
+    stored_bytes: int | None = None,
+) -> Candidate:
+    stored = decision.stored_bytes(number_format) if stored_bytes is None else stored_bytes
+    paper = decision.paper_bytes(number_format)
+    return Candidate(decision.name, number_format, error, standard_error, n, paper, stored)
 
 
 def _row_key(decision: Decision, number_format: Format, n_channels: int) -> str:

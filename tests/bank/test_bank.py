@@ -7,8 +7,7 @@ import hashlib
 import pytest
 import torch
 
-from sedimo._bank_cache import BankCache
-from sedimo.bank import FIT_VERSION, Bank, fit_bank
+from sedimo.bank import FIT_VERSION, Bank, BankCache, fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.pipelines.adapter import WeightInfo

@@ -13,6 +13,7 @@ from contracts.toys import FOREIGN, TOY
 from packed_weights import denoise
 from sedimo.allocation.solve import allocate
 from sedimo.bank import fit_bank
+from sedimo.codec import to_plain
 from sedimo.errors import InputError, UnfitFormatError
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.methods.error import error_table
@@ -33,7 +34,7 @@ from sedimo.quant.parts import expected_tensors, pack_fitted, reconstruct
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.words import family_words
 from sedimo.runtime.contents import named_layers
-from sedimo.runtime.layout import entry_of, packed_tensors, plain_layers, read_layers
+from sedimo.runtime.layout import entry_of, packed_tensors, read_layers
 from sedimo.runtime.weights import replace_weights, save_denoiser
 from sedimo.space import search_space
 
@@ -170,10 +171,10 @@ class TestFamilyContract:
             packed = quantize_weight(weight, number_format)
             if family.is_foreign:
                 with pytest.raises(InputError, match="format of another program"):
-                    entry_of("Linear", packed)
+                    entry_of(packed)
                 continue
-            layers = {"proj": entry_of("Linear", packed)}
-            assert read_layers(plain_layers(layers), place="here") == layers
+            layers = {"proj": entry_of(packed)}
+            assert read_layers(to_plain(layers), place="here") == layers
             sizes = {name: spec.n_bytes for name, spec in packed_tensors(layers).items()}
             assert list(sizes) == [f"proj.weight.0.{name}" for name in packed.parts[0].tensors]
             assert sum(sizes.values()) == packed.stored_bytes

@@ -19,9 +19,8 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.methods.hybrid import HYBRID, BlockCurves, KeepSettings, blocks_of
 from sedimo.quant.formats import FP16, Format
-from sedimo.runtime.activations import rounded_inputs
 from sedimo.runtime.contents import packed_layers
-from sedimo.runtime.smoothed import smoothed_layers
+from sedimo.runtime.inputs import rounded_inputs, smoothed_layers
 from sedimo.treatments.smoothing import SMOOTHING, SmoothingKnobs
 from sedimo.treatments.static_ranges import ACTIVATIONS, ActivationSettings
 

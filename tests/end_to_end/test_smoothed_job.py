@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
+from packed_weights import check_checkpoint
 from sedimo.allocation.budget import BudgetSettings
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
@@ -20,9 +21,9 @@ from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import ModuleWeights
-from sedimo.runtime.checkpoint import check_checkpoint, read_packed
+from sedimo.runtime.checkpoint import read_packed
+from sedimo.runtime.inputs import smoothed_layers
 from sedimo.runtime.judge import tensor_specs
-from sedimo.runtime.smoothed import smoothed_layers
 from sedimo.treatments.smoothing import SMOOTHING, SmoothingKnobs
 from sedimo.treatments.smoothing_plan import Smoothing, smooth_weights
 

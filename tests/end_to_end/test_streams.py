@@ -27,7 +27,7 @@ from sedimo.methods.sqnr import probe_sqnr, sqnr_table
 from sedimo.methods.taps import Changes, Taps
 from sedimo.pipelines.trajectory import record
 from sedimo.quant.formats import FP16, Format
-from sedimo.runtime.smoothed import smoothed_layers
+from sedimo.runtime.inputs import smoothed_layers
 from sedimo.space import Recipe
 from sedimo.treatments.error_feedback import measure_moments
 

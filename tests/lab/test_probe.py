@@ -13,7 +13,7 @@ from sedimo.lab import exchange as probe
 from sedimo.lab.exchange import Prober, probed
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.activations import round_inputs, rounded_inputs
+from sedimo.runtime.inputs import round_inputs, rounded_inputs
 from sedimo.space import Recipe
 from toy_pipeline import ToyDenoiser, ToyWeights, toy_space
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sedimo.runtime.checkpoint import check_checkpoint, read_packed
+from packed_weights import check_checkpoint
+from sedimo.runtime.checkpoint import read_packed
 from sedimo.runtime.contents import packed_layers
 
 RELEASED = Path(__file__).parent / "released"

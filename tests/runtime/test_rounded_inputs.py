@@ -15,8 +15,8 @@ from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import timestep_of
 from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, StaticRange
 from sedimo.quant.fitting import quantize_weight
-from sedimo.runtime.activations import round_inputs, rounded_inputs, unround_inputs
 from sedimo.runtime.checkpoint import open_checkpoint
+from sedimo.runtime.inputs import round_inputs, rounded_inputs, unround_inputs
 from sedimo.runtime.judge import check_inputs
 from sedimo.runtime.weights import dequantize_weights, replace_weights
 

@@ -11,16 +11,13 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from packed_weights import OWNER, random_packed
+from packed_weights import OWNER, check_checkpoint, random_packed
 from sedimo.errors import InputError, StateError
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec
-from sedimo.runtime.checkpoint import change_layers, check_checkpoint
-from sedimo.runtime.judge import check_divisor_specs, make_seal
-from sedimo.runtime.layout import Configuration, read_configuration
-from sedimo.runtime.smoothed import (
-    DIVISOR,
+from sedimo.runtime.checkpoint import change_layers
+from sedimo.runtime.inputs import (
     mark_smoothed,
     prepare_divisors,
     remove_divisor,
@@ -28,6 +25,8 @@ from sedimo.runtime.smoothed import (
     smoothed_layers,
     unsmooth_inputs,
 )
+from sedimo.runtime.judge import check_divisor_specs, make_seal
+from sedimo.runtime.layout import DIVISOR, Configuration, read_configuration
 from sedimo.runtime.weights import replace_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -14,10 +14,10 @@ from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from packed_weights import OWNER, random_packed
+from packed_weights import OWNER, check_checkpoint, random_packed
 from sedimo.errors import InputError, StateError
 from sedimo.runtime import diffusers_plugin
-from sedimo.runtime.checkpoint import check_checkpoint, is_packed, open_checkpoint, read_packed
+from sedimo.runtime.checkpoint import is_packed, open_checkpoint, read_packed
 from sedimo.runtime.contents import packed_layers
 from sedimo.runtime.judge import make_seal
 from sedimo.runtime.layout import read_configuration

@@ -14,15 +14,22 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from huggingface_hub import ModelCardData, metadata_load
 from safetensors.torch import load_file
 
-from packed_weights import OWNER, TIED, denoise, random_packed
+from packed_weights import OWNER, TIED, check_checkpoint, denoise, random_packed
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines import folder as folder_module
 from sedimo.pipelines.folder import new_folder, place_file
-from sedimo.runtime.card import Origin, base_model_of, is_card, operation_of
-from sedimo.runtime.checkpoint import check_checkpoint, read_packed
+from sedimo.runtime.checkpoint import read_packed
 from sedimo.runtime.contents import packed_layers
 from sedimo.runtime.weights import replace_weights
-from sedimo.runtime.writing import WriteOptions, replace_layer_format, write_checkpoint
+from sedimo.runtime.writing import (
+    Origin,
+    WriteOptions,
+    base_model_of,
+    is_card,
+    operation_of,
+    replace_layer_format,
+    write_checkpoint,
+)
 
 ORIGIN = Origin("zoo:tiny", "jacobian", '{"sedimo_recipe":1,"layers":{}}', "smoothed by 0.5")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -12,6 +12,7 @@ from sedimo_zoo import MODELS
 
 import sedimo
 from folding_examples import close
+from packed_weights import check_checkpoint
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.lab.bench import trace, weights_of
@@ -24,8 +25,8 @@ from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.trajectory import record, replay
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.formats import Format
-from sedimo.runtime.checkpoint import check_checkpoint
-from sedimo.runtime.smoothed import DIVISOR, divide_input, smoothed_layers
+from sedimo.runtime.inputs import divide_input, smoothed_layers
+from sedimo.runtime.layout import DIVISOR
 from sedimo.runtime.weights import dequantize_weights
 from sedimo.space import search_space
 from sedimo.treatments.smoothing import (
@@ -112,7 +113,7 @@ def test_a_function_that_changed_is_refused_and_undone(tiny, monkeypatch):
     plan = tiny.default_sampling(range(2), 1)
     before = tiny.sample(plan)
     found = planned(tiny, SmoothingSettings(share=1), plan)
-    monkeypatch.setattr("sedimo.runtime.smoothed.divide_input", lambda _module, args: args)
+    monkeypatch.setattr("sedimo.runtime.inputs.divide_input", lambda _module, args: args)
     with pytest.raises(StateError, match="smoothing changed the output"):
         apply_smoothing(tiny, found, plan)
     assert not smoothed_layers(tiny.denoiser)

@@ -15,7 +15,7 @@ from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.graph.folding import find_folding
 from sedimo.pipelines.weights import ModuleWeights
-from sedimo.runtime.smoothed import smoothed_layers
+from sedimo.runtime.inputs import smoothed_layers
 from sedimo.treatments.smoothing_plan import ChannelRange, Smoothing, plan_smoothing, smooth_weights
 
 

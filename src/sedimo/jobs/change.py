@@ -12,7 +12,7 @@ from typing import Any
 
 from sedimo.bank import Progress
 from sedimo.errors import InputError
-from sedimo.jobs.describe import owners_of, recipe_of, refuse_other_source
+from sedimo.jobs.describe import recipe_of, refuse_other_source
 from sedimo.jobs.job import Job
 from sedimo.pipelines.loading import locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder
@@ -22,9 +22,9 @@ from sedimo.quant.parts import entry_text
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import packed_sizes
-from sedimo.runtime.card import Origin
 from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
-from sedimo.runtime.writing import replace_layer_format
+from sedimo.runtime.layout import owners_of
+from sedimo.runtime.writing import Origin, replace_layer_format
 from sedimo.settings import REQUIRED, option
 from sedimo.space import Recipe
 
@@ -74,7 +74,7 @@ def run(settings: ChangeSettings, _progress: Progress) -> dict[str, Any]:
     name, folder = locate(settings.source, settings.variant)
     _refuse_activations(wanted)
     fresh = _fitted(old, FileWeights(denoiser_folder(folder), settings.variant), wanted)
-    before, owners = recipe_of(old), owners_of(old)
+    before, owners = recipe_of(old), owners_of(old.layers)
     changed = {layer: fresh[owner] for layer, owner in owners.items() if owner in fresh} | fresh
     after = Recipe({**before.layers, **{layer: weight.format for layer, weight in changed.items()}})
     after = after.with_activations(before.activation_bits)
@@ -101,7 +101,7 @@ def _refuse_activations(formats: Mapping[str, Format]) -> None:
 
 def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, Format]) -> dict[str, QuantizedTensor]:
     """The packed weights by the layers that own them."""
-    owners, packed = owners_of(checkpoint), read_packed(checkpoint)
+    owners, packed = owners_of(checkpoint.layers), read_packed(checkpoint)
     found: dict[str, QuantizedTensor] = {}
     for layer, number_format in wanted.items():
         owner = owners.get(layer, layer)

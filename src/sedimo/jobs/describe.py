@@ -11,10 +11,9 @@ from sedimo.pipelines.folder import Finish
 from sedimo.pipelines.weights import denoiser_folder
 from sedimo.quant.formats import FP16
 from sedimo.quant.parts import Entry, PartFormat
-from sedimo.runtime.card import CARD_NAME, Origin, base_model_of
 from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
-from sedimo.runtime.layout import LayerEntry, TiedEntry
-from sedimo.runtime.writing import write_card
+from sedimo.runtime.layout import LayerEntry, owners_of, whole
+from sedimo.runtime.writing import CARD_NAME, Origin, base_model_of, write_card
 from sedimo.space import Recipe
 
 MOST_NOISE = 1.0  # of a packed weight relative to its source: what rounding everything to zero would leave
@@ -22,15 +21,10 @@ MOST_NOISE = 1.0  # of a packed weight relative to its source: what rounding eve
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:
     """The formats of all layers that are packed or whose inputs are rounded, those that share a weight included."""
-    entries = {name: e for name, e in checkpoint.layers.items() if isinstance(e, LayerEntry)}
-    weights = {name: _formats(entries[owner]) for name, owner in owners_of(checkpoint).items()}
+    entries = whole(checkpoint.layers)
+    weights = {name: _formats(entries[owner]) for name, owner in owners_of(checkpoint.layers).items()}
     bits = {name: quantizer.bits for name, quantizer in checkpoint.inputs.layers.items()}
     return Recipe(dict.fromkeys(bits, FP16) | weights).with_activations(bits)
-
-
-def owners_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Packed layers to the ones whose tensors they use."""
-    return {name: e.same_as if isinstance(e, TiedEntry) else name for name, e in checkpoint.layers.items()}
 
 
 def refuse_other_source(layer: str, weight: torch.Tensor, packed: torch.Tensor) -> None:

@@ -28,8 +28,8 @@ from sedimo.quant.parts import Entry, PartFormat
 from sedimo.quant.tensor import QuantizedTensor, memory_bytes
 from sedimo.reporting.page import Block, Facts, Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import byte_size, count
-from sedimo.runtime.activations import rounded_inputs
 from sedimo.runtime.contents import packed_layers
+from sedimo.runtime.inputs import rounded_inputs
 from sedimo.settings import REQUIRED, Checked, block, option
 from sedimo.space import Recipe, search_space
 from sedimo.treatments.noise_correction import (

@@ -42,10 +42,9 @@ from sedimo.quant.formats import Format
 from sedimo.reporting.html import write_page
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Evidence, Summary
-from sedimo.runtime.card import Origin
 from sedimo.runtime.contents import refuse_unfit_source
 from sedimo.runtime.weights import replace_weights
-from sedimo.runtime.writing import WriteOptions, WrittenCheckpoint
+from sedimo.runtime.writing import Origin, WriteOptions, WrittenCheckpoint
 from sedimo.settings import build, leaves, read_words
 from sedimo.space import Recipe, SearchSpace, search_space
 from sedimo.targets import target_named

@@ -9,7 +9,7 @@ from typing import Any
 
 from sedimo.bank import Progress
 from sedimo.graph.model import inspect_summary
-from sedimo.jobs.describe import owners_of, recipe_of
+from sedimo.jobs.describe import recipe_of
 from sedimo.jobs.job import Job
 from sedimo.lab.bench import trace
 from sedimo.pipelines.loading import load_architecture, load_pipeline, locate
@@ -18,6 +18,7 @@ from sedimo.quant.parts import entry_text
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import count, packed_sizes
 from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
+from sedimo.runtime.layout import owners_of
 from sedimo.settings import REQUIRED, option
 
 
@@ -52,7 +53,7 @@ def run(settings: InspectSettings, _progress: Progress) -> dict[str, object]:
 def _ties(checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
     """The sets of layers that are stored once."""
     sets: dict[str, list[str]] = {}
-    for name, owner in owners_of(checkpoint).items():
+    for name, owner in owners_of(checkpoint.layers).items():
         sets.setdefault(owner, []).append(name)
     return tuple(tuple(members) for members in sets.values() if len(members) > 1)
 

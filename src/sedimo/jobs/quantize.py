@@ -55,8 +55,7 @@ from sedimo.reporting.phrasing import prediction_sentence, prediction_warnings
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Evidence
 from sedimo.reporting.words import byte_size, count, duration, share
-from sedimo.runtime.card import Origin
-from sedimo.runtime.writing import WriteOptions, WrittenCheckpoint
+from sedimo.runtime.writing import Origin, WriteOptions, WrittenCheckpoint
 from sedimo.settings import REQUIRED, Checked, block, leaves, option, set_in
 from sedimo.space import Recipe, SearchSpace
 from sedimo.targets import target_named

@@ -31,7 +31,7 @@ from sedimo.pipelines.weights import (
     refuse_endless,
     stored_dtype,
 )
-from sedimo.runtime.smoothed import smoothed_layers
+from sedimo.runtime.inputs import smoothed_layers
 from sedimo.settings import REQUIRED, block, option
 from sedimo.space import SearchSpace
 

@@ -23,7 +23,7 @@ from sedimo.quant.activations import DYNAMIC, InputQuantizers
 from sedimo.quant.formats import FP16, FULL_BITS, Format
 from sedimo.quant.parts import Entry
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.activations import round_inputs, unround_inputs
+from sedimo.runtime.inputs import round_inputs, unround_inputs
 from sedimo.space import Decision, Recipe, SearchSpace
 
 MEMORY_BYTES = 2 << 30

@@ -21,27 +21,20 @@ from sedimo.pipelines.weights import WEIGHTS_STEM, FileHeader, find_weights, rea
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import assemble
-from sedimo.runtime.judge import (
-    check_against_layers,
-    check_divisors,
-    check_tensors,
-    make_seal,
-    read_seal,
-    tensor_specs,
-)
+from sedimo.runtime.judge import check_against_layers, check_tensors, checksums_of, make_seal, read_seal, tensor_specs
 from sedimo.runtime.layout import (
+    KINDS,
     METHOD,
     Configuration,
-    Kind,
+    How,
     LayerEntry,
-    TiedEntry,
+    Layers,
     entry_of,
+    owners_of,
     packed_tensors,
     read_configuration,
+    whole,
 )
-from sedimo.runtime.smoothed import How
-
-_KINDS: dict[int, Kind] = {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, object]
-    layers: Mapping[str, LayerEntry | TiedEntry]
+    layers: Layers
     inputs: InputQuantizers
     headers: tuple[FileHeader, ...]
     checksums: Mapping[str, str]
@@ -101,36 +94,16 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
     found = tensor_specs(headers)
     seal = read_seal(headers, read)
     check_against_layers(found, read.layers, read.smoothed)
-    return Checkpoint(folder, config, read.layers, read.inputs, headers, seal.checksums(found), read.smoothed)
-
-
-def check_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
-    """Judges a packed denoiser's folder completely: every byte of every tensor, too.
-
-    Raises:
-        InputError: as `open_checkpoint`.
-        StateError: as `open_checkpoint`, or a tensor's checksum or values are wrong.
-    """
-    checkpoint = open_checkpoint(folder, variant=variant)
-    tensors = read_tensors(checkpoint)
-    for layer, entry in checkpoint.layers.items():
-        if isinstance(entry, LayerEntry):
-            assemble(layer, entry, tensors, torch.float32)
-    return checkpoint
+    return Checkpoint(folder, config, read.layers, read.inputs, headers, checksums_of(seal, found), read.smoothed)
 
 
 def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """All stored tensors by name, windows on the files, their checksums compared.
-
-    Raises:
-        StateError: a tensor's checksum is wrong.
-    """
+    """All stored tensors by name, windows on the files, their checksums compared; else a StateError."""
     found: dict[str, torch.Tensor] = {}
     for header in checkpoint.headers:
         with safe_open(header.path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in header.tensors}
     check_tensors(found, checkpoint.checksums)
-    check_divisors(found)
     return found
 
 
@@ -140,12 +113,9 @@ def read_packed(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -
     Raises:
         StateError: a tensor's checksum or values are wrong.
     """
-    tensors, found = read_tensors(checkpoint), {}
-    for layer, entry in checkpoint.layers.items():
-        if isinstance(entry, LayerEntry):
-            found[layer] = assemble(layer, entry, tensors, dtype)
-    ties = {name: entry.same_as for name, entry in checkpoint.layers.items() if isinstance(entry, TiedEntry)}
-    return found | {name: found[owner] for name, owner in ties.items()}
+    tensors, layers = read_tensors(checkpoint), checkpoint.layers
+    found = {layer: assemble(layer, entry, tensors, dtype) for layer, entry in whole(layers).items()}
+    return found | {name: found[owner] for name, owner in owners_of(layers).items()}
 
 
 def change_layers(
@@ -170,35 +140,29 @@ def change_layers(
             f"{checkpoint.folder} was smoothed: its weights are no longer those of its source, so single layers cannot "
             "be packed anew. Quantize the source again with --smooth and another recipe"
         )
-    tensors, layers = read_tensors(checkpoint), dict(checkpoint.layers)
-    for owner, weight in _by_owner(layers, weights).items():
+    tensors, layers, owners = read_tensors(checkpoint), dict(checkpoint.layers), owners_of(checkpoint.layers)
+    fresh: dict[str, QuantizedTensor] = {}
+    for name, weight in weights.items():
+        owner = owners.get(name, name)
+        if fresh.setdefault(owner, weight) is not weight:
+            raise InputError(f"layers {owner!r} and {name!r} share one weight and must get one packed weight")
+    for owner, weight in fresh.items():
         shape = _drop_layer(owner, layers, tensors)
         if shape != tuple(weight.shape):
             raise InputError(f"layer {owner!r} has a weight of shape {shape}, the new one has {tuple(weight.shape)}")
-        fresh = entry_of(_KINDS[len(shape)], weight)
-        layers[owner] = fresh
-        tensors |= {n: weight.parts[i].tensors[field] for n, (i, field) in fresh.tensors(owner).items()}
-    fresh_config = Configuration(layers, checkpoint.inputs, {}, made_by)
-    config = {**checkpoint.config, "quantization_config": fresh_config.plain}
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _write_tensors(out, tensors, make_seal(tensors, fresh_config), max_shard_size)
+        entry = layers[owner] = entry_of(weight)
+        tensors |= {n: weight.parts[i].tensors[field] for n, (i, field) in entry.tensors(owner).items()}
+    configuration = Configuration(layers, checkpoint.inputs, {}, made_by)
+    write_json(out / "config.json", {**checkpoint.config, "quantization_config": configuration.plain})
+    _write_tensors(out, tensors, make_seal(tensors, configuration), max_shard_size)
 
 
-def _by_owner(
-    layers: Mapping[str, LayerEntry | TiedEntry], weights: Mapping[str, QuantizedTensor]
-) -> dict[str, QuantizedTensor]:
-    found: dict[str, QuantizedTensor] = {}
-    for name, weight in weights.items():
-        entry = layers.get(name)
-        owner = entry.same_as if isinstance(entry, TiedEntry) else name
-        if found.setdefault(owner, weight) is not weight:
-            raise InputError(f"layers {owner!r} and {name!r} share one weight and must get one packed weight")
-    return found
+def write_json(path: Path, plain: Mapping[str, object]) -> None:
+    """A file as diffusers writes its own."""
+    path.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _drop_layer(
-    owner: str, layers: Mapping[str, LayerEntry | TiedEntry], tensors: dict[str, torch.Tensor]
-) -> tuple[int, ...]:
+def _drop_layer(owner: str, layers: Layers, tensors: dict[str, torch.Tensor]) -> tuple[int, ...]:
     """Removes a layer's tensors and returns the shape of its weight."""
     entry = layers.get(owner)
     if isinstance(entry, LayerEntry):
@@ -206,7 +170,7 @@ def _drop_layer(
             del tensors[name]
         return entry.shape
     weight = tensors.pop(f"{owner}.weight", None)
-    if weight is None or weight.ndim not in _KINDS:
+    if weight is None or weight.ndim not in KINDS:
         raise InputError(f"the checkpoint has no layer {owner!r} with a weight that can be packed")
     return tuple(weight.shape)
 
@@ -223,5 +187,4 @@ def _write_tensors(
         save_file(shard, folder / file, metadata={"format": "pt", **metadata})
     if split.is_sharded:
         index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / f"{WEIGHTS_STEM}.safetensors.index.json").write_text(text, encoding="utf-8")
+        write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)

@@ -16,39 +16,30 @@ from sedimo.errors import InputError, StateError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.parts import WeightPart
 from sedimo.quant.tensor import QuantizedTensor
+from sedimo.runtime.inputs import unround_inputs, unsmooth_inputs
 from sedimo.runtime.judge import check_values
 from sedimo.runtime.layout import LAYER_TYPES, METHOD, LayerEntry, Layers, TiedEntry, entry_of, kind_of, packed_tensors
 
 
 def packed_layers(denoiser: nn.Module) -> dict[str, QuantizedTensor]:
     """The packed weights of a denoiser by layer name."""
-    found: dict[str, QuantizedTensor] = {}
-    for name, module in named_layers(denoiser):
-        weight: torch.Tensor | None = module._parameters.get("weight")
-        if isinstance(weight, QuantizedTensor):
-            found[name] = weight
-    return found
+    weights: Iterator[tuple[str, torch.Tensor | None]]
+    weights = ((name, module._parameters.get("weight")) for name, module in named_layers(denoiser))
+    return {name: weight for name, weight in weights if isinstance(weight, QuantizedTensor)}
 
 
 def named_layers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every Linear and Conv layer with its dotted name; a module that occurs twice is named twice."""
-    for name, module in denoiser.named_modules(remove_duplicate=False):
-        if kind_of(module) is not None:
-            yield name, module
+    return ((n, m) for n, m in denoiser.named_modules(remove_duplicate=False) if kind_of(m) is not None)
 
 
 def describe(denoiser: nn.Module) -> dict[str, LayerEntry | TiedEntry]:
     """The configuration entries of a denoiser's packed weights; a shared weight is described once."""
     owners: dict[object, str] = {}
     found: dict[str, LayerEntry | TiedEntry] = {}
-    modules = dict(named_layers(denoiser))
     for name, weight in packed_layers(denoiser).items():
         owner = owners.setdefault(_identity(weight), name)
-        kind = kind_of(modules[name])
-        if owner != name:
-            found[name] = TiedEntry(owner)
-        elif kind is not None:
-            found[name] = entry_of(kind, weight)
+        found[name] = entry_of(weight) if owner == name else TiedEntry(owner)
     return found
 
 
@@ -64,29 +55,35 @@ def set_weights(denoiser: nn.Module, weights: Mapping[str, QuantizedTensor]) -> 
     modules = dict(named_layers(denoiser))
     for name, weight in weights.items():
         _check_place(name, weight, modules)
-    targets = _with_followers(modules, weights)
+    owners: dict[int, str] = {}
+    for name, weight in weights.items():
+        owner = owners.setdefault(id(modules[name]._parameters["weight"]), name)
+        if weights[owner] is not weight:
+            raise InputError(f"layers {owner!r} and {name!r} share one weight and must get one packed weight")
+    places = {name: modules[name]._parameters for name in (*weights, *modules)}
+    targets = [(n, p, old, owners[id(old)]) for n, p in places.items() if id(old := p.get("weight")) in owners]
     made: dict[object, nn.Parameter] = {}
-    for name, weight in targets.items():
-        old = modules[name]._parameters["weight"]
-        if old is None:
-            raise InputError(f"layer {name!r} has no weight")
-        key = (id(weight), old.dtype, old.device)
+    for name, place, old, owner in targets:
+        assert old is not None  # noqa: S101  # the weight of a named layer, which has one
+        key = (id(weights[owner]), old.dtype, old.device)
         if key not in made:
-            device = weight.device if old.device.type == "meta" else old.device
-            fresh = weight.to(device=device, dtype=old.dtype).detach()
+            device = weights[owner].device if old.device.type == "meta" else old.device
+            fresh = weights[owner].to(device=device, dtype=old.dtype).detach()
             fresh.layer_name = name  # type: ignore[attr-defined]  # detach() is typed as a plain tensor
             made[key] = nn.Parameter(fresh, requires_grad=False)
-        modules[name]._parameters["weight"] = made[key]
+        place["weight"] = made[key]
 
 
-def unset_weights(denoiser: nn.Module) -> None:
-    """Replaces every packed weight by the ordinary tensor that it stands for, one of its own for each layer.
+def make_ordinary(denoiser: nn.Module) -> None:
+    """Replaces every packed weight by the tensor that it stands for; inputs are neither rounded nor divided any more.
 
     Layers that shared a packed weight get equal copies, as safetensors files demand.
     """
     modules = dict(named_layers(denoiser))
     for name, weight in packed_layers(denoiser).items():
         modules[name]._parameters["weight"] = nn.Parameter(weight.dequantize(), requires_grad=False)
+    unround_inputs(denoiser)
+    unsmooth_inputs(denoiser)
 
 
 def assemble(layer: str, entry: LayerEntry, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> QuantizedTensor:
@@ -97,14 +94,11 @@ def assemble(layer: str, entry: LayerEntry, tensors: Mapping[str, torch.Tensor],
     Raises:
         StateError: a value that no quantizer writes, or tensors that do not fit the entry.
     """
-    own: list[dict[str, torch.Tensor]] = [{} for _ in entry.parts]
-    for name, (i, field_name) in entry.tensors(layer).items():
-        own[i][field_name] = tensors[name].clone()
     parts = []
-    for i, (part, fields) in enumerate(zip(entry.parts, own, strict=True)):
-        check_values(
-            f"{layer}.weight.{i}", part, fields, n_inputs=(part.stop - part.start) * math.prod(entry.shape[2:])
-        )
+    for i, part in enumerate(entry.parts):
+        place, n_inputs = f"{layer}.weight.{i}", (part.stop - part.start) * math.prod(entry.shape[2:])
+        fields = {field: tensors[f"{place}.{field}"].clone() for field in part.tensors(entry.shape)}
+        check_values(place, part, fields, n_inputs=n_inputs)
         parts.append(WeightPart(part.start, part.stop, part.format, fields))
     try:
         weight = QuantizedTensor.from_parts(parts, entry.shape, dtype)
@@ -132,14 +126,14 @@ def flatten_state(state: Mapping[str, torch.Tensor], layers: Layers) -> dict[str
             owner = packed[entry.same_as]
             if not isinstance(owner, QuantizedTensor) or _identity(owner) != _identity(weight):
                 raise _changed(name, f"does not share the weight of {entry.same_as!r}")
-        elif entry_of(entry.kind, weight) != entry:
+        elif entry_of(weight) != entry:
             raise _changed(name, "has a packed weight of another layout")
         else:
             flat |= {n: weight.parts[i].tensors[field] for n, (i, field) in entry.tensors(name).items()}
     stored = packed_tensors(layers)
-    stray = [name for name, tensor in flat.items() if isinstance(tensor, QuantizedTensor)]
-    if stray:
-        raise _changed(stray[0].removesuffix(".weight"), "is packed but not described")
+    for name, tensor in flat.items():
+        if isinstance(tensor, QuantizedTensor):
+            raise _changed(name.removesuffix(".weight"), "is packed but not described")
     return {name: tensor if name in stored else narrowed(tensor) for name, tensor in flat.items()}
 
 
@@ -196,20 +190,3 @@ def _check_place(name: str, weight: torch.Tensor, modules: Mapping[str, nn.Modul
     if old is None or old.shape != weight.shape:
         shape = None if old is None else tuple(old.shape)
         raise InputError(f"layer {name!r} has a weight of shape {shape}, the packed weight has {tuple(weight.shape)}")
-
-
-def _with_followers(
-    modules: Mapping[str, nn.Module], weights: Mapping[str, QuantizedTensor]
-) -> dict[str, QuantizedTensor]:
-    """The weights, and the same weight for every layer that shares its parameter with a named one."""
-    by_parameter: dict[int, tuple[str, QuantizedTensor]] = {}
-    for name, weight in weights.items():
-        first = by_parameter.setdefault(id(modules[name]._parameters["weight"]), (name, weight))
-        if first[1] is not weight:
-            raise InputError(f"layers {first[0]!r} and {name!r} share one weight and must get one packed weight")
-    found = dict(weights)
-    for name, module in modules.items():
-        follower = by_parameter.get(id(module._parameters.get("weight")))
-        if follower is not None:
-            found[name] = follower[1]
-    return found

@@ -27,29 +27,20 @@ from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.activations import round_inputs, rounded_inputs, unround_inputs
-from sedimo.runtime.contents import assemble, describe, flatten_state, named_layers, unset_weights
+from sedimo.runtime.contents import assemble, describe, flatten_state, make_ordinary, named_layers
+from sedimo.runtime.inputs import prepare_divisors, round_inputs, rounded_inputs, smoothed_layers
 from sedimo.runtime.judge import (
-    Seal,
     check_against_layers,
     check_against_model,
-    check_divisors,
     check_inputs,
     check_nothing_on_meta,
     check_tensors,
+    checksums_of,
     make_seal,
     read_seal,
     tensor_specs,
 )
-from sedimo.runtime.layout import (
-    METHOD,
-    Configuration,
-    LayerEntry,
-    TiedEntry,
-    packed_tensors,
-    read_configuration,
-)
-from sedimo.runtime.smoothed import prepare_divisors, smoothed_layers, unsmooth_inputs
+from sedimo.runtime.layout import METHOD, Configuration, Layers, owners_of, packed_tensors, read_configuration, whole
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +84,7 @@ class SedimoConfig(QuantizationConfigMixin):
         return make(Configuration(describe(model), rounded_inputs(model), smoothed_layers(model), MADE_BY).plain)
 
     @property
-    def layers(self) -> dict[str, LayerEntry | TiedEntry]:
+    def layers(self) -> Layers:
         """The packed layers by name."""
         return self.configuration.layers
 
@@ -117,7 +108,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         """Made by diffusers for each model."""
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self._found: dict[str, TensorSpec] = {}
-        self._seal: Seal | None = None
+        self._seal: str | None = None
         self._checksums: dict[str, str] = {}
         self._pending: dict[str, torch.Tensor] = {}
         self._dtype = torch.get_default_dtype()
@@ -130,7 +121,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         return self.quantization_config
 
     @property
-    def layers(self) -> dict[str, LayerEntry | TiedEntry]:
+    def layers(self) -> Layers:
         """The packed layers by name."""
         return self.config.layers
 
@@ -157,12 +148,7 @@ class SedimoQuantizer(DiffusersQuantizer):
     def validate_environment(
         self, torch_dtype: torch.dtype | None = None, device_map: object = None, **_: object
     ) -> None:
-        """Refuses what cannot work before anything is read.
-
-        Raises:
-            UnsupportedError: offloading to disk.
-            InputError: a dtype that denoisers do not compute in.
-        """
+        """Refuses offloading to disk, and dtypes that denoisers do not compute in, before anything is read."""
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise UnsupportedError("packed weights cannot be offloaded to disk: use device_map with 'cpu' instead")
         if torch_dtype is not None and torch_dtype not in _LABELS:
@@ -180,11 +166,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         return {f"{name}.weight": torch.int8 for name in self.layers}
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
-        """Judges the headers of all files and translates their names into the model's.
-
-        Raises:
-            StateError: a file is damaged, truncated, foreign, of another version, or contradicts config.json.
-        """
+        """Judges the headers of all files and translates their names into the model's."""
         if not self.pre_quantized:
             return loaded_keys
         paths = [Path(str(file)) for file in checkpoint_files]
@@ -201,28 +183,21 @@ class SedimoQuantizer(DiffusersQuantizer):
         return [*(name for name in self._found if name not in packed), *(f"{name}.weight" for name in self.layers)]
 
     def maybe_update_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Replaces the stored tensors of complete layers by their packed weight; keeps those of incomplete ones.
-
-        Raises:
-            StateError: a tensor's checksum or values are wrong.
-            UnsupportedError: the loader is not `from_pretrained`.
-        """
+        """Replaces the stored tensors of complete layers by their packed weight; keeps those of incomplete ones."""
         if not self.pre_quantized:
             return state_dict
         if self._seal is None:
             raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder), not from a single file")
         check_tensors(state_dict, self._checksums)
-        check_divisors(state_dict)
         found = dict(state_dict)
-        for layer, entry in self.layers.items():
-            if isinstance(entry, LayerEntry):
-                names = list(entry.tensors(layer))
-                self._pending.update({name: found.pop(name) for name in names if name in found})
-                if all(name in self._pending for name in names):
-                    own = {name: self._pending.pop(name) for name in names}
-                    found[f"{layer}.weight"] = assemble(layer, entry, own, self._dtype)
-        ties = {name: entry.same_as for name, entry in self.layers.items() if isinstance(entry, TiedEntry)}
-        return found | {f"{n}.weight": found[f"{o}.weight"] for n, o in ties.items() if f"{o}.weight" in found}
+        for layer, entry in whole(self.layers).items():
+            names = list(entry.tensors(layer))
+            self._pending.update({name: found.pop(name) for name in names if name in found})
+            if all(name in self._pending for name in names):
+                own = {name: self._pending.pop(name) for name in names}
+                found[f"{layer}.weight"] = assemble(layer, entry, own, self._dtype)
+        owners = owners_of(self.layers)
+        return found | {f"{n}.weight": found[f"{o}.weight"] for n, o in owners.items() if f"{o}.weight" in found}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: object, **_: object
@@ -245,13 +220,11 @@ class SedimoQuantizer(DiffusersQuantizer):
         if not isinstance(param_value, QuantizedTensor):
             param_value = quantize_weight(param_value, self.config.recipe[layer], layer_name=layer)
         weight = param_value.to(target_device)
-        entry = self.layers.get(layer)
-        if isinstance(entry, TiedEntry):
-            owner = model.get_submodule(entry.same_as)._parameters["weight"]
-            if owner is not None and (owner.dtype, owner.device) == (weight.dtype, weight.device):
-                model.get_submodule(layer)._parameters["weight"] = owner
-                return
-        model.get_submodule(layer)._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        owner = owners_of(self.layers).get(layer, layer)
+        shared = model.get_submodule(owner)._parameters["weight"] if owner != layer else None
+        is_alike = shared is not None and (shared.dtype, shared.device) == (weight.dtype, weight.device)
+        fresh = shared if is_alike else nn.Parameter(weight, requires_grad=False)
+        model.get_submodule(layer)._parameters["weight"] = fresh
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: object) -> None:
         if self.pre_quantized:
@@ -260,7 +233,7 @@ class SedimoQuantizer(DiffusersQuantizer):
             prepare_divisors(model, self.config.configuration.smoothed)
             check_against_model(self._found, self.layers, model)
             check_inputs(self.config.configuration.inputs, model)
-            self._checksums = self._seal.checksums(self._found)
+            self._checksums = checksums_of(self._seal, self._found)
         elif unknown := sorted(set(self.config.recipe) - {name for name, _ in named_layers(model)}):
             raise InputError(f"the recipe names layers that the model does not have: {unknown[:5]}")
 
@@ -276,21 +249,14 @@ class SedimoQuantizer(DiffusersQuantizer):
         model.__dict__["is_quantized"] = False  # diffusers would refuse .to(dtype), which only relabels packed weights
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        unset_weights(model)
-        unround_inputs(model)
-        unsmooth_inputs(model)
+        make_ordinary(model)
         _forget(model)
         return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, torch.Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The tensors of the file, packed weights flattened, and the seal.
-
-        Raises:
-            UnsupportedError: a pickle file was asked for.
-            StateError: the model's weights are not those that its configuration describes.
-        """
+        """The tensors of the file, packed weights flattened, and the seal."""
         if not safe_serialization:
             raise UnsupportedError("packed weights are saved as safetensors only: leave safe_serialization at True")
         tensors = flatten_state(state_dict, self.layers)

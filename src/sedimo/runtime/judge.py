@@ -2,15 +2,15 @@
 
 In the order of docs/reference/formats.md 1.8: headers, seal, names and shapes, and only then tensors: their checksums
 and values.
-The seal lies in the metadata of the safetensors files and tells a damaged or exchanged file from a good one. It guards
-against accidents, not against an attacker, who can write a new seal.
+The seal lies in the metadata of the safetensors files and tells a damaged or exchanged file from a good one: CRC-32 of
+every tensor, in the order of their sorted names. It guards against accidents, not against an attacker, who can write a
+new seal. Every check raises a `StateError` that names the file, layer or tensor, the rule, and what was found.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,17 +20,18 @@ from sedimo.pipelines.weights import DTYPES, FileHeader
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.parts import CODES, TensorSpec
 from sedimo.runtime.layout import (
+    DIVISOR,
     FORMAT_VERSION,
     Configuration,
-    LayerEntry,
+    How,
     Layers,
     PartEntry,
-    TiedEntry,
     kind_of,
+    owners_of,
     packed_tensors,
     version_error,
+    whole,
 )
-from sedimo.runtime.smoothed import DIVISOR, How
 
 _VERSION, _LAYERS, _CHECKSUMS = "sedimo_format", "sedimo_layers", "sedimo_crc32"
 _DIGITS = 8  # hexadecimal digits of a CRC-32
@@ -39,11 +40,7 @@ _REMEDY = "The checkpoint is damaged or foreign: copy or download it again."
 
 
 def tensor_specs(headers: Iterable[FileHeader]) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor of a checkpoint's files.
-
-    Raises:
-        StateError: a tensor lies in two files, or has a dtype that torch does not know.
-    """
+    """Dtype and shape of every tensor of a checkpoint's files; none lies in two, each has a dtype of torch."""
     homes: dict[str, FileHeader] = {}
     specs: dict[str, TensorSpec] = {}
     for header in headers:
@@ -58,40 +55,14 @@ def tensor_specs(headers: Iterable[FileHeader]) -> dict[str, TensorSpec]:
     return specs
 
 
-@dataclass(frozen=True, slots=True)
-class Seal:
-    """CRC-32 of every tensor of a checkpoint, in the order of their sorted names, eight hexadecimal digits each."""
-
-    digits: str
-
-    def checksums(self, names: Iterable[str]) -> dict[str, str]:
-        """The checksums by tensor name.
-
-        Raises:
-            StateError: the checkpoint was written with another number of tensors.
-        """
-        ordered, n_sealed = sorted(names), len(self.digits) // _DIGITS
-        if len(ordered) != n_sealed:
-            word = "missing" if len(ordered) < n_sealed else "extra"
-            raise StateError(
-                f"tensors are {word}: the checkpoint was written with {n_sealed}, its files hold {len(ordered)}. "
-                "Copy or download it again."
-            )
-        return {name: self.digits[i * _DIGITS : (i + 1) * _DIGITS] for i, name in enumerate(ordered)}
-
-
 def make_seal(tensors: Mapping[str, torch.Tensor], configuration: Configuration) -> dict[str, str]:
     """The metadata that seals a checkpoint of these tensors (over all of its files)."""
     digits = "".join(checksum(tensors[name]) for name in sorted(tensors))
     return {_VERSION: str(FORMAT_VERSION), _LAYERS: configuration.key, _CHECKSUMS: digits}
 
 
-def read_seal(headers: Iterable[FileHeader], configuration: Configuration) -> Seal:
-    """The seal of a checkpoint's files, after checking that they belong together and to the configuration.
-
-    Raises:
-        StateError: a file was not written by Sedimo, by another version, or belongs to another checkpoint.
-    """
+def read_seal(headers: Iterable[FileHeader], configuration: Configuration) -> str:
+    """The digits of a checkpoint's seal, after checking that its files belong together and to the configuration."""
     found = set()
     for header in headers:
         if _VERSION not in header.metadata:
@@ -109,21 +80,19 @@ def read_seal(headers: Iterable[FileHeader], configuration: Configuration) -> Se
         found.add(header.metadata.get(_CHECKSUMS, ""))
     if len(found) != 1:
         raise StateError("the shards of the checkpoint were not written together. Copy or download them again.")
-    return Seal(found.pop())
+    return found.pop()
 
 
-def check_tensors(tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, str]) -> None:
-    """Compares tensors as read with the checksums written.
-
-    Raises:
-        StateError: a tensor has changed since it was written, naming it.
-    """
-    for name, tensor in tensors.items():
-        if checksums.get(name) != checksum(tensor):
-            raise StateError(
-                f"tensor {name!r} is damaged: its checksum is {checksum(tensor)}, it was written with "
-                f"{checksums.get(name)}. Copy or download the checkpoint again."
-            )
+def checksums_of(seal: str, names: Iterable[str]) -> dict[str, str]:
+    """The checksums of the digits of a seal by tensor name, as many as there are tensors."""
+    ordered, n_sealed = sorted(names), len(seal) // _DIGITS
+    if len(ordered) != n_sealed:
+        word = "missing" if len(ordered) < n_sealed else "extra"
+        raise StateError(
+            f"tensors are {word}: the checkpoint was written with {n_sealed}, its files hold {len(ordered)}. "
+            "Copy or download it again."
+        )
+    return {name: seal[i * _DIGITS : (i + 1) * _DIGITS] for i, name in enumerate(ordered)}
 
 
 def checksum(tensor: torch.Tensor) -> str:
@@ -133,58 +102,27 @@ def checksum(tensor: torch.Tensor) -> str:
     return f"{zlib.crc32(data):08x}"
 
 
-def check_against_layers(
-    found: Mapping[str, TensorSpec], layers: Layers, smoothed: Mapping[str, How] | None = None
-) -> None:
-    """Refuses a checkpoint whose packed tensors or divisors are not those that its configuration describes.
+def check_tensors(tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, str]) -> None:
+    """Refuses tensors that have changed since they were written, and divisors that are not positive and finite."""
+    for name, tensor in tensors.items():
+        if checksums.get(name) != checksum(tensor):
+            raise StateError(
+                f"tensor {name!r} is damaged: its checksum is {checksum(tensor)}, it was written with "
+                f"{checksums.get(name)}. Copy or download the checkpoint again."
+            )
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == DIVISOR and not bool((tensor.isfinite() & (tensor > 0)).all()):
+            raise StateError(f"{name} must be finite and greater than zero: the file is damaged; make it again")
 
-    Raises:
-        StateError: a tensor is missing, or has another dtype or shape.
-    """
-    packed = packed_tensors(layers)
+
+def check_against_layers(found: Mapping[str, TensorSpec], layers: Layers, smoothed: Mapping[str, How]) -> None:
+    """Refuses a checkpoint whose packed tensors or divisors are not those that its configuration describes."""
+    packed, entries = packed_tensors(layers), whole(layers)
     _refuse_names("lacks packed tensors", packed.keys() - found.keys())
     for name, wanted in packed.items():
         if found[name] != wanted:
             raise StateError(f"tensor {name!r} must be {wanted} by config.json, the file has {found[name]}. {_REMEDY}")
-    check_divisor_specs(found, smoothed or {}, _input_sizes(layers))
-
-
-def _input_sizes(layers: Layers) -> dict[str, int]:
-    """Input channels of the packed layers."""
-    owners = {name: layers[e.same_as] if isinstance(e, TiedEntry) else e for name, e in layers.items()}
-    return {name: entry.shape[1] for name, entry in owners.items() if isinstance(entry, LayerEntry)}
-
-
-def check_against_model(found: Mapping[str, TensorSpec], layers: Layers, model: nn.Module) -> None:
-    """Refuses a checkpoint that does not hold exactly the tensors of the model.
-
-    Raises:
-        StateError: a layer is unknown, a tensor missing, extra, or of another shape or kind of dtype.
-    """
-    for name, entry in layers.items():
-        _check_layer(name, entry, layers, model)
-    replaced = {f"{name}.weight" for name in layers}
-    wanted = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in replaced}
-    packed = packed_tensors(layers)
-    plain = {name: spec for name, spec in found.items() if name not in packed}
-    _refuse_names("lacks tensors of the model", wanted.keys() - plain.keys())
-    _refuse_names("holds tensors that the model does not have", plain.keys() - wanted.keys())
-    for name, spec in wanted.items():
-        if plain[name].shape != spec.shape or plain[name].dtype.is_floating_point != spec.dtype.is_floating_point:
-            raise StateError(f"tensor {name!r} must be {spec} for this model, the file has {plain[name]}. {_REMEDY}")
-
-
-def check_inputs(inputs: InputQuantizers, model: nn.Module) -> None:
-    """Refuses rules for activations of layers that the model does not have.
-
-    Raises:
-        StateError: naming the layer.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    _refuse_names(
-        "rounds the inputs of layers that the model does not have",
-        [name for name in inputs.layers if name not in modules or kind_of(modules[name]) is None],
-    )
+    check_divisor_specs(found, smoothed, {name: entries[o].shape[1] for name, o in owners_of(layers).items()})
 
 
 def check_divisor_specs(
@@ -193,9 +131,6 @@ def check_divisor_specs(
     """Refuses a checkpoint whose divisors are not one floating-point number per input channel of each divided layer.
 
     `shapes` tells the input channels of packed layers; those of others follow from their weight in `found`.
-
-    Raises:
-        StateError: a divisor is missing, extra, or has another shape or dtype.
     """
     wanted = {f"{name}.{DIVISOR}" for name, how in smoothed.items() if how == "divided"}
     present = {name for name in found if name.rpartition(".")[2] == DIVISOR}
@@ -211,12 +146,40 @@ def check_divisor_specs(
             raise StateError(f"tensor {name!r} must be [{n_inputs}] of floating point, got {spec.dtype} {spec.shape}")
 
 
-def check_values(place: str, part: PartEntry, tensors: Mapping[str, torch.Tensor], *, n_inputs: int) -> None:
-    """Refuses stored values that no quantizer writes.
+def check_against_model(found: Mapping[str, TensorSpec], layers: Layers, model: nn.Module) -> None:
+    """Refuses a checkpoint that does not hold exactly the layers and tensors of the model, in their shapes."""
+    modules, entries = dict(model.named_modules(remove_duplicate=False)), whole(layers)
+    for name, owner in owners_of(layers).items():
+        module, entry = modules.get(name), entries[owner]
+        if module is None:
+            raise StateError(f"config.json packs the layer {name!r}, which the model does not have. {_REMEDY}")
+        weight, kind = module._parameters.get("weight"), kind_of(module)
+        shape = None if weight is None else tuple(weight.shape)
+        if (kind, shape) != (entry.kind, entry.shape):
+            raise StateError(
+                f"layer {name!r} is {entry.kind} {entry.shape} by config.json, the model has {kind} {shape}. {_REMEDY}"
+            )
+    replaced, packed = {f"{name}.weight" for name in layers}, packed_tensors(layers)
+    wanted = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in replaced}
+    plain = {name: spec for name, spec in found.items() if name not in packed}
+    _refuse_names("lacks tensors of the model", wanted.keys() - plain.keys())
+    _refuse_names("holds tensors that the model does not have", plain.keys() - wanted.keys())
+    for name, spec in wanted.items():
+        if plain[name].shape != spec.shape or plain[name].dtype.is_floating_point != spec.dtype.is_floating_point:
+            raise StateError(f"tensor {name!r} must be {spec} for this model, the file has {plain[name]}. {_REMEDY}")
 
-    Raises:
-        StateError: naming the tensor, the rule and the value found.
-    """
+
+def check_inputs(inputs: InputQuantizers, model: nn.Module) -> None:
+    """Refuses rules for activations of layers that the model does not have."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _refuse_names(
+        "rounds the inputs of layers that the model does not have",
+        [name for name in inputs.layers if name not in modules or kind_of(modules[name]) is None],
+    )
+
+
+def check_values(place: str, part: PartEntry, tensors: Mapping[str, torch.Tensor], *, n_inputs: int) -> None:
+    """Refuses stored values that no quantizer writes."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise StateError(f"{place}.{name} holds NaN or infinity: the file is damaged; make the checkpoint again")
@@ -229,23 +192,8 @@ def check_values(place: str, part: PartEntry, tensors: Mapping[str, torch.Tensor
         raise StateError(f"{place}.{complaint}")
 
 
-def check_divisors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuses divisors that are not positive and finite.
-
-    Raises:
-        StateError: naming the tensor.
-    """
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] == DIVISOR and not bool((tensor.isfinite() & (tensor > 0)).all()):
-            raise StateError(f"{name} must be finite and greater than zero: the file is damaged; make it again")
-
-
 def check_nothing_on_meta(model: nn.Module) -> None:
-    """Refuses a loaded model of which a tensor has no data.
-
-    Raises:
-        StateError: naming the tensors. (Modules that accelerate offloads keep theirs elsewhere and are skipped.)
-    """
+    """Refuses a loaded model of which a tensor has no data; modules that accelerate offloads keep theirs elsewhere."""
     missing = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -254,20 +202,7 @@ def check_nothing_on_meta(model: nn.Module) -> None:
         if tensor.device.type == "meta"
     ]
     if missing:
-        raise StateError(f"these tensors of the model were not in the checkpoint: {missing[:5]}")
-
-
-def _check_layer(name: str, entry: LayerEntry | TiedEntry, layers: Layers, model: nn.Module) -> None:
-    owner = layers[entry.same_as] if isinstance(entry, TiedEntry) else entry
-    try:
-        module = model.get_submodule(name)
-    except AttributeError as error:
-        raise StateError(f"config.json packs the layer {name!r}, which the model does not have. {_REMEDY}") from error
-    weight, kind = module._parameters.get("weight"), kind_of(module)
-    shape = None if weight is None else tuple(weight.shape)
-    if not isinstance(owner, LayerEntry) or shape != owner.shape or kind != owner.kind:
-        wanted = f"{owner.kind} {owner.shape}" if isinstance(owner, LayerEntry) else "a packed layer"
-        raise StateError(f"layer {name!r} is {wanted} by config.json, the model has {kind} {shape}. {_REMEDY}")
+        raise StateError(f"these tensors of the model were not in the checkpoint: {missing[:_SHOWN]}")
 
 
 def _refuse_names(what: str, names: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ that follow from it are compared with the file's header before any tensor is mad
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,13 +20,14 @@ from sedimo.pipelines.weights import dtype_name
 from sedimo.quant import families
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.formats import Format
-from sedimo.quant.parts import PartFormat, TensorSpec, WeightPart, expected_tensors
+from sedimo.quant.parts import PartFormat, TensorSpec, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.smoothed import How
 
 METHOD = "sedimo"
 _FIELDS = {"quant_method", "format_version", "made_by", "layers", "activations", "smoothed"}
 FORMAT_VERSION = 1
+DIVISOR = "input_divisor"  # the tensor of a divided layer
+How = Literal["divided", "folded"]
 Kind = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
 
 LAYER_TYPES: dict[Kind, type[nn.Module]] = {
@@ -35,7 +36,7 @@ LAYER_TYPES: dict[Kind, type[nn.Module]] = {
     "Conv2d": nn.Conv2d,
     "Conv3d": nn.Conv3d,
 }
-_DIMENSIONS: dict[Kind, int] = {"Linear": 2, "Conv1d": 3, "Conv2d": 4, "Conv3d": 5}
+KINDS: dict[int, Kind] = {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}  # by the axes of their weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class PartEntry:
             InputError: a dtype that does not belong to the format, activation bits, which are told elsewhere, or a
                 format of another program.
         """
-        family = self.format.numerics
+        family, dtypes = self.format.numerics, dict[str, torch.dtype]()
         if self.format != self.format.weight_format:
             raise InputError(f"a packed weight has no activation bits, they belong in 'activations'; got {self.format}")
         if family.is_foreign:
@@ -78,7 +79,11 @@ class PartEntry:
         for name in sorted(self.dtypes.keys() ^ family.dtypes.keys()):
             owners = " and ".join(f.label for f in families.FAMILIES if name in f.dtypes)
             raise InputError(f"{name!r} belongs to {owners} and is required there; the format is {self.format}")
-        dtypes = {name: _dtype(name, text, family.dtypes[name]) for name, text in self.dtypes.items()}
+        for name, text in self.dtypes.items():
+            allowed = {dtype_name(dtype): dtype for dtype in family.dtypes[name]}
+            if text not in allowed:
+                raise InputError(f"{name!r} must be one of {list(allowed)}, got {text!r}")
+            dtypes[name] = allowed[text]
         return expected_tensors(self.format, shape[0], (self.stop - self.start) * math.prod(shape[2:]), dtypes)
 
 
@@ -92,8 +97,9 @@ class LayerEntry:
 
     def __post_init__(self) -> None:
         """Refuses shapes that the kind cannot have, and parts that do not cover the inputs exactly once."""
-        if len(self.shape) != _DIMENSIONS[self.kind] or min(self.shape) < 1:
-            raise InputError(f"a {self.kind} weight has {_DIMENSIONS[self.kind]} positive sizes, got {self.shape}")
+        if KINDS.get(len(self.shape)) != self.kind or min(self.shape) < 1:
+            n_axes = next(n for n, kind in KINDS.items() if kind == self.kind)
+            raise InputError(f"a {self.kind} weight has {n_axes} positive sizes, got {self.shape}")
         edges = [0, *(edge for part in self.parts for edge in (part.start, part.stop)), self.shape[1]]
         if edges[::2] != edges[1::2] or any(p.stop <= p.start for p in self.parts):
             raise InputError(f"parts must cover the {self.shape[1]} input channels in order, got edges {edges[1:-1]}")
@@ -132,7 +138,7 @@ class Configuration:
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "made_by": self.made_by,
-            "layers": plain_layers(self.layers),
+            "layers": to_plain(self.layers),
         }
         if self.inputs.layers:
             found["activations"] = to_plain(self.inputs)
@@ -149,7 +155,7 @@ class Configuration:
     def key(self) -> str:
         """sha256 that ties a weights file to all that its configuration says of computing with it."""
         told = {name: value for name, value in self.plain.items() if name in ("layers", "activations", "smoothed")}
-        return content_key(told) if len(told) > 1 else layers_key(self.layers)
+        return content_key(told if len(told) > 1 else self.layers)
 
 
 def read_configuration(plain: object, *, place: str) -> Configuration:
@@ -169,10 +175,9 @@ def read_configuration(plain: object, *, place: str) -> Configuration:
     made_by = plain.get("made_by", "")
     if unknown or not isinstance(made_by, str):
         raise StateError(f"{place} has unknown fields {unknown}, or 'made_by' is no text")
-    activations = plain.get("activations", to_plain(InputQuantizers()))
     return Configuration(
         read_layers(plain.get("layers"), place=f"{place}.layers"),
-        from_plain(InputQuantizers, activations, place=f"{place}.activations"),
+        from_plain(InputQuantizers, plain.get("activations", {"layers": {}}), place=f"{place}.activations"),
         from_plain(dict[str, How], plain.get("smoothed", {}), place=f"{place}.smoothed"),
         made_by,
     )
@@ -208,14 +213,14 @@ def read_layers(plain: object, *, place: str) -> dict[str, LayerEntry | TiedEntr
     return found
 
 
-def plain_layers(layers: Layers) -> dict[str, object]:
-    """The layers as the configuration file writes them."""
-    return {name: to_plain(entry) for name, entry in layers.items()}
+def whole(layers: Layers) -> dict[str, LayerEntry]:
+    """The packed layers whose tensors are stored."""
+    return {name: entry for name, entry in layers.items() if isinstance(entry, LayerEntry)}
 
 
-def layers_key(layers: Layers) -> str:
-    """sha256 of the packed layers, which tells whether two checkpoints have the same."""
-    return content_key(plain_layers(layers))
+def owners_of(layers: Layers) -> dict[str, str]:
+    """Packed layers to the ones whose tensors they use."""
+    return {name: entry.same_as if isinstance(entry, TiedEntry) else name for name, entry in layers.items()}
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -223,28 +228,20 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((kind for kind, layer_type in LAYER_TYPES.items() if isinstance(module, layer_type)), None)
 
 
-def entry_of(kind: Kind, tensor: QuantizedTensor) -> LayerEntry:
+def entry_of(tensor: QuantizedTensor) -> LayerEntry:
     """The entry that describes a packed weight."""
-    return LayerEntry(kind, tuple(tensor.shape), tuple(map(_part_entry, tensor.parts)))
-
-
-def _part_entry(part: WeightPart) -> PartEntry:
-    dtypes = {name: dtype_name(dtype) for name, dtype in part.dtypes.items()}
-    return PartEntry(part.start, part.stop, part.format, dtypes)
-
-
-def _dtype(field_name: str, text: str, allowed: Sequence[torch.dtype]) -> torch.dtype:
-    found = {dtype_name(dtype): dtype for dtype in allowed}
-    if text not in found:
-        raise InputError(f"{field_name!r} must be one of {list(found)}, got {text!r}")
-    return found[text]
+    parts = (
+        PartEntry(p.start, p.stop, p.format, {name: dtype_name(dtype) for name, dtype in p.dtypes.items()})
+        for p in tensor.parts
+    )
+    return LayerEntry(KINDS[tensor.dim()], tuple(tensor.shape), tuple(parts))
 
 
 def packed_tensors(layers: Layers) -> dict[str, TensorSpec]:
     """Dtype and shape of every stored tensor of the packed layers, by its name in the file."""
     return {
-        name: entry.parts[i].tensors(entry.shape)[field]
-        for layer, entry in layers.items()
-        if isinstance(entry, LayerEntry)
-        for name, (i, field) in entry.tensors(layer).items()
+        f"{layer}.weight.{i}.{field}": spec
+        for layer, entry in whole(layers).items()
+        for i, part in enumerate(entry.parts)
+        for field, spec in part.tensors(entry.shape).items()
     }

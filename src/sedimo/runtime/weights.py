@@ -15,10 +15,9 @@ from sedimo.errors import InputError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.activations import round_inputs, unround_inputs
-from sedimo.runtime.contents import packed_layers, set_weights, unset_weights
+from sedimo.runtime.contents import make_ordinary, packed_layers, set_weights
 from sedimo.runtime.diffusers_plugin import attach
-from sedimo.runtime.smoothed import unsmooth_inputs
+from sedimo.runtime.inputs import round_inputs
 
 MAX_SHARD_SIZE = "10GB"  # the default of diffusers
 
@@ -30,12 +29,10 @@ class _Savable(Protocol):
 def replace_weights(
     denoiser: nn.Module, weights: Mapping[str, QuantizedTensor], *, inputs: InputQuantizers | None = None
 ) -> None:
-    """Puts packed weights in place of the weights of the named layers, in place.
+    """Puts packed weights in place of the weights of the named layers, in place; the others stay as they are.
 
-    With `inputs`, what those layers are given is rounded from now on, and no other layer's inputs are.
-
-    The denoiser may hold packed weights already: so a layer's format is changed without touching the others.
-    One tensor given for several layers is stored once. Layers not named stay as they are.
+    With `inputs`, what those layers are given is rounded from now on, and no other layer's inputs are. The denoiser may
+    hold packed weights already. One tensor given for several layers is stored once.
 
     Raises:
         InputError: an adapter is attached, a name that is no Linear or Conv layer, a wrong shape, or two different
@@ -52,13 +49,8 @@ def replace_weights(
 
 
 def dequantize_weights(denoiser: nn.Module) -> None:
-    """Replaces every packed weight by the ordinary tensor that it stands for, in place.
-
-    Inputs of layers are neither rounded nor divided any more.
-    """
-    unset_weights(denoiser)
-    unround_inputs(denoiser)
-    unsmooth_inputs(denoiser)
+    """Makes an ordinary denoiser of it, in place: inputs of layers are neither rounded nor divided any more."""
+    make_ordinary(denoiser)
     attach(denoiser)
 
 

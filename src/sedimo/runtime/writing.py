@@ -1,28 +1,51 @@
-"""Writes a complete folder around a packed denoiser: the other components linked or copied, the index, a model card."""
+"""Writes a complete folder around a packed denoiser: the other components linked or copied, the index, a model card.
+
+The card says what the checkpoint is, how to load it, which bits went where, and how it was made.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from torch import nn
+from yaml import YAMLError
 
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.folder import new_folder, place_file
 from sedimo.pipelines.weights import component_files
+from sedimo.quant.formats import FULL_BITS
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.card import BASE_CARD_NAME, CARD_NAME, Origin, is_card, model_card
-from sedimo.runtime.checkpoint import Checkpoint, change_layers, open_checkpoint
+from sedimo.runtime.checkpoint import Checkpoint, change_layers, open_checkpoint, write_json
 from sedimo.runtime.diffusers_plugin import MADE_BY
+from sedimo.runtime.layout import LayerEntry, Layers, packed_tensors, whole
 from sedimo.runtime.weights import MAX_SHARD_SIZE, save_denoiser
 
 INDEX_NAME, RECIPE_NAME = "model_index.json", "sedimo_recipe.json"
+CARD_NAME, BASE_CARD_NAME = "README.md", "README.base.md"
+_TEMPLATE = "card.md.j2"
+_TAGS = ("sedimo", "quantized")
 _COMPONENT = re.compile(r"\w[\w.-]*")
 _KEPT = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a checkpoint comes from: texts for its card, and the recipe file that goes with it.
+
+    `base_model` is a hub id or a name, empty where nobody knows; `smoothing` says how inputs were smoothed, empty if
+    they were not.
+    """
+
+    base_model: str
+    method: str = ""
+    recipe_json: str | None = None
+    smoothing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +110,15 @@ def write_checkpoint(
         InputError: `out` is in use or overlaps `source`, there is no such component, or nothing is packed.
         StateError: as `save_denoiser`.
     """
-    _check_places(source, out, component)
-    with new_folder(out, overwrite=options.overwrite) as folder:
-        home = folder / component if component else folder
+
+    def fill(home: Path) -> None:
         save_denoiser(denoiser, home, max_shard_size=options.max_shard_size)
-        _forget_path(home / "config.json")
-        linked, copied = _place_rest(source, folder, component, options)
-        checkpoint = open_checkpoint(home)
-        _write_texts(folder, source, origin, checkpoint, linked=linked, copied=copied)
-        written = _record(out, component, checkpoint, linked, copied)
-        if finish is not None:
-            finish(folder, written)
-    return written
+        config = parse_json((home / "config.json").read_bytes(), place=str(home / "config.json"))
+        config.pop("_name_or_path", None)  # the path that the denoiser was loaded from
+        write_json(home / "config.json", config)
+
+    _check_places(source, out, component)
+    return _write(source, out, component, fill, origin=origin, options=options, finish=finish)
 
 
 def replace_layer_format(
@@ -118,30 +138,13 @@ def replace_layer_format(
         InputError: `out` is in use or overlaps `source`, an unknown layer, or a weight of another shape.
         StateError: `source` is not packed, or is damaged.
     """
+
+    def fill(home: Path) -> None:
+        change_layers(old, home, weights, made_by=MADE_BY, max_shard_size=options.max_shard_size)
+
     _check_places(source, out, component)
     old = open_checkpoint(source / component if component else source)
-    with new_folder(out, overwrite=options.overwrite) as folder:
-        home = folder / component if component else folder
-        home.mkdir(exist_ok=True)
-        change_layers(old, home, weights, made_by=MADE_BY, max_shard_size=options.max_shard_size)
-        linked, copied = _place_rest(source, folder, component, options)
-        checkpoint = open_checkpoint(home)
-        _write_texts(folder, source, origin, checkpoint, linked=linked, copied=copied)
-    return _record(out, component, checkpoint, linked, copied)
-
-
-def write_card(folder: Path, origin: Origin, checkpoint: Checkpoint, placed: str) -> None:
-    """Puts the model card and the recipe into a folder; `placed` says how other components' files came there."""
-    card = model_card(
-        origin,
-        checkpoint.layers,
-        is_pipeline=(folder / INDEX_NAME).is_file(),
-        denoiser_class=str(checkpoint.config.get("_class_name", "the denoiser's class")),
-        placed=placed,
-    )
-    (folder / CARD_NAME).write_text(card, encoding="utf-8")
-    if origin.recipe_json is not None:
-        (folder / RECIPE_NAME).write_text(origin.recipe_json, encoding="utf-8")
+    return _write(source, out, component, fill, origin=origin, options=options)
 
 
 def _check_places(source: Path, out: Path, component: str | None) -> None:
@@ -155,54 +158,117 @@ def _check_places(source: Path, out: Path, component: str | None) -> None:
         raise InputError(f"the output folder {out} must lie outside the source folder {source}")
 
 
-def _place_rest(
-    source: Path, folder: Path, component: str | None, options: WriteOptions
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Puts everything but the denoiser into the new folder; names of what was linked and what was copied."""
-    files = {name: source / name for name in _KEPT if (source / name).is_file()}
-    if component is not None:
-        files[INDEX_NAME] = source / INDEX_NAME
-        for name in _read_index(source / INDEX_NAME):
-            if name != component and _COMPONENT.fullmatch(name) and (source / name).is_dir():
-                inner = component_files(source / name, options.variant)
-                files |= {f"{name}/{path}": file for path, file in inner.items()}
-    linkable = {name for name in files if options.link and name != INDEX_NAME}
-    done = {name: place_file(path, folder / name, link=name in linkable) for name, path in files.items()}
-    return tuple(n for n, is_link in done.items() if is_link), tuple(n for n, is_link in done.items() if not is_link)
-
-
-def _read_index(path: Path) -> dict[str, object]:
-    plain = parse_json(path.read_bytes(), place=str(path)) if path.is_file() else {}
-    if not isinstance(plain, dict):
-        raise StateError(f"{path} must be an object of component names, got {type(plain).__name__}")
-    return plain
-
-
-def _write_texts(
-    folder: Path,
+def _write(
     source: Path,
-    origin: Origin,
-    checkpoint: Checkpoint,
+    out: Path,
+    component: str | None,
+    fill: Callable[[Path], None],
     *,
-    linked: tuple[str, ...],
-    copied: tuple[str, ...],
-) -> None:
-    write_card(folder, origin, checkpoint, f"{len(linked)} linked to the source folder, {len(copied)} copied")
-    base_card = source / (BASE_CARD_NAME if is_card(source / CARD_NAME) else CARD_NAME)
-    if base_card.is_file():
-        place_file(base_card, folder / BASE_CARD_NAME, link=False)
-
-
-def _forget_path(config: Path) -> None:
-    """Removes the path that the denoiser was loaded from, which diffusers writes into its configuration."""
-    plain = parse_json(config.read_bytes(), place=str(config))
-    plain.pop("_name_or_path", None)
-    config.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _record(
-    out: Path, component: str | None, checkpoint: Checkpoint, linked: tuple[str, ...], copied: tuple[str, ...]
+    origin: Origin,
+    options: WriteOptions,
+    finish: Finish | None = None,
 ) -> WrittenCheckpoint:
-    home = out / component if component else out
-    sizes = checkpoint.file_bytes, checkpoint.stored_bytes, checkpoint.plain_bytes
-    return WrittenCheckpoint(out, home, *sizes, linked, copied)
+    """The folder `out` around a denoiser's folder that `fill` fills, with everything else of the source."""
+    with new_folder(out, overwrite=options.overwrite) as folder:
+        home = folder / component if component else folder
+        home.mkdir(exist_ok=True)
+        fill(home)
+        is_linked = {
+            name: place_file(path, folder / name, link=options.link and name != INDEX_NAME)
+            for name, path in _other_files(source, component, options.variant).items()
+        }
+        linked = tuple(name for name, is_link in is_linked.items() if is_link)
+        copied = tuple(name for name, is_link in is_linked.items() if not is_link)
+        checkpoint = open_checkpoint(home)
+        write_card(folder, origin, checkpoint, f"{len(linked)} linked to the source folder, {len(copied)} copied")
+        base_card = source / (BASE_CARD_NAME if is_card(source / CARD_NAME) else CARD_NAME)
+        if base_card.is_file():
+            place_file(base_card, folder / BASE_CARD_NAME, link=False)
+        sizes = checkpoint.file_bytes, checkpoint.stored_bytes, checkpoint.plain_bytes
+        written = WrittenCheckpoint(out, out / component if component else out, *sizes, linked, copied)
+        if finish is not None:
+            finish(folder, written)
+    return written
+
+
+def _other_files(source: Path, component: str | None, variant: str | None) -> dict[str, Path]:
+    """Everything of a source but its denoiser and its card, by name in the new folder."""
+    files = {name: source / name for name in _KEPT if (source / name).is_file()}
+    if component is None:
+        return files
+    index = source / INDEX_NAME
+    names = parse_json(index.read_bytes(), place=str(index))
+    if not isinstance(names, dict):
+        raise StateError(f"{index} must be an object of component names, got {type(names).__name__}")
+    files[INDEX_NAME] = index
+    for name in names:
+        if name != component and _COMPONENT.fullmatch(name) and (source / name).is_dir():
+            inner = component_files(source / name, variant)
+            files |= {f"{name}/{path}": file for path, file in inner.items()}
+    return files
+
+
+def write_card(folder: Path, origin: Origin, checkpoint: Checkpoint, placed: str) -> None:
+    """Puts the model card and the recipe into a folder; `placed` says how other components' files came there."""
+    layers, denoiser_class = checkpoint.layers, str(checkpoint.config.get("_class_name", "the denoiser's class"))
+    operations: dict[str, dict[str, LayerEntry]] = {}
+    for name, entry in whole(layers).items():
+        operations.setdefault(operation_of(name), {})[name] = entry
+    data = ModelCardData(
+        library_name="diffusers",
+        tags=list(_TAGS),
+        base_model=origin.base_model or None,
+        base_model_relation="quantized" if origin.base_model else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name(_TEMPLATE)),
+        origin=origin,
+        layers=layers,
+        n_shared=len(layers) - len(whole(layers)),
+        operations=operations,
+        full_bits=FULL_BITS,
+        stored_bits=_stored_bits,
+        n_weights=_n_weights,
+        formats=lambda some: ", ".join(sorted({str(part.format) for e in whole(some).values() for part in e.parts})),
+        loader="DiffusionPipeline" if (folder / INDEX_NAME).is_file() else denoiser_class,
+        denoiser_class=denoiser_class,
+        placed=placed,
+    )
+    (folder / CARD_NAME).write_text(f"{card.content.rstrip()}\n", encoding="utf-8")
+    if origin.recipe_json is not None:
+        (folder / RECIPE_NAME).write_text(origin.recipe_json, encoding="utf-8")
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card that Sedimo wrote."""
+    tags = _metadata(path).get("tags")
+    return isinstance(tags, list) and set(_TAGS) <= set(map(str, tags))
+
+
+def base_model_of(path: Path) -> str:
+    """The base model that a card of Sedimo names; empty if it names none, or the file is no such card."""
+    return str(_metadata(path).get("base_model", "")) if is_card(path) else ""
+
+
+def _metadata(path: Path) -> Mapping[str, object]:
+    """The YAML block at a card's head; empty where there is none that can be read."""
+    try:
+        return metadata_load(path) or {} if path.is_file() else {}
+    except (ValueError, YAMLError):
+        return {}
+
+
+def operation_of(layer: str) -> str:
+    """A layer's path without its indices: the same operation in every block."""
+    return re.sub(r"\.\d+(?=\.|$)", "", layer)
+
+
+def _stored_bits(layers: Layers) -> float:
+    """Bits per weight of the tensors that replace the packed weights; shared ones count once."""
+    n_weights = _n_weights(layers)
+    return 8 * sum(spec.n_bytes for spec in packed_tensors(layers).values()) / n_weights if n_weights else 0.0
+
+
+def _n_weights(layers: Layers) -> int:
+    return sum(math.prod(entry.shape) for entry in whole(layers).values())

@@ -14,8 +14,7 @@ from sedimo.bank import Bank
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Words
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.card import Origin
-from sedimo.runtime.writing import Finish, WriteOptions, WrittenCheckpoint
+from sedimo.runtime.writing import Finish, Origin, WriteOptions, WrittenCheckpoint
 from sedimo.space import Recipe, SearchSpace
 
 

@@ -31,7 +31,8 @@ from sedimo.graph.folding import NONE, Folding
 from sedimo.lab.bench import InForce
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.runtime.diffusers_plugin import attach
-from sedimo.runtime.smoothed import How, mark_smoothed, remove_divisor, set_divisor, smoothed_layers
+from sedimo.runtime.inputs import mark_smoothed, remove_divisor, set_divisor, smoothed_layers
+from sedimo.runtime.layout import How
 from sedimo.settings import within
 
 DEFAULT_ALPHA = 0.7
