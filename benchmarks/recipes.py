@@ -24,7 +24,7 @@ from sedimo.allocation.budget import BudgetSettings
 from sedimo.allocation.combine import geometric_mean
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
-from sedimo.jobs.additivity import N_RECIPES, check_additivity, measure_random_recipes
+from sedimo.jobs.check import check_additivity, measure_random_recipes
 from sedimo.lab.exchange import Prober
 from sedimo.lab.exploration import random_recipe_near
 from sedimo.lab.images import compare_distributions, draw_features
@@ -43,6 +43,7 @@ from sedimo.metrics.signal import paired_difference, summarize
 from sedimo.pipelines.adapter import Sampling
 
 N_RANDOM = 20
+N_RECIPES = 30  # that show whether costs add
 FID_DTYPE = "bf16"  # both sides; three times as fast as float32 on processors that know it
 AGREEMENT = ("n", "slope", "slope_standard_error", "ratio", "srcc")
 

@@ -131,8 +131,8 @@ def _limits(leaf: Leaf) -> Iterator[Check]:
     option, what = leaf.option, f"the {leaf.word.replace('_', ' ')}"
     if len(leaf.path) > 1:
         return
-    if choices := choices_of(leaf):
-        yield one_of(what, choices)
+    if leaf.choices:
+        yield one_of(what, leaf.choices)
     if option.least is not None:
         yield within(f"{what} must be at least {option.least}", least=option.least)
     if option.most is not None:
@@ -161,9 +161,9 @@ class Leaf:
         return flag.removeprefix("--").replace("-", "_")
 
     @property
-    def is_required(self) -> bool:
-        """Whether it has no default."""
-        return self.default is REQUIRED
+    def choices(self) -> tuple[str, ...]:
+        """The values that there are, none if they are not listed."""
+        return self.option.choices or (get_args(self.kind) if get_origin(self.kind) is Literal else ())
 
 
 def leaves(record: type, panel: str = "", path: tuple[str, ...] = ()) -> Iterator[Leaf]:
@@ -205,33 +205,18 @@ def read_words(record: type, words: Mapping[str, object]) -> dict[tuple[str, ...
     """Keywords of Python by the fields that they set; texts are read as they would be on the command line.
 
     Raises:
-        InputError: a word that the record does not have.
+        InputError: a word that the record does not have, or not one of its choices.
     """
-    known = {leaf.word: leaf for leaf in leaves(record)}
-    unknown = sorted(words.keys() - known.keys())
-    if unknown:
-        raise InputError(f"there is nothing called {unknown[0]!r} to set; there is: {', '.join(known)}")
-    return {known[word].path: read_value(known[word], value) for word, value in words.items()}
-
-
-def read_value(leaf: Leaf, value: object) -> object:
-    """A value as its field holds it.
-
-    Raises:
-        InputError: not one of its choices.
-    """
-    if choices := choices_of(leaf):
-        one_of(leaf.word, choices)(value)
-    if leaf.option.parse is not None and isinstance(value, str):
-        return leaf.option.parse(value)
-    if leaf.kind is Path and isinstance(value, str):
-        return Path(value)
-    return value
-
-
-def choices_of(leaf: Leaf) -> tuple[str, ...]:
-    """The values that there are, none if they are not listed."""
-    return leaf.option.choices or (get_args(leaf.kind) if get_origin(leaf.kind) is Literal else ())
+    known, found = {leaf.word: leaf for leaf in leaves(record)}, dict[tuple[str, ...], object]()
+    for word, value in words.items():
+        if word not in known:
+            raise InputError(f"there is nothing called {word!r} to set; there is: {', '.join(known)}")
+        leaf = known[word]
+        if leaf.choices:
+            one_of(word, leaf.choices)(value)
+        read = leaf.option.parse or (Path if leaf.kind is Path else None)
+        found[leaf.path] = read(value) if read is not None and isinstance(value, str) else value
+    return found
 
 
 def unwrapped(kind: object) -> object:

@@ -20,7 +20,7 @@ from sedimo.methods.hybrid import KeepSettings
 from sedimo.methods.method import Task
 from sedimo.methods.modelopt import PeerRecipe, is_installed
 from sedimo.quant.formats import Format
-from sedimo.settings import leaves
+from sedimo.settings import REQUIRED, leaves
 
 BITS = 5.0
 FEW_TRIALS = {"n_trials": 24, "n_rounds": 0}
@@ -59,7 +59,9 @@ class MethodContract:
         assert words.cost or method.traits.is_described or method.traits.contains
 
     def test_what_people_may_set_has_a_default_a_flag_and_help(self, method):
-        assert all(leaf.option.flags and leaf.option.help and not leaf.is_required for leaf in leaves(method.knobs))
+        assert all(
+            leaf.option.flags and leaf.option.help and leaf.default is not REQUIRED for leaf in leaves(method.knobs)
+        )
         assert len(fields(method.knobs)) >= len([*leaves(method.knobs)])
 
     def test_it_is_found_by_its_name(self, method):

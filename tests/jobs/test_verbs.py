@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import sedimo
 from sedimo.errors import InputError, StateError
-from sedimo.jobs.additivity import whole_recipes
+from sedimo.jobs.check import whole_recipes
 from sedimo.jobs.describe import read_recipe
 from sedimo.lab.exploration import Exploration
 

@@ -23,7 +23,7 @@ import sedimo.jobs
 from sedimo import __version__
 from sedimo.cli.console import command_line, print_json, progress, run_guarded
 from sedimo.errors import InputError
-from sedimo.settings import Leaf, build, choices_of, leaves
+from sedimo.settings import REQUIRED, Leaf, build, leaves
 
 if TYPE_CHECKING:
     from sedimo.jobs.job import Job
@@ -63,7 +63,7 @@ class _Word:
     def parameter(self, *, is_hidden: bool = False) -> click.Parameter:
         """What click reads it with."""
         leaf, option = self.leaf, self.leaf.option
-        more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.is_required, "metavar": option.metavar}
+        more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.default is REQUIRED, "metavar": option.metavar}
         if not option.flags and not option.no:
             return click.Argument([self.name], nargs=-1 if get_origin(leaf.kind) is tuple else 1, **more)
         flags = [*option.flags]
@@ -72,7 +72,7 @@ class _Word:
             more = {"is_flag": True, "default": None, **({} if option.flags else {"flag_value": True})}
         elif option.bare is not None:
             more |= {"is_flag": False, "flag_value": option.bare}
-        elif not leaf.is_required and leaf.default not in (None, "", ()):
+        elif leaf.default not in (REQUIRED, None, "", ()):
             more |= {"show_default": str(leaf.default)}
         return _Option([*flags, self.name], help=option.words, hidden=is_hidden, **more)
 
@@ -89,8 +89,8 @@ def _kind(leaf: Leaf) -> Any:
     if option.place:
         is_file = option.place == "file"
         return click.Path(exists=True, dir_okay=not is_file, file_okay=is_file, path_type=Path)
-    if choices := choices_of(leaf):
-        return click.Choice(choices)
+    if leaf.choices:
+        return click.Choice(leaf.choices)
     if leaf.kind is Path:
         return click.Path(path_type=Path)
     if leaf.kind is int and (option.least is not None or option.most is not None):

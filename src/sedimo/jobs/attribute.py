@@ -79,9 +79,9 @@ class Attribution:
     n_trials: int
     argmax: Mapping[str, Recipe]
 
-    def as_json(self) -> Mapping[str, object]:
+    def as_json(self) -> object:
         """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
-        plain: dict[str, object] = to_plain(
+        return to_plain(
             {
                 "method": self.table.method,
                 "target": self.target,
@@ -92,15 +92,10 @@ class Attribution:
                 "argmax": {name: recipe.layers for name, recipe in self.argmax.items()},
             }
         )
-        return plain
 
 
 def attribute_study(study: Study, settings: AttributeSettings, progress: Progress = SILENT) -> Attribution:
-    """Trains a predictor on the trials of a study and makes its table.
-
-    Raises:
-        InputError: see `run`.
-    """
+    """Trains a predictor on the trials of a study and makes its table."""
     background = read_background(study)
     trials = trials_of(study, background, settings.objective)
     text = settings.target or DEFAULT_GOALS[trials[0].setting.objective]

@@ -56,15 +56,15 @@ def run(settings: DemoSettings, progress: Progress = SILENT) -> JobResult:
         method=SEARCH.name,
         sampling=SAMPLING,
         overwrite=is_used,
-        chosen={SEARCH.name: _sized(MIN_RECIPES), ERROR_FEEDBACK.name: FeedbackSettings()},
+        chosen=_chosen(MIN_RECIPES),
         command=settings.command,
     )
-    result = quantize.run(replace(job, chosen={**job.chosen, SEARCH.name: _fitting(job, progress)}), progress)
+    result = quantize.run(replace(job, chosen=_chosen(_affordable(job, progress))), progress)
     (out / MARK).touch()
     return result
 
 
-def _fitting(job: QuantizeSettings, progress: Progress) -> SearchSettings:
+def _affordable(job: QuantizeSettings, progress: Progress) -> int:
     """As many trials as fit the time after all else, by one timed call; at least what an explanation needs."""
     progress.start(1, "timing this machine")
     lab = open_lab(job.source, job.formats, chosen={}, sampling=job.sampling, progress=SILENT)
@@ -79,13 +79,14 @@ def _fitting(job: QuantizeSettings, progress: Progress) -> SearchSettings:
             "minutes or as few as can explain something",
             *(per_trial, n_trials, SEARCHED.n_trials),
         )
-    return _sized(n_trials)
+    return n_trials
 
 
-def _sized(n_trials: int) -> SearchSettings:
-    """The search with so many trials; without rounds where random ones alone are all that an explanation needs."""
+def _chosen(n_trials: int) -> dict[str, object]:
+    """A search of so many trials, without rounds where random ones alone are all that an explanation needs."""
     n_rounds = SEARCHED.n_rounds if n_trials >= 2 * MIN_RECIPES else 0
-    return replace(SEARCHED, n_trials=n_trials, n_rounds=n_rounds)
+    search = replace(SEARCHED, n_trials=n_trials, n_rounds=n_rounds)
+    return {SEARCH.name: search, ERROR_FEEDBACK.name: FeedbackSettings()}
 
 
 JOB = Job(__doc__, DemoSettings, run, quantize.page)

@@ -28,11 +28,7 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
 
 
 def refuse_other_source(layer: str, weight: torch.Tensor, packed: torch.Tensor) -> None:
-    """Refuses a full-precision weight that a packed one cannot have been made from.
-
-    Raises:
-        InputError: another shape, or a difference larger than any quantization leaves.
-    """
+    """Refuses a full-precision weight that a packed one cannot have been made from."""
     if weight.shape != packed.shape:
         raise InputError(
             f"layer {layer!r} has a weight of shape {tuple(packed.shape)} in the checkpoint and "
@@ -67,7 +63,9 @@ def card_writer(name: str, source: Path | None) -> Finish:
 
     The base model is `name`; if `source` is packed itself, what its card says; and unknown without a source.
     """
-    base_model = "" if source is None else _base_model(name, source)
+    base_model = "" if source is None else name
+    if source is not None and is_packed(home := denoiser_folder(source)):
+        base_model = base_model_of(source / CARD_NAME) or base_model_of(home / CARD_NAME)
 
     def finish(folder: Path, placed: str) -> None:
         home = denoiser_folder(folder)
@@ -77,13 +75,6 @@ def card_writer(name: str, source: Path | None) -> Finish:
             write_card(folder, origin, checkpoint, placed)
 
     return finish
-
-
-def _base_model(name: str, source: Path) -> str:
-    home = denoiser_folder(source)
-    if not is_packed(home):
-        return name
-    return base_model_of(source / CARD_NAME) or base_model_of(home / CARD_NAME)
 
 
 def _formats(entry: LayerEntry) -> Entry:

@@ -236,8 +236,7 @@ def page(found: Evaluation) -> Page:
 
 
 def _measures(title: str, measures: Mapping[str, Estimate]) -> Table:
-    lines = ((name, value, value.n) for name, value in measures.items())
-    return Table(columns(title, "value, with its 95 % interval", "n"), rows(lines))
+    return Table(columns(title, "value, with its 95 % interval", "n"), rows((n, v, v.n) for n, v in measures.items()))
 
 
 JOB = Job(__doc__, EvaluateSettings, run, page)

@@ -16,8 +16,7 @@ from sedimo.allocation.combine import Agreement
 from sedimo.allocation.effects import Effects, expected_db
 from sedimo.allocation.solve import decided_by, even_budgets, frontier
 from sedimo.errors import InputError
-from sedimo.jobs.additivity import check_additivity, measure_random_recipes
-from sedimo.jobs.check import Check, pictures_of
+from sedimo.jobs.check import Check, check_additivity, measure_random_recipes, pictures_of
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Trial, versions
 from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, probe_trajectory

@@ -64,10 +64,6 @@ class ExploreSettings(Checked):
     Recipe i is a function of (`study_seed`, i), of the formats and the sampler; the seeds of `sampling` are those of
     the samples. Every recipe is measured by each of the `objectives`. `workers` is for the executor `process`. The
     `prior` is measured first, for the predictors that are trained on the study.
-
-    Raises:
-        InputError: no trials, an unknown or repeated objective, too few seeds for `fid`, formats that quantize
-            nothing, an unknown sampler or executor, no workers, or workers for `serial`.
     """
 
     source: SourceSettings = block(REQUIRED, "Source")
@@ -151,11 +147,7 @@ class ExploreSettings(Checked):
         return min(self.trials, self.workers or max(2, (os.cpu_count() or 1) // THREADS_PER_WORKER))
 
     def exploration(self, space: SearchSpace) -> Exploration:
-        """The recipes, in a space.
-
-        Raises:
-            InputError: a range of bits for the sampler `paper`, or one that the formats do not allow.
-        """
+        """The recipes, in a space; refuses bits that its formats do not allow."""
         least, most = possible_bits(space)
         for name, bits in (("low", self.low_bits), ("high", self.high_bits)):
             if bits is not None and not least <= bits <= most:
@@ -259,11 +251,7 @@ def run(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult
 
 
 def _open(settings: ExploreSettings, progress: Progress) -> Lab:
-    """The lab, known to be fit for sampling as often as is wanted.
-
-    Raises:
-        InputError: see `explore`.
-    """
+    """The lab, known to be fit for sampling as often as is wanted."""
     lab = open_lab(
         settings.source, settings.formats, chosen=settings.chosen, sampling=settings.sampling, progress=progress
     )
@@ -322,21 +310,16 @@ def _seconds_of_images(lab: Lab, on: Sampling, timing: CallTiming) -> float:
 
 def _bank_bytes(space: SearchSpace) -> int:
     """What the fitted parameters of all formats take on disk: what is stored besides codes, in float32 [bytes]."""
-    sizes = [
+    return sum(
         2 * (d.stored_bytes(f) - d.params * f.bits // 8) + _BYTES_OF_A_FIT
         for d in space.decisions
         for f in d.formats
         if f.is_quantized
-    ]
-    return sum(sizes)
+    )
 
 
 def refuse_other_study(study: Study, lab: Lab, settings: ExploreSettings) -> None:
-    """Refuses a study that was begun otherwise, saying in what; before anything is fitted.
-
-    Raises:
-        StateError: other weights, formats, treatments, seed, sampler or range of bits.
-    """
+    """Refuses a study that was begun otherwise, saying in what; before anything is fitted."""
     pairs: list[tuple[str, object, object]] = []
     if study.has_record(SOURCE):
         source, wanted = study.record(ExploredSource, SOURCE), _treatments(settings)

@@ -16,8 +16,8 @@ from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
-from sedimo.jobs.additivity import check_additivity, whole_recipes
 from sedimo.jobs.attribute import AttributeSettings, attribute_study
+from sedimo.jobs.check import check_additivity, whole_recipes
 from sedimo.jobs.describe import card_writer
 from sedimo.jobs.evidence import N_FRONTIER_POINTS
 from sedimo.jobs.explore import EXPLORATION
@@ -28,7 +28,7 @@ from sedimo.lab.lab import Lab as BenchLab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import ObjectiveName, Study
 from sedimo.methods import method_named
-from sedimo.methods.error import error_table
+from sedimo.methods.error import describe
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Finding, Task
 from sedimo.methods.predictor.study import measure_background
@@ -214,21 +214,15 @@ def quantize_settings(source: str, words: Mapping[str, object]) -> QuantizeSetti
     Raises:
         InputError: a word that there is not.
     """
-    offers = job.JOB.offers()
-    shared, chosen = set[str](), dict[str, object]()
-    for owner, record in offers.items():
-        own = {word: words[word] for word in known_words(record) if word in words}
+    chosen, shared = dict[str, object](), set[str]()
+    for owner, record in job.JOB.offers().items():
+        own = {leaf.word: words[leaf.word] for leaf in leaves(record) if leaf.word in words}
         if own:
             chosen[owner] = build(record, read_words(record, own))
         shared |= own.keys()
     left = {word: value for word, value in words.items() if word not in shared}
     given = read_words(QuantizeSettings, {"source": source, **left})
     return build(QuantizeSettings, {**given, ("chosen",): chosen})
-
-
-def known_words(record: type) -> tuple[str, ...]:
-    """The keywords of a record of settings."""
-    return tuple(leaf.word for leaf in leaves(record))
 
 
 def replace(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None = None) -> Loaded | nn.Module:
@@ -291,12 +285,7 @@ def probe(
     sampling: Sampling | None = None,
     progress: Progress = SILENT,
 ) -> Finding:
-    """What a method measures on a loaded pipeline; `sedimo.Lab(pipe, store=...).table(method)` replaces it.
-
-    Raises:
-        InputError: another method, or a pipeline that cannot be sampled.
-        Interrupted: Ctrl-C; what was measured is kept.
-    """
+    """What a method measures on a loaded pipeline; `sedimo.Lab(pipe, store=...).table(method)` replaces it."""
     _warn("sedimo.probe(pipe, bank, method)", "sedimo.Lab(pipe, store=...).table(method)")
     found, number_format = method_named(method)
     with nullcontext(store) if isinstance(store, Study) else Study(store) as study:
@@ -305,23 +294,15 @@ def probe(
 
 
 def attribute(source: Bank | Finding | Study, method: str = "") -> SensitivityTable:
-    """The costs of a bank, of a finding, or of a study of measured recipes; `sedimo.Lab(...).table` replaces it.
-
-    Raises:
-        InputError: a method that the source cannot give, or a study with too few recipes for a predictor.
-    """
+    """The costs of a bank, of a finding, or of a study of measured recipes; `sedimo.Lab(...).table` replaces it."""
     _warn("sedimo.attribute", "sedimo.Lab(...).table(method)")
-    if isinstance(source, Study):
-        _refuse_other(method, SEARCH.name, source)
-        return attribute_study(source, AttributeSettings(source.path.parent)).table
-    table = source.table if isinstance(source, Finding) else error_table(source.space, source.candidates)
-    _refuse_other(method, table.method, source)
-    return table
-
-
-def _refuse_other(method: str, given: str, source: object) -> None:
+    found = describe(source) if isinstance(source, Bank) else source
+    given = SEARCH.name if isinstance(found, Study) else found.table.method
     if method not in ("", given):
         raise InputError(f"method {method!r} cannot be had from this {type(source).__name__}; {given!r} can")
+    if isinstance(found, Study):
+        return attribute_study(found, AttributeSettings(found.path.parent)).table
+    return found.table
 
 
 def explore(
@@ -334,13 +315,7 @@ def explore(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> Study:
-    """Measures random recipes and keeps them in a study; the command `sedimo explore` or `lab.measure` replaces it.
-
-    Raises:
-        InputError: a pipeline that cannot be sampled.
-        StateError: the folder holds a study of another space or seed.
-        Interrupted: Ctrl-C; what was measured is kept.
-    """
+    """Measures random recipes and keeps them in a study; `sedimo explore` or `lab.measure` replaces it."""
     _warn("sedimo.explore", "sedimo.Lab(pipe, store=...).measure(recipes, on=...)")
     study = Study(store)
     lab = BenchLab.on(pipe, bank, study=study)

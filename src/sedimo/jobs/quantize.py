@@ -358,11 +358,7 @@ def _open(settings: QuantizeSettings, progress: Progress) -> Lab:
 
 
 def refuse_impossible(budget: BudgetSettings, space: SearchSpace) -> None:
-    """Refuses a budget that no choice of formats keeps, before anything is measured: all formats cost nothing here.
-
-    Raises:
-        InputError: with the least and most possible.
-    """
+    """Refuses a budget that no choice of formats keeps, before anything is measured: all formats cost nothing here."""
     candidates = [
         Candidate(d.name, f, 0.0, 0.0, 0, d.paper_bytes(f), d.stored_bytes(f))
         for d in space.decisions
@@ -385,11 +381,7 @@ def _kept_plan(lab: Lab, settings: QuantizeSettings, study: Study) -> Plan:
 
 
 def _plan(lab: Lab, settings: QuantizeSettings) -> Plan:
-    """The method and what all of it takes.
-
-    Raises:
-        InputError: what runs the pipeline (a method, a treatment), where it cannot run.
-    """
+    """The method and what all of it takes; refuses what runs the pipeline, where it cannot run."""
     method, _ = method_named(settings.method)
     found = _resolved(lab, settings, method)
     unchecked, price = _with_check(lab, settings, found)

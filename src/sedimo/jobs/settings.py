@@ -14,21 +14,18 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.methods.method import Finding
 from sedimo.quant.formats import Format, parse_formats, with_activations
-from sedimo.settings import leaves, option
+from sedimo.settings import Checked, leaves, option
 from sedimo.treatments.treatment import Finished, Treatment
 
 SAMPLING = SamplingSettings()
 
 
 @dataclass(frozen=True, slots=True)
-class FormatSettings:
+class FormatSettings(Checked):
     """Which formats there are to choose from.
 
     `ends` is the format of the first and last layers, None: they are decided on like the others. Unless `whole_layers`,
     each stream that a layer's input is a concatenation of is decided on by itself.
-
-    Raises:
-        InputError: an unknown format, or widths of activations that are none.
     """
 
     formats: str = option("wide", "--formats", metavar="LIST", help="wide, paper, or a list such as kmc4,uaq4g64,fp16.")
@@ -38,6 +35,7 @@ class FormatSettings:
     ends: str | None = option(
         None,
         "--ends",
+        check=Format.parse,
         metavar="FORMAT",
         help="Format of the first and last layers, such as uaq8; default: like others.",
     )
@@ -45,11 +43,9 @@ class FormatSettings:
         False, "--whole-layers", help="One decision per layer, also where its input is a concatenation (U-Net skips)."
     )
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         """Reads all of it once, so that nothing long starts with a text that says nothing."""
         _ = self.choices
-        if self.ends is not None:
-            Format.parse(self.ends)
 
     @property
     def choices(self) -> tuple[Format, ...]:
@@ -68,11 +64,7 @@ class FormatSettings:
         return self.formats if self.act is None else ",".join(map(str, self.choices))
 
     def refuse_nothing(self) -> None:
-        """Refuses formats that leave every layer as it is.
-
-        Raises:
-            InputError: naming them.
-        """
+        """Refuses formats that leave every layer as it is."""
         if not any(f.is_quantized for f in self.choices):
             raise InputError(f"the formats {self.text} leave every layer as it is; add one such as kmc4")
 
@@ -113,18 +105,12 @@ def treatments_of(chosen: Mapping[str, object]) -> list[tuple[Treatment[Any], ob
 
 
 def refuse_together(chosen: Mapping[str, object]) -> None:
-    """Refuses treatments that cannot be together.
-
-    Raises:
-        InputError: naming both.
-    """
-    wanted = dict.fromkeys(one.name for one, _ in treatments_of(chosen))
-    for one, _ in treatments_of(chosen):
-        other = next((name for name in one.excludes if name in wanted), None)
-        if other is not None:
-            flags = [
-                next(leaves(t.knobs)).option.flags[0] for t in treatments.TREATMENTS if t.name in (one.name, other)
-            ]
+    """Refuses treatments that cannot be together."""
+    wanted = [one for one, _ in treatments_of(chosen)]
+    for one in wanted:
+        if not {other.name for other in wanted}.isdisjoint(one.excludes):
+            names = (one.name, next(other.name for other in wanted if other.name in one.excludes))
+            flags = [next(leaves(t.knobs)).option.flags[0] for t in treatments.TREATMENTS if t.name in names]
             raise InputError(f"{flags[0]} and {flags[1]} both choose the codes: give one of them")
 
 
