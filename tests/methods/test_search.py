@@ -152,8 +152,8 @@ def test_the_method_searches_and_holds_a_final(done):
     assert found.trials == done.found.trials
     assert finding.table == done.found.table
     assert finding.allocation is found.allocation
-    assert found.allocation.recipe in [f.trial.recipe for f in found.finalists]
-    assert {f.trial.setting.seeds for f in found.finalists} == {done.lab.seeds.final.seeds}
+    assert found.allocation.recipe in [trial.recipe for trial in found.finalists.values()]
+    assert {trial.setting.seeds for trial in found.finalists.values()} == {done.lab.seeds.final.seeds}
 
 
 def test_a_search_is_priced_by_its_trials(done):

@@ -306,8 +306,8 @@ def explain(lab: Lab, background: Background, search: Search, *, target: str) ->
         curve=curve(lab, search),
         insights=insights(lab, search),
         rounds=tuple(
-            RefineRound(r.index + 1, r.n_trials, mean_estimate(r.best.powers.sqnr_db), r.predicted)
-            for r in search.rounds
+            RefineRound(number, r.n_trials, mean_estimate(r.best.powers.sqnr_db), r.predicted)
+            for number, r in enumerate(search.rounds, 1)
         ),
         finalists=finalist_rows(search),
         notes=notes,
@@ -316,18 +316,19 @@ def explain(lab: Lab, background: Background, search: Search, *, target: str) ->
 
 def finalist_rows(search: Search) -> tuple[FinalistRow, ...]:
     """The finalists, and what the chosen one is ahead of each, paired on the seeds of the final."""
-    chosen = next((f.trial.powers for f in search.finalists if f.trial.recipe == search.allocation.recipe), None)
+    trials = search.finalists
+    chosen = next((one.powers for one in trials.values() if one.recipe == search.allocation.recipe), None)
     if chosen is None:
         return ()
     space = search.data.choices.space
     return tuple(
         FinalistRow(
-            f.name,
-            space.paper_bits(f.trial.recipe),
-            mean_sqnr(f.trial.powers),
-            None if f.trial.powers is chosen else paired_difference(chosen, f.trial.powers).estimate,
+            name,
+            space.paper_bits(one.recipe),
+            mean_sqnr(one.powers),
+            None if one.powers is chosen else paired_difference(chosen, one.powers).estimate,
         )
-        for f in search.finalists
+        for name, one in trials.items()
     )
 
 

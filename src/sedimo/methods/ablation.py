@@ -69,11 +69,7 @@ def measure_probes(lab: Lab, on: Sampling, probes: Sequence[Probe]) -> dict[Prob
 def ablation_table(
     space: SearchSpace, candidates: Sequence[Candidate], found: Mapping[Probe, NoisePowers]
 ) -> SensitivityTable:
-    """Costs of all candidates from the probes: measured where probed alone, scaled by weight error elsewhere.
-
-    Raises:
-        InputError: a decision was not probed.
-    """
+    """Costs of all candidates from the probes: measured where probed alone, scaled by weight error elsewhere."""
     index = {(c.decision, c.format): c for c in candidates}
     points: dict[str, list[tuple[Candidate, CostEstimate]]] = {}
     for (decision, number_format), powers in found.items():

@@ -41,7 +41,7 @@ from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
 from sedimo.pipelines.trajectory import rows_for, rows_of
 from sedimo.quant.formats import FP16
-from sedimo.settings import option
+from sedimo.settings import Checked, option, within
 from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -56,22 +56,16 @@ _DIGITS = 7
 
 
 @dataclass(frozen=True, slots=True)
-class AdjointSettings:
-    """Minutes of exchanges that are measured afterwards; `is_portfolio`: recipes by other rules compete beforehand.
-
-    Raises:
-        InputError: no positive number of minutes.
-    """
+class AdjointSettings(Checked):
+    """Minutes of exchanges that are measured afterwards; `is_portfolio`: recipes by other rules compete beforehand."""
 
     minutes: float | None = option(
-        None, "--minutes", help="After the default method: exchange formats and measure, for so long."
+        None,
+        "--minutes",
+        check=within("--minutes is a positive number of minutes", above=0),
+        help="After the default method: exchange formats and measure, for so long.",
     )
     is_portfolio: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks the minutes."""
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise InputError(f"--minutes is a positive number of minutes, got {self.minutes:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +90,6 @@ def probe_adjoint(
     Each number is the product of the gradient of one sample in one random direction with what the change does, relative
     to the norm of the sample's final latents; those of a sample follow one another. Their mean square is the relative
     noise of the change. The rest is as in `probe_jacobian`, the directions being those of final latents.
-
-    Raises:
-        InputError: final latents that are zero or not finite.
-        Interrupted: the user stopped it (with a study, calling again goes on).
-        UnsupportedError: the sampler has no derivative, or a weight is used without calling its layer.
     """
     groups = [_Pass(lab, d, n_directions, seed, max_rows) for d in passes(lab.bank.space, memory_bytes)]
 
@@ -123,11 +112,7 @@ def probe_adjoint(
 
 
 def effects_of(candidates: Iterable[Candidate], probe: FirstOrder) -> Effects:
-    """The effects of all candidates, from what a probe measured of their weights and inputs.
-
-    Raises:
-        InputError: the probe was made for other decisions or formats.
-    """
+    """The effects of all candidates, from what a probe measured of their weights and inputs."""
     candidates = tuple(candidates)
     changed = [c for c in candidates if c.format != FP16]
     products = {(c.decision, c.format): probe.total(c.decision, c.format.changes) for c in changed}
@@ -139,9 +124,6 @@ def adjoint_table(space: SearchSpace, candidates: Iterable[Candidate], probe: Fi
 
     The standard error comes from the variation between samples. Within a family of formats (of one group size and one
     width of activations), a format with more bits never costs more: estimates that say otherwise are pooled.
-
-    Raises:
-        InputError: the probe was made for other decisions or formats.
     """
     candidates = tuple(candidates)
     costs = effects_of(candidates, probe).costs

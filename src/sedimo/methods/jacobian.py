@@ -67,11 +67,6 @@ def probe_jacobian(
     Random directions per call come from `seed`; weight changes of as many decisions at a time as fit in `memory_bytes`,
     `max_rows` of a call at a time. `combine_rows` looks at guided rows as the sampler does, together; else each counts
     for itself. With a study, each call's part is saved when it is finished and not measured again.
-
-    Raises:
-        InputError: an output that is zero or not finite.
-        Interrupted: the user stopped it (with a study, calling again goes on).
-        UnsupportedError: a weight is used in a way that hooks on its layer do not see.
     """
     setting = lab.setting(on, "step")
     trajectory = lab.parts().trajectory(on, setting)
@@ -112,9 +107,6 @@ def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: F
 
     Rounded activations add their own noise to that of the weight: the two errors are independent to first order.
     The standard error comes from the variation between samples.
-
-    Raises:
-        InputError: the probe was made for other decisions or formats.
     """
     settings = probe.described(row_weights=", ".join(f"{w:.2f}" for w in probe.row_weights))
     return build_table(

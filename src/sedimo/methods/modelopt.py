@@ -166,11 +166,7 @@ def load() -> None:
 def wanted_methods(
     methods: Sequence[Method[Any]], *, everything: Sequence[Method[Any]]
 ) -> tuple[tuple[Method[Any], ...], tuple[str, ...]]:
-    """The methods that can be compared, with a note on peers that are missing when everything was asked for.
-
-    Raises:
-        MissingExtraError: a peer is asked for by name and not installed.
-    """
+    """The methods that can be compared, with a note on peers that are missing when everything was asked for."""
     peers = [m.name for m in methods if m.traits.is_peer]
     is_everything = {m.name for m in methods} == {m.name for m in everything}
     if peers and is_everything and not is_installed():
@@ -273,9 +269,6 @@ def quantized_weights(denoiser: nn.Module, formats: Mapping[str, str]) -> dict[s
     """The weights `[out, in, ...]` of the layers that ModelOpt quantizes, as it computes with them.
 
     `formats` are names by layer; layers at `fp16` are left out. The denoiser is not changed.
-
-    Raises:
-        InputError: a layer that ModelOpt does not quantize.
     """
     chosen = {layer: FORMATS[name] for layer, name in formats.items() if name != FULL}
     config = _config({f"{layer}.weight_quantizer": number_format for layer, number_format in chosen.items()})

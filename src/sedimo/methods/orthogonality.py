@@ -181,12 +181,7 @@ class Importance:
 def probe_orthogonality(
     lab: Lab, layers: Sequence[str], on: Sampling, *, n_timesteps: int = N_TIMESTEPS
 ) -> OrthogonalityProbe:
-    """Measures the matrix of `layers` at some timesteps, uniform over one recorded trajectory; resumes in the study.
-
-    Raises:
-        InputError: fewer than four samples or no timestep, or a layer whose output is not finite.
-        Interrupted: the user stopped it (with a study, calling again goes on).
-    """
+    """Measures the matrix of `layers` at some timesteps, uniform over one recorded trajectory; resumes in the study."""
     n = len(on.seeds)
     if n < MIN_SAMPLES or n_timesteps < 1:
         raise InputError(
@@ -323,11 +318,7 @@ def _replicates(grams: Sequence[Matrix | None], n_samples: int) -> Iterator[Matr
 
 
 def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Importance:
-    """The importance of every layer.
-
-    Raises:
-        InputError: no timestep at which two layers' outputs differ between samples.
-    """
+    """The importance of every layer."""
     known, parts, sums = _known(probe), probe.parts, probe.sums
     if not known.any():
         raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
@@ -364,9 +355,6 @@ def orthogonality_table(
     The bits that a family wastes against the best one of equal bits are half the binary logarithm of the ratio of
     their weight errors, at most almost one: so families differ, and of one family alone the costs are the published
     objective.
-
-    Raises:
-        InputError: a decision none of whose layers was probed.
     """
     candidates = tuple(candidates)
     found, place = importance(probe, options), {name: i for i, name in enumerate(probe.layers)}

@@ -90,12 +90,7 @@ def final_plan(lab: Lab) -> Sampling:
 
 
 def hold_portfolio(lab: Lab, table: SensitivityTable, effects: Effects, budget: BudgetSettings) -> Portfolio:
-    """Measures the recipe of each rule on the searched seeds, and the best of them on further ones.
-
-    Raises:
-        InputError: a budget that no recipe keeps.
-        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
-    """
+    """Measures the recipe of each rule on the searched seeds, and the best of them on further ones."""
     bank = lab.bank
     rules = _rules(table, effects, read_limits(table, budget), bank)
     searched = _measured(lab, lab.seeds.search, rules)
@@ -182,11 +177,7 @@ def _predicted(rule: _Rule, table: SensitivityTable, effects: Effects, bank: Ban
 
 
 def read_limits(table: SensitivityTable, budget: BudgetSettings) -> Budget:
-    """The limits of a budget for the weights of a table.
-
-    Raises:
-        InputError: there are none.
-    """
+    """The limits of a budget for the weights of a table."""
     found = budget.resolved(table.total_params, table.full_bops)
     if found is None:
         raise InputError("a budget is needed: --bits 3.5 (or --stored-bits, --bytes), --bops 12.5%, or both")
@@ -209,9 +200,6 @@ def refine(
     on a plan; what is better there is the next start. At the end, start and result meet on seeds that nothing was
     searched on. Proposals follow from their number alone and trials are kept, so that a run that was stopped goes on
     where it was, with the minutes that it has left.
-
-    Raises:
-        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
     """
     limits = read_limits(table, budget)
     start = best = found.allocation

@@ -11,10 +11,9 @@ the prior alone, one half way between both, and the best recipes that were measu
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -23,13 +22,13 @@ from sedimo.allocation.combine import geometric_mean
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate_given, allocate_within
 from sedimo.allocation.table import SensitivityTable
-from sedimo.errors import InputError, StateError
+from sedimo.errors import InputError
 from sedimo.lab.exploration import Exploration, possible_bits
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.seeds import FINAL_FACTOR
 from sedimo.lab.study import Trial
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, listed
-from sedimo.methods.predictor.choices import Codes, Values
+from sedimo.methods.predictor.choices import Values
 from sedimo.methods.predictor.costs import noise_table, noise_variant_table, options_table, refuse_confidence
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
@@ -51,10 +50,8 @@ from sedimo.methods.predictor.training import (
     train_predictor,
 )
 from sedimo.quant.formats import Format
-from sedimo.settings import option
+from sedimo.settings import Checked, option, within
 from sedimo.space import Recipe, SearchSpace
-
-logger = logging.getLogger(__name__)
 
 Level = Literal["decisions", "groups"]
 GOALS = ("sqnr_db", "sqnr_pooled_db")
@@ -69,35 +66,50 @@ TRIAL_BYTES = 6_000  # of a trial's row
 TRAINING_FACTOR = 3e-3  # seconds per trial and node, of training a predictor in five folds
 
 
+def _refuse_target(text: str) -> None:
+    if str(Goal.parse(text).split_bits()[0]) not in GOALS:
+        raise InputError(
+            f"a search measures final latents and can predict {' or '.join(GOALS)}, with a term of avg_bits or "
+            f"without; got {text!r}. Other targets: sedimo explore, sedimo attribute"
+        )
+
+
 @dataclass(frozen=True, slots=True)
-class SearchSettings:
+class SearchSettings(Checked):
     """How many recipes are measured, and how.
 
     Of `n_trials`, those of the `n_rounds` of refinement are half; none without rounds. `confidence` is the margin of
     costs in standard deviations. `seed` names the random recipes, `prior` what is measured before them.
     `level` says what the allocation decides on: single `decisions`, or variants of whole `groups`.
-
-    Raises:
-        InputError: too few trials, or what no search knows.
     """
 
     n_trials: int = option(300, "--trials", help="Number of measured recipes.")
     n_rounds: int = option(3, "--refine", help="Rounds of measuring what is proposed.")
-    prior: str = option(PRIORS[0].name, "--prior", help=f"What the predictor starts from: {listed(PRIORS)}.")
-    target: str = option("sqnr_db", "--target", help="What to predict, such as sqnr_db.")
+    prior: str = option(
+        PRIORS[0].name, "--prior", check=prior_named, help=f"What the predictor starts from: {listed(PRIORS)}."
+    )
+    target: str = option("sqnr_db", "--target", check=_refuse_target, help="What to predict, such as sqnr_db.")
     level: Level = option(
         "decisions",
         "--level",
         help="Decide on single layers, or on all variants of attention and feed-forward groups.",
     )
     confidence: float = option(
-        1.0, "--confidence", help="Margin of costs, in standard deviations of what the trials leave unknown."
+        1.0,
+        "--confidence",
+        check=refuse_confidence,
+        help="Margin of costs, in standard deviations of what the trials leave unknown.",
     )
-    seed: int = option(0, "--study-seed", help="Which random recipes.")
+    seed: int = option(
+        0,
+        "--study-seed",
+        check=within("the seed of a study must not be negative", least=0),
+        help="Which random recipes.",
+    )
     training: TrainingOptions = FAST
 
-    def __post_init__(self) -> None:
-        """Checks it before anything starts."""
+    def check_together(self) -> None:
+        """Refuses too few trials."""
         if self.n_trials < MIN_RECIPES or self.n_rounds < 0:
             raise InputError(
                 f"a search needs at least {MIN_RECIPES} trials and no negative number of rounds, got {self.n_trials} "
@@ -105,17 +117,6 @@ class SearchSettings:
             )
         if self.n_rounds and (self.per_round < 1 or self.n_random < MIN_RECIPES):
             raise InputError(f"{self.n_trials} trials are too few for {self.n_rounds} rounds: half of them are random")
-        if self.seed < 0:
-            raise InputError(f"the seed of a study must not be negative, got {self.seed}")
-        prior_named(self.prior)
-        refuse_confidence(self.confidence)
-        if self.level not in get_args(Level):
-            raise InputError(f"the level must be one of {', '.join(get_args(Level))}, got {self.level!r}")
-        if str(self.goal.split_bits()[0]) not in GOALS:
-            raise InputError(
-                f"a search measures final latents and can predict {' or '.join(GOALS)}, with a term of avg_bits or "
-                f"without; got {self.target!r}. Other targets: sedimo explore, sedimo attribute"
-            )
 
     @property
     def goal(self) -> Goal:
@@ -140,26 +141,18 @@ class Round:
     The best is one within the budget if there is any.
     """
 
-    index: int
     n_trials: int
     best: Trial
     predicted: float
 
 
 @dataclass(frozen=True)
-class Finalist:
-    """A recipe that could be the result, and its trial on seeds that nothing was searched on."""
-
-    name: str
-    trial: Trial
-
-
-@dataclass(frozen=True)
 class Search:
     """What was found: the predictor's table, the choice, the predictor, and all trials in their order.
 
-    `finalists` are those that the choice was made among; empty where no final was held. When another than the
-    predictor's own recipe won it, the allocation's gap is that of the predictor's costs and certifies nothing.
+    `finalists` are the trials, on seeds that nothing was searched on, that the choice was made among, by name; empty
+    where no final was held. When another than the predictor's own recipe won it, the allocation's gap is that of the
+    predictor's costs and certifies nothing.
     """
 
     table: SensitivityTable
@@ -169,16 +162,11 @@ class Search:
     trials: tuple[Trial, ...]
     rounds: tuple[Round, ...]
     n_random: int
-    finalists: tuple[Finalist, ...] = ()
+    finalists: Mapping[str, Trial] = field(default_factory=dict)
 
 
 def search(lab: Lab, background: Background, settings: SearchSettings, budget: BudgetSettings) -> Search:
-    """Explores, refines, trains the predictor on all trials, and allocates by its costs; no final yet.
-
-    Raises:
-        InputError: a budget that cannot be kept, or a target that the trials do not know.
-        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
-    """
+    """Explores, refines, trains the predictor on all trials, and allocates by its costs; no final yet."""
     on, goal = lab.seeds.search, settings.goal
     trials = list(lab.measure(draw_around(background.space, settings, budget), on))
     rounds = []
@@ -187,9 +175,9 @@ def search(lab: Lab, background: Background, settings: SearchSettings, budget: B
         model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
         proposed = propose(background, model, budget, settings.per_round, known=trials, seed=(settings.seed, index))
         trials += lab.measure(proposed, on)
-        best = _best_of(background, budget, trials)
+        best = max([t for t in trials if keeps(background, t.recipe, budget)] or trials, key=lambda t: t.score)
         predicted = float(model.predict(data.choices.codes([best.recipe]))[0])
-        rounds.append(Round(index, len(proposed), best, predicted))
+        rounds.append(Round(len(proposed), best, predicted))
     data = training_set(background, trials, goal)
     predictor = train_predictor(data, settings.training, progress=lab.progress)
     table, allocation = build(background, predictor, data, budget, confidence=settings.confidence)
@@ -200,11 +188,7 @@ def search(lab: Lab, background: Background, settings: SearchSettings, budget: B
 
 
 def draw_around(space: SearchSpace, settings: SearchSettings, budget: BudgetSettings) -> list[Recipe]:
-    """The random recipes of a search: stratified, around the budget.
-
-    Raises:
-        InputError: there are too few different ones.
-    """
+    """The random recipes of a search: stratified, around the budget."""
     least, most = possible_bits(space)
     bits = min(max(budget.in_bits(space.params), least), most)
     low, high = max(least, bits - RANGE_BITS), min(most, bits + RANGE_BITS)
@@ -246,7 +230,10 @@ def build(
     background: Background, predictor: Predictor, data: TrainingSet, budget: BudgetSettings, *, confidence: float
 ) -> tuple[SensitivityTable, Allocation]:
     """Costs around the recipe that they lead to: allocated, taken again around the result, allocated again."""
-    reference = _start(background, data, budget, confidence)
+    model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
+    log_costs = model.log_costs + confidence * np.where(np.isfinite(model.deviation), model.deviation, 0.0)
+    start = allocated(model_table(background, log_costs), budget).recipe
+    reference = data.choices.codes([start])[0]
     for _ in range(N_TABLE_ROUNDS):
         table = noise_table(predictor, background.candidates, reference, confidence=confidence)
         allocation = allocated(table, budget)
@@ -288,29 +275,17 @@ def keeps(background: Background, recipe: Recipe, budget: BudgetSettings) -> boo
     return used <= budget.in_bits(space.params) * space.params * (1 + 1e-9)
 
 
-def _start(background: Background, data: TrainingSet, budget: BudgetSettings, confidence: float) -> Codes:
-    model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
-    log_costs = model.log_costs + confidence * np.where(np.isfinite(model.deviation), model.deviation, 0.0)
-    first: Codes = data.choices.codes([allocated(model_table(background, log_costs), budget).recipe])[0]
-    return first
-
-
 def hold_final(lab: Lab, background: Background, found: Search, budget: BudgetSettings) -> Search:
-    """The search with its best finalist as its allocation, measured on seeds that the search has not seen.
-
-    Raises:
-        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
-    """
+    """The search with its best finalist as its allocation, measured on seeds that the search has not seen."""
     recipes = finalists(background, found, budget)
     trials = lab.measure(list(recipes.values()), lab.seeds.final)
-    field = tuple(Finalist(name, trial) for name, trial in zip(recipes, trials, strict=True))
-    best = max(field, key=lambda f: f.trial.score)
-    if best.name == BUILT:
-        return replace(found, finalists=field)
+    held = dict(zip(recipes, trials, strict=True))
+    best = max(held, key=lambda name: held[name].score)
+    if best == BUILT:
+        return replace(found, finalists=held)
     space = background.space
     own = budget.resolved(space.params, space.full_bops)
-    chosen = allocate_given(found.table, space.choice(best.trial.recipe), own)
-    return replace(found, allocation=chosen, finalists=field)
+    return replace(found, allocation=allocate_given(found.table, space.choice(recipes[best]), own), finalists=held)
 
 
 def finalists(background: Background, found: Search, budget: BudgetSettings) -> Mapping[str, Recipe]:
@@ -329,11 +304,6 @@ def finalists(background: Background, found: Search, budget: BudgetSettings) -> 
     return {name: recipe for name, recipe in entries.items() if first[recipe.key] == name}
 
 
-def _best_of(background: Background, budget: BudgetSettings, trials: Sequence[Trial]) -> Trial:
-    within = [t for t in trials if keeps(background, t.recipe, budget)] or list(trials)
-    return max(within, key=lambda t: t.score)
-
-
 def _measure(lab: Lab, task: Task[SearchSettings]) -> Finding:
     background = measure_background(lab, task.knobs.prior)
     found = search(lab, background, task.knobs, task.budget)
@@ -341,10 +311,7 @@ def _measure(lab: Lab, task: Task[SearchSettings]) -> Finding:
 
 
 def _decide(lab: Lab, task: Task[SearchSettings], finding: Finding) -> Finding:
-    background, found = finding.of(Background), finding.of(Search)
-    if background is None or found is None:
-        raise StateError("the method gnn ended without its search; this is a fault of Sedimo")
-    final = hold_final(lab, background, found, task.budget)
+    final = hold_final(lab, finding.need(Background), finding.need(Search), task.budget)
     return replace(finding, allocation=final.allocation).with_evidence(final)
 
 

@@ -89,9 +89,6 @@ def probe_sqnr(lab: Lab, on: Sampling) -> SqnrProbe:
     """Measures the local noise of all decisions and formats of the lab's bank on one recorded trajectory.
 
     With a study, the part of each timestep is saved when it is finished and not measured again.
-
-    Raises:
-        Interrupted: the user stopped it (with a study, calling again goes on).
     """
     setting = lab.setting(on, "step")
     calls = calls_by_step(on, lab.parts().trajectory(on, setting).calls)
@@ -109,9 +106,6 @@ def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrP
     """Cost = relative noise power at the decision's own outputs, averaged over samples and timesteps.
 
     A sum of such costs treats noise at all layers alike, wherever it goes from there.
-
-    Raises:
-        InputError: the probe was made for other decisions or formats.
 
     Source:
         Efficient Quantization Strategies for Latent Diffusion Models (arXiv 2312.05431), time-averaged local SQNR.
@@ -135,9 +129,6 @@ def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrP
 
 def noisiest_decisions(space: SearchSpace, probe: SqnrProbe, number_format: Format, share: float) -> tuple[str, ...]:
     """The share of the decisions, at least one, whose own outputs `number_format` disturbs most, averaged over time.
-
-    Raises:
-        InputError: a share outside 0..1 (0 excluded).
 
     Source:
         Efficient Quantization Strategies for Latent Diffusion Models (arXiv 2312.05431): a tenth is corrected.

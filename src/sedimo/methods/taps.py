@@ -77,11 +77,7 @@ class FirstOrder:
     row_weights: tuple[float, ...] = (1.0,)
 
     def total(self, decision: str, changes: Sequence[str]) -> Values:
-        """What several changes of a decision do together, `[n, each]`.
-
-        Raises:
-            InputError: some were not measured.
-        """
+        """What several changes of a decision do together, `[n, each]`."""
         known, n = measured(self.numbers.get(decision, {}), decision, changes), len(self.setting.seeds)
         found: Values = np.sum(known, axis=0).reshape(n, -1) if known else np.zeros((n, 1))
         return found
@@ -98,11 +94,7 @@ class FirstOrder:
 
 
 def measured(known: Mapping[str, Result], decision: str, changes: Iterable[str]) -> list[Result]:
-    """What is known of several changes of a decision.
-
-    Raises:
-        InputError: the first that was not measured.
-    """
+    """What is known of several changes of a decision."""
     missing = [name for name in changes if name not in known]
     if missing:
         raise InputError(f"the probe has no {decision} at {missing[0]}; measure it again for this space")
@@ -161,11 +153,7 @@ class ChangedDecisions:
         return self.tapped(measure)
 
     def refuse_hidden_use(self, call: DenoiserCall, unused: Iterable[str]) -> None:
-        """Layers that were not called must have no influence: their weights must get no gradient.
-
-        Raises:
-            UnsupportedError: a weight that is used without calling its layer.
-        """
+        """Layers that were not called must have no influence: their weights must get no gradient."""
         layers = [layer for d in unused for layer in self.changes[d].layers]
         hidden = hidden_uses(self.denoiser, call, layers) if layers else []
         if hidden:
