@@ -18,10 +18,10 @@ from sedimo.methods.adjoint import adjoint_table, effects_of
 from sedimo.methods.error import error_table
 from sedimo.methods.method import Finding
 from sedimo.methods.portfolio import Portfolio
-from sedimo.methods.prediction import DISAGREEMENT_DB, Prediction
 from sedimo.metrics.estimate import normal_estimate
 from sedimo.metrics.signal import NoisePowers, mean_sqnr
 from sedimo.quant.formats import Format
+from sedimo.reporting.summary import DISAGREEMENT_DB, Prediction
 from synthetic_effects import candidates_of, probe_of
 
 UAQ4 = Format.parse("uaq4")

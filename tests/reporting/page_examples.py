@@ -10,14 +10,14 @@ from report_examples import estimate
 
 from sedimo.lab.study import Spent
 from sedimo.methods.hybrid import BlockCurves, BlockRow
-from sedimo.methods.prediction import Blamed, Entrant, Prediction
+from sedimo.methods.portfolio import Entrant
 from sedimo.quant.formats import Format
 from sedimo.reporting.comparison import ComparedRow, Comparison, comparison_page
 from sedimo.reporting.maps import Maps
 from sedimo.reporting.maps_page import blocks_page
 from sedimo.reporting.page import Page
 from sedimo.reporting.report_page import report_page
-from sedimo.reporting.summary import Summary
+from sedimo.reporting.summary import Blamed, Prediction, Summary
 from sedimo.reporting.sweep import OTHER_SEEDS, Confirmation, Sweep, SweptRanks, SweptValue, sweep_page
 from sedimo.space import Recipe
 from sedimo.treatments.learned_rounding import LearnedRounding

@@ -25,7 +25,6 @@ from sedimo.methods.hybrid import BlockCurves, blocks_of
 from sedimo.methods.method import Finding, Traits
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
 from sedimo.methods.portfolio import Portfolio
-from sedimo.methods.prediction import Blamed, Prediction
 from sedimo.methods.predictor.changes import bits_of, grouped, telling_changes
 from sedimo.methods.predictor.quality import ALL, MINE, Band, Rating, rate, rate_hops
 from sedimo.methods.predictor.scoring import distributions
@@ -59,7 +58,7 @@ from sedimo.reporting.maps import (
     repetition,
     trajectory_lines,
 )
-from sedimo.reporting.summary import Evidence, Provenance, Summary, reference_format
+from sedimo.reporting.summary import Blamed, Evidence, Prediction, Provenance, Summary, reference_format
 from sedimo.runtime.writing import WrittenCheckpoint
 from sedimo.space import SearchSpace, compose
 from sedimo.treatments.learned_rounding import Reconstruction

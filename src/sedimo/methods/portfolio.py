@@ -12,6 +12,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,6 @@ from sedimo.bank import Bank
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Trial
-from sedimo.methods.prediction import Entrant
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import mean_sqnr
 from sedimo.pipelines.adapter import Sampling
@@ -45,6 +45,22 @@ _TRUST_FACTORS = (0.5, 1.0, 2.0)
 
 Noise = npt.NDArray[np.float64]
 Decide = Callable[[SensitivityTable, Effects], Mapping[str, Format]]
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A recipe that could have been the result: SQNR on the searched seeds, of a finalist on further ones, too [dB].
+
+    `predicted_db` is what was predicted of it, None where nothing was.
+    """
+
+    name: str
+    kind: Literal["effects", "uniform", "exchanges"]
+    stored_bits: float
+    searched: Estimate
+    final: Estimate | None = None
+    predicted_db: float | None = None
+    is_winner: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,12 +13,11 @@ from sedimo import methods
 from sedimo.allocation.combine import Agreement
 from sedimo.allocation.effects import SIGNED
 from sedimo.allocation.table import Cost
-from sedimo.methods.prediction import Prediction
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import estimated_db
 from sedimo.quant.formats import FP16, FULL_BITS
 from sedimo.reporting.page import Tile
-from sedimo.reporting.summary import Summary
+from sedimo.reporting.summary import Prediction, Summary
 from sedimo.reporting.words import (
     bits,
     byte_size,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from sedimo.allocation.combine import Agreement
 from sedimo.allocation.table import Cost, SensitivityTable
-from sedimo.methods.prediction import Entrant
+from sedimo.methods.portfolio import Entrant
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import decibel
 from sedimo.quant import families

@@ -17,7 +17,7 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import decided_by
 from sedimo.allocation.table import NOISE_POWER, Cost, SensitivityTable
 from sedimo.codec import to_plain
-from sedimo.methods.prediction import Entrant, Prediction
+from sedimo.methods.portfolio import Entrant
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import PairedDifference
 from sedimo.quant.formats import FULL_BITS, Format
@@ -26,6 +26,8 @@ from sedimo.reporting.maps import NO_MAPS, Maps
 from sedimo.reporting.page import Picture
 from sedimo.reporting.placement import OUTSIDE, operation_label, place, stage
 from sedimo.treatments.learned_rounding import LearnedRounding
+
+DISAGREEMENT_DB = 2.0  # beyond which a prediction is not to be trusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,49 @@ class MeasuredRecipe:
     stored_bits: float
     measures: Mapping[str, Estimate]
     ahead: PairedDifference | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """A decision whose part in the noise is not as predicted.
+
+    `predicted_db` and `measured_db` are what the recipe would gain if this decision alone went back to 16 bits [dB].
+    """
+
+    decision: str
+    format: str
+    predicted_db: float
+    measured_db: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Mean SQNR of the whole recipe [dB]: predicted before it was measured, and measured on fresh seeds, if it was.
+
+    `blamed` are the decisions that explain most of a disagreement; empty where there is none.
+    """
+
+    predicted_db: Estimate
+    measured_db: Estimate | None
+    blamed: tuple[Blamed, ...] = ()
+
+    @property
+    def difference_db(self) -> float:
+        """Measured minus predicted [dB]: negative where there is more noise than predicted."""
+        if self.measured_db is None:
+            return math.nan
+        pair = self.measured_db.value, self.predicted_db.value
+        return pair[0] - pair[1] if all(map(math.isfinite, pair)) else math.nan
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether both agree; where they cannot be compared there is nothing to warn of."""
+        return not abs(self.difference_db) > DISAGREEMENT_DB
+
+    def as_json(self) -> Mapping[str, object]:
+        """Plain values by name; scripts may rely on the names."""
+        plain: dict[str, object] = to_plain(self)
+        return plain | {"difference_db": to_plain(self.difference_db)}
 
 
 @dataclass(frozen=True, slots=True)
