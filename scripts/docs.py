@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -123,11 +123,8 @@ def glossary() -> str:
     """The words of the report."""
     from sedimo.reporting.words import EXPLANATION_GLOSSARY, GLOSSARY
 
-    return "\n\n".join(f"**{word}.** {meaning}" for word, meaning in _words(GLOSSARY, EXPLANATION_GLOSSARY))
-
-
-def _words(*glossaries: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return sorted((entry for glossary in glossaries for entry in glossary), key=lambda entry: entry[0].lower())
+    words = sorted((GLOSSARY | EXPLANATION_GLOSSARY).items(), key=lambda entry: entry[0].lower())
+    return "\n\n".join(f"**{word}.** {meaning}" for word, meaning in words)
 
 
 GENERATED: dict[str, Callable[[], str]] = {

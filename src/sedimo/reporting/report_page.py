@@ -69,6 +69,7 @@ _MANY_TIMES = 30  # the least cost, beyond which a curve of costs has a logarith
 def report_page(summary: Summary) -> Page:
     """All that a summary tells, as a page."""
     explanation = summary.evidence.explanation
+    words = GLOSSARY | (EXPLANATION_GLOSSARY if explanation else {})
     sections = (
         None if explanation is None else matters_section(explanation),
         _decided(summary),
@@ -77,9 +78,7 @@ def report_page(summary: Summary) -> Page:
         maps_section(summary.evidence.maps),
         _cost(summary),
         _how(summary),
-        Section(
-            "words", "Words used here", (Facts((*GLOSSARY, *(EXPLANATION_GLOSSARY if explanation else ())), True),)
-        ),
+        Section("words", "Words used here", (Facts(tuple(words.items()), is_glossary=True),)),
     )
     return Page(
         title=f"{summary.model} at {summary.allocation.paper_bits:.2f} bits",

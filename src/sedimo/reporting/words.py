@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from sedimo.metrics.estimate import Estimate
@@ -16,25 +16,15 @@ from sedimo.quant.families import FAMILIES
 from sedimo.quant.formats import Format
 
 Value = str | int | float | Format | Estimate | None
-Kind = Literal[  # how a value is said that does not read well as what it is
-    "name",
-    "verdict",
-    "count",
-    "bits",
-    "fine bits",
-    "bytes",
-    "change of bytes",
-    "share",
-    "seconds",
-    "change",
-    "plus-minus",
-]
+NumberKind = Literal["count", "bits", "fine bits", "bytes", "change of bytes", "share", "seconds"]
+Kind = Literal[NumberKind, "name", "verdict", "change", "plus-minus"]  # of what does not read well as it is
 
 MINUS = "\N{MINUS SIGN}"
 THIN = "\N{NARROW NO-BREAK SPACE}"
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _COUNT_UNITS = ("", "k", "M", "G", "T", "P")
 NOTHING = "\N{EN DASH}"
+_MARKS = {"dash": "\N{EN DASH}", "dot": "\N{BLACK CIRCLE}", "ring": "\N{WHITE CIRCLE}"}
 _LEAST_PLAIN, _MOST_PLAIN = 1e-3, 1e5  # beyond these, powers of ten read better
 
 
@@ -56,58 +46,37 @@ def number(value: float, standard_error: float = math.nan, *, signed: bool = Fal
 
 def with_error(estimate: Estimate, unit: str = "", *, signed: bool = False) -> str:
     """Value and half-width of the 95 % interval: `9.7 ± 0.6 dB`; without an interval, the value alone."""
-    suffix = f"{THIN}{unit}" if unit else ""
-    half = half_width(estimate)
-    if half is None or not math.isfinite(estimate.value):
-        return f"{number(estimate.value, estimate.standard_error, signed=signed)}{suffix}"
-    digits = _digits_of_error(estimate.standard_error)
-    exponent = _exponent(max(abs(estimate.value), half))
-    if exponent == 0:
-        return f"{_plain(estimate.value, digits, signed=signed)} ± {_plain(half, digits)}{suffix}"
-    value, half, digits = estimate.value / 10.0**exponent, half / 10.0**exponent, digits + exponent
-    return f"({_plain(value, digits, signed=signed)} ± {_plain(half, digits)}){_power(exponent)}{suffix}"
+    if _half_width(estimate) is None or not math.isfinite(estimate.value):
+        text = number(estimate.value, estimate.standard_error, signed=signed)
+    else:
+        text = _pair(estimate.value, " ± ", _half_width(estimate) or 0.0, estimate.standard_error, signed=signed)
+    return _in(text, unit)
 
 
 def interval(estimate: Estimate, unit: str = "") -> str:
     """The 95 % interval: `9.1 to 10.3 dB`, or nothing when there is none."""
-    if half_width(estimate) is None:
+    if _half_width(estimate) is None:
         return ""
-    digits = _digits_of_error(estimate.standard_error)
-    exponent = _exponent(max(abs(estimate.low), abs(estimate.high)))
-    low, high = (_plain(v / 10.0**exponent, digits + exponent) for v in (estimate.low, estimate.high))
-    suffix = f"{THIN}{unit}" if unit else ""
-    return f"{low} to {high}{suffix}" if exponent == 0 else f"({low} to {high}){_power(exponent)}{suffix}"
+    return _in(_pair(estimate.low, " to ", estimate.high, estimate.standard_error), unit)
 
 
 def with_interval(estimate: Estimate, unit: str = "", *, signed: bool = False) -> str:
     """Value and 95 % interval: `9.7 dB (9.1 to 10.3)`; without an interval, the value alone."""
-    text = number(estimate.value, estimate.standard_error, signed=signed) + (f"{THIN}{unit}" if unit else "")
-    limits = interval(estimate)
+    text, limits = _in(number(estimate.value, estimate.standard_error, signed=signed), unit), interval(estimate)
     return f"{text} ({limits})" if limits else text
-
-
-def half_width(estimate: Estimate) -> float | None:
-    """Half of the 95 % interval, or None when there is no finite one."""
-    half = (estimate.high - estimate.low) / 2
-    return half if math.isfinite(half) and half > 0 else None
 
 
 def byte_size(n_bytes: float) -> str:
     """Bytes with three significant digits in decimal units: `4.27 MB`."""
-    sign, value = (MINUS if n_bytes < 0 else ""), abs(float(n_bytes))
-    unit = 0
-    while value >= 999.5 and unit < len(_BYTE_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    text = f"{value:.0f}" if unit == 0 else _fixed(value, _digits_for(value, 3))
-    return f"{sign}{text}{THIN}{_BYTE_UNITS[unit]}"
+    value, unit = _in_thousands(n_bytes, _BYTE_UNITS)
+    text = f"{abs(value):.0f}" if unit == _BYTE_UNITS[0] else _fixed(abs(value), _digits_for(value, 3))
+    return _in(f"{MINUS if n_bytes < 0 else ''}{text}", unit)
 
 
 def count(n: float) -> str:
     """A count with three significant digits and thousands as letters: `1.23 T`."""
-    unit = 0
-    while abs(n) >= 999.5 and unit < len(_COUNT_UNITS) - 1:
-        n, unit = n / 1000, unit + 1
-    return f"{n:.3g}{THIN}{_COUNT_UNITS[unit]}" if unit else f"{n:.3g}"
+    value, unit = _in_thousands(n, _COUNT_UNITS)
+    return _in(f"{value:.3g}", unit)
 
 
 def bits(value: float) -> str:
@@ -126,15 +95,30 @@ def share(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as `0.4 s`, `37 s`, `4 min 05 s`, `2 h 03 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f}{THIN}s"
     if seconds < 90:
-        return f"{seconds:.0f}{THIN}s"
-    if seconds < 5400:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes}{THIN}min {rest:02d}{THIN}s"
-    hours, rest = divmod(round(seconds / 60), 60)
-    return f"{hours}{THIN}h {rest:02d}{THIN}min"
+        return _in(f"{seconds:.{1 if seconds < 10 else 0}f}", "s")
+    of_seconds = seconds < 5400
+    whole, rest = divmod(round(seconds if of_seconds else seconds / 60), 60)
+    large, small = ("min", "s") if of_seconds else ("h", "min")
+    return f"{_in(str(whole), large)} {_in(f'{rest:02d}', small)}"
+
+
+def _in(text: str, unit: str) -> str:
+    return f"{text}{THIN}{unit}" if unit else text
+
+
+def _in_thousands(value: float, units: Sequence[str]) -> tuple[float, str]:
+    """A size in the unit in which it has at most three digits."""
+    index = 0
+    while abs(value) >= 999.5 and index < len(units) - 1:
+        value, index = value / 1000, index + 1
+    return value, units[index]
+
+
+def _half_width(estimate: Estimate) -> float | None:
+    """Half of the 95 % interval, or None when there is no finite one."""
+    half = (estimate.high - estimate.low) / 2
+    return half if math.isfinite(half) and half > 0 else None
 
 
 def _digits_of_error(error: float) -> int:
@@ -149,11 +133,17 @@ def _digits_for(value: float, n_significant: int) -> int:
     return n_significant if value == 0 else n_significant - 1 - int(f"{value:.{n_significant - 1}e}".split("e")[1])
 
 
+def _pair(first: float, between: str, second: float, error: float, *, signed: bool = False) -> str:
+    """Two numbers with the digits of an error, and a power of ten that both share."""
+    exponent = _exponent(max(abs(first), abs(second)))
+    digits = _digits_of_error(error) + exponent
+    one, other = _plain(first / 10.0**exponent, digits, signed=signed), _plain(second / 10.0**exponent, digits)
+    return f"({one}{between}{other}){_power(exponent)}" if exponent else f"{one}{between}{other}"
+
+
 def _fixed(value: float, digits: int, *, signed: bool = False) -> str:
     """`value` rounded to `digits` decimals (negative: tens), very small and large ones with a power of ten."""
     exponent = _exponent(abs(value))
-    if exponent == 0:
-        return _plain(value, digits, signed=signed)
     return f"{_plain(value / 10.0**exponent, digits + exponent, signed=signed)}{_power(exponent)}"
 
 
@@ -173,7 +163,7 @@ def _exponent(size: float) -> int:
 
 
 def _power(exponent: int) -> str:
-    return f" \N{MULTIPLICATION SIGN} 10{superscript(exponent)}"
+    return f" \N{MULTIPLICATION SIGN} 10{superscript(exponent)}" if exponent else ""
 
 
 def superscript(exponent: int) -> str:
@@ -183,10 +173,6 @@ def superscript(exponent: int) -> str:
 
 def _special(value: float) -> str:
     return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"
-
-
-MARKS = {"dash": "\N{EN DASH}", "dot": "\N{BLACK CIRCLE}", "ring": "\N{WHITE CIRCLE}"}
-GROUPED_MARK = "\N{IDENTICAL TO}"
 
 
 def family(number_format: Format) -> str:
@@ -202,8 +188,8 @@ def family_words(number_format: Format) -> str:
 
 def mark(number_format: Format) -> str:
     """The sign of a method: a dash is a uniform grid, three one in groups, a dot a codebook per channel, a ring one."""
-    sign = MARKS.get(number_format.numerics.words.mark, "")
-    return GROUPED_MARK if sign and number_format.group_size else sign
+    sign = _MARKS.get(number_format.numerics.words.mark, "")
+    return "\N{IDENTICAL TO}" if sign and number_format.group_size else sign
 
 
 def name(text: str) -> str:
@@ -239,152 +225,82 @@ def said(value: Value, kind: Kind | None = None) -> tuple[str, str]:
         >>> said(1536), said(0.25, "share")[0].replace(THIN, " ")
         (('1,536', ''), '25 %')
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    estimated = value if isinstance(value, Estimate) else None
+    plain = estimated.value if estimated else value
+    if plain is None or (isinstance(plain, float) and math.isnan(plain)):
         return NOTHING, ""
-    if isinstance(value, Estimate):
-        return _said_estimate(value, kind)
-    if isinstance(value, int | float):
-        return _said_number(value, kind), ""
-    return str(value), ""
+    if estimated:
+        if kind == "plus-minus":
+            return with_error(estimated), ""
+        limits = interval(estimated)
+        text = number(estimated.value, estimated.standard_error, signed=kind == "change")
+        return text, f"({limits})" if limits else ""
+    if isinstance(plain, int | float):
+        usual = number if isinstance(plain, float) else "{:,}".format
+        return _SAID_BY.get(kind, usual)(plain), ""
+    return str(plain), ""
 
 
-def _said_estimate(value: Estimate, kind: Kind | None) -> tuple[str, str]:
-    if math.isnan(value.value):
-        return NOTHING, ""
-    if kind == "plus-minus":
-        return with_error(value), ""
-    limits = interval(value)
-    return number(value.value, value.standard_error, signed=kind == "change"), f"({limits})" if limits else ""
+_SAID_BY: Mapping[Kind | None, Callable[[float], str]] = {
+    "count": count,
+    "bits": lambda value: bits(round(value, 2)),
+    "fine bits": "{:.3f}".format,
+    "bytes": byte_size,
+    "change of bytes": lambda value: f"{'+' if value >= 0 else ''}{byte_size(value)}",
+    "share": share,
+    "seconds": duration,
+}
 
 
-def _said_number(value: float, kind: Kind | None) -> str:
-    if kind == "bits":
-        return bits(round(value, 2))
-    if kind == "fine bits":
-        return f"{value:.3f}"
-    if kind == "change of bytes":
-        return f"{'+' if value >= 0 else ''}{byte_size(value)}"
-    said_by = {"count": count, "bytes": byte_size, "share": share, "seconds": duration}
-    if kind in said_by:
-        return said_by[kind](value)
-    return f"{value:,}" if isinstance(value, int) else number(value)
+GLOSSARY = {
+    "Bits per weight": "How much memory one weight takes on average. The original has 16. *As in the papers* counts "
+    "codes, scales and codebooks at 16 bits each, the way the published systems do; *as stored* counts the bytes that "
+    "are really in the file.",
+    "Format": f"What a layer's weights become: {', '.join(f.words.example for f in FAMILIES if f.words.example)}.",
+    "Codebook": "A short list of values. Every weight is stored as the number of its entry in the list. The values "
+    "are chosen by k-means, so that the weights move as little as possible.",
+    "Error feedback": "A way to choose codes. The nearest code of each weight is the best for that weight, and not "
+    "for the layer: where two inputs rise and fall together, the error of one weight can be cancelled by the other. "
+    "With error feedback, weights are rounded one after another, and each makes up for what the ones before it "
+    "missed.",
+    "Decision": "One choice of a format. It covers one layer, or several whose weights are equal and stored once.",
+    "Recipe": "The formats of all decisions together.",
+    "Noise": "The squared difference between what the quantized and the original network compute, relative to the "
+    "original's squared size: 0.1 means that a tenth of the power is error.",
+    "SQNR": "Signal to quantization noise ratio: -10 log10 of the noise, in decibels, averaged over samples that both "
+    "networks make from the same seeds. Higher is better; 10 dB more is a tenth of the noise, 3 dB more half.",
+    "PSNR": "The same idea on finished images, relative to the brightest possible pixel.",
+    "FID and KID": "Distances between a set of generated images and a set of real ones, in the features of an image "
+    "classifier. Lower is better. They judge whether images look right as a whole, not whether they stay the same.",
+    "95 % interval": "Where the true value lies in 95 of 100 such measurements. If the interval of a difference holds "
+    "zero, the measurement shows no difference.",
+    "Sensitivity": "The cost of giving one layer a certain format, while all others stay as they are.",
+}
 
-
-GLOSSARY: tuple[tuple[str, str], ...] = (
-    (
-        "Bits per weight",
-        "How much memory one weight takes on average. The original has 16. *As in the papers* counts codes, scales "
-        "and codebooks at 16 bits each, the way the published systems do; *as stored* counts the bytes that are "
-        "really in the file.",
-    ),
-    (
-        "Format",
-        f"What a layer's weights become: {', '.join(f.words.example for f in FAMILIES if f.words.example)}.",
-    ),
-    (
-        "Codebook",
-        "A short list of values. Every weight is stored as the number of its entry in the list. The values are "
-        "chosen by k-means, so that the weights move as little as possible.",
-    ),
-    (
-        "Error feedback",
-        "A way to choose codes. The nearest code of each weight is the best for that weight, and not for the layer: "
-        "where two inputs rise and fall together, the error of one weight can be cancelled by the other. With error "
-        "feedback, weights are rounded one after another, and each makes up for what the ones before it missed.",
-    ),
-    (
-        "Decision",
-        "One choice of a format. It covers one layer, or several whose weights are equal and stored once.",
-    ),
-    (
-        "Recipe",
-        "The formats of all decisions together.",
-    ),
-    (
-        "Noise",
-        "The squared difference between what the quantized and the original network compute, relative to the "
-        "original's squared size: 0.1 means that a tenth of the power is error.",
-    ),
-    (
-        "SQNR",
-        "Signal to quantization noise ratio: -10 log10 of the noise, in decibels, averaged over samples that both "
-        "networks make from the same seeds. Higher is better; 10 dB more is a tenth of the noise, 3 dB more half.",
-    ),
-    (
-        "PSNR",
-        "The same idea on finished images, relative to the brightest possible pixel.",
-    ),
-    (
-        "FID and KID",
-        "Distances between a set of generated images and a set of real ones, in the features of an image classifier. "
-        "Lower is better. They judge whether images look right as a whole, not whether they stay the same.",
-    ),
-    (
-        "95 % interval",
-        "Where the true value lies in 95 of 100 such measurements. If the interval of a difference holds zero, "
-        "the measurement shows no difference.",
-    ),
-    (
-        "Sensitivity",
-        "The cost of giving one layer a certain format, while all others stay as they are.",
-    ),
-)
-
-EXPLANATION_GLOSSARY: tuple[tuple[str, str], ...] = (
-    (
-        "Trial",
-        "One recipe that was really run and compared with full precision.",
-    ),
-    (
-        "Predictor and baseline",
-        "A predictor tells the quality of a recipe without running it. A baseline is a simpler rule for the same "
-        "task, such as the average bits or the sum of weight errors. A predictor that is no better than its baselines "
-        "has learned nothing that they do not say already.",
-    ),
-    (
-        "Score",
-        "What the predictor thinks of one choice, a layer at a format, with regard to the quality of the whole. Higher "
-        "is better. Scores are for comparing choices with each other.",
-    ),
-    (
-        "Operation and block",
-        "An operation is the part that a layer plays, such as the query of an attention. A denoiser repeats the same "
-        "operations in many blocks, one after the other.",
-    ),
-    (
-        "Held-out recipes, fold",
-        "Recipes that were kept from the predictor while it learned, so that it cannot know their quality by heart. "
-        "The trials are divided into folds, and each fold is held out once.",
-    ),
-    (
-        "Band",
-        "Recipes of nearly the same size. Within a band, bits tell nothing about quality any more; the choice of "
-        "layers does.",
-    ),
-    (
-        "Rank correlation (SRCC)",
-        "Spearman's: 1 if the predicted order of recipes is the measured one, 0 for guessing, negative for an order "
-        "that is rather the reverse.",
-    ),
-    (
-        "Kendall's tau",
-        "Another measure of order: the share of pairs of recipes in the right order less that in the wrong one.",
-    ),
-    (
-        "NDCG@10",
-        "Whether the ten recipes predicted to be best are really good ones, the first counting most; 1 is perfect.",
-    ),
-    (
-        "Hop",
-        "How far the graph network looks around a layer: 0 is the layer alone, 1 its direct neighbours as well, and so "
-        "on, up to whole blocks.",
-    ),
-    (
-        "Confirmed, refuted, open",
-        "A prediction is confirmed if the measured change goes the same way and its 95 % interval does not hold zero, "
-        "refuted if it goes the other way, open if the interval holds zero.",
-    ),
-)
+EXPLANATION_GLOSSARY = {
+    "Trial": "One recipe that was really run and compared with full precision.",
+    "Predictor and baseline": "A predictor tells the quality of a recipe without running it. A baseline is a simpler "
+    "rule for the same task, such as the average bits or the sum of weight errors. A predictor that is no better than "
+    "its baselines has learned nothing that they do not say already.",
+    "Score": "What the predictor thinks of one choice, a layer at a format, with regard to the quality of the whole. "
+    "Higher is better. Scores are for comparing choices with each other.",
+    "Operation and block": "An operation is the part that a layer plays, such as the query of an attention. A "
+    "denoiser repeats the same operations in many blocks, one after the other.",
+    "Held-out recipes, fold": "Recipes that were kept from the predictor while it learned, so that it cannot know "
+    "their quality by heart. The trials are divided into folds, and each fold is held out once.",
+    "Band": "Recipes of nearly the same size. Within a band, bits tell nothing about quality any more; the choice of "
+    "layers does.",
+    "Rank correlation (SRCC)": "Spearman's: 1 if the predicted order of recipes is the measured one, 0 for guessing, "
+    "negative for an order that is rather the reverse.",
+    "Kendall's tau": "Another measure of order: the share of pairs of recipes in the right order less that in the "
+    "wrong one.",
+    "NDCG@10": "Whether the ten recipes predicted to be best are really good ones, the first counting most; 1 is "
+    "perfect.",
+    "Hop": "How far the graph network looks around a layer: 0 is the layer alone, 1 its direct neighbours as well, "
+    "and so on, up to whole blocks.",
+    "Confirmed, refuted, open": "A prediction is confirmed if the measured change goes the same way and its 95 % "
+    "interval does not hold zero, refuted if it goes the other way, open if the interval holds zero.",
+}
 
 
 def packed_sizes(stored_bytes: int, file_bytes: int) -> str:
