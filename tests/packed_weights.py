@@ -14,7 +14,8 @@ from sedimo.quant.packing import pack
 from sedimo.quant.parts import WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
-from sedimo.runtime.contents import named_layers
+from sedimo.runtime.contents import make_ordinary, named_layers
+from sedimo.runtime.diffusers_plugin import attach
 
 OWNER = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"
 TIED = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1"
@@ -85,3 +86,9 @@ def check_checkpoint(folder: Path) -> Checkpoint:
     checkpoint = open_checkpoint(folder)
     read_packed(checkpoint)
     return checkpoint
+
+
+def dequantize_weights(denoiser: nn.Module) -> None:
+    """Makes an ordinary denoiser of it, in place, and tells it so; inputs are neither rounded nor divided any more."""
+    make_ordinary(denoiser)
+    attach(denoiser)

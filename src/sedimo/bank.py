@@ -311,11 +311,7 @@ class BankCache:
             self._rows.put_many("candidate", [(key, to_json(c)) for key, c in candidates.items()])
 
     def parameters(self, decision: str) -> dict[Format, Fitted]:
-        """The fitted parameters of a decision by format.
-
-        Raises:
-            StateError: the saved file is damaged.
-        """
+        """The fitted parameters of a decision by format."""
         if self._folder is None:
             return self._memory.get(decision, {})
         path, found = self._path(self._folder, decision), dict[Format, dict[str, torch.Tensor]]()
@@ -414,11 +410,7 @@ def time_fits(weights: WeightSource, space: SearchSpace) -> float:
 
 
 def read_weight(weights: WeightSource, decision: Decision) -> torch.Tensor:
-    """The weight of a decision, checked: `[out, in, ...]`, of a stream the part that reads it.
-
-    Raises:
-        InputError: another shape than the space says, infinity, or NaN.
-    """
+    """The weight of a decision, checked: `[out, in, ...]`, of a stream the part that reads it."""
     whole, stream = weights.read(decision.layers[0]), decision.stream
     n_inputs = decision.shape[1] if stream is None else stream.n_inputs
     shape = (decision.shape[0], n_inputs, *decision.shape[2:])

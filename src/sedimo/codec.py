@@ -58,11 +58,7 @@ def content_key(value: object) -> str:
 
 
 def parse_json(text: str | bytes, *, place: str = "record") -> Any:
-    """Plain values from JSON text; duplicate keys and non-standard constants are refused.
-
-    Raises:
-        StateError: the text is not valid JSON.
-    """
+    """Plain values from JSON text; duplicate keys and non-standard constants are refused."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -70,11 +66,7 @@ def parse_json(text: str | bytes, *, place: str = "record") -> Any:
 
 
 def from_json(kind: type[Record], text: str | bytes, *, place: str = "record") -> Record:
-    """The record of type `kind` that `text` describes.
-
-    Raises:
-        StateError: the text is not JSON, or a field is missing, unknown or of a wrong type.
-    """
+    """The record of type `kind` that `text` describes."""
     return from_plain(kind, parse_json(text, place=place), place=place)
 
 
@@ -105,7 +97,7 @@ def _fail(place: str, wanted: object, plain: object) -> StateError:
 
 def _read(kind: Any, plain: Any, place: str) -> Any:
     if hasattr(kind, "__from_plain__"):
-        return _read_own(kind, plain, place)
+        return _made(place, kind.__from_plain__, plain, place)
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, plain, place)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -116,9 +108,10 @@ def _read(kind: Any, plain: Any, place: str) -> Any:
     return _READERS[origin](arguments, plain, place)
 
 
-def _read_own(kind: Any, plain: Any, place: str) -> Any:
+def _made(place: str, make: Callable[..., Any], *given: Any, **fields: Any) -> Any:
+    """What a record makes of values, which it may refuse."""
     try:
-        return kind.__from_plain__(plain, place)
+        return make(*given, **fields)
     except ValueError as error:
         raise StateError(f"{place}: {error}") from error
 
@@ -178,22 +171,13 @@ def _read_dataclass(kind: Any, plain: Any, place: str) -> Any:
     if not isinstance(plain, dict):
         raise _fail(place, "an object", plain)
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(plain.keys() - fields.keys())
-    if unknown:
+    if unknown := sorted(plain.keys() - fields.keys()):
         raise StateError(f"{place} has unknown fields {unknown}; known are {sorted(fields)}")
-    missing = [
-        n
-        for n, f in fields.items()
-        if n not in plain and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise StateError(f"{place} lacks the fields {sorted(missing)}")
+    needed = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(needed - plain.keys()):
+        raise StateError(f"{place} lacks the fields {missing}")
     hints = typing.get_type_hints(kind)
-    values = {n: _read(hints[n], v, f"{place}.{n}") for n, v in plain.items()}
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise StateError(f"{place}: {error}") from error
+    return _made(place, kind, **{n: _read(hints[n], v, f"{place}.{n}") for n, v in plain.items()})
 
 
 _READERS: dict[Any, Callable[[tuple[Any, ...], Any, str], Any]] = {

@@ -7,6 +7,7 @@ one decision per stream, about the weights that read it: a recipe tells them as 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -111,11 +112,18 @@ class SearchSpace:
 
     def paper_bytes(self, recipe: Recipe) -> int:
         """Bytes of a recipe in the papers' accounting, unlisted layers at fp16 [bytes]."""
-        return sum(_bytes_of(paper_bytes, w, recipe) for w in self.weights)
+        return self._bytes(paper_bytes, recipe)
 
     def stored_bytes(self, recipe: Recipe) -> int:
         """Bytes of the tensors of all weights under a recipe, those at fp16 included [bytes]."""
-        return sum(_bytes_of(stored_bytes, w, recipe) for w in self.weights)
+        return self._bytes(stored_bytes, recipe)
+
+    def _bytes(self, size: Callable[[Format, Sequence[int]], int], recipe: Recipe) -> int:
+        return sum(
+            size(part.format, (w.shape[0], part.stop - part.start, *w.shape[2:]))
+            for w in self.weights
+            for part in recipe.parts(w)
+        )
 
     @property
     def attention_bops(self) -> int:
@@ -133,9 +141,8 @@ class SearchSpace:
         Each part of a layer's inputs has its share of the layer's MACs.
         """
         layers = (
-            sum(count_bops(w.macs * (p.stop - p.start), p.format) for p in parts) // w.shape[1]
+            sum(count_bops(w.macs * (p.stop - p.start), p.format) for p in recipe.parts(w)) // w.shape[1]
             for w in self.weights
-            for parts in (parts_of(recipe.layers.get(w.layers[0], FP16), w.shape[1]),)
         )
         return sum(layers) + self.attention_bops
 
@@ -150,11 +157,10 @@ class SearchSpace:
         Raises:
             InputError: a name that is no decision.
         """
-        unknown = sorted(choice.keys() - self.decision_index.keys())
-        if unknown:
+        if unknown := sorted(choice.keys() - self.decision_index.keys()):
             raise InputError(f"no such decision in {self.denoiser}: {unknown[:5]}")
-        chosen = [d for d in self.decisions if d.name in choice]
-        return compose({d.name: choice[d.name] for d in chosen}, self.layers, self.streams)
+        chosen = {d.name: choice[d.name] for d in self.decisions if d.name in choice}
+        return compose(chosen, self.layers, self.streams)
 
     @property
     def layers(self) -> dict[str, tuple[str, ...]]:
@@ -172,14 +178,12 @@ class SearchSpace:
         Raises:
             InputError: a layer is unknown, or differs from a layer that shares its weight.
         """
-        known = {layer for d in self.decisions for layer in d.layers}
-        unknown = sorted(set(recipe.layers) - known)
-        if unknown:
+        if unknown := sorted(set(recipe.layers) - {layer for d in self.decisions for layer in d.layers}):
             raise InputError(f"the recipe names layers that {self.denoiser} does not have: {unknown[:5]}")
         for decision in self.decisions:
-            entries = {recipe.layers.get(layer, FP16) for layer in decision.layers}
-            if len(entries) != 1:
-                found = ", ".join(sorted(str(recipe.layers.get(layer, FP16)) for layer in decision.layers))
+            entries = [recipe.layers.get(layer, FP16) for layer in decision.layers]
+            if len(set(entries)) != 1:
+                found = ", ".join(sorted(map(str, entries)))
                 raise InputError(
                     f"layers with equal weights must have one format, got {found} for {', '.join(decision.layers[:3])}"
                 )
@@ -239,11 +243,14 @@ class Recipe:
             return None
         return next((p.format for p in entry if (p.start, p.stop) == (stream.start, stream.stop)), None)
 
+    def parts(self, weight: Decision) -> tuple[PartFormat, ...]:
+        """The parts of a whole weight, fp16 when the recipe is silent."""
+        return parts_of(self.layers.get(weight.layers[0], FP16), weight.shape[1])
+
     @property
     def formats(self) -> frozenset[Format]:
         """All formats that it mentions."""
-        entries = self.layers.values()
-        return frozenset(f for e in entries for f in ((e,) if isinstance(e, Format) else (p.format for p in e)))
+        return frozenset(part.format for entry in self.layers.values() for part in parts_of(entry, 1))
 
     @property
     def activation_bits(self) -> dict[str, int]:
@@ -254,7 +261,7 @@ class Recipe:
         """
         found: dict[str, int] = {}
         for layer, entry in self.layers.items():
-            widths = {f.activation_bits for f in ((entry,) if isinstance(entry, Format) else (p.format for p in entry))}
+            widths = {part.format.activation_bits for part in parts_of(entry, 1)}
             if len(widths) != 1:
                 raise InputError(f"the parts of layer {layer!r} must agree on activation bits, got {sorted(widths)}")
             if (bits := widths.pop()) != FULL_BITS:
@@ -268,20 +275,18 @@ class Recipe:
 
     def with_activations(self, bits: Mapping[str, int]) -> Recipe:
         """The same formats of weights, with activations of so many bits by layer, 16 where it is silent."""
-        layers: dict[str, Entry] = {}
-        for name, entry in self.layers.items():
-            width = bits.get(name, FULL_BITS)
+
+        def rounded(entry: Entry, width: int) -> Entry:
             if isinstance(entry, Format):
-                layers[name] = replace(entry, activation_bits=width)
-            else:
-                layers[name] = tuple(replace(p, format=replace(p.format, activation_bits=width)) for p in entry)
-        return Recipe(layers)
+                return replace(entry, activation_bits=width)
+            return tuple(replace(p, format=replace(p.format, activation_bits=width)) for p in entry)
+
+        return Recipe({name: rounded(entry, bits.get(name, FULL_BITS)) for name, entry in self.layers.items()})
 
     @property
     def key(self) -> str:
         """Content key; layers left at fp16 do not count."""
-        quantized = {n: e for n, e in self.layers.items() if not isinstance(e, Format) or e != FP16}
-        return content_key(quantized)
+        return content_key({name: entry for name, entry in self.layers.items() if entry != FP16})
 
     def to_json(self) -> str:
         """The recipe as a JSON file's text."""
@@ -312,14 +317,13 @@ def compose(choice: Mapping[str, Format], layers: Mapping[str, Sequence[str]], s
 
     A stream that is not chosen for is left at fp16; a layer whose streams all are is left alone as a whole.
     """
-    parts: dict[str, list[PartFormat]] = {}
+    parts: dict[str, list[PartFormat]] = defaultdict(list)
     for name in choice.keys() & streams.keys():
-        stream = streams[name]
-        parts.setdefault(layers[name][0], []).append(PartFormat(stream.start, stream.stop, choice[name]))
+        parts[layers[name][0]].append(PartFormat(streams[name].start, streams[name].stop, choice[name]))
     entries: dict[str, Entry] = {}
     for name, number_format in choice.items():
-        is_whole = name not in streams
-        entry = number_format if is_whole else covering(streams[name].n_inputs, parts[layers[name][0]])
+        stream = streams.get(name)
+        entry = number_format if stream is None else covering(stream.n_inputs, parts[layers[name][0]])
         entries |= dict.fromkeys(layers[name], entry)
     return Recipe(entries)
 
@@ -389,11 +393,4 @@ def _of_stream(decision: Decision, stream: Stream, number: int) -> Decision:
 
 
 def _is_smaller(number_format: Format, shape: tuple[int, ...]) -> bool:
-    sizes = ((size(number_format, shape), size(FP16, shape)) for size in (paper_bytes, stored_bytes))
-    return all(mine < full for mine, full in sizes)
-
-
-def _bytes_of(size: Callable[[Format, Sequence[int]], int], weight: Decision, recipe: Recipe) -> int:
-    shape = weight.shape
-    parts = parts_of(recipe.layers.get(weight.layers[0], FP16), shape[1])
-    return sum(size(p.format, (shape[0], p.stop - p.start, *shape[2:])) for p in parts)
+    return all(size(number_format, shape) < size(FP16, shape) for size in (paper_bytes, stored_bytes))

@@ -117,7 +117,7 @@ def test_dequantizing_leaves_an_ordinary_denoiser(made, tmp_path):
 def test_sizes_and_texts(made):
     out, result = made
     checkpoint = check_checkpoint(out / "transformer")
-    divided = [name for name, how in checkpoint.smoothed.items() if how == "divided"]
+    divided = [name for name, how in checkpoint.configuration.smoothed.items() if how == "divided"]
     tensors = tensor_specs(checkpoint.headers)
     assert all(tensors[f"{name}.input_divisor"].dtype == torch.float16 for name in divided)  # powers of two
     n_divisor_bytes = sum(tensors[f"{name}.input_divisor"].n_bytes for name in divided)

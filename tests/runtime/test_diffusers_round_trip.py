@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, PipelineQuantizationConfig
 
-from packed_weights import OWNER, TIED, denoise, random_packed
+from packed_weights import OWNER, TIED, denoise, dequantize_weights, random_packed
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.quant.fitting import quantize_weight
 from sedimo.runtime.contents import packed_layers
 from sedimo.runtime.diffusers_plugin import SedimoConfig
-from sedimo.runtime.weights import dequantize_weights, replace_weights
+from sedimo.runtime.weights import replace_weights
 
 
 def stored(weight):

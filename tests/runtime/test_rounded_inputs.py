@@ -10,15 +10,17 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from packed_weights import denoise
+from packed_weights import denoise, dequantize_weights
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import timestep_of
 from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, StaticRange
 from sedimo.quant.fitting import quantize_weight
+from sedimo.quant.parts import TensorSpec
 from sedimo.runtime.checkpoint import open_checkpoint
 from sedimo.runtime.inputs import round_inputs, rounded_inputs, unround_inputs
-from sedimo.runtime.judge import check_inputs
-from sedimo.runtime.weights import dequantize_weights, replace_weights
+from sedimo.runtime.judge import check_against_model
+from sedimo.runtime.layout import Configuration
+from sedimo.runtime.weights import replace_weights
 
 LAYER = "transformer_blocks.0.ff.net.2"
 CONV = "pos_embed.proj"
@@ -88,9 +90,9 @@ def test_a_checkpoint_says_how_and_loading_does_it(dit, tmp_path):
     assert rounded_inputs(loaded) == RULES
     assert torch.equal(denoise(loaded), expected)
     assert torch.equal(denoise(copy.deepcopy(loaded)), expected)
-    assert open_checkpoint(tmp_path).inputs == RULES
+    assert open_checkpoint(tmp_path).configuration.inputs == RULES
     loaded.save_pretrained(tmp_path / "again")
-    assert open_checkpoint(tmp_path / "again").inputs == RULES
+    assert open_checkpoint(tmp_path / "again").configuration.inputs == RULES
     dequantize_weights(loaded)
     assert rounded_inputs(loaded) == InputQuantizers()
 
@@ -127,8 +129,11 @@ def test_activations_of_another_checkpoint_are_refused(dit, tmp_path):
     (tmp_path / "first" / "config.json").replace(tmp_path / "second" / "config.json")
     with pytest.raises(StateError, match="belongs to another checkpoint"):
         DiTTransformer2DModel.from_pretrained(tmp_path / "second")
-    with pytest.raises(StateError, match="does not have: 'nowhere'"):
-        check_inputs(InputQuantizers({"nowhere": ActivationQuantizer(4)}), dit)
+    dequantize_weights(dit)
+    found = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in dit.state_dict().items()}
+    rules = Configuration({}, InputQuantizers({"nowhere": ActivationQuantizer(4)}), {}, "")
+    with pytest.raises(StateError, match="rounds the inputs of layers that the model does not have: 'nowhere'"):
+        check_against_model(found, rules, dit)
 
 
 def test_what_is_no_layer_is_refused_and_nothing_is_lost(dit):

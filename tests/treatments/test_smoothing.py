@@ -12,7 +12,7 @@ from sedimo_zoo import MODELS
 
 import sedimo
 from folding_examples import close
-from packed_weights import check_checkpoint
+from packed_weights import check_checkpoint, dequantize_weights
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.lab.bench import trace, weights_of
@@ -27,7 +27,6 @@ from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.formats import Format
 from sedimo.runtime.inputs import divide_input, smoothed_layers
 from sedimo.runtime.layout import DIVISOR
-from sedimo.runtime.weights import dequantize_weights
 from sedimo.space import search_space
 from sedimo.treatments.smoothing import (
     SmoothingKnobs,
@@ -191,7 +190,7 @@ def test_divisors_are_saved_though_nothing_is_packed(tiny, tmp_path, writer):
     assert smoothed_layers(loaded.transformer) == ways
     assert torch.equal(sample_of(loaded), sample_of(tiny.pipeline))
     checkpoint = check_checkpoint(tmp_path / "out" / "transformer")
-    assert (checkpoint.layers, checkpoint.smoothed) == ({}, ways)
+    assert (checkpoint.layers, checkpoint.configuration.smoothed) == ({}, ways)
 
 
 def test_what_is_folded_alone_is_an_ordinary_model(tiny, tmp_path):

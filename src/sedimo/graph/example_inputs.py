@@ -16,7 +16,6 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -53,6 +52,7 @@ _TEXT_KEYS = {  # config entries with the number of tokens
 
 FIRST_UNKNOWN = 1_000_000_007  # far above any real size, so that an unknown size is recognised in products and sums
 _NEXT_UNKNOWN = 137_000_011  # no small multiples of each other
+_NO_SIZES: Mapping[str, int] = {}
 _DTYPES = {"int": torch.int64, "bool": torch.bool, "complex": torch.complex64}
 
 # A tensor as axes in letters, a number, or a container of forms; entries of a dictionary have sizes of their own:
@@ -117,15 +117,14 @@ _SIZES_OF = {  # arguments whose sizes are those of another one
 }
 
 
-@dataclass
 class Sizes:
     """Sizes by what they are of; unknown ones are handed out as large distinct numbers until they are learned."""
 
-    config: Mapping[str, object]
-    dtype: torch.dtype
-    batch: int = 1
-    learned: dict[str, int] = field(default_factory=dict)
-    unknown: dict[str, int] = field(default_factory=dict)
+    def __init__(
+        self, config: Mapping[str, object], dtype: torch.dtype, batch: int = 1, learned: Mapping[str, int] = _NO_SIZES
+    ) -> None:
+        self.config, self.dtype, self.batch, self.learned = config, dtype, batch, dict(learned)
+        self.unknown: dict[str, int] = {}
 
     def make(self, form: Form, of: str) -> object:
         """An example of the argument `of` in one of its forms."""
@@ -204,11 +203,7 @@ def signature_names(denoiser: nn.Module) -> tuple[dict[str, bool], bool]:
 
 
 def find_inputs(twin: nn.Module, given: Mapping[str, object]) -> dict[str, object]:
-    """Inputs by argument name with which the weightless denoiser runs; `given` ones are used as they are.
-
-    Raises:
-        InputError: a required argument has a name that is not known, or no form of the known ones works.
-    """
+    """Inputs by argument name with which the weightless denoiser runs; `given` ones are used as they are."""
     names, _ = signature_names(twin)
     unknown = [name for name, required in names.items() if required and name not in ARGUMENTS and name not in given]
     if unknown:
@@ -255,11 +250,7 @@ class _Search:
         return 0 if has_area or isinstance(first, nn.Conv2d) else 1
 
     def run(self, forms: Mapping[str, int]) -> dict[str, object]:
-        """The first inputs with which the forward comes to its end.
-
-        Raises:
-            InputError: it does not, whatever form is exchanged.
-        """
+        """The first inputs with which the forward comes to its end."""
         attempt = self._attempt(forms, {})
         while attempt.failure is not None:
             best = max((self._changed(attempt, f) for f in self._neighbours(attempt.forms)), key=lambda a: a.progress)
@@ -307,7 +298,7 @@ class _Search:
         return {**{name: sizes.make(ARGUMENTS[name][form], name) for name, form in forms.items()}, **self._fixed}
 
     def _attempt(self, forms: Mapping[str, int], learned: Mapping[str, int]) -> _Attempt:
-        sizes = Sizes(self._config, self._dtype, batch_size(self._fixed), dict(learned))
+        sizes = Sizes(self._config, self._dtype, batch_size(self._fixed), learned)
         for _ in range(_MAX_LEARNED):
             attempt = _Attempt(forms, sizes)
             try:

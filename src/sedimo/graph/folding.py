@@ -97,11 +97,7 @@ def find_folding(
     example_inputs: Mapping[str, object] | None = None,
     capture: Capture | None = None,
 ) -> Folding:
-    """Finds where the factors of the inputs of `layers` can go; layers that share a weight follow one another.
-
-    Raises:
-        InputError: an unknown layer, or a denoiser that cannot be exported (see `trace_denoiser`).
-    """
+    """Finds where the factors of the inputs of `layers` can go; layers that share a weight follow one another."""
     known, chosen = weight_layers(denoiser), dict.fromkeys(layers)
     unknown = [name for name in chosen if name not in known]
     if unknown:

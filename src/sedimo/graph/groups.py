@@ -44,9 +44,6 @@ def split_groups(graph: DenoiserGraph, *, n_options: int, max_variants: int) -> 
 
     Attention is cut into what makes its scores (QK) and the rest (V and output), as Qua2SeDiMo does; what is
     then still too large falls into consecutive connected parts.
-
-    Raises:
-        InputError: a single layer has more options than variants are allowed.
     """
     if n_options < 1 or max_variants < n_options:
         raise InputError(

@@ -31,11 +31,7 @@ _LEFT_BEHIND = object()
 
 
 def weight_layers(denoiser: nn.Module) -> dict[str, Node]:
-    """All weight layers by name, in the order of the module tree, not run yet; a module used under two names once.
-
-    Raises:
-        InputError: a weight does not have the shape of its layer, so it is packed by another quantizer.
-    """
+    """All weight layers by name, in the order of the module tree, not run yet; a module used under two names once."""
     kinds: dict[str, tuple[LayerType, tuple[int, ...]]] = {}
     for name, module in denoiser.named_modules():
         layer_type = next((text for kind, text in _TYPES if isinstance(module, kind)), None)
@@ -123,9 +119,6 @@ def meta_twin(denoiser: nn.Module) -> nn.Module:
     """A copy of the module tree in which every tensor lies on the meta device, each layer with a weight of its own.
 
     No weight is copied; hooks (offloading, recorders) are left behind. The copy is in evaluation mode.
-
-    Raises:
-        InputError: the module tree cannot be copied.
     """
     memo = _memo_without_weights(denoiser)
     try:

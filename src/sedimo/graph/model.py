@@ -54,11 +54,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The input channels `start` to `stop` (exclusive) of the `n_inputs` that a layer has.
-
-    Raises:
-        InputError: a range that is none of the layer's, or all of it.
-    """
+    """The input channels `start` to `stop` (exclusive) of the `n_inputs` that a layer has."""
 
     start: int
     stop: int

@@ -23,7 +23,7 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
     """The formats of all layers that are packed or whose inputs are rounded, those that share a weight included."""
     entries = whole(checkpoint.layers)
     weights = {name: _formats(entries[owner]) for name, owner in owners_of(checkpoint.layers).items()}
-    bits = {name: quantizer.bits for name, quantizer in checkpoint.inputs.layers.items()}
+    bits = {name: quantizer.bits for name, quantizer in checkpoint.configuration.inputs.layers.items()}
     return Recipe(dict.fromkeys(bits, FP16) | weights).with_activations(bits)
 
 

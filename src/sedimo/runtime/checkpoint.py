@@ -18,15 +18,13 @@ from safetensors.torch import save_file
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.weights import WEIGHTS_STEM, FileHeader, find_weights, read_header
-from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import assemble
-from sedimo.runtime.judge import check_against_layers, check_tensors, checksums_of, make_seal, read_seal, tensor_specs
+from sedimo.runtime.judge import check_tensors, checksums_of, judge_headers, make_seal, tensor_specs
 from sedimo.runtime.layout import (
     KINDS,
     METHOD,
     Configuration,
-    How,
     LayerEntry,
     Layers,
     entry_of,
@@ -46,11 +44,14 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, object]
-    layers: Layers
-    inputs: InputQuantizers
+    configuration: Configuration
     headers: tuple[FileHeader, ...]
     checksums: Mapping[str, str]
-    smoothed: Mapping[str, How]
+
+    @property
+    def layers(self) -> Layers:
+        """The packed layers by name."""
+        return self.configuration.layers
 
     @property
     def file_bytes(self) -> int:
@@ -77,12 +78,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
-    """Judges a packed denoiser's folder by its configuration and headers; no tensor is read.
-
-    Raises:
-        InputError: there is no such folder, or no weights in it.
-        StateError: the folder is not packed, damaged, truncated, foreign, of another version, or incomplete.
-    """
+    """Judges a packed denoiser's folder by its configuration and headers; no tensor is read."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is no denoiser's folder: it has no config.json")
@@ -91,13 +87,11 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
         raise StateError(f"{path} has no quantization_config: the denoiser is not packed")
     read = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
     headers = tuple(read_header(path) for path in find_weights(folder, WEIGHTS_STEM, variant).files)
-    found = tensor_specs(headers)
-    seal = read_seal(headers, read)
-    check_against_layers(found, read.layers, read.smoothed)
-    return Checkpoint(folder, config, read.layers, read.inputs, headers, checksums_of(seal, found), read.smoothed)
+    found, seal = judge_headers(headers, read)
+    return Checkpoint(folder, config, read, headers, checksums_of(seal, found))
 
 
-def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def _read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """All stored tensors by name, windows on the files, their checksums compared; else a StateError."""
     found: dict[str, torch.Tensor] = {}
     for header in checkpoint.headers:
@@ -108,12 +102,8 @@ def read_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def read_packed(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> dict[str, QuantizedTensor]:
-    """The packed weight of every packed layer, labelled with `dtype`; layers that share one get the same object.
-
-    Raises:
-        StateError: a tensor's checksum or values are wrong.
-    """
-    tensors, layers = read_tensors(checkpoint), checkpoint.layers
+    """The packed weight of every packed layer, labelled with `dtype`; layers that share one get the same object."""
+    tensors, layers = _read_tensors(checkpoint), checkpoint.layers
     found = {layer: assemble(layer, entry, tensors, dtype) for layer, entry in whole(layers).items()}
     return found | {name: found[owner] for name, owner in owners_of(layers).items()}
 
@@ -130,17 +120,13 @@ def change_layers(
 
     A layer that shares its weight changes together with those that it shares it with. `out` is an existing folder
     other than the checkpoint's.
-
-    Raises:
-        InputError: a layer that the checkpoint does not have, a weight of another shape, or a smoothed checkpoint.
-        StateError: as `read_tensors`.
     """
-    if checkpoint.smoothed:
+    if checkpoint.configuration.smoothed:
         raise InputError(
             f"{checkpoint.folder} was smoothed: its weights are no longer those of its source, so single layers cannot "
             "be packed anew. Quantize the source again with --smooth and another recipe"
         )
-    tensors, layers, owners = read_tensors(checkpoint), dict(checkpoint.layers), owners_of(checkpoint.layers)
+    tensors, layers, owners = _read_tensors(checkpoint), dict(checkpoint.layers), owners_of(checkpoint.layers)
     fresh: dict[str, QuantizedTensor] = {}
     for name, weight in weights.items():
         owner = owners.get(name, name)
@@ -152,7 +138,7 @@ def change_layers(
             raise InputError(f"layer {owner!r} has a weight of shape {shape}, the new one has {tuple(weight.shape)}")
         entry = layers[owner] = entry_of(weight)
         tensors |= {n: weight.parts[i].tensors[field] for n, (i, field) in entry.tensors(owner).items()}
-    configuration = Configuration(layers, checkpoint.inputs, {}, made_by)
+    configuration = Configuration(layers, checkpoint.configuration.inputs, {}, made_by)
     write_json(out / "config.json", {**checkpoint.config, "quantization_config": configuration.plain})
     _write_tensors(out, tensors, make_seal(tensors, configuration), max_shard_size)
 

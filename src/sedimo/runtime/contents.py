@@ -48,9 +48,6 @@ def set_weights(denoiser: nn.Module, weights: Mapping[str, QuantizedTensor]) -> 
 
     Each keeps the dtype and device of the weight that it replaces. One tensor given for several layers stays one
     shared parameter, and layers that share a parameter with a named layer follow it.
-
-    Raises:
-        InputError: a name that is no Linear or Conv layer, a wrong shape, or two weights for one parameter.
     """
     modules = dict(named_layers(denoiser))
     for name, weight in weights.items():
@@ -90,9 +87,6 @@ def assemble(layer: str, entry: LayerEntry, tensors: Mapping[str, torch.Tensor],
     """The packed weight of a layer from its stored tensors by name; their values are checked.
 
     The tensors are copied: those of a safetensors file are windows on the file, which may change.
-
-    Raises:
-        StateError: a value that no quantizer writes, or tensors that do not fit the entry.
     """
     parts = []
     for i, part in enumerate(entry.parts):
@@ -109,11 +103,7 @@ def assemble(layer: str, entry: LayerEntry, tensors: Mapping[str, torch.Tensor],
 
 
 def flatten_state(state: Mapping[str, torch.Tensor], layers: Layers) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file from a state dict: packed weights as parts, shared ones once, others narrowed.
-
-    Raises:
-        StateError: the packed weights are not those that `layers` describes, or have no data.
-    """
+    """The tensors of a weights file from a state dict: packed weights as parts, shared ones once, others narrowed."""
     flat = dict(state)
     packed = {name: flat.pop(f"{name}.weight", None) for name in layers}
     for name, entry in layers.items():
@@ -151,11 +141,7 @@ def narrowed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_unfit_source(denoiser: nn.Module) -> None:
-    """Refuses to quantize what is not a full-precision denoiser.
-
-    Raises:
-        InputError: it is already quantized, or has adapters (LoRA), attached or merged.
-    """
+    """Refuses to quantize what is not a full-precision denoiser."""
     method = getattr(denoiser, "quantization_method", None) if hasattr(denoiser, "hf_quantizer") else None
     if method not in (None, METHOD) or packed_layers(denoiser):  # ours without packed weights is smoothed only
         raise InputError(

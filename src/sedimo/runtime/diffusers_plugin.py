@@ -30,15 +30,12 @@ from sedimo.quant.tensor import QuantizedTensor
 from sedimo.runtime.contents import assemble, describe, flatten_state, make_ordinary, named_layers
 from sedimo.runtime.inputs import prepare_divisors, round_inputs, rounded_inputs, smoothed_layers
 from sedimo.runtime.judge import (
-    check_against_layers,
     check_against_model,
-    check_inputs,
     check_nothing_on_meta,
     check_tensors,
     checksums_of,
+    judge_headers,
     make_seal,
-    read_seal,
-    tensor_specs,
 )
 from sedimo.runtime.layout import METHOD, Configuration, Layers, owners_of, packed_tensors, read_configuration, whole
 
@@ -62,11 +59,7 @@ class SedimoConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, *, recipe: Mapping[str, str] | None = None, **configuration: object) -> None:
-        """Reads plain values strictly.
-
-        Raises:
-            StateError: another version, an unknown field, or an entry that is not as the specification says.
-        """
+        """Reads plain values strictly."""
         plain = configuration or Configuration({}, InputQuantizers(), {}, MADE_BY).plain
         self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
         self.configuration = read_configuration(plain, place="quantization_config")
@@ -93,9 +86,7 @@ class SedimoConfig(QuantizationConfigMixin):
         recipe: dict[str, object] = {"recipe": self.recipe} if self.recipe else {}
         return {**self.configuration.plain, **recipe}
 
-    def to_diff_dict(self) -> dict[str, object]:
-        """As `to_dict`: nothing is left to defaults."""
-        return self.to_dict()
+    to_diff_dict = to_dict  # nothing is left to defaults
 
 
 class SedimoQuantizer(DiffusersQuantizer):
@@ -103,6 +94,10 @@ class SedimoQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True  # as without quantization: the two must give the same bits
     requires_calibration = False
+    is_serializable = True
+    is_trainable = True  # gradients flow through packed weights to adapters; the codes themselves are fixed
+    is_compileable = True  # torch.compile(fullgraph=True) works
+    supports_parallel_loading = False  # the tensors of one layer may lie in two shards, which are read in turn
 
     def __init__(self, quantization_config: SedimoConfig, *, pre_quantized: bool = True) -> None:
         """Made by diffusers for each model."""
@@ -124,26 +119,6 @@ class SedimoQuantizer(DiffusersQuantizer):
     def layers(self) -> Layers:
         """The packed layers by name."""
         return self.config.layers
-
-    @property
-    def is_serializable(self) -> bool:
-        """Packed weights can be saved."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Gradients flow through packed weights to adapters; the codes themselves are fixed."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """torch.compile(fullgraph=True) works."""
-        return True
-
-    @property
-    def supports_parallel_loading(self) -> bool:
-        """The tensors of one layer may lie in two shards, which are read in turn."""
-        return False
 
     def validate_environment(
         self, torch_dtype: torch.dtype | None = None, device_map: object = None, **_: object
@@ -172,10 +147,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         paths = [Path(str(file)) for file in checkpoint_files]
         if wrong := [path.name for path in paths if path.suffix != ".safetensors"]:
             raise StateError(f"a packed checkpoint is read from safetensors files only, got {wrong}")
-        headers = [read_header(path) for path in paths]
-        self._found = tensor_specs(headers)
-        self._seal = read_seal(headers, self.config.configuration)
-        check_against_layers(self._found, self.layers, self.config.configuration.smoothed)
+        self._found, self._seal = judge_headers([read_header(path) for path in paths], self.config.configuration)
         if set(loaded_keys) != set(self._found):
             names = sorted(set(loaded_keys) ^ set(self._found))
             raise StateError(f"the index of the shards and the shards disagree about {names[:5]}. Copy them again.")
@@ -231,8 +203,7 @@ class SedimoQuantizer(DiffusersQuantizer):
             if self._seal is None:
                 raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder) only")
             prepare_divisors(model, self.config.configuration.smoothed)
-            check_against_model(self._found, self.layers, model)
-            check_inputs(self.config.configuration.inputs, model)
+            check_against_model(self._found, self.config.configuration, model)
             self._checksums = checksums_of(self._seal, self._found)
         elif unknown := sorted(set(self.config.recipe) - {name for name, _ in named_layers(model)}):
             raise InputError(f"the recipe names layers that the model does not have: {unknown[:5]}")

@@ -55,9 +55,6 @@ def round_inputs(denoiser: nn.Module, quantizers: InputQuantizers) -> None:
     """Makes the denoiser round the inputs of some layers, in place; other layers compute with what they get.
 
     What was attached before is taken off.
-
-    Raises:
-        InputError: a name that is no Linear or Conv layer; the denoiser keeps what it had.
     """
     modules = dict(denoiser.named_modules(remove_duplicate=False))
     for name in quantizers.layers:
@@ -119,11 +116,7 @@ def divide_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[tor
 
 
 def set_divisor(module: nn.Module, divisor: torch.Tensor) -> None:
-    """Lets a layer divide its input by `divisor` `[in]`, before the hooks that it has and those that it will get.
-
-    Raises:
-        InputError: it has a divisor already.
-    """
+    """Lets a layer divide its input by `divisor` `[in]`, before the hooks that it has and those that it will get."""
     if DIVISOR in module._buffers:
         raise InputError("the layer divides its input already: smooth the denoiser as it was loaded")
     module.register_buffer(DIVISOR, divisor)
@@ -157,11 +150,7 @@ def unsmooth_inputs(denoiser: nn.Module) -> None:
 
 
 def prepare_divisors(model: nn.Module, smoothed: Mapping[str, How]) -> None:
-    """Gives the divided layers of a model that is about to be loaded a place for their divisors.
-
-    Raises:
-        StateError: the model has no such layer, or its channels are grouped.
-    """
+    """Gives the divided layers of a model that is about to be loaded a place for their divisors."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, how in smoothed.items():
         module = modules.get(name)

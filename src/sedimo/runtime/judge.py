@@ -10,21 +10,19 @@ new seal. Every check raises a `StateError` that names the file, layer or tensor
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from sedimo.errors import StateError
 from sedimo.pipelines.weights import DTYPES, FileHeader
-from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.parts import CODES, TensorSpec
 from sedimo.runtime.layout import (
     DIVISOR,
     FORMAT_VERSION,
     Configuration,
     How,
-    Layers,
     PartEntry,
     kind_of,
     owners_of,
@@ -37,6 +35,13 @@ _VERSION, _LAYERS, _CHECKSUMS = "sedimo_format", "sedimo_layers", "sedimo_crc32"
 _DIGITS = 8  # hexadecimal digits of a CRC-32
 _SHOWN = 5  # names in an error
 _REMEDY = "The checkpoint is damaged or foreign: copy or download it again."
+
+
+def judge_headers(headers: Sequence[FileHeader], configuration: Configuration) -> tuple[dict[str, TensorSpec], str]:
+    """What a checkpoint's files hold, and the digits of their seal, after everything that headers can tell."""
+    found, seal = tensor_specs(headers), _read_seal(headers, configuration)
+    _check_against_layers(found, configuration)
+    return found, seal
 
 
 def tensor_specs(headers: Iterable[FileHeader]) -> dict[str, TensorSpec]:
@@ -61,7 +66,7 @@ def make_seal(tensors: Mapping[str, torch.Tensor], configuration: Configuration)
     return {_VERSION: str(FORMAT_VERSION), _LAYERS: configuration.key, _CHECKSUMS: digits}
 
 
-def read_seal(headers: Iterable[FileHeader], configuration: Configuration) -> str:
+def _read_seal(headers: Iterable[FileHeader], configuration: Configuration) -> str:
     """The digits of a checkpoint's seal, after checking that its files belong together and to the configuration."""
     found = set()
     for header in headers:
@@ -115,14 +120,15 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, s
             raise StateError(f"{name} must be finite and greater than zero: the file is damaged; make it again")
 
 
-def check_against_layers(found: Mapping[str, TensorSpec], layers: Layers, smoothed: Mapping[str, How]) -> None:
-    """Refuses a checkpoint whose packed tensors or divisors are not those that its configuration describes."""
+def _check_against_layers(found: Mapping[str, TensorSpec], configuration: Configuration) -> None:
+    layers = configuration.layers
     packed, entries = packed_tensors(layers), whole(layers)
     _refuse_names("lacks packed tensors", packed.keys() - found.keys())
     for name, wanted in packed.items():
         if found[name] != wanted:
             raise StateError(f"tensor {name!r} must be {wanted} by config.json, the file has {found[name]}. {_REMEDY}")
-    check_divisor_specs(found, smoothed, {name: entries[o].shape[1] for name, o in owners_of(layers).items()})
+    n_inputs = {name: entries[owner].shape[1] for name, owner in owners_of(layers).items()}
+    check_divisor_specs(found, configuration.smoothed, n_inputs)
 
 
 def check_divisor_specs(
@@ -146,8 +152,9 @@ def check_divisor_specs(
             raise StateError(f"tensor {name!r} must be [{n_inputs}] of floating point, got {spec.dtype} {spec.shape}")
 
 
-def check_against_model(found: Mapping[str, TensorSpec], layers: Layers, model: nn.Module) -> None:
+def check_against_model(found: Mapping[str, TensorSpec], configuration: Configuration, model: nn.Module) -> None:
     """Refuses a checkpoint that does not hold exactly the layers and tensors of the model, in their shapes."""
+    layers = configuration.layers
     modules, entries = dict(model.named_modules(remove_duplicate=False)), whole(layers)
     for name, owner in owners_of(layers).items():
         module, entry = modules.get(name), entries[owner]
@@ -167,14 +174,9 @@ def check_against_model(found: Mapping[str, TensorSpec], layers: Layers, model: 
     for name, spec in wanted.items():
         if plain[name].shape != spec.shape or plain[name].dtype.is_floating_point != spec.dtype.is_floating_point:
             raise StateError(f"tensor {name!r} must be {spec} for this model, the file has {plain[name]}. {_REMEDY}")
-
-
-def check_inputs(inputs: InputQuantizers, model: nn.Module) -> None:
-    """Refuses rules for activations of layers that the model does not have."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     _refuse_names(
         "rounds the inputs of layers that the model does not have",
-        [name for name in inputs.layers if name not in modules or kind_of(modules[name]) is None],
+        [name for name in configuration.inputs.layers if name not in modules or kind_of(modules[name]) is None],
     )
 
 

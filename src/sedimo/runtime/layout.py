@@ -63,12 +63,7 @@ class PartEntry:
         return cls(range_of.start, range_of.stop, range_of.format, dtypes)
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """The stored tensors by field, for a layer of the given weight shape.
-
-        Raises:
-            InputError: a dtype that does not belong to the format, activation bits, which are told elsewhere, or a
-                format of another program.
-        """
+        """The stored tensors by field, for a layer of the given weight shape."""
         family, dtypes = self.format.numerics, dict[str, torch.dtype]()
         if self.format != self.format.weight_format:
             raise InputError(f"a packed weight has no activation bits, they belong in 'activations'; got {self.format}")
@@ -159,11 +154,7 @@ class Configuration:
 
 
 def read_configuration(plain: object, *, place: str) -> Configuration:
-    """A `quantization_config`; the version is judged first.
-
-    Raises:
-        StateError: not an object, another method or version, an unknown field, or a wrong entry.
-    """
+    """A `quantization_config`; the version is judged first."""
     if not isinstance(plain, Mapping):
         raise StateError(f"{place} must be an object, got {type(plain).__name__}")
     if plain.get("quant_method") != METHOD:
@@ -192,11 +183,7 @@ def version_error(found: object, place: str) -> StateError:
 
 
 def read_layers(plain: object, *, place: str) -> dict[str, LayerEntry | TiedEntry]:
-    """The layers of a configuration; strict.
-
-    Raises:
-        StateError: an entry is not as docs/reference/formats.md says, or a tie leads nowhere.
-    """
+    """The layers of a configuration; strict."""
     if not isinstance(plain, Mapping):
         raise StateError(f"{place} must be an object of layer names, got {type(plain).__name__}")
     found: dict[str, LayerEntry | TiedEntry] = {}

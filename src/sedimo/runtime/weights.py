@@ -1,4 +1,4 @@
-"""The verbs on a denoiser in memory: pack weights, unpack them, save it packed.
+"""The verbs on a denoiser in memory: pack weights, save it packed.
 
 A diffusers model is told what is packed in it, so that its own `save_pretrained`, `dequantize` and `to` are right.
 """
@@ -15,7 +15,7 @@ from sedimo.errors import InputError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.contents import make_ordinary, packed_layers, set_weights
+from sedimo.runtime.contents import packed_layers, set_weights
 from sedimo.runtime.diffusers_plugin import attach
 from sedimo.runtime.inputs import round_inputs
 
@@ -48,21 +48,10 @@ def replace_weights(
     attach(denoiser)
 
 
-def dequantize_weights(denoiser: nn.Module) -> None:
-    """Makes an ordinary denoiser of it, in place: inputs of layers are neither rounded nor divided any more."""
-    make_ordinary(denoiser)
-    attach(denoiser)
-
-
 def save_denoiser(
     denoiser: nn.Module, folder: Path, *, max_shard_size: int | str = MAX_SHARD_SIZE, variant: str | None = None
 ) -> None:
-    """Saves a diffusers denoiser with its packed weights, to be loaded by its class's `from_pretrained`.
-
-    Raises:
-        InputError: nothing is packed in it, or it is no diffusers model.
-        StateError: an adapter is attached, or weights were exchanged behind its back.
-    """
+    """Saves a diffusers denoiser with its packed weights, to be loaded by its class's `from_pretrained`."""
     if not packed_layers(denoiser):
         raise InputError("no weight of the denoiser is packed: call replace_weights(denoiser, ...) before saving it")
     if not hasattr(denoiser, "save_pretrained"):

@@ -79,11 +79,6 @@ class WrittenCheckpoint:
     linked: tuple[str, ...]
     copied: tuple[str, ...]
 
-    @property
-    def header_bytes(self) -> int:
-        """Bytes of the weight files that are no tensors."""
-        return self.file_bytes - self.stored_bytes - self.plain_bytes
-
 
 _DEFAULT = WriteOptions()
 Finish = Callable[[Path, WrittenCheckpoint], None]
@@ -133,10 +128,6 @@ def replace_layer_format(
     """Writes the packed folder `source` anew with other packed weights for some layers; all else keeps its bytes.
 
     Nothing is fitted again. A layer that shares its weight changes together with those that it shares it with.
-
-    Raises:
-        InputError: `out` is in use or overlaps `source`, an unknown layer, or a weight of another shape.
-        StateError: `source` is not packed, or is damaged.
     """
 
     def fill(home: Path) -> None:
