@@ -19,37 +19,26 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _QUIET_SECONDS = 10.0  # between two lines about progress, where no terminal is
-EXIT_UNEXPECTED, EXIT_INPUT, EXIT_STATE, EXIT_EXTRA, EXIT_INTERRUPTED = 1, 3, 4, 5, 130
+EXIT_INPUT, EXIT_STATE, EXIT_EXTRA, EXIT_INTERRUPTED = 3, 4, 5, 130
 
 
 def run_guarded(work: Callable[[], object], *, verbose: bool) -> object:
-    """Runs `work`; an error of ours becomes a message on standard error and its exit code."""
+    """Runs `work`; an error of ours, or of the system, becomes a message on standard error and its exit code."""
     try:
         return work()
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "interrupted; what was finished is saved, the same command goes on"
-        _exit(message, EXIT_INTERRUPTED)
-    except (OSError, UnicodeError) as error:  # of the system: no such file, no space, no permission, no text
-        if verbose:
-            traceback.print_exc()
-        _exit(f"{type(error).__name__}: {error}", EXIT_INPUT)
+        code = EXIT_INTERRUPTED
     except sqlite3.Error as error:
-        _exit(f"the study cannot be used: {error}", EXIT_STATE)
-    except SedimoError as error:
+        message, code = f"the study cannot be used: {error}", EXIT_STATE
+    except (SedimoError, OSError, UnicodeError) as error:  # no such file, no space, no permission, no text
         if verbose:
             traceback.print_exc()
-        _exit(f"{type(error).__name__}: {error}", exit_code(error))
-    return None
-
-
-def exit_code(error: SedimoError) -> int:
-    """The exit code of an error."""
-    if isinstance(error, InputError):
-        return EXIT_INPUT
-    return EXIT_EXTRA if isinstance(error, MissingExtraError) else EXIT_STATE
-
-
-def _exit(message: str, code: int) -> None:
+        message, code = f"{type(error).__name__}: {error}", EXIT_STATE
+        if isinstance(error, MissingExtraError):
+            code = EXIT_EXTRA
+        elif isinstance(error, InputError | OSError | UnicodeError):
+            code = EXIT_INPUT
     click.echo(message, err=True)
     raise click.exceptions.Exit(code)
 

@@ -5,7 +5,7 @@ Example: sedimo change small proj_out_2=uaq8 --source zoo:cifar-dit -o better
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,22 +39,6 @@ class ChangeSettings:
     out: Path = option(REQUIRED, "-o", "--out", help="Folder to write.")
     variant: str | None = option(None, "--variant", help="Variant of SRC's weights, such as fp16.")
 
-    @property
-    def formats(self) -> dict[str, str]:
-        """Formats by layer.
-
-        Raises:
-            InputError: a change that cannot be read, or two for one layer.
-        """
-        found: dict[str, str] = {}
-        for text in self.changes:
-            layer, _, number_format = text.partition("=")
-            if not (layer and number_format):
-                raise InputError(f"a change is written LAYER=FORMAT, such as proj_out_2=uaq8; got {text!r}")
-            if found.setdefault(layer, number_format) != number_format:
-                raise InputError(f"layer {layer!r} is given two formats: {found[layer]} and {number_format}")
-        return found
-
 
 def run(settings: ChangeSettings, _progress: Progress) -> dict[str, Any]:
     """Writes the checkpoint anew; all tensors of other layers keep their bytes. Formats before and after, and sizes.
@@ -67,12 +51,11 @@ def run(settings: ChangeSettings, _progress: Progress) -> dict[str, Any]:
             output in use.
         StateError: a damaged checkpoint.
     """
-    wanted = {layer: Format.parse(text) for layer, text in settings.formats.items()}
+    wanted = _read(settings.changes)
     place = settings.checkpoint.expanduser()
     inner = denoiser_folder(place)
     old = open_checkpoint(inner)
     name, folder = locate(settings.source, settings.variant)
-    _refuse_activations(wanted)
     fresh = _fitted(old, FileWeights(denoiser_folder(folder), settings.variant), wanted)
     before, owners = recipe_of(old), owners_of(old.layers)
     changed = {layer: fresh[owner] for layer, owner in owners.items() if owner in fresh} | fresh
@@ -90,13 +73,22 @@ def run(settings: ChangeSettings, _progress: Progress) -> dict[str, Any]:
     }
 
 
-def _refuse_activations(formats: Mapping[str, Format]) -> None:
-    for layer, number_format in formats.items():
+def _read(changes: Iterable[str]) -> dict[str, Format]:
+    """Formats by layer from texts such as `proj_out_2=uaq8`."""
+    found: dict[str, Format] = {}
+    for text in changes:
+        layer, _, written = text.partition("=")
+        if not (layer and written):
+            raise InputError(f"a change is written LAYER=FORMAT, such as proj_out_2=uaq8; got {text!r}")
+        number_format = Format.parse(written)
+        if found.setdefault(layer, number_format) != number_format:
+            raise InputError(f"layer {layer!r} is given two formats: {found[layer]} and {number_format}")
         if number_format != number_format.weight_format:
             raise InputError(
                 f"layer {layer!r}: a change is of weights and keeps how activations are rounded, got {number_format}; "
                 f"use {number_format.weight_format}, or quantize the source anew"
             )
+    return found
 
 
 def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, Format]) -> dict[str, QuantizedTensor]:

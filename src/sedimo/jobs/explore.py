@@ -194,12 +194,7 @@ class ExploreResult:
 
 
 def plan(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, Any]:
-    """What `run` would take, estimated from one timed call and one timed fit; nothing is measured or written.
-
-    Raises:
-        InputError: as `run`.
-        StateError: as `run`.
-    """
+    """What `run` would take, estimated from one timed call and one timed fit; nothing is measured or written."""
     progress.start(1, "planning")
     lab = _open(settings, progress)
     path = settings.store if settings.store.suffix == ".sqlite" else settings.store / FILE_NAME
@@ -230,7 +225,12 @@ def run(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult
         lab = treated(lab.kept_in(study), settings.chosen)
         space, on = lab.bank.space, lab.seeds.search
         exploration = settings.exploration(space)
-        _keep_records(study, lab, settings, files_digest)
+        study.claim(EXPLORATION, exploration)
+        study.put_record(SPACE, space)
+        study.put_record(GRAPH, lab.graph)
+        source, formats = settings.source, settings.formats
+        about = (source.source, source.variant, files_digest, settings.format_texts, formats.ends or "")
+        study.put_record(SOURCE, ExploredSource(*about, _treatments(settings), lab.bank.digest))
         measure_background(lab, settings.prior, on.first(MAX_PRIOR_SAMPLES))
         n_before, measuring = len(study.trial_keys()), time.monotonic()
         recipes = [exploration.recipe(index) for index in range(settings.trials)]
@@ -338,10 +338,11 @@ def refuse_other_study(study: Study, lab: Lab, settings: ExploreSettings) -> Non
             ("low bits", begun.low_bits, settings.low_bits),
             ("high bits", begun.high_bits, settings.high_bits),
         ]
-    shown = [
-        (name, *("unset" if value is None else value for value in pair)) for name, *pair in pairs if pair[0] != pair[1]
+    differing = [
+        f"{name} {'unset' if old is None else old}, not {'unset' if new is None else new}"
+        for name, old, new in pairs
+        if old != new
     ]
-    differing = [f"{name} {old}, not {new}" for name, old, new in shown]
     if differing:
         hint = " (--whole-layers decides on no streams)" if any("streams" in text for text in differing) else ""
         raise StateError(
@@ -353,16 +354,6 @@ def refuse_other_study(study: Study, lab: Lab, settings: ExploreSettings) -> Non
 def _treatments(settings: ExploreSettings) -> dict[str, str]:
     """What was set of treatments, by name, in words."""
     return {one.name: str(knobs) for one, knobs in treatments_of(settings.chosen)}
-
-
-def _keep_records(study: Study, lab: Lab, settings: ExploreSettings, files_digest: str) -> None:
-    """What later stages need to know of the trials."""
-    study.claim(EXPLORATION, settings.exploration(lab.bank.space))
-    study.put_record(SPACE, lab.bank.space)
-    study.put_record(GRAPH, lab.graph)
-    source = settings.source
-    about = (source.source, source.variant, files_digest, settings.format_texts, settings.formats.ends or "")
-    study.put_record(SOURCE, ExploredSource(*about, _treatments(settings), lab.bank.digest))
 
 
 def page(found: ExploreResult) -> Page:

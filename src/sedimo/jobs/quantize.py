@@ -30,7 +30,6 @@ from sedimo.jobs.settings import (
     FORMATS,
     SAMPLING,
     FormatSettings,
-    finish,
     open_lab,
     refuse_together,
     treated,
@@ -75,9 +74,6 @@ class QuantizeSettings(Checked):
 
     A `recipe` and `method="uniform:kmc4"` need no budget. `chosen` has what was set for single methods and treatments,
     by their names.
-
-    Raises:
-        InputError: an unknown method or format, no budget where one is needed, or one beside a recipe.
     """
 
     source: SourceSettings = block(REQUIRED, "Source")
@@ -145,11 +141,7 @@ class QuantizeSettings(Checked):
 
     @property
     def folder(self) -> Path:
-        """The folder to write.
-
-        Raises:
-            InputError: there is none.
-        """
+        """The folder to write; an error if there is none."""
         if self.out is None:
             raise InputError("an output folder is needed: -o OUT")
         return self.out
@@ -160,11 +152,7 @@ class QuantizeSettings(Checked):
         return self.store or self.folder.absolute().with_name(self.folder.resolve().name + ".study")
 
     def check_places(self, source: Path) -> None:
-        """Refuses outputs that could not be written, before anything is measured.
-
-        Raises:
-            InputError: no output, one that exists, or one that lies in the source or in the study, or around it.
-        """
+        """Refuses, before anything is measured, no output, one in use, and one in source or study or around them."""
         out = self.folder
         if out.resolve() == Path.cwd():
             raise InputError("the output cannot be the working folder, which it would replace: name a folder with -o")
@@ -249,22 +237,13 @@ class JobResult:
 
 
 def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> dict[str, Any]:
-    """What the job takes, estimated from one timed call; nothing is measured or written.
-
-    Raises:
-        InputError: as `run`.
-    """
+    """What the job takes, estimated from one timed call; nothing is measured or written."""
     progress.start(1, "planning")
     lab = _open(settings, progress)
     found = _plan(lab, settings)
     progress.done()
-    source_bytes = lab.source_bytes
-    disk_bytes = int(STORED_BYTES_PER_SOURCE_BYTE * source_bytes)
-    price = replace(
-        found.price,
-        memory_bytes=found.price.memory_bytes + source_bytes,
-        disk_bytes=found.price.disk_bytes + disk_bytes,
-    )
+    price = found.price + Price(disk_bytes=int(STORED_BYTES_PER_SOURCE_BYTE * lab.source_bytes))
+    price = replace(price, memory_bytes=price.memory_bytes + lab.source_bytes)
     own = {"method": found.method, "reason": found.reason, "unchecked": found.unchecked, "budget": str(settings.budget)}
     return own | outlook(lab.subject.name, lab.space, price)
 
@@ -289,7 +268,8 @@ def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
         finding = _find(lab, settings, plan)
         if not any(f.is_quantized for f in finding.decided.choice.values()):
             raise InputError("every layer would stay as it is: there is nothing to write. Give a smaller budget")
-        finished = finish(lab, chosen, finding)
+        ways = ((one.finish, knobs) for one, knobs in treatments_of(chosen) if one.finish is not None)
+        finished = next((way(lab, knobs, finding.bank, finding.decided) for way, knobs in ways), None)
         check = None if plan.unchecked else check_recipe(lab, finding, finished)
         traits = _method(settings, plan).traits
         evidence = find_evidence(lab, finding, traits, check, finished, is_explained=settings.check)
@@ -519,10 +499,8 @@ def page(found: JobResult) -> Page:
 def _table(check: Check) -> Table:
     lines = ((one.name, one.paper_bits, one.stored_bits, one.measures["sqnr_db"]) for one in check.recipes)
     titles = columns("recipe", ("paper bits", "bits"), ("stored bits", "bits"), ("SQNR [dB]", "plus-minus"))
-    caption = (
-        f"Final latents against full precision, seeds {check.seeds[0]} to {check.seeds[-1]}, {check.n_steps} steps"
-    )
-    return Table(titles, rows(lines), caption)
+    seeds = f"seeds {check.seeds[0]} to {check.seeds[-1]}"
+    return Table(titles, rows(lines), f"Final latents against full precision, {seeds}, {check.n_steps} steps")
 
 
 def plan_page(found: Mapping[str, Any]) -> Page:

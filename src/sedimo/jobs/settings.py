@@ -12,10 +12,9 @@ from sedimo.errors import InputError
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.methods.method import Finding
 from sedimo.quant.formats import Format, parse_formats, with_activations
 from sedimo.settings import Checked, leaves, option
-from sedimo.treatments.treatment import Finished, Treatment
+from sedimo.treatments.treatment import Treatment
 
 SAMPLING = SamplingSettings()
 
@@ -112,18 +111,6 @@ def refuse_together(chosen: Mapping[str, object]) -> None:
             names = (one.name, next(other.name for other in wanted if other.name in one.excludes))
             flags = [next(leaves(t.knobs)).option.flags[0] for t in treatments.TREATMENTS if t.name in names]
             raise InputError(f"{flags[0]} and {flags[1]} both choose the codes: give one of them")
-
-
-def finish(lab: Lab, chosen: Mapping[str, object], finding: Finding) -> Finished | None:
-    """What the treatment after the decision makes of its recipe; None without one.
-
-    Raises:
-        Interrupted: the user stopped it; what was learned is kept.
-    """
-    for one, knobs in treatments_of(chosen):
-        if one.finish is not None:
-            return one.finish(lab, knobs, finding.bank, finding.decided)
-    return None
 
 
 def treated(lab: Lab, chosen: Mapping[str, object]) -> Lab:
