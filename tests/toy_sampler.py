@@ -106,13 +106,12 @@ class ToySampler:
         self.n_runs = 0
 
     def sample(self, sampling, *, observer=None):
-        n = len(sampling.seeds)
-        batches = [range(i, min(i + sampling.batch_size, n)) for i in range(0, n, sampling.batch_size)]
-        return torch.cat([sample_batch(self.pipeline, self.denoiser, sampling, b, observer) for b in batches])
+        batches = sampling.batches()
+        return torch.cat([sample_batch(self.pipeline, self.denoiser, batch, observer) for batch in batches])
 
     def decode(self, latents):
         return latents
 
     def differentiable(self, sampling):
         self.n_runs += 1
-        return run_differentiably(self.pipeline, self.denoiser, sampling, range(len(sampling.seeds)))
+        return run_differentiably(self.pipeline, self.denoiser, sampling)

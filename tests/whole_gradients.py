@@ -32,11 +32,10 @@ def whole_run(adapter, sampling) -> Iterator[torch.Tensor]:
     with (
         wanting_gradients(adapter.denoiser),
         torch.enable_grad(),
-        ready_to_sample(pipeline, sampling, range(len(sampling.seeds))) as ready,
+        ready_to_sample(pipeline, sampling, cuts_last=True) as (arguments, steps),
     ):
-        ready.steps.cuts_last = not gives_latents(pipeline)
-        result = call(pipeline, **ready.arguments)[0]
-        latents = result if gives_latents(pipeline) else ready.steps.last
+        result = call(pipeline, **arguments)[0]
+        latents = result if gives_latents(pipeline) else steps.last
         yield latents[: len(sampling.seeds)]
 
 

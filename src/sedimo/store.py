@@ -13,7 +13,6 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from sedimo.errors import InputError, StateError
 
@@ -55,19 +54,16 @@ class Rows:
         self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
         try:
             self._prepare()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, StateError) as error:
             self._connection.close()
+            if isinstance(error, StateError):
+                raise
             raise StateError(f"{path} is not a readable file of rows: {error}") from error
-        except StateError:
-            self._connection.close()
-            raise
 
     def __enter__(self) -> Rows:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def put(self, kind: str, key: str, text: str) -> None:
@@ -80,7 +76,13 @@ class Rows:
         Raises:
             InputError: a text that is not JSON.
         """
-        checked = [(kind, key, _checked(kind, key, text)) for key, text in rows]
+        checked = []
+        for key, text in rows:
+            try:
+                json.loads(text)
+            except ValueError as error:
+                raise InputError(f"row {kind}/{key} must be JSON text: {error}") from error
+            checked.append((kind, key, text))
         with self._transaction():
             self._connection.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", checked)
 
@@ -127,8 +129,13 @@ class Rows:
             )
         self._log_ahead()
         run("PRAGMA synchronous = FULL")
-        if version == 0:
-            self._create()
+        if version != 0:
+            return
+        with self._transaction():
+            if run("PRAGMA user_version").fetchone()[0] == 0:  # else another process was faster
+                run(_SCHEMA)
+                run(f"PRAGMA application_id = {APPLICATION_ID}")
+                run(f"PRAGMA user_version = {LAYOUT_VERSION}")
 
     def _log_ahead(self) -> None:
         """Switches to the write-ahead log; SQLite itself does not wait for another process that does the same."""
@@ -142,19 +149,3 @@ class Rows:
                 time.sleep(_RETRY_SECONDS)
             else:
                 return
-
-    def _create(self) -> None:
-        run = self._connection.execute
-        with self._transaction():
-            if run("PRAGMA user_version").fetchone()[0] == 0:  # else another process was faster
-                run(_SCHEMA)
-                run(f"PRAGMA application_id = {APPLICATION_ID}")
-                run(f"PRAGMA user_version = {LAYOUT_VERSION}")
-
-
-def _checked(kind: str, key: str, text: str) -> str:
-    try:
-        json.loads(text)
-    except ValueError as error:
-        raise InputError(f"row {kind}/{key} must be JSON text: {error}") from error
-    return text

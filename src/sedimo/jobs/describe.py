@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sedimo.errors import InputError
-from sedimo.pipelines.folder import Finish
+from sedimo.pipelines.diffusers import Finish
 from sedimo.pipelines.weights import denoiser_folder
 from sedimo.quant.formats import FP16
 from sedimo.quant.parts import Entry, PartFormat

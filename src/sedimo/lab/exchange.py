@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from types import TracebackType
 
 import torch
 from torch import nn
@@ -86,7 +84,7 @@ def weight_changes(bank: Bank, denoiser: nn.Module, decision: str) -> torch.Tens
 Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
 
 
-@contextmanager
+@contextlib.contextmanager
 def hooked(denoiser: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     """Each hook is called with its layer, the layer's inputs and its output; all are gone on leaving."""
     handles = [denoiser.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
@@ -150,10 +148,6 @@ def probed(
             unround_inputs(denoiser)
 
 
-def _by_format(recipe: Recipe) -> InputQuantizers:
-    return DYNAMIC.quantizers(recipe.activation_bits)
-
-
 class Prober:
     """Puts recipes into a denoiser one after the other; a context manager that restores it on leaving.
 
@@ -165,18 +159,17 @@ class Prober:
         ...     prober.switch(recipe)  # denoiser now computes with the recipe's weights and activations
     """
 
-    def __init__(self, denoiser: nn.Module, supply: WeightSupply, inputs: InputSupply = _by_format) -> None:
+    def __init__(self, denoiser: nn.Module, supply: WeightSupply, inputs: InputSupply | None = None) -> None:
         self._denoiser, self._exchange = denoiser, _Exchange(denoiser)
-        self._supply, self._inputs = supply, inputs
+        self._supply = supply
+        self._inputs = inputs or (lambda recipe: DYNAMIC.quantizers(recipe.activation_bits))
         self._entries: dict[str, Entry] = {}
         self._rounded: InputQuantizers | None = None  # None: what the denoiser came with
 
     def __enter__(self) -> Prober:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.restore()
 
     def switch(self, recipe: Recipe) -> int:
@@ -229,7 +222,9 @@ class _Exchange:
             self._originals.setdefault(id(module), (module, present))
             key = (id(weight), present.dtype)
             if key not in made:  # layers that share a weight go on sharing one
-                made[key] = _parameter(weight, present)
+                moved = weight.detach().to(present.device, present.dtype)  # a packed one dequantizes in its new dtype
+                plain = moved.dequantize() if isinstance(moved, QuantizedTensor) else moved
+                made[key] = nn.Parameter(plain, requires_grad=False)
             module.weight = made[key]
 
     def release(self, names: Iterable[str]) -> None:
@@ -252,9 +247,3 @@ def _layer(denoiser: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter]:
     if module is denoiser or not isinstance(weight, nn.Parameter):
         raise InputError(f"the denoiser {type(denoiser).__name__} has no layer {name!r} with a weight")
     return module, weight
-
-
-def _parameter(weight: torch.Tensor, original: torch.Tensor) -> nn.Parameter:
-    moved = weight.detach().to(original.device, original.dtype)  # a packed weight dequantizes in its new dtype
-    plain = moved.dequantize() if isinstance(moved, QuantizedTensor) else moved
-    return nn.Parameter(plain, requires_grad=False)

@@ -7,6 +7,7 @@ whole operations and whole blocks are favoured or starved together, so that few 
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,9 @@ SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 TOLERANCE_BITS = 0.02
 MOST_BITS = 5.0  # beyond it nearly nothing is lost, and nothing is learned
 _MAX_MOVES = 20
+_BISECTIONS = 30
+_STEP = 0.7  # between two widths, in standard deviations of one preference
+_METHOD_STRENGTH = 1.5
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, mod 1, fill an interval evenly at every length
 _NORMAL = NormalDist()
 
@@ -72,7 +76,7 @@ class Exploration:
 def possible_bits(space: SearchSpace) -> tuple[float, float]:
     """The least and the most paper bits of any recipe of a space."""
     sizes = [[decision.paper_bytes(f) for f in decision.formats] for decision in space.decisions]
-    return _bits(space, sum(map(min, sizes))), _bits(space, sum(map(max, sizes)))
+    return 8 * sum(map(min, sizes)) / space.params, 8 * sum(map(max, sizes)) / space.params
 
 
 def random_recipe(space: SearchSpace, seed: int, index: int) -> Recipe:
@@ -85,8 +89,7 @@ def random_recipe(space: SearchSpace, seed: int, index: int) -> Recipe:
     Source:
         Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), sampling of the training set, for {3, 4} bits.
     """
-    uniform = _uniform(seed, index)
-    return space.recipe(_draw(space, uniform, uniform.random()))
+    return space.recipe(_draw(space, _uniform(seed, index)))
 
 
 def random_recipe_near(
@@ -101,7 +104,7 @@ def random_recipe_near(
         InputError: no recipe that near was found.
     """
     uniform = _uniform(seed, index)
-    choice = _draw(space, uniform, uniform.random())
+    choice = _draw(space, uniform)
     if not _approach(space, choice, bits, tolerance, uniform):
         raise InputError(f"found no random recipe of {bits} +- {tolerance} bits; the last has {_size(space, choice):g}")
     return space.recipe(choice)
@@ -114,66 +117,45 @@ def stratified_recipe(space: SearchSpace, range_bits: tuple[float, float], seed:
     sum, and widths are given out by place so that the average meets the recipe's goal. Each operation type prefers a
     method, more or less strongly. Goals of successive recipes fill the range evenly, whatever their number.
     """
-    uniform = _uniform(seed, index)
+    uniform, drawn = _uniform(seed, index), dict[str, float]()
     goal = range_bits[0] + (range_bits[1] - range_bits[0]) * ((0.5 + _GOLDEN * index) % 1.0)
-    preferences = _Preferences(uniform)
-    places = {d.name: preferences.place(d) for d in space.decisions}
-    ranked = {d.name: preferences.ranked(d) for d in space.decisions}
+
+    def normal(name: str) -> float:
+        if name not in drawn:
+            drawn[name] = _NORMAL.inv_cdf(_open_unit(uniform))
+        return drawn[name]
+
+    def place(decision: Decision) -> float:
+        own = normal(f"decision {decision.name}")
+        return normal(f"operation {decision.operation}") + normal(f"block {decision.block}") + own
+
+    def liking(decision: Decision, number_format: Format) -> float:
+        method = f"{number_format.family} {number_format.group_size}"
+        shared = normal(f"method {method} of {decision.operation}")
+        gumbel = -math.log(-math.log(min(_open_unit(uniform), 1 - 2**-53)))
+        return _METHOD_STRENGTH * shared + gumbel
+
+    def placed(threshold: float) -> dict[str, Format]:
+        """Widths by place: the higher a decision stands above the threshold, the more bits it has."""
+        found = {}
+        for name, formats in ranked.items():
+            step = math.floor((places[name] - threshold) / _STEP + (len(formats) - 1) / 2 + 0.5)
+            found[name] = formats[min(max(step, 0), len(formats) - 1)]
+        return found
+
+    places = {d.name: place(d) for d in space.decisions}
+    ranked = {  # one format per width, by rising width
+        d.name: [max(formats, key=functools.partial(liking, d)) for formats in _by_width(d)] for d in space.decisions
+    }
     reach = _STEP * max(len(formats) for formats in ranked.values())
     low, high = min(places.values()) - reach, max(places.values()) + reach
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        is_large = _size(space, _placed(ranked, places, middle)) > goal
+        is_large = _size(space, placed(middle)) > goal
         low, high = (middle, high) if is_large else (low, middle)
-    choice = _placed(ranked, places, high)
+    choice = placed(high)
     _approach(space, choice, goal, TOLERANCE_BITS, uniform)  # where formats are coarse, as near as they allow
     return space.recipe(choice)
-
-
-_BISECTIONS = 30
-_STEP = 0.7  # between two widths, in standard deviations of one preference
-_METHOD_STRENGTH = 1.5
-
-
-class _Preferences:
-    """Normal draws by name: of operation types, blocks and decisions."""
-
-    def __init__(self, uniform: random.Random) -> None:
-        self._uniform = uniform
-        self._drawn: dict[str, float] = {}
-
-    def place(self, decision: Decision) -> float:
-        own = self._normal(f"decision {decision.name}")
-        return self._normal(f"operation {decision.operation}") + self._normal(f"block {decision.block}") + own
-
-    def ranked(self, decision: Decision) -> list[Format]:
-        """One format per width, by rising width."""
-        widths = sorted({f.bits for f in decision.formats})
-        return [self._preferred(decision, [f for f in decision.formats if f.bits == width]) for width in widths]
-
-    def _preferred(self, decision: Decision, formats: Sequence[Format]) -> Format:
-        drawn = [self._liking(decision, f) for f in formats]
-        return formats[drawn.index(max(drawn))]
-
-    def _liking(self, decision: Decision, number_format: Format) -> float:
-        method = f"{number_format.family} {number_format.group_size}"
-        shared = self._normal(f"method {method} of {decision.operation}")
-        return _METHOD_STRENGTH * shared + _gumbel(self._uniform)
-
-    def _normal(self, name: str) -> float:
-        if name not in self._drawn:
-            self._drawn[name] = _NORMAL.inv_cdf(_open_unit(self._uniform))
-        return self._drawn[name]
-
-
-def _placed(ranked: Mapping[str, Sequence[Format]], places: Mapping[str, float], threshold: float) -> dict[str, Format]:
-    """Widths by place: the higher a decision stands above the threshold, the more bits it has."""
-    found = {}
-    for name, formats in ranked.items():
-        middle = (len(formats) - 1) / 2
-        step = math.floor((places[name] - threshold) / _STEP + middle + 0.5)
-        found[name] = formats[min(max(step, 0), len(formats) - 1)]
-    return found
 
 
 def _approach(
@@ -194,15 +176,11 @@ def _approach(
 
 
 def _size(space: SearchSpace, choice: Mapping[str, Format]) -> float:
-    return _bits(space, sum(d.paper_bytes(choice[d.name]) for d in space.decisions))
+    return 8 * sum(d.paper_bytes(choice[d.name]) for d in space.decisions) / space.params
 
 
 def _open_unit(uniform: random.Random) -> float:
     return max(uniform.random(), 2**-60)
-
-
-def _gumbel(uniform: random.Random) -> float:
-    return -math.log(-math.log(min(_open_unit(uniform), 1 - 2**-53)))
 
 
 def _uniform(seed: int, index: int) -> random.Random:
@@ -210,19 +188,20 @@ def _uniform(seed: int, index: int) -> random.Random:
     return random.Random(f"sedimo recipe {seed} {index}")
 
 
-def _draw(space: SearchSpace, uniform: random.Random, p: float) -> dict[str, Format]:
-    return {decision.name: _draw_format(decision, uniform, p) for decision in space.decisions}
+def _draw(space: SearchSpace, uniform: random.Random) -> dict[str, Format]:
+    """One p, and formats by it (see `random_recipe`)."""
+    p, found = uniform.random(), {}
+    for decision in space.decisions:
+        widths = _by_width(decision)
+        formats = widths[sum(uniform.random() >= p for _ in widths[1:])]
+        found[decision.name] = _pick(uniform, formats)
+    return found
 
 
-def _draw_format(decision: Decision, uniform: random.Random, p: float) -> Format:
-    widths = sorted({f.bits for f in decision.formats})
-    width = widths[sum(uniform.random() >= p for _ in widths[1:])]
-    return _pick(uniform, [f for f in decision.formats if f.bits == width])
+def _by_width(decision: Decision) -> list[list[Format]]:
+    """Formats of each width of weights, by rising width."""
+    return [[f for f in decision.formats if f.bits == bits] for bits in sorted({f.bits for f in decision.formats})]
 
 
 def _pick(uniform: random.Random, items: Sequence[Item]) -> Item:
     return items[int(uniform.random() * len(items))]
-
-
-def _bits(space: SearchSpace, total_bytes: int) -> float:
-    return 8 * total_bytes / space.params

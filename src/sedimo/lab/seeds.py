@@ -79,34 +79,29 @@ class Seeds:
     @property
     def search(self) -> Sampling:
         """The plan on which recipes are searched."""
-        s = self.settings
-        return self.plan(range(s.first_seed, s.first_seed + s.n_seeds))
+        return self.plan(self._past(0, self.settings.n_seeds))
 
     @property
     def check(self) -> Sampling:
         """The plan on which the result is checked: seeds that the search has not seen."""
-        first = self.settings.first_seed + self.settings.n_seeds
-        return self.plan(range(first, first + self.settings.n_check_seeds))
+        return self.plan(self._past(self.settings.n_seeds, self.settings.n_check_seeds))
 
     @property
     def final(self) -> Sampling:
         """The plan on which a search decides among finalists: seeds that neither searching nor checking has seen."""
         s = self.settings
-        first = s.first_seed + s.n_seeds + s.n_check_seeds
-        return self.plan(range(first, first + FINAL_FACTOR * s.n_seeds))
+        return self.plan(self._past(s.n_seeds + s.n_check_seeds, FINAL_FACTOR * s.n_seeds))
 
     @property
     def moments(self) -> Sampling:
         """The plan for the moments of inputs that error feedback goes by: seeds far past those of all other plans."""
-        first = self.settings.first_seed + MOMENTS_OFFSET
-        return self.plan(range(first, first + MOMENTS_FACTOR * self.settings.n_seeds))
+        return self.plan(self._past(MOMENTS_OFFSET, MOMENTS_FACTOR * self.settings.n_seeds))
 
     def more(self, n_samples: int) -> Sampling:
         """The plan for what takes at least `n_samples`: the searched seeds, and more past those of all other plans."""
         s = self.settings
-        first = s.first_seed + (1 + FINAL_FACTOR) * s.n_seeds + s.n_check_seeds
-        more = range(first, first + max(0, n_samples - s.n_seeds))
-        return self.plan((*range(s.first_seed, s.first_seed + s.n_seeds), *more))
+        more = self._past((1 + FINAL_FACTOR) * s.n_seeds + s.n_check_seeds, max(0, n_samples - s.n_seeds))
+        return self.plan((*self._past(0, s.n_seeds), *more))
 
     def plan(self, seeds: Sequence[int]) -> Sampling:
         """A plan for some seeds, with the pipeline's defaults where nothing is set."""
@@ -115,3 +110,8 @@ class Seeds:
         conditions = s.conditions or default.conditions
         guidance = default.guidance if s.guidance is None else s.guidance
         return replace(default, conditions=conditions, guidance=guidance, resolution=s.resolution)
+
+    def _past(self, offset: int, n: int) -> range:
+        """So many seeds from an offset past the first one on."""
+        first = self.settings.first_seed + offset
+        return range(first, first + n)

@@ -12,7 +12,6 @@ Source:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from sedimo.bank import Bank
 from sedimo.codec import content_key
@@ -40,6 +40,7 @@ _BATCH = 4  # samples whose block outputs are in memory together
 _DIGITS = 6
 
 Ratios = tuple[tuple[float, ...], ...]  # [T, n]
+_Seen = tuple[float, torch.Tensor, torch.Tensor]  # of a call: noise level, output, and first input, the latents
 Powers = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
@@ -117,7 +118,7 @@ def probe_trajectory(lab: Lab, recipe: Recipe, on: Sampling, blocks: Sequence[st
 
     def measure(plan: Sampling) -> TrajectoryPart:
         with Prober(pipe.denoiser, supply(), bank.input_quantizers) as prober:
-            return _Run(pipe, prober, recipe, plan).measure(blocks)
+            return _measured(pipe, prober, recipe, plan, blocks)
 
     def works() -> Iterator[tuple[str, Callable[[], TrajectoryPart]]]:
         for plan in parted.batches():
@@ -136,106 +137,72 @@ def _plain_weights(denoiser: nn.Module, bank: Bank, recipe: Recipe) -> WeightSup
     return lambda wanted: {name: plain[name] for name in wanted.layers}
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Of one call of the denoiser: noise level, output, and its first input, which carries the latents."""
-
-    timestep: float
-    output: torch.Tensor
-    latents: torch.Tensor
-
-    @classmethod
-    def of(cls, call: DenoiserCall) -> _Seen:
-        latents = next(value for value in call.inputs.values() if isinstance(value, torch.Tensor))
-        return cls(call.timestep, call.output, latents)
-
-
-class _Run:
+def _measured(
+    adapter: PipelineAdapter, prober: Prober, recipe: Recipe, plan: Sampling, blocks: Sequence[str]
+) -> TrajectoryPart:
     """The three runs of the samples of one batch."""
+    n, outputs = len(plan.seeds), _Outputs()
+    found: dict[str, list[tuple[float, ...]]] = {}
+    step: list[tuple[float, ...]] = []
+    seen, own = list[_Seen](), list[_Seen]()
 
-    def __init__(self, adapter: PipelineAdapter, prober: Prober, recipe: Recipe, sampling: Sampling) -> None:
-        self._adapter, self._prober, self._recipe, self._sampling = adapter, prober, recipe, sampling
-        self._n = len(sampling.seeds)
-        self._outputs = _Outputs(self._n)
-        self._seen: list[_Seen] = []
-        self._step: list[tuple[float, ...]] = []
-
-    def measure(self, blocks: Sequence[str]) -> TrajectoryPart:
-        hooks = {name: functools.partial(self._outputs.see, name) for name in blocks}
-        with torch.no_grad(), hooked(self._adapter.denoiser, hooks):
-            final = self._adapter.sample(self._sampling, observer=self._again)
-        self._prober.switch(self._recipe)
-        own: list[_Seen] = []
-        own_final = self._adapter.sample(self._sampling, observer=lambda call: own.append(_Seen.of(call)))
-        pairs = list(zip(self._seen, own, strict=True))
-        after = [*((a.latents, b.latents) for a, b in pairs[1:]), (final, own_final)]
-        return TrajectoryPart(
-            timesteps=tuple(seen.timestep for seen in self._seen),
-            blocks={name: tuple(rows) for name, rows in self._outputs.found.items()},
-            step=tuple(self._step),
-            path=tuple(_ratios(_powers(a.output, b.output, len(a.output)), self._n) for a, b in pairs),
-            latents=tuple(_ratios(_powers(a, b, len(a)), self._n) for a, b in after),
-        )
-
-    def _again(self, call: DenoiserCall) -> None:
-        """Makes a call again with the recipe's weights. Whoever watches the run sees that call too, and asks again."""
-        if self._outputs.is_comparing:
+    def again(call: DenoiserCall) -> None:
+        """Makes a call again with the recipe's weights. Whoever watches sees that call too, and asks again."""
+        if outputs.n_rows:
             return
-        n_rows = len(call.output)
-        self._prober.switch(self._recipe)
-        with self._outputs.compared(n_rows):
-            output = output_tensor(self._adapter.denoiser(**rows_of(call, slice(None))))
-        self._prober.restore()
-        self._step.append(_ratios(_powers(call.output, output, n_rows), self._n))
-        self._seen.append(_Seen.of(call))
+        outputs.n_rows = len(call.output)
+        prober.switch(recipe)
+        output = output_tensor(adapter.denoiser(**rows_of(call, slice(None))))
+        prober.restore()
+        for name, powers in outputs.powers.items():
+            found.setdefault(name, []).append(_ratios(powers, n))
+        step.append(_ratios(_powers(call.output, output, outputs.n_rows), n))
+        seen.append(_seen(call))
+        outputs.n_rows, outputs.kept, outputs.powers = 0, {}, {}
+
+    with torch.no_grad(), hooked(adapter.denoiser, {name: functools.partial(outputs.see, name) for name in blocks}):
+        final = adapter.sample(plan, observer=again)
+    prober.switch(recipe)
+    own_final = adapter.sample(plan, observer=lambda call: own.append(_seen(call)))
+    pairs = list(zip(seen, own, strict=True))
+    after = [*((before[2], own_before[2]) for before, own_before in pairs[1:]), (final, own_final)]
+    return TrajectoryPart(
+        timesteps=tuple(timestep for timestep, _, _ in seen),
+        blocks={name: tuple(rows) for name, rows in found.items()},
+        step=tuple(step),
+        path=tuple(_ratios(_powers(a, b, len(a)), n) for (_, a, _), (_, b, _) in pairs),
+        latents=tuple(_ratios(_powers(a, b, len(a)), n) for a, b in after),
+    )
+
+
+def _seen(call: DenoiserCall) -> _Seen:
+    latents = next(value for value in call.inputs.values() if isinstance(value, torch.Tensor))
+    return call.timestep, call.output, latents
 
 
 class _Outputs:
-    """Keeps what blocks give at full precision until they have been called again, and compares then."""
+    """Keeps what blocks give at full precision until they have been called again, and compares then.
 
-    def __init__(self, n_samples: int) -> None:
-        self.found: dict[str, list[tuple[float, ...]]] = {}
-        self._n_samples, self._n_rows = n_samples, 0
-        self._kept: dict[str, list[torch.Tensor]] = {}
-        self._powers: dict[str, Powers] = {}
+    `n_rows` are those of the call that is being made again, 0 where none is.
+    """
 
-    @property
-    def is_comparing(self) -> bool:
-        """Whether the recipe's call is running."""
-        return self._n_rows > 0
-
-    @contextlib.contextmanager
-    def compared(self, n_rows: int) -> Iterator[None]:
-        """What blocks give meanwhile is compared with what was kept, and what was kept is dropped."""
-        self._n_rows = n_rows
-        yield
-        for name, powers in self._powers.items():
-            self.found.setdefault(name, []).append(_ratios(powers, self._n_samples))
-        self._n_rows = 0
-        self._kept, self._powers = {}, {}
+    def __init__(self) -> None:
+        self.n_rows = 0
+        self.kept: dict[str, list[torch.Tensor]] = {}
+        self.powers: dict[str, Powers] = {}
 
     def see(self, name: str, _module: nn.Module, _args: object, output: object) -> None:
         """The hook of a block; several calls of it in one call of the denoiser count as one, all its tensors too."""
-        kept = self._kept.setdefault(name, [])
-        for tensor in _tensors(output):
-            if not self.is_comparing:
+        kept = self.kept.setdefault(name, [])
+        for tensor in pytree.tree_leaves(output):
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                continue
+            if not self.n_rows:
                 kept.append(tensor.detach().clone())
                 continue
-            powers = _powers(kept.pop(0), tensor, self._n_rows)
-            before = self._powers.get(name)
-            self._powers[name] = powers if before is None else (before[0] + powers[0], before[1] + powers[1])
-
-
-def _tensors(output: object) -> Iterator[torch.Tensor]:
-    """The tensors of numbers in what a module returns."""
-    if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
-    elif isinstance(output, tuple | list):
-        for one in output:
-            yield from _tensors(one)
+            powers = _powers(kept.pop(0), tensor, self.n_rows)
+            before = self.powers.get(name)
+            self.powers[name] = powers if before is None else (before[0] + powers[0], before[1] + powers[1])
 
 
 def _powers(reference: torch.Tensor, test: torch.Tensor, n_rows: int) -> Powers:

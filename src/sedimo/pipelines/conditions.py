@@ -61,7 +61,12 @@ def default_conditions(pipeline: PipelineObject, n: int) -> tuple[str, ...]:
     if kind == "none":
         return ()
     if kind == "prompt":
-        return _own_prompts(pipeline)[:n] or PROMPTS[:n]
+        prompts = _task_settings(pipeline).get("prompts", [])
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+            raise StateError(
+                f"the text encoder's config must give {_TASK}.prompts as a list of texts, got {prompts!r:.80}"
+            )
+        return tuple(prompts)[:n] or PROMPTS[:n]
     labels = sorted(set(_labels(pipeline).values()))
     classes = labels or list(range(min(_N_DEFAULT_CLASSES, _n_classes(pipeline) or _N_DEFAULT_CLASSES)))
     return tuple(str(c) for c in _spread(classes)[:n])
@@ -113,13 +118,6 @@ def _class_number(pipeline: PipelineObject, text: str) -> int:
     if n_classes is not None and number >= n_classes:
         raise InputError(f"{name} has classes 0..{n_classes - 1}, got {number}")
     return number
-
-
-def _own_prompts(pipeline: PipelineObject) -> tuple[str, ...]:
-    prompts = _task_settings(pipeline).get("prompts", [])
-    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
-        raise StateError(f"the text encoder's config must give {_TASK}.prompts as a list of texts, got {prompts!r:.80}")
-    return tuple(prompts)
 
 
 def _task_settings(pipeline: PipelineObject) -> Mapping[str, object]:

@@ -70,30 +70,10 @@ class StepCorrection:
             )
         return (prediction - _by_channel(self.bias, prediction)) / (1 + self.slope)
 
-    @property
-    def rest_variance(self) -> tuple[float, ...]:
-        """Variance of the corrected prediction's noise, per channel."""
-        return tuple(v / (1 + self.slope) ** 2 for v in self.variance)
 
-
-@dataclass(frozen=True, slots=True)
-class Correction:
-    """The corrections of all timesteps that were recorded.
-
-    Raises:
-        InputError: there is none.
-    """
-
-    steps: tuple[StepCorrection, ...]
-
-    def __post_init__(self) -> None:
-        """Refuses an empty one."""
-        if not self.steps:
-            raise InputError("a correction needs at least one timestep, got none")
-
-    def at(self, timestep: float) -> StepCorrection:
-        """That of the nearest timestep."""
-        return min(self.steps, key=lambda step: abs(step.timestep - timestep))
+def nearest(steps: Sequence[StepCorrection], timestep: float) -> StepCorrection:
+    """The correction of the nearest timestep."""
+    return min(steps, key=lambda step: abs(step.timestep - timestep))
 
 
 @dataclass(slots=True)
@@ -123,11 +103,12 @@ class CorrectionLog:
 
 @contextmanager
 def corrected(
-    pipe: DiffusersPipeline, correction: Correction, *, with_variance: bool = True
+    pipe: DiffusersPipeline, steps: Sequence[StepCorrection], *, with_variance: bool = True
 ) -> Iterator[CorrectionLog]:
-    """The pipeline samples with the correction meanwhile, however it is called; it is exactly what it was on leaving.
+    """The pipeline samples with corrections meanwhile, however it is called; it is exactly what it was on leaving.
 
-    `with_variance` reduces the noise that the scheduler adds, too. A deterministic scheduler adds none.
+    Each step takes that of the nearest timestep. `with_variance` reduces the noise that the scheduler adds, too. A
+    deterministic scheduler adds none.
 
     Example:
         >>> with corrected(pipe, probe.correction) as log:
@@ -137,27 +118,30 @@ def corrected(
     Raises:
         UnsupportedError: the scheduler's step is not given what is needed; or, with the variance, noise that is not one
             number times standard noise, or a step that is not linear in the prediction (it clips).
-        InputError: predictions of another number of channels than the correction's.
+        InputError: no correction, or predictions of another number of channels than its.
     """
     scheduler = pipe.pipeline.scheduler
     check_step(scheduler)
+    if not steps:
+        raise InputError("a correction needs at least one timestep, got none")
     if with_variance:
         _check_noise(scheduler)
     log = CorrectionLog(type(scheduler).__name__, with_variance)
 
     def step(call: StepCall) -> object:
-        found = correction.at(call.timestep)
+        found = nearest(steps, call.timestep)
         call = call.with_prediction(found.correct(call.prediction))
         log.n_steps += 1
         response = _response(scheduler, call) if with_variance else None
         result = call.run()
         if response is None:
             return result
-        kept = response.kept_noise(found.rest_variance)
+        mean, gain = response
+        kept = [math.sqrt(max(0.0, 1 - (gain / (1 + found.slope)) ** 2 * v)) for v in found.variance]
         log.kept.append(sum(kept) / len(kept))
         previous = previous_sample(result)
-        noise = (previous.double() - response.mean) * _by_channel(kept, response.mean)
-        return with_previous_sample(result, (response.mean + noise).to(previous.dtype))
+        noise = (previous.double() - mean) * _by_channel(kept, mean)
+        return with_previous_sample(result, (mean + noise).to(previous.dtype))
 
     with handled_steps(scheduler, step):
         yield log
@@ -182,27 +166,18 @@ def _by_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(shape)
 
 
-@dataclass(frozen=True)
-class _Response:
-    """A step is `mean` + `scale` z with standard noise z; adding h to the prediction adds `gain` h to the mean."""
+def _response(scheduler: object, call: StepCall) -> tuple[torch.Tensor, float] | None:
+    """How a step answers, found by taking it on copies of the scheduler; None where it adds no noise.
 
-    mean: torch.Tensor
-    scale: float
-    gain: float
-
-    def kept_noise(self, variance: Sequence[float]) -> list[float]:
-        """Per channel s' / s, s' the scale that makes up s^2 together with a prediction's noise of that variance."""
-        return [math.sqrt(max(0.0, 1 - (self.gain / self.scale) ** 2 * v)) for v in variance]
-
-
-def _response(scheduler: object, call: StepCall) -> _Response | None:
-    """How a step answers, found by taking it on copies of the scheduler; None where it adds no noise."""
+    A step is mean + scale z with standard noise z, and adding h to the prediction adds gain h to the mean; the mean and
+    gain / scale are given. Noise that makes up scale^2 together with a prediction's noise of variance v is
+    sqrt(1 - (gain / scale)^2 v) times as large.
+    """
+    takes_generator = "generator" in call.signature.parameters
 
     def take(seed: int, taken: StepCall = call) -> torch.Tensor:
-        own = taken.on(copy.deepcopy(scheduler))
-        takes_generator = "generator" in call.signature.parameters
         changes = {"generator": torch.Generator().manual_seed(seed)} if takes_generator else {}
-        return previous_sample(own.run(**changes)).double()
+        return previous_sample(taken.on(copy.deepcopy(scheduler)).run(**changes)).double()
 
     like = call.prediction
     with torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else []):
@@ -219,7 +194,7 @@ def _response(scheduler: object, call: StepCall) -> _Response | None:
     gain = _slope(change, moved - first, rounding)
     if gain is None:
         raise _not_linear(scheduler, "its step is not linear in the prediction, as when it clips")
-    return _Response(first - scale * noise, abs(scale), gain)
+    return first - scale * noise, gain / abs(scale)
 
 
 def _standard_noise(seed: int, like: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from sedimo.errors import UnsupportedError
 from sedimo.pipelines.adapter import DenoiserCall, PipelineObject, Sampling
 from sedimo.pipelines.sampling import InputCopies, gives_latents, named_inputs, ready_to_sample
+from sedimo.pipelines.schedulers import exchanged
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
 Tensors = list[torch.Tensor | None]
@@ -59,22 +60,18 @@ class DifferentiableRun:
         """
         later: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[(self.latents, d)] for d in directions]
         for cut in reversed(self.cuts):
-            gradients = [_gradients(pairs, cut.outputs) for pairs in later]
-            answers = handle(cut, gradients)
+            answers = handle(cut, [_gradients(pairs, cut.outputs) for pairs in later])
             for pairs, answer in zip(later, answers, strict=True):
                 pairs += [(e, g) for e, g in zip(cut.entries, answer, strict=True) if g is not None]
 
 
 def _gradients(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], outputs: Sequence[torch.Tensor]) -> Tensors:
-    roots, gradients = [root for root, _ in pairs], [gradient for _, gradient in pairs]
-    found = torch.autograd.grad(roots, outputs, gradients, retain_graph=True, allow_unused=True)
-    return list(found)
+    roots, gradients = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(roots, outputs, gradients, retain_graph=True, allow_unused=True))
 
 
-def run_differentiably(
-    pipeline: PipelineObject, denoiser: nn.Module, sampling: Sampling, indices: Sequence[int]
-) -> DifferentiableRun:
-    """Samples `indices` of a plan as one batch, as `sample_batch` does, and remembers how.
+def run_differentiably(pipeline: PipelineObject, denoiser: nn.Module, batch: Sampling) -> DifferentiableRun:
+    """Samples a plan as one batch, as `sample_batch` does, and remembers how.
 
     Raises:
         InputError: the pipeline does not take what the plan asks for.
@@ -84,35 +81,33 @@ def run_differentiably(
     call = inspect.unwrap(type(pipeline).__call__)  # diffusers switches gradients off around it
     cuts: list[CutCall] = []
     with contextlib.ExitStack() as stack:
-        ready = stack.enter_context(ready_to_sample(pipeline, sampling, indices))
-        ready.steps.cuts_last = not gives_latents(pipeline)
-        for network in _networks(pipeline):
-            stack.enter_context(_cut(network, cuts, is_always_cut=network is denoiser))
+        arguments, steps = stack.enter_context(ready_to_sample(pipeline, batch, cuts_last=True))
+        for network in pipeline.components.values():
+            if isinstance(network, nn.Module):
+                stack.enter_context(_cut(network, cuts, is_always_cut=network is denoiser))
         try:
             with torch.enable_grad():
-                result = call(pipeline, **ready.arguments)[0]
+                result = call(pipeline, **arguments)[0]
         except RuntimeError as error:
             raise UnsupportedError(f"{name} cannot be run with gradients: {error}") from error
-    latents = result if gives_latents(pipeline) else ready.steps.last
+    latents = result if gives_latents(pipeline) else steps.last
     n_timesteps = len(pipeline.scheduler.timesteps)  # type: ignore[attr-defined]  # every scheduler has them
-    if not gives_latents(pipeline) and ready.steps.n_steps > n_timesteps:
-        raise UnsupportedError(f"{name} makes {ready.steps.n_steps} steps at {n_timesteps} timesteps")
+    if not gives_latents(pipeline) and steps.n_steps > n_timesteps:
+        raise UnsupportedError(f"{name} makes {steps.n_steps} steps at {n_timesteps} timesteps")
     if not isinstance(latents, torch.Tensor) or not latents.requires_grad:
         raise UnsupportedError(f"{name} gives final latents that have no derivative by the denoiser's outputs")
-    return DifferentiableRun(tuple(cuts), latents[: len(indices)])
+    return DifferentiableRun(tuple(cuts), latents[: len(batch.seeds)])
 
 
 def make_again(cut: CutCall, inputs: Mapping[str, object]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Makes a call again with gradients, on its inputs or rows of them; its outputs, and the inputs at `places`."""
     leaves, spec = pytree.tree_flatten(dict(inputs))
-    entries = []
     for place in cut.places:
         leaves[place] = leaves[place].detach().requires_grad_(True)
-        entries.append(leaves[place])
     with torch.enable_grad():
         given = [x.clone() if i in cut.places else x for i, x in enumerate(leaves)]  # may be changed in place
         output = cut.network(**pytree.tree_unflatten(given, spec))
-    return [x for x in pytree.tree_leaves(output) if _is_number(x)], entries
+    return [x for x in pytree.tree_leaves(output) if _is_number(x)], [leaves[place] for place in cut.places]
 
 
 def pull_through(cut: CutCall, gradients: Sequence[Tensors]) -> list[Tensors]:
@@ -125,67 +120,50 @@ def pull_through(cut: CutCall, gradients: Sequence[Tensors]) -> list[Tensors]:
     return found
 
 
-def _networks(pipeline: PipelineObject) -> list[nn.Module]:
-    return [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
-
-
 @contextlib.contextmanager
 def _cut(network: nn.Module, cuts: list[CutCall], *, is_always_cut: bool) -> Iterator[None]:
     """While the context lasts, calls of the network are cut out of the graph, and its parameters are constants.
 
-    A network that is not always cut (a text encoder, a control network) is cut where its inputs depend on earlier
-    calls, and else gives constants.
+    Each runs without gradients, and is noted where the graph is cut. A network that is not always cut (a text encoder,
+    a control network) is cut where its inputs depend on earlier calls, and else gives constants.
     """
-    wanting = [p for p in network.parameters() if p.requires_grad]
-    original, is_own = network.forward, "forward" in vars(network)
-    cutter = _Cutter(network, original, cuts, is_always_cut=is_always_cut)
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    network.forward = cutter.forward  # as accelerate does; undone below
-    try:
-        yield
-    finally:
-        if is_own:
-            network.forward = original
-        else:
-            del network.forward
-        for parameter in wanting:
-            parameter.requires_grad_(True)
+    original: Callable[..., object] = network.forward
+    signature, copies = inspect.signature(original), InputCopies()
+    n_calls = 0
 
-
-class _Cutter:
-    """The forward pass of a network for a while: without gradients, each call noted where the graph is cut."""
-
-    def __init__(
-        self, network: nn.Module, original: Callable[..., object], cuts: list[CutCall], *, is_always_cut: bool
-    ) -> None:
-        self._network, self._original, self._cuts, self._is_always_cut = network, original, cuts, is_always_cut
-        self._signature = inspect.signature(original)
-        self._copies = InputCopies()
-        self._n_calls = 0
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        leaves, spec = pytree.tree_flatten(named_inputs(self._signature, args, kwargs))
+    def forward(*args: object, **kwargs: object) -> object:
+        nonlocal n_calls
+        named = named_inputs(signature, args, kwargs)
+        leaves = pytree.tree_leaves(named)
         places = tuple(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.requires_grad)
-        if not places and not self._is_always_cut:
+        if not places and not is_always_cut:
             with torch.no_grad():
-                return self._original(*args, **kwargs)
+                return original(*args, **kwargs)
         entries = tuple(leaves[i].clone() for i in places)  # a later change in place of the originals is none of these
-        copies = [self._copies.copy(x, str(i)) if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)]
-        inputs = pytree.tree_unflatten(copies, spec)
+        inputs = copies.of(named)
         versions = [leaves[i]._version for i in places]
         with torch.no_grad():
-            output = self._original(*args, **kwargs)
+            output = original(*args, **kwargs)
         if versions != [leaves[i]._version for i in places]:
-            raise UnsupportedError(f"{type(self._network).__name__} overwrites latents that it is given")
+            raise UnsupportedError(f"{type(network).__name__} overwrites latents that it is given")
         parts, shape = pytree.tree_flatten(output)
         outputs = tuple(x.detach().clone().requires_grad_(True) for x in parts if _is_number(x))
-        call = DenoiserCall(self._n_calls, timestep_of(inputs), inputs, output_tensor(output).detach())
-        self._n_calls += 1
-        self._cuts.append(CutCall(self._network, call, places, entries, outputs))
+        call = DenoiserCall(n_calls, timestep_of(inputs), inputs, output_tensor(output).detach())
+        n_calls += 1
+        cuts.append(CutCall(network, call, places, entries, outputs))
         following = iter(outputs)
         renewed = [next(following).clone() if _is_number(x) else x for x in parts]  # a leaf may not be changed in place
         return pytree.tree_unflatten(renewed, shape)
+
+    wanting = [p for p in network.parameters() if p.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        with exchanged(network, "forward", forward):  # as accelerate does
+            yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 def _is_number(value: object) -> bool:

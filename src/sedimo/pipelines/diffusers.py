@@ -1,14 +1,16 @@
 """The door to diffusers: a pipeline object behind Sedimo's seam, and a denoiser without its pipeline.
 
-Loading from folders and hub ids is in `loading.py`; this module wraps objects that exist already.
+Loading from folders and hub ids is in `loading.py`; this module wraps objects that exist already, decodes their latents
+the way pipelines do it behind their own calls, and saves them: the denoiser anew, everything else as it came.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,108 +23,57 @@ from sedimo.errors import InputError
 from sedimo.pipelines.adapter import Observer, PipelineObject, Sampling
 from sedimo.pipelines.conditions import default_conditions, default_guidance
 from sedimo.pipelines.differentiable import DifferentiableRun, run_differentiably
-from sedimo.pipelines.folder import Finish, LoadedFrom, save_denoiser_only, save_pipeline
+from sedimo.pipelines.folder import new_folder, place_file
 from sedimo.pipelines.sampling import sample_batch
-
-DECODE_BATCH = 32
-
-
-@torch.no_grad()
-def decode_latents(pipeline: PipelineObject, latents: torch.Tensor) -> torch.Tensor:
-    """Images `[n, 3, H, W]` float32 in [0, 1] on the CPU; pixel-space pipelines only rescale.
-
-    Raises:
-        InputError: the latents do not belong to this pipeline, or its decoder is not known.
-    """
-    decoder = _decoder(pipeline)
-    if decoder is None:
-        return _to_unit(latents)
-    latents = _unpacked(pipeline, latents)
-    n_channels = _config(decoder).get("latent_channels")
-    if latents.ndim != 4 or (n_channels is not None and latents.shape[1] != n_channels):
-        raise InputError(f"latents must have shape [n, {n_channels}, H, W], got {list(latents.shape)}")
-    with _upcast_if_forced(decoder):
-        chunks = [_decode_chunk(decoder, chunk) for chunk in torch.split(latents, DECODE_BATCH)]
-    return torch.cat(chunks)
-
-
-def _decoder(pipeline: PipelineObject) -> nn.Module | None:
-    for name in ("vae", "vqvae"):
-        if getattr(pipeline, name, None) is not None:
-            return getattr(pipeline, name)  # type: ignore[no-any-return]  # diffusers has no types
-    if getattr(pipeline, "movq", None) is not None:
-        raise InputError(
-            f"{type(pipeline).__name__} decodes by a MOVQ, which is not supported; compare latents instead"
-        )
-    return None
-
-
-def _unpacked(pipeline: PipelineObject, latents: torch.Tensor) -> torch.Tensor:
-    """FLUX-like pipelines hand out tokens `[n, T, 4 C]` of 2 x 2 latent pixels; images are square here."""
-    unpack = getattr(pipeline, "_unpack_latents", None)
-    if latents.ndim != 3 or unpack is None:
-        return latents
-    factor: int = getattr(pipeline, "vae_scale_factor", 8)
-    if list(inspect.signature(unpack).parameters) != ["latents", "height", "width", "vae_scale_factor"]:
-        raise InputError(f"{type(pipeline).__name__} packs its latents in an unknown way; compare latents instead")
-    pixels = 2 * factor * math.isqrt(latents.shape[1])
-    return unpack(latents, pixels, pixels, factor)  # type: ignore[no-any-return]
-
-
-def _decode_chunk(decoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    weight = next(decoder.parameters())
-    scaled = _unscaled(_config(decoder), latents.float()).to(weight.device, weight.dtype)
-    return _to_unit(decoder.decode(scaled).sample)  # type: ignore[operator]
-
-
-def _unscaled(config: Mapping[str, Any], latents: torch.Tensor) -> torch.Tensor:
-    mean, deviation = config.get("latents_mean"), config.get("latents_std")
-    latents = latents / (config.get("scaling_factor") or 1.0)
-    if mean is not None and deviation is not None:
-        latents = latents * _per_channel(deviation) + _per_channel(mean)
-    return latents + (config.get("shift_factor") or 0.0)
-
-
-def _config(decoder: nn.Module) -> Mapping[str, Any]:
-    return decoder.config  # type: ignore[return-value]  # a frozen dictionary of diffusers
-
-
-def _per_channel(values: object) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
-
-
-def _to_unit(images: torch.Tensor) -> torch.Tensor:
-    return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-@contextmanager
-def _upcast_if_forced(decoder: nn.Module) -> Iterator[None]:
-    """SDXL's autoencoder overflows in float16 and says so (`force_upcast`); float16 -> float32 -> float16 is exact."""
-    is_forced = next(decoder.parameters()).dtype is torch.float16 and decoder.config.get("force_upcast", False)  # type: ignore[union-attr, operator]
-    if not is_forced:
-        yield
-        return
-    decoder.to(torch.float32)
-    try:
-        yield
-    finally:
-        decoder.to(torch.float16)
-
+from sedimo.pipelines.weights import component_files
 
 DENOISER_NAMES = ("transformer", "unet")
+DECODE_BATCH = 32
 _MAX_BATCH = 64
 _LATENT_PIXELS_PER_BATCH = 65536  # 64 samples of 32 x 32, 4 of 128 x 128 (SDXL at 1024 pixels)
 _N_VALUES = 64
 _N_DIGITS = 16
 _DEFAULTED = "_use_default_values"  # settings that were not given; diffusers lists a set, so in another order each time
 
+Finish = Callable[[Path, str], None]  # the folder, and how files of other components came there (empty: none did)
 
-class DiffusersPipeline:
-    """A diffusers pipeline that can be sampled from seeds, watched, decoded and saved.
 
-    `name` is what people call it (the class name by default); `folder` is where its files are, if anywhere, and
-    `variant` which of the weights there were loaded. `finish_saving` may add files to a folder that is being saved.
+class _Loaded:
+    """What a pipeline and a denoiser alone have in common.
+
+    `name` is what people call it; `folder` is where its files are, if anywhere, and `variant` which weights there were
+    loaded. `finish_saving` may add files to a folder that is being saved.
     """
+
+    def __init__(self, name: str, folder: Path | None, variant: str | None) -> None:
+        self.name, self.folder, self.variant = name, folder, variant
+        self.finish_saving: Finish | None = None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is called at each step."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's weights are."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser computes in."""
+        dtype = getattr(self.denoiser, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else next(self.denoiser.parameters()).dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the denoiser came from a quantized checkpoint."""
+        config = getattr(self.denoiser, "config", {})
+        return bool(getattr(self.denoiser, "is_quantized", False) or config.get("quantization_config"))
+
+
+class DiffusersPipeline(_Loaded):
+    """A diffusers pipeline that can be sampled from seeds, watched, decoded and saved."""
 
     def __init__(
         self,
@@ -137,43 +88,34 @@ class DiffusersPipeline:
         Raises:
             InputError: it has no component `transformer` or `unet`, or no scheduler.
         """
+        super().__init__(name or type(pipeline).__name__, folder, variant)
         self.pipeline = pipeline
-        self.finish_saving: Finish | None = None
-        self.folder = folder
-        self.variant = variant
         self.denoiser_name = _denoiser_name(pipeline)
-        self._name = name or type(pipeline).__name__
-        self._source = None if folder is None else LoadedFrom(folder, variant, dict(pipeline.components))
-
-    @property
-    def name(self) -> str:
-        """Name of the pipeline for people."""
-        return self._name
+        self._came_with = {} if folder is None else dict(pipeline.components)
 
     @property
     def identity(self) -> str:
-        """Class of the pipeline, and digests of its scheduler's settings and of its other networks."""
-        return pipeline_identity(self.pipeline, self.denoiser_name)
+        """Such as `DiTPipeline DDIMScheduler:5a3f... vae:09bc...`: the same for equal pipelines, wherever they lie.
+
+        It is part of the name of everything that is measured. Networks are told apart by their settings and by the
+        first values of each of their tensors. That is no proof of equality, but whoever trains, merges or replaces a
+        text encoder changes those, and reading ten gigabytes to name a measurement would be too much.
+        """
+        scheduler = self.pipeline.scheduler
+        config = dict(getattr(scheduler, "config", {}))
+        if _DEFAULTED in config:
+            config[_DEFAULTED] = sorted(config[_DEFAULTED])
+        settings = {str(name): repr(value) for name, value in config.items()}
+        parts = [type(self.pipeline).__name__, f"{type(scheduler).__name__}:{content_key(settings)[:_N_DIGITS]}"]
+        for name, component in sorted(self.pipeline.components.items()):
+            if isinstance(component, nn.Module) and name != self.denoiser_name:
+                parts.append(f"{name}:{_network_digest(component)}")
+        return " ".join(parts)
 
     @property
     def denoiser(self) -> nn.Module:
         """The network that is called at each step."""
         return getattr(self.pipeline, self.denoiser_name)  # type: ignore[no-any-return]  # diffusers has no types
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser's weights are."""
-        return _device(self.denoiser)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the denoiser computes in."""
-        return _dtype(self.denoiser)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the denoiser came from a quantized checkpoint."""
-        return is_quantized(self.denoiser)
 
     def sample(self, sampling: Sampling, *, observer: Observer | None = None) -> torch.Tensor:
         """Final latents `[n, C, H, W]` float32 on the CPU, one per seed; `observer` sees each denoiser call.
@@ -184,9 +126,8 @@ class DiffusersPipeline:
         Raises:
             InputError: conditions, guidance or resolution do not suit this pipeline.
         """
-        n = len(sampling.seeds)
-        batches = [range(i, min(i + sampling.batch_size, n)) for i in range(0, n, sampling.batch_size)]
-        return torch.cat([sample_batch(self.pipeline, self.denoiser, sampling, b, observer) for b in batches])
+        batches = (sample_batch(self.pipeline, self.denoiser, batch, observer) for batch in sampling.batches())
+        return torch.cat(list(batches))
 
     def differentiable(self, sampling: Sampling) -> DifferentiableRun:
         """The samples of a plan as one batch, with what it takes to differentiate their final latents.
@@ -195,7 +136,7 @@ class DiffusersPipeline:
             InputError: as `sample`.
             UnsupportedError: the way from the denoiser to the final latents has no derivative.
         """
-        return run_differentiably(self.pipeline, self.denoiser, sampling, range(len(sampling.seeds)))
+        return run_differentiably(self.pipeline, self.denoiser, sampling)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images `[n, 3, H, W]` float32 in [0, 1] of final latents.
@@ -216,58 +157,50 @@ class DiffusersPipeline:
         return Sampling(tuple(seeds), n_steps, conditions, guidance, batch_size=batch_size)
 
     def save_pretrained(self, out: Path | str) -> Path:
-        """Writes a diffusers folder; see `saving.save_pipeline` for what is copied and what is written anew.
+        """Writes a diffusers folder, from which `DiffusionPipeline.from_pretrained` loads the pipeline.
+
+        Components that are still the objects that were loaded are copied file by file from the source folder, so that
+        their bytes (and their dtype) stay; of several variants of their weights the loaded one is copied, under its
+        plain name. Components that the user exchanged are written by their own `save_pretrained`.
 
         Raises:
             InputError: `out` exists and is not an empty folder.
         """
-        return save_pipeline(
-            self.pipeline, self.denoiser_name, Path(out), source=self._source, finish=self.finish_saving
-        )
+        present = {name: c for name, c in self.pipeline.components.items() if c is not None}
+        kept = [n for n, c in present.items() if n != self.denoiser_name and self._came_with.get(n) is c]
+        written = [name for name in present if name not in kept]
+        n_copied = 0
+        with new_folder(Path(out)) as folder:
+            for name in kept:
+                files = component_files(Path(self.folder or "") / name, self.variant)
+                for path, file in files.items():
+                    place_file(file, folder / name / path, link=False)
+                n_copied += len(files)
+            for name in written:
+                present[name].save_pretrained(folder / name)  # type: ignore[attr-defined]  # components all have it
+            _write_index(self.pipeline, folder)
+            if self.finish_saving is not None:
+                copied = [f"{n_copied} copied from the source folder"] if n_copied else []
+                others = ", ".join(name for name in written if name != self.denoiser_name)
+                anew = [f"those of {others} written anew"] if others else []
+                self.finish_saving(folder, ", ".join(copied + anew))
+        return Path(out)
 
 
-class BareDenoiser:
+class BareDenoiser(_Loaded):
     """A denoiser without a pipeline: it can be traced, quantized and saved, but not sampled."""
 
     def __init__(
-        self,
-        denoiser: nn.Module,
-        *,
-        name: str | None = None,
-        folder: Path | None = None,
-        variant: str | None = None,
+        self, denoiser: nn.Module, *, name: str | None = None, folder: Path | None = None, variant: str | None = None
     ) -> None:
-        """Wraps `denoiser` as it is; `folder` and `variant` tell which files it came from, if any."""
+        """Wraps `denoiser` as it is."""
+        super().__init__(name or type(denoiser).__name__, folder, variant)
         self._denoiser = denoiser
-        self.finish_saving: Finish | None = None
-        self._name = name or type(denoiser).__name__
-        self.folder = folder
-        self.variant = variant
-
-    @property
-    def name(self) -> str:
-        """Name for records and people."""
-        return self._name
 
     @property
     def denoiser(self) -> nn.Module:
         """The network."""
         return self._denoiser
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return _device(self._denoiser)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return _dtype(self._denoiser)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether it came from a quantized checkpoint."""
-        return is_quantized(self._denoiser)
 
     def sample(self, sampling: Sampling, *, observer: Observer | None = None) -> torch.Tensor:
         """Cannot be done.
@@ -291,19 +224,20 @@ class BareDenoiser:
         Raises:
             InputError: `out` exists and is not an empty folder, or the network has no `save_pretrained`.
         """
-        return save_denoiser_only(self._denoiser, Path(out), finish=self.finish_saving)
+        if not hasattr(self._denoiser, "save_pretrained"):
+            kind = type(self._denoiser).__name__
+            raise InputError(f"a {kind} has no save_pretrained; only diffusers models can be saved")
+        with new_folder(Path(out)) as folder:
+            self._denoiser.save_pretrained(folder)  # type: ignore[operator]  # diffusers has no types
+            if self.finish_saving is not None:
+                self.finish_saving(folder, "")
+        return Path(out)
 
     def _refusal(self, action: str) -> InputError:
         return InputError(
-            f"{self._name} is a denoiser without its pipeline and cannot be {action}. Give the whole pipeline's "
+            f"{self.name} is a denoiser without its pipeline and cannot be {action}. Give the whole pipeline's "
             "folder (with model_index.json), or use a method that needs no sampling: method='error'"
         )
-
-
-def is_quantized(denoiser: nn.Module) -> bool:
-    """Whether a diffusers model came from a quantized checkpoint."""
-    config = getattr(denoiser, "config", {})
-    return bool(getattr(denoiser, "is_quantized", False) or config.get("quantization_config"))
 
 
 def _denoiser_name(pipeline: PipelineObject) -> str:
@@ -318,34 +252,6 @@ def _denoiser_name(pipeline: PipelineObject) -> str:
     return found[0]
 
 
-def _device(denoiser: nn.Module) -> torch.device:
-    return next(denoiser.parameters()).device
-
-
-def _dtype(denoiser: nn.Module) -> torch.dtype:
-    dtype = getattr(denoiser, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else next(denoiser.parameters()).dtype
-
-
-def pipeline_identity(pipeline: PipelineObject, denoiser_name: str) -> str:
-    """Such as `DiTPipeline DDIMScheduler:5a3f... vae:09bc...`: the same for equal pipelines, wherever they lie.
-
-    It is part of the name of everything that is measured. Networks are told apart by their settings and by the first
-    values of each of their tensors. That is no proof of equality, but whoever trains, merges or replaces a text encoder
-    changes those, and reading ten gigabytes to name a measurement would be too much.
-    """
-    scheduler = pipeline.scheduler
-    config = dict(getattr(scheduler, "config", {}))
-    if _DEFAULTED in config:
-        config[_DEFAULTED] = sorted(config[_DEFAULTED])
-    settings = {str(name): repr(value) for name, value in config.items()}
-    parts = [type(pipeline).__name__, f"{type(scheduler).__name__}:{content_key(settings)[:_N_DIGITS]}"]
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, nn.Module) and name != denoiser_name:
-            parts.append(f"{name}:{_network_digest(component)}")
-    return " ".join(parts)
-
-
 def _network_digest(network: nn.Module) -> str:
     total = hashlib.sha256(type(network).__name__.encode())
     for name, tensor in sorted(network.state_dict().items()):
@@ -353,3 +259,80 @@ def _network_digest(network: nn.Module) -> str:
         total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         total.update(first.view(torch.uint8).numpy().data if first.numel() else b"")
     return total.hexdigest()[:_N_DIGITS]
+
+
+def _write_index(pipeline: PipelineObject, folder: Path) -> None:
+    """`model_index.json` as diffusers writes it, with the class names that it forgets."""
+    pipeline.save_config(folder)
+    labels = getattr(pipeline, "labels", None)
+    if not labels:
+        return
+    path = folder / "model_index.json"
+    names: dict[int, list[str]] = {}
+    for label, number in labels.items():
+        names.setdefault(number, []).append(label)
+    index = json.loads(path.read_text())
+    index["id2label"] = {str(number): ", ".join(names[number]) for number in sorted(names)}
+    path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+@torch.no_grad()
+def decode_latents(pipeline: PipelineObject, latents: torch.Tensor) -> torch.Tensor:
+    """Images `[n, 3, H, W]` float32 in [0, 1] on the CPU; pixel-space pipelines only rescale.
+
+    Raises:
+        InputError: the latents do not belong to this pipeline, or its decoder is not known.
+    """
+    decoder: Any = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if decoder is None:
+        if getattr(pipeline, "movq", None) is not None:
+            name = type(pipeline).__name__
+            raise InputError(f"{name} decodes by a MOVQ, which is not supported; compare latents instead")
+        return _to_unit(latents)
+    latents, config = _unpacked(pipeline, latents), decoder.config
+    n_channels = config.get("latent_channels")
+    if latents.ndim != 4 or (n_channels is not None and latents.shape[1] != n_channels):
+        raise InputError(f"latents must have shape [n, {n_channels}, H, W], got {list(latents.shape)}")
+    with _upcast_if_forced(decoder):
+        weight, images = next(decoder.parameters()), []
+        for chunk in torch.split(latents, DECODE_BATCH):
+            scaled = _unscaled(config, chunk.float()).to(weight.device, weight.dtype)
+            images.append(_to_unit(decoder.decode(scaled).sample))
+    return torch.cat(images)
+
+
+def _unpacked(pipeline: PipelineObject, latents: torch.Tensor) -> torch.Tensor:
+    """FLUX-like pipelines hand out tokens `[n, T, 4 C]` of 2 x 2 latent pixels; images are square here."""
+    unpack = getattr(pipeline, "_unpack_latents", None)
+    if latents.ndim != 3 or unpack is None:
+        return latents
+    factor: int = getattr(pipeline, "vae_scale_factor", 8)
+    if list(inspect.signature(unpack).parameters) != ["latents", "height", "width", "vae_scale_factor"]:
+        raise InputError(f"{type(pipeline).__name__} packs its latents in an unknown way; compare latents instead")
+    pixels = 2 * factor * math.isqrt(latents.shape[1])
+    return unpack(latents, pixels, pixels, factor)  # type: ignore[no-any-return]
+
+
+def _unscaled(config: Mapping[str, Any], latents: torch.Tensor) -> torch.Tensor:
+    latents = latents / (config.get("scaling_factor") or 1.0)
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        mean, deviation = (torch.tensor(config[f"latents_{n}"]).float().view(1, -1, 1, 1) for n in ("mean", "std"))
+        latents = latents * deviation + mean
+    return latents + (config.get("shift_factor") or 0.0)
+
+
+def _to_unit(images: torch.Tensor) -> torch.Tensor:
+    return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+@contextmanager
+def _upcast_if_forced(decoder: Any) -> Iterator[None]:
+    """SDXL's autoencoder overflows in float16 and says so (`force_upcast`); float16 -> float32 -> float16 is exact."""
+    is_forced = next(decoder.parameters()).dtype is torch.float16 and decoder.config.get("force_upcast", False)
+    if is_forced:
+        decoder.to(torch.float32)
+    try:
+        yield
+    finally:
+        if is_forced:
+            decoder.to(torch.float16)

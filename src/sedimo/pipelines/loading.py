@@ -35,9 +35,11 @@ from sedimo.pipelines.weights import (
     PICKLE_SUFFIXES,
     WEIGHTS_STEM,
     WEIGHTS_STEMS,
+    WeightFiles,
     dtype_name,
     find_weights,
-    refuse_adapter_files,
+    read_header,
+    refuse_adapter_names,
     stored_dtype,
     variants,
 )
@@ -83,10 +85,8 @@ def load_pipeline(
     if isinstance(source, nn.Module):
         return _moved(BareDenoiser(source), source, device, wanted)
     name, folder = locate(source, variant)
-    target = _parse_device(device)
-    if (folder / "model_index.json").is_file():
-        return _load_folder(folder, name, target, wanted, variant)
-    return _load_denoiser(folder, name, target, wanted, variant)
+    load = _load_folder if (folder / "model_index.json").is_file() else _load_denoiser
+    return load(folder, name, _parse_device(device), wanted, variant)
 
 
 def locate(source: str | Path, variant: str | None) -> tuple[str, Path]:
@@ -104,7 +104,7 @@ def locate(source: str | Path, variant: str | None) -> tuple[str, Path]:
     if folder.is_file():
         raise InputError(f"{folder} is a single file; give the folder of a diffusers pipeline (with model_index.json)")
     if isinstance(source, str) and is_hub_id(text):
-        return text, hub_folder(text, variant)
+        return text, _hub_folder(text, variant)
     raise InputError(f"there is no folder {folder}; give a diffusers folder, a hub id like owner/name, or zoo:NAME")
 
 
@@ -112,26 +112,22 @@ def _load_folder(
     folder: Path, name: str, device: torch.device, dtype: torch.dtype | None, variant: str | None
 ) -> DiffusersPipeline:
     index = _read_object(folder / "model_index.json")
-    _check_index(folder, index)
-    present = [n for n in DENOISER_NAMES if n in _components(index)]
+    components = _checked_components(folder, index)
+    present = [n for n in DENOISER_NAMES if n in components]
     if not present:
         raise InputError(
             f"the pipeline in {folder} has no denoiser: none of its components "
-            f"({', '.join(_components(index))}) is called {' or '.join(DENOISER_NAMES)}"
+            f"({', '.join(components)}) is called {' or '.join(DENOISER_NAMES)}"
         )
-    config = folder / present[0] / "config.json"
-    if not config.is_file():
-        raise StateError(f"{config} is missing; copy or download the folder again")
-    _check_quantization(folder / present[0], _read_object(config))
-    chosen = _folder_variant(folder, present[0], variant)
-    _refuse_adapters_in(folder / present[0], chosen)
-    arguments: dict[str, object] = {
-        _DTYPE_ARGUMENT: dtype or _default_dtype(folder / present[0], device, chosen),
-        "variant": chosen,
-    }
+    denoiser = folder / present[0]
+    if not (denoiser / "config.json").is_file():
+        raise StateError(f"{denoiser / 'config.json'} is missing; copy or download the folder again")
+    _read_config(denoiser)
+    found = _checked_weights(denoiser, variant)
+    chosen = found.variant or _variant_of_others(folder)
     if device.type == "cpu" and dtype is torch.bfloat16 and not _cpu_multiplies_bfloat16():
         _warn_of_slow_bfloat16()
-    arguments |= _labels(folder, index)
+    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(found, device), "variant": chosen, **_labels(folder, index)}
     load: Callable[..., PipelineObject] = DiffusionPipeline.from_pretrained
     with _loading(folder):
         pipeline = load(folder, use_safetensors=True, local_files_only=True, **arguments)
@@ -150,16 +146,13 @@ def _load_denoiser(
         raise InputError(
             f"{folder} is no diffusers folder: it has no model_index.json (a pipeline) and no config.json (a denoiser)"
         )
-    config = _read_object(folder / "config.json")
-    _check_quantization(folder, config)
-    kind = _model_class(folder, config.get("_class_name"))
-    chosen = find_weights(folder, WEIGHTS_STEM, variant).variant
-    _refuse_adapters_in(folder, chosen)
-    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(folder, device, chosen), "variant": chosen}
+    kind = _model_class(folder, _read_config(folder))
+    found = _checked_weights(folder, variant)
+    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(found, device), "variant": found.variant}
     with _loading(folder):
         denoiser = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **arguments)
     _refuse_incomplete(denoiser, folder)
-    return BareDenoiser(denoiser.to(device).eval(), name=name, folder=folder, variant=chosen)
+    return BareDenoiser(denoiser.to(device).eval(), name=name, folder=folder, variant=found.variant)
 
 
 def load_architecture(folder: Path) -> nn.Module:
@@ -172,7 +165,7 @@ def load_architecture(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no denoiser's folder: it has no config.json")
     config = _read_object(folder / "config.json")
-    kind = _model_class(folder, config.get("_class_name"))
+    kind = _model_class(folder, config)
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     with _loading(folder), torch.device("meta"):
         denoiser: nn.Module = kind.from_config(plain)
@@ -186,10 +179,19 @@ def _read_object(path: Path) -> dict[str, Any]:
     return plain
 
 
-def _check_quantization(denoiser: Path, config: dict[str, Any]) -> None:
+def _read_config(denoiser: Path) -> dict[str, Any]:
+    config = _read_object(denoiser / "config.json")
     quantization = config.get("quantization_config", {})
     if not isinstance(quantization, dict):
         raise StateError(f"{denoiser / 'config.json'}: quantization_config must be an object, got {quantization!r:.80}")
+    return config
+
+
+def _checked_weights(denoiser: Path, variant: str | None) -> WeightFiles:
+    found = find_weights(denoiser, WEIGHTS_STEM, variant)
+    for path in found.files:
+        refuse_adapter_names(read_header(path).tensors, str(path))
+    return found
 
 
 def _labels(folder: Path, index: dict[str, Any]) -> dict[str, object]:
@@ -202,23 +204,23 @@ def _labels(folder: Path, index: dict[str, Any]) -> dict[str, object]:
     return {"id2label": {int(k): v for k, v in labels.items()}}
 
 
-def _components(index: dict[str, Any]) -> dict[str, list[str]]:
-    """Components that the pipeline has: name to library and class; absent ones are `[null, null]`."""
-    named = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2}
-    return {k: v for k, v in named.items() if all(isinstance(x, str) for x in v)}
-
-
-def _check_index(folder: Path, index: dict[str, Any]) -> None:
+def _checked_components(folder: Path, index: dict[str, Any]) -> tuple[str, ...]:
+    """Components that the pipeline has, known to be of classes that may be run; absent ones are `[null, null]`."""
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or not hasattr(diffusers, class_name):
         raise _own_code(folder, "pipeline", class_name)
-    for name, (library, kind) in _components(index).items():
+    named = {k: v for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and len(v) == 2}
+    present = {k: v for k, v in named.items() if all(isinstance(x, str) for x in v)}
+    for name, (library, kind) in present.items():
         is_pipeline_part = hasattr(diffusers.pipelines, library) and not (folder / name / f"{library}.py").exists()
         if library not in _LIBRARIES and not is_pipeline_part:
             raise _own_code(folder, f"component {name}", f"{library}.{kind}")
         if not (folder / name).is_dir():
             raise StateError(f"{folder} lacks the folder {name} that its model_index.json names; copy it again")
-        _refuse_pickles(folder / name)
+        suffixes = {path.suffix for path in (folder / name).iterdir()}
+        if ".safetensors" not in suffixes and not suffixes.isdisjoint(PICKLE_SUFFIXES):
+            find_weights(folder / name, WEIGHTS_STEM, None)  # says what is there and what to do
+    return tuple(present)
 
 
 def _own_code(folder: Path, what: str, kind: object) -> InputError:
@@ -228,38 +230,23 @@ def _own_code(folder: Path, what: str, kind: object) -> InputError:
     )
 
 
-def _refuse_pickles(component: Path) -> None:
-    names = [p.name for p in component.iterdir()]
-    if any(n.endswith(PICKLE_SUFFIXES) for n in names) and not any(n.endswith(".safetensors") for n in names):
-        find_weights(component, WEIGHTS_STEM, None)  # says what is there and what to do
-
-
-def _folder_variant(folder: Path, denoiser_name: str, variant: str | None) -> str | None:
-    """The variant to ask diffusers for: the denoiser's, or that of another component which has nothing else."""
-    chosen = find_weights(folder / denoiser_name, WEIGHTS_STEM, variant).variant
-    if chosen is not None:
-        return chosen
+def _variant_of_others(folder: Path) -> str | None:
+    """The variant to ask diffusers for where the denoiser has none: that of a component which has nothing else."""
     others = (variants(p, stem) for p in folder.iterdir() if p.is_dir() for stem in WEIGHTS_STEMS)
     return next((found[0] for found in others if found and None not in found), None)
 
 
-def _model_class(folder: Path, class_name: object) -> Any:
+def _model_class(folder: Path, config: dict[str, Any]) -> Any:
+    class_name = config.get("_class_name")
     kind = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise _own_code(folder, "denoiser", class_name)
     return kind
 
 
-def _refuse_adapters_in(denoiser: Path, variant: str | None) -> None:
-    refuse_adapter_files(find_weights(denoiser, WEIGHTS_STEM, variant).files)
-
-
-def _default_dtype(denoiser: Path, device: torch.device, variant: str | None) -> torch.dtype:
+def _default_dtype(found: WeightFiles, device: torch.device) -> torch.dtype:
     """float32 on the CPU; on a GPU the dtype of most of the stored floating-point parameters."""
-    if device.type == "cpu":
-        return torch.float32
-    found = find_weights(denoiser, WEIGHTS_STEM, variant)
-    return stored_dtype(found.files)
+    return torch.float32 if device.type == "cpu" else stored_dtype(found.files)
 
 
 def _cpu_multiplies_bfloat16() -> bool:
@@ -337,12 +324,8 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
-def hub_folder(hub_id: str, variant: str | None) -> Path:
-    """The folder in the local cache of a pipeline of the hub, downloaded if needed: safetensors only, no code.
-
-    Raises:
-        InputError: no such pipeline there, or it is not cached and the hub cannot be reached.
-    """
+def _hub_folder(hub_id: str, variant: str | None) -> Path:
+    """The folder in the local cache of a pipeline of the hub, downloaded if needed: safetensors only, no code."""
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant))
     except (OSError, ValueError, HfHubHTTPError) as error:

@@ -14,14 +14,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import DenoiserCall, Observer, PipelineObject, Sampling
 from sedimo.pipelines.conditions import call_parameters, condition_arguments
-from sedimo.pipelines.schedulers import StepCall, handled_steps, previous_sample, with_previous_sample
+from sedimo.pipelines.schedulers import (
+    StepCall,
+    exchanged,
+    handled_steps,
+    previous_sample,
+    with_previous_sample,
+)
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
 logger = logging.getLogger(__name__)
@@ -30,67 +38,67 @@ _LATENT_OUTPUT = "latent"
 
 
 def sample_batch(
-    pipeline: PipelineObject,
-    denoiser: nn.Module,
-    sampling: Sampling,
-    indices: Sequence[int],
-    observer: Observer | None,
+    pipeline: PipelineObject, denoiser: nn.Module, batch: Sampling, observer: Observer | None
 ) -> torch.Tensor:
-    """Final latents `[B, ...]` float32 on the CPU of the samples `indices` of a plan, run as one batch.
+    """Final latents `[B, ...]` float32 on the CPU of all samples of a plan, run as one batch.
 
     Raises:
         InputError: the pipeline does not take what the plan asks for.
     """
-    with torch.no_grad(), ready_to_sample(pipeline, sampling, indices) as ready:
+    with torch.no_grad(), ExitStack() as stack:
+        arguments, steps = stack.enter_context(ready_to_sample(pipeline, batch))
         if observer is not None:
-            ready.stack.enter_context(observed_calls(denoiser, observer))
-        result = pipeline(**ready.arguments)[0]
-    latents = result if gives_latents(pipeline) else ready.steps.last
+            stack.enter_context(observed_calls(denoiser, observer))
+        result = pipeline(**arguments)[0]
+    latents = result if gives_latents(pipeline) else steps.last
     if not isinstance(latents, torch.Tensor):
         raise StateError(f"{type(pipeline).__name__} ended without latents: its scheduler made no step")
-    return latents[: len(indices)].detach().to("cpu", torch.float32)  # guidance doubles DiT's batch
+    return latents[: len(batch.seeds)].detach().to("cpu", torch.float32)  # guidance doubles DiT's batch
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A pipeline in which nothing is missing for a batch: the arguments of its call, and what its steps gave.
+@dataclass
+class SeenSteps:
+    """What the scheduler's steps gave: the latest previous sample, and how many there were."""
 
-    `stack` takes what has to be undone when the batch is finished.
-    """
-
-    arguments: dict[str, object]
-    steps: SeenSteps
-    stack: ExitStack
+    last: torch.Tensor | None = None
+    n_steps: int = 0
 
 
 @contextmanager
-def ready_to_sample(pipeline: PipelineObject, sampling: Sampling, indices: Sequence[int]) -> Iterator[Ready]:
-    """The pipeline made ready for the samples `indices` of a plan; on leaving it is what it was.
+def ready_to_sample(
+    pipeline: PipelineObject, batch: Sampling, *, cuts_last: bool = False
+) -> Iterator[tuple[dict[str, object], SeenSteps]]:
+    """The pipeline made ready for a plan, with the arguments of its call, and what its steps gave; undone on leaving.
+
+    With `cuts_last`, a pipeline that gives no latents gets the last step's sample without its history of gradients: it
+    goes on to make pictures of it in ways that know none.
 
     Raises:
         InputError: the pipeline does not take what the plan asks for.
     """
-    generators = [torch.Generator().manual_seed(sampling.seeds[i]) for i in indices]
-    arguments = _call_arguments(pipeline, sampling, indices) | {"generator": generators}
+    generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+    arguments = _call_arguments(pipeline, batch) | {"generator": generators}
+    is_watched = not gives_latents(pipeline)
     with ExitStack() as stack:
         stack.enter_context(_without_progress_bar(pipeline))
-        stack.enter_context(_repeatable_global_noise(pipeline, sampling.seeds[indices[0]]))
-        steps = stack.enter_context(_watched_steps(pipeline.scheduler, generators))
-        if not gives_latents(pipeline):
-            stack.enter_context(_skipped_decoding(pipeline))
-        yield Ready(arguments, steps, stack)
+        stack.enter_context(_repeatable_global_noise(pipeline, batch.seeds[0]))
+        steps = stack.enter_context(_watched_steps(pipeline.scheduler, generators, cuts_last=cuts_last and is_watched))
+        decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+        if is_watched and decoder is not None:  # it must decode, and images are not wanted here
+            stack.enter_context(exchanged(decoder, "decode", lambda latents, *_, **__: SimpleNamespace(sample=latents)))
+        yield arguments, steps
 
 
-def _call_arguments(pipeline: PipelineObject, sampling: Sampling, indices: Sequence[int]) -> dict[str, object]:
+def _call_arguments(pipeline: PipelineObject, batch: Sampling) -> dict[str, object]:
     parameters, name = call_parameters(pipeline), type(pipeline).__name__
-    arguments = condition_arguments(pipeline, [sampling.condition(i) for i in indices])
+    arguments = condition_arguments(pipeline, [batch.condition(i) for i in range(len(batch.seeds))])
     if not arguments and "batch_size" in parameters:
-        arguments["batch_size"] = len(indices)
-    arguments |= {"num_inference_steps": sampling.n_steps, "return_dict": False}
-    if sampling.guidance is not None:
-        arguments["guidance_scale"] = sampling.guidance
-    if sampling.resolution is not None:
-        arguments |= {"height": sampling.resolution, "width": sampling.resolution}
+        arguments["batch_size"] = len(batch.seeds)
+    arguments |= {"num_inference_steps": batch.n_steps, "return_dict": False}
+    if batch.guidance is not None:
+        arguments["guidance_scale"] = batch.guidance
+    if batch.resolution is not None:
+        arguments |= {"height": batch.resolution, "width": batch.resolution}
     if "output_type" in parameters:
         arguments["output_type"] = _LATENT_OUTPUT if gives_latents(pipeline) else "pt"
     words = {"guidance_scale": "guidance", "height": "resolution", "width": "resolution"}
@@ -133,21 +141,8 @@ def _repeatable_global_noise(pipeline: PipelineObject, seed: int) -> Iterator[No
             )
 
 
-@dataclass
-class SeenSteps:
-    """What the scheduler's steps gave: the latest previous sample, and how many there were.
-
-    With `cuts_last`, the pipeline gets the last step's sample without its history of gradients: it goes on to make
-    pictures of it in ways that know none.
-    """
-
-    last: torch.Tensor | None = None
-    n_steps: int = 0
-    cuts_last: bool = False
-
-
 @contextmanager
-def _watched_steps(scheduler: object, generators: Sequence[torch.Generator]) -> Iterator[SeenSteps]:
+def _watched_steps(scheduler: Any, generators: Sequence[torch.Generator], *, cuts_last: bool) -> Iterator[SeenSteps]:
     """Watches `scheduler.step`, and gives it the samples' generators."""
     seen = SeenSteps()
 
@@ -158,7 +153,7 @@ def _watched_steps(scheduler: object, generators: Sequence[torch.Generator]) -> 
             changes["generator"] = _one_per_row(generators, rows)
         result = call.run(**changes)
         seen.last, seen.n_steps = previous_sample(result), seen.n_steps + 1
-        is_cut = seen.cuts_last and seen.n_steps == len(scheduler.timesteps)  # type: ignore[attr-defined]
+        is_cut = cuts_last and seen.n_steps == len(scheduler.timesteps)
         return with_previous_sample(result, seen.last.detach()) if is_cut else result
 
     with handled_steps(scheduler, watch):
@@ -173,30 +168,28 @@ def _one_per_row(generators: Sequence[torch.Generator], rows: int) -> list[torch
 
 
 @contextmanager
-def _skipped_decoding(pipeline: PipelineObject) -> Iterator[None]:
-    """Lets a pipeline that must decode pass its latents through: images are not wanted here."""
-    decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-    if decoder is None:
-        yield
-        return
-    decoder.decode = lambda latents, *_, **__: SimpleNamespace(sample=latents)
-    try:
-        yield
-    finally:
-        del decoder.decode
-
-
-@contextmanager
 def observed_calls(denoiser: nn.Module, observer: Observer) -> Iterator[None]:
     """Shows every call of the denoiser to `observer` while the context lasts; steps count from 0."""
-    watcher = _Watcher(inspect.signature(denoiser.forward), observer)
-    before = denoiser.register_forward_pre_hook(watcher.before, with_kwargs=True)
-    after = denoiser.register_forward_hook(watcher.after)
+    signature, copies = inspect.signature(denoiser.forward), InputCopies()
+    inputs: dict[str, object] = {}
+    step = 0
+
+    def before(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        nonlocal inputs
+        inputs = copies.of(named_inputs(signature, args, kwargs))
+
+    def after(_module: nn.Module, _args: object, output: object) -> None:
+        nonlocal step
+        call = DenoiserCall(step, timestep_of(inputs), inputs, output_tensor(output).detach().clone())
+        step += 1
+        observer(call)
+
+    hooks = (denoiser.register_forward_pre_hook(before, with_kwargs=True), denoiser.register_forward_hook(after))
     try:
         yield
     finally:
-        before.remove()
-        after.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def named_inputs(
@@ -212,49 +205,24 @@ def named_inputs(
 
 
 class InputCopies:
-    """Copies of tensors as they are now, for the call may change them.
+    """Copies of the tensors in inputs as they are now, for the call may change them.
 
     A tensor that is passed unchanged to several calls (a prompt's embedding) is copied once.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._kept: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
-    def copy(self, value: torch.Tensor, place: str) -> torch.Tensor:
-        """The copy of what stands at a place of the inputs."""
+    def of(self, inputs: dict[str, object]) -> dict[str, object]:
+        """The same inputs with copied tensors."""
+        leaves, spec = pytree.tree_flatten(inputs)
+        copies = [self._copy(x, i) if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)]
+        copied: dict[str, object] = pytree.tree_unflatten(copies, spec)
+        return copied
+
+    def _copy(self, value: torch.Tensor, place: int) -> torch.Tensor:
         source, version, copy = self._kept.get(place, (None, -1, value))
         if source is not value or version != value._version:
             copy = value.detach().clone()
             self._kept[place] = (value, value._version, copy)
         return copy
-
-
-class _Watcher:
-    """Copies inputs before a call, for the call may change them, and reports them with the output after it.
-
-    A tensor that is passed unchanged to several calls (a prompt's embedding) is copied once.
-    """
-
-    def __init__(self, signature: inspect.Signature, observer: Observer) -> None:
-        self._signature, self._observer = signature, observer
-        self._step = 0
-        self._inputs: Mapping[str, object] = {}
-        self._copies = InputCopies()
-
-    def before(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        given = named_inputs(self._signature, args, kwargs)
-        self._inputs = {name: self._copy(value, name) for name, value in given.items()}
-
-    def after(self, _module: nn.Module, _args: tuple[object, ...], output: object) -> None:
-        call = DenoiserCall(self._step, timestep_of(self._inputs), self._inputs, output_tensor(output).detach().clone())
-        self._step += 1
-        self._observer(call)
-
-    def _copy(self, value: object, place: str) -> object:
-        if isinstance(value, torch.Tensor):
-            return self._copies.copy(value, place)
-        if isinstance(value, Mapping):
-            return {k: self._copy(v, f"{place}.{k}") for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._copy(v, f"{place}.{i}") for i, v in enumerate(value))
-        return value

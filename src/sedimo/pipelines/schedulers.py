@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +32,20 @@ _CLASSES: Mapping[str, Any] = {
     "unipc": UniPCMultistepScheduler,
 }
 SCHEDULERS = tuple(_CLASSES)
-_START = "init_noise_sigma"
-_NEEDED = ("model_output", "timestep", "sample")
+
+
+@contextmanager
+def exchanged(owner: object, name: str, value: object) -> Iterator[None]:
+    """An object with another attribute; on leaving it is exactly what it was."""
+    is_own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 def scheduler_named(pipeline: PipelineObject, name: str, n_steps: int) -> object:
@@ -61,21 +73,15 @@ def scheduler_named(pipeline: PipelineObject, name: str, n_steps: int) -> object
     return made
 
 
-@contextmanager
-def scheduled(pipeline: PipelineObject, scheduler: object) -> Iterator[None]:
+def scheduled(pipeline: PipelineObject, scheduler: object) -> AbstractContextManager[None]:
     """The pipeline with another scheduler; on leaving it has its own again."""
-    own = pipeline.scheduler
-    pipeline.scheduler = scheduler
-    try:
-        yield
-    finally:
-        pipeline.scheduler = own
+    return exchanged(pipeline, "scheduler", scheduler)
 
 
 def _scales_its_noise(pipeline: PipelineObject) -> bool:
     """Whether the pipeline's code asks its scheduler how large the initial noise is; there is no list of those."""
     parts = (type(pipeline).__call__, getattr(type(pipeline), "prepare_latents", None))
-    return any(part is not None and _START in inspect.unwrap(part).__code__.co_names for part in parts)
+    return any(part is not None and "init_noise_sigma" in inspect.unwrap(part).__code__.co_names for part in parts)
 
 
 @dataclass(frozen=True)
@@ -99,19 +105,16 @@ class StepCall:
     @property
     def prediction(self) -> torch.Tensor:
         """What the denoiser predicts of the latents, guided rows combined; a learned variance is left out."""
-        output: torch.Tensor = self.arguments["model_output"]
-        return output[:, : self.sample.shape[1]]
+        return self.arguments["model_output"][:, : self.sample.shape[1]]  # type: ignore[no-any-return]
 
     def with_prediction(self, prediction: torch.Tensor) -> StepCall:
         """The call with another prediction; a learned variance stays."""
-        output: torch.Tensor = self.arguments["model_output"]
-        whole = torch.cat([prediction, output[:, prediction.shape[1] :]], dim=1)
+        whole = torch.cat([prediction, self.arguments["model_output"][:, prediction.shape[1] :]], dim=1)
         return replace(self, arguments={**self.arguments, "model_output": whole})
 
-    def on(self, scheduler: object) -> StepCall:
-        """The same call of another scheduler of the same class."""
-        own: Callable[..., object] = type(scheduler).step  # type: ignore[attr-defined]  # what handles steps is left out
-        return replace(self, step=functools.partial(own, scheduler))
+    def on(self, scheduler: Any) -> StepCall:
+        """The same call of another scheduler of the same class; whoever handles its steps is left out."""
+        return replace(self, step=functools.partial(type(scheduler).step, scheduler))
 
     def run(self, **changes: object) -> object:
         """What the step makes of the call, with some arguments changed."""
@@ -120,14 +123,13 @@ class StepCall:
 
 
 @contextmanager
-def handled_steps(scheduler: object, handle: Callable[[StepCall], object]) -> Iterator[None]:
+def handled_steps(scheduler: Any, handle: Callable[[StepCall], object]) -> Iterator[None]:
     """`handle` answers every call of `scheduler.step` meanwhile; the scheduler is exactly what it was on leaving.
 
     Raises:
         InputError: a call with arguments that the step does not take.
     """
-    original: Callable[..., object] = scheduler.step  # type: ignore[attr-defined]  # every scheduler has it
-    is_own = "step" in vars(scheduler)
+    original: Callable[..., object] = scheduler.step
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -140,24 +142,18 @@ def handled_steps(scheduler: object, handle: Callable[[StepCall], object]) -> It
             ) from error
         return handle(StepCall(bound.arguments, signature, original))
 
-    scheduler.step = step  # type: ignore[attr-defined]
-    try:
+    with exchanged(scheduler, "step", step):
         yield
-    finally:
-        if is_own:
-            scheduler.step = original  # type: ignore[attr-defined]
-        else:
-            del scheduler.step  # type: ignore[attr-defined]
 
 
-def check_step(scheduler: object) -> None:
+def check_step(scheduler: Any) -> None:
     """Refuses a scheduler whose step is not given a prediction, a timestep and latents under their usual names.
 
     Raises:
         UnsupportedError: it is not.
     """
-    parameters = inspect.signature(scheduler.step).parameters  # type: ignore[attr-defined]
-    missing = [name for name in _NEEDED if name not in parameters]
+    parameters = inspect.signature(scheduler.step).parameters
+    missing = [name for name in ("model_output", "timestep", "sample") if name not in parameters]
     if missing:
         raise UnsupportedError(
             f"the step of {type(scheduler).__name__} has no argument {missing[0]!r} ({', '.join(parameters)}), so its "
@@ -165,14 +161,14 @@ def check_step(scheduler: object) -> None:
         )
 
 
-def previous_sample(result: object) -> torch.Tensor:
+def previous_sample(result: Any) -> torch.Tensor:
     """The latents `[B, ...]` in what a step returns."""
-    return result[0] if isinstance(result, tuple) else result.prev_sample  # type: ignore[attr-defined, no-any-return]
+    return result[0] if isinstance(result, tuple) else result.prev_sample  # type: ignore[no-any-return]
 
 
-def with_previous_sample(result: object, sample: torch.Tensor) -> object:
+def with_previous_sample(result: Any, sample: torch.Tensor) -> object:
     """What a step returned, with other latents."""
     if isinstance(result, tuple):
         return (sample, *result[1:])
-    result.prev_sample = sample  # type: ignore[attr-defined]
+    result.prev_sample = sample
     return result

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import DenoiserCall, Observer, PipelineAdapter, Sampling
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
+MAX_ROWS = 64  # of a recorded call that run at once when layers are looked at
+StepBatches = list[tuple[DenoiserCall, range]]
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,6 @@ class Trajectory:
     sampling: Sampling
     calls: tuple[DenoiserCall, ...]
     latents: torch.Tensor
-
-    @property
-    def n_calls(self) -> int:
-        """Number of recorded denoiser calls."""
-        return len(self.calls)
 
 
 def record(adapter: PipelineAdapter, sampling: Sampling, *, at_most: int | None = None) -> Trajectory:
@@ -106,9 +104,6 @@ def timestep_of(inputs: Mapping[str, object]) -> float:
     return float(value.max() if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]
 
 
-MAX_ROWS = 64  # of a recorded call that run at once when layers are looked at
-
-
 def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[tuple[DenoiserCall, range]]:
     """Each recorded call with the positions of the samples that it computed.
 
@@ -128,9 +123,6 @@ def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[
         yield call, samples
 
 
-StepBatches = list[tuple[DenoiserCall, range]]
-
-
 def calls_by_step(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> list[StepBatches]:
     """The calls of all batches at one step, with the positions of their samples, step by step."""
     found: dict[int, StepBatches] = {}
@@ -144,13 +136,20 @@ def joined_calls(batches: StepBatches) -> DenoiserCall:
 
     Tensors whose first axis has the length of their batch are joined; all others are those of the first batch.
     """
-    if len(batches) == 1:
-        return batches[0][0]
-    (first, _), rows = batches[0], [call.output.shape[0] for call, _ in batches]
+    calls, rows = [call for call, _ in batches], [call.output.shape[0] for call, _ in batches]
     n_sets = rows[0] // len(batches[0][1])
-    inputs = {name: _joined([call.inputs[name] for call, _ in batches], rows, n_sets) for name in first.inputs}
-    output = _joined([call.output for call, _ in batches], rows, n_sets)
-    return DenoiserCall(first.step, first.timestep, inputs, output_tensor(output))
+
+    def join(*values: object) -> object:
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        if not tensors or any(not t.ndim or t.shape[0] != n for t, n in zip(tensors, rows, strict=True)):
+            return values[0]
+        return torch.cat([t.reshape(n_sets, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)
+
+    if len(calls) == 1:
+        return calls[0]
+    inputs, *others = (dict(call.inputs) for call in calls)
+    output = output_tensor(join(*(call.output for call in calls)))
+    return DenoiserCall(calls[0].step, calls[0].timestep, pytree.tree_map(join, inputs, *others), output)
 
 
 def rows_of(call: DenoiserCall, rows: slice | torch.Tensor) -> dict[str, object]:
@@ -158,8 +157,14 @@ def rows_of(call: DenoiserCall, rows: slice | torch.Tensor) -> dict[str, object]
 
     Tensors whose first axis has the length of the batch are cut, all others are whole.
     """
-    n_rows = call.output.shape[0]
-    return {name: _cut(value, rows, n_rows) for name, value in call.inputs.items()}
+
+    def cut(value: object) -> object:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return (value[rows] if value.ndim and len(value) == len(call.output) else value).clone()
+
+    inputs: dict[str, object] = pytree.tree_map(cut, dict(call.inputs))
+    return inputs
 
 
 def rows_for(samples: torch.Tensor, n_samples: int, n_sets: int) -> torch.Tensor:
@@ -176,25 +181,3 @@ def inputs_by_samples(call: DenoiserCall, n_samples: int) -> Iterator[tuple[int,
     for samples in torch.split(torch.arange(n_samples), max(1, MAX_ROWS // n_sets)):
         rows = rows_for(samples, n_samples, n_sets).to(call.output.device)
         yield len(samples), rows_of(call, rows)
-
-
-def _cut(value: object, rows: slice | torch.Tensor, n_rows: int) -> object:
-    if isinstance(value, torch.Tensor):
-        return (value[rows] if value.ndim and value.shape[0] == n_rows else value).clone()
-    if isinstance(value, Mapping):
-        return {k: _cut(v, rows, n_rows) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_cut(v, rows, n_rows) for v in value)
-    return value
-
-
-def _joined(values: Sequence[object], rows: Sequence[int], n_sets: int) -> object:
-    first = values[0]
-    if isinstance(first, Mapping):
-        return {k: _joined([v[k] for v in values if isinstance(v, Mapping)], rows, n_sets) for k in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_joined(group, rows, n_sets) for group in zip(*values, strict=True))
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    if not tensors or any(not t.ndim or t.shape[0] != n for t, n in zip(tensors, rows, strict=True)):
-        return first
-    return torch.cat([t.reshape(n_sets, -1, *t.shape[1:]) for t in tensors], dim=1).flatten(0, 1)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +46,10 @@ DTYPES: dict[str, torch.dtype] = {  # by their names in safetensors files
 
 _SHARD = r"-\d{5}-of-\d{5}"
 _VARIANT = rf"(?:\.(?P<variant>(?![\w-]*{_SHARD})[\w-]+))?"
+_SUFFIX = ".weight"
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_COMPUTE_DTYPES = ("F32", "F16", "BF16")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +121,12 @@ def find_weights(folder: Path, stem: str, variant: str | None) -> WeightFiles:
 def component_files(folder: Path, variant: str | None) -> dict[str, Path]:
     """A component's files by their new names; of its weights one variant, safetensors where there are any."""
     every = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    stems = [stem for stem in WEIGHTS_STEMS if variants(folder, stem)]
-    if not stems:
+    present = {stem: known for stem in WEIGHTS_STEMS if (known := variants(folder, stem))}
+    if not present:
         return every
-    found = {name: path for name, path in every.items() if not is_weight_file(path.name)}
-    for stem in stems:
-        weights = find_weights(folder, stem, variant if variant in variants(folder, stem) else None)
+    found = {name: path for name, path in every.items() if not _holds_weights(path.name)}
+    for stem, known in present.items():
+        weights = find_weights(folder, stem, variant if variant in known else None)
         if weights.index is None:
             found[f"{stem}.safetensors"] = weights.files[0]
         else:
@@ -129,13 +134,10 @@ def component_files(folder: Path, variant: str | None) -> dict[str, Path]:
     return found
 
 
-def is_weight_file(name: str) -> bool:
+def _holds_weights(name: str) -> bool:
     """Whether a file of a component holds weights, in any form, or is an index of them."""
-    suffix = Path(name).suffix
-    return (
-        suffix in (".safetensors", ".onnx", ".onnx_data", ".gguf", *PICKLE_SUFFIXES)
-        or re.search(r"\.index(\.[A-Za-z0-9_-]+)?\.json$", name) is not None
-    )
+    suffixes = (".safetensors", ".onnx", ".onnx_data", ".gguf", *PICKLE_SUFFIXES)
+    return Path(name).suffix in suffixes or re.search(r"\.index(\.[A-Za-z0-9_-]+)?\.json$", name) is not None
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -153,18 +155,13 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _nothing_to_read(folder: Path, stem: str) -> str:
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
-    if pickles:
-        return (
-            f"{folder} holds its weights only as {pickles[0]}, a format that can execute code when it is read. "
-            "Sedimo reads safetensors only: load it where you trust it and save it again with "
-            "save_pretrained(..., safe_serialization=True), or get a revision that has safetensors"
-        )
-    return f"{folder} holds no weights {stem}*.safetensors"
-
-
-_SUFFIX = ".weight"
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_COMPUTE_DTYPES = ("F32", "F16", "BF16")
+    if not pickles:
+        return f"{folder} holds no weights {stem}*.safetensors"
+    return (
+        f"{folder} holds its weights only as {pickles[0]}, a format that can execute code when it is read. "
+        "Sedimo reads safetensors only: load it where you trust it and save it again with "
+        "save_pretrained(..., safe_serialization=True), or get a revision that has safetensors"
+    )
 
 
 class ModuleWeights:
@@ -180,7 +177,12 @@ class ModuleWeights:
         named = denoiser.named_parameters(remove_duplicate=False)
         self._tensors = {n.removesuffix(_SUFFIX): p for n, p in named if n.endswith(_SUFFIX) and p.ndim >= 2}
         for name, tensor in self._tensors.items():
-            _check_live(name, tensor)
+            what = f"the weight of layer {name!r} is"
+            if type(tensor) not in (nn.Parameter, torch.Tensor):
+                kind = type(tensor).__name__
+                raise InputError(f"{what} a {kind}, quantized already; quantize from the full-precision source")
+            if tensor.is_meta:
+                raise InputError(f"{what} on the meta device and holds no numbers; load it first")
 
     @cached_property
     def digest(self) -> str:
@@ -202,9 +204,7 @@ class ModuleWeights:
         Raises:
             InputError: no such layer.
         """
-        if layer_name not in self._tensors:
-            raise _unknown(layer_name, self._tensors)
-        return self._tensors[layer_name].detach().cpu()
+        return _known(layer_name, self._tensors).detach().cpu()
 
 
 class FileWeights:
@@ -223,9 +223,15 @@ class FileWeights:
         _refuse_quantized(self.folder)
         found = find_weights(self.folder, WEIGHTS_STEM, variant)
         self.files = found.files
-        refuse_adapter_files(found.files)
-        self._keys, infos = _read_headers(found.files, found.weight_map)
-        self._infos = {i.layer_name: i for i in infos}
+        homes = tensor_homes(found)
+        self._keys: dict[str, tuple[Path, str]] = {}
+        self._infos: dict[str, WeightInfo] = {}
+        for key, (path, shape, dtype) in homes.items():
+            if key.endswith(_SUFFIX) and len(shape) >= 2:
+                name = _module_name(key, homes)
+                self._keys[name] = (path, key)
+                kind = dtype_name(DTYPES[dtype]) if dtype in DTYPES else dtype
+                self._infos[name] = WeightInfo(name, shape, kind)
 
     @cached_property
     def digest(self) -> str:
@@ -247,15 +253,58 @@ class FileWeights:
             InputError: no such layer.
             StateError: the file is gone or was damaged since its header was read.
         """
-        if layer_name not in self._keys:
-            raise _unknown(layer_name, self._keys)
-        path, key = self._keys[layer_name]
+        path, key = _known(layer_name, self._keys)
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(key).clone()
         except (SafetensorError, OSError) as error:
             raise StateError(f"{path} cannot be read any more (tensor {key!r}): {error}") from error
         return tensor
+
+
+def tensor_homes(found: WeightFiles) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """File, shape and dtype of every tensor of a set of weights.
+
+    Raises:
+        InputError: an adapter (LoRA) is among them.
+        StateError: a file is damaged, or index and shards disagree.
+    """
+    homes: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    for path in found.files:
+        tensors = read_header(path).tensors
+        refuse_adapter_names(tensors, str(path))
+        for key, (shape, dtype) in tensors.items():
+            if key in homes:
+                raise StateError(f"tensor {key!r} is both in {homes[key][0].name} and in {path.name} of {path.parent}")
+            homes[key] = (path, shape, dtype)
+    wanted, got = found.weight_map, {key: path.name for key, (path, _, _) in homes.items()}
+    wrong = [] if wanted is None else sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))
+    if wanted is not None and wrong:
+        raise StateError(
+            f"index and shards in {found.files[0].parent} disagree about {len(wrong)} tensors: {wrong[0]!r} should be "
+            f"in {wanted.get(wrong[0])}, is in {got.get(wrong[0])}"
+        )
+    return homes
+
+
+def _module_name(key: str, keys: Mapping[str, object]) -> str:
+    """The layer's name in the module: diffusers renames the attention of its oldest checkpoints on loading."""
+    name = key.removesuffix(_SUFFIX)
+    parent, _, last = name.rpartition(".")
+    if last in _OLD_ATTENTION and all(f"{parent}.{old}{_SUFFIX}" in keys for old in _OLD_ATTENTION):
+        return f"{parent}.{_OLD_ATTENTION[last]}"
+    return name
+
+
+def _known(layer_name: str, known: Mapping[str, Found]) -> Found:
+    if layer_name not in known:
+        raise InputError(f"there is no weight of a layer {layer_name!r} among {len(known)}, such as {list(known)[:3]}")
+    return known[layer_name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as `float16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def denoiser_folder(folder: Path) -> Path:
@@ -282,18 +331,18 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     Raises:
         StateError: a file is damaged.
     """
-    sizes: dict[str, int] = {}
+    sizes = dict.fromkeys(_COMPUTE_DTYPES, 0)
     for path in files:
         for key, (shape, dtype) in read_header(path).tensors.items():
-            if key.endswith((_SUFFIX, ".bias")) and dtype in _COMPUTE_DTYPES:
-                sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-    return DTYPES[max(sizes, key=lambda d: sizes[d])] if sizes else torch.float32
+            if key.endswith((_SUFFIX, ".bias")) and dtype in sizes:
+                sizes[dtype] += math.prod(shape)
+    return DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]  # the first, float32, of equals
 
 
 def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[str] | None = None) -> None:
     """Refuses a denoiser whose weights are not those of a source: what was measured would not be what is packed.
 
-    `layers` limits the comparison; by default all weights are compared.
+    `layers` limits the comparison; by default all weights are compared. A value that is no number equals another one.
 
     Raises:
         InputError: naming the first layer that differs, or an adapter (LoRA).
@@ -301,21 +350,16 @@ def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[
     live = ModuleWeights(denoiser)
     known = {info.layer_name for info in live.weights()}
     for name in known if layers is None else known.intersection(layers):
-        if not _is_same(live.read(name), weights.read(name)):
+        ours = live.read(name)
+        wanted = weights.read(name).to(ours.dtype)
+        is_comparable = ours.shape == wanted.shape
+        if not torch.equal(ours, wanted) and not (is_comparable and torch.allclose(ours, wanted, 0, 0, equal_nan=True)):
             place = f"the one in {weights.folder}" if isinstance(weights, FileWeights) else "the one of the bank"
             raise InputError(
                 f"the weight of layer {name!r} is not {place} (was an adapter fused into it, or is it another "
                 "model's?). Save the pipeline to a folder of its own and load that one, or pass the pipeline object "
                 "itself to sedimo.load, and fit its own bank"
             )
-
-
-def _is_same(live: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Whether all values are equal in the live dtype; a value that is no number equals another one."""
-    wanted = stored.to(live.dtype)
-    return torch.equal(live, wanted) or (
-        live.shape == wanted.shape and torch.allclose(live, wanted, 0, 0, equal_nan=True)
-    )
 
 
 def refuse_endless(denoiser: nn.Module) -> None:
@@ -325,9 +369,9 @@ def refuse_endless(denoiser: nn.Module) -> None:
         InputError: naming the tensor.
     """
     for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers()):
-        if not tensor.is_floating_point() or tensor.is_meta or torch.isfinite(tensor.sum(dtype=torch.float64)):
-            continue
-        raise InputError(f"the tensor {name!r} of the denoiser holds NaN or infinity; repair the checkpoint first")
+        is_checked = tensor.is_floating_point() and not tensor.is_meta
+        if is_checked and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+            raise InputError(f"the tensor {name!r} of the denoiser holds NaN or infinity; repair the checkpoint first")
 
 
 def refuse_adapters(denoiser: nn.Module) -> None:
@@ -345,17 +389,6 @@ def refuse_adapters(denoiser: nn.Module) -> None:
             )
 
 
-def refuse_adapter_files(files: Iterable[Path]) -> None:
-    """Refuses weight files with an adapter among their tensors.
-
-    Raises:
-        InputError: naming one such tensor.
-        StateError: a file is damaged.
-    """
-    for path in files:
-        refuse_adapter_names(read_header(path).tensors, str(path))
-
-
 def refuse_adapter_names(names: Iterable[str], place: str) -> None:
     """Refuses stored tensors whose names tell that an adapter is among them.
 
@@ -367,72 +400,12 @@ def refuse_adapter_names(names: Iterable[str], place: str) -> None:
             raise InputError(f"{place} holds an adapter (LoRA), such as {name!r}: save the denoiser without it")
 
 
-def _read_headers(
-    files: Sequence[Path], weight_map: Mapping[str, str] | None
-) -> tuple[dict[str, tuple[Path, str]], list[WeightInfo]]:
-    found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-    for path in files:
-        for key, (shape, dtype) in read_header(path).tensors.items():
-            if key in found:
-                raise StateError(f"tensor {key!r} is both in {found[key][0].name} and in {path.name} of {path.parent}")
-            found[key] = (path, shape, dtype)
-    if weight_map is not None:
-        _check_index(files[0].parent, weight_map, {k: path.name for k, (path, _, _) in found.items()})
-    keys, infos = {}, []
-    for key, (path, shape, dtype) in found.items():
-        if key.endswith(_SUFFIX) and len(shape) >= 2:
-            name = _module_name(key, found)
-            keys[name] = (path, key)
-            infos.append(WeightInfo(name, shape, dtype_name(DTYPES[dtype]) if dtype in DTYPES else dtype))
-    return keys, infos
-
-
-def _check_index(folder: Path, weight_map: Mapping[str, str], found: Mapping[str, str]) -> None:
-    wrong = sorted(k for k in weight_map.keys() | found.keys() if weight_map.get(k) != found.get(k))
-    if wrong:
-        key = wrong[0]
-        raise StateError(
-            f"index and shards in {folder} disagree about {len(wrong)} tensors: {key!r} should be in "
-            f"{weight_map.get(key)}, is in {found.get(key)}"
-        )
-
-
-def _module_name(key: str, keys: Mapping[str, object]) -> str:
-    """The layer's name in the module: diffusers renames the attention of its oldest checkpoints on loading."""
-    name = key.removesuffix(_SUFFIX)
-    parent, _, last = name.rpartition(".")
-    if last in _OLD_ATTENTION and all(f"{parent}.{old}{_SUFFIX}" in keys for old in _OLD_ATTENTION):
-        return f"{parent}.{_OLD_ATTENTION[last]}"
-    return name
-
-
 def _refuse_quantized(folder: Path) -> None:
     config = folder / "config.json"
-    if not config.is_file():
-        return
-    plain = parse_json(config.read_bytes(), place=str(config))
+    plain = parse_json(config.read_bytes(), place=str(config)) if config.is_file() else {}
     quantization = plain.get("quantization_config") if isinstance(plain, dict) else None
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise InputError(
             f"the denoiser in {folder} is quantized already (by {method!r}); quantize from its full-precision source"
         )
-
-
-def _check_live(name: str, tensor: torch.Tensor) -> None:
-    if type(tensor) not in (nn.Parameter, torch.Tensor):
-        raise InputError(
-            f"the weight of layer {name!r} is a {type(tensor).__name__}, quantized already; "
-            "quantize from the full-precision source"
-        )
-    if tensor.is_meta:
-        raise InputError(f"the weight of layer {name!r} is on the meta device and holds no numbers; load it first")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Such as `float16`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _unknown(layer_name: str, known: Mapping[str, object]) -> InputError:
-    return InputError(f"there is no weight of a layer {layer_name!r} among {len(known)}, such as {list(known)[:3]}")

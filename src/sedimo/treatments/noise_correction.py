@@ -28,7 +28,7 @@ from sedimo.lab.parts import Parts
 from sedimo.lab.seeds import Seeds
 from sedimo.metrics.estimate import Estimate, jackknife_estimate
 from sedimo.pipelines.adapter import Sampling
-from sedimo.pipelines.correction import Correction, StepCorrection, channel_axis
+from sedimo.pipelines.correction import StepCorrection, channel_axis
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.schedulers import StepCall, check_step, handled_steps, previous_sample, with_previous_sample
 from sedimo.settings import one_of
@@ -68,13 +68,11 @@ class CorrectionProbe:
     fits: tuple[StepFit, ...]
 
     @property
-    def correction(self) -> Correction:
+    def correction(self) -> tuple[StepCorrection, ...]:
         """What corrects a pipeline: `pipelines.correction.corrected`."""
-        return Correction(
-            tuple(
-                StepCorrection(fit.timestep, fit.slope.value, tuple(b.value for b in fit.bias), fit.variance)
-                for fit in self.fits
-            )
+        return tuple(
+            StepCorrection(fit.timestep, fit.slope.value, tuple(b.value for b in fit.bias), fit.variance)
+            for fit in self.fits
         )
 
 
