@@ -27,9 +27,8 @@ from sedimo.bank import Candidate
 from sedimo.graph.groups import split_groups
 from sedimo.graph.trace import trace_denoiser
 from sedimo.lab.exploration import Exploration
-from sedimo.methods.predictor.choices import Choices, picked
-from sedimo.methods.predictor.features import graph_features
-from sedimo.methods.predictor.scoring import disjoint_groups, group_scores, hop_qualities, most_common
+from sedimo.methods.predictor.features import Choices, graph_features, picked
+from sedimo.methods.predictor.scoring import disjoint_groups, group_scores, hop_moments, most_common
 from sedimo.methods.predictor.training import FAST, PAPER, TrainingSet, train_predictor
 from sedimo.space import search_space
 
@@ -90,12 +89,12 @@ def measure(name: str, n_trials: int, paper_epochs: int) -> dict[str, object]:
     }
     print(json.dumps(found), flush=True)
     begin = time.perf_counter()
-    qualities = hop_qualities(predictor, graph, data.codes)
+    moments = hop_moments(predictor, graph, data.codes)
     reference = most_common(data.codes, data.quality)
     groups = split_groups(graph, n_options=data.choices.n_options, max_variants=MAX_VARIANTS)
     n_variants = 0
     for group in disjoint_groups(predictor, graph, groups):
-        n_variants += len(group_scores(predictor, graph, group, qualities, reference=reference).choice)
+        n_variants += group_scores(predictor, graph, group, moments, reference=reference).shape[1]
     found |= {"variants": n_variants, "variant_seconds_five_folds": round(time.perf_counter() - begin, 1)}
     print(json.dumps(found), flush=True)
     if paper_epochs:

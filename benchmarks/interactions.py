@@ -19,8 +19,7 @@ from scipy import stats
 
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.study import Study
-from sedimo.methods.predictor.choices import picked
-from sedimo.methods.predictor.features import graph_features
+from sedimo.methods.predictor.features import graph_features, picked
 from sedimo.methods.predictor.study import read_background
 from sedimo.methods.predictor.training import FAST, TrainingSet, train_predictor
 

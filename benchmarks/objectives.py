@@ -27,7 +27,7 @@ from sedimo.lab.images import draw
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
 from sedimo.lab.trials import TrialWorker
-from sedimo.methods.predictor.choices import picked
+from sedimo.methods.predictor.features import picked
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import fit_noise_model
 from sedimo.methods.predictor.study import measure_background, measures_of, training_set, trials_of
@@ -75,7 +75,8 @@ def agreements(bits: np.ndarray, quality: dict[str, np.ndarray]) -> dict[str, di
 def shares(known, data) -> dict[str, float]:
     """Each operation's share of the noise that a model of the target predicts, mean over the recipes."""
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
-    each, found = model.contributions(data.codes).mean(axis=0), {}
+    powers, found = np.exp(picked(model.log_costs, data.codes)), {}
+    each = (powers / (powers.sum(axis=1, keepdims=True) + model.link.floor)).mean(axis=0)
     for share, decision in zip(each, known.space.decisions, strict=True):
         found[decision.operation] = found.get(decision.operation, 0.0) + float(share)
     return found

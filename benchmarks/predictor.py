@@ -34,10 +34,9 @@ from sedimo.lab.study import Trial
 from sedimo.methods.ablation import ABLATION
 from sedimo.methods.error import error_table
 from sedimo.methods.method import NO_KNOBS, Task
-from sedimo.methods.predictor.costs import calibrated_table
 from sedimo.methods.predictor.goal import Goal
-from sedimo.methods.predictor.quality import Band, rate
-from sedimo.methods.predictor.scoring import hop_qualities, option_scores
+from sedimo.methods.predictor.quality import rate
+from sedimo.methods.predictor.scoring import calibrated_table, hop_moments, option_scores
 from sedimo.methods.predictor.study import Background, measure_background, measures_of, training_set
 from sedimo.methods.predictor.training import FAST, PAPER, train_predictor
 from sedimo.methods.search import Search, SearchSettings, build, hold_final, keeps, search
@@ -112,7 +111,7 @@ def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], ob
     begin = time.perf_counter()
     predictor = train_predictor(data, FAST, progress=bench.progress)
     seconds = time.perf_counter() - begin
-    ratings = rate(predictor, data, bench.known, extra=extra, band=Band.around(BAND[bench.formats]))
+    ratings = rate(predictor, data, bench.known, extra=extra, around=BAND[bench.formats])
     other = [measures_of(t, bench.known.space)["sqnr_db"] for t in bench.lab.measure(near, bench.on(500, 8, 10))]
     found = {
         "measured_seconds_if_new": measured_seconds,
@@ -160,7 +159,7 @@ def published(bench: Bench, seed: int) -> dict[str, object]:
     begin = time.perf_counter()
     predictor = train_predictor(data, PAPER, progress=bench.progress)
     seconds = time.perf_counter() - begin
-    scores = option_scores(predictor, hop_qualities(predictor, known.graph, data.codes))
+    scores = option_scores(predictor, hop_moments(predictor, known.graph, data.codes))
     table, _ = calibrated_table(predictor, known.candidates, data, scores, confidence=1.0, goal=GOAL)
     recipe = allocated(table, BudgetSettings(bits=bits)).recipe
     ratings = rate(predictor, data, known, extra=extra)

@@ -20,7 +20,7 @@ from sedimo.codec import to_plain
 from sedimo.lab.exploration import Exploration, random_recipe_near
 from sedimo.methods.adjoint import ADJOINT, SAMPLES_PER_SEED
 from sedimo.methods.predictor.goal import Goal
-from sedimo.methods.predictor.quality import Band, rate
+from sedimo.methods.predictor.quality import rate
 from sedimo.methods.predictor.study import measure_background, training_set
 from sedimo.methods.predictor.training import FAST, train_predictor
 from sedimo.treatments.error_feedback import FeedbackSettings, feed_back
@@ -52,7 +52,7 @@ def main() -> None:
     further = lab.measure(near, lab.seeds.search)
     data, extra = (training_set(known, some, Goal.parse("sqnr_db")) for some in (trials, further))
     predictor = train_predictor(data, FAST, progress=progress)
-    ratings = rate(predictor, data, known, extra=extra, band=Band.around(BAND))
+    ratings = rate(predictor, data, known, extra=extra, around=BAND)
     rows = [
         {
             "predictor": r.predictor,

@@ -21,8 +21,7 @@ from sedimo.lab.lab import Lab
 from sedimo.methods.error import error_table
 from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.orthogonality import orthogonality_table, probe_orthogonality
-from sedimo.methods.predictor.choices import Choices
-from sedimo.methods.predictor.features import graph_features, split_streams
+from sedimo.methods.predictor.features import Choices, graph_features, split_streams
 from sedimo.methods.sqnr import probe_sqnr, sqnr_table
 from sedimo.methods.taps import Changes, Taps
 from sedimo.pipelines.trajectory import record

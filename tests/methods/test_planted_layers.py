@@ -20,8 +20,8 @@ from sedimo.methods.ablation import ablation_table, plan_probes
 from sedimo.methods.error import error_table
 from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.orthogonality import ImportanceOptions, orthogonality_table, probe_orthogonality
-from sedimo.methods.predictor.costs import noise_table
 from sedimo.methods.predictor.goal import Goal
+from sedimo.methods.predictor.scoring import noise_table
 from sedimo.methods.predictor.study import Background, training_set
 from sedimo.methods.predictor.training import FAST, train_predictor
 from sedimo.methods.sqnr import probe_sqnr, sqnr_table

@@ -19,9 +19,9 @@ from sedimo.lab.study import Study
 from sedimo.lab.trials import TrialWorker
 from sedimo.methods.method import Task
 from sedimo.methods.predictor import study as background
-from sedimo.methods.predictor.changes import telling_changes
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import fit_noise_model
+from sedimo.methods.predictor.quality import telling_changes
 from sedimo.methods.predictor.study import fits_space, measure_background, measures_of, training_set
 from sedimo.methods.predictor.training import FAST
 from sedimo.methods.search import SEARCH, Search, SearchSettings, build_by_groups, keeps, propose, search

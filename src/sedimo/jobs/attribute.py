@@ -18,10 +18,16 @@ from sedimo.jobs.evidence import predictor_rows
 from sedimo.jobs.job import Job
 from sedimo.jobs.report import TABLE
 from sedimo.lab.study import OBJECTIVES, Study
-from sedimo.methods.predictor.costs import Calibration, argmax_recipes, calibrated_table, refuse_confidence
 from sedimo.methods.predictor.goal import Goal
-from sedimo.methods.predictor.quality import Band, Rating, rate
-from sedimo.methods.predictor.scoring import hop_qualities, option_scores
+from sedimo.methods.predictor.quality import Rating, rate
+from sedimo.methods.predictor.scoring import (
+    Calibration,
+    argmax_recipes,
+    calibrated_table,
+    hop_moments,
+    option_scores,
+    refuse_confidence,
+)
 from sedimo.methods.predictor.study import DEFAULT_GOALS, read_background, training_set, trials_of
 from sedimo.methods.predictor.training import FAST, PAPER, PRESETS, Predictor, TrainingOptions, train_predictor
 from sedimo.methods.search import SEARCH
@@ -102,14 +108,14 @@ def attribute_study(study: Study, settings: AttributeSettings, progress: Progres
     goal = Goal.parse(text)
     data = training_set(background, trials, goal)
     predictor = train_predictor(data, OPTIONS[settings.preset], progress=progress)
-    qualities = hop_qualities(predictor, background.graph, data.codes)
-    scores = option_scores(predictor, qualities)
+    moments = hop_moments(predictor, background.graph, data.codes)
+    scores = option_scores(predictor, moments)
     table, calibration = calibrated_table(
         predictor, background.candidates, data, scores, confidence=settings.confidence, goal=goal
     )
     middle = float(np.median(data.choices.paper_bits(data.codes)))
-    ratings = rate(predictor, data, background, band=Band.around(middle))
-    argmax = argmax_recipes(predictor, background, scores, qualities)
+    ratings = rate(predictor, data, background, around=middle)
+    argmax = argmax_recipes(predictor, background, scores, moments)
     return Attribution(table, predictor, ratings, calibration, text, len(trials), argmax)
 
 

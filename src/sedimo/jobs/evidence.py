@@ -25,8 +25,7 @@ from sedimo.methods.hybrid import BlockCurves, blocks_of
 from sedimo.methods.method import Finding, Traits
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
 from sedimo.methods.portfolio import Portfolio
-from sedimo.methods.predictor.changes import bits_of, grouped, telling_changes
-from sedimo.methods.predictor.quality import ALL, MINE, Band, Rating, rate, rate_hops
+from sedimo.methods.predictor.quality import ALL, MINE, Rating, bits_of, grouped, rate, rate_hops, telling_changes
 from sedimo.methods.predictor.scoring import distributions
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.search import Search, SearchSettings
@@ -290,7 +289,6 @@ def explanation_of(lab: Lab, finding: Finding) -> Explanation | None:
 
 def explain(lab: Lab, background: Background, search: Search, *, target: str) -> Explanation:
     """All that the report tells of a search. Measures the curve on the search's seeds, the sentences on the check's."""
-    band = Band.around(search.allocation.paper_bits)
     operations, blocks, notes = distributions(search.predictor, background, search.data)
     return Explanation(
         predictor=f"graph network, preset {search.predictor.options.preset}",
@@ -300,8 +298,8 @@ def explain(lab: Lab, background: Background, search: Search, *, target: str) ->
         operation_boxes=score_boxes(operations),
         block_boxes=score_boxes(blocks),
         format_shares=format_shares(search),
-        predictors=predictor_rows(rate(search.predictor, search.data, background, band=band)),
-        folds=fold_rows(search, band),
+        predictors=predictor_rows(rate(search.predictor, search.data, background, around=search.allocation.paper_bits)),
+        folds=fold_rows(search),
         curve=curve(lab, search),
         insights=insights(lab, search),
         rounds=tuple(
@@ -349,12 +347,11 @@ def predictor_rows(ratings: Iterable[Rating]) -> tuple[PredictorRow, ...]:
     )
 
 
-def fold_rows(search: Search, band: Band) -> tuple[FoldRow, ...]:
-    """Quality per fold and hop on the fold's own test recipes, and on those of them within a band of bits."""
+def fold_rows(search: Search) -> tuple[FoldRow, ...]:
+    """Quality per fold and hop on the fold's own test recipes, and on those of them around the bits of the choice."""
     return tuple(
-        FoldRow(r.fold, r.hop, _subset(r.subset), q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae)
-        for r in rate_hops(search.predictor, search.data, band)
-        for q in (r.quality,)
+        FoldRow(fold, hop, _subset(subset), q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae)
+        for fold, hop, subset, q in rate_hops(search.predictor, search.data, search.allocation.paper_bits)
     )
 
 

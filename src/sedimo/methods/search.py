@@ -28,11 +28,16 @@ from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.seeds import FINAL_FACTOR
 from sedimo.lab.study import Trial
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, listed
-from sedimo.methods.predictor.choices import Values
-from sedimo.methods.predictor.costs import noise_table, noise_variant_table, options_table, refuse_confidence
+from sedimo.methods.predictor.features import Values
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
-from sedimo.methods.predictor.scoring import disjoint_groups, group_contributions
+from sedimo.methods.predictor.scoring import (
+    disjoint_groups,
+    noise_table,
+    noise_variant_table,
+    options_table,
+    refuse_confidence,
+)
 from sedimo.methods.predictor.study import (
     PRIORS,
     Background,
@@ -249,11 +254,10 @@ def build_by_groups(
 ) -> Allocation:
     """The best variants of all groups, each with the others as in the recipe of `around`."""
     reference = predictor.choices.codes([around.recipe])[0]
-    noise = [
-        group_contributions(predictor, background.graph, group, reference)
-        for group in disjoint_groups(predictor, background.graph, background.groups)
-    ]
-    table = noise_variant_table(predictor, noise, background.candidates, confidence=confidence)
+    groups = disjoint_groups(predictor, background.graph, background.groups)
+    table = noise_variant_table(
+        predictor, background.graph, groups, reference, background.candidates, confidence=confidence
+    )
     return allocate_within(table, budget.resolved(table.total_params, background.space.full_bops))
 
 

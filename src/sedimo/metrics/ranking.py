@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import CONFIDENCE, Estimate
@@ -56,6 +57,13 @@ class _Ties:
     def totals(self, weights: _Array) -> _Array:
         """Sum of the weights `[B, n]` in each group, as `[B, K]`."""
         return np.add.reduceat(weights[:, self.order], self.starts, axis=1)
+
+
+def rank_correlation(first: _Array, second: _Array, *, of_constant: float = 0.0) -> float:
+    """Spearman's rank correlation of `[n]` and `[n]`, and a given number where one side is constant."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return of_constant
+    return float(stats.spearmanr(first, second).statistic)
 
 
 def prediction_quality(

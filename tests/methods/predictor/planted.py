@@ -6,8 +6,7 @@ import numpy as np
 
 from sedimo.bank import Candidate
 from sedimo.graph.model import DenoiserGraph, Group, Node
-from sedimo.methods.predictor.choices import Choices, picked
-from sedimo.methods.predictor.features import graph_features
+from sedimo.methods.predictor.features import Choices, graph_features, picked
 from sedimo.methods.predictor.training import TrainingSet
 from sedimo.space import search_space
 

@@ -145,11 +145,10 @@ def test_new_parameters_are_drawn_as_pyg_draws_them():
     ours, theirs = make_layers(7, 5, make_topology(2, [(0, 1)]), torch.float32)
     torch.manual_seed(5)
     theirs.reset_parameters()
-    ours.reset_parameters(torch.Generator().manual_seed(5))
+    torch.manual_seed(5)
+    ours.reset_parameters()
     for name, parameter in to_ours(theirs.state_dict()).items():
         assert torch.equal(ours.state_dict()[name], parameter), name
-    again = SharedGATv2(7, 5, ours.topology, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(again.projection.weight, ours.projection.weight)
 
 
 # the compiled layer by itself

@@ -248,10 +248,8 @@ def test_hybrid_is_the_sum_and_none_is_nothing():
 
 def test_options_reach_the_losses():
     scores, targets = random_pair(12)
-    found = ranking_loss("hybrid", scores, targets, strength=0.2, sigma=2.0, truncation=4, gain="linear")
-    expected = srcc_loss(scores, targets, 0.2) + lambda_rank_loss(
-        scores, targets, sigma=2.0, truncation=4, gain="linear"
-    )
+    found = ranking_loss("hybrid", scores, targets, truncation=4, gain="linear")
+    expected = srcc_loss(scores, targets) + lambda_rank_loss(scores, targets, truncation=4, gain="linear")
     assert number(found) == pytest.approx(number(expected), rel=ROUNDING)
 
 

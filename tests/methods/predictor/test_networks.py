@@ -11,10 +11,13 @@ from planted import candidates_of, planted_choices, planted_graph, planted_set, 
 from torch import nn
 
 from sedimo.errors import InputError
-from sedimo.methods.predictor.choices import Choices
-from sedimo.methods.predictor.features import graph_features
-from sedimo.methods.predictor.model import CountedBatchNorm, NoiseNetwork, PaperNetwork, network_input
+from sedimo.methods.predictor.features import Choices, graph_features
+from sedimo.methods.predictor.model import CountedBatchNorm, NoiseNetwork, PaperNetwork
 from sedimo.methods.predictor.noise_model import fit_noise_model
+
+
+def rows_of(features, codes):
+    return torch.from_numpy(features.rows(codes))
 
 
 def test_rows_speak_of_the_option_that_a_node_takes():
@@ -35,7 +38,7 @@ def test_rows_speak_of_the_option_that_a_node_takes():
             assert features.names["bits"][features.bits[index]] == str(number_format.bits)
             assert features.error[index] == pytest.approx(candidates[node.name, number_format].error)
             assert features.names["operation"][features.operation[index]] == node.operation
-    options = features.row_options(choices.n_decisions, choices.n_options)
+    options = features.row_options(choices.n_options)
     nodes = [[n.name for n in graph.nodes].index(d.name) for d in choices.space.decisions]
     assert (options[np.arange(len(nodes)), codes[0]] == rows[0][nodes]).all()
 
@@ -74,8 +77,8 @@ def test_a_network_without_training_is_the_noise_model():
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
     network = NoiseNetwork(data.features, model.log_costs, model.link).eval()
     with torch.no_grad():
-        found = network(network_input(data.features, data.codes))
-    for scores in found.hop_scores:
+        _, hop_scores = network(rows_of(data.features, data.codes))
+    for scores in hop_scores:
         assert np.allclose(scores.numpy(), model.predict(data.codes), atol=1e-3)
 
 
@@ -89,9 +92,8 @@ def test_fp16_contributes_nothing_whatever_the_correction():
     nn.init.constant_(network.corrections[0].bias, 5.0)
     fp16 = [[str(f) for f in d.formats].index("fp16") for d in choices.space.decisions]
     with torch.no_grad():
-        batch = network_input(features, np.array([fp16]))
-        embeddings = network(batch).embeddings
-        assert network.contributions(batch.rows, embeddings[0], 0).sum() == 0
+        rows = rows_of(features, np.array([fp16]))
+        assert network.contributions(rows, network.hops(rows)[0], 0).sum() == 0
 
 
 def test_the_published_network_pools_roots_and_ranks_by_norms():
@@ -99,9 +101,10 @@ def test_the_published_network_pools_roots_and_ranks_by_norms():
     torch.manual_seed(1)
     network = PaperNetwork(data.features, n_hops=2).eval()
     with torch.no_grad():
-        found = network(network_input(data.features, data.codes))
-    assert [h.shape for h in found.embeddings] == [(20, 13, 16), (20, 13, 64), (20, 13, 64)]
+        rows = rows_of(data.features, data.codes)
+        (prediction, hop_scores), embeddings = network(rows), network.hops(rows)
+    assert [h.shape for h in embeddings] == [(20, 13, 16), (20, 13, 64), (20, 13, 64)]
     roots = torch.from_numpy(data.features.roots[2])
-    pooled = found.embeddings[2][:, roots].mean(dim=1)
-    assert torch.allclose(found.hop_scores[2], pooled.abs().sum(dim=1), rtol=1e-5)
-    assert found.prediction.shape == (20,)
+    pooled = embeddings[2][:, roots].mean(dim=1)
+    assert torch.allclose(hop_scores[2], pooled.abs().sum(dim=1), rtol=1e-5)
+    assert prediction.shape == (20,)

@@ -12,23 +12,19 @@ from scipy import stats
 
 from sedimo.allocation.solve import allocate
 from sedimo.errors import InputError
-from sedimo.methods.predictor.choices import picked
-from sedimo.methods.predictor.costs import (
-    calibrate,
-    noise_table,
-    noise_variant_table,
-    score_table,
-)
-from sedimo.methods.predictor.model import network_input
+from sedimo.methods.predictor.features import picked
 from sedimo.methods.predictor.quality import predict_by_rivals
 from sedimo.methods.predictor.scoring import (
-    HopQuality,
+    calibrate,
     disjoint_groups,
-    group_contributions,
     group_scores,
-    hop_qualities,
+    hop_moments,
     most_common,
+    noise_table,
+    noise_variant_table,
     option_scores,
+    score_table,
+    variants_of,
 )
 from sedimo.methods.predictor.training import FAST, PAPER, TrainingOptions, relevance, train_predictor
 from sedimo.quant.formats import Format
@@ -100,22 +96,18 @@ def test_too_little_is_refused(data):
 
 
 def test_scores_of_options_follow_what_was_planted(data, fast):
-    found = option_scores(fast, hop_qualities(fast, planted_graph(), data.codes))
-    scores, spread, exists = found.mean, found.spread, data.choices.exists
+    each, exists = option_scores(fast, hop_moments(fast, planted_graph(), data.codes)), data.choices.exists
+    scores = each.mean(axis=0)
     assert np.isnan(scores[~exists]).all()
     assert stats.spearmanr(scores[exists], -np.log(true_costs(data.choices)[exists])).statistic > 0.8
-    assert (spread[exists] >= 0).all()
+    assert np.isfinite(each[:, exists]).all()
 
 
 def test_a_hop_worse_than_chance_has_no_weight(data, fast):
-    qualities = hop_qualities(fast, planted_graph(), data.codes)
-    bad = [[replace_srcc(q, -0.5) for q in row] for row in qualities]
-    scores = option_scores(fast, bad).mean
+    moments = hop_moments(fast, planted_graph(), data.codes)
+    bad = replace(fast, folds=tuple(replace(f, hop_srcc=np.full_like(f.hop_srcc, -0.5)) for f in fast.folds))
+    scores = option_scores(bad, moments).mean(axis=0)
     assert (scores[data.choices.exists] == 0).all()
-
-
-def replace_srcc(quality, srcc):
-    return HopQuality(srcc, quality.mean, quality.deviation)
 
 
 def test_what_costs_nothing_has_the_highest_score():
@@ -125,15 +117,14 @@ def test_what_costs_nothing_has_the_highest_score():
     quality = -10 * np.log10(picked(prior, codes).sum(axis=1) + 1e-3)
     data = replace(free, prior=prior, codes=codes, quality=quality, target=quality)
     predictor = train_predictor(data, QUICK)
-    qualities = hop_qualities(predictor, planted_graph(), codes)
-    found = option_scores(predictor, qualities)
-    scores = found.mean
-    assert np.isfinite(scores).all()
-    assert np.isfinite(found.spread).all()
+    moments = hop_moments(predictor, planted_graph(), codes)
+    each = option_scores(predictor, moments)
+    assert np.isfinite(each).all()
+    scores = each.mean(axis=0)
     fp16 = [str(f) for f in data.choices.space.decisions[0].formats].index("fp16")
     assert (scores.argmax(axis=1) == fp16).all()
     graph = planted_graph()
-    assert np.isfinite(group_scores(predictor, graph, graph.groups[0], qualities).scores.mean).all()
+    assert np.isfinite(group_scores(predictor, graph, graph.groups[0], moments)).all()
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
@@ -141,38 +132,40 @@ def test_a_part_of_the_graph_gives_what_the_whole_gives(data, fast, paper, prese
     """Scores in context from the upstream part alone equal those of the whole graph with all variants put in."""
     predictor, graph = {"fast": fast, "paper": paper}[preset], planted_graph()
     group = graph.groups[1]
-    qualities = hop_qualities(predictor, planted_graph(), data.codes)
+    moments = hop_moments(predictor, planted_graph(), data.codes)
     reference = most_common(data.codes, data.quality)
-    found = group_scores(predictor, graph, group, qualities, reference=reference)
-    assert len(found.choice) == 4**3
-    codes = np.repeat(reference[None], len(found.choice), axis=0)
-    codes[:, list(found.decisions)] = found.choice
+    found = group_scores(predictor, graph, group, moments, reference=reference).mean(axis=0)
+    decisions, choice = variants_of(predictor, graph, group)
+    assert len(choice) == len(found) == 4**3
+    codes = np.repeat(reference[None], len(choice), axis=0)
+    codes[:, decisions] = choice
+    hop = min(group.hop, predictor.options.n_hops)
     places = [n.name for n in graph.nodes]
     nodes = [places.index(name) for name in group.layers]
     each = []
-    for fold, quality in zip(predictor.folds, qualities, strict=True):
-        batch = network_input(data.features, codes)
+    rows = torch.from_numpy(data.features.rows(codes))
+    for fold, (mean, deviation) in zip(predictor.folds, moments[:, hop], strict=True):
         with torch.no_grad():
-            h = fold.network.eval()(batch).embeddings[found.hop]
+            h = fold.network.eval().hops(rows)[hop]
             if preset == "paper":
                 raw = h[:, places.index(group.root)].abs().sum(dim=1).numpy()
             else:
-                parts = fold.network.log_contributions(batch.rows[:, nodes], h[:, nodes], found.hop)
+                parts = fold.network.log_contributions(rows[:, nodes], h[:, nodes], hop)
                 raw = -parts.exp().sum(dim=1).log().numpy()
-        q = quality[found.hop]
-        each.append((raw - q.mean) / q.deviation * max(q.srcc, 0))
-    assert np.allclose(found.scores.mean, np.mean(each, axis=0), atol=2e-4)
+        each.append((raw - mean) / deviation * max(fold.hop_srcc[hop], 0))
+    assert np.allclose(found, np.mean(each, axis=0), atol=2e-4)
     if preset == "paper":
         return  # two hops upstream of the root there is nothing but the group
-    alone = group_scores(predictor, graph, group, qualities)
-    assert not np.allclose(alone.scores.mean, found.scores.mean, atol=1e-6)
+    alone = group_scores(predictor, graph, group, moments).mean(axis=0)
+    assert not np.allclose(alone, found, atol=1e-6)
 
 
 def test_the_best_variant_is_the_planted_one(data, fast):
     graph = planted_graph()
-    found = group_scores(fast, graph, graph.groups[0], hop_qualities(fast, planted_graph(), data.codes))
-    best = found.choice[found.scores.mean.argmax()]
-    formats = [data.choices.space.decisions[d].formats[k] for d, k in zip(found.decisions, best, strict=True)]
+    found = group_scores(fast, graph, graph.groups[0], hop_moments(fast, planted_graph(), data.codes))
+    decisions, choice = variants_of(fast, graph, graph.groups[0])
+    best = choice[found.mean(axis=0).argmax()]
+    formats = [data.choices.space.decisions[d].formats[k] for d, k in zip(decisions, best, strict=True)]
     assert formats == [Format("kmc", 4)] * 3
 
 
@@ -194,9 +187,8 @@ def test_scores_are_calibrated_without_the_term_for_bits(data, paper):
     found = calibrate(scores, bits, 2.0 + 0.5 * scores - 7.0 * bits)
     assert (found.offset, found.slope, found.per_bit) == pytest.approx((2.0, 0.5, -7.0))
     assert found.r2 == pytest.approx(1.0)
-    qualities = hop_qualities(paper, planted_graph(), data.codes)
-    options = option_scores(paper, qualities)
-    total = picked(np.nan_to_num(options.mean), data.codes).sum(axis=1)
+    options = option_scores(paper, hop_moments(paper, planted_graph(), data.codes))
+    total = picked(np.nan_to_num(options.mean(axis=0)), data.codes).sum(axis=1)
     table = score_table(
         data.choices,
         candidates_of(data.choices),
@@ -210,16 +202,20 @@ def test_scores_are_calibrated_without_the_term_for_bits(data, paper):
 
 def test_a_group_adds_what_its_layers_add_in_the_whole_network(data, fast, paper):
     graph, reference = planted_graph(), most_common(data.codes, data.quality)
-    found = group_contributions(fast, graph, graph.groups[1], reference)
-    row = np.flatnonzero((found.choice == reference[list(found.decisions)]).all(axis=1))[0]
-    for fold, noise in zip(fast.folds, found.noise, strict=True):
-        batch = network_input(data.features, reference[None])
+    candidates = candidates_of(data.choices)
+    decisions, choice = variants_of(fast, graph, graph.groups[1])
+    row = np.flatnonzero((choice == reference[decisions]).all(axis=1))[0]
+    table = noise_variant_table(fast, graph, graph.groups, reference, candidates)
+    whole = []
+    rows = torch.from_numpy(data.features.rows(reference[None]))
+    for fold in fast.folds:
         with torch.no_grad():
             network = fold.network.eval()
-            whole = network.contributions(batch.rows, network(batch).embeddings[-1], 2)
-        assert noise[row] == pytest.approx(float(whole[0, list(found.decisions)].sum()), rel=1e-4)
+            contributions = network.contributions(rows, network.hops(rows)[-1], 2)
+        whole.append(float(contributions[0, decisions].sum()))
+    assert table.groups[1].cost[row] == pytest.approx(np.mean(whole), rel=1e-4)
     with pytest.raises(InputError, match="scores, not noise"):
-        group_contributions(paper, graph, graph.groups[1], reference)
+        noise_variant_table(paper, graph, graph.groups, reference, candidates)
 
 
 def test_layers_that_are_varied_already_leave_their_group(data, fast):
@@ -232,8 +228,8 @@ def test_layers_that_are_varied_already_leave_their_group(data, fast):
 
 def test_groups_are_allocated_by_their_noise(data, fast):
     graph, reference = planted_graph(), most_common(data.codes, data.quality)
-    noise = [group_contributions(fast, graph, g, reference) for g in graph.groups]
-    plain, careful = (noise_variant_table(fast, noise, candidates_of(data.choices), confidence=c) for c in (0.0, 1.0))
+    known = (fast, graph, graph.groups, reference, candidates_of(data.choices))
+    plain, careful = (noise_variant_table(*known, confidence=c) for c in (0.0, 1.0))
     assert all((b.cost > a.cost).all() for a, b in zip(plain.groups, careful.groups, strict=True))
     single = allocate(noise_table(fast, candidates_of(data.choices), reference), bits=4.5)
     grouped = allocate(plain, bits=4.5)
@@ -247,12 +243,12 @@ def test_rivals_see_the_same_folds(data, fast):
     costs = {"planted": true_costs(data.choices)}
     new = random_codes(data.choices, 60, seed=5)
     tests = [fold.test for fold in fast.folds]
-    rivals = {h.name: h for h in predict_by_rivals(data, new, tests=tests, costs=costs, errors=data.prior)}
+    rivals = predict_by_rivals(data, new, tests=tests, costs=costs, errors=data.prior)
     truth = quality_of(data.choices, new)
-    srcc = {name: stats.spearmanr(h.extra, truth).statistic for name, h in rivals.items()}
+    srcc = {name: stats.spearmanr(said[data.n :], truth).statistic for name, said in rivals.items()}
     assert srcc["planted costs, summed"] == pytest.approx(1.0)
     assert srcc["average bits"] < srcc["noise model, no graph"]
     assert srcc["weight error, summed"] < srcc["noise model, no graph"]
     assert srcc["ridge on one-hot choices"] > 0.7
-    assert not any(np.isnan(h.folds).any() for h in rivals.values())
+    assert not any(np.isnan(said).any() for said in rivals.values())
     assert set(IMPORTANCE) == {d.operation for d in data.choices.space.decisions}

@@ -1,8 +1,9 @@
-"""What the graph network sees: nodes, one for every decision, their edges, and of each node method, bits, size, error.
+"""Recipes as numbers: options for all predictors, and rows of node features for graph networks.
 
-All of it depends on the node and its option alone, and all recipes share the nodes. So features are a table with one
-row for each (node, option), and a recipe is a list of rows. A layer with a decision for each stream of its input
-becomes as many nodes, each with the edges of the layer.
+A recipe is which of its formats each decision takes. What the graph network sees are nodes, one for every decision,
+their edges, and of each node method, bits, size, error. All of it depends on the node and its option alone, and all
+recipes share the nodes. So features are a table with one row for each (node, option), and a recipe is a list of rows. A
+layer with a decision for each stream of its input becomes as many nodes, each with the edges of the layer.
 
 Source:
     Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), node features of the released code; here for any set of formats
@@ -12,22 +13,121 @@ Source:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph, Node, Stream
-from sedimo.methods.predictor.choices import Choices, Codes
 from sedimo.quant.formats import FP16, Format
-from sedimo.space import Decision, SearchSpace
+from sedimo.quant.parts import entry_text
+from sedimo.space import Decision, Recipe, SearchSpace
 
-Indices = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
+Candidates = Mapping[tuple[str, Format], Candidate]
 COMBINE = "combine"  # the method of a node without a weight
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options of a space, numbered: option k of decision d is `space.decisions[d].formats[k]`.
+
+    Arrays over options are `[D, K]` with K the largest number of options; what is beyond a decision's own is padding.
+    """
+
+    space: SearchSpace
+
+    @property
+    def n_decisions(self) -> int:
+        """D."""
+        return len(self.space.decisions)
+
+    @cached_property
+    def n_options(self) -> int:
+        """K, the largest number of options of a decision."""
+        return max(len(d.formats) for d in self.space.decisions)
+
+    @cached_property
+    def exists(self) -> npt.NDArray[np.bool_]:
+        """Whether there is such an option, `[D, K]`."""
+        return self.array(lambda _decision, _format: 1.0) > 0
+
+    def codes(self, recipes: Iterable[Recipe]) -> Codes:
+        """The option of each decision under each recipe, `[T, D]`.
+
+        Raises:
+            InputError: a format that the space does not offer for a layer.
+        """
+        rows = [[self._option(recipe, decision) for decision in self.space.decisions] for recipe in recipes]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), self.n_decisions)
+
+    def choice(self, codes: Sequence[int] | Codes) -> dict[str, Format]:
+        """The format of each decision under one row of codes `[D]`."""
+        return {d.name: d.formats[int(k)] for d, k in zip(self.space.decisions, codes, strict=True)}
+
+    def recipe(self, codes: Sequence[int] | Codes) -> Recipe:
+        """The recipe of one row of codes `[D]`."""
+        return self.space.recipe(self.choice(codes))
+
+    def array(self, value: Callable[[Decision, Format], float], padding: float = 0.0) -> Values:
+        """A number for every option, `[D, K]`."""
+        found = np.full((self.n_decisions, self.n_options), padding)
+        for i, decision in enumerate(self.space.decisions):
+            found[i, : len(decision.formats)] = [value(decision, f) for f in decision.formats]
+        return found
+
+    def costs(self, table: SensitivityTable) -> Values:
+        """The costs of a table, `[D, K]`; 0 where there is no option.
+
+        Raises:
+            InputError: the table has no cost for an option.
+        """
+
+        def cost(decision: Decision, number_format: Format) -> float:
+            found = table.index.get((decision.name, number_format))
+            if found is None:
+                raise InputError(f"the {table.method} table has no cost for {decision.name} at {number_format}")
+            return found.cost
+
+        return self.array(cost)
+
+    def errors(self, candidates: Candidates) -> Values:
+        """Relative weight errors, `[D, K]`; 0 where there is no option."""
+        return self.array(lambda d, f: candidates[d.name, f].error)
+
+    @cached_property
+    def paper_bytes(self) -> Values:
+        """Bytes of each option in the papers' accounting, `[D, K]` [bytes]."""
+        return self.array(lambda d, f: d.paper_bytes(f))
+
+    def paper_bits(self, codes: Codes) -> Values:
+        """Average paper bits of recipes `[T, D]`, `[T]`."""
+        found: Values = 8 * picked(self.paper_bytes, codes).sum(axis=1) / self.space.params
+        return found
+
+    @cached_property
+    def _columns(self) -> Mapping[tuple[str, Format | None], int]:
+        return {(d.name, f): k for d in self.space.decisions for k, f in enumerate(d.formats)}
+
+    def _option(self, recipe: Recipe, decision: Decision) -> int:
+        found = self._columns.get((decision.name, recipe.format_of(decision.layers[0], decision.stream)))
+        if found is None:
+            entry = entry_text(recipe.layers.get(decision.layers[0], FP16))
+            raise InputError(f"{decision.name} cannot take {entry} in this space; the recipe is of another")
+        return found
+
+
+def picked(values: Values, codes: Codes) -> Values:
+    """Of values over options `[D, K]` those that recipes `[T, D]` take, `[T, D]`."""
+    found: Values = values[np.arange(values.shape[0])[None], codes]
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,10 +156,8 @@ class Topology:
         return np.repeat(np.arange(self.n_nodes, dtype=np.int32), np.diff(self.starts))
 
 
-def make_topology(n_nodes: int, edges: Sequence[tuple[int, int]]) -> Topology:
-    """The topology of a graph from its edges (source, target).
-
-    Every node gets one self-loop, whether it has one among `edges` or not.
+def make_topology(n_nodes: int, edges: Iterable[tuple[int, int]]) -> Topology:
+    """The topology of a graph from its edges (source, target); every node gets one self-loop, given or not.
 
     Raises:
         InputError: there is no node, an edge joins nodes that do not exist, or an edge appears twice.
@@ -93,47 +191,41 @@ class GraphFeatures:
     """
 
     topology: Topology
-    first_row: Indices
-    decision: Indices
-    method: Indices
-    bits: Indices
-    operation: Indices
-    block: Indices
+    first_row: Codes
+    decision: Codes
+    method: Codes
+    bits: Codes
+    operation: Codes
+    block: Codes
     size: Floats
     error: Floats
     roots: tuple[npt.NDArray[np.bool_], ...]
     names: Mapping[str, tuple[str, ...]]
 
     @property
-    def n_nodes(self) -> int:
-        """N."""
-        return len(self.first_row)
-
-    @property
     def n_rows(self) -> int:
         """R."""
         return len(self.method)
 
-    def rows(self, codes: Codes) -> Indices:
+    @property
+    def first_nodes(self) -> Codes:
+        """The first node of each decision, `[D]`."""
+        decisions, nodes = np.unique(self.decision, return_index=True)
+        return nodes[decisions >= 0]
+
+    def rows(self, codes: Codes) -> Codes:
         """The rows of recipes `[T, D]`, `[T, N]`."""
         options = np.where(self.decision >= 0, codes[:, np.maximum(self.decision, 0)], 0)
-        found: Indices = self.first_row[None] + options
+        found: Codes = self.first_row[None] + options
         return found
 
-    def row_options(self, n_decisions: int, n_options: int) -> Indices:
-        """The row of each option of each decision, `[D, K]`, of its first node; padding gives row 0."""
-        found = np.zeros((n_decisions, n_options), dtype=np.int64)
-        for node in reversed(range(self.n_nodes)):
-            if self.decision[node] >= 0:
-                end = self.first_row[node + 1] if node + 1 < self.n_nodes else self.n_rows
-                options = np.arange(end - self.first_row[node])
-                found[self.decision[node], options] = self.first_row[node] + options
-        return found
+    def row_options(self, n_options: int) -> Codes:
+        """The row of each option of each decision, `[D, K]`, of its first node; padding gives some other row."""
+        rows: Codes = self.first_row[self.first_nodes][:, None] + np.arange(n_options)
+        return np.minimum(rows, self.n_rows - 1)
 
 
-def graph_features(
-    graph: DenoiserGraph, choices: Choices, candidates: Mapping[tuple[str, Format], Candidate], *, n_hops: int = 4
-) -> GraphFeatures:
+def graph_features(graph: DenoiserGraph, choices: Choices, candidates: Candidates, *, n_hops: int = 4) -> GraphFeatures:
     """The features of all nodes of a graph (see `split_streams`) under all options of a space.
 
     Raises:
@@ -142,62 +234,48 @@ def graph_features(
     decision_of = {name: i for i, d in enumerate(choices.space.decisions) for name in node_names(d)}
     if set(decision_of) != set(graph.layer_index):
         raise InputError(f"the space of {choices.space.denoiser} is not of this graph of {graph.denoiser}")
-    options = [_options(choices, decision_of.get(node.name)) for node in graph.nodes]
-    n_rows = np.array([len(row) for row in options])
-    flat = [number_format for row in options for number_format in row]
-    rows = [(decision_of.get(node.name), f) for node, row in zip(graph.nodes, options, strict=True) for f in row]
-    errors = [_error(choices, candidates, decision, f) for decision, f in rows]
-    sizes = [_size(choices, decision, f) for decision, f in rows]
-    method, methods = _numbered([_method(f) for f in flat])
-    bits, widths = _numbered([COMBINE if f is None else str(f.bits) for f in flat])
-    operation, operations = _numbered([node.operation for node in graph.nodes])
-    block, blocks = _numbered(["", *(node.block for node in graph.nodes)])
+    first_row: list[int] = []
+    words: list[tuple[str, str, str, str]] = []
+    sizes: list[float] = []
+    errors: list[float] = []
+    for node in graph.nodes:
+        first_row.append(len(words))
+        if node.name not in decision_of:
+            words.append((COMBINE, COMBINE, node.operation, node.block))
+            sizes.append(0.0)
+            errors.append(0.0)
+            continue
+        d = choices.space.decisions[decision_of[node.name]]
+        for f in d.formats:
+            method = f"{f.family} g{f.group_size}" if f.group_size else f.family
+            words.append((method, str(f.bits), node.operation, node.block))
+            sizes.append(100 * d.paper_bytes(FP16) / d.paper_bytes(f))
+            errors.append(candidates[d.name, f].error)
+    methods, bits, operations, blocks = zip(*words, strict=True)
+    names = {
+        "method": tuple(dict.fromkeys(methods)),
+        "bits": tuple(dict.fromkeys(bits)),
+        "operation": tuple(dict.fromkeys(operations)),
+        "block": tuple(dict.fromkeys(("", *blocks))),
+    }
     return GraphFeatures(
         topology=make_topology(len(graph.nodes), graph.edges),
-        first_row=np.cumsum([0, *n_rows[:-1]]),
+        first_row=np.array(first_row),
         decision=np.array([decision_of.get(node.name, -1) for node in graph.nodes]),
-        method=method,
-        bits=bits,
-        operation=np.repeat(operation, n_rows),
-        block=np.repeat(block[1:], n_rows),
+        method=_numbers(methods, names["method"]),
+        bits=_numbers(bits, names["bits"]),
+        operation=_numbers(operations, names["operation"]),
+        block=_numbers(blocks, names["block"]),
         size=np.array(sizes, dtype=np.float32),
         error=np.array(errors, dtype=np.float32),
         roots=tuple(_roots(graph, hop) for hop in range(n_hops + 1)),
-        names={"method": methods, "bits": widths, "operation": operations, "block": blocks},
+        names=names,
     )
 
 
-def _options(choices: Choices, decision: int | None) -> tuple[Format | None, ...]:
-    return (None,) if decision is None else choices.space.decisions[decision].formats
-
-
-def _method(number_format: Format | None) -> str:
-    if number_format is None:
-        return COMBINE
-    return f"{number_format.family} g{number_format.group_size}" if number_format.group_size else number_format.family
-
-
-def _size(choices: Choices, decision: int | None, number_format: Format | None) -> float:
-    if decision is None or number_format is None:
-        return 0.0
-    found = choices.space.decisions[decision]
-    return 100 * found.paper_bytes(FP16) / found.paper_bytes(number_format)
-
-
-def _error(
-    choices: Choices,
-    candidates: Mapping[tuple[str, Format], Candidate],
-    decision: int | None,
-    number_format: Format | None,
-) -> float:
-    if decision is None or number_format is None:
-        return 0.0
-    return candidates[choices.space.decisions[decision].name, number_format].error
-
-
-def _numbered(names: Sequence[str]) -> tuple[Indices, tuple[str, ...]]:
-    known = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return np.array([known[name] for name in names], dtype=np.int64), tuple(known)
+def _numbers(words: Sequence[str], names: Sequence[str]) -> Codes:
+    place = {name: i for i, name in enumerate(names)}
+    return np.array([place[word] for word in words], dtype=np.int64)
 
 
 def _roots(graph: DenoiserGraph, hop: int) -> npt.NDArray[np.bool_]:

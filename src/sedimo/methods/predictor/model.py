@@ -5,16 +5,16 @@
 the logarithm of its contribution to the noise, and contributions add.
 
 Every recipe of a study is the same graph with other features, so edges are sorted once, features are dense
-`[G, N, C]`, and no batch of graphs is assembled. The attention layer exists twice: in plain torch for any device and
-dtype, and with compiled kernels for float32 and float64 on the CPU, which are tested against it.
+`[G, N, C]`, and no batch of graphs is assembled: a network reads the rows `[G, N]` of recipes (`GraphFeatures.rows`).
+The attention layer exists twice: in plain torch for any device and dtype, and with compiled kernels for float32 and
+float64 on the CPU, which are tested against it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -26,39 +26,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sedimo.errors import InputError
-from sedimo.methods.predictor.choices import Values
-from sedimo.methods.predictor.features import GraphFeatures, Topology
+from sedimo.methods.predictor.features import GraphFeatures, Topology, Values
 from sedimo.methods.predictor.noise_model import DECIBEL, Link
 
 MAX_CORRECTION = 2.0  # of a logarithm: a factor of seven
+WIDTH = 16  # of an embedding at hop 0, as published
 _Array: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 _NEGATIVE_SLOPE = 0.2
 _COMPILED = (torch.float32, torch.float64)
 _SHARES = 4  # ranges of graphs per thread: a thread that the machine holds up leaves its work to the others
 _CHUNK = 32  # graphs whose gradients exist at once: fresh memory costs as much time as the arithmetic
-
-
-@dataclass(frozen=True)
-class Output:
-    """Predictions `[G]`, a score of each graph per hop `[G]` (higher = better), embeddings per hop `[G, N, C]`."""
-
-    prediction: torch.Tensor
-    hop_scores: tuple[torch.Tensor, ...]
-    embeddings: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class NetworkInput:
-    """The rows `[G, N]` of recipes, and how often each row of the table `[R]` occurs among them."""
-
-    rows: torch.Tensor
-    counts: torch.Tensor
-
-
-def network_input(features: GraphFeatures, codes: np.ndarray) -> NetworkInput:
-    """Recipes `[G, D]` as a network reads them."""
-    rows = torch.from_numpy(features.rows(codes))
-    return NetworkInput(rows, torch.bincount(rows.reshape(-1), minlength=features.n_rows).float())
 
 
 class CountedBatchNorm(nn.Module):
@@ -91,26 +68,27 @@ class CountedBatchNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Hop 0: the embedding of each row of the feature table, `[R, width]`, rectified; no neighbour is seen.
+    """Hop 0: the embedding of each row of the feature table, rectified; no neighbour is seen.
 
-    Source: Mills et al. 2024, feature embedding of the released code (sizes 5 and 10; 64; `width`).
+    Source: Mills et al. 2024, feature embedding of the released code (sizes 5 and 10; 64; 16).
     """
 
-    def __init__(self, features: GraphFeatures, width: int = 16) -> None:
+    def __init__(self, features: GraphFeatures) -> None:
         super().__init__()
         sizes = {"method": 5, "bits": 5, "operation": 10, "block": 10}
         self.codes = nn.ModuleDict({k: nn.Embedding(len(features.names[k]), n) for k, n in sizes.items()})
         self.size, self.error = nn.Linear(1, 5), nn.Linear(1, 5)
         n_in = sum(sizes.values()) + 10
-        self.norms = nn.ModuleList([CountedBatchNorm(n) for n in (n_in, 64, width)])
-        self.linears = nn.ModuleList([nn.Linear(n_in, 64), nn.Linear(64, width)])
+        self.norms = nn.ModuleList([CountedBatchNorm(n) for n in (n_in, 64, WIDTH)])
+        self.linears = nn.ModuleList([nn.Linear(n_in, 64), nn.Linear(64, WIDTH)])
         for name in sizes:
             self.register_buffer(f"_{name}", torch.from_numpy(getattr(features, name)), persistent=False)
         self.register_buffer("_size", torch.from_numpy(features.size)[:, None], persistent=False)
         self.register_buffer("_error", 100 * torch.from_numpy(features.error)[:, None], persistent=False)
 
-    def forward(self, counts: torch.Tensor) -> torch.Tensor:
-        """Embeddings `[R, width]`; `counts` `[R]` tell how often each row occurs in the batch."""
+    def table(self, rows: torch.Tensor) -> torch.Tensor:
+        """Embeddings of all rows of the table `[R, 16]`, normalised in training by the rows `[G, N]` of a batch."""
+        counts = torch.bincount(rows.reshape(-1), minlength=len(self.get_buffer("_size"))).float()
         codes = [embedding(self.get_buffer(f"_{name}")) for name, embedding in self.codes.items()]
         x = torch.cat([*codes, self.size(self.get_buffer("_size")), self.error(self.get_buffer("_error"))], dim=1)
         x = torch.relu(self.norms[0](x, counts))
@@ -133,69 +111,60 @@ class SharedGATv2(nn.Module):
         Brody et al. 2022, How attentive are graph attention networks? (arXiv 2105.14491), equation 7.
     """
 
-    sources: torch.Tensor  # [E]
-    targets: torch.Tensor  # [E]
-
-    def __init__(self, n_in: int, n_out: int, topology: Topology, *, generator: torch.Generator | None = None) -> None:
+    def __init__(self, n_in: int, n_out: int, topology: Topology) -> None:
         super().__init__()
         self.topology = topology
         self.projection = nn.Linear(n_in, 2 * n_out)
         self.attention = nn.Parameter(torch.empty(n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
-        self.register_buffer("sources", torch.from_numpy(topology.sources.astype(np.int64)), persistent=False)
-        self.register_buffer("targets", torch.from_numpy(topology.targets.astype(np.int64)), persistent=False)
-        self.reset_parameters(generator)
+        self.reset_parameters()
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self) -> None:
         """Draws new parameters: weights by Glorot's rule, b_l and b_r within 1 / sqrt(n_in); the last bias is 0."""
         n_in, n_out = self.projection.in_features, len(self.attention)
         limit, limit_of_bias, limit_of_attention = math.sqrt(6 / (n_in + n_out)), n_in**-0.5, math.sqrt(6 / (1 + n_out))
         with torch.no_grad():
             for half in (slice(None, n_out), slice(n_out, None)):
-                self.projection.weight[half].uniform_(-limit, limit, generator=generator)
-                self.projection.bias[half].uniform_(-limit_of_bias, limit_of_bias, generator=generator)
-            self.attention.uniform_(-limit_of_attention, limit_of_attention, generator=generator)
+                self.projection.weight[half].uniform_(-limit, limit)
+                self.projection.bias[half].uniform_(-limit_of_bias, limit_of_bias)
+            self.attention.uniform_(-limit_of_attention, limit_of_attention)
             self.bias.zero_()
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Features after the layer.
+    def forward(self, h: torch.Tensor, topology: Topology | None = None) -> torch.Tensor:
+        """Features after the layer, on another topology than its own if one is given.
 
         Raises:
             InputError: `h` is not `[G, N, n_in]` for the N nodes of the topology.
         """
-        expected = (self.topology.n_nodes, self.projection.in_features)
+        topology = topology or self.topology
+        expected = (topology.n_nodes, self.projection.in_features)
         if h.ndim != 3 or h.shape[1:] != expected:
             raise InputError(f"features must have the shape [G, {expected[0]}, {expected[1]}], got {list(h.shape)}")
-        tensors = (h, self.projection.weight, self.projection.bias, self.attention, self.bias)
-        if not _can_compile(tensors):
-            return self.reference(h)
-        left_bias, right_bias = self.projection.bias.chunk(2)
-        return _compiled_layer(
-            h, self.projection.weight, self.attention, left_bias + right_bias, left_bias + self.bias, self.topology
+        weight, bias = self.projection.weight, self.projection.bias
+        is_plain = all(
+            t.device.type == "cpu" and t.dtype == h.dtype for t in (h, weight, bias, self.attention, self.bias)
         )
+        if not is_plain or h.dtype not in _COMPILED or torch.is_autocast_enabled("cpu"):
+            return self.reference(h, topology)
+        left_bias, right_bias = bias.chunk(2)
+        return _compiled_layer(h, weight, self.attention, left_bias + right_bias, left_bias + self.bias, topology)
 
-    def reference(self, h: torch.Tensor) -> torch.Tensor:
+    def reference(self, h: torch.Tensor, topology: Topology | None = None) -> torch.Tensor:
         """The layer in plain torch: slow, with intermediates `[G, E, C]`, on any device.
 
         Source: Brody et al. 2022, equation 7.
         """
+        edges = topology or self.topology
+        sources, targets = (torch.from_numpy(e.astype(np.int64)).to(h.device) for e in (edges.sources, edges.targets))
         left, right = self.projection(h).chunk(2, dim=-1)  # [G, N, C]
-        messages = left[:, self.sources]  # [G, E, C]
-        scores = F.leaky_relu(messages + right[:, self.targets], _NEGATIVE_SLOPE) @ self.attention  # [G, E]
-        targets = self.targets.expand_as(scores)
+        messages = left[:, sources]  # [G, E, C]
+        scores = F.leaky_relu(messages + right[:, targets], _NEGATIVE_SLOPE) @ self.attention  # [G, E]
         lowest = scores.new_full(left.shape[:2], -math.inf)
-        greatest = lowest.scatter_reduce(1, targets, scores.detach(), "amax")  # [G, N]
-        weights = (scores - greatest[:, self.targets]).exp()
-        totals = torch.zeros_like(greatest).index_add(1, self.targets, weights)
-        weighted = messages * (weights / totals[:, self.targets]).unsqueeze(-1)
-        return torch.zeros_like(left).index_add(1, self.targets, weighted) + self.bias
-
-
-def _can_compile(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernels know these tensors."""
-    dtype = tensors[0].dtype
-    is_plain = all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
-    return is_plain and dtype in _COMPILED and not torch.is_autocast_enabled("cpu")
+        greatest = lowest.scatter_reduce(1, targets.expand_as(scores), scores.detach(), "amax")  # [G, N]
+        weights = (scores - greatest[:, targets]).exp()
+        totals = torch.zeros_like(greatest).index_add(1, targets, weights)
+        weighted = messages * (weights / totals[:, targets]).unsqueeze(-1)
+        return torch.zeros_like(left).index_add(1, targets, weighted) + self.bias
 
 
 class _CompiledLayer(torch.autograd.Function):
@@ -280,28 +249,27 @@ def _over_graphs(
 
 
 class Hops(nn.Module):
-    """GATv2 layers, each with batch normalisation, rectifier and, from the second on, a residual."""
+    """An embedding, and GATv2 layers to `width` channels, each normalised and rectified, residuals after the first."""
 
-    def __init__(self, topology: Topology, sizes: Sequence[int]) -> None:
+    def __init__(self, features: GraphFeatures, width: int, n_hops: int) -> None:
         super().__init__()
-        pairs = list(pairwise(sizes))
-        self.attentions = nn.ModuleList([SharedGATv2(n_in, n_out, topology) for n_in, n_out in pairs])
-        self.norms = nn.ModuleList([nn.BatchNorm1d(n_out) for _, n_out in pairs])
+        sizes = list(pairwise([WIDTH] + [width] * n_hops))
+        self.embedding = Embedding(features)
+        self.attentions = nn.ModuleList([SharedGATv2(n_in, n_out, features.topology) for n_in, n_out in sizes])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(n_out) for _, n_out in sizes])
 
-    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Embeddings after 0, 1, ... hops, `[G, N, C]` each."""
-        found = [h]
-        for attention, norm in zip(self.attentions, self.norms, strict=True):
-            h = one_hop(attention, norm, h)
-            found.append(h)
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Embeddings of the nodes of recipes `[G, N]` after 0, 1, ... hops, `[G, N, C]` each."""
+        found = [self.embedding.table(rows)[rows]]
+        for hop in range(len(self.norms)):
+            found.append(self.further(hop, found[-1]))
         return tuple(found)
 
-
-def one_hop(attention: nn.Module, norm: nn.Module, h: torch.Tensor) -> torch.Tensor:
-    """Embeddings `[G, N, C]` one hop further."""
-    x: torch.Tensor = attention(h)
-    x = torch.relu(norm(x.flatten(0, 1))).view_as(x)
-    return x + h if h.shape == x.shape else x
+    def further(self, hop: int, h: torch.Tensor, topology: Topology | None = None) -> torch.Tensor:
+        """Embeddings `[G, N, C]` after so many hops, one hop further; on a part of the graph by its topology."""
+        x: torch.Tensor = self.attentions[hop](h, topology)
+        x = torch.relu(self.norms[hop](x.flatten(0, 1))).view_as(x)
+        return x + h if h.shape == x.shape else x
 
 
 class PaperNetwork(nn.Module):
@@ -310,24 +278,23 @@ class PaperNetwork(nn.Module):
     Source: Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), and the released code's sizes.
     """
 
-    def __init__(self, features: GraphFeatures, *, width: int = 16, hidden: int = 64, n_hops: int = 4) -> None:
+    def __init__(self, features: GraphFeatures, *, n_hops: int = 4) -> None:
         super().__init__()
-        self.embedding = Embedding(features, width)
-        self.hops = Hops(features.topology, [width] + [hidden] * n_hops)
+        n = 64
+        self.hops = Hops(features, n, n_hops)
         self.head = nn.Sequential(
-            *(nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), nn.ReLU()),
-            *(nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)),
+            *(nn.Linear(n, n), nn.Linear(n, n), nn.ReLU()),
+            *(nn.Linear(n, n), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 1)),
         )
         for hop in range(n_hops + 1):
             weights = torch.from_numpy(features.roots[hop]).float()
             self.register_buffer(f"_roots{hop}", weights / weights.sum(), persistent=False)
 
-    def forward(self, batch: NetworkInput) -> Output:
-        """Predictions, norms of graph embeddings, node embeddings."""
-        embeddings = self.hops(self.embedding(batch.counts)[batch.rows])
-        pooled = [torch.einsum("gnc,n->gc", h, self.get_buffer(f"_roots{m}")) for m, h in enumerate(embeddings)]
-        prediction = self.head(pooled[-1]).squeeze(1)
-        return Output(prediction, tuple(p.abs().sum(dim=1) for p in pooled), embeddings)
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Predictions `[G]`, and per hop a score of each graph `[G]` (higher = better), the norm of its embedding."""
+        hops = enumerate(self.hops(rows))
+        pooled = [torch.einsum("gnc,n->gc", h, self.get_buffer(f"_roots{hop}")) for hop, h in hops]
+        return self.head(pooled[-1]).squeeze(1), [p.abs().sum(dim=1) for p in pooled]
 
 
 class NoiseNetwork(nn.Module):
@@ -337,39 +304,25 @@ class NoiseNetwork(nn.Module):
     last one's. At the start all corrections are 0, and the network is the noise model.
     """
 
-    def __init__(
-        self,
-        features: GraphFeatures,
-        log_costs: Values,
-        link: Link,
-        *,
-        width: int = 16,
-        hidden: int = 32,
-        n_hops: int = 2,
-    ) -> None:
+    def __init__(self, features: GraphFeatures, log_costs: Values, link: Link, *, n_hops: int = 2) -> None:
         super().__init__()
-        n_decisions, n_options = log_costs.shape
-        rows = features.row_options(n_decisions, n_options)
-        table = np.full(features.n_rows, -np.inf)
-        finite = np.isfinite(log_costs)
-        table[rows[finite]] = log_costs[finite] - np.log(link.unit)
-        first = {int(d): n for n, d in reversed(list(enumerate(features.decision))) if d >= 0}
-        self.embedding = Embedding(features, width)
-        self.hops = Hops(features.topology, [width] + [hidden] * n_hops)
-        self.corrections = nn.ModuleList([nn.Linear(n, 1) for n in [width] + [hidden] * n_hops])
+        table, finite = np.full(features.n_rows, -np.inf), np.isfinite(log_costs)
+        table[features.row_options(log_costs.shape[1])[finite]] = log_costs[finite] - np.log(link.unit)
+        width = 32
+        self.hops = Hops(features, width, n_hops)
+        self.corrections = nn.ModuleList([nn.Linear(n, 1) for n in [WIDTH] + [width] * n_hops])
         for parameter in self.corrections.parameters():
             nn.init.zeros_(parameter)
         self.offset, self.slope = nn.Parameter(torch.tensor(link.offset)), nn.Parameter(torch.tensor(link.slope))
         self._floor, self._power = link.floor / link.unit, link.power
         self.register_buffer("_log_costs", torch.from_numpy(table).float(), persistent=False)
-        self.register_buffer("_nodes", torch.tensor([first[d] for d in range(n_decisions)]), persistent=False)
+        self.register_buffer("_nodes", torch.from_numpy(features.first_nodes), persistent=False)
 
-    def forward(self, batch: NetworkInput) -> Output:
-        """Predictions of the last hop, those of every hop as scores, node embeddings."""
-        embeddings = self.hops(self.embedding(batch.counts)[batch.rows])
-        totals = [self.contributions(batch.rows, h, hop).sum(dim=1) for hop, h in enumerate(embeddings)]
-        scores = tuple(self._linked(total) for total in totals)
-        return Output(scores[-1], scores, embeddings)
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Predictions `[G]` of the last hop, and those of every hop as scores `[G]`."""
+        totals = [self.contributions(rows, h, hop).sum(dim=1) for hop, h in enumerate(self.hops(rows))]
+        scores = [self._linked(total) for total in totals]
+        return scores[-1], scores
 
     def contributions(self, rows: torch.Tensor, embedding: torch.Tensor, hop: int) -> torch.Tensor:
         """What each decision adds to the noise by the readout of a hop, `[G, D]`, in the link's unit."""

@@ -16,14 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from sedimo.errors import InputError
-from sedimo.methods.predictor.choices import Choices, Codes, Values, picked
+from sedimo.methods.predictor.features import Choices, Codes, Values, picked
 from sedimo.quant.formats import Format
 from sedimo.space import Decision
 
-Effects = npt.NDArray[np.int64]
 DECIBEL = 10 / math.log(10)
 MIN_TRIALS = 8
 _START_DEVIATION = {"operation": 0.5, "block": 0.3, "format": 0.2, "method": 0.3, "decision": 0.5, "option": 0.2}
@@ -48,51 +46,65 @@ class Link:
         """The target at total contributions `[T]` (without the floor)."""
         return self.offset - self.slope * _curve(np.log((total + self.floor) / self.unit), self.power)
 
-    def total(self, target: float) -> float:
-        """Total contributions, floor included, at which the target has this value; the inverse of `value`."""
-        curve = (self.offset - target) / self.slope
-        if abs(self.power) < _TINY:
-            return self.unit * math.exp(min(curve / DECIBEL, 700.0))
-        return float(self.unit * max(1 + self.power * curve / DECIBEL, _TINY) ** (1 / self.power))
 
-
-@dataclass(frozen=True)
 class NoiseModel:
-    """A fitted predictor: contributions of all options, their uncertainty, and the link to the target.
+    """A fitted predictor: the normal distribution around the mode, of effects, of costs, of predictions.
 
-    `log_costs` and `deviation` are `[D, K]`: logarithm of an option's contribution to the noise, and its standard
-    deviation given the trials. `residual` is the standard deviation of what it leaves unexplained, in target units;
-    `strengths` tells how much each kind of effect corrects the prior (standard deviation of a logarithm).
+    Attributes:
+        log_costs: `[D, K]`, the logarithm of each option's contribution to the noise.
+        deviation: `[D, K]`, its standard deviation given the trials.
+        link: from the sum of contributions to the target.
+        residual: the standard deviation of what it leaves unexplained, in target units.
+        strengths: how much each kind of effect corrects the prior (standard deviation of a logarithm).
     """
 
-    log_costs: Values
-    deviation: Values
-    link: Link
-    residual: float
-    strengths: Mapping[str, float]
-    _posterior: _Posterior
+    def __init__(self, problem: _Problem, state: Values, strengths: Mapping[str, float], residual: float) -> None:
+        self._problem, self._state = problem, state
+        self.strengths, self.residual, self.link = strengths, residual, problem.link(state)
+        self.log_costs = problem.log_costs(state) + math.log(problem.unit)
+        self._variance = problem.prior_variance(strengths)
+        self._scaled = problem.jacobian(state, problem.codes)[1] / residual
+        self._factor = _whitener(self._scaled, self._variance)
+        self.deviation = self._deviations()
 
     def predict(self, codes: Codes) -> Values:
         """The target of recipes `[T, D]`, `[T]`."""
         return self.link.value(np.exp(picked(self.log_costs, codes)).sum(axis=1))
 
-    def uncertainty(self, codes: Codes) -> Values:
-        """Standard deviation of the predicted target of recipes `[T, D]`, `[T]`, the residual left out."""
-        return self._posterior.deviation_of(codes)
+    def uncertainty(self, codes: Codes, *, minus: Codes | None = None) -> Values:
+        """Standard deviation of the target of recipes `[T, D]`, or of its difference to that of others, `[T]`.
 
-    def difference_deviation(self, before: Codes, after: Codes) -> Values:
-        """Standard deviation of the predicted difference between pairs of recipes `[T, D]`, `[T]`."""
-        return self._posterior.deviation_of(after, minus=before)
-
-    def contributions(self, codes: Codes) -> Values:
-        """What each decision adds to the noise of recipes `[T, D]`, as shares that sum to at most 1."""
-        powers = np.exp(picked(self.log_costs, codes))
-        found: Values = powers / (powers.sum(axis=1, keepdims=True) + self.link.floor)
+        The residual is left out.
+        """
+        gradients = self._problem.jacobian(self._state, codes)[1]
+        if minus is not None:
+            gradients = gradients - self._problem.jacobian(self._state, minus)[1]
+        known = gradients * self._variance @ self._scaled.T @ self._factor.T
+        spread = (gradients**2 * self._variance).sum(axis=1) - (known**2).sum(axis=1)
+        found: Values = np.sqrt(np.maximum(spread, 0.0))
         return found
 
     def draw(self, generator: np.random.Generator) -> Values:
-        """Log costs `[D, K]` drawn from the posterior, as plausible as the mode given the trials."""
-        return self._posterior.draw(generator)
+        """Log costs `[D, K]` drawn from the posterior, as plausible as the mode given the trials.
+
+        By Matheron's rule: a draw of the prior, corrected by what the trials say of it.
+        """
+        prior = generator.standard_normal(len(self._variance)) * np.sqrt(self._variance)
+        seen = self._scaled @ prior + generator.standard_normal(len(self._scaled))
+        gain = self._factor.T @ (self._factor @ seen)
+        effects = prior - self._variance * (self._scaled.T @ gain)
+        found: Values = self.log_costs + effects[:-4][self._problem.numbers].sum(axis=0)
+        return found
+
+    def _deviations(self) -> Values:
+        numbers = self._problem.numbers
+        whitened = (self._factor @ self._scaled) * self._variance  # [T, P + 4]
+        known = np.zeros((len(whitened), *numbers.shape[1:]))
+        for kind in numbers:
+            known += whitened[:, kind]
+        spread = self._variance[numbers].sum(axis=0) - (known**2).sum(axis=0)
+        found: Values = np.sqrt(np.maximum(spread, 0.0))
+        return found
 
 
 def fit_noise_model(choices: Choices, prior: Values, codes: Codes, target: Values) -> NoiseModel:
@@ -111,28 +123,22 @@ def fit_noise_model(choices: Choices, prior: Values, codes: Codes, target: Value
     if not (np.isfinite(prior[choices.exists]).all() and (prior[choices.exists] >= 0).all()):
         raise InputError("the costs of a prior must be finite and not negative")
     problem = _Problem(choices, prior, codes, target)
-    state, strengths, residual = problem.start(), dict(_START_DEVIATION), 0.3 * float(target.std())
+    state, strengths, residual = problem.start, dict(_START_DEVIATION), 0.3 * float(target.std())
     for _ in range(_N_EVIDENCE):
         state = problem.maximise(state, strengths, residual)
         before = (*strengths.values(), residual)
         strengths, residual = problem.evidence(state, strengths, residual)
         if max(abs(math.log(a / b)) for a, b in zip((*strengths.values(), residual), before, strict=True)) < 0.02:
             break
-    state = problem.maximise(state, strengths, residual)
-    posterior = _Posterior(problem, state, strengths, residual)
-    return NoiseModel(posterior.log_costs, posterior.deviation, problem.link(state), residual, strengths, posterior)
+    return NoiseModel(problem, problem.maximise(state, strengths, residual), strengths, residual)
 
 
-def effects_of(choices: Choices) -> dict[str, Effects]:
+def effects_of(choices: Choices) -> dict[str, Codes]:
     """For each kind of effect the number of the effect that each option has, `[D, K]`."""
 
-    def numbered(name: Callable[[Decision, Format], str]) -> Effects:
-        names = [[name(d, f) for f in d.formats] for d in choices.space.decisions]
-        known = {text: i for i, text in enumerate(dict.fromkeys(text for row in names for text in row))}
-        found = np.zeros((choices.n_decisions, choices.n_options), dtype=np.int64)
-        for i, row in enumerate(names):
-            found[i, : len(row)] = [known[text] for text in row]
-        return found
+    def numbered(name: Callable[[Decision, Format], str]) -> Codes:
+        known: dict[str, int] = {}
+        return choices.array(lambda d, f: known.setdefault(name(d, f), len(known))).astype(np.int64)
 
     return {
         "operation": numbered(lambda d, f: d.operation),
@@ -144,16 +150,11 @@ def effects_of(choices: Choices) -> dict[str, Effects]:
     }
 
 
-@dataclass(frozen=True)
-class _State:
-    """All unknowns: effects `[P]` and the link `[4]` (a, log b, log n0, p)."""
-
-    effects: Values
-    link: Values
-
-
 class _Problem:
-    """The model's function, its derivatives, and the steps of its fit. Logarithms of costs are about their unit."""
+    """The model's function, its derivatives, and the steps of its fit. Logarithms of costs are about their unit.
+
+    A state holds all unknowns, `[P + 4]`: effects, and the link (a, log b, log n0, p).
+    """
 
     def __init__(self, choices: Choices, prior: Values, codes: Codes, target: Values) -> None:
         self.codes, self.target = codes, target
@@ -164,66 +165,67 @@ class _Problem:
             raise InputError("recipes without any quantized decision cannot train a predictor")
         start = np.where(start > 0, start, start[start > 0].min())  # a recipe without noise stands at the floor
         self.unit = float(np.exp(np.log(start).mean()))
-        self.log_prior = log_prior - math.log(self.unit)
+        self._log_prior = log_prior - math.log(self.unit)
         kinds = effects_of(choices)
         sizes = [int(numbers.max()) + 1 for numbers in kinds.values()]
         offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        self.slices = {k: slice(int(o), int(o) + n) for k, o, n in zip(kinds, offsets, sizes, strict=True)}
+        self._slices = {k: slice(int(o), int(o) + n) for k, o, n in zip(kinds, offsets, sizes, strict=True)}
         self.numbers = np.stack([n + o for n, o in zip(kinds.values(), offsets, strict=True)])  # [F, D, K]
-        self.n_effects = int(sum(sizes))
-        self._link_start = self._start_link(start / self.unit)
+        self.start = np.concatenate([np.zeros(sum(sizes)), self._start_link(start / self.unit)])
 
-    def start(self) -> _State:
-        return _State(np.zeros(self.n_effects), self._link_start)
-
-    def link(self, state: _State) -> Link:
-        a, log_b, log_n0, p = map(float, state.link)
+    def link(self, state: Values) -> Link:
+        a, log_b, log_n0, p = map(float, state[-4:])
         return Link(a, math.exp(log_b), math.exp(log_n0) * self.unit, p, self.unit)
 
-    def log_costs(self, effects: Values) -> Values:
-        found: Values = self.log_prior + effects[self.numbers].sum(axis=0)
+    def log_costs(self, state: Values) -> Values:
+        found: Values = self._log_prior + state[:-4][self.numbers].sum(axis=0)
         return found
 
-    def value(self, state: _State) -> Values:
-        total = np.exp(picked(self.log_costs(state.effects), self.codes)).sum(axis=1)
-        link = replace(self.link(state), unit=1.0, floor=math.exp(state.link[2]))
-        return link.value(total)
+    def value(self, state: Values) -> Values:
+        total = np.exp(picked(self.log_costs(state), self.codes)).sum(axis=1)
+        return replace(self.link(state), unit=1.0, floor=math.exp(state[-2])).value(total)
 
-    def jacobian(self, state: _State, codes: Codes) -> tuple[Values, Values]:
+    def jacobian(self, state: Values, codes: Codes) -> tuple[Values, Values]:
         """Prediction `[T]` and its derivatives `[T, P + 4]`."""
-        powers = np.exp(picked(self.log_costs(state.effects), codes))
-        a, b, n0, p = state.link[0], math.exp(state.link[1]), math.exp(state.link[2]), state.link[3]
+        powers = np.exp(picked(self.log_costs(state), codes))
+        a, b, n0, p = state[-4], math.exp(state[-3]), math.exp(state[-2]), state[-1]
         total = powers.sum(axis=1) + n0
         log = np.log(total)
         slope = -b * DECIBEL * np.exp(p * log)  # derivative by log S
         curve = _curve(log, p)
         by_power = DECIBEL * (log**2 / 2 if abs(p) < 1e-6 else (log * np.exp(p * log) - np.expm1(p * log) / p) / p)
-        found = np.zeros((len(codes), self.n_effects + 4))
+        found = np.zeros((len(codes), len(state)))
         shares = powers / total[:, None] * slope[:, None]
         rows = np.arange(len(codes))[:, None]
-        columns = self.numbers[:, np.arange(codes.shape[1])[None], codes]
-        for column in columns:
+        for column in self.numbers[:, np.arange(codes.shape[1])[None], codes]:
             np.add.at(found, (rows, column), shares)
         found[:, -4:] = np.stack([np.ones(len(codes)), -b * curve, slope * n0 / total, -b * by_power], axis=1)
         return a - b * curve, found
 
     def prior_variance(self, strengths: Mapping[str, float]) -> Values:
-        found = np.empty(self.n_effects + 4)
-        for kind, where in self.slices.items():
+        found = np.empty(len(self.start))
+        for kind, where in self._slices.items():
             found[where] = strengths[kind] ** 2
         found[-4:] = _LINK_DEVIATION**2
         return found
 
-    def maximise(self, state: _State, strengths: Mapping[str, float], residual: float) -> _State:
+    def maximise(self, state: Values, strengths: Mapping[str, float], residual: float) -> Values:
         """The mode of the posterior, by damped Gauss-Newton steps in the space of the trials."""
         variance = self.prior_variance(strengths)
-        damping, current = 1e-3, self._energy(state, variance, residual)
+
+        def energy_of(at: Values) -> float:
+            misfit = (self.target - self.value(at)) / residual
+            return 0.5 * float((misfit**2).sum() + ((at - self.start) ** 2 / variance).sum())
+
+        damping, current = 1e-3, energy_of(state)
         for _ in range(_N_STEPS):
-            step = self._step(state, variance, residual)
-            moved, energy = self._moved(state, step(damping), variance, residual)
-            while energy > current and damping < 1e6:
+            prediction, jacobian = self.jacobian(state, self.codes)
+            scaled = jacobian / residual
+            gradient = scaled.T @ ((self.target - prediction) / residual) - (state - self.start) / variance
+            moved = _moved(state, scaled, variance / (1 + damping), gradient)
+            while (energy := energy_of(moved)) > current and damping < 1e6:
                 damping *= 6
-                moved, energy = self._moved(state, step(damping), variance, residual)
+                moved = _moved(state, scaled, variance / (1 + damping), gradient)
             if energy > current:
                 break
             is_done = current - energy < _CONVERGED * (1 + abs(current))
@@ -233,15 +235,15 @@ class _Problem:
         return state
 
     def evidence(
-        self, state: _State, strengths: Mapping[str, float], residual: float
+        self, state: Values, strengths: Mapping[str, float], residual: float
     ) -> tuple[dict[str, float], float]:
         """Strengths and residual that make the trials most likely, one step of expectation-maximisation."""
         variance = self.prior_variance(strengths)
         prediction, jacobian = self.jacobian(state, self.codes)
         spread = posterior_variance(jacobian / residual, variance)
         found = {}
-        for kind, where in self.slices.items():
-            squares = state.effects[where] ** 2 + spread[:-4][where]
+        for kind, where in self._slices.items():
+            squares = state[where] ** 2 + spread[where]
             found[kind] = float(np.clip(math.sqrt(squares.mean()), _LEAST_DEVIATION, _MOST_DEVIATION))
         n_known = float((1 - spread / variance).sum())  # parameters that the trials determine
         freedom = max(len(self.target) - n_known, 0.1 * len(self.target))
@@ -255,70 +257,15 @@ class _Problem:
         offset = float((self.target + slope * log).mean())
         return np.array([offset, math.log(slope), math.log(float(total.min())) - 2.0, 0.0])
 
-    def _step(self, state: _State, variance: Values, residual: float) -> Callable[[float], Values]:
-        """Gauss-Newton steps by damping; damping shrinks the prior's variance."""
-        prediction, jacobian = self.jacobian(state, self.codes)
-        scaled = jacobian / residual
-        deviation = np.concatenate([state.effects, state.link - self._link_start])
-        gradient = scaled.T @ ((self.target - prediction) / residual) - deviation / variance
 
-        def step(damping: float) -> Values:
-            return _solve(scaled, variance / (1 + damping), gradient)
-
-        return step
-
-    def _moved(self, state: _State, step: Values, variance: Values, residual: float) -> tuple[_State, float]:
-        limit = max(1.0, float(np.abs(step[:-4]).max()) / 1.0, float(np.abs(step[-3:]).max()) / 0.5)
-        moved = _State(state.effects + step[:-4] / limit, state.link + step[-4:] / limit)
-        return moved, self._energy(moved, variance, residual)
-
-    def _energy(self, state: _State, variance: Values, residual: float) -> float:
-        deviation = np.concatenate([state.effects, state.link - self._link_start])
-        misfit = (self.target - self.value(state)) / residual
-        return 0.5 * float((misfit**2).sum() + (deviation**2 / variance).sum())
-
-
-class _Posterior:
-    """The normal distribution around the mode: of effects, of costs, of predictions."""
-
-    def __init__(self, problem: _Problem, state: _State, strengths: Mapping[str, float], residual: float) -> None:
-        self._problem, self._state = problem, state
-        self._variance = problem.prior_variance(strengths)
-        self._scaled = problem.jacobian(state, problem.codes)[1] / residual
-        self._factor = _whitener(self._scaled, self._variance)
-        self.log_costs = problem.log_costs(state.effects) + math.log(problem.unit)
-        self.deviation = self._deviations()
-
-    def deviation_of(self, codes: Codes, *, minus: Codes | None = None) -> Values:
-        gradients = self._problem.jacobian(self._state, codes)[1]
-        if minus is not None:
-            gradients = gradients - self._problem.jacobian(self._state, minus)[1]
-        known = gradients * self._variance @ self._scaled.T @ self._factor.T
-        spread = (gradients**2 * self._variance).sum(axis=1) - (known**2).sum(axis=1)
-        found: Values = np.sqrt(np.maximum(spread, 0.0))
-        return found
-
-    def draw(self, generator: np.random.Generator) -> Values:
-        """Matheron's rule: a draw of the prior, corrected by what the trials say of it."""
-        prior = generator.standard_normal(len(self._variance)) * np.sqrt(self._variance)
-        seen = self._scaled @ prior + generator.standard_normal(len(self._scaled))
-        gain = self._factor.T @ (self._factor @ seen)
-        effects = prior - self._variance * (self._scaled.T @ gain)
-        found: Values = self.log_costs + effects[:-4][self._problem.numbers].sum(axis=0)
-        return found
-
-    def _deviations(self) -> Values:
-        """Of each option's log cost, `[D, K]`."""
-        numbers = self._problem.numbers
-        n_kinds, n_decisions, n_options = numbers.shape
-        columns = numbers.reshape(n_kinds, -1).T  # [D K, F]
-        prior = self._variance[columns].sum(axis=1)
-        whitened = (self._factor @ self._scaled) * self._variance  # [T, P + 4]
-        known = np.zeros((len(whitened), len(columns)))
-        for kind in range(n_kinds):
-            known += whitened[:, columns[:, kind]]
-        spread: Values = np.sqrt(np.maximum(prior - (known**2).sum(axis=0), 0.0))
-        return spread.reshape(n_decisions, n_options)
+def _moved(state: Values, scaled: Values, variance: Values, gradient: Values) -> Values:
+    """The state after a step (diag(1 / variance) + J^T J)^-1 gradient, through the trials (Woodbury), cut if long."""
+    direct = variance * gradient
+    correction = np.linalg.solve(_inner(scaled, variance), scaled @ direct)
+    step = direct - variance * (scaled.T @ correction)
+    limit = max(1.0, float(np.abs(step[:-4]).max()), float(np.abs(step[-3:]).max()) / 0.5)
+    found: Values = state + step / limit
+    return found
 
 
 def posterior_variance(scaled: Values, variance: Values) -> Values:
@@ -341,12 +288,4 @@ def _whitener(scaled: Values, variance: Values) -> Values:
 
 def _inner(scaled: Values, variance: Values) -> Values:
     found: Values = (scaled * variance) @ scaled.T + np.eye(len(scaled))
-    return found
-
-
-def _solve(scaled: Values, variance: Values, gradient: Values) -> Values:
-    """(diag(1 / variance) + J^T J)^-1 gradient, through the trials (Woodbury)."""
-    direct = variance * gradient
-    correction = np.linalg.solve(_inner(scaled, variance), scaled @ direct)
-    found: Values = direct - variance * (scaled.T @ correction)
     return found

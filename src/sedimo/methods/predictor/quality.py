@@ -1,52 +1,43 @@
-"""How good a predictor is beside honest rivals: what bits, weight errors, tables and plain regression know already.
+"""What people are told of a predictor: how good it is beside honest rivals, and sentences about changes of a recipe.
 
-All are judged on recipes that they were not trained on. Each rival gives a quantity per recipe, and a line from it to
-the goal is fitted on the training recipes of the fold, so that errors have the goal's unit.
+Rivals are what bits, weight errors, tables and plain regression know already. All are judged on recipes that they were
+not trained on. Each rival gives a quantity per recipe, and a line from it to the goal is fitted on the training recipes
+of the fold, so that errors have the goal's unit.
+
+The sentences say what the predictor expects of changes that are easy to say, to be measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from sedimo.allocation.effects import Effects, expected_db
-from sedimo.methods.predictor.choices import Choices, Codes, Values, picked
+from sedimo.allocation.problem import Allocation
+from sedimo.allocation.table import SensitivityTable
+from sedimo.methods.predictor.features import Choices, Codes, Values, picked
 from sedimo.methods.predictor.noise_model import fit_noise_model
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.predictor.training import Predictor, TrainingSet
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.ranking import PredictionQuality, prediction_quality, quality_difference
+from sedimo.quant.formats import Format
+from sedimo.space import Decision, Recipe, SearchSpace
 
 Fit = Callable[[Codes, Values], Callable[[Codes], Values]]
 MINE, SIGNED_EFFECTS = "this predictor", "signed effects"
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 ALL, EXTRA = "all", "extra recipes in the band"
+HALF_BAND = 0.25  # bits on both sides
 MIN_IN_BAND = 8  # recipes that a rank correlation in a band needs
 N_BOOTSTRAP_OF_FOLD = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """A range of average paper bits."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def around(cls, bits: float) -> Band:
-        """Half a bit, in the middle of which some bits are."""
-        return cls(bits - 0.25, bits + 0.25)
-
-    def holds(self, bits: Values) -> npt.NDArray[np.bool_]:
-        """Which recipes are in it, `[T]`."""
-        return (bits >= self.low) & (bits <= self.high)
-
-    def __str__(self) -> str:
-        """For people."""
-        return f"{self.low:.2f} to {self.high:.2f} bits"
+N_CHANGES = 8
+_LEAST_DB = 0.05  # a change that is predicted to be smaller says nothing
 
 
 @dataclass(frozen=True)
@@ -62,111 +53,104 @@ class Rating:
     ahead: Estimate | None = None
 
 
-@dataclass(frozen=True)
-class HopRating:
-    """How well a hop of a fold's network orders those test recipes of the fold that are in a subset."""
-
-    fold: int
-    hop: int
-    subset: str
-    quality: PredictionQuality
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a predictor says of recipes that it was not trained on.
-
-    `folds` `[T]`: of each training recipe by the fold that left it out. `extra` `[U]`: of further recipes, the mean
-    over folds.
-    """
-
-    name: str
-    folds: Values
-    extra: Values
-
-
 def rate(
     predictor: Predictor,
     data: TrainingSet,
     background: Background,
     *,
     extra: TrainingSet | None = None,
-    band: Band | None = None,
+    around: float | None = None,
 ) -> tuple[Rating, ...]:
-    """The predictor and all rivals on the same held-out recipes: all, those in a band of bits, and extra ones.
+    """The predictor and all rivals on the same held-out recipes: all, those around some bits, and extra ones.
 
     What is predicted is the quality, or the whole goal if the predictor's preset does.
     """
-    truth = _truth(predictor, data)
-    codes, measured = (data.codes[:0], truth[:0]) if extra is None else (extra.codes, _truth(predictor, extra))
-    mine = HeldOut(MINE, predictor.cross_validated(data.n), predictor.predict(codes) if len(codes) else measured)
+    none = replace(data, codes=data.codes[:0], quality=data.quality[:0], target=data.target[:0])
+    further = none if extra is None else extra
+    truth = np.concatenate([_truth(predictor, data), _truth(predictor, further)])
+    mine = [predictor.cross_validated(data.n), *([predictor.predict(further.codes)] if further.n else [])]
     table = background.table
-    rivals = predict_by_rivals(
-        replace(data, quality=truth),
-        codes,
+    said = {MINE: np.concatenate(mine)} | predict_by_rivals(
+        replace(data, quality=truth[: data.n]),
+        further.codes,
         tests=[fold.test for fold in predictor.folds],
         costs={} if table.method == "error" else {table.method: background.prior()},
         errors=data.choices.errors(background.candidates),
         effects=background.effects,
     )
-    everyone = (mine, *rivals)
-    subsets = {ALL: (truth, {h.name: h.folds for h in everyone})}
-    inside = band.holds(data.choices.paper_bits(data.codes)) if band is not None else np.zeros(0, dtype=bool)
-    if inside.sum() >= MIN_IN_BAND:
-        subsets[str(band)] = (truth[inside], {h.name: h.folds[inside] for h in everyone})
-    if len(codes):
-        subsets[EXTRA] = (measured, {h.name: h.extra for h in everyone})
-    return tuple(rating for subset, (y, said) in subsets.items() for rating in _ratings(subset, y, said))
+    subsets = {name: np.flatnonzero(held) for name, held in _subsets(data, around).items()}
+    if further.n:
+        subsets[EXTRA] = np.arange(data.n, len(truth))
+    return tuple(
+        Rating(
+            name,
+            subset,
+            prediction_quality(values[kept], truth[kept]),
+            None if name == MINE else quality_difference(said[MINE][kept], values[kept], truth[kept]),
+        )
+        for subset, kept in subsets.items()
+        for name, values in said.items()
+    )
 
 
-def rate_hops(predictor: Predictor, data: TrainingSet, band: Band) -> Iterator[HopRating]:
-    """Every hop of every fold on the fold's own test recipes, and on those of them in a band of bits."""
-    truth, bits = _truth(predictor, data), data.choices.paper_bits(data.codes)
+def rate_hops(
+    predictor: Predictor, data: TrainingSet, around: float
+) -> Iterator[tuple[int, int, str, PredictionQuality]]:
+    """How well each hop of each fold orders the fold's own test recipes, all and those around some bits."""
+    truth, subsets = _truth(predictor, data), _subsets(data, around)
     for index, fold in enumerate(predictor.folds):
-        for subset, chosen in ((ALL, np.ones(len(fold.test), dtype=bool)), (str(band), band.holds(bits[fold.test]))):
+        for subset, held in subsets.items():
+            chosen = held[fold.test]
             if chosen.sum() < MIN_IN_BAND:
                 continue
             for hop, scores in enumerate(fold.hop_scores):
-                q = prediction_quality(scores[chosen], truth[fold.test][chosen], n_bootstrap=N_BOOTSTRAP_OF_FOLD)
-                yield HopRating(index, hop, subset, q)
+                measured = truth[fold.test][chosen]
+                q = prediction_quality(scores[chosen], measured, n_bootstrap=N_BOOTSTRAP_OF_FOLD)
+                yield index, hop, subset, q
+
+
+def _subsets(data: TrainingSet, around: float | None) -> dict[str, npt.NDArray[np.bool_]]:
+    """All recipes `[T]`, and those around some bits, if they are enough."""
+    subsets = {ALL: np.ones(data.n, dtype=bool)}
+    if around is not None:
+        bits, low, high = data.choices.paper_bits(data.codes), around - HALF_BAND, around + HALF_BAND
+        inside = (bits >= low) & (bits <= high)
+        if inside.sum() >= MIN_IN_BAND:
+            subsets[f"{low:.2f} to {high:.2f} bits"] = inside
+    return subsets
 
 
 def _truth(predictor: Predictor, data: TrainingSet) -> Values:
-    return data.target if predictor.has_sizes else data.quality
-
-
-def _ratings(subset: str, truth: Values, said: Mapping[str, Values]) -> Iterator[Rating]:
-    for name, predictions in said.items():
-        ahead = None if name == MINE else quality_difference(said[MINE], predictions, truth)
-        yield Rating(name, subset, prediction_quality(predictions, truth), ahead)
+    return data.target if predictor.options.is_paper else data.quality
 
 
 def predict_by_rivals(
     data: TrainingSet,
     extra: Codes,
     *,
-    tests: Sequence[npt.NDArray[np.int64]],
+    tests: Sequence[Codes],
     costs: Mapping[str, Values],
     errors: Values,
     effects: Effects | None = None,
-) -> tuple[HeldOut, ...]:
-    """What all rivals say on the folds whose test recipes are `tests`.
+) -> dict[str, Values]:
+    """What all rivals say of each training recipe by the fold that left it out, then of extra ones, `[T + U]`.
 
-    `costs` are those of tables `[D, K]` by name, `errors` relative weight errors `[D, K]`; `effects` keep their signs.
+    The test recipes of the folds are `tests`; of extra ones it is the mean over folds. `costs` are those of tables
+    `[D, K]` by name, `errors` relative weight errors `[D, K]`; `effects` keep their signs.
     """
     choices = data.choices
     fits: dict[str, Fit] = {
         "average bits": _line(choices.paper_bits),
         "weight error, summed": _line(lambda c: -np.log10(picked(errors, c).sum(axis=1) + 1e-12)),
         "ridge on one-hot choices": _ridge(choices),
-        **{f"{name} costs, summed": _line(_sum_of(values)) for name, values in costs.items()},
-        **({} if effects is None else {SIGNED_EFFECTS: _line(_signed(choices, effects))}),
+        **{f"{name} costs, summed": _line(partial(_decibels, values)) for name, values in costs.items()},
+        **({} if effects is None else {SIGNED_EFFECTS: _line(partial(_signed, choices, effects))}),
         "noise model, no graph": lambda c, y: fit_noise_model(choices, data.prior, c, y).predict,
     }
-    return tuple(_held(name, fit, data, extra, tests) for name, fit in fits.items())
+    return {name: _held(fit, data, extra, tests) for name, fit in fits.items()}
 
 
-def _held(name: str, fit: Fit, data: TrainingSet, extra: Codes, tests: Sequence[npt.NDArray[np.int64]]) -> HeldOut:
+def _held(fit: Fit, data: TrainingSet, extra: Codes, tests: Sequence[Codes]) -> Values:
     folds, further = np.full(data.n, np.nan), np.zeros(len(extra))
     for test in tests:
         training = np.setdiff1d(np.arange(data.n), test)
@@ -174,25 +158,18 @@ def _held(name: str, fit: Fit, data: TrainingSet, extra: Codes, tests: Sequence[
         folds[test] = predict(data.codes[test])
         if len(extra):
             further += predict(extra) / len(tests)
-    return HeldOut(name, folds, further)
+    return np.concatenate([folds, further])
 
 
-def _sum_of(costs: Values) -> Callable[[Codes], Values]:
-    def quantity(codes: Codes) -> Values:
-        found: Values = -10 * np.log10(picked(costs, codes).sum(axis=1) + 1e-12)
-        return found
-
-    return quantity
+def _decibels(costs: Values, codes: Codes) -> Values:
+    found: Values = -10 * np.log10(picked(costs, codes).sum(axis=1) + 1e-12)
+    return found
 
 
-def _signed(choices: Choices, effects: Effects) -> Callable[[Codes], Values]:
+def _signed(choices: Choices, effects: Effects, codes: Codes) -> Values:
     """SQNR of each recipe by the mean square of the sum of its effects [dB]."""
-
-    def quantity(codes: Codes) -> Values:
-        recipes = [choices.choice(row) for row in codes]
-        return np.array([expected_db(effects.noise(choice), effects.shape[1]).value for choice in recipes])
-
-    return quantity
+    recipes = map(choices.choice, codes)
+    return np.array([expected_db(effects.noise(choice), effects.shape[1]).value for choice in recipes])
 
 
 def _line(quantity: Callable[[Codes], Values]) -> Fit:
@@ -227,3 +204,104 @@ def _ridge(choices: Choices) -> Fit:
         return lambda other: mean + (design(other) - centre) @ weights
 
     return fit
+
+
+@dataclass(frozen=True)
+class Change:
+    """Some decisions of a recipe at other formats, and what that is for."""
+
+    sentence: str
+    decisions: tuple[str, ...]
+    from_format: str
+    to_format: str
+    recipe: Recipe
+    predicted_db: float
+    error_db: float
+
+
+def telling_changes(predictor: Predictor, table: SensitivityTable, allocation: Allocation) -> tuple[Change, ...]:
+    """Changes whose predicted effect is largest: bits taken from an operation or block, given to one, other methods."""
+    space = predictor.choices.space
+    layers = {f"every `{name}` layer": members for name, members in grouped(space, lambda d: d.operation).items()}
+    blocks = grouped(space, lambda d: f"block `{d.block}`" if d.block else "the layers outside all blocks")
+    fewer, more = (partial(_step, table, sign) for sign in (-1, 1))
+    kinds = (
+        ("Fewer bits", layers, fewer, 3),
+        ("More bits", layers, more, 2),
+        ("Fewer bits", blocks, fewer, 2),
+        ("Another method", layers, partial(_other_method, table), 1),
+    )
+    found: list[Change] = []
+    mildest: Change | None = None
+    for number, (kind, groups, other, n) in enumerate(kinds):
+        made = [_change(predictor, allocation, f"{kind} for {what}", m, other) for what, m in groups.items()]
+        changes = sorted((c for c in made if c is not None), key=lambda c: -abs(c.predicted_db))
+        found += [c for c in changes if abs(c.predicted_db) >= _LEAST_DB][:n]
+        if not number:
+            mildest = max((c for c in changes if c.predicted_db < 0), key=lambda c: c.predicted_db, default=None)
+    unique = {c.recipe.key: c for c in (*found, mildest) if c is not None}
+    return tuple(unique.values())[:N_CHANGES]
+
+
+def _change(
+    predictor: Predictor,
+    allocation: Allocation,
+    what: str,
+    members: Sequence[Decision],
+    other: Callable[[Decision, Format], Format | None],
+) -> Change | None:
+    """What happens where some decisions go to other formats; None where they have none."""
+    choices, choice = predictor.choices, allocation.choice
+    moves = {d.name: f for d in members if (f := other(d, choice[d.name])) is not None}
+    if not moves:
+        return None
+    recipe = choices.space.recipe({**choice, **moves})
+    before, after = choices.codes([allocation.recipe]), choices.codes([recipe])
+    each = predictor.predict_each(np.concatenate([before, after]))
+    effects = each[:, 1] - each[:, 0]
+    # an error is that between folds, and what the noise models do not know
+    models = [fold.noise for fold in predictor.folds if fold.noise is not None]
+    unknown = float(np.mean([m.uncertainty(after, minus=before)[0] for m in models])) if models else 0.0
+    predicted = float(effects.mean())
+    share = 100 * sum(d.params for d in members) / choices.space.params
+    return Change(
+        sentence=f"{what} ({bits_of(members, choice):.2f} bits per weight now, {allocation.paper_bits:.2f} overall; "
+        f"{share:.1f} % of the weights) {'costs' if predicted < 0 else 'gains'} about {abs(predicted):.1f} dB.",
+        decisions=tuple(moves),
+        from_format=_texts(choice[name] for name in moves),
+        to_format=_texts(moves.values()),
+        recipe=recipe,
+        predicted_db=predicted,
+        error_db=math.hypot(float(effects.std(ddof=1)), unknown),
+    )
+
+
+def _step(table: SensitivityTable, sign: int, decision: Decision, present: Format) -> Format | None:
+    """The best format with the next smaller or larger number of bits."""
+    widths = [f.bits for f in decision.formats if sign * (f.bits - present.bits) > 0]
+    width = min(widths, key=lambda bits: sign * bits, default=None)
+    able = (f for f in decision.formats if f.bits == width)
+    return min(able, key=lambda f: table.index[decision.name, f].cost, default=None)
+
+
+def _other_method(table: SensitivityTable, decision: Decision, present: Format) -> Format | None:
+    same = [f for f in decision.formats if f.bits == present.bits and f.family != present.family]
+    return max(same, key=lambda f: table.index[decision.name, f].cost, default=None)
+
+
+def _texts(formats: Iterable[Format]) -> str:
+    found = list(dict.fromkeys(map(str, formats)))
+    return found[0] if len(found) == 1 else f"{', '.join(found[:3])}{' ...' if len(found) > 3 else ''}"
+
+
+def bits_of(members: Sequence[Decision], choice: Mapping[str, Format]) -> float:
+    """Average paper bits of some decisions [bits]."""
+    return 8 * sum(d.paper_bytes(choice[d.name]) for d in members) / sum(d.params for d in members)
+
+
+def grouped(space: SearchSpace, key: Callable[[Decision], str]) -> Mapping[str, list[Decision]]:
+    """Decisions by a name, in the space's order."""
+    found: dict[str, list[Decision]] = {}
+    for decision in space.decisions:
+        found.setdefault(key(decision), []).append(decision)
+    return found

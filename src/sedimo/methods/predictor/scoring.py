@@ -1,4 +1,4 @@
-"""What a trained predictor says of single options and of the variants of a group.
+"""What a trained predictor says of options and of variants of a group: scores, and costs that allocation can add.
 
 A score is higher = better and has no unit: per hop the nodes' scores are standardised by the moments of the nodes that
 they are used on, weighted by how well the hop ranked recipes it had not seen, and averaged over folds; the spread
@@ -8,6 +8,10 @@ A group's variants are fed to the network either in isolation (its own layers an
 context: every other node stands as in a reference recipe. An embedding after m hops depends on what is at most m
 edges upstream, so only that part of the graph is computed.
 
+Costs of the noise network: around a reference recipe, the cost of an option is what taking it does to the total noise,
+effects on other nodes included. The published network: its scores are calibrated on the training recipes, quality
+against sum of scores and bits, and the term for bits is left out, because the budget already pays for bits.
+
 Source:
     Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628), scores of operations and blocks; moments over the roots only and
     scores in context are ours.
@@ -15,146 +19,116 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from scipy import stats
 
-from sedimo.allocation.variant_table import enumerate_variants
+from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
+from sedimo.allocation.variant_table import (
+    GroupVariants,
+    VariantTable,
+    build_variant_table,
+    enumerate_variants,
+    variant_sizes,
+)
+from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph, Group
-from sedimo.methods.predictor.choices import Codes, Values
-from sedimo.methods.predictor.features import GraphFeatures, make_topology
-from sedimo.methods.predictor.model import NoiseNetwork, PaperNetwork, SharedGATv2, network_input, one_hop
+from sedimo.methods.predictor.features import (
+    Candidates,
+    Choices,
+    Codes,
+    GraphFeatures,
+    Topology,
+    Values,
+    make_topology,
+    picked,
+)
+from sedimo.methods.predictor.goal import Goal
+from sedimo.methods.predictor.model import NoiseNetwork, PaperNetwork
 from sedimo.methods.predictor.study import Background
-from sedimo.methods.predictor.training import FoldModel, Network, Predictor, TrainingSet
+from sedimo.methods.predictor.training import Network, Predictor, TrainingSet
+from sedimo.metrics.ranking import rank_correlation
+from sedimo.settings import within
+from sedimo.space import Recipe
 
 ScoresByName = dict[str, list[float]]
 _MOMENT_RECIPES = 64  # of the training recipes give the moments
-_HIGHEST = 5.0
+_HIGHEST = 5.0  # deviations above the mean, where stands what costs nothing at all (fp16)
 _VARIANT_ROWS = 20_000  # nodes times variants computed at once
+_BATCH = 256
+
+refuse_confidence = within("the confidence is a number of standard deviations from 0 to 10", least=0, most=10)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Mean and spread over folds of scores: of all options `[D, K]`, or of the V variants of a group `[V]`."""
-
-    mean: Values
-    spread: Values
-
-
-@dataclass(frozen=True)
-class GroupScores:
-    """All variants of a group: `choice` `[V, w]` are options of its `decisions`, with the scores of each."""
-
-    group: str
-    block: str
-    hop: int
-    decisions: tuple[int, ...]
-    choice: npt.NDArray[np.int64]
-    scores: Scores
-
-
-@dataclass(frozen=True)
-class GroupNoise:
-    """All variants of a group: `choice` `[V, w]` are options of its `decisions`, `noise` `[F, V]` by each fold."""
-
-    group: str
-    decisions: tuple[int, ...]
-    choice: npt.NDArray[np.int64]
-    noise: Values
-
-
-@dataclass(frozen=True)
-class HopQuality:
-    """How a hop of a fold ranks its test recipes, and the moments of its root nodes' scores."""
-
-    srcc: float
-    mean: float
-    deviation: float
-
-
-def hop_qualities(predictor: Predictor, graph: DenoiserGraph, codes: Codes) -> tuple[tuple[HopQuality, ...], ...]:
-    """Per fold and hop; moments are those of what is scored: at hop 0 layers, beyond it groups of that hop.
+def hop_moments(predictor: Predictor, graph: DenoiserGraph, codes: Codes) -> Values:
+    """Mean and deviation of the scores at each hop of each fold, `[F, M + 1, 2]`: at hop 0 of layers, then of groups.
 
     They are taken over (some of) the recipes `[T, D]`. A hop that no group has gets the moments of all layers.
     """
+    features, n_hops = predictor.features, predictor.options.n_hops
     some = codes[:: max(1, len(codes) // _MOMENT_RECIPES)]
-    last = len(predictor.folds[0].hop_srcc) - 1
-    layers = predictor.features.decision >= 0
-    parts: dict[int, list[_Part]] = {hop: [] for hop in range(last + 1)}
+    rows = torch.from_numpy(features.rows(some))
+    layers = np.flatnonzero(features.decision >= 0)
+    parts: dict[int, list[_Part]] = {}
     for group in graph.groups:
-        hop = min(group.hop, last)
-        if hop > 0:
-            parts[hop].append(_part(predictor.features, graph, group, hop))
-    found = []
-    for fold in predictor.folds:
-        embeddings = _whole(fold.network, predictor.features, some)
-        row = []
-        for hop, scores in enumerate(_node_scores(fold.network, predictor.features, embeddings, some)):
-            each = [_root_scores(fold, predictor.features, part, some, hop) for part in parts[hop]]
-            used = np.concatenate(each) if each else scores[:, layers]
-            used = used[np.isfinite(used)]
-            row.append(HopQuality(float(fold.hop_srcc[hop]), float(used.mean()), max(float(used.std()), 1e-12)))
-        found.append(tuple(row))
-    return tuple(found)
+        if hop := min(group.hop, n_hops):
+            parts.setdefault(hop, []).append(_part(features, graph, group, hop))
+    found = np.zeros((len(predictor.folds), n_hops + 1, 2))
+    for i, fold in enumerate(predictor.folds):
+        embeddings = _embeddings(fold.network, rows)
+        for hop, h in enumerate(embeddings):
+            each = [_root_scores(fold.network, features, part, some, hop) for part in parts.get(hop, ())]
+            scores = np.concatenate(each) if each else _scores_of(fold.network, h, rows, hop)[:, layers]
+            used = scores[np.isfinite(scores)]
+            found[i, hop] = used.mean(), max(float(used.std()), 1e-12)
+    return found
 
 
-def option_scores(predictor: Predictor, qualities: Sequence[Sequence[HopQuality]]) -> Scores:
-    """Scores of each option of each decision by hop 0, `[D, K]`; not a number where there is no option.
+def option_scores(predictor: Predictor, moments: Values) -> Values:
+    """Scores of each option of each decision by hop 0 of each fold, `[F, D, K]`; not a number where there is no option.
 
     Hop 0 sees no neighbour, so that isolation and context are the same.
     """
-    choices, features = predictor.choices, predictor.features
-    rows = features.row_options(choices.n_decisions, choices.n_options)
-    each = []
-    for fold, quality in zip(predictor.folds, qualities, strict=True):
-        raw = _row_scores(fold.network, features)[rows]
-        each.append(_weighted(raw, quality[0]))
-    return _over_folds(np.where(choices.exists[None], np.stack(each), np.nan))
+    rows = torch.from_numpy(predictor.features.row_options(predictor.choices.n_options))
+    each = [
+        _scores_of(fold.network, _table(fold.network, predictor.features)[rows], rows, 0) for fold in predictor.folds
+    ]
+    return np.where(predictor.choices.exists, _weighted(predictor, np.stack(each), moments, 0), np.nan)
 
 
 def group_scores(
-    predictor: Predictor,
-    graph: DenoiserGraph,
-    group: Group,
-    qualities: Sequence[Sequence[HopQuality]],
-    *,
-    reference: Codes | None = None,
-) -> GroupScores:
-    """Scores of all variants of a group at its root, by the hop of the group (at most the network's last).
+    predictor: Predictor, graph: DenoiserGraph, group: Group, moments: Values, *, reference: Codes | None = None
+) -> Values:
+    """Scores of all variants of a group at its root, by the hop of the group (at most the last) of each fold, `[F, V]`.
 
     With `reference`, one row of codes `[D]`, the rest of the graph stands as there; without, the group is alone.
 
     Raises:
         InputError: more variants than can be enumerated.
     """
-    members, choice, codes = _variants(predictor, graph, group, reference)
-    hop = min(group.hop, len(qualities[0]) - 1)
+    hop = min(group.hop, predictor.options.n_hops)
+    return _weighted(predictor, _group_scores(predictor, graph, group, hop, reference), moments, hop)
+
+
+def _group_scores(
+    predictor: Predictor, graph: DenoiserGraph, group: Group, hop: int, reference: Codes | None
+) -> Values:
+    decisions, choice = variants_of(predictor, graph, group)
+    base = np.zeros(predictor.choices.n_decisions, dtype=np.int64) if reference is None else reference
+    codes = np.repeat(base[None], len(choice), axis=0)
+    codes[:, decisions] = choice
     part = _part(predictor.features, graph, group, hop, is_alone=reference is None)
-    each = []
-    for fold, quality in zip(predictor.folds, qualities, strict=True):
-        each.append(_weighted(_root_scores(fold, predictor.features, part, codes, hop), quality[hop]))
-    block = graph.layer_index[group.layers[0]].block
-    return GroupScores(group.name, block, hop, members, choice, _over_folds(np.stack(each)))
+    return np.stack([_root_scores(f.network, predictor.features, part, codes, hop) for f in predictor.folds])
 
 
-def group_contributions(predictor: Predictor, graph: DenoiserGraph, group: Group, reference: Codes) -> GroupNoise:
-    """What all variants of a group add to the noise by the last hop, the rest of the graph as in `reference` `[D]`.
-
-    Raises:
-        InputError: a predictor of the preset `paper`, more variants than can be enumerated.
-    """
-    if not all(isinstance(fold.network, NoiseNetwork) for fold in predictor.folds):
-        raise InputError("the preset 'paper' has scores, not noise: use its variant table")
-    members, choice, codes = _variants(predictor, graph, group, reference)
-    hop = predictor.options.n_hops
-    part = _part(predictor.features, graph, group, hop)
-    each = [np.exp(-_root_scores(fold, predictor.features, part, codes, hop)) for fold in predictor.folds]
-    return GroupNoise(group.name, members, choice, np.stack(each))
+def variants_of(predictor: Predictor, graph: DenoiserGraph, group: Group) -> tuple[list[int], Codes]:
+    """A group's decisions `[w]`, and their options in every variant `[V, w]`."""
+    decisions = list(dict.fromkeys(_decisions_of(predictor, graph, group)))
+    return decisions, enumerate_variants([predictor.choices.space.decisions[d] for d in decisions]).astype(np.int64)
 
 
 def disjoint_groups(predictor: Predictor, graph: DenoiserGraph, groups: Iterable[Group]) -> tuple[Group, ...]:
@@ -162,11 +136,11 @@ def disjoint_groups(predictor: Predictor, graph: DenoiserGraph, groups: Iterable
     taken: set[int] = set()
     found = []
     for group in groups:
-        decisions = dict(zip(group.layers, _decisions_of_layers(predictor, graph, group), strict=True))
-        layers = tuple(layer for layer, decision in decisions.items() if decision not in taken)
-        taken |= set(decisions.values())
+        decisions = _decisions_of(predictor, graph, group)
+        layers = tuple(layer for layer, d in zip(group.layers, decisions, strict=True) if d not in taken)
+        taken |= set(decisions)
         if layers:
-            found.append(group if layers == group.layers else replace(group, layers=layers))
+            found.append(replace(group, layers=layers))
     return tuple(found)
 
 
@@ -181,41 +155,36 @@ def distributions(
 ) -> tuple[ScoresByName, ScoresByName, tuple[str, ...]]:
     """Scores of options by operation, scores of group variants by block, and notes about hops without worth."""
     graph = background.graph
-    qualities = hop_qualities(predictor, graph, data.codes)
-    options = option_scores(predictor, qualities).mean
+    moments = hop_moments(predictor, graph, data.codes)
     operations: ScoresByName = {}
-    for row, decision in zip(options, background.space.decisions, strict=True):
+    for row, decision in zip(option_scores(predictor, moments).mean(axis=0), background.space.decisions, strict=True):
         operations.setdefault(decision.operation, []).extend(row[np.isfinite(row)].tolist())
     blocks: ScoresByName = {}
-    reference, agreed = most_common(data.codes, data.quality), list[float]()
+    reference, least = most_common(data.codes, data.quality), 1.0
     for group in disjoint_groups(predictor, graph, background.groups):
-        found = group_scores(predictor, graph, group, qualities, reference=reference)
-        alone = group_scores(predictor, graph, group, qualities)
-        agreed.append(_rank_correlation(found.scores.mean, alone.scores.mean))
-        blocks.setdefault(found.block or "outside blocks", []).extend(found.scores.mean.tolist())
+        found = group_scores(predictor, graph, group, moments, reference=reference).mean(axis=0)
+        alone = group_scores(predictor, graph, group, moments).mean(axis=0)
+        least = min(least, rank_correlation(found, alone, of_constant=1.0))
+        block = graph.layer_index[group.layers[0]].block
+        blocks.setdefault(block or "outside blocks", []).extend(found.tolist())
     useless = [
-        f"hop {hop} of fold {fold} ranked its test recipes no better than chance ({q.srcc:+.2f}) and has no weight"
-        for fold, row in enumerate(qualities)
-        for hop, q in enumerate(row)
-        if q.srcc <= 0
+        f"hop {hop} of fold {i} ranked its test recipes no better than chance ({srcc:+.2f}) and has no weight"
+        for i, fold in enumerate(predictor.folds)
+        for hop, srcc in enumerate(fold.hop_srcc)
+        if srcc <= 0
     ]
-    least = min(agreed, default=1.0)
     compared = f"scores of group variants in isolation and in context agree: least rank correlation {least:.3f}"
     return operations, blocks, (compared, *useless)
 
 
-def _rank_correlation(first: Values, second: Values) -> float:
-    return 1.0 if np.ptp(first) == 0 or np.ptp(second) == 0 else float(stats.spearmanr(first, second).statistic)
-
-
 @dataclass(frozen=True)
 class _Part:
-    """A part of the graph: `nodes` in order, edges between them by place, the places of the root and of the layers."""
+    """A part of the graph: its `nodes`, the edges between them, and the places of the root and of the layers in it."""
 
-    nodes: npt.NDArray[np.int64]
-    edges: tuple[tuple[int, int], ...]
+    nodes: Codes
+    topology: Topology
     root: int
-    layers: tuple[int, ...]
+    layers: list[int]
 
 
 def _part(features: GraphFeatures, graph: DenoiserGraph, group: Group, hop: int, *, is_alone: bool = False) -> _Part:
@@ -227,112 +196,259 @@ def _part(features: GraphFeatures, graph: DenoiserGraph, group: Group, hop: int,
         upstream = upstream | edge
     if is_alone:
         upstream = {n for n in upstream if n in members or features.decision[n] < 0} | {root}
-    nodes = sorted(upstream)
-    local = {n: i for i, n in enumerate(nodes)}
-    edges = tuple((local[a], local[b]) for a, b in graph.edges if a in local and b in local)
-    return _Part(np.array(nodes), edges, local[root], tuple(local[n] for n in members))
+    local = {n: i for i, n in enumerate(sorted(upstream))}
+    edges = [(local[a], local[b]) for a, b in graph.edges if a in local and b in local]
+    return _Part(np.array(list(local)), make_topology(len(local), edges), local[root], [local[n] for n in members])
 
 
-def _decisions_of_layers(predictor: Predictor, graph: DenoiserGraph, group: Group) -> tuple[int, ...]:
+def _decisions_of(predictor: Predictor, graph: DenoiserGraph, group: Group) -> list[int]:
+    """The decision of each layer of a group."""
     place = {node.name: i for i, node in enumerate(graph.nodes)}
-    return tuple(int(predictor.features.decision[place[layer]]) for layer in group.layers)
+    return [int(predictor.features.decision[place[layer]]) for layer in group.layers]
 
 
-def _variants(
-    predictor: Predictor, graph: DenoiserGraph, group: Group, reference: Codes | None
-) -> tuple[tuple[int, ...], Codes, Codes]:
-    """A group's decisions, their options in every variant `[V, w]`, and the whole recipes `[V, D]`."""
-    members = tuple(dict.fromkeys(_decisions_of_layers(predictor, graph, group)))
-    choice = enumerate_variants([predictor.choices.space.decisions[d] for d in members]).astype(np.int64)
-    base = np.zeros(predictor.choices.n_decisions, dtype=np.int64) if reference is None else reference
-    codes = np.repeat(base[None], len(choice), axis=0)
-    codes[:, list(members)] = choice
-    return members, choice, codes
-
-
-def _over_folds(each: Values) -> Scores:
-    return Scores(each.mean(axis=0), each.std(axis=0, ddof=1))
-
-
-def _weighted(raw: Values, quality: HopQuality) -> Values:
-    """Standardised and weighted; what costs nothing at all (fp16) stands five deviations above the mean."""
-    standard: Values = np.minimum((raw - quality.mean) / quality.deviation, _HIGHEST)
-    return standard * max(quality.srcc, 0.0)
+def _weighted(predictor: Predictor, raw: Values, moments: Values, hop: int) -> Values:
+    """Raw scores of each fold `[F, ...]`, standardised and weighted."""
+    shape = (-1, *[1] * (raw.ndim - 1))
+    mean, deviation = (moments[:, hop, i].reshape(shape) for i in (0, 1))
+    weight = np.array([max(fold.hop_srcc[hop], 0.0) for fold in predictor.folds]).reshape(shape)
+    found: Values = np.minimum((raw - mean) / deviation, _HIGHEST) * weight
+    return found
 
 
 @torch.no_grad()
 def _table(network: Network, features: GraphFeatures) -> torch.Tensor:
     """Hop 0 of every row, `[R, C]`."""
-    network.eval()
-    found: torch.Tensor = network.embedding(torch.ones(features.n_rows))
-    return found
+    return network.eval().hops.embedding.table(torch.arange(features.n_rows))
 
 
 @torch.no_grad()
-def _whole(network: Network, features: GraphFeatures, codes: Codes) -> tuple[torch.Tensor, ...]:
-    network.eval()
-    found: tuple[torch.Tensor, ...] = network(network_input(features, codes)).embeddings
+def _embeddings(network: Network, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    found: tuple[torch.Tensor, ...] = network.eval().hops(rows)
     return found
-
-
-@torch.no_grad()
-def _node_scores(
-    network: Network, features: GraphFeatures, embeddings: Sequence[torch.Tensor], codes: Codes
-) -> tuple[Values, ...]:
-    """Score of each node per hop, `[G, N]`."""
-    rows = torch.from_numpy(features.rows(codes))
-    return tuple(_scores_of(network, h, rows, hop) for hop, h in enumerate(embeddings))
 
 
 @torch.no_grad()
 def _scores_of(network: Network, h: torch.Tensor, rows: torch.Tensor, hop: int) -> Values:
     """Scores of nodes `[G, n]` from their embeddings `[G, n, C]` and rows."""
-    if isinstance(network, PaperNetwork):
-        norms: Values = h.abs().sum(dim=2).double().numpy()
-        return norms
-    found: Values = (-network.log_contributions(rows, h, hop)).double().numpy()
-    return found
-
-
-def _row_scores(network: Network, features: GraphFeatures) -> Values:
-    rows = torch.arange(features.n_rows)[None]
-    found: Values = _scores_of(network, _table(network, features)[rows], rows, 0)[0]
+    scores = h.abs().sum(dim=2) if isinstance(network, PaperNetwork) else -network.log_contributions(rows, h, hop)
+    found: Values = scores.double().numpy()
     return found
 
 
 @torch.no_grad()
-def _root_scores(fold: FoldModel, features: GraphFeatures, part: _Part, codes: Codes, hop: int) -> Values:
-    """Score of every variant `[V]`: the norm of the root's embedding, or what the group's layers add to the noise."""
-    network = fold.network
-    table = _table(network, features)
-    layers = _on(network, part, hop)
-    size = max(1, _VARIANT_ROWS // len(part.nodes))
+def _root_scores(network: Network, features: GraphFeatures, part: _Part, codes: Codes, hop: int) -> Values:
+    """Score of every recipe `[V]`: the norm of the root's embedding, or what the group's layers add to the noise."""
+    table, size = _table(network, features), max(1, _VARIANT_ROWS // len(part.nodes))
     found = []
     for first in range(0, len(codes), size):
         rows = torch.from_numpy(features.rows(codes[first : first + size])[:, part.nodes])
         h = table[rows]
-        for attention, norm in layers:
-            h = one_hop(attention, norm, h)
-        found.append(_part_scores(network, h, rows, part, hop))
+        for i in range(hop):
+            h = network.hops.further(i, h, part.topology)
+        scores = _scores_of(network, h, rows, hop)
+        if isinstance(network, PaperNetwork):
+            found.append(scores[:, part.root])
+            continue
+        with np.errstate(divide="ignore"):  # all layers at fp16 add nothing
+            found.append(-np.log(np.exp(-scores[:, part.layers]).sum(axis=1)))
     return np.concatenate(found)
 
 
-def _part_scores(network: Network, h: torch.Tensor, rows: torch.Tensor, part: _Part, hop: int) -> Values:
-    scores = _scores_of(network, h, rows, hop)
-    if isinstance(network, PaperNetwork):
-        return np.asarray(scores[:, part.root])
-    with np.errstate(divide="ignore"):  # all layers at fp16 add nothing
-        found: Values = -np.log(np.exp(-scores[:, list(part.layers)]).sum(axis=1))
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Quality = offset + slope * (sum of scores) + per_bit * bits on the training recipes.
+
+    `r2` is the share of variance explained, `srcc` the rank correlation of that sum with quality, `n` recipes.
+    """
+
+    offset: float
+    slope: float
+    per_bit: float
+    r2: float
+    srcc: float
+    n: int
+
+
+def calibrate(scores: Values, bits: Values, quality: Values) -> Calibration:
+    """Least squares of quality `[T]` on sums of scores `[T]` and average bits `[T]`.
+
+    Raises:
+        InputError: fewer than four recipes.
+    """
+    if len(quality) < 4:
+        raise InputError(f"a calibration needs at least four recipes, got {len(quality)}")
+    design = np.stack([np.ones_like(scores), scores, bits], axis=1)
+    offset, slope, per_bit = np.linalg.lstsq(design, quality, rcond=None)[0]
+    rest = quality - design @ np.array([offset, slope, per_bit])
+    total = float(((quality - quality.mean()) ** 2).sum())
+    r2 = 1 - float((rest**2).sum()) / total if total > 0 else 0.0
+    return Calibration(float(offset), float(slope), float(per_bit), r2, rank_correlation(scores, quality), len(quality))
+
+
+def noise_table(
+    predictor: Predictor,
+    candidates: Candidates,
+    reference: Codes,
+    *,
+    confidence: float = 0.0,
+    is_decibel: bool = True,
+) -> SensitivityTable:
+    """Costs of all options around a reference recipe `[D]`, by the noise network.
+
+    With `confidence` k, a cost is what it may be k standard deviations above: options that the trials say little of
+    are avoided. Costs sum to the predicted relative noise of the reference if the target is SQNR in decibels.
+
+    Raises:
+        InputError: a predictor of another preset.
+    """
+    networks, fitted = _noise_networks(predictor)
+    each = np.stack([_changed_totals(network, predictor, reference) for network in networks])  # [F, D, K]
+    mean, spread = each.mean(axis=0), each.std(axis=0, ddof=1)
+    scale = 1.0
+    if is_decibel:  # from the network's unit to relative noise power, at the reference
+        predicted = float(predictor.predict(reference[None])[0])
+        scale = math.exp(-predicted * math.log(10) / 10) / float(picked(mean, reference[None]).sum())
+    floored = np.maximum(mean, 1e-6 * float(mean[predictor.choices.exists].max()))
+    known = {"n_recipes": str(sum(len(fold.test) for fold in predictor.folds)), "confidence": f"{confidence:g}"}
+    return options_table(
+        predictor.choices,
+        candidates,
+        scale * (floored + confidence * spread) * np.exp(confidence * fitted),
+        errors=scale * np.hypot(spread, floored * fitted),
+        settings=known,
+    )
+
+
+def _noise_networks(predictor: Predictor) -> tuple[list[NoiseNetwork], Values]:
+    """The networks of all folds, and the mean deviation `[D, K]` of the noise models that they start from."""
+    networks = [fold.network for fold in predictor.folds if isinstance(fold.network, NoiseNetwork)]
+    deviations = [fold.noise.deviation for fold in predictor.folds if fold.noise is not None]
+    if not networks or not deviations:
+        raise InputError("the preset 'paper' has scores, not noise: use its score table")
+    mean = np.stack(deviations).mean(axis=0)
+    return networks, np.where(np.isfinite(mean), mean, 0.0)
+
+
+@torch.no_grad()
+def _changed_totals(network: NoiseNetwork, predictor: Predictor, reference: Codes) -> Values:
+    """Own contribution at the reference plus the change of the total when an option is taken instead, `[D, K]`."""
+
+    def contributions(codes: Codes) -> Values:
+        rows = torch.from_numpy(predictor.features.rows(codes))
+        embeddings = _embeddings(network, rows)
+        found: Values = network.contributions(rows, embeddings[-1], len(embeddings) - 1).double().numpy()
+        return found
+
+    decisions, options = np.nonzero(predictor.choices.exists)
+    changed = np.repeat(reference[None], len(decisions), axis=0)
+    changed[np.arange(len(changed)), decisions] = options
+    totals = [contributions(changed[i : i + _BATCH]).sum(axis=1) for i in range(0, len(changed), _BATCH)]
+    own, found = contributions(reference[None])[0], np.zeros(predictor.choices.exists.shape)
+    found[decisions, options] = own[decisions] + np.concatenate(totals) - own.sum()
     return found
 
 
-def _on(network: Network, part: _Part, hop: int) -> list[tuple[SharedGATv2, torch.nn.Module]]:
-    """The network's first layers, on a part of the graph."""
-    topology = make_topology(len(part.nodes), part.edges)
-    found = []
-    for attention, norm in list(zip(network.hops.attentions, network.hops.norms, strict=True))[:hop]:
-        state = attention.state_dict()
-        layer = SharedGATv2(state["projection.weight"].shape[1], len(state["attention"]), topology)
-        layer.load_state_dict(state)
-        found.append((layer, norm))
-    return found
+def options_table(
+    choices: Choices,
+    candidates: Candidates,
+    costs: Values,
+    *,
+    errors: Values,
+    settings: Mapping[str, str],
+    method: str = "gnn",
+) -> SensitivityTable:
+    """A table of costs `[D, K]` with standard errors `[D, K]`; fp16 costs nothing."""
+    place = {(d.name, f): (i, k) for i, d in enumerate(choices.space.decisions) for k, f in enumerate(d.formats)}
+    n = int(settings.get("n_recipes", "0"))
+
+    def estimate(candidate: Candidate) -> CostEstimate:
+        where = place[candidate.decision, candidate.format]
+        return CostEstimate(float(costs[where]), float(errors[where]), n)
+
+    return build_table(method, choices.space, candidates.values(), estimate, settings, sees_activations=True)
+
+
+def score_table(choices: Choices, candidates: Candidates, scores: Values, calibration: Calibration) -> SensitivityTable:
+    """Costs from the scores of options `[F, D, K]`: the quality that an option loses against the decision's best."""
+    mean, spread = (np.where(choices.exists, v, 0.0) for v in (scores.mean(axis=0), scores.std(axis=0, ddof=1)))
+    slope = max(calibration.slope, 0.0)
+    best = np.where(choices.exists, mean, -np.inf).max(axis=1, keepdims=True)
+    known = {"n_recipes": str(calibration.n), "r2": f"{calibration.r2:.3f}"}
+    return options_table(choices, candidates, slope * (best - mean), errors=slope * spread, settings=known)
+
+
+def calibrated_table(
+    predictor: Predictor, candidates: Candidates, data: TrainingSet, scores: Values, *, confidence: float, goal: Goal
+) -> tuple[SensitivityTable, Calibration]:
+    """The table of a predictor, around the best training recipe, and the calibration of its scores by option.
+
+    Costs depend on the recipe around which they are taken; a search takes them again around its own result.
+
+    Raises:
+        InputError: costs that are not finite.
+    """
+    sums = picked(np.nan_to_num(scores.mean(axis=0)), data.codes).sum(axis=1)
+    calibration = calibrate(sums, data.choices.paper_bits(data.codes), data.quality)
+    if predictor.options.is_paper:
+        return score_table(data.choices, candidates, scores, calibration), calibration
+    best = data.codes[int(data.quality.argmax())]
+    is_decibel = str(goal) == "sqnr_db"
+    table = noise_table(predictor, candidates, best, confidence=confidence, is_decibel=is_decibel)
+    if not all(math.isfinite(cost.cost) for cost in table.costs):
+        raise InputError("the predictor's costs are not finite; the trials hold diverged recipes only")
+    return table, calibration
+
+
+def argmax_recipes(predictor: Predictor, background: Background, scores: Values, moments: Values) -> dict[str, Recipe]:
+    """The recipes of best scores of single options, and of the variants of groups in isolation.
+
+    Source: Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628): argmax per operation and per block, without a budget.
+    """
+    choices, graph = predictor.choices, background.graph
+    operations = np.where(choices.exists, scores.mean(axis=0), -np.inf).argmax(axis=1)
+    grouped = operations.copy()
+    for group in disjoint_groups(predictor, graph, background.groups):
+        decisions, choice = variants_of(predictor, graph, group)
+        grouped[decisions] = choice[group_scores(predictor, graph, group, moments).mean(axis=0).argmax()]
+    return {"operations": choices.recipe(operations), "groups": choices.recipe(grouped)}
+
+
+def noise_variant_table(
+    predictor: Predictor,
+    graph: DenoiserGraph,
+    groups: Sequence[Group],
+    reference: Codes,
+    candidates: Candidates,
+    *,
+    confidence: float = 0.0,
+) -> VariantTable:
+    """Costs of all variants of all groups: what their layers add to the noise, in the network's unit.
+
+    The noise is that by the last hop, the rest of the graph as in `reference` `[D]`. With `confidence` k, a cost is
+    what it may be k standard deviations above: the spread over folds, and what the noise models do not know of the
+    variant's options on average.
+
+    Raises:
+        InputError: a predictor of the preset `paper`, more variants than can be enumerated.
+    """
+    deviation, found = _noise_networks(predictor)[1], []
+    for group in groups:
+        members, choice = variants_of(predictor, graph, group)
+        noise = np.exp(-_group_scores(predictor, graph, group, predictor.options.n_hops, reference))  # [F, V]
+        mean, unknown = noise.mean(axis=0), deviation[np.array(members), choice].mean(axis=1)
+        relative = np.sqrt((noise.std(axis=0, ddof=1) / np.maximum(mean, 1e-300)) ** 2 + unknown**2)
+        decisions = [predictor.choices.space.decisions[d] for d in members]
+        columns = choice.astype(np.int8)
+        found.append(
+            GroupVariants(
+                group.name,
+                tuple(d.name for d in decisions),
+                tuple(d.formats for d in decisions),
+                columns,
+                mean * np.exp(confidence * relative),
+                mean * relative,
+                *variant_sizes(decisions, columns, candidates=candidates),
+            )
+        )
+    return build_variant_table("gnn", predictor.choices.space, found)

@@ -22,8 +22,7 @@ from sedimo.methods.adjoint import ADJOINT
 from sedimo.methods.error import ERROR
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Method, Task
-from sedimo.methods.predictor.choices import Choices, Values
-from sedimo.methods.predictor.features import graph_features, split_streams
+from sedimo.methods.predictor.features import Choices, Values, graph_features, split_streams
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.training import MIN_RECIPES, TrainingSet
 from sedimo.metrics.signal import NoisePowers

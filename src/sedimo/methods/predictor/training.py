@@ -16,24 +16,20 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy import optimize, stats
 from torch.nn import functional as F
 
 from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
-from sedimo.methods.predictor.choices import Choices, Codes, Values
-from sedimo.methods.predictor.features import GraphFeatures
-from sedimo.methods.predictor.model import NetworkInput, NoiseNetwork, Output, PaperNetwork, network_input
+from sedimo.methods.predictor.features import Choices, Codes, GraphFeatures, Values
+from sedimo.methods.predictor.model import NoiseNetwork, PaperNetwork
 from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
-from sedimo.metrics.ranking import Gain
+from sedimo.metrics.ranking import Gain, rank_correlation
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +78,11 @@ class TrainingOptions:
         if self.n_folds < 2 or self.n_epochs < 1 or self.patience < 1 or self.batch_size < 2:
             raise InputError("at least two folds, one epoch, patience of one and batches of two are needed")
 
+    @property
+    def is_paper(self) -> bool:
+        """Whether the network, its loss and what it predicts, the target's term for size included, are as published."""
+        return self.preset == "paper"
+
 
 FAST = TrainingOptions()
 PAPER = TrainingOptions(
@@ -90,7 +91,6 @@ PAPER = TrainingOptions(
     n_epochs=10_000,
     patience=300,
     batch_size=128,
-    learning_rate=1e-3,
     weight_decay=1e-6,
     clip=5.0,
     ranking="hybrid",
@@ -130,12 +130,12 @@ class FoldModel:
 
     network: Network
     noise: NoiseModel | None
-    test: npt.NDArray[np.int64]
+    test: Codes
     predicted: Values
     hop_scores: Values
     hop_srcc: Values
     n_epochs: int
-    unit: tuple[float, float] = (0.0, 1.0)
+    unit: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,6 @@ class Predictor:
     choices: Choices
     folds: tuple[FoldModel, ...]
 
-    @property
-    def has_sizes(self) -> bool:
-        """Whether its predictions include the target's term for size."""
-        return self.options.preset == "paper"
-
     def predict(self, codes: Codes) -> Values:
         """Mean prediction of recipes `[T, D]`, `[T]`."""
         found: Values = self.predict_each(codes).mean(axis=0)
@@ -159,7 +154,7 @@ class Predictor:
 
     def predict_each(self, codes: Codes) -> Values:
         """Prediction of every fold, `[F, T]`."""
-        return np.stack([_in_unit(run(fold.network, self.features, codes)[0], fold.unit) for fold in self.folds])
+        return np.stack([_run(f.network, self.features, codes, f.unit)[0] for f in self.folds])
 
     def cross_validated(self, n: int) -> Values:
         """For each of the `n` training recipes the prediction by the fold that has not seen it, `[n]`."""
@@ -190,15 +185,13 @@ def train_predictor(data: TrainingSet, options: TrainingOptions = FAST, *, progr
 
 
 @torch.no_grad()
-def run(network: Network, features: GraphFeatures, codes: Codes) -> tuple[Values, Values]:
-    """Predictions `[T]` and hop scores `[M + 1, T]` of a trained network."""
+def _run(network: Network, features: GraphFeatures, codes: Codes, unit: tuple[float, float]) -> tuple[Values, Values]:
+    """Predictions `[T]` in a unit, and hop scores `[M + 1, T]`, of a trained network."""
     network.eval()
-    outputs: list[Output] = [
-        network(network_input(features, codes[first : first + _PREDICT_BATCH]))
-        for first in range(0, len(codes), _PREDICT_BATCH)
-    ]
-    prediction = torch.cat([o.prediction for o in outputs]).double().numpy()
-    return prediction, torch.cat([torch.stack(o.hop_scores) for o in outputs], dim=1).double().numpy()
+    starts = range(0, len(codes), _PREDICT_BATCH)
+    found = [network(torch.from_numpy(features.rows(codes[i : i + _PREDICT_BATCH]))) for i in starts]
+    predicted: Values = unit[0] + unit[1] * torch.cat([prediction for prediction, _ in found]).double().numpy()
+    return predicted, torch.cat([torch.stack(scores) for _, scores in found], dim=1).double().numpy()
 
 
 def relevance(target: Values, reference: Values) -> Values:
@@ -211,65 +204,45 @@ def relevance(target: Values, reference: Values) -> Values:
     return found
 
 
-def _train_fold(data: TrainingSet, options: TrainingOptions, index: int, test: npt.NDArray[np.int64]) -> FoldModel:
+def _ends(target: Values) -> tuple[float, float]:
+    """The targets that have the least and the greatest relevance."""
+    return float(np.quantile(target, LOWEST_SHARE)), float(target.max())
+
+
+def _train_fold(data: TrainingSet, options: TrainingOptions, index: int, test: Codes) -> FoldModel:
     generator = np.random.default_rng([options.seed, index])
     others = generator.permutation(np.setdiff1d(np.arange(data.n), test))
     n_validation = max(3, round(options.validation_share * len(others)))
     validation, training = others[:n_validation], others[n_validation:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed + index)
-        noise, network = _start(data, options, training)
+        noise: NoiseModel | None = None
+        network: Network
+        if options.is_paper:
+            network = PaperNetwork(data.features, n_hops=options.n_hops)
+        else:
+            noise = fit_noise_model(data.choices, data.prior, data.codes[training], data.quality[training])
+            network = NoiseNetwork(data.features, noise.log_costs, noise.link, n_hops=options.n_hops)
         n_epochs = _Training(data, options, network, training, validation).run(generator)
-    predicted, hop_scores = run(network, data.features, data.codes[test])
-    truth = data.target[test] if options.preset == "paper" else data.quality[test]
-    hop_srcc = np.array([_srcc(scores, truth) for scores in hop_scores])
-    unit = _unit(data.target[training]) if options.preset == "paper" else (0.0, 1.0)
-    return FoldModel(network, noise, test, _in_unit(predicted, unit), hop_scores, hop_srcc, n_epochs, unit)
-
-
-def _ends(target: Values) -> tuple[float, float]:
-    """The targets that have the least and the greatest relevance."""
-    return float(np.quantile(target, LOWEST_SHARE)), float(target.max())
-
-
-def _unit(target: Values) -> tuple[float, float]:
-    """Offset and scale that make a relevance a target."""
-    low, high = _ends(target)
-    return low, (high - low) / RELEVANCE
-
-
-def _in_unit(values: Values, unit: tuple[float, float]) -> Values:
-    found: Values = unit[0] + unit[1] * values
-    return found
-
-
-def _start(
-    data: TrainingSet, options: TrainingOptions, training: npt.NDArray[np.int64]
-) -> tuple[NoiseModel | None, Network]:
-    if options.preset == "paper":
-        return None, PaperNetwork(data.features, n_hops=options.n_hops)
-    noise = fit_noise_model(data.choices, data.prior, data.codes[training], data.quality[training])
-    return noise, NoiseNetwork(data.features, noise.log_costs, noise.link, n_hops=options.n_hops)
+    low, high = _ends(data.target[training])
+    unit = (low, (high - low) / RELEVANCE) if options.is_paper else (0.0, 1.0)
+    predicted, hop_scores = _run(network, data.features, data.codes[test], unit)
+    truth = data.target[test] if options.is_paper else data.quality[test]
+    hop_srcc = [rank_correlation(scores, truth) if len(truth) > 2 else 0.0 for scores in hop_scores]
+    return FoldModel(network, noise, test, predicted, hop_scores, np.array(hop_srcc), n_epochs, unit)
 
 
 class _Training:
     """The epochs of one fold: the network ends as it was where the validation loss was least."""
 
     def __init__(
-        self,
-        data: TrainingSet,
-        options: TrainingOptions,
-        network: Network,
-        training: npt.NDArray[np.int64],
-        validation: npt.NDArray[np.int64],
+        self, data: TrainingSet, options: TrainingOptions, network: Network, training: Codes, validation: Codes
     ) -> None:
-        self._options, self._network, self._n = options, network, len(training)
-        if options.preset == "paper":
-            wanted = relevance(data.target, data.target[training])
-            self._scale = 1.0
-        else:
-            wanted, self._scale = data.quality, float(data.quality[training].std())
-        self._batches = [(data.codes[part], wanted[part]) for part in (training, validation)]
+        self._options, self._network = options, network
+        wanted = relevance(data.target, data.target[training]) if options.is_paper else data.quality
+        self._scale = 1.0 if options.is_paper else float(data.quality[training].std())
+        targets = torch.from_numpy(wanted).float()
+        self._data, self._check = ((data.codes[part], targets[part]) for part in (training, validation))
         self._features = data.features
         self._optimiser = torch.optim.AdamW(
             network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
@@ -278,12 +251,10 @@ class _Training:
 
     def run(self, generator: np.random.Generator) -> int:
         """Trains; returns the number of epochs to the best one."""
-        codes, wanted = self._batches[1]
-        check = network_input(self._features, codes), torch.from_numpy(wanted).float()
-        best, best_epoch, best_state = self._check(*check), 0, copy.deepcopy(self._network.state_dict())
+        best, best_epoch, best_state = self._validate(), 0, copy.deepcopy(self._network.state_dict())
         for epoch in range(1, self._options.n_epochs + 1):
             self._epoch(generator)
-            loss = self._check(*check)
+            loss = self._validate()
             if loss < best:
                 best, best_epoch, best_state = loss, epoch, copy.deepcopy(self._network.state_dict())
             elif epoch - best_epoch >= self._options.patience:
@@ -294,10 +265,12 @@ class _Training:
 
     def _epoch(self, generator: np.random.Generator) -> None:
         self._network.train()
-        codes, wanted = self._batches[0]
-        for batch in _batches(generator.permutation(self._n), self._options.batch_size):
-            found = self._network(network_input(self._features, codes[batch]))
-            loss = self._loss(found, torch.from_numpy(wanted[batch]).float())
+        codes, wanted = self._data
+        # parts of about one size: batch normalisation needs more than one graph, ranks more than a few
+        n_batches = max(1, round(len(codes) / self._options.batch_size))
+        for batch in np.array_split(generator.permutation(len(codes)), n_batches):
+            prediction, hop_scores = self._network(torch.from_numpy(self._features.rows(codes[batch])))
+            loss = self._loss(prediction, hop_scores, wanted[batch])
             self._optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._options.clip)
@@ -305,42 +278,31 @@ class _Training:
         self._schedule.step()
 
     @torch.no_grad()
-    def _check(self, batch: NetworkInput, wanted: torch.Tensor) -> float:
+    def _validate(self) -> float:
         self._network.eval()
-        found = self._network(batch)
-        if self._options.preset == "paper":
-            return float((found.prediction - wanted).square().mean())
-        return float(torch.stack([(s - wanted).square().mean() for s in found.hop_scores[1:]]).mean())
+        codes, wanted = self._check
+        prediction, hop_scores = self._network(torch.from_numpy(self._features.rows(codes)))
+        said = [prediction] if self._options.is_paper else hop_scores[1:]
+        return float(torch.stack([(one - wanted).square().mean() for one in said]).mean())
 
-    def _loss(self, found: Output, wanted: torch.Tensor) -> torch.Tensor:
+    def _loss(self, prediction: torch.Tensor, hop_scores: list[torch.Tensor], wanted: torch.Tensor) -> torch.Tensor:
         """Squared error plus the mean over hops of the ranking loss.
 
         Source: Mills et al. 2024, Qua2SeDiMo, loss of the predictor. With `fast` every hop predicts the quality, so
         that every hop has a squared error.
         """
         options = self._options
-        predictions = (found.prediction,) if options.preset == "paper" else found.hop_scores
-        squared = torch.stack([((p - wanted) / self._scale).square().mean() for p in predictions]).mean()
+        said = [prediction] if options.is_paper else hop_scores
+        squared = torch.stack([((one - wanted) / self._scale).square().mean() for one in said]).mean()
         if options.ranking == "none":
             return squared
-        ranks = partial(ranking_loss, options.ranking, truncation=options.truncation, gain=options.gain)
-        ranked = [ranks(scores, self._ranked(wanted)) for scores in found.hop_scores]
-        return squared + options.ranking_weight * torch.stack(ranked).mean()
-
-    def _ranked(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Targets of the ranking loss: relevances of at most 4 where gains are exponential."""
-        return wanted / RELEVANCE * 4 if self._options.preset == "paper" else wanted - wanted.min()
-
-
-def _batches(shuffled: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Parts of about one size: batch normalisation needs more than one graph, ranks more than a few."""
-    yield from np.array_split(shuffled, max(1, round(len(shuffled) / size)))
-
-
-def _srcc(scores: Values, truth: Values) -> float:
-    if np.ptp(scores) == 0 or np.ptp(truth) == 0 or len(truth) < 3:
-        return 0.0
-    return float(stats.spearmanr(scores, truth).statistic)
+        # of relevances at most 4 where gains are exponential
+        ranks = wanted / RELEVANCE * 4 if options.is_paper else wanted - wanted.min()
+        losses = [
+            ranking_loss(options.ranking, scores, ranks, truncation=options.truncation, gain=options.gain)
+            for scores in hop_scores
+        ]
+        return squared + options.ranking_weight * torch.stack(losses).mean()
 
 
 def soft_rank(scores: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
@@ -443,8 +405,6 @@ def ranking_loss(
     scores: torch.Tensor,
     targets: torch.Tensor,
     *,
-    strength: float = 1.0,
-    sigma: float = 1.0,
     truncation: int | None = None,
     gain: Gain = "exponential",
 ) -> torch.Tensor:
@@ -458,9 +418,9 @@ def ranking_loss(
     _check_pair(scores, targets)
     loss = 0 * scores.sum()
     if kind in ("srcc", "hybrid"):
-        loss = loss + srcc_loss(scores, targets, strength)
+        loss = loss + srcc_loss(scores, targets)
     if kind in ("lambda_rank", "hybrid"):
-        loss = loss + lambda_rank_loss(scores, targets, sigma=sigma, truncation=truncation, gain=gain)
+        loss = loss + lambda_rank_loss(scores, targets, truncation=truncation, gain=gain)
     return loss
 
 
