@@ -12,7 +12,7 @@ import torch
 
 from sedimo.allocation.budget import BopsLimit
 from sedimo.errors import MissingExtraError
-from sedimo.jobs.compare import CompareSettings, compare_methods
+from sedimo.jobs.compare import CompareSettings, compare_methods, comparison_page
 from sedimo.jobs.settings import FormatSettings
 from sedimo.lab.bench import SourceSettings, trace
 from sedimo.lab.seeds import SamplingSettings
@@ -27,7 +27,6 @@ from sedimo.methods.modelopt import (
     peer_recipe,
     wanted_methods,
 )
-from sedimo.reporting.comparison import comparison_page
 from sedimo.reporting.html import render
 from sedimo.space import Recipe, search_space
 

@@ -8,17 +8,17 @@ from explanation_examples import dit_explanation, explained
 from map_examples import channel_ranges, noise_map, repetition, trajectory_lines
 from report_examples import estimate
 
+from sedimo.jobs.compare import ComparedRow, Comparison, comparison_page
+from sedimo.jobs.sweep import OTHER_SEEDS, Confirmation, Sweep, SweptRanks, SweptValue, sweep_page
 from sedimo.lab.study import Spent
 from sedimo.methods.hybrid import BlockCurves, BlockRow
 from sedimo.methods.portfolio import Entrant
 from sedimo.quant.formats import Format
-from sedimo.reporting.comparison import ComparedRow, Comparison, comparison_page
 from sedimo.reporting.maps import Maps
 from sedimo.reporting.maps_page import blocks_page
 from sedimo.reporting.page import Page
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Blamed, Prediction, Summary
-from sedimo.reporting.sweep import OTHER_SEEDS, Confirmation, Sweep, SweptRanks, SweptValue, sweep_page
 from sedimo.space import Recipe
 from sedimo.treatments.learned_rounding import LearnedRounding
 

@@ -7,9 +7,9 @@ import re
 
 from test_html import read
 
+from sedimo.jobs.compare import ComparedRow, Comparison, comparison_page, methods_chart
 from sedimo.lab.study import Spent
 from sedimo.metrics.estimate import Estimate
-from sedimo.reporting.comparison import ComparedRow, Comparison, comparison_page, methods_chart
 from sedimo.reporting.html import render
 from sedimo.space import Recipe
 

@@ -12,12 +12,12 @@ from report_examples import dit_evidence, dit_layers, make_table
 from sedimo.allocation.solve import allocate
 from sedimo.allocation.table import SensitivityTable
 from sedimo.jobs.face import report
+from sedimo.jobs.sweep import ranks_matrix
 from sedimo.quant.formats import parse_formats
 from sedimo.reporting.drawing import draw
 from sedimo.reporting.html import render
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Evidence, Summary
-from sedimo.reporting.sweep import ranks_matrix
 from sedimo.reporting.words import count
 
 TABLE = make_table(list(dit_layers(n_blocks=2)), 3)
