@@ -171,7 +171,7 @@ def blocks(text: str) -> tuple[Block, ...]:
         table,
         *figures[:-1],
         Legend(text, (LegendEntry(text, 4, KMC3, text),)),
-        Beside((figures[-1], Map(text, (text,), (text,), (MapCell(0, 0, KMC3, text, True),)))),
+        Beside((figures[-1], Map(text, (text,), (text,), {(0, 0): MapCell(KMC3, text, True)}))),
         BitsBar(((3, 0.25), (4, 0.75))),
         Beside((Picture(text, pixels, pixels),)),
         Section("", text, (Text(text),)),

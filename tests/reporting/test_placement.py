@@ -9,7 +9,7 @@ import pytest
 from report_examples import dit_summary, unet_summary
 
 from sedimo.reporting import placement
-from sedimo.reporting.placement import OUTSIDE, place, stage, stage_labels
+from sedimo.reporting.placement import OUTSIDE, inside, kind_of, label_of, stage, stage_labels
 from sedimo.reporting.report_page import layer_maps
 
 
@@ -34,8 +34,7 @@ def test_the_examples_in_the_documentation_hold():
     ],
 )
 def test_places(operation, block, kind, label, local):
-    found = place(operation, block)
-    assert (found.kind, found.label, found.operation) == (kind, label, local)
+    assert (kind_of(block), label_of(block), inside(operation, block)) == (kind, label, local)
 
 
 def test_a_dit_has_one_panel_of_blocks_and_one_of_the_rest():
@@ -47,13 +46,13 @@ def test_a_dit_has_one_panel_of_blocks_and_one_of_the_rest():
     assert rest.title == "Layers outside all blocks"
     assert rest.rows == ("pos_embed.proj", "proj_out_1", "proj_out_2")
     assert len(blocks.cells) == 9 * 6  # shared embedders stand in every block
-    assert sum(cell.is_copy for cell in blocks.cells) == 2 * 5
+    assert sum(cell.is_copy for cell in blocks.cells.values()) == 2 * 5
 
 
 def test_a_unet_shows_every_layer_once_in_reading_order():
     summary = unet_summary()
     found = {one.title.split()[-1]: one for one in layer_maps(summary)}
-    cells = [(kind, c.row, c.column) for kind, one in found.items() for c in one.cells]
+    cells = [(kind, *at) for kind, one in found.items() for at in one.cells]
     assert len(cells) == len(set(cells)) == summary.n_layers == 282
     assert set(found) == {"transformer_blocks", "resnets", "attentions", "down_blocks", "up_blocks", "blocks"}
     resnets = found["resnets"].columns

@@ -113,10 +113,8 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 def _map_rows(found: Map) -> list[tuple[str, list[MapCell | None]]]:
     """Names of rows with a cell or nothing for each column."""
-    rows: list[list[MapCell | None]] = [[None] * len(found.columns) for _ in found.rows]
-    for cell in found.cells:
-        rows[cell.row][cell.column] = cell
-    return list(zip(found.rows, rows, strict=True))
+    columns = range(len(found.columns))
+    return [(name, [found.cells.get((row, column)) for column in columns]) for row, name in enumerate(found.rows)]
 
 
 def fitting(

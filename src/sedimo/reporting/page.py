@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,10 +138,8 @@ class Legend:
 
 @dataclass(frozen=True, slots=True)
 class MapCell:
-    """A layer at row and column of a map, its format, and all about it in words; a copy is stored elsewhere."""
+    """A layer's format, and all about it in words; a copy is stored elsewhere."""
 
-    row: int
-    column: int
     format: Format
     text: str
     is_copy: bool = False
@@ -149,12 +147,12 @@ class MapCell:
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """Layers by operation and block, coloured by bits and marked by method."""
+    """Layers by operation and block, coloured by bits and marked by method; cells by row and column."""
 
     title: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: tuple[MapCell, ...]
+    cells: Mapping[tuple[int, int], MapCell]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,40 +8,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 OUTSIDE = "outside blocks"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Kind of block, the block's path and short label, and the operation inside the block."""
-
-    kind: str
-    block: str
-    label: str
-    operation: str
+def kind_of(block: str) -> str:
+    """The last container of a block's path: `resnets` of `down_blocks.1.resnets.0`."""
+    return (without_numbers(block).split(".")[-1] or "blocks") if block else OUTSIDE
 
 
-def place(operation: str, block: str) -> Place:
-    """The place of a layer.
+def label_of(block: str) -> str:
+    """Of a block among those of its kind: `down 1.0` of `down_blocks.1.resnets.0`, `3` of `transformer_blocks.3`."""
+    words, numbers = without_numbers(block).split("."), _numbers(block)
+    return (f"{_without_block(words[0])} {numbers}".strip() if len(words) > 1 else numbers) or block
 
-    Example:
-        >>> place("transformer_blocks.attn1.to_q", "transformer_blocks.3")
-        Place(kind='transformer_blocks', block='transformer_blocks.3', label='3', operation='attn1.to_q')
-    """
-    if not block:
-        return Place(OUTSIDE, "", "", operation)
-    path, numbers = without_numbers(block), _numbers(block)
-    words = path.split(".")
-    label = f"{_without_block(words[0])} {numbers}".strip() if len(words) > 1 else numbers
-    return Place(words[-1] or "blocks", block, label or block, operation.removeprefix(f"{path}."))
+
+def inside(operation: str, block: str) -> str:
+    """An operation without the path above its block: `attn1.to_q`."""
+    return operation.removeprefix(f"{without_numbers(block)}.")
 
 
 def operation_label(operation: str, block: str, *, has_one_kind: bool) -> str:
-    """An operation without the path above its block, e.g. `attn1.to_q`."""
-    found = place(operation, block)
-    return found.operation if has_one_kind or found.kind == OUTSIDE else f"{found.kind}.{found.operation}"
+    """An operation inside its block, with the kind of that where there are several."""
+    kind = kind_of(block)
+    return inside(operation, block) if has_one_kind or kind == OUTSIDE else f"{kind}.{inside(operation, block)}"
 
 
 def stage(block: str) -> str:
@@ -86,10 +76,10 @@ def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
     if all("." not in without_numbers(block) for block in named):
         labels, common = stage_labels(named)
     else:
-        labels, common = [place("", b).label if "." in without_numbers(b) else _stage_label(b) for b in named], ""
+        labels, common = [label_of(b) if "." in without_numbers(b) else _stage_label(b) for b in named], ""
     labels = [label or block for label, block in zip(labels, named, strict=True)]
     pairs = zip(labels, named, strict=True)
-    return [one if labels.count(one) == 1 else f"{one} {place('', block).kind}" for one, block in pairs], common
+    return [one if labels.count(one) == 1 else f"{one} {kind_of(block)}" for one, block in pairs], common
 
 
 def natural_order(block: str) -> tuple[tuple[int, int, str], ...]:

@@ -38,7 +38,7 @@ from sedimo.reporting.page import (
     rows,
     shown,
 )
-from sedimo.reporting.placement import OUTSIDE, Place, natural_order, place, stage_labels, without_numbers
+from sedimo.reporting.placement import OUTSIDE, inside, kind_of, label_of, natural_order, stage_labels, without_numbers
 from sedimo.reporting.summary import MeasuredRecipe, Summary, added
 from sedimo.reporting.theme import bit_level
 from sedimo.reporting.words import (
@@ -112,7 +112,7 @@ def _decided(summary: Summary) -> Section:
                 "quiet",
             ),
             Text("Map of the layers", "heading"),
-            _legends(summary, has_copies=any(cell.is_copy for one in maps for cell in one.cells)),
+            _legends(summary, has_copies=any(cell.is_copy for one in maps for cell in one.cells.values())),
             Beside(maps),
             Text(
                 "Rows are operations, columns blocks from input to output. Point at a cell for its name, size and "
@@ -182,47 +182,41 @@ def _legends(summary: Summary, *, has_copies: bool) -> tuple[Legend, Legend]:
 
 def layer_maps(summary: Summary) -> tuple[Map, ...]:
     """The map: one for each kind of block, the largest first, layers outside all blocks last."""
-    placed: dict[str, list[tuple[Place, MapCell, str]]] = {}
+    placed: dict[str, list[tuple[str, str, str, MapCell]]] = {}
     for cost in summary.chosen:
-        for layer, found in _places(summary.table, cost.decision):
-            cell = MapCell(0, 0, cost.format, *_about_cell(summary, cost, layer))
-            placed.setdefault(found.kind, []).append((found, cell, layer))
+        operation = summary.table.operations[cost.decision]
+        for layer, block in _blocks_of(summary.table, cost.decision):
+            cell = MapCell(cost.format, *_about_cell(summary, cost, layer))
+            placed.setdefault(kind_of(block), []).append((layer, block, inside(operation, block), cell))
     made = [_outside(placed[kind]) if kind == OUTSIDE else _map(kind, placed[kind]) for kind in placed]
     return tuple(sorted(made, key=lambda one: (one.columns == ("",), -len(one.cells))))
 
 
-def _places(table: SensitivityTable, decision: str) -> list[tuple[str, Place]]:
-    """The places of all layers of a decision; layers elsewhere in the tree than the first have none."""
-    operation, block = table.operations[decision], table.blocks[decision]
-    first, *others = table.layers[decision]
-    found = [(first, place(operation, block))]
-    if block:
-        alike = [layer for layer in others if without_numbers(layer) == without_numbers(first)]
-        depth = len(block.split("."))
-        found += [(layer, place(operation, ".".join(layer.split(".")[:depth]))) for layer in alike]
-    return found
+def _blocks_of(table: SensitivityTable, decision: str) -> list[tuple[str, str]]:
+    """The layers of a decision and their blocks; layers elsewhere in the tree than the first are left out."""
+    block, (first, *others) = table.blocks[decision], table.layers[decision]
+    alike = [layer for layer in others if block and without_numbers(layer) == without_numbers(first)]
+    depth = len(block.split("."))
+    return [(first, block), *((layer, ".".join(layer.split(".")[:depth])) for layer in alike)]
 
 
-def _map(kind: str, entries: Sequence[tuple[Place, MapCell, str]]) -> Map:
-    blocks = sorted({p.block: p.label for p, *_ in entries}.items(), key=lambda item: natural_order(item[0]))
-    of_block = {block: i for i, (block, _) in enumerate(blocks)}
-    names: dict[str, int] = {}
+def _map(kind: str, entries: Sequence[tuple[str, str, str, MapCell]]) -> Map:
+    blocks = sorted({block for _, block, *_ in entries}, key=natural_order)
+    rows: dict[str, int] = {}
     cells: dict[tuple[int, int], MapCell] = {}
-    for found, cell, _ in entries:
-        name, repeat = found.operation, 1
-        while (names.setdefault(name, len(names)), of_block[found.block]) in cells:
+    for _, block, operation, cell in entries:
+        name, repeat, column = operation, 1, blocks.index(block)
+        while (rows.setdefault(name, len(rows)), column) in cells:
             repeat += 1
-            name = f"{found.operation} ({repeat})"
-        at = names[name], of_block[found.block]
-        cells[at] = MapCell(*at, cell.format, cell.text, cell.is_copy)
-    title = f"{len(blocks)} \N{MULTIPLICATION SIGN} {kind}"
-    return Map(title, tuple(names), tuple(label for _, label in blocks), tuple(cells.values()))
+            name = f"{operation} ({repeat})"
+        cells[rows[name], column] = cell
+    return Map(f"{len(blocks)} \N{MULTIPLICATION SIGN} {kind}", tuple(rows), tuple(map(label_of, blocks)), cells)
 
 
-def _outside(entries: Sequence[tuple[Place, MapCell, str]]) -> Map:
+def _outside(entries: Sequence[tuple[str, str, str, MapCell]]) -> Map:
     """One row per layer: there are no blocks to stand in."""
-    cells = tuple(MapCell(i, 0, cell.format, cell.text, cell.is_copy) for i, (_, cell, _) in enumerate(entries))
-    return Map("Layers outside all blocks", tuple(layer for *_, layer in entries), ("",), cells)
+    cells = {(i, 0): cell for i, (*_, cell) in enumerate(entries)}
+    return Map("Layers outside all blocks", tuple(layer for layer, *_ in entries), ("",), cells)
 
 
 def _about_cell(summary: Summary, cost: Cost, layer: str) -> tuple[str, bool]:

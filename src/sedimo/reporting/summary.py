@@ -24,7 +24,7 @@ from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.explanation import Explanation
 from sedimo.reporting.maps import NO_MAPS, Maps
 from sedimo.reporting.page import Picture
-from sedimo.reporting.placement import OUTSIDE, operation_label, place, stage
+from sedimo.reporting.placement import OUTSIDE, kind_of, operation_label, stage
 from sedimo.treatments.learned_rounding import LearnedRounding
 
 DISAGREEMENT_DB = 2.0  # beyond which a prediction is not to be trusted
@@ -200,7 +200,7 @@ class Summary:
     def operations(self) -> Mapping[str, tuple[Cost, ...]]:
         """What was chosen by operation, over all blocks."""
         operations, blocks = self.table.operations, self.table.blocks
-        kinds = {place(operations[c.decision], blocks[c.decision]).kind for c in self.chosen}
+        kinds = {kind_of(blocks[c.decision]) for c in self.chosen}
         has_one_kind = len(kinds - {OUTSIDE}) == 1
         return self._grouped(lambda name: operation_label(operations[name], blocks[name], has_one_kind=has_one_kind))
 
