@@ -12,12 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import sedimo
+from sedimo.checkpoint.layout import LayerEntry, packed_tensors
+from sedimo.checkpoint.reading import open_checkpoint
+from sedimo.checkpoint.writing import operation_of
 from sedimo.cli.console import ConsoleProgress
 from sedimo.pipelines.loading import zoo_path
 from sedimo.pipelines.weights import denoiser_folder
-from sedimo.runtime.checkpoint import open_checkpoint
-from sedimo.runtime.layout import LayerEntry, packed_tensors
-from sedimo.runtime.writing import operation_of
 
 N_SHOWN = 6
 

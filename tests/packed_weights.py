@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sedimo.checkpoint.contents import make_ordinary, named_layers
+from sedimo.checkpoint.diffusers_plugin import attach
+from sedimo.checkpoint.reading import Checkpoint, open_checkpoint, read_packed
 from sedimo.quant.formats import Format
 from sedimo.quant.packing import pack
 from sedimo.quant.parts import WeightPart, expected_tensors
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
-from sedimo.runtime.contents import make_ordinary, named_layers
-from sedimo.runtime.diffusers_plugin import attach
 
 OWNER = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"
 TIED = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1"

@@ -20,6 +20,7 @@ from sedimo.allocation.budget import BudgetSettings
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
+from sedimo.checkpoint.weights import replace_weights
 from sedimo.cli.console import ConsoleProgress
 from sedimo.lab.bench import Compute
 from sedimo.lab.lab import Lab
@@ -29,7 +30,6 @@ from sedimo.methods.method import Task
 from sedimo.methods.predictor.study import measure_background
 from sedimo.methods.search import SearchSettings, hold_final, search
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.weights import replace_weights
 
 PACKAGE = "sedimo"
 SINGLE_TABLE_METHODS = ("error", "jacobian")  # do not depend on the budget

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Protocol
 
 _TARGET = "diffusers.quantizers.auto"
-_PLUGIN = "sedimo.runtime.diffusers_plugin"
+_PLUGIN = "sedimo.checkpoint.diffusers_plugin"
 
 
 class _Plugin(Protocol):

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sedimo.checkpoint.contents import narrowed
 from sedimo.codec import content_key, from_json, to_json
 from sedimo.errors import InputError, StateError, UnfitFormatError
 from sedimo.graph.model import Stream
@@ -39,7 +40,6 @@ from sedimo.quant.fitting import (
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.parts import Entry, Fitted, PartFormat, parts_of
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.contents import narrowed
 from sedimo.space import Decision, Recipe, SearchSpace
 from sedimo.store import Rows
 

@@ -13,6 +13,9 @@ from contracts.toys import FOREIGN, TOY
 from packed_weights import denoise
 from sedimo.allocation.solve import allocate
 from sedimo.bank import fit_bank
+from sedimo.checkpoint.contents import named_layers
+from sedimo.checkpoint.layout import entry_of, packed_tensors, read_layers
+from sedimo.checkpoint.weights import replace_weights, save_denoiser
 from sedimo.codec import to_plain
 from sedimo.errors import InputError, UnfitFormatError
 from sedimo.graph.model import DenoiserGraph, Node
@@ -33,9 +36,6 @@ from sedimo.quant.formats import FULL_BITS, Format, paper_bytes, parse_formats, 
 from sedimo.quant.parts import expected_tensors, pack_fitted, reconstruct
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.words import family_words
-from sedimo.runtime.contents import named_layers
-from sedimo.runtime.layout import entry_of, packed_tensors, read_layers
-from sedimo.runtime.weights import replace_weights, save_denoiser
 from sedimo.space import search_space
 
 ALL = (*FAMILIES, TOY, FOREIGN)

@@ -8,6 +8,8 @@ import pytest
 from diffusers import DiTPipeline
 
 from sedimo.allocation.budget import BudgetSettings
+from sedimo.checkpoint.contents import packed_layers
+from sedimo.checkpoint.inputs import rounded_inputs, smoothed_layers
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
 from sedimo.jobs import report
@@ -19,8 +21,6 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.methods.hybrid import HYBRID, BlockCurves, KeepSettings, blocks_of
 from sedimo.quant.formats import FP16, Format
-from sedimo.runtime.contents import packed_layers
-from sedimo.runtime.inputs import rounded_inputs, smoothed_layers
 from sedimo.treatments.smoothing import SMOOTHING, SmoothingKnobs
 from sedimo.treatments.static_ranges import ACTIVATIONS, ActivationSettings
 

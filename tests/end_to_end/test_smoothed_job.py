@@ -11,6 +11,9 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from packed_weights import check_checkpoint
 from sedimo.allocation.budget import BudgetSettings
+from sedimo.checkpoint.inputs import smoothed_layers
+from sedimo.checkpoint.judge import tensor_specs
+from sedimo.checkpoint.reading import read_packed
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
 from sedimo.jobs.quantize import QuantizeSettings
@@ -21,9 +24,6 @@ from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import ModuleWeights
-from sedimo.runtime.checkpoint import read_packed
-from sedimo.runtime.inputs import smoothed_layers
-from sedimo.runtime.judge import tensor_specs
 from sedimo.treatments.smoothing import SMOOTHING, SmoothingKnobs
 from sedimo.treatments.smoothing_plan import Smoothing, smooth_weights
 

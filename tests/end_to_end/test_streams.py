@@ -15,6 +15,7 @@ from torch.func import functional_call
 import sedimo
 from running import run, run_json
 from sedimo.bank import fit_bank
+from sedimo.checkpoint.inputs import smoothed_layers
 from sedimo.lab.bench import weights_of
 from sedimo.lab.exchange import weight_changes
 from sedimo.lab.lab import Lab
@@ -26,7 +27,6 @@ from sedimo.methods.sqnr import probe_sqnr, sqnr_table
 from sedimo.methods.taps import Changes, Taps
 from sedimo.pipelines.trajectory import record
 from sedimo.quant.formats import FP16, Format
-from sedimo.runtime.inputs import smoothed_layers
 from sedimo.space import Recipe
 from sedimo.treatments.error_feedback import measure_moments
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from sedimo.checkpoint.weights import replace_weights
 from sedimo.errors import InputError
 from sedimo.graph.layers import find_ties, meta_twin, other_weights, weight_layers, weight_names
 from sedimo.graph.trace import trace_denoiser
 from sedimo.quant.fitting import quantize_weight
-from sedimo.runtime.weights import replace_weights
 
 
 class Zoo(nn.Module):

@@ -8,13 +8,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sedimo.allocation.budget import BudgetSettings
+from sedimo.checkpoint.judge import tensor_specs
+from sedimo.checkpoint.reading import open_checkpoint
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
 from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.jobs.settings import FormatSettings
 from sedimo.lab.bench import SourceSettings
-from sedimo.runtime.checkpoint import open_checkpoint
-from sedimo.runtime.judge import tensor_specs
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from sedimo.bank import fit_bank
+from sedimo.checkpoint.inputs import round_inputs, rounded_inputs
 from sedimo.errors import InputError
 from sedimo.lab import exchange as probe
 from sedimo.lab.exchange import Prober, probed
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.inputs import round_inputs, rounded_inputs
 from sedimo.space import Recipe
 from toy_pipeline import ToyDenoiser, ToyWeights, toy_space
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from sedimo.checkpoint.weights import replace_weights
 from sedimo.errors import InputError
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import FileWeights, ModuleWeights, stored_dtype
 from sedimo.quant.fitting import quantize_weight
-from sedimo.runtime.weights import replace_weights
 
 
 @pytest.fixture(params=["fp32", "bf16"])

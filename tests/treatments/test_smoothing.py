@@ -14,6 +14,8 @@ import sedimo
 from folding_examples import close
 from packed_weights import check_checkpoint, dequantize_weights
 from sedimo.bank import fit_bank
+from sedimo.checkpoint.inputs import divide_input, smoothed_layers
+from sedimo.checkpoint.layout import DIVISOR
 from sedimo.errors import InputError, StateError
 from sedimo.lab.bench import trace, weights_of
 from sedimo.lab.lab import Lab
@@ -25,8 +27,6 @@ from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.trajectory import record, replay
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.formats import Format
-from sedimo.runtime.inputs import divide_input, smoothed_layers
-from sedimo.runtime.layout import DIVISOR
 from sedimo.space import search_space
 from sedimo.treatments.smoothing import (
     SmoothingKnobs,
@@ -112,7 +112,7 @@ def test_a_function_that_changed_is_refused_and_undone(tiny, monkeypatch):
     plan = tiny.default_sampling(range(2), 1)
     before = tiny.sample(plan)
     found = planned(tiny, SmoothingSettings(share=1), plan)
-    monkeypatch.setattr("sedimo.runtime.inputs.divide_input", lambda _module, args: args)
+    monkeypatch.setattr("sedimo.checkpoint.inputs.divide_input", lambda _module, args: args)
     with pytest.raises(StateError, match="smoothing changed the output"):
         apply_smoothing(tiny, found, plan)
     assert not smoothed_layers(tiny.denoiser)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from folding_examples import DIVIDED, FOLDED, close, example, plan_for, random_ranges, randomised, smoothed
+from sedimo.checkpoint.inputs import smoothed_layers
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.graph.folding import find_folding
 from sedimo.pipelines.weights import ModuleWeights
-from sedimo.runtime.inputs import smoothed_layers
 from sedimo.treatments.smoothing_plan import ChannelRange, Smoothing, plan_smoothing, smooth_weights
 
 

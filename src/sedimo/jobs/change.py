@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sedimo.bank import Progress
+from sedimo.checkpoint.layout import owners_of
+from sedimo.checkpoint.reading import Checkpoint, open_checkpoint, read_packed
+from sedimo.checkpoint.writing import Origin, replace_layer_format
 from sedimo.errors import InputError
 from sedimo.jobs.describe import recipe_of, refuse_other_source
 from sedimo.jobs.job import Job
@@ -22,9 +25,6 @@ from sedimo.quant.parts import entry_text
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import packed_sizes
-from sedimo.runtime.checkpoint import Checkpoint, open_checkpoint, read_packed
-from sedimo.runtime.layout import owners_of
-from sedimo.runtime.writing import Origin, replace_layer_format
 from sedimo.settings import REQUIRED, option
 from sedimo.space import Recipe
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
+from sedimo.checkpoint.layout import LayerEntry, owners_of, whole
+from sedimo.checkpoint.reading import Checkpoint, is_packed, open_checkpoint
+from sedimo.checkpoint.writing import CARD_NAME, Origin, base_model_of, write_card
 from sedimo.errors import InputError
 from sedimo.pipelines.diffusers import Finish
 from sedimo.pipelines.weights import denoiser_folder
 from sedimo.quant.formats import FP16
 from sedimo.quant.parts import Entry, PartFormat
-from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
-from sedimo.runtime.layout import LayerEntry, owners_of, whole
-from sedimo.runtime.writing import CARD_NAME, Origin, base_model_of, write_card
 from sedimo.space import Recipe
 
 MOST_NOISE = 1.0  # of a packed weight relative to its source: what rounding everything to zero would leave

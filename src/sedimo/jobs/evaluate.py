@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sedimo.bank import SILENT, Progress
+from sedimo.checkpoint.contents import packed_layers
+from sedimo.checkpoint.inputs import rounded_inputs
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.describe import refuse_other_source
@@ -28,8 +30,6 @@ from sedimo.quant.parts import Entry, PartFormat
 from sedimo.quant.tensor import QuantizedTensor, memory_bytes
 from sedimo.reporting.page import Block, Facts, Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import byte_size, count
-from sedimo.runtime.contents import packed_layers
-from sedimo.runtime.inputs import rounded_inputs
 from sedimo.settings import REQUIRED, Checked, block, option
 from sedimo.space import Recipe, search_space
 from sedimo.treatments.noise_correction import (

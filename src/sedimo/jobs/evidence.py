@@ -15,6 +15,7 @@ from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.allocation.combine import Agreement
 from sedimo.allocation.effects import Effects, expected_db
 from sedimo.allocation.solve import decided_by, even_budgets, frontier
+from sedimo.checkpoint.writing import WrittenCheckpoint
 from sedimo.errors import InputError
 from sedimo.jobs.check import Check, check_additivity, measure_random_recipes, pictures_of
 from sedimo.lab.lab import Lab
@@ -58,7 +59,6 @@ from sedimo.reporting.maps import (
     trajectory_lines,
 )
 from sedimo.reporting.summary import Blamed, Evidence, Prediction, Provenance, Summary, reference_format
-from sedimo.runtime.writing import WrittenCheckpoint
 from sedimo.space import SearchSpace, compose
 from sedimo.treatments.learned_rounding import Reconstruction
 from sedimo.treatments.smoothing_plan import Smoothing

@@ -14,6 +14,9 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import even_budgets, frontier
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
+from sedimo.checkpoint.contents import refuse_unfit_source
+from sedimo.checkpoint.weights import replace_weights
+from sedimo.checkpoint.writing import Origin, WriteOptions, WrittenCheckpoint
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
 from sedimo.jobs.attribute import AttributeSettings, attribute_study
@@ -42,9 +45,6 @@ from sedimo.quant.formats import Format
 from sedimo.reporting.html import write_page
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Evidence, Summary
-from sedimo.runtime.contents import refuse_unfit_source
-from sedimo.runtime.weights import replace_weights
-from sedimo.runtime.writing import Origin, WriteOptions, WrittenCheckpoint
 from sedimo.settings import build, leaves, read_words
 from sedimo.space import Recipe, SearchSpace, search_space
 from sedimo.targets import target_named

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sedimo.bank import Progress
+from sedimo.checkpoint.layout import owners_of
+from sedimo.checkpoint.reading import Checkpoint, is_packed, open_checkpoint
 from sedimo.graph.model import inspect_summary
 from sedimo.jobs.describe import recipe_of
 from sedimo.jobs.job import Job
@@ -17,8 +19,6 @@ from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
 from sedimo.quant.parts import entry_text
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import count, packed_sizes
-from sedimo.runtime.checkpoint import Checkpoint, is_packed, open_checkpoint
-from sedimo.runtime.layout import owners_of
 from sedimo.settings import REQUIRED, option
 
 

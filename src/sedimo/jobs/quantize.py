@@ -19,6 +19,7 @@ from sedimo.allocation.problem import Allocation
 from sedimo.allocation.solve import allocate_given, decided_by
 from sedimo.allocation.table import EXACTLY_NOTHING, build_table
 from sedimo.bank import SILENT, Candidate, Progress
+from sedimo.checkpoint.writing import Origin, WriteOptions, WrittenCheckpoint
 from sedimo.codec import content_key, from_json, to_json
 from sedimo.errors import InputError
 from sedimo.jobs.check import N_CHECKED, Check, check_recipe, price_of_check
@@ -54,7 +55,6 @@ from sedimo.reporting.phrasing import prediction_sentence, prediction_warnings
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Evidence
 from sedimo.reporting.words import byte_size, count, duration, share
-from sedimo.runtime.writing import Origin, WriteOptions, WrittenCheckpoint
 from sedimo.settings import REQUIRED, Checked, block, leaves, option, set_in
 from sedimo.space import Recipe, SearchSpace
 from sedimo.targets import target_named

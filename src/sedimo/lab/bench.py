@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sedimo.bank import Bank
+from sedimo.checkpoint.inputs import smoothed_layers
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.graph.trace import trace_denoiser
@@ -31,7 +32,6 @@ from sedimo.pipelines.weights import (
     refuse_endless,
     stored_dtype,
 )
-from sedimo.runtime.inputs import smoothed_layers
 from sedimo.settings import REQUIRED, block, option
 from sedimo.space import SearchSpace
 

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from sedimo.bank import Bank
+from sedimo.checkpoint.inputs import round_inputs, unround_inputs
 from sedimo.errors import InputError
 from sedimo.graph.model import Stream
 from sedimo.quant.activations import DYNAMIC, InputQuantizers
 from sedimo.quant.formats import FP16, FULL_BITS, Format
 from sedimo.quant.parts import Entry
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.inputs import round_inputs, unround_inputs
 from sedimo.space import Decision, Recipe, SearchSpace
 
 MEMORY_BYTES = 2 << 30

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from sedimo.checkpoint.reading import open_checkpoint, read_packed
+from sedimo.checkpoint.weights import replace_weights
+from sedimo.checkpoint.writing import Finish, WriteOptions, WrittenCheckpoint, write_checkpoint
 from sedimo.methods.method import Words
 from sedimo.quant.families import FAMILIES
-from sedimo.runtime.checkpoint import open_checkpoint, read_packed
-from sedimo.runtime.weights import replace_weights
-from sedimo.runtime.writing import Finish, WriteOptions, WrittenCheckpoint, write_checkpoint
 from sedimo.targets.target import Packed, Target, Verified
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sedimo.bank import Bank
+from sedimo.checkpoint.writing import Finish, Origin, WriteOptions, WrittenCheckpoint
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Words
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.writing import Finish, Origin, WriteOptions, WrittenCheckpoint
 from sedimo.space import Recipe, SearchSpace
 
 

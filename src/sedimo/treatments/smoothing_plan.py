@@ -26,13 +26,13 @@ import torch
 from scipy.cluster.hierarchy import DisjointSet
 from torch import nn
 
+from sedimo.checkpoint.diffusers_plugin import attach
+from sedimo.checkpoint.inputs import mark_smoothed, remove_divisor, set_divisor, smoothed_layers
+from sedimo.checkpoint.layout import How
 from sedimo.errors import InputError
 from sedimo.graph.folding import NONE, Folding
 from sedimo.lab.bench import InForce
 from sedimo.pipelines.adapter import WeightSource
-from sedimo.runtime.diffusers_plugin import attach
-from sedimo.runtime.inputs import mark_smoothed, remove_divisor, set_divisor, smoothed_layers
-from sedimo.runtime.layout import How
 from sedimo.settings import within
 
 DEFAULT_ALPHA = 0.7

@@ -13,11 +13,11 @@ from peft import LoraConfig
 from torch import nn
 
 from packed_weights import OWNER, TIED, denoise, dequantize_weights, random_packed, random_weights
+from sedimo.checkpoint.contents import describe, packed_layers, refuse_unfit_source
+from sedimo.checkpoint.weights import replace_weights, save_denoiser
 from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.pipelines.weights import refuse_adapter_names
 from sedimo.quant.tensor import QuantizedTensor, memory_bytes
-from sedimo.runtime.contents import describe, packed_layers, refuse_unfit_source
-from sedimo.runtime.weights import replace_weights, save_denoiser
 
 CPU = torch.device("cpu")
 

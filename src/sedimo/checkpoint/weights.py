@@ -11,13 +11,13 @@ from typing import Protocol
 
 from torch import nn
 
+from sedimo.checkpoint.contents import packed_layers, set_weights
+from sedimo.checkpoint.diffusers_plugin import attach
+from sedimo.checkpoint.inputs import round_inputs
 from sedimo.errors import InputError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.contents import packed_layers, set_weights
-from sedimo.runtime.diffusers_plugin import attach
-from sedimo.runtime.inputs import round_inputs
 
 MAX_SHARD_SIZE = "10GB"  # the default of diffusers
 

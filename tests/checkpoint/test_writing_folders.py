@@ -15,13 +15,10 @@ from huggingface_hub import ModelCardData, metadata_load
 from safetensors.torch import load_file
 
 from packed_weights import OWNER, TIED, check_checkpoint, denoise, random_packed
-from sedimo.errors import InputError, StateError
-from sedimo.pipelines import folder as folder_module
-from sedimo.pipelines.folder import new_folder, place_file
-from sedimo.runtime.checkpoint import read_packed
-from sedimo.runtime.contents import packed_layers
-from sedimo.runtime.weights import replace_weights
-from sedimo.runtime.writing import (
+from sedimo.checkpoint.contents import packed_layers
+from sedimo.checkpoint.reading import read_packed
+from sedimo.checkpoint.weights import replace_weights
+from sedimo.checkpoint.writing import (
     Origin,
     WriteOptions,
     base_model_of,
@@ -30,6 +27,9 @@ from sedimo.runtime.writing import (
     replace_layer_format,
     write_checkpoint,
 )
+from sedimo.errors import InputError, StateError
+from sedimo.pipelines import folder as folder_module
+from sedimo.pipelines.folder import new_folder, place_file
 
 ORIGIN = Origin("zoo:tiny", "jacobian", '{"sedimo_recipe":1,"layers":{}}', "smoothed by 0.5")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,4 @@
-"""Fixtures of the runtime tests: packed denoisers in memory and on disk."""
+"""Fixtures of the tests of checkpoints: packed denoisers in memory and on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
 from packed_weights import OWNER, TIED, random_weights
-from sedimo.runtime.weights import replace_weights
+from sedimo.checkpoint.weights import replace_weights
 
 
 @pytest.fixture

@@ -15,10 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from sedimo.errors import StateError
-from sedimo.pipelines.weights import DTYPES, FileHeader
-from sedimo.quant.parts import CODES, TensorSpec
-from sedimo.runtime.layout import (
+from sedimo.checkpoint.layout import (
     DIVISOR,
     FORMAT_VERSION,
     Configuration,
@@ -30,6 +27,9 @@ from sedimo.runtime.layout import (
     version_error,
     whole,
 )
+from sedimo.errors import StateError
+from sedimo.pipelines.weights import DTYPES, FileHeader
+from sedimo.quant.parts import CODES, TensorSpec
 
 _VERSION, _LAYERS, _CHECKSUMS = "sedimo_format", "sedimo_layers", "sedimo_crc32"
 _DIGITS = 8  # hexadecimal digits of a CRC-32

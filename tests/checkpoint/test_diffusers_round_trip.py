@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, PipelineQuantizationConfig
 
 from packed_weights import OWNER, TIED, denoise, dequantize_weights, random_packed
+from sedimo.checkpoint.contents import packed_layers
+from sedimo.checkpoint.diffusers_plugin import SedimoConfig
+from sedimo.checkpoint.weights import replace_weights
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.quant.fitting import quantize_weight
-from sedimo.runtime.contents import packed_layers
-from sedimo.runtime.diffusers_plugin import SedimoConfig
-from sedimo.runtime.weights import replace_weights
 
 
 def stored(weight):

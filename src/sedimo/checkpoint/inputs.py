@@ -16,10 +16,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from sedimo.checkpoint.layout import DIVISOR, How, kind_of
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import TIMESTEP_NAMES, timestep_of
 from sedimo.quant.activations import ActivationQuantizer, InputQuantizers
-from sedimo.runtime.layout import DIVISOR, How, kind_of
 
 _MARK = "_sedimo_smoothed"
 

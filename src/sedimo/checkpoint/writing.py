@@ -15,16 +15,16 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from torch import nn
 from yaml import YAMLError
 
+from sedimo.checkpoint.diffusers_plugin import MADE_BY
+from sedimo.checkpoint.layout import LayerEntry, Layers, packed_tensors, whole
+from sedimo.checkpoint.reading import Checkpoint, change_layers, open_checkpoint, write_json
+from sedimo.checkpoint.weights import MAX_SHARD_SIZE, save_denoiser
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.folder import new_folder, place_file
 from sedimo.pipelines.weights import component_files
 from sedimo.quant.formats import FULL_BITS
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.checkpoint import Checkpoint, change_layers, open_checkpoint, write_json
-from sedimo.runtime.diffusers_plugin import MADE_BY
-from sedimo.runtime.layout import LayerEntry, Layers, packed_tensors, whole
-from sedimo.runtime.weights import MAX_SHARD_SIZE, save_denoiser
 
 INDEX_NAME, RECIPE_NAME = "model_index.json", "sedimo_recipe.json"
 CARD_NAME, BASE_CARD_NAME = "README.md", "README.base.md"

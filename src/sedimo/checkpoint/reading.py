@@ -1,6 +1,6 @@
 """A packed denoiser's folder as files: judge it, read it, change single layers in it, without a model.
 
-Loading into a model is diffusers' work (runtime/diffusers_plugin.py); both use the same checks.
+Loading into a model is diffusers' work (checkpoint/diffusers_plugin.py); both use the same checks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sedimo.codec import parse_json
-from sedimo.errors import InputError, StateError
-from sedimo.pipelines.weights import WEIGHTS_STEM, FileHeader, find_weights, read_header
-from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.contents import assemble
-from sedimo.runtime.judge import check_tensors, checksums_of, judge_headers, make_seal, tensor_specs
-from sedimo.runtime.layout import (
+from sedimo.checkpoint.contents import assemble
+from sedimo.checkpoint.judge import check_tensors, checksums_of, judge_headers, make_seal, tensor_specs
+from sedimo.checkpoint.layout import (
     KINDS,
     METHOD,
     Configuration,
@@ -33,6 +29,10 @@ from sedimo.runtime.layout import (
     read_configuration,
     whole,
 )
+from sedimo.codec import parse_json
+from sedimo.errors import InputError, StateError
+from sedimo.pipelines.weights import WEIGHTS_STEM, FileHeader, find_weights, read_header
+from sedimo.quant.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,9 @@ from torch import nn
 
 from sedimo import __version__
 from sedimo._import_hook import install
-from sedimo.errors import InputError, StateError, UnsupportedError
-from sedimo.pipelines.weights import read_header
-from sedimo.quant.activations import InputQuantizers
-from sedimo.quant.fitting import quantize_weight
-from sedimo.quant.parts import TensorSpec
-from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.contents import assemble, describe, flatten_state, make_ordinary, named_layers
-from sedimo.runtime.inputs import prepare_divisors, round_inputs, rounded_inputs, smoothed_layers
-from sedimo.runtime.judge import (
+from sedimo.checkpoint.contents import assemble, describe, flatten_state, make_ordinary, named_layers
+from sedimo.checkpoint.inputs import prepare_divisors, round_inputs, rounded_inputs, smoothed_layers
+from sedimo.checkpoint.judge import (
     check_against_model,
     check_nothing_on_meta,
     check_tensors,
@@ -37,7 +31,13 @@ from sedimo.runtime.judge import (
     judge_headers,
     make_seal,
 )
-from sedimo.runtime.layout import METHOD, Configuration, Layers, owners_of, packed_tensors, read_configuration, whole
+from sedimo.checkpoint.layout import METHOD, Configuration, Layers, owners_of, packed_tensors, read_configuration, whole
+from sedimo.errors import InputError, StateError, UnsupportedError
+from sedimo.pipelines.weights import read_header
+from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.fitting import quantize_weight
+from sedimo.quant.parts import TensorSpec
+from sedimo.quant.tensor import QuantizedTensor
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from packed_weights import check_checkpoint
-from sedimo.runtime.checkpoint import read_packed
-from sedimo.runtime.contents import packed_layers
+from sedimo.checkpoint.contents import packed_layers
+from sedimo.checkpoint.reading import read_packed
 
 RELEASED = Path(__file__).parent / "released"
 sys.path.insert(0, str(RELEASED))

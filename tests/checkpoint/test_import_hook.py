@@ -8,7 +8,7 @@ from types import ModuleType
 
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from sedimo.runtime import diffusers_plugin
+from sedimo.checkpoint import diffusers_plugin
 
 IS_REGISTERED = """
 from diffusers.quantizers import auto
@@ -47,7 +47,7 @@ importlib.reload(auto)
 
 
 def test_registers_when_our_own_module_brings_diffusers():
-    assert run("import sedimo.runtime.weights" + IS_REGISTERED) == "registered"
+    assert run("import sedimo.checkpoint.weights" + IS_REGISTERED) == "registered"
 
 
 def test_import_is_cheap_and_brings_nothing_heavy():

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from packed_weights import OWNER, check_checkpoint, random_packed
+from sedimo.checkpoint import diffusers_plugin
+from sedimo.checkpoint.contents import packed_layers
+from sedimo.checkpoint.judge import make_seal
+from sedimo.checkpoint.layout import read_configuration
+from sedimo.checkpoint.reading import is_packed, open_checkpoint, read_packed
+from sedimo.checkpoint.weights import replace_weights
 from sedimo.errors import InputError, StateError
-from sedimo.runtime import diffusers_plugin
-from sedimo.runtime.checkpoint import is_packed, open_checkpoint, read_packed
-from sedimo.runtime.contents import packed_layers
-from sedimo.runtime.judge import make_seal
-from sedimo.runtime.layout import read_configuration
-from sedimo.runtime.weights import replace_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -12,12 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from packed_weights import OWNER, check_checkpoint, random_packed
-from sedimo.errors import InputError, StateError
-from sedimo.quant.activations import InputQuantizers
-from sedimo.quant.fitting import quantize_weight
-from sedimo.quant.parts import TensorSpec
-from sedimo.runtime.checkpoint import change_layers
-from sedimo.runtime.inputs import (
+from sedimo.checkpoint.inputs import (
     mark_smoothed,
     prepare_divisors,
     remove_divisor,
@@ -25,9 +20,14 @@ from sedimo.runtime.inputs import (
     smoothed_layers,
     unsmooth_inputs,
 )
-from sedimo.runtime.judge import check_divisor_specs, make_seal
-from sedimo.runtime.layout import DIVISOR, Configuration, read_configuration
-from sedimo.runtime.weights import replace_weights
+from sedimo.checkpoint.judge import check_divisor_specs, make_seal
+from sedimo.checkpoint.layout import DIVISOR, Configuration, read_configuration
+from sedimo.checkpoint.reading import change_layers
+from sedimo.checkpoint.weights import replace_weights
+from sedimo.errors import InputError, StateError
+from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.fitting import quantize_weight
+from sedimo.quant.parts import TensorSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PACKED, PLAIN, CONVOLUTION = "proj_out_1", "proj_out_2", "pos_embed.proj"

@@ -11,16 +11,16 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from packed_weights import denoise, dequantize_weights
+from sedimo.checkpoint.inputs import round_inputs, rounded_inputs, unround_inputs
+from sedimo.checkpoint.judge import check_against_model
+from sedimo.checkpoint.layout import Configuration
+from sedimo.checkpoint.reading import open_checkpoint
+from sedimo.checkpoint.weights import replace_weights
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import timestep_of
 from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, StaticRange
 from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec
-from sedimo.runtime.checkpoint import open_checkpoint
-from sedimo.runtime.inputs import round_inputs, rounded_inputs, unround_inputs
-from sedimo.runtime.judge import check_against_model
-from sedimo.runtime.layout import Configuration
-from sedimo.runtime.weights import replace_weights
 
 LAYER = "transformer_blocks.0.ff.net.2"
 CONV = "pos_embed.proj"

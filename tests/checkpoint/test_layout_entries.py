@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from packed_weights import FORMATS, OWNER, TIED, random_packed
-from sedimo.codec import content_key, to_json, to_plain
-from sedimo.errors import StateError
-from sedimo.quant.parts import TensorSpec
-from sedimo.runtime.contents import describe, flatten_state, narrowed, packed_layers
-from sedimo.runtime.layout import (
+from sedimo.checkpoint.contents import describe, flatten_state, narrowed, packed_layers
+from sedimo.checkpoint.layout import (
     LayerEntry,
     TiedEntry,
     entry_of,
     packed_tensors,
     read_layers,
 )
+from sedimo.codec import content_key, to_json, to_plain
+from sedimo.errors import StateError
+from sedimo.quant.parts import TensorSpec
 
 
 def test_the_written_form_is_the_specified_one():

@@ -1,6 +1,6 @@
 """Writes the folder of the current format version once, when a version is released; never again for an old one.
 
-python tests/runtime/released/generate.py
+python tests/checkpoint/released/generate.py
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from small_model import FORMATS, SmallModel  # noqa: E402
 
 from packed_weights import random_packed  # noqa: E402  # after the path is set
-from sedimo.runtime.contents import packed_layers  # noqa: E402
-from sedimo.runtime.layout import FORMAT_VERSION  # noqa: E402
-from sedimo.runtime.weights import replace_weights  # noqa: E402
+from sedimo.checkpoint.contents import packed_layers  # noqa: E402
+from sedimo.checkpoint.layout import FORMAT_VERSION  # noqa: E402
+from sedimo.checkpoint.weights import replace_weights  # noqa: E402
 
 
 def main() -> None:

@@ -12,13 +12,22 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from sedimo.checkpoint.inputs import unround_inputs, unsmooth_inputs
+from sedimo.checkpoint.judge import check_values
+from sedimo.checkpoint.layout import (
+    LAYER_TYPES,
+    METHOD,
+    LayerEntry,
+    Layers,
+    TiedEntry,
+    entry_of,
+    kind_of,
+    packed_tensors,
+)
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.parts import WeightPart
 from sedimo.quant.tensor import QuantizedTensor
-from sedimo.runtime.inputs import unround_inputs, unsmooth_inputs
-from sedimo.runtime.judge import check_values
-from sedimo.runtime.layout import LAYER_TYPES, METHOD, LayerEntry, Layers, TiedEntry, entry_of, kind_of, packed_tensors
 
 
 def packed_layers(denoiser: nn.Module) -> dict[str, QuantizedTensor]:
