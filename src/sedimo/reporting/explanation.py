@@ -2,7 +2,8 @@
 
 A predictor gives a score to every choice (a decision at a format). Scores say where quality is lost, baselines
 say whether the predictor is worth listening to, and insights were measured afterwards, each by itself. Nothing
-here trains, predicts or draws; every part may be empty, and the report then leaves it out.
+here trains, predicts or draws; every part may be empty, and the report then leaves it out. Names of fields are those
+of `--json`. What contradicts itself is refused when it is made or read.
 """
 
 from __future__ import annotations
@@ -10,26 +11,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
-from sedimo.codec import to_plain
+import numpy as np
+
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
 
 CurveKind = Literal["this", "random", "uniform"]
 Verdict = Literal["confirmed", "refuted", "open", "not measured"]
-OVERALL = "all"  # the subset of a `PredictorRow` that holds every held-out recipe
+OVERALL = "all"  # the subset that holds every held-out recipe
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreBox:
-    """Five numbers of `n` scores (higher = better); `low` and `high` are the 5 % and the 95 % quantile.
-
-    Raises:
-        InputError: no scores, or numbers out of order.
-    """
+    """Five numbers of `n` scores (higher = better); `low` and `high` are the 5 % and the 95 % quantile."""
 
     name: str
     n: int
@@ -43,18 +42,14 @@ class ScoreBox:
         """Refuses what cannot be a distribution."""
         if self.n < 1:
             raise InputError(f"the box of {self.name!r} must stand for at least one score, got n = {self.n}")
-        if not self.low <= self.q25 <= self.median <= self.q75 <= self.high:
-            numbers = (self.low, self.q25, self.median, self.q75, self.high)
+        numbers = (self.low, self.q25, self.median, self.q75, self.high)
+        if any(not one <= other for one, other in pairwise(numbers)):
             raise InputError(f"the quantiles of {self.name!r} must not fall, got {numbers}")
 
 
 @dataclass(frozen=True, slots=True)
 class FormatShare:
-    """The formats of the chosen recipe on one operation: number of layers per format, weights, bits per weight.
-
-    Raises:
-        InputError: no layers, or a key that is not a format.
-    """
+    """The formats of the chosen recipe on one operation: number of layers per format, weights, bits per weight."""
 
     operation: str
     counts: Mapping[str, int]
@@ -127,9 +122,6 @@ class Insight:
 
     The change is that of the whole recipe's quality when `decisions` go from one format to the other; positive is
     better. The interval of the prediction is endless where nothing is known of its error.
-
-    Raises:
-        InputError: a verdict without a measurement, or a measurement without a verdict.
     """
 
     sentence: str
@@ -198,11 +190,6 @@ class Explanation:
     finalists: tuple[FinalistRow, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, object]:
-        """The numbers as plain values; one that is not finite is `{"float": "inf"}`, as in every record."""
-        plain: dict[str, object] = to_plain(self)
-        return plain
-
 
 def score_boxes(values_by_name: Mapping[str, Sequence[float]]) -> tuple[ScoreBox, ...]:
     """The distribution of the scores of each name, in the order of the mapping.
@@ -216,7 +203,16 @@ def score_boxes(values_by_name: Mapping[str, Sequence[float]]) -> tuple[ScoreBox
     Raises:
         InputError: a name without scores, or a score that is not a number.
     """
-    return tuple(_score_box(name, values) for name, values in values_by_name.items())
+    found = []
+    for name, values in values_by_name.items():
+        ordered = np.sort(np.asarray(values, dtype=np.float64))
+        if not ordered.size or np.isnan(ordered).any():
+            raise InputError(f"the scores of {name!r} must be numbers, at least one, got {list(values)[:5]}")
+        places = np.array(_QUANTILES) * (len(ordered) - 1)
+        between = np.interp(places, np.arange(len(ordered)), ordered)
+        nearest = ordered[np.floor(places + 0.5).astype(int)]
+        found.append(ScoreBox(name, len(ordered), *np.where(np.isfinite(between), between, nearest).tolist()))
+    return tuple(found)
 
 
 def verdict_of(predicted_db: float, measured: Estimate | None) -> Verdict:
@@ -231,22 +227,3 @@ def verdict_of(predicted_db: float, measured: Estimate | None) -> Verdict:
     if predicted_db == 0 or math.isnan(predicted_db) or not (measured.low > 0 or measured.high < 0):
         return "open"
     return "confirmed" if (measured.low > 0) == (predicted_db > 0) else "refuted"
-
-
-def _score_box(name: str, values: Sequence[float]) -> ScoreBox:
-    ordered = sorted(float(value) for value in values)
-    if not ordered or any(math.isnan(value) for value in ordered):
-        raise InputError(f"the scores of {name!r} must be numbers, at least one, got {list(values)[:5]}")
-    return ScoreBox(name, len(ordered), *(_quantile(ordered, q) for q in _QUANTILES))
-
-
-def _quantile(ordered: Sequence[float], q: float) -> float:
-    position = q * (len(ordered) - 1)
-    below = math.floor(position)
-    first, second = ordered[below], ordered[min(below + 1, len(ordered) - 1)]
-    weight = position - below
-    if first == second:
-        return first
-    if not (math.isfinite(first) and math.isfinite(second)):
-        return first if weight < 0.5 else second  # the nearer
-    return min(first + weight * (second - first), second)

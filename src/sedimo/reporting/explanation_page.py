@@ -5,10 +5,12 @@ As everywhere, names stand between backticks and every claim has its interval be
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from sedimo.codec import to_json
@@ -34,6 +36,7 @@ from sedimo.reporting.figures import (
     Axis,
     Bar,
     Chart,
+    Look,
     Marker,
     Plot,
     Series,
@@ -110,7 +113,11 @@ def explanation_section(explanation: Explanation, *, here: float) -> Section:
             _formats_figure(e.format_shares) if e.format_shares else None,
             curve_figure(e.curve, here=here),
             predictors_figure(e.predictors),
-            _predictors_table(e),
+            predictors_table(
+                _by_subset(sorted(e.predictors, key=lambda row: _rank(row.srcc))),
+                f"On held-out recipes. MAE is the mean absolute error of the predicted {e.target}; lower is better, "
+                "for the others higher.",
+            ),
             _folds(e.folds),
             _rounds(e.rounds),
             _finalists(e.finalists),
@@ -122,15 +129,22 @@ def explanation_section(explanation: Explanation, *, here: float) -> Section:
 
 def statement(explanation: Explanation) -> tuple[str, ...]:
     """Which predictor, on how many trials, how well it ranks recipes, and whether it beats its baselines."""
-    where = OBJECTIVES.get(explanation.objective, f"by the objective {name(explanation.objective)}")
+    e = explanation
+    place = OBJECTIVES.get(e.objective, f"by the objective {name(e.objective)}")
     first = (
-        f"All scores and predictions come from {name(explanation.predictor)}, which learned to predict "
-        f"{explanation.target} {where} from {explanation.n_trials:,} measured recipes."
+        f"All scores and predictions come from {name(e.predictor)}, which learned to predict {e.target} {place} from "
+        f"{e.n_trials:,} measured recipes."
     )
-    used = _used(explanation.predictors)
+    known = [row for row in _by_subset(e.predictors) if not math.isnan(row.srcc.value)]
+    used = [row for row in known if row.is_used]
     if not used:
         return (first, "How well it ranks recipes that it has not seen was not measured.")
-    return (first, _quality_sentence(used), *(_standing_sentence(row, explanation.predictors) for row in used))
+    parts = [f"{with_interval(row.srcc)} {where(row.subset)} (n = {row.n})" for row in used]
+    quality = (
+        f"On recipes that it had not seen, its rank correlation is {' and '.join(parts)}; 1 would be the true order, "
+        "0 is guessing."
+    )
+    return (first, quality, *(_standing_sentence(row, known) for row in used))
 
 
 def tally(insights: Sequence[Insight]) -> str:
@@ -158,6 +172,12 @@ def standing(used: PredictorRow, baseline: PredictorRow) -> Standing:
     if used.srcc.low > baseline.srcc.high:
         return "above"
     return "below" if used.srcc.high < baseline.srcc.low else "open"
+
+
+def _by_subset(rows: Sequence[PredictorRow]) -> list[PredictorRow]:
+    """Subset by subset, all recipes first."""
+    order = subsets(rows)
+    return sorted(rows, key=lambda row: order.index(row.subset))
 
 
 def subsets(rows: Sequence[PredictorRow]) -> tuple[str, ...]:
@@ -189,11 +209,9 @@ def change(insight: Insight) -> str:
 
 def predicted(insight: Insight) -> str:
     """The predicted change with its interval [dB]."""
-    spread = (insight.predicted_high - insight.predicted_low) / (2 * NORMAL_95)
-    error = spread if math.isfinite(spread) and spread > 0 else math.nan
-    return with_interval(
-        Estimate(insight.predicted_db, error, insight.predicted_low, insight.predicted_high, 0), "dB", signed=True
-    )
+    low, high = insight.predicted_low, insight.predicted_high
+    error = (high - low) / (2 * NORMAL_95) if math.isfinite(high - low) and high > low else math.nan
+    return with_interval(Estimate(insight.predicted_db, error, low, high, 0), "dB", signed=True)
 
 
 _OUTCOMES: dict[Verdict, str] = {
@@ -203,32 +221,19 @@ _OUTCOMES: dict[Verdict, str] = {
 }
 
 
-def _used(rows: Sequence[PredictorRow]) -> list[PredictorRow]:
-    """The used predictor's rows that have a rank correlation, all recipes first."""
-    order = subsets(rows)
-    found = [row for row in rows if row.is_used and not math.isnan(row.srcc.value)]
-    return sorted(found, key=lambda row: order.index(row.subset))
-
-
-def _quality_sentence(used: Sequence[PredictorRow]) -> str:
-    parts = [f"{with_interval(row.srcc)} {where(row.subset)} (n = {row.n})" for row in used]
-    return (
-        f"On recipes that it had not seen, its rank correlation is {' and '.join(parts)}; 1 would be the true order, "
-        "0 is guessing."
-    )
-
-
 def _standing_sentence(row: PredictorRow, rows: Sequence[PredictorRow]) -> str:
     """Against the strongest baseline of the same recipes."""
-    others = [r for r in rows if r.subset == row.subset and not r.is_used and not math.isnan(r.srcc.value)]
-    place = where(row.subset)
+    others, place = [r for r in rows if r.subset == row.subset and not r.is_used], where(row.subset)
     if not others:
         return f"No baseline was measured {place}."
     best = max(others, key=lambda r: r.srcc.value)
     among = f", the strongest of {len(others)} baselines" if len(others) > 1 else ""
     rival = f"that of {name(best.predictor)}, {with_interval(best.srcc)}{among}"
-    gained = f" (difference {_difference(best.advantage)})" if best.advantage is not None else ""
-    start = f"{_capital(place)}, its {number(row.srcc.value, row.srcc.standard_error)} is"
+    gained = ""
+    if best.advantage is not None:
+        difference = number(best.advantage.value, best.advantage.standard_error, signed=True)
+        gained = f" (difference {', '.join(filter(None, (difference, interval(best.advantage))))})"
+    start = f"{place[:1].upper()}{place[1:]}, its {number(row.srcc.value, row.srcc.standard_error)} is"
     found = standing(row, best)
     if found == "above":
         return f"{start} above {rival}{gained}."
@@ -237,16 +242,6 @@ def _standing_sentence(row: PredictorRow, rows: Sequence[PredictorRow]) -> str:
     side = "higher" if row.srcc.value > best.srcc.value else "not higher"
     reason = "the interval of the difference holds zero" if gained else "the intervals overlap"
     return f"{start} {side} than {rival}{gained}; {reason}, so no advantage is shown there."
-
-
-def _difference(estimate: Estimate) -> str:
-    limits = interval(estimate)
-    text = number(estimate.value, estimate.standard_error, signed=True)
-    return f"{text}, {limits}" if limits else text
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _finding(insight: Insight) -> Finding:
@@ -350,22 +345,13 @@ def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
     for point in sorted(finite, key=lambda p: (p.kind != "this", p.bits)):
         if point.kind != "random":
             lines.setdefault(point.name, []).append(point)
-    series = [_cloud(cloud)] if cloud else []
-    others = 0
+    series = [_series(cloud, f"{len(cloud)} random recipe{'' if len(cloud) == 1 else 's'}", "soft")] if cloud else []
+    markers = itertools.cycle(_MARKERS)
     for label, line in lines.items():
         is_this = line[0].kind == "this"
-        marker: Marker = "D" if is_this else _MARKERS[others % len(_MARKERS)]
-        others += not is_this
-        series.append(
-            Series(
-                tuple(p.measured for p in line),
-                tuple(p.bits for p in line),
-                label,
-                "this" if is_this else "other",
-                marker,
-                line="" if len(line) == 1 else "-" if is_this else "--",
-            )
-        )
+        dashes: Literal["", "-", "--"] = "" if len(line) == 1 else "-" if is_this else "--"
+        drawn = _series(line, label, "this" if is_this else "other")
+        series.append(replace(drawn, marker="D" if is_this else next(markers), line=dashes))
     places = [p.bits for p in finite]
     plot = Plot(
         tuple(series),
@@ -385,9 +371,8 @@ def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
     return Figure(chart, caption, "Measured quality against bits")
 
 
-def _cloud(points: Sequence[CurvePoint]) -> Series:
-    label = f"{len(points)} random recipe{'' if len(points) == 1 else 's'}"
-    return Series(tuple(p.measured for p in points), tuple(p.bits for p in points), label, "soft")
+def _series(points: Sequence[CurvePoint], label: str, look: Look) -> Series:
+    return Series(tuple(p.measured for p in points), tuple(p.bits for p in points), label, look)
 
 
 def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
@@ -396,18 +381,17 @@ def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
     if not finite:
         return None
     order, used = subsets(found), {row.predictor for row in found if row.is_used}
-    names = _by_rank(found, order)
+    names = _by_rank(found)
     series = []
     for i, subset in enumerate(order):
-        inside = [row for row in finite if row.subset == subset]
         shift = 0.7 * (i - (len(order) - 1) / 2) / len(order)
         for is_used in (False, True):
-            rows_of = [row for row in inside if row.is_used == is_used]
+            inside = [row for row in finite if row.subset == subset and row.is_used == is_used]
             series.append(
                 Series(
-                    tuple(row.srcc for row in rows_of),
-                    tuple(names.index(row.predictor) + shift for row in rows_of),
-                    "" if is_used else _subset_label(subset),
+                    tuple(row.srcc for row in inside),
+                    tuple(names.index(row.predictor) + shift for row in inside),
+                    "" if is_used else _subset(subset, "all held-out recipes"),
                     "this" if is_used else "other",
                     _SUBSETS[i % len(_SUBSETS)],
                     is_hollow=subset != OVERALL,
@@ -422,7 +406,9 @@ def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
         zero=True,
         is_flat=True,
     )
-    texts = "; ".join(f"{r.predictor} {_subset_label(r.subset)} {number(r.srcc.value)}" for r in found)
+    texts = "; ".join(
+        f"{r.predictor} {_subset(r.subset, 'all held-out recipes')} {number(r.srcc.value)}" for r in found
+    )
     caption = (
         "How well the predictor and simpler rules put recipes that they have not seen in order of quality, with 95 % "
         "intervals. Telling many bits from few is easy; within a narrow band of bits, where a recipe must be chosen, "
@@ -432,53 +418,29 @@ def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
     return Figure(chart, caption, "Can the predictor be trusted?")
 
 
-def _by_rank(found: Sequence[PredictorRow], order: Sequence[str]) -> list[str]:
+def _by_rank(found: Sequence[PredictorRow]) -> list[str]:
     """Names of the predictors, best first on the last subset: the band is what a budget asks about."""
-    ranks: dict[str, float] = {}
-    for row in sorted(found, key=lambda row: order.index(row.subset)):
-        if math.isfinite(row.srcc.value):
-            ranks[row.predictor] = row.srcc.value
-        else:
-            ranks.setdefault(row.predictor, -math.inf)
+    ranks = {row.predictor: -math.inf for row in found}
+    ranks |= {row.predictor: row.srcc.value for row in _by_subset(found) if math.isfinite(row.srcc.value)}
     return sorted(ranks, key=lambda name: -ranks[name])
-
-
-def _subset_label(subset: str) -> str:
-    return "all held-out recipes" if subset == OVERALL else subset
 
 
 _QUALITY = columns("SRCC", "Kendall's tau", "NDCG@10", "MAE")
 
 
-def _predictors_table(e: Explanation) -> Table:
-    """Subset by subset, all recipes first; in each the best rank correlation on top."""
-    order = subsets(e.predictors)
-    return predictors_table(
-        sorted(e.predictors, key=lambda row: (order.index(row.subset), *_rank(row.srcc.value))),
-        f"On held-out recipes. MAE is the mean absolute error of the predicted {e.target}; lower is better, for the "
-        "others higher.",
-    )
-
-
 def predictors_table(found: Sequence[PredictorRow], caption: str) -> Table:
     """The quality of predictors in the order given."""
-    titles = (*columns("predictor", "recipes", "n"), *_QUALITY)
     lines = (
         Row(
             (
                 f"{row.predictor} (used here)" if row.is_used else row.predictor,
-                _subset(row.subset),
-                row.n,
-                row.srcc,
-                row.kendall_tau,
-                row.ndcg_at_10,
-                row.mae,
+                *(_subset(row.subset), row.n, row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae),
             ),
             row.is_used,
         )
         for row in found
     )
-    return Table(titles, tuple(lines), caption)
+    return Table((*columns("predictor", "recipes", "n"), *_QUALITY), tuple(lines), caption)
 
 
 def _folds(found: Sequence[FoldRow]) -> Section:
@@ -496,39 +458,31 @@ def _folds(found: Sequence[FoldRow]) -> Section:
 
 
 def _rounds(rounds: Sequence[RefineRound]) -> tuple[Block, ...]:
-    if not rounds:
-        return ()
     table = Table(
-        columns(
-            "round",
-            "trials so far",
-            "best measured [dB]",
-            "predicted for it [dB]",
-        ),
+        columns("round", "trials so far", "best measured [dB]", "predicted for it [dB]"),
         rows((r.round, r.n_trials, r.best_db, r.predicted_db) for r in sorted(rounds, key=lambda r: r.round)),
         "In each round, recipes that the predictor thought best were measured, and it learned from them. Where "
         "measured and predicted come together, there is little left to gain.",
     )
-    return Text("Rounds of refinement", "heading"), table
+    return (Text("Rounds of refinement", "heading"), table) if rounds else ()
 
 
 def _finalists(finalists: Sequence[FinalistRow]) -> tuple[Block, ...]:
-    if not finalists:
-        return ()
-    ordered = sorted(finalists, key=lambda f: _rank(f.measured.value))
+    lines = tuple(
+        Row((one.name, one.paper_bits, one.measured, one.behind or "chosen"), is_marked=one.behind is None)
+        for one in sorted(finalists, key=lambda one: _rank(one.measured))
+    )
     table = Table(
         columns("recipe", "bits", "measured [dB]", "behind the chosen one [dB]"),
-        tuple(
-            Row((f.name, f.paper_bits, f.measured, f.behind or "chosen"), is_marked=f.behind is None) for f in ordered
-        ),
-        f"Which of {len(finalists)} recipes became the result, measured on seeds that nothing was searched on, paired.",
+        lines,
+        f"Which of {len(lines)} recipes became the result, measured on seeds that nothing was searched on, paired.",
     )
-    return Text("The final", "heading"), table
+    return (Text("The final", "heading"), table) if lines else ()
 
 
-def _subset(subset: str) -> str:
-    return "all recipes" if subset == OVERALL else subset
+def _subset(subset: str, everything: str = "all recipes") -> str:
+    return everything if subset == OVERALL else subset
 
 
-def _rank(value: float) -> tuple[bool, float]:
-    return math.isnan(value), -value
+def _rank(estimate: Estimate) -> tuple[bool, float]:
+    return math.isnan(estimate.value), -estimate.value
