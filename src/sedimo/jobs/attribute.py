@@ -29,7 +29,7 @@ from sedimo.methods.predictor.scoring import (
     refuse_confidence,
 )
 from sedimo.methods.predictor.study import DEFAULT_GOALS, read_background, training_set, trials_of
-from sedimo.methods.predictor.training import FAST, PAPER, PRESETS, Predictor, TrainingOptions, train_predictor
+from sedimo.methods.predictor.training import FAST, PAPER, Predictor, TrainingOptions, train_predictor
 from sedimo.methods.search import SEARCH
 from sedimo.reporting.explanation_page import predictors_table
 from sedimo.reporting.page import Page, Text, page_of
@@ -51,7 +51,7 @@ class AttributeSettings(Checked):
     preset: str = option(
         "fast",
         "--preset",
-        check=one_of("the preset", PRESETS),
+        check=one_of("the preset", OPTIONS),
         help="fast: starts from a noise model, contributions add; paper: as published (hours).",
     )
     objective: str = option(

@@ -176,23 +176,6 @@ class ExploredSource:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class ExploreResult:
-    """What an exploration did: of `trials`, `measured` now in `measuring_seconds`; the others were there already.
-
-    `settings` are the keys of the settings under which the trials were measured, by objective. `trials_per_hour` counts
-    the time of the full-precision samples, too, and is None where no trial was measured.
-    """
-
-    study: str
-    trials: int
-    measured: int
-    settings: Mapping[str, str]
-    measuring_seconds: float
-    seconds: float
-    trials_per_hour: float | None
-
-
 def plan(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, Any]:
     """What `run` would take, estimated from one timed call and one timed fit; nothing is measured or written."""
     progress.start(1, "planning")
@@ -206,8 +189,11 @@ def plan(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, An
     return found
 
 
-def run(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult:
+def run(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, Any]:
     """Measures the first `trials` recipes by every objective; what the study has is not measured again.
+
+    Of the `trials`, some are `measured` now; `settings` are the keys of what they were measured under, by objective.
+    `trials_per_hour` counts the time of the full-precision samples, too, and is None where no trial was measured.
 
     The bank is fitted in full beforehand and kept in the study's folder, so that later stages and workers of their own
     find every format. Nothing is measured before all settings are known to make sense.
@@ -239,15 +225,15 @@ def run(settings: ExploreSettings, progress: Progress = SILENT) -> ExploreResult
         for name in settings.objectives:
             trials += lab.measure(recipes, on, objective=name, n_processes=n_processes)
         seconds, measured = time.monotonic() - measuring, len(study.trial_keys()) - n_before
-        return ExploreResult(
-            study=str(study.path),
-            trials=len({trial.key for trial in trials}),
-            measured=measured,
-            settings={name: lab.setting(on, name).key for name in settings.objectives},
-            measuring_seconds=seconds,
-            seconds=time.monotonic() - begin,
-            trials_per_hour=3600 * measured / seconds if measured else None,
-        )
+        return {
+            "study": str(study.path),
+            "trials": len({trial.key for trial in trials}),
+            "measured": measured,
+            "settings": {name: lab.setting(on, name).key for name in settings.objectives},
+            "measuring_seconds": seconds,
+            "seconds": time.monotonic() - begin,
+            "trials_per_hour": 3600 * measured / seconds if measured else None,
+        }
 
 
 def _open(settings: ExploreSettings, progress: Progress) -> Lab:
@@ -356,13 +342,12 @@ def _treatments(settings: ExploreSettings) -> dict[str, str]:
     return {one.name: str(knobs) for one, knobs in treatments_of(settings.chosen)}
 
 
-def page(found: ExploreResult) -> Page:
+def page(found: Mapping[str, Any]) -> Page:
     """What an exploration did."""
-    speed = found.trials_per_hour
-    took = "" if speed is None else f"{speed:.3g} trials an hour; took {duration(found.seconds)}"
-    return page_of(
-        "", "", Text(f"{found.trials} trials, {found.measured} of them measured now: {found.study}"), Text(took)
-    )
+    did = f"{found['trials']} trials, {found['measured']} of them measured now: {found['study']}"
+    speed = found["trials_per_hour"]
+    took = "" if speed is None else f"{speed:.3g} trials an hour; took {duration(found['seconds'])}"
+    return page_of("", "", Text(did), Text(took))
 
 
 def plan_page(found: Mapping[str, Any]) -> Page:

@@ -53,16 +53,6 @@ def outlook_page(
     return page_of(found["source"], decided, Facts((*facts.items(), *takes.items())))
 
 
-def nothing() -> Mapping[str, type]:
-    """A job that has only options of its own."""
-    return {}
-
-
-def no_page(_found: object) -> Page:
-    """Of a job that is never planned."""
-    return Page("")
-
-
 @dataclass(frozen=True)
 class Job(Generic[Settings, Result]):
     """One thing that a command does.
@@ -78,8 +68,8 @@ class Job(Generic[Settings, Result]):
     page: Callable[[Result], Page]
     as_json: Callable[[Any], object] = as_json
     plan: Callable[[Settings, Progress], object] | None = None
-    plan_page: Callable[[Any], Page] = no_page
-    offers: Callable[[], Mapping[str, type]] = nothing
+    plan_page: Callable[[Any], Page] = lambda _plan: Page("")
+    offers: Callable[[], Mapping[str, type]] = dict
 
     @property
     def shown(self) -> frozenset[str]:
