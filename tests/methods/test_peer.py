@@ -93,7 +93,7 @@ def fake(monkeypatch):
                 found[layer] = (weight / scale).round() * scale
         return found
 
-    monkeypatch.setattr(modelopt, "load", lambda: None)
+    monkeypatch.setattr(modelopt, "_module", lambda _name: None)
     monkeypatch.setattr(modelopt, "is_installed", lambda: True)
     monkeypatch.setattr(modelopt, "identity", lambda: {"modelopt": "fake"})
     monkeypatch.setattr(modelopt, "measure_scores", scores)

@@ -33,7 +33,6 @@ from sedimo.errors import InputError, StateError
 from sedimo.lab.exchange import MEMORY_BYTES, passes
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.study import Setting
-from sedimo.lab.trials import CallTiming
 from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, price_of_passes
 from sedimo.methods.portfolio import N_RUNS, decide_by_effects, hold_portfolio, refine
 from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, kept
@@ -173,12 +172,12 @@ class _Pass:
         directions = [_directions(run.latents, batch, number, self._seed) for number in range(self._n_directions)]
 
         def walked(taps: Taps) -> _Walk:
-            walk = _Walk(taps, denoiser, n, self._max_rows)
+            walk = _Walk(taps, self._decisions, n, self._max_rows)
             run.walk_back(directions, walk.handle)
             return walk
 
         walk = self._decisions.tapped(walked)
-        unused = tuple(d for d in self._decisions.names if d not in walk.used)
+        unused = tuple(d for d in self._decisions.names if d in walk.unused)
         self._decisions.refuse_hidden_use(next(cut.call for cut in run.cuts if cut.network is denoiser), unused)
         boost = math.sqrt(run.latents[0].numel())
         found = {}
@@ -192,10 +191,10 @@ class _Pass:
 class _Walk:
     """What is collected on the way back through a run: products `[directions, n, changes]` by decision."""
 
-    def __init__(self, taps: Taps, denoiser: torch.nn.Module, n_samples: int, max_rows: int) -> None:
-        self._taps, self._denoiser, self._n, self._max_rows = taps, denoiser, n_samples, max_rows
+    def __init__(self, taps: Taps, decisions: ChangedDecisions, n_samples: int, max_rows: int) -> None:
+        self._taps, self._denoiser, self._n, self._max_rows = taps, decisions.denoiser, n_samples, max_rows
         self.totals: dict[str, npt.NDArray[np.float64]] = {}
-        self.used: set[str] = set()
+        self.unused = set(decisions.names)
 
     def handle(self, cut: CutCall, gradients: Sequence[Tensors]) -> Sequence[Tensors]:
         """Makes a call of the denoiser again, some samples at a time, and adds the products of its layers."""
@@ -210,7 +209,7 @@ class _Walk:
             rows = rows_for(units, self._n, n_rows // self._n)
             self._taps.begin(cut.call.output.device, cut.call.timestep)
             outputs, entries = make_again(cut, rows_of(cut.call, rows))
-            self.used.update(self._taps.used)
+            self.unused.intersection_update(self._taps.unused)
             for number, (one, answer) in enumerate(zip(gradients, answers, strict=True)):
                 given = [g[rows] if g is not None and g.ndim and len(g) == n_rows else g for g in one]
                 products, found = self._taps.products(outputs, given, n_samples=len(units), entries=entries)
@@ -259,11 +258,6 @@ def _directions(latents: torch.Tensor, batch: Sampling, number: int, seed: int) 
     return directions.to(latents.dtype)
 
 
-def price_of_run(space: SearchSpace, timing: CallTiming) -> Price:
-    """Going back through the runs of a plan, as often as memory demands; formats are fitted already."""
-    return price_of_passes(space, timing, CALL_FACTOR)
-
-
 def _plan(lab: Lab, task: Task[AdjointSettings]) -> Sampling:
     return plan_of(lab, task, SAMPLES_PER_SEED * lab.seeds.settings.n_seeds)
 
@@ -271,7 +265,7 @@ def _plan(lab: Lab, task: Task[AdjointSettings]) -> Sampling:
 def _price(lab: Lab, task: Task[AdjointSettings]) -> Price:
     """Every format fitted, runs of more samples gone back through, recipes of a portfolio measured, exchanges."""
     timing = lab.time_calls(lab.seeds.search)
-    run = price_of_run(lab.space, timing)
+    run = price_of_passes(lab.space, timing, CALL_FACTOR)
     measured = round(N_RUNS * timing.n_calls) if task.knobs.is_portfolio else 0
     share = max(1.0, len(_plan(lab, task).seeds) / lab.seeds.settings.n_seeds)
     seconds = share * run.seconds + measured * timing.seconds_per_call + seconds_of_fits(lab)
@@ -310,7 +304,7 @@ ADJOINT = Method(
     knobs=AdjointSettings,
     traits=Traits(n_random=N_RANDOM),
     price=_price,
-    price_of_prior=price_of_run,
+    price_of_prior=functools.partial(price_of_passes, call_factor=CALL_FACTOR),
     measure=_measure,
     decide=_decide,
 )

@@ -11,6 +11,7 @@ relative to the power of its own output, and a sample's value is the mean over i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,6 @@ from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.lab.exchange import MEMORY_BYTES
 from sedimo.lab.lab import Lab, seconds_of_fits
-from sedimo.lab.trials import CallTiming
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_passes
 from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, each_part, kept
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
@@ -258,13 +258,7 @@ def _rows(tensor: torch.Tensor, n_samples: int) -> list[Matrix]:
     return list(flat.numpy())
 
 
-def price_of_pass(space: SearchSpace, timing: CallTiming) -> Price:
-    """Going through the trajectory of a plan, as often as memory demands; formats are fitted already."""
-    return price_of_passes(space, timing, CALL_FACTOR)
-
-
-def _price(lab: Lab, _task: Task[NoKnobs]) -> Price:
-    return price_of_pass(lab.space, lab.time_calls(lab.seeds.search)) + Price(seconds_of_fits(lab))
+_price_of_pass = functools.partial(price_of_passes, call_factor=CALL_FACTOR)  # formats are fitted already
 
 
 def _measure(lab: Lab, task: Task[NoKnobs]) -> Finding:
@@ -280,7 +274,7 @@ JACOBIAN = Method(
         sees="all decisions and formats from one trajectory",
         misses="what errors of one step do at later ones, and what errors of layers do together",
     ),
-    price=_price,
-    price_of_prior=price_of_pass,
+    price=lambda lab, _: _price_of_pass(lab.space, lab.time_calls(lab.seeds.search)) + Price(seconds_of_fits(lab)),
+    price_of_prior=_price_of_pass,
     measure=_measure,
 )

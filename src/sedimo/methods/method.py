@@ -245,7 +245,7 @@ class Resolved:
     price: Price
 
 
-def listed(methods: Sequence[Method[Any]]) -> str:
-    """Names for people."""
-    names = [one.name for one in methods]
+def listed(things: Iterable[object]) -> str:
+    """The texts of several things for people."""
+    names = list(map(str, things))
     return " or ".join([", ".join(names[:-1]), names[-1]])

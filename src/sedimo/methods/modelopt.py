@@ -158,11 +158,6 @@ def identity() -> Mapping[str, object]:
         raise _missing() from error
 
 
-def load() -> None:
-    """Imports ModelOpt, which takes seconds that belong to no measurement."""
-    _module("modelopt.torch.quantization")
-
-
 def wanted_methods(
     methods: Sequence[Method[Any]], *, everything: Sequence[Method[Any]]
 ) -> tuple[tuple[Method[Any], ...], tuple[str, ...]]:
@@ -174,7 +169,7 @@ def wanted_methods(
         note = f"{', '.join(peers)} left out: {PACKAGE} is not installed; {remedy}"
         return tuple(m for m in methods if not m.traits.is_peer), (note,)
     if peers:
-        load()
+        _module("modelopt.torch.quantization")  # takes seconds that belong to no measurement
     return tuple(methods), ()
 
 
@@ -307,15 +302,11 @@ def _auto_quantize(
             num_calib_steps=1,  # the ranges are those of the weights
             num_score_steps=len(slices),
         )
-    return ModelOptScores(
-        tuple(
-            GroupScores(
-                tuple(stats["module_names"]),
-                dict(zip(map(_name, stats["formats"]), map(float, stats["scores"]), strict=True)),
-            )
-            for stats in state["candidate_stats"].values()
-        )
+    scores = (
+        (stats["module_names"], zip(map(_name, stats["formats"]), map(float, stats["scores"]), strict=True))
+        for stats in state["candidate_stats"].values()
     )
+    return ModelOptScores(tuple(GroupScores(tuple(layers), dict(pairs)) for layers, pairs in scores))
 
 
 def _name(recipe: Any) -> str:
@@ -389,11 +380,8 @@ def measure_peers(lab: Lab, on: Sampling, recipes: Sequence[PeerRecipe]) -> dict
         with probed(pipe.denoiser, quantized_weights(pipe.denoiser, recipe.formats)):
             return PeerTrial(measure(pipe, compared)[0])
 
-    def works() -> Iterator[tuple[str, Callable[[], PeerTrial]]]:
-        for key, recipe in distinct.items():
-            yield content_key({**named, "recipe": key}), functools.partial(trial, recipe)
-
-    found = lab.parts().each(PeerTrial, "recipes of peers", len(distinct), works())
+    works = ((content_key({**named, "recipe": k}), functools.partial(trial, one)) for k, one in distinct.items())
+    found = lab.parts().each(PeerTrial, "recipes of peers", len(distinct), works)
     return {key: one.powers for key, one in zip(distinct, found, strict=True)}
 
 

@@ -91,7 +91,10 @@ class SearchSettings(Checked):
     n_trials: int = option(300, "--trials", help="Number of measured recipes.")
     n_rounds: int = option(3, "--refine", help="Rounds of measuring what is proposed.")
     prior: str = option(
-        PRIORS[0].name, "--prior", check=prior_named, help=f"What the predictor starts from: {listed(PRIORS)}."
+        PRIORS[0].name,
+        "--prior",
+        check=prior_named,
+        help=f"What the predictor starts from: {listed(PRIORS)}.",
     )
     target: str = option("sqnr_db", "--target", check=_refuse_target, help="What to predict, such as sqnr_db.")
     level: Level = option(

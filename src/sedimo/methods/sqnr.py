@@ -29,7 +29,7 @@ from sedimo.lab.exchange import MEMORY_BYTES, Hook, count_passes, hooked, linear
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.study import Setting
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of
-from sedimo.methods.taps import ChangedDecisions, each_part, measured
+from sedimo.methods.taps import ChangedDecisions, decisions_by_layer, each_part, measured
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import StepBatches, calls_by_step, inputs_by_samples
@@ -168,11 +168,8 @@ class _Powers:
     @property
     def hooks(self) -> dict[str, Hook]:
         """Of each layer, with its name and its decisions."""
-        of_layer: dict[str, list[str]] = {}
-        for name, changes in self._changes.items():
-            for layer in changes.layers:
-                of_layer.setdefault(layer, []).append(name)
-        return {layer: functools.partial(self._add, layer, names) for layer, names in of_layer.items()}
+        known = decisions_by_layer(self._changes)
+        return {layer: functools.partial(self._add, layer, names) for layer, names in known.items()}
 
     def _add(
         self,

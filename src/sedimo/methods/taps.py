@@ -120,6 +120,15 @@ class Changes:
     stream: Stream | None = None
 
 
+def decisions_by_layer(changes: Mapping[str, Changes]) -> dict[str, list[str]]:
+    """Which decisions change a layer, such as one of each stream that it reads."""
+    found: dict[str, list[str]] = {}
+    for name, one in changes.items():
+        for layer in one.layers:
+            found.setdefault(layer, []).append(name)
+    return found
+
+
 class ChangedDecisions:
     """Some decisions whose changes are in memory together; they are loaded when first needed.
 
@@ -155,7 +164,17 @@ class ChangedDecisions:
     def refuse_hidden_use(self, call: DenoiserCall, unused: Iterable[str]) -> None:
         """Layers that were not called must have no influence: their weights must get no gradient."""
         layers = [layer for d in unused for layer in self.changes[d].layers]
-        hidden = hidden_uses(self.denoiser, call, layers) if layers else []
+        weights = [self.denoiser.get_submodule(layer).get_parameter("weight") for layer in layers]
+        first = rows_of(call, torch.arange(1, device=call.output.device))
+        gradients: Sequence[torch.Tensor | None] = [None] * len(weights)
+        with contextlib.ExitStack() as stack, torch.enable_grad():
+            for weight in weights:
+                stack.callback(weight.requires_grad_, weight.requires_grad)
+                weight.requires_grad_(True)
+            output = output_tensor(self.denoiser(**first)) if weights else torch.zeros(())
+            if output.requires_grad:
+                gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+        hidden = [layer for layer, gradient in zip(layers, gradients, strict=True) if gradient is not None]
         if hidden:
             raise UnsupportedError(
                 f"the weight of layer {hidden[0]!r} is used without calling the layer, so its first-order noise cannot "
@@ -199,10 +218,7 @@ class Taps:
 
     def __init__(self, denoiser: nn.Module, changes: Mapping[str, Changes], *, copy_inputs: bool = False) -> None:
         self._denoiser, self._changes, self._copy_inputs = denoiser, changes, copy_inputs
-        self._decisions_of: dict[str, list[str]] = {}
-        for name, change in changes.items():
-            for layer in change.layers:
-                self._decisions_of.setdefault(layer, []).append(name)
+        self._decisions_of = decisions_by_layer(changes)
         self._anchor = torch.zeros((), requires_grad=True)
         self._leaving = contextlib.ExitStack()
         self._called: set[str] = set()
@@ -227,15 +243,9 @@ class Taps:
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     @property
-    def used(self) -> set[str]:
-        """Decisions of which a layer was called since `begin`."""
-        return {name for name, one in self._changes.items() if not self._called.isdisjoint(one.layers)}
-
-    @property
     def unused(self) -> tuple[str, ...]:
         """Decisions none of whose layers was called since `begin`."""
-        used = self.used
-        return tuple(name for name in self._changes if name not in used)
+        return tuple(name for name, one in self._changes.items() if self._called.isdisjoint(one.layers))
 
     def squared_products(
         self, output: torch.Tensor, direction: torch.Tensor, *, n_samples: int | None = None
@@ -320,25 +330,6 @@ class Taps:
             for quantizers in changes.roundings.get(layer, ())
         )
         return torch.cat([products, *(r.flatten(1).sum(1).reshape(-1, n, 1).sum(0) for r in rounded)], 1)
-
-
-def hidden_uses(denoiser: nn.Module, call: DenoiserCall, layers: Sequence[str]) -> list[str]:
-    """The layers whose weights get a gradient when the first row of a call is made again."""
-    weights = [denoiser.get_submodule(layer).get_parameter("weight") for layer in layers]
-    first = rows_of(call, torch.arange(1, device=call.output.device))
-    wanting = [weight.requires_grad for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            output = output_tensor(denoiser(**first))
-            if not output.requires_grad:
-                return []
-            gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
-    finally:
-        for weight, before in zip(weights, wanting, strict=True):
-            weight.requires_grad_(before)
-    return [layer for layer, gradient in zip(layers, gradients, strict=True) if gradient is not None]
 
 
 def drawn(words: str, shape: Sequence[int]) -> torch.Tensor:
