@@ -120,15 +120,17 @@ def test_before_the_first_quantized_layer_outputs_are_exact():
     adapter, bank, recipe = made(kept=("conv_in", "time"))
     probe = probe_trajectory(Lab.on(adapter, bank), recipe, SAMPLING, BLOCKS)
     assert all(one.value == math.inf for one in probe.of_blocks["conv_in"])
-    assert all(math.isfinite(one.value) for one in (*probe.of_blocks["grouped"], *probe.of_path, *probe.of_latents))
-    assert probe.of_steps[0].value == probe.of_path[0].value  # the first inputs are the same
+    assert all(
+        math.isfinite(one.value) for one in (*probe.of_blocks["grouped"], *probe.of("path"), *probe.of("latents"))
+    )
+    assert probe.of("step")[0].value == probe.of("path")[0].value  # the first inputs are the same
 
 
 def test_rounded_activations_are_part_of_it():
     adapter, bank, recipe = made()
     rounded = Recipe({name: Format.parse("uaq4a4") for name in recipe.layers})
     plain, both = (probe_trajectory(Lab.on(adapter, bank), r, SAMPLING, BLOCKS) for r in (recipe, rounded))
-    assert both.of_path[0].value < plain.of_path[0].value
+    assert both.of("path")[0].value < plain.of("path")[0].value
     reference = measure_reference("path", adapter, SAMPLING)
     with Prober(adapter.denoiser, bank.quantize, bank.input_quantizers) as prober:
         prober.switch(rounded)
@@ -140,7 +142,7 @@ def test_a_diverging_recipe_is_endlessly_noisy(monkeypatch):
     spoilt = {name: torch.full_like(w.dequantize(), torch.nan) for name, w in bank.quantize(recipe).items()}
     monkeypatch.setattr(type(bank), "quantize", lambda *_: spoilt)
     probe = probe_trajectory(Lab.on(adapter, bank), recipe, SAMPLING, BLOCKS)
-    assert {one.value for one in (*probe.of_path, *probe.of_latents, *probe.of_blocks["out"])} == {-math.inf}
+    assert {one.value for one in (*probe.of("path"), *probe.of("latents"), *probe.of_blocks["out"])} == {-math.inf}
 
 
 @pytest.mark.parametrize("batch", [1, 2])

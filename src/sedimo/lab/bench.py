@@ -140,11 +140,7 @@ def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | No
 
 
 def captured_inputs(pipe: DiffusersPipeline) -> Mapping[str, object]:
-    """The denoiser's inputs in one real call of the pipeline.
-
-    Raises:
-        InputError: it is not called.
-    """
+    """The denoiser's inputs in one real call of the pipeline."""
     trajectory = record(pipe, pipe.default_sampling([0], 1), at_most=1)
     if not trajectory.calls:
         raise InputError(f"the pipeline {pipe.name} did not call its denoiser")
@@ -189,12 +185,7 @@ class Bench:
 
     @classmethod
     def open(cls, source: SourceSettings) -> Bench:
-        """The bench of a folder, a hub id or `zoo:NAME`; the denoiser alone is loaded now.
-
-        Raises:
-            InputError: the source cannot be used, is quantized already, or holds NaN.
-            StateError: a damaged file.
-        """
+        """The bench of a folder, a hub id or `zoo:NAME`; the denoiser alone is loaded now."""
         bench = cls(source, *locate(source.source, source.variant))
         files = bench.files  # refuses what is no full-precision checkpoint
         dtype = stored_dtype(files.files)
@@ -213,11 +204,7 @@ class Bench:
 
     @cached_property
     def graph(self) -> DenoiserGraph:
-        """The graph by the names of the denoiser's arguments, else by one call of its pipeline.
-
-        Raises:
-            InputError: the denoiser cannot be traced.
-        """
+        """The graph by the names of the denoiser's arguments, else by one call of its pipeline."""
         if self._bare is None:
             return trace(self.pipe(()))
         try:
@@ -231,11 +218,7 @@ class Bench:
             return trace(whole)
 
     def pipe(self, treatments: Sequence[InForce]) -> DiffusersPipeline:
-        """The pipeline in the compute dtype under some treatments.
-
-        Raises:
-            InputError: the source is a denoiser alone.
-        """
+        """The pipeline in the compute dtype under some treatments."""
         pipe: Loaded = self._loaded() if self._pipe is None else self._pipe
         if isinstance(pipe, BareDenoiser):  # of objects in memory, too
             raise InputError(f"{self.name} is a denoiser without its pipeline and cannot be sampled")
@@ -268,11 +251,7 @@ class Bench:
 
     @property
     def files(self) -> FileWeights:
-        """The files that hold the denoiser's weights.
-
-        Raises:
-            InputError: the source was made in memory.
-        """
+        """The files that hold the denoiser's weights."""
         if self.folder is None:
             raise InputError(f"{self.name} was made in memory and has no files")
         return FileWeights(self.folder, self.source.variant)

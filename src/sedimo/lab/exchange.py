@@ -132,9 +132,6 @@ def probed(
 
     `weights` are plain or packed tensors `[out, in, ...]` by layer name; they are cast to the layer's dtype. With
     `inputs`, the inputs of those layers are rounded meanwhile.
-
-    Raises:
-        InputError: a layer that the denoiser does not have, or a weight of another shape.
     """
     exchange = _Exchange(denoiser)
     try:

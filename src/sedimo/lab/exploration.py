@@ -99,9 +99,6 @@ def random_recipe_near(
 
     It is drawn like `random_recipe`, then random decisions are drawn again as long as that brings the average
     nearer to the goal.
-
-    Raises:
-        InputError: no recipe that near was found.
     """
     uniform = _uniform(seed, index)
     choice = _draw(space, uniform)

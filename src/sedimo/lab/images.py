@@ -59,11 +59,7 @@ def draw(adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progr
 def draw_features(
     adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT
 ) -> Features:
-    """Features of the images of a plan; no more than a batch of images is in memory.
-
-    Raises:
-        MissingExtraError: the embedded extractor is not installed.
-    """
+    """Features of the images of a plan; no more than a batch of images is in memory."""
     return draw_latents_and_features(adapter, sampling, label=label, progress=progress)[1]
 
 
@@ -93,9 +89,6 @@ def compare_distributions(reference: Features, quantized: Features) -> dict[str,
     """`fid` and `kid` of the second set of images to real ones, `reference_fid` and `reference_kid` of the first.
 
     Both are of the same seeds; `fid_difference` and `kid_difference` are paired, the second minus the first.
-
-    Raises:
-        InputError: fewer than twenty images, or features of different extractors.
     """
     names = {reference.extractor, quantized.extractor, _real()[0].extractor}
     if len(names) > 1:
@@ -114,10 +107,6 @@ def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, Callable
 
     Features are float32 on the CPU. Images of another size than 32 x 32 are resized first (bilinear,
     antialiased), as FID's own extractor resizes to 299 x 299.
-
-    Raises:
-        MissingExtraError: the package sedimo-zoo is not installed.
-        StateError: its data is missing or damaged.
     """
     module = zoo_module("sedimo_zoo.classifier", "the embedded feature extractor")
     classifier = module.Classifier()
@@ -148,12 +137,7 @@ def _fitted(images: torch.Tensor) -> torch.Tensor:
 
 
 def reference_statistics() -> tuple[Features, FeatureStatistics]:
-    """Of the real images that the embedded models imitate: features of some (KID), and statistics of all (FID).
-
-    Raises:
-        MissingExtraError: the package sedimo-zoo is not installed.
-        StateError: its data is missing or damaged.
-    """
+    """Of the real images that the embedded models imitate: features of some (KID), and statistics of all (FID)."""
     folder = existing(zoo_module("sedimo_zoo", "the reference of FID and KID").classifier_path())
     record = parse_json(existing(folder / "training.json").read_bytes(), place=str(folder / "training.json"))
     try:

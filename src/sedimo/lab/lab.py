@@ -157,7 +157,7 @@ class Lab:
     @property
     def any_bank(self) -> Bank:
         """Whichever bank is there: what a recipe becomes is the same with both."""
-        return self.bank if "bank" in self.__dict__ else self.estimated
+        return self.bank if "bank" in vars(self) else self.estimated
 
     @property
     def cache(self) -> Path | None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from sedimo.errors import InputError, StateError
+from sedimo.lab.exchange import hooked
 from sedimo.lab.images import Features, compare_distributions, draw_latents_and_features
 from sedimo.lab.study import ObjectiveName
 from sedimo.metrics.estimate import Estimate
@@ -44,11 +45,8 @@ class Reference:
 def counted_calls(adapter: PipelineAdapter) -> Iterator[list[int]]:
     """Grows by one with each call of the denoiser."""
     calls: list[int] = []
-    hook = adapter.denoiser.register_forward_hook(lambda *_: calls.append(1))
-    try:
+    with hooked(adapter.denoiser, {"": lambda *_: calls.append(1)}):
         yield calls
-    finally:
-        hook.remove()
 
 
 def measure_reference(objective: ObjectiveName, adapter: PipelineAdapter, sampling: Sampling) -> Reference:

@@ -35,11 +35,7 @@ class StopRequest:
         self.is_set = False
 
     def check(self, how_to_resume: str) -> None:
-        """Ends the work when the user asked for it.
-
-        Raises:
-            Interrupted: with `how_to_resume` as its message.
-        """
+        """Ends the work when the user asked for it."""
         if self.is_set:
             raise Interrupted(how_to_resume)
 
@@ -104,9 +100,6 @@ class Parts:
         """The parts of `n_parts` works (content key, and how to measure it), one after another: the one resumable loop.
 
         People see how far it is under `label`. Ctrl-C once finishes and saves the part that is being measured.
-
-        Raises:
-            Interrupted: the user stopped it; with a study, calling again goes on.
         """
         with self.stage(label, n_parts) as stop:
             for key, measure in works:
@@ -129,11 +122,7 @@ class Parts:
         return Execution.here(sum(e.seconds for e in taken), sum(e.n_calls for e in taken))
 
     def check(self, stop: StopRequest) -> None:
-        """Ends the work when the user asked for it, and says where what was measured is.
-
-        Raises:
-            Interrupted: the user asked.
-        """
+        """Ends the work when the user asked for it, and says where what was measured is."""
         kept = f"saved in {self._study.path}; run the same command again to go on" if self._study else ""
         stop.check(f"interrupted: what was measured is {kept or 'lost; give a study to keep it'}")
 

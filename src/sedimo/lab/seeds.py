@@ -19,11 +19,7 @@ Default = Callable[[Sequence[int], int], Sampling]  # a pipeline's own plan for 
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
-    """The lines of a text file that are not empty.
-
-    Raises:
-        InputError: not UTF-8 text, or no such line.
-    """
+    """The lines of a text file that are not empty."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -86,30 +87,15 @@ class TrajectoryProbe:
         called = [name for name in self.blocks if name in self.parts[0].blocks]
         return {name: _estimates([part.blocks[name] for part in self.parts]) for name in called}
 
-    @property
-    def of_steps(self) -> tuple[Estimate, ...]:
-        """SQNR of the denoiser's output at each call, on full-precision inputs [dB]."""
-        return _estimates([part.step for part in self.parts])
-
-    @property
-    def of_path(self) -> tuple[Estimate, ...]:
-        """SQNR of the denoiser's output at each call of the recipe's own path [dB]."""
-        return _estimates([part.path for part in self.parts])
-
-    @property
-    def of_latents(self) -> tuple[Estimate, ...]:
-        """SQNR of the latents after each call of the recipe's own path [dB]."""
-        return _estimates([part.latents for part in self.parts])
+    def of(self, line: Literal["step", "path", "latents"]) -> tuple[Estimate, ...]:
+        """SQNR at each call [dB] of the denoiser's output (`path`: on the own path), or of the latents after it."""
+        return _estimates([getattr(part, line) for part in self.parts])
 
 
 def probe_trajectory(lab: Lab, recipe: Recipe, on: Sampling, blocks: Sequence[str]) -> TrajectoryProbe:
     """Measures a recipe at the outputs of `blocks` (module paths) and along the trajectory.
 
     With a study, the part of a few samples is saved when it is finished and not measured again.
-
-    Raises:
-        InputError: a block that the denoiser does not have.
-        Interrupted: the user stopped it (with a study, calling again goes on).
     """
     parts, parted = lab.parts(), replace(on, batch_size=_BATCH)
     pipe, bank = lab.pipe, lab.any_bank

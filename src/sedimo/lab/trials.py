@@ -209,9 +209,6 @@ def in_processes(
 
     `make_worker` must be something a process can be started with: a module-level function, or a `functools.partial` of
     one whose arguments are records and paths.
-
-    Raises:
-        StateError: a worker died.
     """
     n_processes = min(n_processes, len(recipes))
     threads = max(1, (os.cpu_count() or 1) // n_processes)

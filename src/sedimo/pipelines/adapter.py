@@ -43,21 +43,17 @@ class Sampling:
         """The first `n` samples of this plan, or all of them."""
         return replace(self, seeds=self.seeds[:n])
 
-    def part(self, first: int, stop: int) -> Sampling:
-        """Samples `first` to `stop` of this plan, with the conditions that they have in it."""
-        seeds = self.seeds[first:stop]
-        conditions = tuple(self.condition(first + i) or "" for i in range(len(seeds))) if self.conditions else ()
-        return replace(self, seeds=seeds, conditions=conditions)
-
     @property
     def n_batches(self) -> int:
         """How many batches the samples make."""
         return -(-len(self.seeds) // self.batch_size)
 
     def batches(self) -> Iterator[Sampling]:
-        """The plan cut into plans of one batch each, the same samples in the same order."""
+        """The plan cut into plans of one batch each, the same samples in the same order with their conditions."""
         for first in range(0, len(self.seeds), self.batch_size):
-            yield self.part(first, first + self.batch_size)
+            seeds = self.seeds[first : first + self.batch_size]
+            conditions = tuple(self.condition(first + i) or "" for i in range(len(seeds))) if self.conditions else ()
+            yield replace(self, seeds=seeds, conditions=conditions)
 
     def condition(self, index: int) -> str | None:
         """The condition of sample `index`."""

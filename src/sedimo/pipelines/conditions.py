@@ -53,9 +53,6 @@ def default_conditions(pipeline: PipelineObject, n: int) -> tuple[str, ...]:
     Prompts are those that its text encoder names (`task_specific_params` of its config, entry "text-to-image"), or
     plain ones. Up to ten classes are taken in order; of more, neighbours in the result are far apart in number,
     because neighbouring ImageNet classes are alike.
-
-    Raises:
-        StateError: the text encoder names something that is no list of prompts.
     """
     kind = condition_kind(pipeline)
     if kind == "none":
@@ -73,11 +70,7 @@ def default_conditions(pipeline: PipelineObject, n: int) -> tuple[str, ...]:
 
 
 def default_guidance(pipeline: PipelineObject) -> float | None:
-    """The guidance scale that the text encoder names beside its prompts; None: that of the pipeline's call.
-
-    Raises:
-        StateError: it names something that is no finite number.
-    """
+    """The guidance scale that the text encoder names beside its prompts; None: that of the pipeline's call."""
     scale = _task_settings(pipeline).get("guidance_scale")
     if scale is None:
         return None
@@ -87,11 +80,7 @@ def default_guidance(pipeline: PipelineObject) -> float | None:
 
 
 def condition_arguments(pipeline: PipelineObject, conditions: Sequence[str | None]) -> dict[str, object]:
-    """The arguments that carry one condition per sample into the pipeline's call.
-
-    Raises:
-        InputError: conditions are needed and missing, given and not taken, or unknown.
-    """
+    """The arguments that carry one condition per sample into the pipeline's call."""
     kind, name = condition_kind(pipeline), type(pipeline).__name__
     texts = [c for c in conditions if c is not None]
     if kind == "none":

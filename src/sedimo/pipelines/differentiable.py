@@ -71,12 +71,7 @@ def _gradients(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], outputs: Sequ
 
 
 def run_differentiably(pipeline: PipelineObject, denoiser: nn.Module, batch: Sampling) -> DifferentiableRun:
-    """Samples a plan as one batch, as `sample_batch` does, and remembers how.
-
-    Raises:
-        InputError: the pipeline does not take what the plan asks for.
-        UnsupportedError: final latents do not follow from the denoiser's outputs by operations that have a derivative.
-    """
+    """Samples a plan as one batch, as `sample_batch` does, and remembers how."""
     name = f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
     call = inspect.unwrap(type(pipeline).__call__)  # diffusers switches gradients off around it
     cuts: list[CutCall] = []

@@ -278,11 +278,7 @@ def _write_index(pipeline: PipelineObject, folder: Path) -> None:
 
 @torch.no_grad()
 def decode_latents(pipeline: PipelineObject, latents: torch.Tensor) -> torch.Tensor:
-    """Images `[n, 3, H, W]` float32 in [0, 1] on the CPU; pixel-space pipelines only rescale.
-
-    Raises:
-        InputError: the latents do not belong to this pipeline, or its decoder is not known.
-    """
+    """Images `[n, 3, H, W]` float32 in [0, 1] on the CPU; pixel-space pipelines only rescale."""
     decoder: Any = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
     if decoder is None:
         if getattr(pipeline, "movq", None) is not None:

@@ -14,11 +14,7 @@ from sedimo.errors import InputError
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `out` that takes its place once the block has ended without an error.
-
-    Raises:
-        InputError: `out` is a file, or a folder that is not empty and may not be overwritten.
-    """
+    """A temporary sibling of `out` that takes its place once the block has ended without an error."""
     out = out.absolute()  # the working folder has no name otherwise
     _refuse_used(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,11 +36,7 @@ def _refuse_used(out: Path, *, overwrite: bool) -> None:
 
 
 def write_file(target: Path, content: bytes) -> None:
-    """Writes a file; an existing one is replaced at once or not at all.
-
-    Raises:
-        InputError: the folder does not exist, or `target` is a folder itself.
-    """
+    """Writes a file; an existing one is replaced at once or not at all."""
     if not target.parent.is_dir():
         raise InputError(f"the folder of a file must exist, got {str(target)!r}: create {str(target.parent)!r} first")
     if target.is_dir():

@@ -90,11 +90,7 @@ def load_pipeline(
 
 
 def locate(source: str | Path, variant: str | None) -> tuple[str, Path]:
-    """Name for people, and folder, of a folder, a hub id or `zoo:NAME`.
-
-    Raises:
-        InputError: nothing there.
-    """
+    """Name for people, and folder, of a folder, a hub id or `zoo:NAME`."""
     text = str(source)
     if text.startswith(ZOO_PREFIX):
         return text, zoo_path(text.removeprefix(ZOO_PREFIX))
@@ -156,12 +152,7 @@ def _load_denoiser(
 
 
 def load_architecture(folder: Path) -> nn.Module:
-    """The denoiser of a folder without its weights, on the meta device, whether it is quantized or not.
-
-    Raises:
-        InputError: no denoiser there, or a class that is not part of diffusers.
-        StateError: a damaged config.
-    """
+    """The denoiser of a folder without its weights, on the meta device, whether it is quantized or not."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no denoiser's folder: it has no config.json")
     config = _read_object(folder / "config.json")
@@ -337,13 +328,7 @@ def _hub_folder(hub_id: str, variant: str | None) -> Path:
 
 
 def zoo_path(name: str) -> Path:
-    """Folder of the embedded pipeline `name`.
-
-    Raises:
-        MissingExtraError: the package sedimo-zoo is not installed.
-        InputError: it has no such model.
-        StateError: its data is not there.
-    """
+    """Folder of the embedded pipeline `name`."""
     zoo = zoo_module("sedimo_zoo", f"the embedded model 'zoo:{name}'")
     try:
         return existing(zoo.model_path(name))

@@ -40,11 +40,7 @@ _LATENT_OUTPUT = "latent"
 def sample_batch(
     pipeline: PipelineObject, denoiser: nn.Module, batch: Sampling, observer: Observer | None
 ) -> torch.Tensor:
-    """Final latents `[B, ...]` float32 on the CPU of all samples of a plan, run as one batch.
-
-    Raises:
-        InputError: the pipeline does not take what the plan asks for.
-    """
+    """Final latents `[B, ...]` float32 on the CPU of all samples of a plan, run as one batch."""
     with torch.no_grad(), ExitStack() as stack:
         arguments, steps = stack.enter_context(ready_to_sample(pipeline, batch))
         if observer is not None:
@@ -72,9 +68,6 @@ def ready_to_sample(
 
     With `cuts_last`, a pipeline that gives no latents gets the last step's sample without its history of gradients: it
     goes on to make pictures of it in ways that know none.
-
-    Raises:
-        InputError: the pipeline does not take what the plan asks for.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     arguments = _call_arguments(pipeline, batch) | {"generator": generators}

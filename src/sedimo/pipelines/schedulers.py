@@ -49,11 +49,7 @@ def exchanged(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def scheduler_named(pipeline: PipelineObject, name: str, n_steps: int) -> object:
-    """A scheduler of that name with the noise levels and the prediction type of the pipeline's own.
-
-    Raises:
-        InputError: an unknown name, or this pipeline cannot take that scheduler, with the reason.
-    """
+    """A scheduler of that name with the noise levels and the prediction type of the pipeline's own."""
     if name not in _CLASSES:
         raise InputError(f"schedulers are {', '.join(_CLASSES)}; got {name!r}")
     own: Any = pipeline.scheduler
@@ -124,11 +120,7 @@ class StepCall:
 
 @contextmanager
 def handled_steps(scheduler: Any, handle: Callable[[StepCall], object]) -> Iterator[None]:
-    """`handle` answers every call of `scheduler.step` meanwhile; the scheduler is exactly what it was on leaving.
-
-    Raises:
-        InputError: a call with arguments that the step does not take.
-    """
+    """`handle` answers every call of `scheduler.step` meanwhile; the scheduler is exactly what it was on leaving."""
     original: Callable[..., object] = scheduler.step
     signature = inspect.signature(original)
 
@@ -147,11 +139,7 @@ def handled_steps(scheduler: Any, handle: Callable[[StepCall], object]) -> Itera
 
 
 def check_step(scheduler: Any) -> None:
-    """Refuses a scheduler whose step is not given a prediction, a timestep and latents under their usual names.
-
-    Raises:
-        UnsupportedError: it is not.
-    """
+    """Refuses a scheduler whose step is not given a prediction, a timestep and latents under their usual names."""
     parameters = inspect.signature(scheduler.step).parameters
     missing = [name for name in ("model_output", "timestep", "sample") if name not in parameters]
     if missing:

@@ -81,11 +81,7 @@ def replay(denoiser: nn.Module, call: DenoiserCall) -> torch.Tensor:
 
 
 def output_tensor(output: object) -> torch.Tensor:
-    """The tensor in what a denoiser returns: itself, the field `sample`, or the first of a tuple.
-
-    Raises:
-        InputError: there is no tensor at any of these places.
-    """
+    """The tensor in what a denoiser returns: itself, the field `sample`, or the first of a tuple."""
     if isinstance(output, Mapping):  # diffusers' outputs are ordered mappings
         output = output["sample"] if "sample" in output else next(iter(output.values()), None)
     elif isinstance(output, tuple | list):
@@ -108,9 +104,6 @@ def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[
     """Each recorded call with the positions of the samples that it computed.
 
     Row r of a call belongs to sample `r mod len(range)` of its batch.
-
-    Raises:
-        StateError: the calls do not fit the sampling plan.
     """
     n, first, last_step = len(sampling.seeds), -sampling.batch_size, -1
     for index, call in enumerate(calls):

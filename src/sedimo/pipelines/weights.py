@@ -73,11 +73,7 @@ class FileHeader:
 
 
 def read_header(path: Path) -> FileHeader:
-    """The header of a safetensors file; no tensor is read.
-
-    Raises:
-        StateError: the file is missing, no safetensors file, or its sizes contradict each other.
-    """
+    """The header of a safetensors file; no tensor is read."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
@@ -96,12 +92,7 @@ def variants(folder: Path, stem: str) -> tuple[str | None, ...]:
 
 
 def find_weights(folder: Path, stem: str, variant: str | None) -> WeightFiles:
-    """The weights of a component, of the variant asked for; else the plain ones; else the only variant there is.
-
-    Raises:
-        InputError: no safetensors, no such variant, or several variants and no plain weights.
-        StateError: the index is damaged or names a file that is missing.
-    """
+    """The weights of a component, of the variant asked for; else the plain ones; else the only variant there is."""
     present = variants(folder, stem)
     if not present:
         raise InputError(_nothing_to_read(folder, stem))
@@ -263,12 +254,7 @@ class FileWeights:
 
 
 def tensor_homes(found: WeightFiles) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """File, shape and dtype of every tensor of a set of weights.
-
-    Raises:
-        InputError: an adapter (LoRA) is among them.
-        StateError: a file is damaged, or index and shards disagree.
-    """
+    """File, shape and dtype of every tensor of a set of weights."""
     homes: dict[str, tuple[Path, tuple[int, ...], str]] = {}
     for path in found.files:
         tensors = read_header(path).tensors
@@ -308,11 +294,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def denoiser_folder(folder: Path) -> Path:
-    """The folder of the denoiser's files: `folder`, or its `transformer` or `unet` if it is a pipeline's.
-
-    Raises:
-        InputError: the folder is missing, or is a pipeline's without a denoiser.
-    """
+    """The folder of the denoiser's files: `folder`, or its `transformer` or `unet` if it is a pipeline's."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
     if not (folder / "model_index.json").is_file():
@@ -327,9 +309,6 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     """The dtype of most floating-point parameters in safetensors files; float32 if they hold none.
 
     Only tensors named `*.weight` and `*.bias` count: not the scales and codebooks of quantized layers.
-
-    Raises:
-        StateError: a file is damaged.
     """
     sizes = dict.fromkeys(_COMPUTE_DTYPES, 0)
     for path in files:
@@ -343,9 +322,6 @@ def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[
     """Refuses a denoiser whose weights are not those of a source: what was measured would not be what is packed.
 
     `layers` limits the comparison; by default all weights are compared. A value that is no number equals another one.
-
-    Raises:
-        InputError: naming the first layer that differs, or an adapter (LoRA).
     """
     live = ModuleWeights(denoiser)
     known = {info.layer_name for info in live.weights()}
@@ -363,11 +339,7 @@ def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[
 
 
 def refuse_endless(denoiser: nn.Module) -> None:
-    """Refuses a denoiser with NaN or infinity anywhere: nothing that it computes could be measured.
-
-    Raises:
-        InputError: naming the tensor.
-    """
+    """Refuses a denoiser with NaN or infinity anywhere: nothing that it computes could be measured."""
     for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers()):
         is_checked = tensor.is_floating_point() and not tensor.is_meta
         if is_checked and not torch.isfinite(tensor.sum(dtype=torch.float64)):
@@ -375,11 +347,7 @@ def refuse_endless(denoiser: nn.Module) -> None:
 
 
 def refuse_adapters(denoiser: nn.Module) -> None:
-    """Refuses a denoiser with adapters.
-
-    Raises:
-        InputError: naming the first layer with one, and whether it is merged into the weight.
-    """
+    """Refuses a denoiser with adapters."""
     for name, module in denoiser.named_modules():
         if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
             state = "merged into" if getattr(module, "merged", False) else "attached to"
@@ -390,11 +358,7 @@ def refuse_adapters(denoiser: nn.Module) -> None:
 
 
 def refuse_adapter_names(names: Iterable[str], place: str) -> None:
-    """Refuses stored tensors whose names tell that an adapter is among them.
-
-    Raises:
-        InputError: naming one such tensor.
-    """
+    """Refuses stored tensors whose names tell that an adapter is among them."""
     for name in names:
         if ".base_layer." in name or ".lora_" in name or name.startswith("lora_"):
             raise InputError(f"{place} holds an adapter (LoRA), such as {name!r}: save the denoiser without it")

@@ -143,7 +143,7 @@ def recipe_map(probe: TrajectoryProbe) -> NoiseMap:
 
 def trajectory_lines(probe: TrajectoryProbe) -> TrajectoryLines:
     """The noise of a recipe step by step."""
-    return TrajectoryLines(probe.timesteps, probe.of_steps, probe.of_path, probe.of_latents)
+    return TrajectoryLines(probe.timesteps, probe.of("step"), probe.of("path"), probe.of("latents"))
 
 
 def local_map(
