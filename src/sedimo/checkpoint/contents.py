@@ -1,4 +1,4 @@
-"""What lies packed in a denoiser: put it there, take it out, describe it, and judge whether it may be packed.
+"""What lies packed in a denoiser: take it out, describe it, and judge whether it may be packed.
 
 Packed weights are assembled from the tensors of a file, and flattened into them. A denoiser's module tree is left
 alone; only parameters named `weight` of Linear and Conv layers change.
@@ -15,7 +15,6 @@ from torch import nn
 from sedimo.checkpoint.inputs import unround_inputs, unsmooth_inputs
 from sedimo.checkpoint.judge import check_values
 from sedimo.checkpoint.layout import (
-    LAYER_TYPES,
     METHOD,
     LayerEntry,
     Layers,
@@ -50,34 +49,6 @@ def describe(denoiser: nn.Module) -> dict[str, LayerEntry | TiedEntry]:
         owner = owners.setdefault(_identity(weight), name)
         found[name] = entry_of(weight) if owner == name else TiedEntry(owner)
     return found
-
-
-def set_weights(denoiser: nn.Module, weights: Mapping[str, QuantizedTensor]) -> None:
-    """Puts packed weights in place of the weights of the named layers.
-
-    Each keeps the dtype and device of the weight that it replaces. One tensor given for several layers stays one
-    shared parameter, and layers that share a parameter with a named layer follow it.
-    """
-    modules = dict(named_layers(denoiser))
-    for name, weight in weights.items():
-        _check_place(name, weight, modules)
-    owners: dict[int, str] = {}
-    for name, weight in weights.items():
-        owner = owners.setdefault(id(modules[name]._parameters["weight"]), name)
-        if weights[owner] is not weight:
-            raise InputError(f"layers {owner!r} and {name!r} share one weight and must get one packed weight")
-    places = {name: modules[name]._parameters for name in (*weights, *modules)}
-    targets = [(n, p, old, owners[id(old)]) for n, p in places.items() if id(old := p.get("weight")) in owners]
-    made: dict[object, nn.Parameter] = {}
-    for name, place, old, owner in targets:
-        assert old is not None  # noqa: S101  # the weight of a named layer, which has one
-        key = (id(weights[owner]), old.dtype, old.device)
-        if key not in made:
-            device = weights[owner].device if old.device.type == "meta" else old.device
-            fresh = weights[owner].to(device=device, dtype=old.dtype).detach()
-            fresh.layer_name = name  # type: ignore[attr-defined]  # detach() is typed as a plain tensor
-            made[key] = nn.Parameter(fresh, requires_grad=False)
-        place["weight"] = made[key]
 
 
 def make_ordinary(denoiser: nn.Module) -> None:
@@ -174,14 +145,3 @@ def _changed(name: str, how: str) -> StateError:
 
 def _identity(weight: QuantizedTensor) -> object:
     return tuple(id(t) for part in weight.parts for t in part.tensors.values())
-
-
-def _check_place(name: str, weight: torch.Tensor, modules: Mapping[str, nn.Module]) -> None:
-    if not isinstance(weight, QuantizedTensor):
-        raise InputError(f"layer {name!r} takes a QuantizedTensor, got {type(weight).__name__}")
-    if name not in modules:
-        raise InputError(f"the denoiser has no {' or '.join(LAYER_TYPES)} layer {name!r}")
-    old = modules[name]._parameters.get("weight")
-    if old is None or old.shape != weight.shape:
-        shape = None if old is None else tuple(old.shape)
-        raise InputError(f"layer {name!r} has a weight of shape {shape}, the packed weight has {tuple(weight.shape)}")

@@ -59,7 +59,6 @@ class SedimoConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, *, recipe: Mapping[str, str] | None = None, **configuration: object) -> None:
-        """Reads plain values strictly."""
         plain = configuration or Configuration({}, InputQuantizers(), {}, MADE_BY).plain
         self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
         self.configuration = read_configuration(plain, place="quantization_config")
@@ -100,7 +99,6 @@ class SedimoQuantizer(DiffusersQuantizer):
     supports_parallel_loading = False  # the tensors of one layer may lie in two shards, which are read in turn
 
     def __init__(self, quantization_config: SedimoConfig, *, pre_quantized: bool = True) -> None:
-        """Made by diffusers for each model."""
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self._found: dict[str, TensorSpec] = {}
         self._seal: str | None = None

@@ -190,10 +190,7 @@ def read_layers(plain: object, *, place: str) -> dict[str, LayerEntry | TiedEntr
     for name, entry in plain.items():
         is_tied = isinstance(entry, Mapping) and "same_as" in entry
         kind: type[LayerEntry] | type[TiedEntry] = TiedEntry if is_tied else LayerEntry
-        try:
-            found[name] = from_plain(kind, entry, place=f"{place}[{name!r}]")
-        except InputError as error:
-            raise StateError(f"{place}[{name!r}]: {error}") from error
+        found[name] = from_plain(kind, entry, place=f"{place}[{name!r}]")
     for name, entry in found.items():
         if isinstance(entry, TiedEntry) and not isinstance(found.get(entry.same_as), LayerEntry):
             raise StateError(f"{place}[{name!r}] shares the weight of {entry.same_as!r}, which is no packed layer")
