@@ -112,22 +112,14 @@ class BudgetSettings:
         return self.has_size or self.bops is not None
 
     def resolved(self, n_weights: int, full_bops: int) -> Budget | None:
-        """The limits for a model of so many weights and bit operations at 16 bits; None without a budget.
-
-        Raises:
-            InputError: a share of bit operations that are not known.
-        """
+        """The limits for a model of so many weights and bit operations at 16 bits; None without a budget."""
         bops = None if self.bops is None else self.bops.resolved(full_bops)
         return read_budget(
             n_weights, bits=self.bits, stored_bits=self.stored_bits, budget_bytes=self.n_bytes, budget_bops=bops
         )
 
     def in_bits(self, n_weights: int) -> float:
-        """The size per weight [bits], in its own accounting.
-
-        Raises:
-            InputError: no size.
-        """
+        """The size per weight [bits], in its own accounting."""
         bits = self.bits if self.stored_bits is None else self.stored_bits
         if bits is None and self.n_bytes is None:
             raise InputError("a budget of size is needed: --bits 3.5 (or --stored-bits, --bytes)")

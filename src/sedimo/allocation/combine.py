@@ -24,9 +24,6 @@ def geometric_mean(first: SensitivityTable, second: SensitivityTable) -> Sensiti
     """Cost = sqrt(first x second), after the second was scaled to the first's geometric mean.
 
     The relative standard errors are combined as if independent. What one table forbids stays forbidden.
-
-    Raises:
-        InputError: the tables are about other choices.
     """
     _refuse_other_choices(first, second)
     pairs = [(c, second.index[key]) for key, c in first.index.items()]
@@ -43,9 +40,6 @@ def rank_average(tables: Sequence[SensitivityTable]) -> SensitivityTable:
     ranks the first table's costs are interpolated. So costs still add, in the first table's unit, tables of one order
     give the first one back, and a rising transformation of any other table changes nothing. What one table forbids
     stays forbidden. The standard error is that of the mean rank: how much the tables disagree; `n` is their number.
-
-    Raises:
-        InputError: fewer than two tables, or tables about other choices.
     """
     if len(tables) < 2:
         raise InputError(f"averaging ranks takes at least two tables, got {len(tables)}")
@@ -106,11 +100,7 @@ class Agreement:
 
 
 def agreement(predicted: Sequence[float], measured: Sequence[float]) -> Agreement:
-    """How well predictions agree with measurements.
-
-    Raises:
-        InputError: fewer than three pairs, or a number that is not positive.
-    """
+    """How well predictions agree with measurements."""
     if len(predicted) != len(measured) or len(predicted) < 3:
         raise InputError(f"agreement needs at least three pairs, got {len(predicted)} and {len(measured)} numbers")
     if not all(0 < v < math.inf for v in (*predicted, *measured)):
@@ -129,11 +119,7 @@ def agreement(predicted: Sequence[float], measured: Sequence[float]) -> Agreemen
 
 
 def predict(table: SensitivityTable, choice: Mapping[str, Format]) -> float:
-    """Noise that a table predicts for a recipe: the sum of the costs of its choices.
-
-    Raises:
-        InputError: the table has no cost for a choice.
-    """
+    """Noise that a table predicts for a recipe: the sum of the costs of its choices."""
     taken = [(decision, f) for decision, f in choice.items() if f.is_quantized]
     for decision, f in taken:
         if (decision, f) not in table.index:

@@ -90,9 +90,6 @@ class Effects:
 
         Each is a mean over the directions (see `expected_db`). It is honest for recipes that were not chosen by these
         products; for others see `allocate_signed`.
-
-        Raises:
-            InputError: a choice that was not measured.
         """
         total = np.zeros(self.shape)
         for key in choice.items():
@@ -108,11 +105,7 @@ class Effects:
 
 
 def make_effects(products: Mapping[Choice, FloatArray], candidates: Iterable[Candidate]) -> Effects:
-    """The effects that signed products `[n, directions]` of all choices on the final latents tell.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The effects that signed products `[n, directions]` of all choices on the final latents tell."""
     if not products:
         raise InputError("every choice leaves the weights as they are and has no effect; add formats such as kmc4")
     levels = _levels(list(products.values()))
@@ -221,9 +214,6 @@ def allocate_signed(
     `objective` is that noise, `bound` a proven lower limit: cross terms are a mean square, so they are never below what
     they take from the costs. Starts from `known`, else from the exact solution without cross terms, and makes at most
     so many exchanges. `trust` in cross terms is that of the effects unless given.
-
-    Raises:
-        InputError: no choice keeps the budget.
     """
     is_summed = known is not None and known.rule == SUMMED
     summed = known if known and is_summed else allocate_within(table, budget, rule=SUMMED)

@@ -180,11 +180,7 @@ def arrays_of(entries: Entries, budget: Budget) -> tuple[FloatArray, IntArray, I
 
 
 def make_problem(table: Table, budget: Budget) -> Problem:
-    """The problem of a table under a budget, with dominated options removed.
-
-    Raises:
-        InputError: a decision or group has no option left, or a cost is minus infinity.
-    """
+    """The problem of a table under a budget, with dominated options removed."""
     options, costs, sizes = [], [], []
     for entries in rows_of(table):
         cost, size, ties = arrays_of(entries, budget)
@@ -253,11 +249,7 @@ def _under_the_stairs(cost: FloatArray, size: IntArray) -> NDArray[np.bool_]:
 
 
 def bytes_for_bits(bits: float, n_weights: int) -> int:
-    """The bytes that an average of `bits` per weight allows [bytes].
-
-    Raises:
-        InputError: bits are not a positive finite number.
-    """
+    """The bytes that an average of `bits` per weight allows [bytes]."""
     if not (math.isfinite(bits) and bits > 0):
         raise InputError(f"a budget must be a positive number of bits per weight, got {bits!r}.")
     return math.floor(bits * n_weights / 8 * (1 + _ROUNDING))
@@ -283,11 +275,7 @@ def read_budget(
     budget_bytes: int | None,
     budget_bops: int | None,
 ) -> Budget | None:
-    """The budget that is given for so many weights: a size, bit operations, or both; None when there is none.
-
-    Raises:
-        InputError: more than one size, or a number that is no budget.
-    """
+    """The budget that is given for so many weights: a size, bit operations, or both; None when there is none."""
     given = {"bits": bits, "stored_bits": stored_bits, "budget_bytes": budget_bytes}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:

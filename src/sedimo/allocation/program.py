@@ -57,11 +57,7 @@ Solver = Callable[[Problem, float, float], Answer]
 
 
 def decide(problem: Problem, *, rule: str, gap: float, starts: Sequence[IntArray] = ()) -> Answer:
-    """The choice of one of `SEARCHES`, never worse than the `starts` that fit; none when nothing fits.
-
-    Raises:
-        InputError: the search ends without a choice, which proves nothing.
-    """
+    """The choice of one of `SEARCHES`, never worse than the `starts` that fit; none when nothing fits."""
     if (problem.least_sizes.sum(axis=1) > problem.limit).any():
         return Answer(None, math.inf)
     cheapest = np.asarray(problem.cost.argmin(axis=1), dtype=np.int64)
@@ -224,11 +220,7 @@ def solve_checked(problem: Problem, unit: float, gap: float, solver: Solver | No
 
 
 def solve_highs(problem: Problem, unit: float, gap: float) -> Answer:
-    """The integer programme by HiGHS (`scipy.optimize.milp`).
-
-    Raises:
-        SedimoError: HiGHS fails with anything but infeasibility, or reaches its node limit without a choice.
-    """
+    """The integer programme by HiGHS (`scipy.optimize.milp`)."""
     rows, columns = np.nonzero(np.isfinite(problem.cost))
     least = problem.cost.min(axis=1)
     smallest = problem.least_sizes

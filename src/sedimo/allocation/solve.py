@@ -80,11 +80,7 @@ def allocate(
 def allocate_within(
     table: Table, budget: Budget | None, *, rule: str = "milp", gap: float = GAP, known: Allocation | None = None
 ) -> Allocation:
-    """Like `allocate`, for a `Budget`; what is searched is never worse than `known`, a choice of decisions that fits.
-
-    Raises:
-        InputError: as `allocate`.
-    """
+    """Like `allocate`, for a `Budget`; what is searched is never worse than `known`, a choice that fits."""
     rows, of_decisions = rows_of(table), table if isinstance(table, SensitivityTable) else None
     if not rows:
         raise InputError(f"the costs of {table.denoiser} by {table.method!r} have no decisions.")
@@ -147,9 +143,6 @@ def frontier(
     The objective never rises along the curve: every answer is offered to the next, larger budget, so that
     the gap at which a search stops cannot bend the curve upwards. With `bops`, every point keeps that limit of bit
     operations, too; budgets at which no choice is found that keeps both are left out.
-
-    Raises:
-        InputError: no budgets, or (without `bops`) one that no choice keeps.
     """
     if not budgets:
         raise InputError("a frontier needs at least one budget, got none.")
@@ -167,11 +160,7 @@ def frontier(
 def even_budgets(
     table: SensitivityTable, n_points: int, *, accounting: Accounting = "paper", most_bits: float | None = None
 ) -> tuple[float, ...]:
-    """Budgets from the least to the most possible bits, or to `most_bits`, evenly spaced [bits per weight].
-
-    Raises:
-        InputError: fewer than two points, or `most_bits` below the least possible.
-    """
+    """Budgets from the least to the most possible bits, or to `most_bits`, evenly spaced [bits per weight]."""
     if n_points < 2:
         raise InputError(f"a curve needs at least two points, got {n_points}.")
     low, high = bits_range(table, accounting)
@@ -212,11 +201,7 @@ def _cheapest(entries: Entries) -> Cost | Variant:
 
 
 def _judge(table: Table, chosen: Iterable[Cost | Variant], rule: str, budget: Budget | None) -> Allocation:
-    """The allocation of what was chosen without looking at a budget, with the bound of its size.
-
-    Raises:
-        InputError: the choice exceeds the budget that is given all the same.
-    """
+    """The allocation of what was chosen without looking at a budget, with the bound of its size."""
     chosen = tuple(chosen)
     own = budget or Budget(sum(entry.paper_bytes for entry in chosen), "paper")
     problem = make_problem(table, own)

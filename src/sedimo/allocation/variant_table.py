@@ -172,9 +172,6 @@ def enumerate_variants(decisions: Sequence[Decision], *, max_variants: int = MAX
 
     Example:
         Decisions with two and three formats have the six variants 00 01 02 10 11 12.
-
-    Raises:
-        InputError: more than `max_variants` combinations, or more formats than eight bits can number.
     """
     counts = [len(decision.formats) for decision in decisions]
     n_variants = math.prod(counts)

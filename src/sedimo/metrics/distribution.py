@@ -30,11 +30,7 @@ class FeatureStatistics:
     n: int
 
     def __post_init__(self) -> None:
-        """Checks shapes and symmetry.
-
-        Raises:
-            InputError: shapes disagree, values are not finite, or the covariance is not symmetric.
-        """
+        """Checks shapes and symmetry."""
         dim = self.mean.shape[0] if self.mean.ndim == 1 else -1
         if self.covariance.shape != (dim, dim):
             raise InputError(
@@ -63,179 +59,24 @@ class Replicated:
         return jackknife_estimate(self.value - other.value, self.replicates - other.replicates, self.n)
 
 
-def feature_statistics(features: npt.ArrayLike) -> FeatureStatistics:
-    """Mean and covariance of features `[n, D]`.
+def fid_replicates(features: npt.ArrayLike, reference: FeatureStatistics, *, n_parts: int = N_PARTS) -> Replicated:
+    """FID of features `[n, D]` to fixed reference statistics, and its values over `n_parts` parts left out in turn.
 
-    Raises:
-        InputError: not a matrix of at least two finite rows.
+    FID falls with n: only figures of equal n compare.
     """
-    matrix = _features(features, "features")
-    mean = matrix.mean(axis=0)
-    centred = matrix - mean
-    return FeatureStatistics(mean, centred.T @ centred / (len(matrix) - 1), len(matrix))
+    whole, left_out = _leave_out_statistics(_features(features, "features"), n_parts)
+    distance = fid_to(reference)
+    return Replicated(distance(whole), np.array([distance(s) for s in left_out]), whole.n)
 
 
-def fid(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Fréchet distance of two Gaussians; lower is better, 0 if equal.
+def fid_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], float]:
+    """The Fréchet distance of Gaussians to one, whose root is computed once; lower is better, 0 if equal.
 
     ||m1 - m2||^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2); the last trace is the sum of the roots of the
     eigenvalues of a symmetric matrix, which no singular covariance disturbs.
 
     Source: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", eq. 6.
-
-    Raises:
-        InputError: the statistics have different dimensions.
     """
-    return _distance_to(second)(first)
-
-
-def fid_jackknife(features: npt.ArrayLike, reference: FeatureStatistics, *, n_parts: int = N_PARTS) -> Estimate:
-    """FID of features `[n, D]` to fixed reference statistics, with its error over `n_parts` parts left out in turn.
-
-    FID falls with n: only figures of equal n compare.
-
-    Raises:
-        InputError: fewer than two rows remain when a part is left out, or dimensions differ.
-    """
-    return fid_replicates(features, reference, n_parts=n_parts).estimate()
-
-
-def fid_replicates(features: npt.ArrayLike, reference: FeatureStatistics, *, n_parts: int = N_PARTS) -> Replicated:
-    """FID as by `fid_jackknife`, with its values when parts are left out.
-
-    Raises:
-        InputError: as `fid_jackknife`.
-    """
-    whole, left_out = _leave_out_statistics(_features(features, "features"), n_parts)
-    distance = _distance_to(reference)
-    return Replicated(distance(whole), np.array([distance(s) for s in left_out]), whole.n)
-
-
-def fid_difference(
-    first: npt.ArrayLike, second: npt.ArrayLike, reference: FeatureStatistics, *, n_parts: int = N_PARTS
-) -> Estimate:
-    """FID of `first` minus FID of `second` `[n, D]`, row i of both from the same seed; the same parts are left out.
-
-    Raises:
-        InputError: the sets differ in shape, or as for `fid_jackknife`.
-    """
-    ours, theirs = (fid_replicates(rows, reference, n_parts=n_parts) for rows in _paired(first, second))
-    return ours.minus(theirs)
-
-
-def kid(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_PARTS) -> Estimate:
-    """Kernel distance (squared MMD) of features `[n, D]` to reference features `[m, D]`; lower is better.
-
-    Unbiased, over all pairs, kernel (x.y / D + 1)^3; may be slightly negative. The error leaves out parts of
-    `features`; the reference is fixed.
-
-    Source: Binkowski et al. 2018, "Demystifying MMD GANs".
-
-    Raises:
-        InputError: fewer than two rows remain when a part is left out, or dimensions differ.
-    """
-    return kid_replicates(features, reference, n_parts=n_parts).estimate()
-
-
-def kid_replicates(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_PARTS) -> Replicated:
-    """KID as by `kid`, with its values when parts are left out.
-
-    Raises:
-        InputError: as `kid`.
-    """
-    ours, theirs = _features(features, "features"), _features(reference, "reference features")
-    sums = _KernelSums.of(ours, theirs, n_parts)
-    return Replicated(sums.whole(), sums.replicates(), len(ours))
-
-
-def kid_difference(
-    first: npt.ArrayLike, second: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_PARTS
-) -> Estimate:
-    """KID of `first` minus KID of `second` `[n, D]`, row i of both from the same seed; the same parts are left out.
-
-    Raises:
-        InputError: the sets differ in shape, or as for `kid`.
-    """
-    ours, theirs = (kid_replicates(rows, reference, n_parts=n_parts) for rows in _paired(first, second))
-    return ours.minus(theirs)
-
-
-def kid_subsets(
-    features: npt.ArrayLike,
-    reference: npt.ArrayLike,
-    *,
-    generator: np.random.Generator,
-    subset_size: int = 1000,
-    n_subsets: int = 100,
-) -> tuple[float, float]:
-    """Mean and standard deviation of KID over random subsets: the form that most papers print.
-
-    The deviation is that of one subset, not an error of the mean.
-
-    Raises:
-        InputError: a set is smaller than a subset.
-    """
-    ours, theirs = _features(features, "features"), _features(reference, "reference features")
-    if not 2 <= subset_size <= min(len(ours), len(theirs)):
-        raise InputError(f"subsets need 2..{min(len(ours), len(theirs))} samples, got {subset_size=}")
-    values = [_subset_kid(ours, theirs, subset_size, generator) for _ in range(n_subsets)]
-    return float(np.mean(values)), float(np.std(values))
-
-
-def _subset_kid(ours: Matrix, theirs: Matrix, size: int, generator: np.random.Generator) -> float:
-    rows = ours[generator.choice(len(ours), size, replace=False)]
-    targets = theirs[generator.choice(len(theirs), size, replace=False)]
-    within = _kernel(rows, rows), _kernel(targets, targets)
-    pairs = sum(float(k.sum() - np.trace(k)) for k in within) / (size * (size - 1))
-    return pairs - 2 * float(_kernel(rows, targets).mean())
-
-
-@dataclass(frozen=True, eq=False)
-class _KernelSums:
-    """Kernel sums by part: `within` `[k, k]` without the diagonal, `across` `[k]` to all m targets, `sizes` `[k]`."""
-
-    within: Matrix
-    across: Matrix
-    sizes: Matrix
-    n_targets: int
-    target_mean: float
-
-    @classmethod
-    def of(cls, ours: Matrix, theirs: Matrix, n_parts: int) -> _KernelSums:
-        if ours.shape[1] != theirs.shape[1]:
-            raise InputError(f"features must have one dimension, got {ours.shape[1]} and {theirs.shape[1]}")
-        parts, targets = _parts(ours, n_parts), np.array_split(theirs, n_parts)
-        within = np.array([[_kernel(a, b).sum() for b in parts] for a in parts])
-        within -= np.diag([_self_kernel(a).sum() for a in parts])
-        across = np.array([sum(_kernel(a, b).sum() for b in targets) for a in parts])
-        among = sum(_kernel(a, b).sum() for a in targets for b in targets) - _self_kernel(theirs).sum()
-        m = len(theirs)
-        return cls(within, across, np.array([len(p) for p in parts], dtype=np.float64), m, among / (m * (m - 1)))
-
-    def whole(self) -> float:
-        return float(self._mmd(self.within.sum(), self.across.sum(), self.sizes.sum()))
-
-    def replicates(self) -> Matrix:
-        within = self.within.sum() - self.within.sum(0) - self.within.sum(1) + np.diag(self.within)
-        return self._mmd(within, self.across.sum() - self.across, self.sizes.sum() - self.sizes)
-
-    def _mmd(self, within: Matrix, across: Matrix, n: Matrix) -> Matrix:
-        return within / (n * (n - 1)) + self.target_mean - 2 * across / (n * self.n_targets)
-
-
-def _kernel(a: Matrix, b: Matrix) -> Matrix:
-    base: Matrix = a @ b.T / a.shape[1] + 1
-    return base * base * base  # np.power is ten times slower
-
-
-def _self_kernel(a: Matrix) -> Matrix:
-    """Kernel of each row with itself `[n]`."""
-    base: Matrix = np.square(a).mean(axis=1) + 1
-    return base * base * base
-
-
-def _distance_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], float]:
-    """FID to one reference, whose root is computed once."""
     values, vectors = linalg.eigh(reference.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     trace = float(np.trace(reference.covariance))
@@ -249,6 +90,44 @@ def _distance_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], 
         return float(max(gap + np.trace(other.covariance) + trace - 2 * overlap, 0.0))
 
     return distance
+
+
+def kid_replicates(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_PARTS) -> Replicated:
+    """Kernel distance (squared MMD) of features `[n, D]` to reference features `[m, D]`; lower is better.
+
+    Unbiased, over all pairs, kernel (x.y / D + 1)^3; may be slightly negative. Parts of `features` are left out in
+    turn; the reference is fixed.
+
+    Source: Binkowski et al. 2018, "Demystifying MMD GANs".
+    """
+    ours, theirs = _features(features, "features"), _features(reference, "reference features")
+    if ours.shape[1] != theirs.shape[1]:
+        raise InputError(f"features must have one dimension, got {ours.shape[1]} and {theirs.shape[1]}")
+    parts, targets, m = _parts(ours, n_parts), np.array_split(theirs, n_parts), len(theirs)
+    within = np.array([[_kernel(a, b).sum() for b in parts] for a in parts])  # [k, k], without the diagonal of pairs
+    within -= np.diag([_self_kernel(a).sum() for a in parts])
+    across = np.array([sum(_kernel(a, b).sum() for b in targets) for a in parts])
+    among = sum(_kernel(a, b).sum() for a in targets for b in targets) - _self_kernel(theirs).sum()
+    sizes = np.array([len(p) for p in parts], dtype=np.float64)
+
+    def mmd(within: Matrix, across: Matrix, n: Matrix) -> Matrix:
+        found: Matrix = within / (n * (n - 1)) + among / (m * (m - 1)) - 2 * across / (n * m)
+        return found
+
+    kept = within.sum() - within.sum(0) - within.sum(1) + np.diag(within)
+    replicates = mmd(kept, across.sum() - across, sizes.sum() - sizes)
+    return Replicated(float(mmd(within.sum(), across.sum(), sizes.sum())), replicates, len(ours))
+
+
+def _kernel(a: Matrix, b: Matrix) -> Matrix:
+    base: Matrix = a @ b.T / a.shape[1] + 1
+    return base * base * base  # np.power is ten times slower
+
+
+def _self_kernel(a: Matrix) -> Matrix:
+    """Kernel of each row with itself `[n]`."""
+    base: Matrix = np.square(a).mean(axis=1) + 1
+    return base * base * base
 
 
 def _leave_out_statistics(features: Matrix, n_parts: int) -> tuple[FeatureStatistics, list[FeatureStatistics]]:
@@ -276,13 +155,6 @@ def _parts(features: Matrix, n_parts: int) -> list[Matrix]:
     if n_parts < 2 or len(features) - -(-len(features) // n_parts) < 2 or len(features) < n_parts:
         raise InputError(f"{len(features)} samples cannot be split into {n_parts} parts to be left out in turn")
     return np.array_split(features, n_parts)
-
-
-def _paired(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[Matrix, Matrix]:
-    ours, theirs = _features(first, "first features"), _features(second, "second features")
-    if ours.shape != theirs.shape:
-        raise InputError(f"paired sets must have one shape, got {ours.shape} and {theirs.shape}")
-    return ours, theirs
 
 
 def _features(values: npt.ArrayLike, what: str) -> Matrix:

@@ -74,9 +74,6 @@ def jackknife_estimate(value: float, replicates: npt.ArrayLike, n: int) -> Estim
     """A statistic `value` of `n` samples with the error of its leave-one-part-out `replicates` `[k]`.
 
     Source: Efron and Stein 1981, "The jackknife estimate of variance": (k - 1) / k * sum (theta_i - mean)^2.
-
-    Raises:
-        InputError: fewer than two replicates.
     """
     array = np.asarray(replicates, dtype=np.float64).ravel()
     if array.size < 2:

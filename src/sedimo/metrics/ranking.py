@@ -27,6 +27,7 @@ TOP_GRADE = 4  # web search grades relevance by 0 to 4; the exponential gain of 
 _BLOCK_ROWS = 512  # of the matrix of pairs: 4 kB of memory per recipe, whatever their number
 
 _Array: TypeAlias = npt.NDArray[np.float64]
+_Codes: TypeAlias = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +45,6 @@ class PredictionQuality:
     ndcg_at_10: Estimate
     mae: Estimate
     n: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Ties:
-    """Recipes sorted by a value, those of equal value together: `codes` `[n]` are the groups, lowest value first."""
-
-    codes: npt.NDArray[np.intp]  # [n]
-    order: npt.NDArray[np.intp]  # [n]
-    starts: npt.NDArray[np.intp]  # [K]
-
-    def totals(self, weights: _Array) -> _Array:
-        """Sum of the weights `[B, n]` in each group, as `[B, K]`."""
-        return np.add.reduceat(weights[:, self.order], self.starts, axis=1)
 
 
 def rank_correlation(first: _Array, second: _Array, *, of_constant: float = 0.0) -> float:
@@ -115,9 +103,6 @@ def quality_difference(
     """Rank correlation (SRCC) of predictions a minus that of b, over the same resamples of the recipes.
 
     a is better where the interval lies above 0. Pairing removes what both owe to the choice of recipes.
-
-    Raises:
-        InputError: as `prediction_quality`.
     """
     a, b = _finite(predicted_a, "predictions a"), _finite(predicted_b, "predictions b")
     y = _finite(measured, "measurements")
@@ -165,35 +150,41 @@ def _estimate(values: _Array, *, n: int) -> Estimate:
     return Estimate(float(values[0]), float(values[1:].std(ddof=1)), float(low), float(high), n)
 
 
-def _ties(values: _Array) -> _Ties:
-    _, codes = np.unique(values, return_inverse=True)
+def _ties(values: _Array) -> _Codes:
+    """The group of each recipe `[n]`, those of equal value together, lowest value first."""
+    return np.unique(values, return_inverse=True)[1]
+
+
+def _totals(weights: _Array, codes: _Codes) -> _Array:
+    """Sum of the weights `[B, n]` in each group, as `[B, K]`."""
     order = np.argsort(codes, kind="stable")
-    return _Ties(codes, order, np.flatnonzero(np.diff(codes[order], prepend=-1)))
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    return np.add.reduceat(weights[:, order], starts, axis=1)
 
 
-def _centred_ranks(counts: _Array, ties: _Ties) -> _Array:
+def _centred_ranks(counts: _Array, ties: _Codes) -> _Array:
     """Average ranks of all recipes within each resample, less their mean, `[B, n]`."""
-    groups = ties.totals(counts)
+    groups = _totals(counts, ties)
     ranks: _Array = np.cumsum(groups, axis=1) - (groups - 1) / 2 - (counts.shape[1] + 1) / 2
-    return ranks[:, ties.codes]
+    return ranks[:, ties]
 
 
-def _srcc(counts: _Array, x: _Ties, y: _Ties) -> _Array:
+def _srcc(counts: _Array, x: _Codes, y: _Codes) -> _Array:
     x_ranks, y_ranks = _centred_ranks(counts, x), _centred_ranks(counts, y)
     weighted = counts * x_ranks
     x_power, y_power = (weighted * x_ranks).sum(1), (counts * np.square(y_ranks)).sum(1)
     return _ratio((weighted * y_ranks).sum(1), np.sqrt(x_power * y_power))
 
 
-def _kendall_tau(counts: _Array, x: _Ties, y: _Ties) -> _Array:
+def _kendall_tau(counts: _Array, x: _Codes, y: _Codes) -> _Array:
     """Concordant less discordant pairs over the geometric mean of the pairs that x and y each tell apart."""
     n = counts.shape[1]
     concordance = np.zeros(len(counts))
     for start in range(0, n, _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
-        signs = np.sign(x.codes[rows, None] - x.codes) * np.sign(y.codes[rows, None] - y.codes)  # [rows, n]
+        signs = np.sign(x[rows, None] - x) * np.sign(y[rows, None] - y)  # [rows, n]
         concordance += (counts[:, rows] * (counts @ signs.T.astype(np.float64))).sum(1)
-    x_pairs, y_pairs = (n**2 - np.square(ties.totals(counts)).sum(1) for ties in (x, y))
+    x_pairs, y_pairs = (n**2 - np.square(_totals(counts, ties)).sum(1) for ties in (x, y))
     return _ratio(concordance, np.sqrt(x_pairs * y_pairs))
 
 
@@ -205,20 +196,20 @@ def _gains(measured: _Array, gain: Gain) -> _Array:
     return relevance if gain == "linear" else np.exp2(TOP_GRADE * relevance) - 1
 
 
-def _ndcg(counts: _Array, predicted: _Ties, measured: _Ties, gains: _Array) -> _Array:
+def _ndcg(counts: _Array, predicted: _Codes, measured: _Codes, gains: _Array) -> _Array:
     """NDCG@10 of each resample; both orders have the best recipe first."""
     return _ratio(_dcg(counts, predicted, gains), _dcg(counts, measured, gains))
 
 
-def _dcg(counts: _Array, best_first: _Ties, gains: _Array) -> _Array:
+def _dcg(counts: _Array, best_first: _Codes, gains: _Array) -> _Array:
     """Discounted gains of the first ten places; equal recipes share their places, so each gets the mean discount."""
     places = np.arange(1, counts.shape[1] + 1)
     discounts = np.where(places <= NDCG_PLACES, 1 / np.log2(places + 1), 0)
     reached = np.concatenate([[0.0], np.cumsum(discounts)])  # [n + 1], the discounts of the first p places
-    groups = best_first.totals(counts)
+    groups = _totals(counts, best_first)
     ends = np.cumsum(groups, axis=1).astype(np.intp)
     span = reached[ends] - reached[ends - groups.astype(np.intp)]
-    found: _Array = (best_first.totals(counts * gains) * _ratio(span, groups)).sum(1)
+    found: _Array = (_totals(counts * gains, best_first) * _ratio(span, groups)).sum(1)
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.codec import from_plain, to_plain
-from sedimo.errors import InputError
+from sedimo.errors import InputError, StateError
 from sedimo.metrics.estimate import Estimate, jackknife_estimate, mean_estimate, normal_estimate, with_interval
 
 Vector = npt.NDArray[np.float64]
@@ -33,11 +33,7 @@ class NoisePowers:
     signal: Vector
 
     def __post_init__(self) -> None:
-        """Takes any arrays of n numbers and refuses what no measurement gives.
-
-        Raises:
-            InputError: different lengths, no samples, a signal without power, negative or undefined noise.
-        """
+        """Takes any arrays of n numbers and refuses what no measurement gives."""
         noise, signal = (np.array(v, dtype=np.float64, ndmin=1) for v in (self.noise, self.signal))
         if noise.ndim != 1 or noise.shape != signal.shape or noise.size == 0:
             raise InputError(f"noise and signal must be of one length [n], got {noise.shape} and {signal.shape}")
@@ -79,14 +75,10 @@ class NoisePowers:
     @classmethod
     def __from_plain__(cls, plain: object, place: str) -> NoisePowers:
         """Reads the JSON form."""
-        lists = from_plain(_PlainPowers, plain, place=place)
-        return cls(np.array(lists.noise), np.array(lists.signal))
-
-
-@dataclass(frozen=True, slots=True)
-class _PlainPowers:
-    noise: tuple[float, ...]
-    signal: tuple[float, ...]
+        lists = from_plain(dict[str, tuple[float, ...]], plain, place=place)
+        if lists.keys() != {"noise", "signal"}:
+            raise StateError(f"{place} must have noise and signal, got {', '.join(lists) or 'nothing'}")
+        return cls(np.array(lists["noise"]), np.array(lists["signal"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +133,6 @@ def relative_noise(reference: npt.ArrayLike, test: npt.ArrayLike) -> NoisePowers
     """Noise and signal power of `test` `[n, ...]` against `reference` `[n, ...]`, sample by sample.
 
     Both may be anything that numpy reads, such as tensors on the CPU.
-
-    Raises:
-        InputError: shapes differ, no samples, or a reference without power.
     """
     wanted, got = np.asarray(reference), np.asarray(test)
     _check_pair(wanted, got)
@@ -172,9 +161,6 @@ def paired_difference(first: NoisePowers, second: NoisePowers, *, tolerance: flo
 
     The signal powers may differ by the relative `tolerance`: `SAME_UP_TO_ROUNDING` suits references that are the same
     function in another order of rounding, as that of a smoothed denoiser is.
-
-    Raises:
-        InputError: they were not measured against the same reference.
     """
     if first.n != second.n or not np.allclose(first.signal, second.signal, rtol=tolerance, atol=0):
         raise InputError(
@@ -199,9 +185,6 @@ def psnr_db(reference: npt.ArrayLike, test: npt.ArrayLike, *, peak: float = 1.0)
     """Peak signal-to-noise ratio of each sample [dB] `[n]` of values in [0, `peak`]; higher is better.
 
     10 log10(peak^2 / mean squared error); infinite where both agree.
-
-    Raises:
-        InputError: shapes differ, or no samples.
     """
     wanted, got = np.asarray(reference), np.asarray(test)
     _check_pair(wanted, got)

@@ -60,11 +60,7 @@ class Choices:
         return self.array(lambda _decision, _format: 1.0) > 0
 
     def codes(self, recipes: Iterable[Recipe]) -> Codes:
-        """The option of each decision under each recipe, `[T, D]`.
-
-        Raises:
-            InputError: a format that the space does not offer for a layer.
-        """
+        """The option of each decision under each recipe, `[T, D]`."""
         rows = [[self._option(recipe, decision) for decision in self.space.decisions] for recipe in recipes]
         return np.array(rows, dtype=np.int64).reshape(len(rows), self.n_decisions)
 
@@ -84,11 +80,7 @@ class Choices:
         return found
 
     def costs(self, table: SensitivityTable) -> Values:
-        """The costs of a table, `[D, K]`; 0 where there is no option.
-
-        Raises:
-            InputError: the table has no cost for an option.
-        """
+        """The costs of a table, `[D, K]`; 0 where there is no option."""
 
         def cost(decision: Decision, number_format: Format) -> float:
             found = table.index.get((decision.name, number_format))
@@ -157,11 +149,7 @@ class Topology:
 
 
 def make_topology(n_nodes: int, edges: Iterable[tuple[int, int]]) -> Topology:
-    """The topology of a graph from its edges (source, target); every node gets one self-loop, given or not.
-
-    Raises:
-        InputError: there is no node, an edge joins nodes that do not exist, or an edge appears twice.
-    """
+    """The topology of a graph from its edges (source, target); every node gets one self-loop, given or not."""
     if n_nodes < 1:
         raise InputError(f"a graph needs at least one node, got n_nodes={n_nodes}")
     seen: set[tuple[int, int]] = set()
@@ -226,11 +214,7 @@ class GraphFeatures:
 
 
 def graph_features(graph: DenoiserGraph, choices: Choices, candidates: Candidates, *, n_hops: int = 4) -> GraphFeatures:
-    """The features of all nodes of a graph (see `split_streams`) under all options of a space.
-
-    Raises:
-        InputError: the space is of another graph.
-    """
+    """The features of all nodes of a graph (see `split_streams`) under all options of a space."""
     decision_of = {name: i for i, d in enumerate(choices.space.decisions) for name in node_names(d)}
     if set(decision_of) != set(graph.layer_index):
         raise InputError(f"the space of {choices.space.denoiser} is not of this graph of {graph.denoiser}")

@@ -131,11 +131,7 @@ class SharedGATv2(nn.Module):
             self.bias.zero_()
 
     def forward(self, h: torch.Tensor, topology: Topology | None = None) -> torch.Tensor:
-        """Features after the layer, on another topology than its own if one is given.
-
-        Raises:
-            InputError: `h` is not `[G, N, n_in]` for the N nodes of the topology.
-        """
+        """Features after the layer, on another topology than its own if one is given."""
         topology = topology or self.topology
         expected = (topology.n_nodes, self.projection.in_features)
         if h.ndim != 3 or h.shape[1:] != expected:

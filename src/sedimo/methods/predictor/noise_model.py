@@ -111,9 +111,6 @@ def fit_noise_model(choices: Choices, prior: Values, codes: Codes, target: Value
     """Fits the model to recipes `[T, D]` with targets `[T]` (higher = better).
 
     `prior` `[D, K]` are costs >= 0; an option of cost 0 (fp16) stays free of noise.
-
-    Raises:
-        InputError: fewer than eight recipes, or targets that are not finite or all equal.
     """
     target = np.asarray(target, dtype=np.float64)
     if len(target) < MIN_TRIALS or len(codes) != len(target):

@@ -106,9 +106,6 @@ def group_scores(
     """Scores of all variants of a group at its root, by the hop of the group (at most the last) of each fold, `[F, V]`.
 
     With `reference`, one row of codes `[D]`, the rest of the graph stands as there; without, the group is alone.
-
-    Raises:
-        InputError: more variants than can be enumerated.
     """
     hop = min(group.hop, predictor.options.n_hops)
     return _weighted(predictor, _group_scores(predictor, graph, group, hop, reference), moments, hop)
@@ -271,11 +268,7 @@ class Calibration:
 
 
 def calibrate(scores: Values, bits: Values, quality: Values) -> Calibration:
-    """Least squares of quality `[T]` on sums of scores `[T]` and average bits `[T]`.
-
-    Raises:
-        InputError: fewer than four recipes.
-    """
+    """Least squares of quality `[T]` on sums of scores `[T]` and average bits `[T]`."""
     if len(quality) < 4:
         raise InputError(f"a calibration needs at least four recipes, got {len(quality)}")
     design = np.stack([np.ones_like(scores), scores, bits], axis=1)
@@ -298,9 +291,6 @@ def noise_table(
 
     With `confidence` k, a cost is what it may be k standard deviations above: options that the trials say little of
     are avoided. Costs sum to the predicted relative noise of the reference if the target is SQNR in decibels.
-
-    Raises:
-        InputError: a predictor of another preset.
     """
     networks, fitted = _noise_networks(predictor)
     each = np.stack([_changed_totals(network, predictor, reference) for network in networks])  # [F, D, K]
@@ -384,9 +374,6 @@ def calibrated_table(
     """The table of a predictor, around the best training recipe, and the calibration of its scores by option.
 
     Costs depend on the recipe around which they are taken; a search takes them again around its own result.
-
-    Raises:
-        InputError: costs that are not finite.
     """
     sums = picked(np.nan_to_num(scores.mean(axis=0)), data.codes).sum(axis=1)
     calibration = calibrate(sums, data.choices.paper_bits(data.codes), data.quality)
@@ -428,9 +415,6 @@ def noise_variant_table(
     The noise is that by the last hop, the rest of the graph as in `reference` `[D]`. With `confidence` k, a cost is
     what it may be k standard deviations above: the spread over folds, and what the noise models do not know of the
     variant's options on average.
-
-    Raises:
-        InputError: a predictor of the preset `paper`, more variants than can be enumerated.
     """
     deviation, found = _noise_networks(predictor)[1], []
     for group in groups:

@@ -89,11 +89,7 @@ class KeptCandidates:
 
 
 def measure_background(lab: Lab, prior: str = JACOBIAN.name, on: Sampling | None = None) -> Background:
-    """Measures the prior on a plan, that of the search if none is given, and keeps all in the study.
-
-    Raises:
-        InputError: an unknown prior, or a study of another space.
-    """
+    """Measures the prior on a plan, that of the search if none is given, and keeps all in the study."""
     bank, study = lab.bank, lab.study
     if study is not None:
         refuse_other_space(study, bank.space)
@@ -116,11 +112,7 @@ def measure_prior(lab: Lab, name: str, on: Sampling) -> tuple[SensitivityTable, 
 
 
 def read_background(study: Study) -> Background:
-    """What an exploration or a search has kept in its study; nothing is measured.
-
-    Raises:
-        InputError: the study has no such records: it was not made by `sedimo explore` or `sedimo run`.
-    """
+    """What an exploration or a search has kept in its study; nothing is measured."""
     graph, space = study.record(DenoiserGraph, GRAPH), study.record(SearchSpace, SPACE)
     kept = study.record(KeptCandidates, CANDIDATES)
     candidates = {(c.decision, c.format): c for c in kept.candidates}
@@ -129,11 +121,7 @@ def read_background(study: Study) -> Background:
 
 
 def prior_named(name: str) -> Method[Any]:
-    """The method that a search starts from.
-
-    Raises:
-        InputError: another one, with those that there are.
-    """
+    """The method that a search starts from."""
     found = next((one for one in PRIORS if one.name == name), None)
     if found is None:
         raise InputError(f"the prior must be one of {', '.join(one.name for one in PRIORS)}, got {name!r}")
@@ -141,11 +129,7 @@ def prior_named(name: str) -> Method[Any]:
 
 
 def refuse_other_space(study: Study, space: SearchSpace) -> None:
-    """Refuses a study whose recipes are about other decisions or formats, before anything is measured.
-
-    Raises:
-        InputError: saying what to do.
-    """
+    """Refuses a study whose recipes are about other decisions or formats, before anything is measured."""
     if SPACE in study.record_names() and study.record(SearchSpace, SPACE) != space:
         raise InputError(
             f"the study {study.path} holds recipes of another denoiser or of other formats, from which this one cannot "
@@ -158,9 +142,6 @@ def trials_of(study: Study, background: Background, objective: str = "") -> tupl
     """The trials of whole recipes under the setting that has most of them, sorted by key.
 
     Those of other weights, or measured smoothed or rounded otherwise than what is known, are left out.
-
-    Raises:
-        InputError: too few for a predictor.
     """
     by_setting: dict[str, list[Trial]] = {}
     for trial in study.trials():
@@ -198,11 +179,7 @@ def measures_of(trial: Trial, space: SearchSpace) -> dict[str, float]:
 
 
 def training_set(background: Background, trials: Sequence[Trial], goal: Goal) -> TrainingSet:
-    """The trials as numbers.
-
-    Raises:
-        InputError: a goal that speaks of a measure which these trials do not have.
-    """
+    """The trials as numbers."""
     choices, space = background.choices, background.space
     without_bits, _ = goal.split_bits()
     named = [(trial, measures_of(trial, space)) for trial in trials]

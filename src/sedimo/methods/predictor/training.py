@@ -165,11 +165,7 @@ class Predictor:
 
 
 def train_predictor(data: TrainingSet, options: TrainingOptions = FAST, *, progress: Progress = SILENT) -> Predictor:
-    """One network per fold; recipes are shuffled by the options' seed.
-
-    Raises:
-        InputError: fewer than twenty recipes, or targets that are not finite or all equal.
-    """
+    """One network per fold; recipes are shuffled by the options' seed."""
     if data.n < MIN_RECIPES:
         raise InputError(f"a predictor needs at least {MIN_RECIPES} measured recipes, got {data.n}: explore more")
     if not np.isfinite(data.target).all() or np.ptp(data.target) == 0:
@@ -317,9 +313,6 @@ def soft_rank(scores: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
         >>> soft_rank(torch.tensor([0.3, 5.0, 0.1]))
         tensor([1.6000, 3.0000, 1.4000])
 
-    Raises:
-        InputError: scores are not a vector of finite real numbers, or strength is not positive.
-
     Source: Blondel, Teboul, Berthet and Djolonga 2020, "Fast differentiable sorting and ranking", propositions 3
     (projection by isotonic regression) and 4 (its Jacobian), with quadratic regularisation.
     """
@@ -346,9 +339,6 @@ def srcc_loss(scores: torch.Tensor, targets: torch.Tensor, strength: float = 1.0
 
     Constant scores have a loss of 1 and the gradient, of norm 1, that moves them towards the ranks of the targets
     (that of the loss has no limit there). Constant targets ask for nothing: a loss of 1 and no gradient.
-
-    Raises:
-        InputError: no pair of equally long finite vectors, or strength is not positive.
     """
     _check_positive(strength, "strength")
     _check_pair(scores, targets)
@@ -381,10 +371,6 @@ def lambda_rank_loss(
     weight. A gain is 2^r - 1 (`exponential`) or r (`linear`). Equal scores take places in the order given. Equal
     targets ask for nothing: a loss of 0.
 
-    Raises:
-        InputError: no pair of equally long finite vectors; targets below 0, or above 60 for an exponential gain;
-            sigma that is not positive, truncation below 1.
-
     Source: Burges 2010, "From RankNet to LambdaRank to LambdaMART: an overview", section 4; as a loss: Wang, Li,
     Golbandi, Bendersky and Najork 2018, "The LambdaLoss framework for ranking metric optimization".
     """
@@ -408,11 +394,7 @@ def ranking_loss(
     truncation: int | None = None,
     gain: Gain = "exponential",
 ) -> torch.Tensor:
-    """The ranking loss of that name: `hybrid` is the sum of `srcc` and `lambda_rank`, `none` is 0.
-
-    Raises:
-        InputError: an unknown name, or what the loss refuses.
-    """
+    """The ranking loss of that name: `hybrid` is the sum of `srcc` and `lambda_rank`, `none` is 0."""
     if kind not in get_args(RankingLoss):
         raise InputError(f"a ranking loss is one of {', '.join(get_args(RankingLoss))}, got {kind!r}")
     _check_pair(scores, targets)
