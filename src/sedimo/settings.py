@@ -94,19 +94,12 @@ def one_of(what: str, choices: Iterable[str]) -> Check:
 
 
 class Checked:
-    """A record that checks its fields when it is made: each by itself, unless it is None or the default, then together.
-
-    The limits of an option are checked, too.
-    """
+    """A record that checks its fields when it is made: each by itself, unless None or the default, then together."""
 
     __slots__ = ()
 
     def __post_init__(self) -> None:
-        """Checks them.
-
-        Raises:
-            InputError: a value that a field refuses.
-        """
+        """Checks them; a value that is refused is an `InputError`."""
         record: Any = type(self)
         for name, default, check in _checks(record):
             value = getattr(self, name)

@@ -36,11 +36,7 @@ class AllocateSettings:
 
 
 def run(settings: AllocateSettings, _progress: Progress) -> Allocation:
-    """The best recipe by the table that a job has kept, written to a file if there is one.
-
-    Raises:
-        InputError: no study, no table in it, or a budget that cannot be kept.
-    """
+    """The best recipe by the table that a job has kept, written to a file if there is one."""
     with Study(settings.run, create=False) as study:
         table = study.record(SensitivityTable, TABLE)
     found = allocated(table, settings.budget, rule=settings.rule)

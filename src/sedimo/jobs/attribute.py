@@ -120,11 +120,7 @@ def attribute_study(study: Study, settings: AttributeSettings, progress: Progres
 
 
 def run(settings: AttributeSettings, progress: Progress) -> Attribution:
-    """Trains a predictor on the trials of a study folder and keeps its table there, for `allocate`.
-
-    Raises:
-        InputError: no study, too few trials, or a target that the trials do not know.
-    """
+    """Trains a predictor on the trials of a study folder and keeps its table there, for `allocate`."""
     with Study(settings.run, create=False) as study:
         found = attribute_study(study, settings, progress)
         study.put_record(TABLE, found.table)

@@ -45,11 +45,6 @@ def run(settings: ChangeSettings, _progress: Progress) -> dict[str, Any]:
 
     Only the named layers are read from the source and fitted. A layer that shares its weight changes together with
     those that it shares it with, a layer in parts as a whole.
-
-    Raises:
-        InputError: no packed checkpoint, an unknown layer, fp16, activation bits, a source that does not fit, or an
-            output in use.
-        StateError: a damaged checkpoint.
     """
     wanted = _read(settings.changes)
     place = settings.checkpoint.expanduser()

@@ -39,12 +39,7 @@ class DemoSettings:
 
 
 def run(settings: DemoSettings, progress: Progress = SILENT) -> JobResult:
-    """Quantizes the embedded pipeline; the result of an earlier demo in its place is replaced.
-
-    Raises:
-        InputError: the folder holds something else, or a budget that cannot be kept.
-        MissingExtraError: the embedded model is not installed.
-    """
+    """Quantizes the embedded pipeline; the result of an earlier demo in its place is replaced."""
     out = settings.out
     is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if is_used and not (out / MARK).is_file():

@@ -24,12 +24,7 @@ class DiffSettings:
 
 
 def run(settings: DiffSettings, _progress: Progress) -> dict[str, tuple[str, str]]:
-    """The layers whose formats differ, in the order of the first recipe, with both formats.
-
-    Raises:
-        InputError: nothing there, or recipes of different denoisers.
-        StateError: a damaged file.
-    """
+    """The layers whose formats differ, in the order of the first recipe, with both formats."""
     first, second = read_recipe(settings.first).layers, read_recipe(settings.second).layers
     if first and second and not first.keys() & second.keys():
         raise InputError("the two have no layer in common: they are of different denoisers")

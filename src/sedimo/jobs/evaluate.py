@@ -198,11 +198,7 @@ def _pipeline(source: str, compute: Compute, variant: str | None = None) -> Diff
 
 
 def run(settings: EvaluateSettings, progress: Progress) -> Evaluation:
-    """Loads both and compares them.
-
-    Raises:
-        InputError: one of them cannot be sampled; else as `evaluate`.
-    """
+    """Loads both and compares them."""
     against = _pipeline(settings.against, settings.compute, settings.variant)
     return evaluate(
         _pipeline(settings.out, settings.compute),

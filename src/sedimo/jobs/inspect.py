@@ -31,12 +31,7 @@ class InspectSettings:
 
 
 def run(settings: InspectSettings, _progress: Progress) -> dict[str, object]:
-    """Layers, operation types, blocks, groups, sizes and MACs; of a packed checkpoint, the `format` of each layer, too.
-
-    Raises:
-        InputError: the source cannot be used, or was quantized by another tool.
-        StateError: a damaged checkpoint.
-    """
+    """Layers, operations, blocks, groups, sizes and MACs; of a packed checkpoint, the `format` of each layer, too."""
     variant = settings.variant
     _, folder = locate(settings.source, variant)
     inner = denoiser_folder(folder)

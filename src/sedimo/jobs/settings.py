@@ -81,11 +81,7 @@ def open_lab(
     text: str = "",
     streams: bool | Collection[str] | None = None,
 ) -> Lab:
-    """A lab on a source, for formats as they are set, or as `text` and `streams` say instead.
-
-    Raises:
-        InputError: as `Lab.open`; or treatments that these formats leave nothing to do.
-    """
+    """A lab on a source, for formats as they are set, or as `text` and `streams` say instead."""
     text = text or formats.text
     ends = [] if formats.ends is None else [Format.parse(formats.ends)]
     for treatment, knobs in treatments_of(chosen):
@@ -114,12 +110,7 @@ def refuse_together(chosen: Mapping[str, object]) -> None:
 
 
 def treated(lab: Lab, chosen: Mapping[str, object]) -> Lab:
-    """The lab under all treatments that come before the decision, one after another, each measured on what is there.
-
-    Raises:
-        InputError: a treatment runs the pipeline, which cannot run here.
-        Interrupted: the user stopped it; what was measured is kept.
-    """
+    """The lab under all treatments that come before the decision, one after another, each measured on what is there."""
     for treatment, knobs in treatments_of(chosen):
         applied = None if treatment.apply is None else treatment.apply(lab, knobs)
         lab = lab if applied is None else lab.treated(applied)

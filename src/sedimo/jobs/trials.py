@@ -29,10 +29,6 @@ def run(settings: TrialsSettings, _progress: Progress) -> dict[str, Any]:
     """All trials, by objective and bits, as plain values; or the file that they were written to, and how many.
 
     A study that does not tell its space has no `paper_bits`. The file is written whole or not at all.
-
-    Raises:
-        InputError: the folder holds no study; to write, it has no trials, or the file cannot be one.
-        StateError: damaged records.
     """
     with Study(settings.run, create=False) as study:
         if settings.out is None:
