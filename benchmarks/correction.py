@@ -23,7 +23,7 @@ from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.metrics.signal import paired_difference, relative_noise, summarize
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.schedulers import handled_steps
-from sedimo.treatments.noise_correction import CORRECTION_PATHS, estimate_correction
+from sedimo.treatments.noise_correction import CORRECTION_PATHS, correction_of, estimate_correction
 
 FRESH_SEED = 1000
 say = functools.partial(print, flush=True)
@@ -61,15 +61,18 @@ def measure(pipe, small, bank, recipe, plans, eta: float) -> None:
     say(line(f"eta {eta:g}, plain", plain))
     for path in CORRECTION_PATHS[: 1 if eta else None]:
         with noisy(pipe, eta), noisy(small, eta), probed(small.denoiser, weights):
-            probe = estimate_correction(pipe, small, learning, path=path, progress=ConsoleProgress())
-        for fit in probe.fits:
+            fits = estimate_correction(pipe, small, learning, path=path, progress=ConsoleProgress())
+        for fit in fits:
             bias = np.abs([b.value for b in fit.bias]).max()
             say(
                 f"  t {fit.timestep:4.0f}: k {fit.slope.value:+.4f} ± {fit.slope.standard_error:.4f}, largest bias "
                 f"{bias:.4f}, deviation of the rest {np.sqrt(np.mean(fit.variance)):.4f}, explained {fit.explained:.1%}"
             )
         for with_variance in (False, True) if eta else (False,):
-            with probed(pipe.denoiser, weights), corrected(pipe, probe.correction, with_variance=with_variance) as log:
+            with (
+                probed(pipe.denoiser, weights),
+                corrected(pipe, correction_of(fits), with_variance=with_variance) as log,
+            ):
                 powers = relative_noise(reference, sampled(pipe, fresh, eta))
             say(line(f"eta {eta:g}, path {path}{', with variance' if with_variance else ''}", powers, plain))
         say(f"  {log}")

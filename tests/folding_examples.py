@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from sedimo.graph.folding import Folding, find_folding
 from sedimo.pipelines.weights import ModuleWeights
-from sedimo.treatments.smoothing_plan import ChannelRange, Smoothing, plan_smoothing, smooth_weights
+from sedimo.quant.activations import InputRange
+from sedimo.treatments.smoothing_plan import Smoothing, plan_smoothing, smooth_weights
 
 C = 8
 EXACT = 1e-12  # of float64, where only the constants of modulations are rounded
@@ -272,7 +273,7 @@ def random_ranges(denoiser, layers):
         generator = torch.Generator().manual_seed(sum(map(ord, layer)))
         n = denoiser.get_parameter(f"{layer}.weight").shape[1]
         largest = torch.exp(2 * torch.randn(n, generator=generator)).double().tolist()
-        found[layer] = ChannelRange(tuple(-value for value in largest), tuple(largest))
+        found[layer] = InputRange(tuple(-value for value in largest), tuple(largest))
     return found
 
 

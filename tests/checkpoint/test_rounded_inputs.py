@@ -18,13 +18,13 @@ from sedimo.checkpoint.reading import open_checkpoint
 from sedimo.checkpoint.weights import replace_weights
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import timestep_of
-from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, StaticRange
+from sedimo.quant.activations import ActivationQuantizer, InputQuantizers, InputRange
 from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec
 
 LAYER = "transformer_blocks.0.ff.net.2"
 CONV = "pos_embed.proj"
-STATIC = StaticRange((-1.0, -0.5), (2.0, 1.5))
+STATIC = InputRange((-1.0, -0.5), (2.0, 1.5))
 RULES = InputQuantizers(
     {LAYER: ActivationQuantizer(4, range=STATIC), CONV: ActivationQuantizer(6, symmetric=True)}, (999.0, 0.0)
 )
@@ -55,7 +55,7 @@ def test_ranges_follow_the_timestep(dit):
     sample, label = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([1])
     seen = []
     dit.get_submodule(LAYER).register_forward_hook(lambda _m, args, _o: seen.append(float(args[0].max())))
-    wide, narrow = StaticRange((-1.0, -1e-3), (1.0, 1e-3)), InputQuantizers()
+    wide, narrow = InputRange((-1.0, -1e-3), (1.0, 1e-3)), InputQuantizers()
     round_inputs(dit, InputQuantizers({LAYER: ActivationQuantizer(8, range=wide)}, (900.0, 100.0)))
     with torch.no_grad():
         for timestep in (1000, 50):

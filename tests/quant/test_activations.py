@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
-from sedimo.quant.activations import DYNAMIC, ActivationQuantizer, Activations, InputQuantizers, StaticRange
+from sedimo.quant.activations import DYNAMIC, ActivationQuantizer, Activations, InputQuantizers, InputRange
 
 WIDTHS = st.integers(2, 8)
 rows = st.lists(st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=5), min_size=1, max_size=4).map(
@@ -63,7 +63,7 @@ def test_an_image_has_one_range_and_a_token_its_own():
 
 
 def test_a_static_range_clips_and_each_group_of_timesteps_has_its_own():
-    quantizer = ActivationQuantizer(8, range=StaticRange((0.0, 0.0), (255.0, 2.55)))
+    quantizer = ActivationQuantizer(8, range=InputRange((0.0, 0.0), (255.0, 2.55)))
     values = torch.tensor([[-3.0, 1.2, 300.0]])
     assert quantizer(values, group=0).tolist() == [[0.0, 1.0, 255.0]]
     assert quantizer(values, group=1)[0].tolist() == pytest.approx([0.0, 1.2, 2.55], abs=1e-6)
@@ -95,11 +95,11 @@ def test_a_grid_point_beyond_half_precision_is_its_greatest_number(bits):
     ("make", "message"),
     [
         (lambda: ActivationQuantizer(9), r"activations take 2..8 bits, or 16, got 9"),
-        (lambda: StaticRange((), ()), "as many finite low as high"),
-        (lambda: StaticRange((0.0,), (math.nan,)), "as many finite low as high"),
-        (lambda: StaticRange((2.0,), (1.0,)), "low <= high"),
-        (lambda: StaticRange((-3e38,), (3e38,)), r"at most 2\^126 from zero"),
-        (lambda: InputQuantizers({"a": ActivationQuantizer(8, range=StaticRange((0.0,) * 2, (1.0,) * 2))}), "2 static"),
+        (lambda: InputRange((), ()), "as many finite low as high"),
+        (lambda: InputRange((0.0,), (math.nan,)), "as many finite low as high"),
+        (lambda: InputRange((2.0,), (1.0,)), "low <= high"),
+        (lambda: InputRange((-3e38,), (3e38,)), r"at most 2\^126 from zero"),
+        (lambda: InputQuantizers({"a": ActivationQuantizer(8, range=InputRange((0.0,) * 2, (1.0,) * 2))}), "2 static"),
         (lambda: InputQuantizers({}, (math.inf,)), "must be finite"),
         (lambda: Activations(static={"a": {}}).quantizers({"a": 8}), "no static range is known .* 'a' at 8 bits"),
     ],
@@ -110,10 +110,10 @@ def test_rules_that_mean_nothing_are_refused(make, message):
 
 
 def test_rules_have_a_name_of_their_own_and_survive_a_file():
-    static = Activations(True, {"a": {"a8": StaticRange((-1.0,), (2.0,))}})
+    static = Activations(True, {"a": {"a8": InputRange((-1.0,), (2.0,))}})
     assert DYNAMIC.key == ""
     assert len({static.key, Activations(True).key, DYNAMIC.key}) == 3
     assert from_json(Activations, to_json(static)) == static
     found = static.quantizers({"a": 8, "b": 16})
-    assert found.layers == {"a": ActivationQuantizer(8, True, StaticRange((-1.0,), (2.0,)))}
+    assert found.layers == {"a": ActivationQuantizer(8, True, InputRange((-1.0,), (2.0,)))}
     assert from_json(InputQuantizers, to_json(found)) == found

@@ -12,7 +12,7 @@ from sedimo.errors import InputError, StateError
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.trajectory import output_tensor
-from sedimo.treatments.noise_correction import _estimated, _sums, estimate_correction
+from sedimo.treatments.noise_correction import _estimated, _sums, correction_of, estimate_correction
 
 SEEDS, BIAS = (1, 2, 3, 5, 8), (0.2, -0.1, 0.05, 0.3)
 
@@ -57,13 +57,13 @@ def test_a_planted_slope_and_bias_are_found_and_corrected_exactly(pair, guidance
     plan = plan_of(full, guidance, batch_size=2)
     expected = full.sample(plan)
     with distorted(small.denoiser):
-        probe = estimate_correction(full, small, plan, path=path)
-        with corrected(small, probe.correction):
+        fits = estimate_correction(full, small, plan, path=path)
+        with corrected(small, correction_of(fits)):
             found = small.sample(plan)
         assert not torch.allclose(small.sample(plan), expected, atol=0.05)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
-    assert len(probe.fits) == 3
-    for fit in probe.fits:
+    assert len(fits) == 3
+    for fit in fits:
         assert fit.slope.value == pytest.approx(slope_at(fit.timestep), abs=1e-5)
         assert [b.value for b in fit.bias] == pytest.approx(BIAS, abs=1e-5)
         assert fit.slope.standard_error < 1e-5
@@ -74,7 +74,7 @@ def test_a_planted_slope_and_bias_are_found_and_corrected_exactly(pair, guidance
 def test_noise_that_has_nothing_to_do_with_the_prediction_is_no_slope(pair):
     full, small = pair
     with distorted(small.denoiser, seed=4):
-        fits = estimate_correction(full, small, replace(full.default_sampling(range(12), 3), guidance=1.0)).fits
+        fits = estimate_correction(full, small, replace(full.default_sampling(range(12), 3), guidance=1.0))
     for fit in fits:
         assert abs(fit.slope.value) < 4 * fit.slope.standard_error
         assert 0 < fit.slope.standard_error < 0.05

@@ -12,9 +12,9 @@ from sedimo.lab.study import Study
 from sedimo.pipelines import trajectory
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import record
+from sedimo.quant.activations import InputRange
 from sedimo.treatments import smoothing
 from sedimo.treatments.smoothing import RangesPart, probe_ranges
-from sedimo.treatments.smoothing_plan import ChannelRange
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)
@@ -70,4 +70,4 @@ def test_a_study_keeps_the_parts(tmp_path, monkeypatch):
 
 def test_a_range_has_low_below_high():
     with pytest.raises(InputError, match="low <= high"):
-        ChannelRange((1.0,), (0.0,))
+        InputRange((1.0,), (0.0,))

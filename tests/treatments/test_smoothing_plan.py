@@ -16,7 +16,8 @@ from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.graph.folding import find_folding
 from sedimo.pipelines.weights import ModuleWeights
-from sedimo.treatments.smoothing_plan import ChannelRange, Smoothing, plan_smoothing, smooth_weights
+from sedimo.quant.activations import InputRange
+from sedimo.treatments.smoothing_plan import Smoothing, plan_smoothing, smooth_weights
 
 
 def inputs_seen(network, layers, sample):
@@ -103,7 +104,7 @@ def test_dead_channels_stay():
     network = randomised(copy.deepcopy(FOLDED["linear"][0]))
     folding = find_folding(network, ["out"], example_inputs={"sample": example()})
     largest = [0.0 if i == 3 else high for i, high in enumerate(random_ranges(network, ["out"])["out"].high)]
-    dead = ChannelRange(tuple(-value for value in largest), tuple(largest))
+    dead = InputRange(tuple(-value for value in largest), tuple(largest))
     plan = plan_smoothing(folding, {"out": dead}, ModuleWeights(network))
     assert plan.layers["out"].exponents[3] == 0
     assert any(plan.layers["out"].exponents)

@@ -18,7 +18,7 @@ from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.sqnr import probe_sqnr, sqnr_table
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.loading import load_pipeline
-from sedimo.quant.activations import ActivationQuantizer, Activations, StaticRange
+from sedimo.quant.activations import ActivationQuantizer, Activations, InputRange
 from sedimo.quant.formats import Format
 from sedimo.space import Recipe
 from sedimo.treatments import static_ranges
@@ -72,7 +72,7 @@ def test_extremes_are_those_of_the_steps_that_were_asked_for(n_steps, looked_at)
     for layer in LAYERS:
         given = inputs_of(adapter, layer)
         values = np.concatenate([given[step] for step in looked_at])
-        assert ranges(adapter, layer, n_steps=n_steps) == StaticRange((float(values.min()),), (float(values.max()),))
+        assert ranges(adapter, layer, n_steps=n_steps) == InputRange((float(values.min()),), (float(values.max()),))
 
 
 @pytest.mark.parametrize("n_calls", [2, 4, 5])
@@ -174,7 +174,7 @@ def test_the_range_of_least_error_is_no_worse_than_any_shrunk_one(symmetric):
     found = ranges(adapter, bits=4, method="mse", n_steps=0, symmetric=symmetric)
 
     def error(low, high):
-        quantizer = ActivationQuantizer(4, symmetric, StaticRange((low,), (high,)))
+        quantizer = ActivationQuantizer(4, symmetric, InputRange((low,), (high,)))
         return float((quantizer(given) - given).square().mean())
 
     others = [error(float(given.min()) * f, float(given.max()) * f) for f in np.linspace(0.05, 1, 60)]

@@ -36,6 +36,7 @@ from sedimo.treatments.noise_correction import (
     CorrectionExtent,
     StepFit,
     check_extent,
+    correction_of,
     correction_plan,
     estimate_correction,
 )
@@ -137,15 +138,16 @@ def evaluate(
     powers = relative_noise(reference.samples.latents, drawn.samples.latents)
     correction = None
     if correct:
-        probe = estimate_correction(against, quantized, correction_plan(seeds, n_images), progress=progress)
-        with corrected(quantized, probe.correction, with_variance=correct == "all") as log:
+        estimating = correction_plan(seeds, n_images)
+        fits = estimate_correction(against, quantized, estimating, progress=progress)
+        with corrected(quantized, correction_of(fits), with_variance=correct == "all") as log:
             again = draw_all(quantized, *plans, label=f"{quantized.name}, corrected", progress=progress)
         less_noise = relative_noise(reference.samples.latents, again.samples.latents)
         gain = {"sqnr_db": paired_difference(less_noise, powers).estimate}
         if drawn.features is not None and again.features is not None:
             gain["fid"] = compare_distributions(drawn.features, again.features)["fid_difference"]
         better = measures(reference, again)
-        correction = CorrectedEvaluation(better, gain, str(log), probe.seeds, probe.path, probe.fits)
+        correction = CorrectedEvaluation(better, gain, str(log), estimating.seeds, "full", fits)
     sqnr = summarize(powers)
     return Evaluation(
         measures=measures(reference, drawn),

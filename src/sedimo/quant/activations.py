@@ -31,8 +31,8 @@ _LARGEST = 2.0**126  # the width of a range fits float32
 
 
 @dataclass(frozen=True, slots=True)
-class StaticRange:
-    """The range of a layer's inputs, fixed beforehand: least and greatest value, per group of timesteps."""
+class InputRange:
+    """Least and greatest values of a layer's inputs, seen beforehand: per channel, or per group of timesteps."""
 
     low: tuple[float, ...]
     high: tuple[float, ...]
@@ -42,8 +42,8 @@ class StaticRange:
         is_range = all(-_LARGEST <= a <= b <= _LARGEST for a, b in pairs)
         if not pairs or len(self.low) != len(self.high) or not is_range:
             raise InputError(
-                "a static range needs as many finite low as high values, low <= high, at most 2^126 from zero, "
-                f"got {self.low}, {self.high}"
+                "ranges of inputs need as many finite low as high values, low <= high, at most 2^126 from zero, "
+                f"got {self.low[:3]}, {self.high[:3]}"
             )
 
 
@@ -53,7 +53,7 @@ class ActivationQuantizer:
 
     bits: int
     symmetric: bool = False
-    range: StaticRange | None = None
+    range: InputRange | None = None
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
@@ -133,7 +133,7 @@ class Activations:
     """
 
     symmetric: bool = False
-    static: Mapping[str, Mapping[str, StaticRange]] = field(default_factory=dict)
+    static: Mapping[str, Mapping[str, InputRange]] = field(default_factory=dict)
     timesteps: tuple[float, ...] = ()
 
     @property

@@ -30,21 +30,11 @@ def row_bytes(bits: int, n_codes: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Bytes of the codes of each row.
-
-    Args:
-        codes: uint8 `[R, N]`, every code below 2^bits.
-        bits: width of a code, 1..8 [bits].
-
-    Returns:
-        uint8 `[R, ceil(N * bits / 8)]`.
+    """Bytes uint8 `[R, ceil(N * bits / 8)]` of codes uint8 `[R, N]`, every code below 2^bits, bits 1..8.
 
     Example:
         >>> pack(torch.tensor([[1, 2, 3, 0, 7]], dtype=torch.uint8), 3).tolist()
         [[209, 112]]
-
-    Raises:
-        InputError: not uint8 of two dimensions, bits outside 1..8, or a code that needs more bits.
     """
     _check(codes, bits, "codes")
     n_rows, n_codes = codes.shape
@@ -62,22 +52,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n_codes: int) -> Tensor:
-    """The codes that `pack` wrote.
-
-    Args:
-        packed: uint8 `[R, ceil(n_codes * bits / 8)]`.
-        bits: width of a code, 1..8 [bits].
-        n_codes: codes per row.
-
-    Returns:
-        uint8 `[R, n_codes]`.
+    """The codes uint8 `[R, n_codes]` that `pack` wrote.
 
     Example:
         >>> unpack(torch.tensor([[209, 112]], dtype=torch.uint8), 3, 5).tolist()
         [[1, 2, 3, 0, 7]]
-
-    Raises:
-        InputError: not uint8 of two dimensions, bits outside 1..8, or rows of a wrong length.
     """
     _check(packed, bits, "packed codes")
     if packed.shape[1] != row_bytes(bits, n_codes):

@@ -217,18 +217,15 @@ def reconstruct(number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
     return family.dequantize(number_format, tensors)
 
 
-def pack_fitted(fitted: Fitted, *, start: int = 0) -> WeightPart:
-    """The part that begins at input channel `start` and holds a fitted weight, its codes packed."""
-    packed = {CODES: pack(fitted.known_codes, fitted.format.bits), **fitted.parameters}
-    return WeightPart(start, start + fitted.shape[1], fitted.format.weight_format, packed)
-
-
-def unquantized_part(weight: Tensor, *, start: int = 0) -> WeightPart:
-    """The part that begins at input channel `start` and keeps `weight` `[C, I, ...]` as it is."""
+def part_of(piece: Fitted | Tensor, *, start: int = 0) -> WeightPart:
+    """The part that begins at input channel `start` and holds what was fitted, packed, or a weight as it is."""
+    stop = start + piece.shape[1]
+    if isinstance(piece, Fitted):
+        packed = {CODES: pack(piece.known_codes, piece.format.bits), **piece.parameters}
+        return WeightPart(start, stop, piece.format.weight_format, packed)
     ((name, dtypes),) = FP16.numerics.dtypes.items()
-    dtype = weight.dtype if weight.dtype in dtypes else torch.float32
-    values = weight.detach().to(dtype).reshape(weight.shape[0], -1).clone()
-    return WeightPart(start, start + weight.shape[1], FP16, {name: values})
+    dtype = piece.dtype if piece.dtype in dtypes else torch.float32
+    return WeightPart(start, stop, FP16, {name: piece.detach().to(dtype).reshape(len(piece), -1).clone()})
 
 
 def check_cover(parts: Sequence[WeightPart], shape: Sequence[int]) -> None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.quant.formats import Format, paper_bytes
-from sedimo.quant.parts import Fitted, WeightPart, check_cover, pack_fitted, unquantized_part
+from sedimo.quant.parts import Fitted, WeightPart, check_cover, part_of
 
 _PREFIX = "part_"
 _REMEDY = (
@@ -67,6 +67,13 @@ class Layout(NamedTuple):
         """Strides of the view on an ordinary tensor."""
         own = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         return (*(0 for _ in self.batch), *(reversed(own) if self.is_transposed else own))
+
+
+def _refused(operation: str, remedy: str = "") -> Callable[..., NoReturn]:
+    def method(self: QuantizedTensor, *_arguments: object, **_options: object) -> NoReturn:
+        self.refuse(operation, remedy)
+
+    return method
 
 
 class QuantizedTensor(torch.Tensor):
@@ -117,8 +124,7 @@ class QuantizedTensor(torch.Tensor):
             raise InputError(f"parts must differ in input channels only, got {[tuple(p.shape) for p in pieces]}")
         parts: list[WeightPart] = []
         for piece in pieces:
-            make: Callable[..., WeightPart] = unquantized_part if isinstance(piece, torch.Tensor) else pack_fitted
-            parts.append(make(piece, start=parts[-1].stop if parts else 0))
+            parts.append(part_of(piece, start=parts[-1].stop if parts else 0))
         return cls.from_parts(parts, (pieces[0].shape[0], parts[-1].stop, *pieces[0].shape[2:]), dtype)
 
     @property
@@ -188,11 +194,7 @@ class QuantizedTensor(torch.Tensor):
         self._adopt(value.parts, value.packing)
 
     def refuse(self, operation: str, remedy: str = "") -> NoReturn:
-        """Raises the error of an operation that packed weights do not support.
-
-        Raises:
-            UnsupportedError: always.
-        """
+        """Raises the error of an operation that packed weights do not support."""
         raise UnsupportedError(
             f"layer {self.layer_name or '(not named)'!r} has a packed weight ({'+'.join(map(str, self.formats))}), "
             f"which does not support {operation}. {remedy or _REMEDY}"
@@ -208,30 +210,16 @@ class QuantizedTensor(torch.Tensor):
         """Address of the first stored tensor: wrappers have none, and tie detection compares addresses."""
         return self.stored[0].data_ptr()
 
-    def share_memory_(self) -> NoReturn:
-        """Refused: torch would write into storage that a wrapper does not have, and end the interpreter."""
-        self.refuse("share_memory_()", "Load the checkpoint in each process instead.")
-
-    def numpy(self, *, force: bool = False) -> NoReturn:
-        """Refused: the packed tensors are not the numbers of the weight."""
-        self.refuse("numpy()", "Call .dequantize().numpy() instead.")
-
-    def tolist(self) -> NoReturn:
-        """Refused like `numpy`."""
-        self.refuse("tolist()", "Call .dequantize().tolist() instead.")
-
-    def apply_(self, function: object) -> NoReturn:
-        """Refused like `share_memory_`."""
-        self.refuse("apply_()")
-
-    def __array__(self, dtype: object = None, copy: object = None) -> NoReturn:
-        self.refuse("conversion to numpy", "Call .dequantize().numpy() instead.")
-
-    def __dlpack__(self, **_: object) -> NoReturn:
-        self.refuse("DLPack", "Call .dequantize() first.")
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self.refuse("pickle (torch.save, copy.copy)", "Save with save_pretrained; copy with copy.deepcopy or clone().")
+    # torch would write into storage that a wrapper does not have, and end the interpreter
+    share_memory_ = _refused("share_memory_()", "Load the checkpoint in each process instead.")
+    apply_ = _refused("apply_()")
+    numpy = _refused("numpy()", "Call .dequantize().numpy() instead.")
+    tolist = _refused("tolist()", "Call .dequantize().tolist() instead.")
+    __array__ = _refused("conversion to numpy", "Call .dequantize().numpy() instead.")
+    __dlpack__ = _refused("DLPack", "Call .dequantize() first.")
+    __reduce_ex__ = _refused(
+        "pickle (torch.save, copy.copy)", "Save with save_pretrained; copy with copy.deepcopy or clone()."
+    )
 
     def __deepcopy__(self, memo: dict[int, object]) -> QuantizedTensor:
         if id(self) not in memo:

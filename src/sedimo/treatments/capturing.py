@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import DenoiserCall
 from sedimo.pipelines.trajectory import rows_of
+
+Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -27,65 +30,71 @@ class Captured:
 
     leaves: tuple[object, ...]
     spec: TreeSpec
-    targets: tuple[torch.Tensor, ...]
+    targets: Tensors
     n_rows: int
+
+    def has_rows(self, leaf: object) -> bool:
+        """Whether a leaf holds a row each."""
+        return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.n_rows
 
     def rows(self, index: torch.Tensor | slice) -> Captured:
         """Some rows, copied: a module may overwrite its inputs."""
-        leaves = tuple(_cut(leaf, index, self.n_rows) for leaf in self.leaves)
+        leaves = (
+            (leaf[index] if self.has_rows(leaf) else leaf).clone() if isinstance(leaf, torch.Tensor) else leaf
+            for leaf in self.leaves
+        )
         targets = tuple(t[index] for t in self.targets)
-        return Captured(leaves, self.spec, targets, len(targets[0]))
-
-    def call(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What the module gives with other weights, by parameter name; gradients reach them."""
-        args, kwargs = tree_unflatten(list(self.leaves), self.spec)
-        return tensors_in(torch.func.functional_call(module, dict(weights), args, kwargs))
+        return Captured(tuple(leaves), self.spec, targets, len(targets[0]))
 
     def squared_error(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sum of squared differences between what the module gives and what it should, float32."""
-        pairs = zip(self.call(module, weights), self.targets, strict=True)
-        return torch.stack([(found.float() - target.float()).square().sum() for found, target in pairs]).sum()
+        """Sum of squared differences between what the module should give and gives with other weights, float32.
+
+        Weights are by parameter name; gradients reach them.
+        """
+        args, kwargs = tree_unflatten(list(self.leaves), self.spec)
+        found = _tensors_in(torch.func.functional_call(module, dict(weights), args, kwargs))
+        pairs = zip(found, self.targets, strict=True)
+        return torch.stack([(one.float() - target.float()).square().sum() for one, target in pairs]).sum()
 
 
-def capture_outputs(denoiser: nn.Module, name: str, calls: Sequence[DenoiserCall]) -> list[tuple[torch.Tensor, ...]]:
+def capture_outputs(denoiser: nn.Module, name: str, calls: Sequence[DenoiserCall]) -> list[Tensors]:
     """The outputs of a module, one entry per use, when the denoiser repeats recorded calls."""
-    found: list[tuple[torch.Tensor, ...]] = []
-    module = denoiser.get_submodule(name)
-    hook = module.register_forward_hook(lambda _module, _args, out: found.append(_copied(tensors_in(out))))
-    try:
-        _repeat(denoiser, calls)
-    finally:
-        hook.remove()
+    found: list[Tensors] = []
+
+    def keep(_module: nn.Module, _args: object, output: object) -> None:
+        found.append(tuple(t.detach().clone() for t in _tensors_in(output)))
+
+    _repeat(denoiser, calls, denoiser.get_submodule(name).register_forward_hook(keep))
     return found
 
 
 def capture(
-    denoiser: nn.Module, name: str, calls: Sequence[DenoiserCall], targets: Sequence[tuple[torch.Tensor, ...]]
+    denoiser: nn.Module, name: str, calls: Sequence[DenoiserCall], targets: Sequence[Tensors]
 ) -> tuple[Captured, ...]:
-    """The arguments of a module when the denoiser repeats recorded calls, joined to what it should give for them.
-
-    Raises:
-        StateError: it is not called as often as there are targets.
-        InputError: it gives no tensor.
-    """
-    inputs: list[tuple[list[object], TreeSpec]] = []
+    """The arguments of a module when the denoiser repeats recorded calls, joined to what it should give for them."""
+    inputs: list[tuple[tuple[object, ...], TreeSpec]] = []
 
     def keep(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         leaves, spec = tree_flatten((args, kwargs))
-        inputs.append(([_copied([leaf])[0] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec))
+        copies = (leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        inputs.append((tuple(copies), spec))
 
     # before the hooks of others, which may change the inputs: they will do so again when the module is called
-    hook = denoiser.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
-    try:
-        _repeat(denoiser, calls)
-    finally:
-        hook.remove()
+    module = denoiser.get_submodule(name)
+    _repeat(denoiser, calls, module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True))
     if len(inputs) != len(targets):
         raise StateError(f"module {name!r} was called {len(inputs)} times, {len(targets)} times at full precision")
-    if any(not target for target in targets):
+    if not all(targets):
         raise InputError(f"module {name!r} gives no tensor, so its rounding cannot be reconstructed")
-    pairs = zip(inputs, targets, strict=True)
-    return _joined([Captured(tuple(leaves), spec, target, len(target[0])) for (leaves, spec), target in pairs])
+    groups: list[list[Captured]] = []  # calls that differ in rows only
+    for (leaves, spec), target in zip(inputs, targets, strict=True):
+        one = Captured(leaves, spec, target, len(target[0]))
+        group = next((g for g in groups if _agree(g[0], one)), None)
+        if group is None:
+            groups.append([one])
+        else:
+            group.append(one)
+    return tuple(map(_joined, groups))
 
 
 def minibatches(parts: Sequence[Captured], n_rows: int, generator: torch.Generator) -> Callable[[], Captured]:
@@ -102,69 +111,40 @@ def minibatches(parts: Sequence[Captured], n_rows: int, generator: torch.Generat
 
 def slices(parts: Sequence[Captured], n_rows: int) -> Iterator[Captured]:
     """All rows, at most `n_rows` at a time."""
-    for part in parts:
-        for first in range(0, part.n_rows, n_rows):
-            yield part.rows(slice(first, first + n_rows))
+    return (part.rows(slice(i, i + n_rows)) for part in parts for i in range(0, part.n_rows, n_rows))
 
 
-def tensors_in(output: object) -> tuple[torch.Tensor, ...]:
-    """The tensors that a module gives, in order."""
+def _tensors_in(output: object) -> Tensors:
     return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
 
 
-def _repeat(denoiser: nn.Module, calls: Sequence[DenoiserCall]) -> None:
-    with torch.no_grad():
-        for call in calls:
-            denoiser(**rows_of(call, slice(None)))
-
-
-def _copied(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return tuple(t.detach().clone() for t in tensors)
-
-
-def _cut(leaf: object, index: torch.Tensor | slice, n_rows: int) -> object:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return (leaf[index] if _has_rows(leaf, n_rows) else leaf).clone()
-
-
-def _has_rows(tensor: torch.Tensor, n_rows: int) -> bool:
-    return tensor.ndim > 0 and tensor.shape[0] == n_rows
-
-
-def _joined(calls: Sequence[Captured]) -> tuple[Captured, ...]:
-    """Calls that differ in rows only, put together."""
-    groups: list[list[Captured]] = []
-    for call in calls:
-        group = next((g for g in groups if _agree(g[0], call)), None)
-        if group is None:
-            groups.append([call])
-        else:
-            group.append(call)
-    return tuple(_concatenated(group) for group in groups)
+def _repeat(denoiser: nn.Module, calls: Sequence[DenoiserCall], hook: RemovableHandle) -> None:
+    """Repeats the calls, and takes the hook off."""
+    try:
+        with torch.no_grad():
+            for call in calls:
+                denoiser(**rows_of(call, slice(None)))
+    finally:
+        hook.remove()
 
 
 def _agree(first: Captured, other: Captured) -> bool:
-    if first.spec != other.spec or len(first.leaves) != len(other.leaves):
-        return False
-
     def agree(one: object, another: object) -> bool:
         if not isinstance(one, torch.Tensor) or not isinstance(another, torch.Tensor):
             return type(one) is type(another) and one == another
-        if _has_rows(one, first.n_rows) and _has_rows(another, other.n_rows):
+        if first.has_rows(one) and other.has_rows(another):
             return one.shape[1:] == another.shape[1:] and one.dtype == another.dtype
         return torch.equal(one, another)
 
-    return all(agree(*pair) for pair in zip(first.leaves, other.leaves, strict=True))
+    is_alike = first.spec == other.spec and len(first.leaves) == len(other.leaves)
+    return is_alike and all(map(agree, first.leaves, other.leaves))
 
 
-def _concatenated(calls: Sequence[Captured]) -> Captured:
+def _joined(calls: Sequence[Captured]) -> Captured:
     first = calls[0]
     leaves = tuple(
-        torch.cat([call.leaves[i] for call in calls])  # type: ignore[misc]  # tensors with rows, as in the first call
-        if isinstance(leaf, torch.Tensor) and _has_rows(leaf, first.n_rows)
-        else leaf
-        for i, leaf in enumerate(first.leaves)
+        torch.cat(alike) if first.has_rows(alike[0]) else alike[0]
+        for alike in zip(*(call.leaves for call in calls), strict=True)
     )
-    targets = tuple(torch.cat(parts) for parts in zip(*(call.targets for call in calls), strict=True))
+    targets = tuple(map(torch.cat, zip(*(call.targets for call in calls), strict=True)))
     return Captured(leaves, first.spec, targets, sum(call.n_rows for call in calls))

@@ -13,7 +13,7 @@ Source:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,23 +59,6 @@ class StepFit:
     explained: float
 
 
-@dataclass(frozen=True, slots=True)
-class CorrectionProbe:
-    """Fits by timestep in the order of sampling, on the `path` of full precision or of the quantized denoiser."""
-
-    path: CorrectionPath
-    seeds: tuple[int, ...]
-    fits: tuple[StepFit, ...]
-
-    @property
-    def correction(self) -> tuple[StepCorrection, ...]:
-        """What corrects a pipeline: `pipelines.correction.corrected`."""
-        return tuple(
-            StepCorrection(fit.timestep, fit.slope.value, tuple(b.value for b in fit.bias), fit.variance)
-            for fit in self.fits
-        )
-
-
 def correction_plan(seeds: Seeds, n_images: int) -> Sampling:
     """Seeds past all those that are evaluated."""
     first = seeds.settings.first_seed + max(seeds.settings.n_seeds, n_images)
@@ -89,16 +72,23 @@ def estimate_correction(
     *,
     path: CorrectionPath = "full",
     progress: Progress = SILENT,
-) -> CorrectionProbe:
-    """The correction of a quantized pipeline, such as a loaded checkpoint, from the one that it was made from."""
+) -> tuple[StepFit, ...]:
+    """The fits of a quantized pipeline, such as a loaded checkpoint, to the one that it was made from, step by step.
+
+    `path` is whose latents both predict from: those of full precision, or the quantized one's own.
+    """
     if path not in CORRECTION_PATHS:
         raise InputError(f"a correction is estimated on the path {' or '.join(CORRECTION_PATHS)}, got {path!r}")
     if len(on.seeds) < 2:
         raise InputError("a correction needs at least two samples to have an error, got 1")
     works = ((content_key(batch), functools.partial(_measure, full, quantized, batch, path)) for batch in on.batches())
     parts = tuple(Parts(quantized, None, progress).each(dict, "estimating the correction", on.n_batches, works))
-    fits = (_estimated(timestep, np.concatenate([part[timestep] for part in parts])) for timestep in parts[0])
-    return CorrectionProbe(path, on.seeds, tuple(fits))
+    return tuple(_estimated(timestep, np.concatenate([part[timestep] for part in parts])) for timestep in parts[0])
+
+
+def correction_of(fits: Iterable[StepFit]) -> tuple[StepCorrection, ...]:
+    """What corrects a pipeline: `pipelines.correction.corrected`."""
+    return tuple(StepCorrection(f.timestep, f.slope.value, tuple(b.value for b in f.bias), f.variance) for f in fits)
 
 
 def _measure(

@@ -30,12 +30,12 @@ from sedimo.methods.sqnr import LEAST_SAMPLES, noisiest_decisions, probe_sqnr
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.trajectory import calls_by_step, inputs_by_samples, record, replay
+from sedimo.quant.activations import InputRange
 from sedimo.quant.formats import Format
 from sedimo.settings import Checked, checked, option, within
 from sedimo.space import search_space
 from sedimo.treatments.smoothing_plan import (
     DEFAULT_ALPHA,
-    ChannelRange,
     Smoothing,
     check_alpha,
     plan_smoothing,
@@ -109,7 +109,7 @@ class RangesPart:
     """Of one denoiser step: ranges by layer; calls of a layer within the step are merged. Uncalled ones are absent."""
 
     timestep: float
-    ranges: Mapping[str, ChannelRange]
+    ranges: Mapping[str, InputRange]
 
 
 def smooth(
@@ -159,7 +159,7 @@ def plan_smoothings(lab: Lab, wanted: Sequence[SmoothingSettings]) -> tuple[Smoo
     return tuple(kept[name] for name in names)
 
 
-def measure_inputs(lab: Lab, settings: SmoothingSettings, on: Sampling) -> tuple[Folding, Mapping[str, ChannelRange]]:
+def measure_inputs(lab: Lab, settings: SmoothingSettings, on: Sampling) -> tuple[Folding, Mapping[str, InputRange]]:
     """Where the factors of some layers go, and the ranges of their inputs: all that does not depend on alpha."""
     layers = settings.layers or _ranked_layers(lab, settings.share, on)
     folding = find_folding(lab.pipe.denoiser, layers, capture=lambda: captured_inputs(lab.pipe))
@@ -176,7 +176,7 @@ def _ranked_layers(lab: Lab, share: float, on: Sampling) -> Sequence[str]:
     return [layer for name in names for layer in ranking.bank.space.decision_index[name].layers]
 
 
-def probe_ranges(lab: Lab, layers: Sequence[str], on: Sampling) -> dict[str, ChannelRange]:
+def probe_ranges(lab: Lab, layers: Sequence[str], on: Sampling) -> dict[str, InputRange]:
     """The ranges of the inputs of layers over all steps of one recorded trajectory; of those that are called.
 
     With a study, each step's part is saved when it is finished and not measured again.
@@ -194,7 +194,7 @@ def probe_ranges(lab: Lab, layers: Sequence[str], on: Sampling) -> dict[str, Cha
     for layer in layers:
         if seen := [step.ranges[layer] for step in steps if layer in step.ranges]:
             low, high = np.min([one.low for one in seen], axis=0), np.max([one.high for one in seen], axis=0)
-            found[layer] = ChannelRange(tuple(low.tolist()), tuple(high.tolist()))
+            found[layer] = InputRange(tuple(low.tolist()), tuple(high.tolist()))
     return found
 
 
@@ -215,7 +215,7 @@ def _measure_part(
         for call, samples in batches:
             for _, inputs in inputs_by_samples(call, len(samples)):
                 denoiser(**inputs)
-    ranges = {name: ChannelRange(_numbers(low), _numbers(high)) for name, (low, high) in found.items()}
+    ranges = {name: InputRange(_numbers(low), _numbers(high)) for name, (low, high) in found.items()}
     return RangesPart(batches[0][0].timestep, ranges)
 
 

@@ -33,6 +33,7 @@ from sedimo.errors import InputError
 from sedimo.graph.folding import NONE, Folding
 from sedimo.lab.bench import InForce
 from sedimo.pipelines.adapter import WeightSource
+from sedimo.quant.activations import InputRange
 from sedimo.settings import within
 
 DEFAULT_ALPHA = 0.7
@@ -41,18 +42,6 @@ _LARGEST = 15  # float16 ends at 2^16: weights stay below half of that
 _SMALLEST = -14  # the smallest normal float16 is 2^-14: the largest weight of a column stays above it
 check_alpha = within("alpha must lie in 0..1 (0: all of the range stays in the input; 0.7 is usual)", least=0, most=1)
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelRange:
-    """The least and the greatest value of each input channel of a layer, over samples and positions."""
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.low) != len(self.high) or any(low > high for low, high in zip(self.low, self.high, strict=True)):
-            raise InputError(f"a range needs low <= high for each channel, got {self.low[:3]} and {self.high[:3]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +79,16 @@ class Smoothing(InForce):
     layers: Mapping[str, SmoothedLayer]
     parameters: Mapping[str, ScaledParameter]
     refused: Mapping[str, str]
-    ranges: Mapping[str, ChannelRange] = field(default_factory=dict)
+    ranges: Mapping[str, InputRange] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
 
-    def ranges_after(self, layer: str) -> ChannelRange:
+    def ranges_after(self, layer: str) -> InputRange:
         """What the range of a layer's input becomes: every channel divided by its power of two."""
         before, factors = self.ranges[layer], np.exp2(self.layers[layer].exponents)
         low, high = np.asarray(before.low) / factors, np.asarray(before.high) / factors
-        return ChannelRange(tuple(low.tolist()), tuple(high.tolist()))
+        return InputRange(tuple(low.tolist()), tuple(high.tolist()))
 
     @property
     def ways(self) -> dict[str, How]:
@@ -161,7 +150,7 @@ def factor_exponents(factors: torch.Tensor, input_max: torch.Tensor, weight_max:
 
 
 def plan_smoothing(
-    folding: Folding, ranges: Mapping[str, ChannelRange], weights: WeightSource, alpha: float = DEFAULT_ALPHA
+    folding: Folding, ranges: Mapping[str, InputRange], weights: WeightSource, alpha: float = DEFAULT_ALPHA
 ) -> Smoothing:
     """The powers of two for every layer of a folding, from the ranges of its input and the columns of its weight.
 

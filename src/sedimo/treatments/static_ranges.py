@@ -30,7 +30,7 @@ from sedimo.lab.lab import Lab
 from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import sample_until
-from sedimo.quant.activations import ActivationQuantizer, Activations, StaticRange
+from sedimo.quant.activations import ActivationQuantizer, Activations, InputRange
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.settings import Checked, checked, option, within
 from sedimo.treatments.treatment import Treatment
@@ -184,7 +184,7 @@ class _Look:
         self._now.clear()
         return True
 
-    def ranges(self, layer: str, widths: Collection[int]) -> dict[str, StaticRange]:
+    def ranges(self, layer: str, widths: Collection[int]) -> dict[str, InputRange]:
         """The static ranges of a layer by width."""
         groups = [values for (name, _), values in self._found.items() if name == layer]  # in the order of sampling
         if not groups:
@@ -194,7 +194,7 @@ class _Look:
         found = {}
         for bits in sorted(widths):
             pairs = [_range(values, bits, self._how) for values in groups]
-            found[f"a{bits}"] = StaticRange(tuple(low for low, _ in pairs), tuple(high for _, high in pairs))
+            found[f"a{bits}"] = InputRange(tuple(low for low, _ in pairs), tuple(high for _, high in pairs))
         return found
 
 
@@ -217,7 +217,7 @@ def _range(seen: Values, bits: int, how: ActivationSettings) -> tuple[float, flo
         return max(low, ends[0]), min(high, ends[1])
 
     def error(pair: tuple[float, float]) -> float:
-        quantizer = ActivationQuantizer(bits, how.symmetric, StaticRange((pair[0],), (pair[1],)))
+        quantizer = ActivationQuantizer(bits, how.symmetric, InputRange((pair[0],), (pair[1],)))
         return float(((quantizer(values) - values).double().square() * weights).sum())
 
     return min(((low * f, high * f) for f in _SHRINK_FACTORS), key=error)
