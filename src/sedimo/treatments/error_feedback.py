@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
-import shutil
-import tempfile
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,7 +32,7 @@ from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import Sampling
-from sedimo.quant.fitting import DAMPING, FEEDBACK_VERSION
+from sedimo.quant.fitting import DAMPING, FEEDBACK_VERSION, Moments
 from sedimo.settings import option
 from sedimo.space import SearchSpace
 from sedimo.treatments.treatment import Treatment
@@ -43,48 +42,33 @@ MOST_BYTES = 1 << 30  # of all moments together, unless that would make blocks n
 MOST_COLUMNS, LEAST_COLUMNS = 1024, 256  # of a block
 MOST_POSITIONS = 256  # of a sample, in one call
 SECONDS_BETWEEN_SAVES = 60.0  # of unfinished sums, which may take a gibibyte
-_INDEX = "index.json"
 _CALL_FACTOR = 2.0  # a call whose inputs are looked at, in plain ones
 _SECONDS_PER_FEEDBACK = 1e-7  # of one weight in one format on one core
 _SECONDS_PER_FACTOR = 3e-10  # of a block of n columns, per n cubed
 
 
 @dataclass(frozen=True)
-class FoldedMoments:
-    """Second moments by weight, in a folder with a file for each.
+class KeptMoments:
+    """Second moments by weight, in a file; `key` names what they were measured on.
 
-    `key` names what they were measured on. Weights without moments (grouped convolutions, layers that were never
-    called) have none.
+    Weights without moments (grouped convolutions, layers that were never called) have none.
     """
 
-    folder: Path
+    path: Path
     key: str
 
     def blocks(self, weight: str) -> Sequence[torch.Tensor]:
         """Blocks `[n, n]` on the diagonal of the moments of a weight's columns, in order; none if it has no moments."""
-        if weight not in self._known:
-            return ()
-        path = self.folder / _file_name(weight)
         try:
-            found = load_file(path)
-            return [found[str(index)] for index in range(len(found))]
-        except (SafetensorError, KeyError, OSError) as error:
-            raise self._damaged(path, error) from error
-
-    @cached_property
-    def _known(self) -> frozenset[str]:
-        path = self.folder / _INDEX
-        try:
-            return frozenset(json.loads(path.read_text()))
-        except (ValueError, TypeError, OSError) as error:
-            raise self._damaged(path, error) from error
-
-    def _damaged(self, path: Path, error: Exception) -> StateError:
-        return StateError(f"{path} is damaged or gone: {error!r}. Delete {self.folder} to measure it again")
+            with safe_open(self.path, framework="pt") as file:
+                n_blocks = sum(name.rpartition(".")[0] == weight for name in file.keys())  # noqa: SIM118 -- no mapping
+                return [file.get_tensor(f"{weight}.{index}") for index in range(n_blocks)]
+        except (SafetensorError, OSError) as error:
+            raise StateError(f"{self.path} is damaged or gone: {error!r}. Delete it to measure it again") from error
 
 
-def measure_moments(lab: Lab, on: Sampling, folder: Path) -> FoldedMoments:
-    """The second moments of the inputs of all weights, over all steps of a plan; kept in a folder.
+def measure_moments(lab: Lab, on: Sampling, folder: Path) -> KeptMoments:
+    """The second moments of the inputs of all weights, over all steps of a plan; kept in a file of a folder.
 
     What the folder holds already is not measured again.
     """
@@ -93,13 +77,14 @@ def measure_moments(lab: Lab, on: Sampling, folder: Path) -> FoldedMoments:
     setting = lab.setting(on, weights_digest=lab.weights.digest)
     how = {"columns": columns, "positions": MOST_POSITIONS, "damping": DAMPING, "feedback": FEEDBACK_VERSION}
     key = content_key({"moments": MOMENTS_VERSION, "setting": setting, "layers": layers, **how})
-    place = folder / f"moments-{key[:32]}"
+    place = folder / f"moments-{key[:32]}.safetensors"
     if not place.exists():
-        sums = _Sums(columns, place.with_name(f"{place.name}.begun.safetensors"))
-        _sum_up(lab, layers, on, sums)
-        _write(sums.blocks, place)
-        sums.path.unlink(missing_ok=True)
-    return FoldedMoments(place, key)
+        begun = place.with_suffix(".begun.safetensors")
+        sums = _Sums(columns)
+        _sum_up(lab, layers, on, sums, begun)
+        sums.save(on.n_batches, place)
+        begun.unlink(missing_ok=True)
+    return KeptMoments(place, key)
 
 
 def block_columns(n_columns: Sequence[int]) -> int:
@@ -119,49 +104,49 @@ def _columns(space: SearchSpace) -> list[int]:
     return [math.prod(weight.shape[1:]) for weight in space.weights]
 
 
-def _sum_up(lab: Lab, layers: Mapping[str, str], on: Sampling, sums: _Sums) -> None:
-    """Adds all batches but those that were added before the work was stopped."""
+def _sum_up(lab: Lab, layers: Mapping[str, str], on: Sampling, sums: _Sums, begun: Path) -> None:
+    """Adds all batches but those that were added before the work was stopped, of which `begun` has the sums."""
     pipe = lab.pipe
-    n_added = sums.take_up(next(pipe.denoiser.parameters()).device)
+    n_added = sums.take_up(begun, next(pipe.denoiser.parameters()).device)
     hooks = {layer: functools.partial(sums.add, layer, weight) for layer, weight in layers.items()}
     n_left, saved = on.n_batches - n_added, time.monotonic()
     with lab.parts().stage("second moments of inputs", n_left) as stop, hooked(pipe.denoiser, hooks):
-        for index, batch in enumerate(on.batches()):
-            if index < n_added:
-                continue
+        for n_done, batch in enumerate(itertools.islice(on.batches(), n_added, None), n_added + 1):
             pipe.sample(batch)
             lab.progress.advance(1)
             if stop.is_set or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
-                sums.save(index + 1)
+                sums.save(n_done, begun)
                 saved = time.monotonic()
-            stop.check(f"interrupted: sums so far are saved in {sums.path}; run the same command again to go on")
+            stop.check(f"interrupted: sums so far are saved in {begun}; run the same command again to go on")
 
 
 class _Sums:
-    """Running sums of X^T X by weight, in blocks on the diagonal of so many columns, kept in a file until finished."""
+    """Running sums of X^T X by weight, in blocks on the diagonal of so many columns."""
 
-    def __init__(self, columns: int, path: Path) -> None:
-        self._columns, self.path = columns, path
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
         self._n_calls: Counter[str] = Counter()
         self.blocks: dict[str, list[torch.Tensor]] = {}
 
-    def save(self, n_added: int) -> None:
+    def save(self, n_added: int, path: Path) -> None:
         """Keeps the sums over so many batches, in place of older ones."""
         named = ((f"{weight}.{i}", block) for weight, found in self.blocks.items() for i, block in enumerate(found))
         tensors = {name: block.cpu() for name, block in named}
-        draft = self.path.with_suffix(".tmp")
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, draft, metadata={"n_added": str(n_added), "n_calls": json.dumps(self._n_calls)})
-            draft.replace(self.path)
+            draft.replace(path)
         except (OSError, SafetensorError) as error:
             draft.unlink(missing_ok=True)
-            raise _unkept(self.path, error) from error
+            raise StateError(
+                f"second moments cannot be kept in {path}: {error}. Make room, and run it again"
+            ) from error
 
-    def take_up(self, device: torch.device) -> int:
+    def take_up(self, path: Path, device: torch.device) -> int:
         """Goes on with the sums that were kept; over how many batches they are, 0 where none can be read."""
         try:
-            with safe_open(self.path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt", device=str(device)) as file:
                 facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return 0
@@ -227,31 +212,6 @@ def _drawn(n: int, call: str, device: torch.device) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:MOST_POSITIONS].to(device)
 
 
-def _write(moments: Mapping[str, Sequence[torch.Tensor]], place: Path) -> None:
-    """Writes a folder whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".tmp", dir=place.parent))
-    try:
-        for weight, blocks in moments.items():
-            tensors = {str(index): block.cpu().contiguous() for index, block in enumerate(blocks)}
-            save_file(tensors, draft / _file_name(weight))
-        (draft / _INDEX).write_text(json.dumps(sorted(moments)))
-        draft.replace(place)
-    except (OSError, SafetensorError) as error:
-        if not place.exists():  # else another process was quicker
-            raise _unkept(place, error) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # gone already where it took its place
-
-
-def _unkept(place: Path, error: Exception) -> StateError:
-    return StateError(f"second moments cannot be kept in {place}: {error}. Make room, and run it again")
-
-
-def _file_name(weight: str) -> str:
-    return f"{hashlib.sha256(weight.encode()).hexdigest()[:32]}.safetensors"
-
-
 @dataclass(frozen=True, slots=True)
 class FeedbackSettings:
     """Whether codes are chosen by error feedback; where nothing is said, the method may bring it along."""
@@ -268,7 +228,7 @@ class FeedbackSettings:
 class ErrorFeedback(InForce):
     """Error feedback that is in force."""
 
-    moments: FoldedMoments
+    moments: Moments
 
     def on(self, bank: Bank) -> Bank:
         """The bank whose codes are chosen by these moments."""
