@@ -134,10 +134,6 @@ class Format:
         weight = (str(self.weight_format),) if self.is_quantized else ()
         return weight if self.activation_bits == FULL_BITS else (*weight, f"a{self.activation_bits}")
 
-    def n_groups(self, n_inputs: int) -> int:
-        """Number of groups of a row of `n_inputs` weights (the last one may be shorter)."""
-        return 1 if self.group_size is None else math.ceil(n_inputs / self.group_size)
-
 
 FP16 = Format.parse("fp16")
 

@@ -8,7 +8,7 @@ as the tensors that its format stores. `Fitted` is what a quantizer hands over.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -174,10 +174,6 @@ class WeightPart:
     def with_codes(self, codes: Tensor) -> WeightPart:
         """The same part with other packed codes."""
         return replace(self, tensors={**self.tensors, CODES: codes})
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> WeightPart:
-        """The same part with `function` applied to each stored tensor."""
-        return replace(self, tensors={name: function(t) for name, t in self.tensors.items()})
 
     def shape_in(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of this part of a weight of the given shape."""

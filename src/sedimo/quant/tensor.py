@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, NoReturn, cast
 
 import torch
@@ -223,7 +224,7 @@ class QuantizedTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, object]) -> QuantizedTensor:
         if id(self) not in memo:
-            copied = self.rewrapped([p.map(torch.clone) for p in self.parts])
+            copied = self.mapped(torch.clone)
             memo[id(self)] = nn.Parameter(copied, requires_grad=False) if isinstance(self, nn.Parameter) else copied
         return cast("QuantizedTensor", memo[id(self)])
 
@@ -269,6 +270,13 @@ class QuantizedTensor(torch.Tensor):
     ) -> QuantizedTensor:
         """A tensor around other parts, with another label or as another view; the layer's name stays."""
         return _wrap(parts, packing or self.packing, dtype or self.dtype, self.layer_name)
+
+    def mapped(
+        self, function: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
+    ) -> QuantizedTensor:
+        """A tensor with `function` applied to each stored tensor."""
+        parts = (replace(p, tensors={name: function(t) for name, t in p.tensors.items()}) for p in self.parts)
+        return self.rewrapped(tuple(parts), dtype=dtype)
 
     def _adopt(self, parts: Sequence[WeightPart], packing: Layout) -> None:
         for name in [n for n in self.__dict__ if n.startswith(_PREFIX)]:
@@ -371,10 +379,8 @@ def _to_copy(packed: QuantizedTensor, func: OpOverload, args: Arguments, options
     if not dtype.is_floating_point:
         packed.refuse(f"the logical dtype {dtype}", "Its label must be a floating dtype.")
     device, non_blocking = cast("torch.device | None", options.get("device")), bool(options.get("non_blocking"))
-    moved = [part.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True)) for part in packed.parts]
-    if options.get("pin_memory"):
-        moved = [part.map(torch.Tensor.pin_memory) for part in moved]
-    return packed.rewrapped(moved, dtype=dtype)
+    moved = packed.mapped(lambda t: t.to(device, non_blocking=non_blocking, copy=True), dtype)
+    return moved.mapped(torch.Tensor.pin_memory) if options.get("pin_memory") else moved
 
 
 def _copy_in_place(packed: QuantizedTensor, func: OpOverload, args: Arguments, options: Options) -> object:
@@ -387,14 +393,6 @@ def _copy_in_place(packed: QuantizedTensor, func: OpOverload, args: Arguments, o
     for mine, other in pairs:
         mine.copy_(other)
     return target
-
-
-def _is_pinned(packed: QuantizedTensor, func: OpOverload, args: Arguments, options: Options) -> object:
-    return all(tensor.is_pinned() for tensor in packed.stored)
-
-
-def _pin(packed: QuantizedTensor, func: OpOverload, args: Arguments, options: Options) -> object:
-    return packed.rewrapped([part.map(torch.Tensor.pin_memory) for part in packed.parts])
 
 
 def _record_stream(packed: QuantizedTensor, func: OpOverload, args: Arguments, options: Options) -> object:
@@ -418,7 +416,7 @@ _OPERATORS: dict[OpOverload, Operator] = {
     **dict.fromkeys(_BATCHES, _expand),
     **dict.fromkeys((_aten.clone.default, _aten._to_copy.default), _to_copy),
     _aten.copy_.default: _copy_in_place,
-    _aten.is_pinned.default: _is_pinned,
-    _aten._pin_memory.default: _pin,
+    _aten.is_pinned.default: lambda packed, *_: all(tensor.is_pinned() for tensor in packed.stored),
+    _aten._pin_memory.default: lambda packed, *_: packed.mapped(torch.Tensor.pin_memory),
     _aten.record_stream.default: _record_stream,
 }

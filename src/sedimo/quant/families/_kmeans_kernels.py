@@ -37,11 +37,8 @@ _RELATIVE_ERROR = 1e-9  # of the optimum that is promised
 _ROUNDING = _EPSILON  # of a fit's cost, relative to the sum of squares: twenty times the most that was seen
 BLOCK = 32  # nodes per block; a run-time argument of the kernels, else the inner loop is unrolled, not vectorised
 STOP, LIMIT, CAP = 0, 1, 2  # rows of `marks`
-_FACTOR, _WORTH, _ALONE = (
-    32,
-    8,
-    4,
-)  # blocks per larger block; larger blocks that must fit in a row; nodes without a block
+_FACTOR, _WORTH = 32, 8  # blocks per larger block; larger blocks that must fit in a row
+_ALONE = 4  # nodes without a block
 _MAX_PATHS, _MODEL_PATHS = 60, 8  # penalties tried, and those of them that follow the model C(k) = a + b / k^2
 _SPLIT = 134217729.0  # 2^27 + 1
 

@@ -70,12 +70,8 @@ def best_grids(rows, group_size, scales, inverses, zero_points, qmax, best):
             unit = inverses[0, row, group]
             least = np.inf
             for index in range(scales.shape[0]):
-                scale, inverse, zero_point = (
-                    scales[index, row, group],
-                    inverses[index, row, group],
-                    zero_points[index, row, group],
-                )
-                score = _score(weights, scale, inverse, zero_point, qmax, unit, least)
+                scale, zero_point = scales[index, row, group], zero_points[index, row, group]
+                score = _score(weights, scale, inverses[index, row, group], zero_point, qmax, unit, least)
                 if score < least:
                     least = score
                     best[row, group] = index
