@@ -51,13 +51,7 @@ from sedimo.treatments.static_ranges import ACTIVATIONS, DYNAMIC_ACTIVATIONS, Ac
 Question = Literal["alpha", "calibration", "threshold", "samples", "schedulers"]
 SIGNALS = {JACOBIAN.name: JACOBIAN, SQNR.name: SQNR}  # by which schedulers are compared
 MOST_SAMPLES = 1024
-_ROUNDS_INPUTS = ("alpha", "calibration")
 _STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
-_VALUES: Mapping[Question, tuple[str, ...]] = {
-    "alpha": ("0.5", "0.6", "0.7", "0.8", "0.9"),
-    "samples": ("8", "16", "32", "64", "128"),
-    "schedulers": SCHEDULERS,
-}
 _DECIBEL = 10 / math.log(10)  # per relative change of a power
 OTHER_SEEDS = ", other seeds"  # of a scheduler that is compared with itself
 _HEIGHT, _ROW = 430, 74  # of a chart, and of a row of the matrix of schedulers [px]
@@ -102,7 +96,8 @@ class SweepSettings(Checked):
         """Refuses values that the question does not have, and a format that it says nothing about."""
         if not self.format.is_quantized:
             raise InputError(f"a sweep needs a format that changes weights, got {self.format}")
-        if self.question in _ROUNDS_INPUTS and self.format.activation_bits == FULL_BITS:
+        is_rounding = Format.parse(_QUESTIONS[self.question].number_format).activation_bits < FULL_BITS
+        if is_rounding and self.format.activation_bits == FULL_BITS:
             raise InputError(f"{self.question} is about rounded activations: give a format with their bits, as uaq8a8")
         if self.question == "schedulers":
             if len(self.texts) < 2 or not {*self.texts} <= {*SCHEDULERS}:
@@ -133,7 +128,7 @@ class SweepSettings(Checked):
     @property
     def format(self) -> Format:
         """The format that the question is asked about."""
-        return self.number_format or Format.parse("uaq8a8" if self.question in _ROUNDS_INPUTS else "uaq4")
+        return self.number_format or Format.parse(_QUESTIONS[self.question].number_format)
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
@@ -141,7 +136,7 @@ class SweepSettings(Checked):
         if self.question == "calibration" and not self.values:
             n_steps = self.sampling.n_steps
             return (*(str(n) for n in _STEPS if n < n_steps), str(n_steps))
-        return tuple(dict.fromkeys(self.values or _VALUES.get(self.question, ())))
+        return tuple(dict.fromkeys(self.values or _QUESTIONS[self.question].values))
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -180,7 +175,7 @@ def run(settings: SweepSettings, progress: Progress) -> Sweep:
             f"only {n_taking} layers of {lab.subject.name} can take {number_format}, too few for this question"
         )
     with Study(settings.store) as study:
-        found = _ANSWERS[settings.question](lab.kept_in(study), settings)
+        found = _QUESTIONS[settings.question].answer(lab.kept_in(study), settings)
     if settings.out is not None:
         write_page(sweep_page(found), settings.out)
     return found
@@ -262,15 +257,6 @@ def _schedulers(lab: Lab, settings: SweepSettings) -> Sweep:
         with scheduled(pipeline, made[text]):
             found[label] = _sensitivities(lab, settings, SIGNALS[settings.signal], seeds)
     return _ranked(lab, settings, found, [*combinations(found, 2)], [plan, others], tuple(notes))
-
-
-_ANSWERS: Mapping[Question, Callable[[Lab, SweepSettings], Sweep]] = {
-    "alpha": _alpha,
-    "calibration": _calibration,
-    "threshold": _threshold,
-    "samples": _samples,
-    "schedulers": _schedulers,
-}
 
 
 def _sensitivities(lab: Lab, settings: SweepSettings, signal: Method[Any], plan: Sampling) -> list[Cost]:
@@ -390,17 +376,26 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
-class _Words:
-    """What a question is called, its knob, how its answer came about, and a value of the knob in a sentence."""
+class _Question:
+    """How it is answered, its usual format and values, and what people read.
 
+    That is what it is called, its knob, how its answer came about, and a value of the knob in a sentence.
+    """
+
+    answer: Callable[[Lab, SweepSettings], Sweep]
+    number_format: str
+    values: tuple[str, ...]
     title: str
     knob: str
     about: str
     phrase: str = ""
 
 
-_WORDS: Mapping[str, _Words] = {
-    "alpha": _Words(
+_QUESTIONS: Mapping[str, _Question] = {
+    "alpha": _Question(
+        _alpha,
+        "uaq8a8",
+        ("0.5", "0.6", "0.7", "0.8", "0.9"),
         "SmoothQuant's alpha",
         "alpha",
         "Alpha says how much of an input's range moves into the weights. For each alpha the same layers are smoothed, "
@@ -408,27 +403,39 @@ _WORDS: Mapping[str, _Words] = {
         "not smoothed.",
         "alpha {}",
     ),
-    "calibration": _Words(
+    "calibration": _Question(
+        _calibration,
+        "uaq8a8",
+        (),  # as many as the trajectory has steps
         "One-step against multi-step calibration",
         "steps calibrated at",
         "Static ranges of activations are taken from so many steps of the model's own trajectory, from the first (most "
         "noise) on; the baseline has the range of each token or image instead.",
         "ranges from {} steps",
     ),
-    "threshold": _Words(
+    "threshold": _Question(
+        _threshold,
+        "uaq4",
+        (),  # all numbers of blocks
         "How many blocks stay at 16 bits",
         "blocks at 16 bits",
         "Blocks are ranked by what each gains when it alone stays at 16 bits, on other seeds than these; then the "
         "first ones stay. The baseline keeps none.",
         "{} blocks at 16 bits",
     ),
-    "samples": _Words(
+    "samples": _Question(
+        _samples,
+        "uaq4",
+        ("8", "16", "32", "64", "128"),
         "Samples for local SQNR",
         "samples",
         "The noise of the format at each layer's own output, from sets of samples that share none, ranked against the "
         "largest set.",
     ),
-    "schedulers": _Words(
+    "schedulers": _Question(
+        _schedulers,
+        "uaq4",
+        SCHEDULERS,
         "Sensitivity under other noise schedulers",
         "scheduler",
         "The sensitivity of every decision, measured on the trajectories of each scheduler from the same noise. The "
@@ -439,7 +446,7 @@ _WORDS: Mapping[str, _Words] = {
 
 def sweep_page(sweep: Sweep) -> Page:
     """All that a sweep tells, as a page."""
-    s, words = sweep, _WORDS[sweep.question]
+    s, words = sweep, _QUESTIONS[sweep.question]
     about = (
         f"{words.about} All of it with {name(s.number_format)}, {s.n_steps} step{'' if s.n_steps == 1 else 's'}, seeds "
         f"{s.seeds}."
@@ -506,7 +513,7 @@ def _ranks(sweep: Sweep, knob: str) -> Iterator[Block]:
 def headline(sweep: Sweep) -> str:
     """The answer in a sentence, which says of what was chosen what it is worth on seeds on which it was not chosen."""
     if (highest := sweep.confirmed) is not None:
-        baseline, value = sweep.values[0], _WORDS[sweep.question].phrase.format(f"`{highest.value}`")
+        baseline, value = sweep.values[0], _QUESTIONS[sweep.question].phrase.format(f"`{highest.value}`")
         better = "" if highest.ahead.low > 0 else "nothing is shown to be better, "
         return (
             f"The baseline, `{baseline.value}`, has {with_error(baseline.sqnr_db, 'dB')}; {better}highest is {value}, "
