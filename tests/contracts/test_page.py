@@ -13,8 +13,7 @@ import pytest
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate
 from sedimo.quant.formats import Format
-from sedimo.reporting.explanation import ScoreBox
-from sedimo.reporting.figures import Axis, Bar, Chart, Heat, Plot, Series, named, only
+from sedimo.reporting.figures import Axis, Bar, Chart, Heat, Plot, ScoreBox, Series, named, only
 from sedimo.reporting.html import render
 from sedimo.reporting.page import (
     Beside,

@@ -19,10 +19,10 @@ from sedimo.reporting.explanation import (
     Insight,
     PredictorRow,
     RefineRound,
-    ScoreBox,
     score_boxes,
     verdict_of,
 )
+from sedimo.reporting.figures import ScoreBox
 from sedimo.reporting.summary import Summary
 
 BAND = "3.4 to 3.6 bits"

@@ -20,8 +20,7 @@ from sedimo.jobs import report
 from sedimo.lab.study import Study
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting import html as pages
-from sedimo.reporting.explanation import Explanation, FormatShare, Insight, score_boxes
-from sedimo.reporting.explanation_page import curve_figure, predictors_figure
+from sedimo.reporting.explanation import Explanation, FormatShare, Insight, curve_figure, predictors_figure, score_boxes
 from sedimo.reporting.html import MAX_BYTES
 from sedimo.reporting.placement import block_labels
 from sedimo.reporting.summary import Provenance, Summary

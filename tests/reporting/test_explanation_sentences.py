@@ -9,8 +9,7 @@ import pytest
 from explanation_examples import BAND, dit_explanation, insights, interval, predictor_rows, quality
 
 from sedimo.metrics.estimate import Estimate
-from sedimo.reporting.explanation import Explanation, Insight
-from sedimo.reporting.explanation_page import change, predicted, standing, statement, tally
+from sedimo.reporting.explanation import Explanation, Insight, change, predicted, standing, statement, tally
 from sedimo.reporting.words import with_interval
 
 THIN = "\N{NARROW NO-BREAK SPACE}"

@@ -31,7 +31,7 @@ from sedimo.methods.predictor.scoring import (
 from sedimo.methods.predictor.study import DEFAULT_GOALS, read_background, training_set, trials_of
 from sedimo.methods.predictor.training import FAST, PAPER, Predictor, TrainingOptions, train_predictor
 from sedimo.methods.search import SEARCH
-from sedimo.reporting.explanation_page import predictors_table
+from sedimo.reporting.explanation import predictors_table
 from sedimo.reporting.page import Page, Text, page_of
 from sedimo.settings import REQUIRED, Checked, one_of, option
 from sedimo.space import Recipe

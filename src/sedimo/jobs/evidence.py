@@ -85,8 +85,11 @@ def find_evidence(
         Interrupted: Ctrl-C; what was measured is kept.
     """
     explanation = explanation_of(lab, finding) if is_explained else None
-    agreement = None if check is None or not traits.n_random else _additivity(lab, finding, traits.n_random)
-    measured = None if check is None else check.recipes[0].measures["sqnr_db"]
+    agreement, measured = None, None if check is None else check.recipes[0].measures["sqnr_db"]
+    if check is not None and traits.n_random:
+        space, about_bits = finding.bank.space, finding.decided.paper_bits
+        trials = measure_random_recipes(lab, space, about_bits, n=traits.n_random)
+        agreement = check_additivity(finding.table, trials, finding.of(Effects))
     prediction = None if finished is not None else judge_prediction(lab, finding, measured, predicts=traits.is_noise)
     name, portfolio = decided_by(finding.table.method, finding.decided.rule), finding.of(Portfolio)
     return Evidence(
@@ -101,12 +104,6 @@ def find_evidence(
         prediction=prediction,
         entrants=() if portfolio is None else portfolio.entrants,
     )
-
-
-def _additivity(lab: Lab, finding: Finding, n: int) -> Agreement | None:
-    """How well costs predict the noise of `n` random recipes."""
-    trials = measure_random_recipes(lab, finding.bank.space, finding.decided.paper_bits, n=n)
-    return check_additivity(finding.table, trials, finding.of(Effects))
 
 
 def _maps(lab: Lab, finding: Finding, *, is_probed: bool) -> Maps:
@@ -140,10 +137,8 @@ def _local(finding: Finding) -> tuple[NoiseMap, ...]:
         return ()
     same = reference_format(table, allocation)
     everywhere = {name: same for name in table.layers if (name, same) in table.index}
-    return (
-        local_map(found, table, allocation.choice),
-        local_map(found, table, everywhere, number_format=str(same)),
-    )
+    chosen = local_map(found, table, allocation.choice)
+    return chosen, local_map(found, table, everywhere, number_format=str(same))
 
 
 def _repetition(finding: Finding) -> Repetition | None:

@@ -26,8 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sedimo.reporting.explanation import ScoreBox
-from sedimo.reporting.figures import Axis, Bar, Chart, Heat, Look, Plot, Series
+from sedimo.reporting.figures import Axis, Bar, Chart, Heat, Look, Plot, ScoreBox, Series
 from sedimo.reporting.theme import ACCENT, GRID, INK, MUTED, OTHER, PLACEHOLDER, SOFT, SURFACE, bit_colour
 from sedimo.reporting.words import superscript
 

@@ -1,50 +1,79 @@
-"""What a predictor trained on measured recipes knows about a denoiser, as records: the report's explanation.
+"""What a predictor trained on measured recipes knows about a denoiser: the records, and the page's parts about them.
 
-A predictor gives a score to every choice (a decision at a format). Scores say where quality is lost, baselines
-say whether the predictor is worth listening to, and insights were measured afterwards, each by itself. Nothing
-here trains, predicts or draws; every part may be empty, and the report then leaves it out. Names of fields are those
-of `--json`. What contradicts itself is refused when it is made or read.
+A predictor gives a score to every choice (a decision at a format). Scores say where quality is lost, baselines say
+whether the predictor is worth listening to, and insights were measured afterwards, each by itself. Every part may be
+empty, and the page then leaves it out. Names of fields are those of `--json`; what contradicts itself is refused when
+it is made or read. As everywhere, names stand between backticks and every claim has its interval beside it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from sedimo.codec import to_json
 from sedimo.errors import InputError
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import NORMAL_95, Estimate
 from sedimo.quant.formats import Format
+from sedimo.reporting.figures import (
+    LETTER,
+    ROW,
+    WIDTH,
+    Axis,
+    Bar,
+    Chart,
+    Look,
+    Marker,
+    Plot,
+    ScoreBox,
+    Series,
+    are_long,
+    named,
+    short,
+)
+from sedimo.reporting.page import (
+    Block,
+    Figure,
+    Finding,
+    Items,
+    Legend,
+    LegendEntry,
+    Link,
+    Row,
+    Section,
+    Table,
+    Text,
+    columns,
+    rows,
+    shown,
+)
+from sedimo.reporting.placement import block_labels
+from sedimo.reporting.words import interval, mark, name, number, with_interval
 
 CurveKind = Literal["this", "random", "uniform"]
 Verdict = Literal["confirmed", "refuted", "open", "not measured"]
 OVERALL = "all"  # the subset that holds every held-out recipe
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreBox:
-    """Five numbers of `n` scores (higher = better); `low` and `high` are the 5 % and the 95 % quantile."""
-
-    name: str
-    n: int
-    low: float
-    q25: float
-    median: float
-    q75: float
-    high: float
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be a distribution."""
-        if self.n < 1:
-            raise InputError(f"the box of {self.name!r} must stand for at least one score, got n = {self.n}")
-        numbers = (self.low, self.q25, self.median, self.q75, self.high)
-        if any(not one <= other for one, other in pairwise(numbers)):
-            raise InputError(f"the quantiles of {self.name!r} must not fall, got {numbers}")
+Standing = Literal["above", "open", "below"]
+OBJECTIVES = {
+    "final_latents": "at the final latents",
+    "path": "along the whole path of denoising",
+    "step": "at single steps of denoising",
+    "fid": "on sets of finished images",
+}
+MAX_OPERATIONS = 48  # the worst ones are drawn
+_MAX_NAMES = 3
+_NUMBERS = re.compile(r"(?<![^.])\d+(?![^.])")  # whole parts of a dotted name
+_BLOCK_WIDTH, _WIDEST = 10, 1040  # least width of a block's box, and of the page [px]
+_MARKERS: tuple[Marker, ...] = ("s", "^", "v", "P", "X", "p", "h", "<", ">")  # of lines that are not this system's
+_SUBSETS: tuple[Marker, ...] = ("o", "D", "s", "^", "v")  # of subsets of recipes, all of them first
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +233,14 @@ def score_boxes(values_by_name: Mapping[str, Sequence[float]]) -> tuple[ScoreBox
         InputError: a name without scores, or a score that is not a number.
     """
     found = []
-    for name, values in values_by_name.items():
+    for key, values in values_by_name.items():
         ordered = np.sort(np.asarray(values, dtype=np.float64))
         if not ordered.size or np.isnan(ordered).any():
-            raise InputError(f"the scores of {name!r} must be numbers, at least one, got {list(values)[:5]}")
+            raise InputError(f"the scores of {key!r} must be numbers, at least one, got {list(values)[:5]}")
         places = np.array(_QUANTILES) * (len(ordered) - 1)
         between = np.interp(places, np.arange(len(ordered)), ordered)
         nearest = ordered[np.floor(places + 0.5).astype(int)]
-        found.append(ScoreBox(name, len(ordered), *np.where(np.isfinite(between), between, nearest).tolist()))
+        found.append(ScoreBox(key, len(ordered), *np.where(np.isfinite(between), between, nearest).tolist()))
     return tuple(found)
 
 
@@ -227,3 +256,413 @@ def verdict_of(predicted_db: float, measured: Estimate | None) -> Verdict:
     if predicted_db == 0 or math.isnan(predicted_db) or not (measured.low > 0 or measured.high < 0):
         return "open"
     return "confirmed" if (measured.low > 0) == (predicted_db > 0) else "refuted"
+
+
+def matters_section(explanation: Explanation) -> Section:
+    """What was found, each finding with what was predicted and measured."""
+    e = explanation
+    about = (
+        f"{tally(e.insights)} Figures are changes of the whole recipe's quality if this alone is changed, with 95 % "
+        "intervals in brackets; more is better."
+    )
+    return Section(
+        "matters",
+        "What matters here",
+        shown(
+            map(_finding, e.insights),
+            Text(about, "quiet") if e.insights else None,
+            Text(" ".join(statement(e))),
+            Link("The evidence: scores, baselines and all measured recipes", "#explanation"),
+        ),
+    )
+
+
+def explanation_section(explanation: Explanation, *, here: float) -> Section:
+    """Scores, measured recipes and the quality of predictors; `here` are the bits per weight of the page's recipe."""
+    e = explanation
+    return Section(
+        "explanation",
+        "Explanation",
+        shown(
+            Text(
+                "The predictor was shown many measured recipes and had to tell the good ones from the bad. What it "
+                "learned can be read back as a score for every choice, that is for every layer at every format."
+            ),
+            _operations_figure(e.operation_boxes) if e.operation_boxes else None,
+            _blocks_figure(e.block_boxes) if e.block_boxes else None,
+            _formats_figure(e.format_shares) if e.format_shares else None,
+            curve_figure(e.curve, here=here),
+            predictors_figure(e.predictors),
+            predictors_table(
+                _by_subset(sorted(e.predictors, key=lambda row: _rank(row.srcc))),
+                f"On held-out recipes. MAE is the mean absolute error of the predicted {e.target}; lower is better, "
+                "for the others higher.",
+            ),
+            _folds(e.folds),
+            _rounds(e.rounds),
+            _finalists(e.finalists),
+            Items(e.notes),
+            Link("All numbers of this explanation as JSON", to_json(e), "explanation.json"),
+        ),
+    )
+
+
+def statement(explanation: Explanation) -> tuple[str, ...]:
+    """Which predictor, on how many trials, how well it ranks recipes, and whether it beats its baselines."""
+    e = explanation
+    place = OBJECTIVES.get(e.objective, f"by the objective {name(e.objective)}")
+    first = (
+        f"All scores and predictions come from {name(e.predictor)}, which learned to predict {e.target} {place} from "
+        f"{e.n_trials:,} measured recipes."
+    )
+    known = [row for row in _by_subset(e.predictors) if not math.isnan(row.srcc.value)]
+    used = [row for row in known if row.is_used]
+    if not used:
+        return (first, "How well it ranks recipes that it has not seen was not measured.")
+    parts = [f"{with_interval(row.srcc)} {where(row.subset)} (n = {row.n})" for row in used]
+    quality = (
+        f"On recipes that it had not seen, its rank correlation is {' and '.join(parts)}; 1 would be the true order, "
+        "0 is guessing."
+    )
+    return (first, quality, *(_standing_sentence(row, known) for row in used))
+
+
+def tally(insights: Sequence[Insight]) -> str:
+    """How many predictions were put to the test, and how they fared."""
+    found = Counter(insight.verdict for insight in insights)
+    n_tested = len(insights) - found["not measured"]
+    if n_tested == 0:
+        return "None of these predictions was put to the test by measuring it."
+    counts = [f"{found[v]} {words}" for v, words in _OUTCOMES.items() if found[v]]
+    tested = f"Of these {len(insights)} predictions, {n_tested} {'was' if n_tested == 1 else 'were'}"
+    if n_tested == len(insights):
+        tested = "This prediction was" if n_tested == 1 else f"All {n_tested} predictions were"
+    return f"{tested} put to the test by measuring that very change: {', '.join(counts)}."
+
+
+def standing(used: PredictorRow, baseline: PredictorRow) -> Standing:
+    """Whether two rank correlations can be told apart.
+
+    By the 95 % interval of their difference on the same recipes; without it, by whether their own intervals overlap,
+    which asks for more than it must.
+    """
+    difference = baseline.advantage
+    if difference is not None:
+        return "above" if difference.low > 0 else "below" if difference.high < 0 else "open"
+    if used.srcc.low > baseline.srcc.high:
+        return "above"
+    return "below" if used.srcc.high < baseline.srcc.low else "open"
+
+
+def _by_subset(rows: Sequence[PredictorRow]) -> list[PredictorRow]:
+    """Subset by subset, all recipes first."""
+    order = subsets(rows)
+    return sorted(rows, key=lambda row: order.index(row.subset))
+
+
+def subsets(rows: Sequence[PredictorRow]) -> tuple[str, ...]:
+    """The subsets that occur, all recipes first."""
+    return tuple(sorted(dict.fromkeys(row.subset for row in rows), key=lambda subset: subset != OVERALL))
+
+
+def where(subset: str) -> str:
+    """A subset as the end of a sentence."""
+    return "over all recipes" if subset == OVERALL else f"within {subset}"
+
+
+def change(insight: Insight) -> str:
+    """What was changed, decisions that differ in numbers only taken together.
+
+    Example:
+        >>> change(Insight("", ("blocks.0.to_q", "blocks.1.to_q"), "kmc3", "uaq8", 1.0))
+        '`blocks.*.to_q` (2): `kmc3` → `uaq8`'
+    """
+    like: dict[str, list[str]] = {}
+    for decision in insight.decisions:
+        like.setdefault(_NUMBERS.sub("*", decision), []).append(decision)
+    texts = [name(m[0]) if len(m) == 1 else f"{name(k)} ({len(m)})" for k, m in like.items()]
+    n_more = sum(len(members) for members in list(like.values())[_MAX_NAMES:])
+    shown = ", ".join(texts[:_MAX_NAMES]) + (f" and {n_more} more" if n_more else "")
+    formats = f"{name(insight.from_format)} → {name(insight.to_format)}"
+    return f"{shown}: {formats}" if shown else formats
+
+
+def predicted(insight: Insight) -> str:
+    """The predicted change with its interval [dB]."""
+    low, high = insight.predicted_low, insight.predicted_high
+    error = (high - low) / (2 * NORMAL_95) if math.isfinite(high - low) and high > low else math.nan
+    return with_interval(Estimate(insight.predicted_db, error, low, high, 0), "dB", signed=True)
+
+
+_OUTCOMES: dict[Verdict, str] = {
+    "confirmed": "confirmed",
+    "refuted": "refuted (it went the other way)",
+    "open": "open (the measurement shows no change)",
+}
+
+
+def _standing_sentence(row: PredictorRow, rows: Sequence[PredictorRow]) -> str:
+    """Against the strongest baseline of the same recipes."""
+    others, place = [r for r in rows if r.subset == row.subset and not r.is_used], where(row.subset)
+    if not others:
+        return f"No baseline was measured {place}."
+    best = max(others, key=lambda r: r.srcc.value)
+    among = f", the strongest of {len(others)} baselines" if len(others) > 1 else ""
+    rival = f"that of {name(best.predictor)}, {with_interval(best.srcc)}{among}"
+    gained = ""
+    if best.advantage is not None:
+        difference = number(best.advantage.value, best.advantage.standard_error, signed=True)
+        gained = f" (difference {', '.join(filter(None, (difference, interval(best.advantage))))})"
+    start = f"{place[:1].upper()}{place[1:]}, its {number(row.srcc.value, row.srcc.standard_error)} is"
+    found = standing(row, best)
+    if found == "above":
+        return f"{start} above {rival}{gained}."
+    if found == "below":
+        return f"{start} below {rival}{gained}: the simpler rule ranks better there."
+    side = "higher" if row.srcc.value > best.srcc.value else "not higher"
+    reason = "the interval of the difference holds zero" if gained else "the intervals overlap"
+    return f"{start} {side} than {rival}{gained}; {reason}, so no advantage is shown there."
+
+
+def _finding(insight: Insight) -> Finding:
+    figures = f"predicted {predicted(insight)}"
+    if insight.measured is not None:
+        n = insight.measured.n
+        on = f" on {n} sample{'' if n == 1 else 's'}" if n else ""
+        figures += f" \N{MIDDLE DOT} measured {with_interval(insight.measured, 'dB', signed=True)}{on}"
+    return Finding(insight.verdict, insight.sentence, (figures, change(insight)))
+
+
+def _operations_figure(boxes: Sequence[ScoreBox]) -> Figure:
+    """Scores of each type of operation, the worst median on top."""
+    found = sorted(boxes, key=lambda box: (box.median, box.low))[:MAX_OPERATIONS]
+    panel = Plot(
+        tuple(found),
+        Axis(ticks=named([f"{short(b.name, 40)} (n = {b.n})" for b in found])),
+        Axis("score, higher is better"),
+        is_flat=True,
+    )
+    n_left_out = len(boxes) - len(found)
+    caption = (
+        "Each box holds the middle half of the scores of all choices for an operation (n of them); the line in it is "
+        "the median, the whiskers reach from the lowest to the highest 5 %. What stands on top, or has a long whisker "
+        "to the left, harms the result most when it gets a poor format. A short box means that the format hardly "
+        "matters there."
+    ) + (f" {n_left_out} operations with better medians are not drawn." if n_left_out else "")
+    title = "Scores by operation, the worst on top"
+    chart = Chart("operation-scores", title, _medians(found), (panel,), 60 + ROW * len(found))
+    return Figure(chart, caption, "Where quality is lost: scores by operation")
+
+
+def _blocks_figure(boxes: Sequence[ScoreBox]) -> Figure:
+    """Scores of each block, from input to output."""
+    labels, common = block_labels([box.name for box in boxes])
+    names = [short(label, 36) for label in labels]
+    width = min(max(WIDTH, 70 + _BLOCK_WIDTH * len(boxes)), _WIDEST)
+    places = Axis(
+        common if common and common not in names else "block, from input to output",
+        named(names, n_most=width // _BLOCK_WIDTH),
+        are_turned=are_long(names),
+    )
+    panel = Plot(tuple(boxes), places, Axis("score, higher is better"))
+    height = 270 + (LETTER * max(map(len, names)) if are_long(names) else 0)
+    chart = Chart("block-scores", "Scores by block, from input to output", _medians(boxes), (panel,), height, width)
+    caption = "The same for the blocks: a box that hangs lower than its neighbours is a block that deserves more bits."
+    return Figure(chart, caption, "Scores by block, from input to output")
+
+
+def _medians(boxes: Sequence[ScoreBox]) -> str:
+    return "; ".join(f"{b.name} median {number(b.median)}" for b in boxes)
+
+
+def _formats_figure(shares: Sequence[FormatShare]) -> Figure:
+    """The formats that the recipe uses on each type of operation, most bits on top."""
+    found = sorted(shares, key=lambda s: -s.paper_bits)
+    formats = sorted(
+        {Format.parse(text) for row in found for text, n in row.counts.items() if n},
+        key=lambda f: (f.bits, f.family, f.group_size or 0, f.activation_bits),
+    )
+    bars = []
+    for place, row in enumerate(found):
+        left = 0.0
+        for f in [f for f in formats if row.counts.get(str(f), 0)]:
+            right = left + 100 * row.counts[str(f)] / row.n_layers
+            bars.append(Bar(place, left, right, 0.78, f.bits, f"{f} {mark(f)}".strip()))
+            left = right
+    notes = tuple(f"{s.paper_bits:.2f} bits, {s.n_layers} layer{'' if s.n_layers == 1 else 's'}" for s in found)
+    panel = Plot(
+        tuple(bars),
+        Axis(ticks=named([short(s.operation, 40) for s in found]), notes=notes),
+        Axis("layers of the operation [%]", low=0, high=100),
+        is_flat=True,
+    )
+    counts = (
+        f"{s.operation} {', '.join(f'{s.counts[str(f)]} {f}' for f in formats if s.counts.get(str(f), 0))}"
+        for s in found
+    )
+    chart = Chart(
+        "format-shares", "Formats of the recipe by operation", "; ".join(counts), (panel,), 60 + ROW * len(found)
+    )
+    caption = (
+        "The formats that this recipe gives to the layers of each operation, most bits on top. Colours and marks are "
+        "those of the map: a dash is a uniform grid, three dashes one in groups, a dot a codebook per channel, a ring "
+        "one codebook per layer."
+    )
+    legend = Legend("Formats", tuple(LegendEntry(str(f), f.bits, f if f.is_quantized else None) for f in formats))
+    return Figure(chart, caption, "What the recipe does about it", legend)
+
+
+def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
+    """Measured quality against bits: random recipes as a cloud, this system as a line; `here` are the recipe's bits.
+
+    Recipes whose measurement is not finite have no place in it; without any other, there is no figure.
+    """
+    finite = [p for p in points if math.isfinite(p.measured.value) and math.isfinite(p.bits)]
+    if not finite:
+        return None
+    cloud = [p for p in finite if p.kind == "random"]
+    lines: dict[str, list[CurvePoint]] = {}
+    for point in sorted(finite, key=lambda p: (p.kind != "this", p.bits)):
+        if point.kind != "random":
+            lines.setdefault(point.name, []).append(point)
+    series = [_series(cloud, f"{len(cloud)} random recipe{'' if len(cloud) == 1 else 's'}", "soft")] if cloud else []
+    markers = itertools.cycle(_MARKERS)
+    for label, line in lines.items():
+        is_this = line[0].kind == "this"
+        dashes: Literal["", "-", "--"] = "" if len(line) == 1 else "-" if is_this else "--"
+        drawn = _series(line, label, "this" if is_this else "other")
+        series.append(replace(drawn, marker="D" if is_this else next(markers), line=dashes))
+    places = [p.bits for p in finite]
+    plot = Plot(
+        tuple(series),
+        Axis("bits per weight, as in the papers"),
+        Axis("measured SQNR [dB]"),
+        here=here if min(places) <= here <= max(places) else None,
+    )
+    texts = [f"{p.name} {p.bits:.2f} bits {number(p.measured.value)} dB" for line in lines.values() for p in line]
+    texts.append(f"{len(cloud)} random recipes")
+    caption = (
+        "Every point is a recipe that was really run and compared with full precision; bars are 95 % intervals. Higher "
+        "at the same bits is better. The cloud shows what choosing by chance gives, the dotted line the bits of this "
+        "report's recipe."
+    )
+    height = 420 + 22 * math.ceil(len(series) / 3)
+    chart = Chart("curve", "Measured quality against bits", "; ".join(texts), (plot,), height)
+    return Figure(chart, caption, "Measured quality against bits")
+
+
+def _series(points: Sequence[CurvePoint], label: str, look: Look) -> Series:
+    return Series(tuple(p.measured for p in points), tuple(p.bits for p in points), label, look)
+
+
+def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
+    """Rank correlation of the predictor and its baselines with 95 % intervals, the best on top; none, no figure."""
+    finite = [row for row in found if math.isfinite(row.srcc.value)]
+    if not finite:
+        return None
+    order, used = subsets(found), {row.predictor for row in found if row.is_used}
+    names = _by_rank(found)
+    series = []
+    for i, subset in enumerate(order):
+        shift = 0.7 * (i - (len(order) - 1) / 2) / len(order)
+        for is_used in (False, True):
+            inside = [row for row in finite if row.subset == subset and row.is_used == is_used]
+            series.append(
+                Series(
+                    tuple(row.srcc for row in inside),
+                    tuple(names.index(row.predictor) + shift for row in inside),
+                    "" if is_used else _subset(subset, "all held-out recipes"),
+                    "this" if is_used else "other",
+                    _SUBSETS[i % len(_SUBSETS)],
+                    is_hollow=subset != OVERALL,
+                )
+            )
+    labels = {n: short(n, 44) for n in names}
+    values = [v for row in finite for v in (row.srcc.value, row.srcc.low) if math.isfinite(v)]
+    plot = Plot(
+        tuple(series),
+        Axis(ticks=named([labels[n] for n in names]), bold=tuple(labels[n] for n in used if n in labels)),
+        Axis("rank correlation (SRCC): 1 is the true order, 0 guessing", low=min(-0.02, *values), high=1.02),
+        zero=True,
+        is_flat=True,
+    )
+    texts = "; ".join(
+        f"{r.predictor} {_subset(r.subset, 'all held-out recipes')} {number(r.srcc.value)}" for r in found
+    )
+    caption = (
+        "How well the predictor and simpler rules put recipes that they have not seen in order of quality, with 95 % "
+        "intervals. Telling many bits from few is easy; within a narrow band of bits, where a recipe must be chosen, "
+        "it is hard, and there it counts."
+    )
+    chart = Chart("predictors", "How well recipes are ranked", texts, (plot,), 90 + 30 * len(names))
+    return Figure(chart, caption, "Can the predictor be trusted?")
+
+
+def _by_rank(found: Sequence[PredictorRow]) -> list[str]:
+    """Names of the predictors, best first on the last subset: the band is what a budget asks about."""
+    ranks = {row.predictor: -math.inf for row in found}
+    ranks |= {row.predictor: row.srcc.value for row in _by_subset(found) if math.isfinite(row.srcc.value)}
+    return sorted(ranks, key=lambda name: -ranks[name])
+
+
+_QUALITY = columns("SRCC", "Kendall's tau", "NDCG@10", "MAE")
+
+
+def predictors_table(found: Sequence[PredictorRow], caption: str) -> Table:
+    """The quality of predictors in the order given."""
+    lines = (
+        Row(
+            (
+                f"{row.predictor} (used here)" if row.is_used else row.predictor,
+                *(_subset(row.subset), row.n, row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae),
+            ),
+            row.is_used,
+        )
+        for row in found
+    )
+    return Table((*columns("predictor", "recipes", "n"), *_QUALITY), tuple(lines), caption)
+
+
+def _folds(found: Sequence[FoldRow]) -> Section:
+    """Fold by fold, hop by hop."""
+    ordered = sorted(found, key=lambda row: (row.subset != OVERALL, row.subset, row.fold, row.hop))
+    titles = (*columns("fold", "hop", "recipes", "n"), *_QUALITY)
+    table = Table(
+        titles,
+        rows((r.fold, r.hop, _subset(r.subset), r.srcc.n, r.srcc, r.kendall_tau, r.ndcg_at_10, r.mae) for r in ordered),
+        "Each fold is predicted by a network trained on the other folds. Hop 0 looks at single layers, hop 1 at a "
+        "layer with its neighbours, and so on.",
+    )
+    n_folds = len({row.fold for row in found})
+    return Section("", f"Quality in each of the {n_folds} folds, hop by hop", shown(table))
+
+
+def _rounds(rounds: Sequence[RefineRound]) -> tuple[Block, ...]:
+    table = Table(
+        columns("round", "trials so far", "best measured [dB]", "predicted for it [dB]"),
+        rows((r.round, r.n_trials, r.best_db, r.predicted_db) for r in sorted(rounds, key=lambda r: r.round)),
+        "In each round, recipes that the predictor thought best were measured, and it learned from them. Where "
+        "measured and predicted come together, there is little left to gain.",
+    )
+    return (Text("Rounds of refinement", "heading"), table) if rounds else ()
+
+
+def _finalists(finalists: Sequence[FinalistRow]) -> tuple[Block, ...]:
+    lines = tuple(
+        Row((one.name, one.paper_bits, one.measured, one.behind or "chosen"), is_marked=one.behind is None)
+        for one in sorted(finalists, key=lambda one: _rank(one.measured))
+    )
+    table = Table(
+        columns("recipe", "bits", "measured [dB]", "behind the chosen one [dB]"),
+        lines,
+        f"Which of {len(lines)} recipes became the result, measured on seeds that nothing was searched on, paired.",
+    )
+    return (Text("The final", "heading"), table) if lines else ()
+
+
+def _subset(subset: str, everything: str = "all recipes") -> str:
+    return everything if subset == OVERALL else subset
+
+
+def _rank(estimate: Estimate) -> tuple[bool, float]:
+    return math.isnan(estimate.value), -estimate.value

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy.typing as npt
 
+from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate
-from sedimo.reporting.explanation import ScoreBox
 
 WIDTH = 760
 ROW = 25  # height of a row of dots, boxes or bars [px]
@@ -72,6 +73,27 @@ class Bar:
     bits: float | None = None
     text: str = ""
     look: Look = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreBox:
+    """Five numbers of `n` scores (higher = better); `low` and `high` are the 5 % and the 95 % quantile."""
+
+    name: str
+    n: int
+    low: float
+    q25: float
+    median: float
+    q75: float
+    high: float
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be a distribution."""
+        if self.n < 1:
+            raise InputError(f"the box of {self.name!r} must stand for at least one score, got n = {self.n}")
+        numbers = (self.low, self.q25, self.median, self.q75, self.high)
+        if any(not one <= other for one, other in pairwise(numbers)):
+            raise InputError(f"the quantiles of {self.name!r} must not fall, got {numbers}")
 
 
 @dataclass(frozen=True, slots=True)

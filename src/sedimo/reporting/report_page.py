@@ -13,7 +13,7 @@ from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import decibel
 from sedimo.quant import families
 from sedimo.reporting import phrasing
-from sedimo.reporting.explanation_page import explanation_section, matters_section
+from sedimo.reporting.explanation import explanation_section, matters_section
 from sedimo.reporting.figures import LETTER, ROW, Axis, Chart, Plot, Series, are_long, named, only, short
 from sedimo.reporting.maps_page import maps_section
 from sedimo.reporting.page import (
