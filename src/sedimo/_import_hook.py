@@ -13,14 +13,9 @@ from collections.abc import Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Protocol
 
 _TARGET = "diffusers.quantizers.auto"
 _PLUGIN = "sedimo.checkpoint.diffusers_plugin"
-
-
-class _Plugin(Protocol):
-    def register(self, auto: ModuleType) -> None: ...
 
 
 def install() -> None:
@@ -35,8 +30,7 @@ def _register(auto: ModuleType) -> None:
     under_way = sys.modules.get(_PLUGIN)
     if under_way is not None and not hasattr(under_way, "register"):
         return  # the plugin itself is importing diffusers, and calls install() when it is complete
-    plugin: _Plugin = importlib.import_module(_PLUGIN)
-    plugin.register(auto)
+    importlib.import_module(_PLUGIN).register(auto)
 
 
 class _Finder:

@@ -284,7 +284,7 @@ class _LastUsed(Generic[Key, Made]):
 
 
 class BankCache:
-    """Parameters by decision and format, and candidates by key: in memory, or in a folder that survives a kill.
+    """Parameters by decision and format: in memory, or in a folder that survives a kill, then with candidates by key.
 
     The folder belongs to one set of weights: `bank.sqlite` holds candidates, one safetensors file per decision the
     scales and codebooks of its formats. A file is written whole under another name and then renamed.
@@ -294,20 +294,15 @@ class BankCache:
         self._folder = folder
         self._memory: dict[str, dict[Format, Fitted]] = {}
         self._rows = Rows(folder / "bank.sqlite") if folder else None
-        self._candidates: dict[str, Candidate] = {}
 
     def candidate(self, key: str) -> Candidate | None:
-        """The saved candidate of a key, or None."""
-        if self._rows is None:
-            return self._candidates.get(key)
-        text = self._rows.get("candidate", key)
+        """The saved candidate of a key, or None; memory keeps none, for a bank has them."""
+        text = None if self._rows is None else self._rows.get("candidate", key)
         return None if text is None else from_json(Candidate, text, place=f"candidate {key[:12]} of the bank")
 
     def put_candidates(self, candidates: Mapping[str, Candidate]) -> None:
         """Saves candidates by key."""
-        if self._rows is None:
-            self._candidates |= candidates
-        else:
+        if self._rows is not None:
             self._rows.put_many("candidate", [(key, to_json(c)) for key, c in candidates.items()])
 
     def parameters(self, decision: str) -> dict[Format, Fitted]:
@@ -428,7 +423,9 @@ def _candidates(
 ) -> list[Candidate]:
     n_all = decision.shape[0]
     n_channels = n_all if sample_channels is None else min(sample_channels, n_all)
-    keys = {f: _row_key(decision, f, n_channels) for f in dict.fromkeys(f.weight_format for f in decision.formats)}
+    row = {"version": FIT_VERSION, "layer": decision.layers[0], "decision": decision.name, "shape": decision.shape}
+    formats = dict.fromkeys(f.weight_format for f in decision.formats)
+    keys = {f: content_key({**row, "format": f, "n_channels": n_channels}) for f in formats}
     found = {f: c for f, key in keys.items() if (c := store.candidate(key)) is not None}
     missing = [f for f in keys if f not in found]
     if missing:
@@ -438,23 +435,22 @@ def _candidates(
             if n_channels == n_all:
                 fitted = fit_parameters(weight, formats, layer_name=decision.name)
                 store.put_parameters(decision.name, fitted)
-                return {
-                    f: _candidate(decision, f, fitted[f].relative_error, stored_bytes=fitted[f].stored_bytes)
-                    for f in formats
-                }
+                return {f: _candidate(decision, f, fitted[f].stored_bytes, fitted[f].relative_error) for f in formats}
             seed = int(hashlib.sha256(decision.name.encode()).hexdigest()[:12], 16)
             generator = torch.Generator().manual_seed(seed)
             estimates = error_estimates(
                 weight, formats, n_channels=n_channels, generator=generator, layer_name=decision.name
             )
-            return {f: _candidate(decision, f, e.mean, e.standard_error, e.n % n_all) for f, e in estimates.items()}
+            return {
+                f: _candidate(decision, f, decision.stored_bytes(f), e.mean, e.standard_error, e.n % n_all)
+                for f, e in estimates.items()
+            }
 
         made = possible(measure, [f for f in missing if f.is_quantized])
         whole = weight if decision.stream is None else weights.read(decision.layers[0])
         for f in missing:
             if not f.is_quantized:  # left alone, it takes what it takes in a file; a stream has its share of the whole
-                size = decision.params * narrowed(whole).element_size()
-                made[f] = _candidate(decision, f, 0.0, stored_bytes=size)
+                made[f] = _candidate(decision, f, decision.params * narrowed(whole).element_size())
         store.put_candidates({keys[f]: candidate for f, candidate in made.items()})
         found |= made
     return [replace(found[f.weight_format], format=f) for f in decision.formats if f.weight_format in found]
@@ -470,26 +466,6 @@ def possible(make: Callable[[Sequence[Format]], dict[Format, Made]], formats: Se
 
 
 def _candidate(
-    decision: Decision,
-    number_format: Format,
-    error: float,
-    standard_error: float = 0.0,
-    n: int = 0,
-    stored_bytes: int | None = None,
+    decision: Decision, f: Format, stored_bytes: int, error: float = 0.0, standard_error: float = 0.0, n: int = 0
 ) -> Candidate:
-    stored = decision.stored_bytes(number_format) if stored_bytes is None else stored_bytes
-    paper = decision.paper_bytes(number_format)
-    return Candidate(decision.name, number_format, error, standard_error, n, paper, stored)
-
-
-def _row_key(decision: Decision, number_format: Format, n_channels: int) -> str:
-    return content_key(
-        {
-            "version": FIT_VERSION,
-            "layer": decision.layers[0],
-            "decision": decision.name,
-            "shape": decision.shape,
-            "format": number_format,
-            "n_channels": n_channels,
-        }
-    )
+    return Candidate(decision.name, f, error, standard_error, n, decision.paper_bytes(f), stored_bytes)

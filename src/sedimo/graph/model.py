@@ -70,12 +70,7 @@ class Stream:
         return self.stop - self.start
 
     def named(self, layer: str) -> str:
-        """How it is called as an input of a layer.
-
-        Example:
-            >>> Stream(0, 96, 160).named("up_blocks.0.resnets.0.conv1")
-            'up_blocks.0.resnets.0.conv1[0:96]'
-        """
+        """How it is called as an input of a layer: `up_blocks.0.resnets.0.conv1[0:96]`."""
         return f"{layer}[{self.start}:{self.stop}]"
 
 
@@ -165,10 +160,7 @@ class DenoiserGraph:
 
     @cached_property
     def digest(self) -> str:
-        """Content key of the graph; equal graphs have equal digests.
-
-        Streams do not count: they follow from the same program.
-        """
+        """Content key of the graph; streams do not count, for they follow from the same program."""
         return content_key(replace(self, nodes=tuple(replace(node, streams=()) for node in self.nodes)))
 
 

@@ -227,8 +227,8 @@ class _Reader:
 
     def _layer(self, layer: str, call: str, node: fx.Node, inputs: _Arguments) -> _Value:
         """A call of a layer, whose streams are those along the input channels of its weight, if all calls agree."""
-        first, output = layer not in self._positions, shape_of(node)
-        if first:
+        is_first, output = layer not in self._positions, shape_of(node)
+        if is_first:
             self._positions[layer] = self._append(self._layers[layer])
         position = self._positions[layer]
         known = self.nodes[position]
@@ -236,9 +236,8 @@ class _Reader:
         axis = _INPUT_AXES.get(call)
         along = [] if axis is None else [v.along(axis, len(shape_of(a))) for a, v in inputs if node.args[:1] == (a,)]
         streams = along[0] if along else ()
-        is_agreed = (first or known.streams == streams) and sum(streams) == known.shape[
-            1
-        ]  # less if channels are grouped
+        is_whole = sum(streams) == known.shape[1]  # not if channels are grouped
+        is_agreed = is_whole and (is_first or known.streams == streams)
         macs = math.prod(output) * math.prod(known.shape[1:])  # [out, in / groups, ...]: right for any groups
         self.nodes[position] = replace(
             known, macs=known.macs + per_sample(macs, output, self._batch), streams=streams if is_agreed else ()
