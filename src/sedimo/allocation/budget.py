@@ -127,14 +127,12 @@ class BudgetSettings:
 
     def __str__(self) -> str:
         """For people."""
-        size = (
-            f"{self.bits:g} paper bits per weight"
-            if self.bits is not None
-            else f"{self.stored_bits:g} stored bits per weight"
-            if self.stored_bits is not None
-            else f"{self.n_bytes} bytes"
-        )
-        parts = [*([size] if self.has_size else []), *([] if self.bops is None else [str(self.bops)])]
+        parts = [
+            *([] if self.bits is None else [f"{self.bits:g} paper bits per weight"]),
+            *([] if self.stored_bits is None else [f"{self.stored_bits:g} stored bits per weight"]),
+            *([] if self.n_bytes is None else [f"{self.n_bytes} bytes"]),
+            *([] if self.bops is None else [str(self.bops)]),
+        ]
         return " and ".join(parts) or "no budget"
 
 

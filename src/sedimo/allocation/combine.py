@@ -16,7 +16,7 @@ from scipy import stats
 from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality
+from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality, rank_correlation
 from sedimo.quant.formats import Format
 
 
@@ -112,7 +112,7 @@ def agreement(predicted: Sequence[float], measured: Sequence[float]) -> Agreemen
         slope=float(line.slope) if line else math.nan,
         slope_standard_error=float(line.stderr) if line else math.nan,
         ratio=math.exp(float((y - x).mean())),
-        srcc=float(stats.spearmanr(x, y).statistic) if np.ptp(x) > 0 and np.ptp(y) > 0 else math.nan,
+        srcc=rank_correlation(x, y, of_constant=math.nan),
         predicted=tuple(map(float, predicted)),
         measured=tuple(map(float, measured)),
     )

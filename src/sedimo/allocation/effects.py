@@ -135,8 +135,7 @@ def _levels(products: Sequence[FloatArray]) -> FloatArray:
         return np.ones(powers.shape[1])
     levels = np.sqrt((powers[seen] / means[seen]).mean(axis=0))
     levels = np.maximum(levels, np.finfo(np.float64).tiny)
-    found: FloatArray = levels / np.exp(np.log(levels).mean())
-    return found
+    return np.asarray(levels / np.exp(np.log(levels).mean()))
 
 
 def _estimated(products: Mapping[Choice, FloatArray], levels: FloatArray, candidates: Iterable[Candidate]) -> Effects:
@@ -174,8 +173,7 @@ def _drawn(powers: Mapping[Choice, FloatArray], errors: Mapping[Choice, float]) 
 
 
 def _means(values: FloatArray, group: IntArray) -> FloatArray:
-    found: FloatArray = np.bincount(group, values) / np.bincount(group)
-    return found
+    return np.asarray(np.bincount(group, values) / np.bincount(group))
 
 
 def _jackknife_variance(rows: FloatArray) -> float:

@@ -111,8 +111,7 @@ def kid_replicates(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts
     sizes = np.array([len(p) for p in parts], dtype=np.float64)
 
     def mmd(within: Matrix, across: Matrix, n: Matrix) -> Matrix:
-        found: Matrix = within / (n * (n - 1)) + among / (m * (m - 1)) - 2 * across / (n * m)
-        return found
+        return np.asarray(within / (n * (n - 1)) + among / (m * (m - 1)) - 2 * across / (n * m))
 
     kept = within.sum() - within.sum(0) - within.sum(1) + np.diag(within)
     replicates = mmd(kept, across.sum() - across, sizes.sum() - sizes)

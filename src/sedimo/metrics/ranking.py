@@ -209,8 +209,7 @@ def _dcg(counts: _Array, best_first: _Codes, gains: _Array) -> _Array:
     groups = _totals(counts, best_first)
     ends = np.cumsum(groups, axis=1).astype(np.intp)
     span = reached[ends] - reached[ends - groups.astype(np.intp)]
-    found: _Array = (_totals(counts * gains, best_first) * _ratio(span, groups)).sum(1)
-    return found
+    return np.asarray((_totals(counts * gains, best_first) * _ratio(span, groups)).sum(1))
 
 
 def _ratio(numerator: _Array, denominator: _Array) -> _Array:

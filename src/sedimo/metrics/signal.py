@@ -6,6 +6,7 @@ For sample s: r_s = ||x_fp - x_q||^2 / ||x_fp||^2. All figures that leave this m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -134,10 +135,7 @@ def relative_noise(reference: npt.ArrayLike, test: npt.ArrayLike) -> NoisePowers
 
     Both may be anything that numpy reads, such as tensors on the CPU.
     """
-    wanted, got = np.asarray(reference), np.asarray(test)
-    _check_pair(wanted, got)
-    rows = [_powers(w.astype(np.float64), g.astype(np.float64)) for w, g in zip(wanted, got, strict=True)]
-    noise, signal = np.array(rows).T
+    noise, signal = np.array([_powers(*pair) for pair in _samples(reference, test)]).T
     return NoisePowers(noise, signal)
 
 
@@ -186,18 +184,17 @@ def psnr_db(reference: npt.ArrayLike, test: npt.ArrayLike, *, peak: float = 1.0)
 
     10 log10(peak^2 / mean squared error); infinite where both agree.
     """
-    wanted, got = np.asarray(reference), np.asarray(test)
-    _check_pair(wanted, got)
-    mse = np.array(
-        [_powers(w.astype(np.float64), g.astype(np.float64))[0] / w.size for w, g in zip(wanted, got, strict=True)]
-    )
+    mse = np.array([_powers(w, g)[0] / w.size for w, g in _samples(reference, test)])
     with np.errstate(divide="ignore"):
         return cast("Vector", 10 * np.log10(peak**2 / mse))
 
 
-def _check_pair(reference: npt.NDArray[np.generic], test: npt.NDArray[np.generic]) -> None:
-    if reference.shape != test.shape or reference.ndim < 1 or reference.size == 0:
-        raise InputError(f"reference and test must have one shape [n, ...], got {reference.shape} and {test.shape}")
+def _samples(reference: npt.ArrayLike, test: npt.ArrayLike) -> Iterator[tuple[Vector, Vector]]:
+    wanted, got = np.asarray(reference), np.asarray(test)
+    if wanted.shape != got.shape or wanted.ndim < 1 or wanted.size == 0:
+        raise InputError(f"reference and test must have one shape [n, ...], got {wanted.shape} and {got.shape}")
+    for w, g in zip(wanted, got, strict=True):
+        yield w.astype(np.float64), g.astype(np.float64)
 
 
 def _powers(reference: Vector, test: Vector) -> tuple[float, float]:

@@ -101,8 +101,7 @@ class Choices:
 
     def paper_bits(self, codes: Codes) -> Values:
         """Average paper bits of recipes `[T, D]`, `[T]`."""
-        found: Values = 8 * picked(self.paper_bytes, codes).sum(axis=1) / self.space.params
-        return found
+        return np.asarray(8 * picked(self.paper_bytes, codes).sum(axis=1) / self.space.params)
 
     @cached_property
     def _columns(self) -> Mapping[tuple[str, Format | None], int]:
@@ -118,8 +117,7 @@ class Choices:
 
 def picked(values: Values, codes: Codes) -> Values:
     """Of values over options `[D, K]` those that recipes `[T, D]` take, `[T, D]`."""
-    found: Values = values[np.arange(values.shape[0])[None], codes]
-    return found
+    return np.asarray(values[np.arange(values.shape[0])[None], codes])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -204,8 +202,7 @@ class GraphFeatures:
     def rows(self, codes: Codes) -> Codes:
         """The rows of recipes `[T, D]`, `[T, N]`."""
         options = np.where(self.decision >= 0, codes[:, np.maximum(self.decision, 0)], 0)
-        found: Codes = self.first_row[None] + options
-        return found
+        return np.asarray(self.first_row[None] + options)
 
     def row_options(self, n_options: int) -> Codes:
         """The row of each option of each decision, `[D, K]`, of its first node; padding gives some other row."""
@@ -298,7 +295,8 @@ def split_streams(graph: DenoiserGraph, space: SearchSpace) -> DenoiserGraph:
         nodes=tuple(itertools.chain.from_iterable(cut)),
         edges=tuple((a, b) for x, y in graph.edges for b in ranges[y] for a in ranges[x]),
         groups=tuple(groups),
-        ties=tuple(tied for tie in graph.ties for tied in _ties_of(tie, names)),
+        # a tie, or one for each stream: layers of a tie have the same ones
+        ties=tuple(tied for tie in graph.ties for tied in zip(*(names[layer] for layer in tie), strict=True)),
     )
 
 
@@ -315,8 +313,3 @@ def _nodes_of(node: Node, streams: Sequence[Stream]) -> list[Node]:
         for number, stream in enumerate(streams)
     ]
     return parts or [node]
-
-
-def _ties_of(tie: Sequence[str], names: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
-    """The tie, or one for each stream: layers of a tie have the same ones."""
-    return list(zip(*(names[layer] for layer in tie), strict=True))

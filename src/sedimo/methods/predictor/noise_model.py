@@ -81,8 +81,7 @@ class NoiseModel:
             gradients = gradients - self._problem.jacobian(self._state, minus)[1]
         known = gradients * self._variance @ self._scaled.T @ self._factor.T
         spread = (gradients**2 * self._variance).sum(axis=1) - (known**2).sum(axis=1)
-        found: Values = np.sqrt(np.maximum(spread, 0.0))
-        return found
+        return np.asarray(np.sqrt(np.maximum(spread, 0.0)))
 
     def draw(self, generator: np.random.Generator) -> Values:
         """Log costs `[D, K]` drawn from the posterior, as plausible as the mode given the trials.
@@ -93,8 +92,7 @@ class NoiseModel:
         seen = self._scaled @ prior + generator.standard_normal(len(self._scaled))
         gain = self._factor.T @ (self._factor @ seen)
         effects = prior - self._variance * (self._scaled.T @ gain)
-        found: Values = self.log_costs + effects[:-4][self._problem.numbers].sum(axis=0)
-        return found
+        return np.asarray(self.log_costs + effects[:-4][self._problem.numbers].sum(axis=0))
 
     def _deviations(self) -> Values:
         numbers = self._problem.numbers
@@ -103,8 +101,7 @@ class NoiseModel:
         for kind in numbers:
             known += whitened[:, kind]
         spread = self._variance[numbers].sum(axis=0) - (known**2).sum(axis=0)
-        found: Values = np.sqrt(np.maximum(spread, 0.0))
-        return found
+        return np.asarray(np.sqrt(np.maximum(spread, 0.0)))
 
 
 def fit_noise_model(choices: Choices, prior: Values, codes: Codes, target: Values) -> NoiseModel:
@@ -175,8 +172,7 @@ class _Problem:
         return Link(a, math.exp(log_b), math.exp(log_n0) * self.unit, p, self.unit)
 
     def log_costs(self, state: Values) -> Values:
-        found: Values = self._log_prior + state[:-4][self.numbers].sum(axis=0)
-        return found
+        return np.asarray(self._log_prior + state[:-4][self.numbers].sum(axis=0))
 
     def value(self, state: Values) -> Values:
         total = np.exp(picked(self.log_costs(state), self.codes)).sum(axis=1)
@@ -261,21 +257,18 @@ def _moved(state: Values, scaled: Values, variance: Values, gradient: Values) ->
     correction = np.linalg.solve(_inner(scaled, variance), scaled @ direct)
     step = direct - variance * (scaled.T @ correction)
     limit = max(1.0, float(np.abs(step[:-4]).max()), float(np.abs(step[-3:]).max()) / 0.5)
-    found: Values = state + step / limit
-    return found
+    return np.asarray(state + step / limit)
 
 
 def posterior_variance(scaled: Values, variance: Values) -> Values:
     """Variance of each parameter `[P]` given derivatives `[T, P]` in units of the residual."""
     whitened = (_whitener(scaled, variance) @ scaled) * variance
-    found: Values = np.maximum(variance - (whitened**2).sum(axis=0), _TINY)
-    return found
+    return np.asarray(np.maximum(variance - (whitened**2).sum(axis=0), _TINY))
 
 
 def _curve(log: Values, power: float) -> Values:
     """The curve g at a total whose logarithm is given, in decibels."""
-    found: Values = DECIBEL * (log if abs(power) < _TINY else np.expm1(power * log) / power)
-    return found
+    return np.asarray(DECIBEL * (log if abs(power) < _TINY else np.expm1(power * log) / power))
 
 
 def _whitener(scaled: Values, variance: Values) -> Values:
@@ -284,5 +277,4 @@ def _whitener(scaled: Values, variance: Values) -> Values:
 
 
 def _inner(scaled: Values, variance: Values) -> Values:
-    found: Values = (scaled * variance) @ scaled.T + np.eye(len(scaled))
-    return found
+    return np.asarray((scaled * variance) @ scaled.T + np.eye(len(scaled)))

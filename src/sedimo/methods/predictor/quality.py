@@ -162,8 +162,7 @@ def _held(fit: Fit, data: TrainingSet, extra: Codes, tests: Sequence[Codes]) -> 
 
 
 def _decibels(costs: Values, codes: Codes) -> Values:
-    found: Values = -10 * np.log10(picked(costs, codes).sum(axis=1) + 1e-12)
-    return found
+    return np.asarray(-10 * np.log10(picked(costs, codes).sum(axis=1) + 1e-12))
 
 
 def _signed(choices: Choices, effects: Effects, codes: Codes) -> Values:
@@ -185,8 +184,7 @@ def _ridge(choices: Choices) -> Fit:
     """Ridge regression; the penalty is the one of least generalised cross-validation error on the training recipes."""
 
     def design(codes: Codes) -> Values:
-        found: Values = np.eye(choices.n_options)[codes].reshape(len(codes), -1)
-        return found
+        return np.asarray(np.eye(choices.n_options)[codes].reshape(len(codes), -1))
 
     def fit(codes: Codes, target: Values) -> Callable[[Codes], Values]:
         x, mean = design(codes), float(target.mean())

@@ -209,8 +209,7 @@ def _weighted(predictor: Predictor, raw: Values, moments: Values, hop: int) -> V
     shape = (-1, *[1] * (raw.ndim - 1))
     mean, deviation = (moments[:, hop, i].reshape(shape) for i in (0, 1))
     weight = np.array([max(fold.hop_srcc[hop], 0.0) for fold in predictor.folds]).reshape(shape)
-    found: Values = np.minimum((raw - mean) / deviation, _HIGHEST) * weight
-    return found
+    return np.asarray(np.minimum((raw - mean) / deviation, _HIGHEST) * weight)
 
 
 @torch.no_grad()
@@ -229,8 +228,7 @@ def _embeddings(network: Network, rows: torch.Tensor) -> tuple[torch.Tensor, ...
 def _scores_of(network: Network, h: torch.Tensor, rows: torch.Tensor, hop: int) -> Values:
     """Scores of nodes `[G, n]` from their embeddings `[G, n, C]` and rows."""
     scores = h.abs().sum(dim=2) if isinstance(network, PaperNetwork) else -network.log_contributions(rows, h, hop)
-    found: Values = scores.double().numpy()
-    return found
+    return np.asarray(scores.double().numpy())
 
 
 @torch.no_grad()
@@ -327,8 +325,7 @@ def _changed_totals(network: NoiseNetwork, predictor: Predictor, reference: Code
     def contributions(codes: Codes) -> Values:
         rows = torch.from_numpy(predictor.features.rows(codes))
         embeddings = _embeddings(network, rows)
-        found: Values = network.contributions(rows, embeddings[-1], len(embeddings) - 1).double().numpy()
-        return found
+        return np.asarray(network.contributions(rows, embeddings[-1], len(embeddings) - 1).double().numpy())
 
     decisions, options = np.nonzero(predictor.choices.exists)
     changed = np.repeat(reference[None], len(decisions), axis=0)

@@ -22,12 +22,10 @@ from sedimo.methods.adjoint import ADJOINT
 from sedimo.methods.error import ERROR
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Method, Task
-from sedimo.methods.predictor.features import Choices, Values, graph_features, split_streams
+from sedimo.methods.predictor.features import Candidates, Choices, Values, graph_features, split_streams
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.training import MIN_RECIPES, TrainingSet
-from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
-from sedimo.quant.formats import Format
 from sedimo.space import Recipe, SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -55,7 +53,7 @@ class Background:
 
     graph: DenoiserGraph
     space: SearchSpace
-    candidates: Mapping[tuple[str, Format], Candidate]
+    candidates: Candidates
     table: SensitivityTable
     digest: str
     effects: Effects | None = None
@@ -93,7 +91,6 @@ def measure_background(lab: Lab, prior: str = JACOBIAN.name, on: Sampling | None
     bank, study = lab.bank, lab.study
     if study is not None:
         refuse_other_space(study, bank.space)
-    prior_named(prior)
     table, effects = measure_prior(lab, prior, on or lab.seeds.search)
     if study is not None:
         study.put_record(GRAPH, lab.graph)
@@ -116,8 +113,9 @@ def read_background(study: Study) -> Background:
     graph, space = study.record(DenoiserGraph, GRAPH), study.record(SearchSpace, SPACE)
     kept = study.record(KeptCandidates, CANDIDATES)
     candidates = {(c.decision, c.format): c for c in kept.candidates}
-    table = study.record(SensitivityTable, PRIOR)
-    return Background(split_streams(graph, space), space, candidates, table, kept.digest)
+    return Background(
+        split_streams(graph, space), space, candidates, study.record(SensitivityTable, PRIOR), kept.digest
+    )
 
 
 def prior_named(name: str) -> Method[Any]:
@@ -166,13 +164,15 @@ def fits_space(trial: Trial, space: SearchSpace) -> bool:
 
 def measures_of(trial: Trial, space: SearchSpace) -> dict[str, float]:
     """All that a goal may speak of, by name."""
-    ratio = np.clip(trial.powers.ratio, LEAST_NOISE, WORST_NOISE)
+    powers, bits = trial.powers, space.paper_bits(trial.recipe)
+    ratio = np.clip(powers.ratio, LEAST_NOISE, WORST_NOISE)
+    pooled = float(np.minimum(powers.noise, WORST_NOISE * powers.signal).sum()) / float(powers.signal.sum())
     found = {
         "sqnr_db": float(-10 * np.log10(ratio).mean()),
-        "sqnr_pooled_db": float(-10 * np.log10(_pooled(trial.powers))),
+        "sqnr_pooled_db": float(-10 * np.log10(max(pooled, LEAST_NOISE))),
         "noise": float(ratio.mean()),
-        "avg_bits": space.paper_bits(trial.recipe),
-        "paper_bits": space.paper_bits(trial.recipe),
+        "avg_bits": bits,
+        "paper_bits": bits,
         "stored_bits": 8 * space.stored_bytes(trial.recipe) / space.params,
     }
     return found | {name: estimate.value for name, estimate in trial.measures.items()}
@@ -194,8 +194,3 @@ def training_set(background: Background, trials: Sequence[Trial], goal: Goal) ->
         quality=np.array([without_bits.value(m) for _, m in usable]),
         target=np.array([goal.value(m) for _, m in usable]),
     )
-
-
-def _pooled(powers: NoisePowers) -> float:
-    noise = float(np.minimum(powers.noise, WORST_NOISE * powers.signal).sum())
-    return max(noise / float(powers.signal.sum()), LEAST_NOISE)

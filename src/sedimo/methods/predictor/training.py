@@ -149,8 +149,7 @@ class Predictor:
 
     def predict(self, codes: Codes) -> Values:
         """Mean prediction of recipes `[T, D]`, `[T]`."""
-        found: Values = self.predict_each(codes).mean(axis=0)
-        return found
+        return np.asarray(self.predict_each(codes).mean(axis=0))
 
     def predict_each(self, codes: Codes) -> Values:
         """Prediction of every fold, `[F, T]`."""
@@ -196,8 +195,7 @@ def relevance(target: Values, reference: Values) -> Values:
     Source: Mills et al. 2024, released code: the worst fifth counts nothing, the best 50.
     """
     low, high = _ends(reference)
-    found: Values = RELEVANCE * np.clip((target - low) / max(high - low, 1e-12), 0.0, 1.0)
-    return found
+    return np.asarray(RELEVANCE * np.clip((target - low) / max(high - low, 1e-12), 0.0, 1.0))
 
 
 def _ends(target: Values) -> tuple[float, float]:
