@@ -17,6 +17,7 @@ from typing import Literal, TypeVar, get_args
 
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
+from sedimo.settings import one_of
 from sedimo.space import Decision, Recipe, SearchSpace
 
 Item = TypeVar("Item")
@@ -50,8 +51,7 @@ class Exploration:
 
     def __post_init__(self) -> None:
         """Checks sampler and range."""
-        if self.sampler not in SAMPLERS:
-            raise InputError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        one_of("the sampler", SAMPLERS)(self.sampler)
         if self.sampler == "paper" and (self.low_bits is not None or self.high_bits is not None):
             raise InputError("the sampler 'paper' spreads bits by itself: leave the range of bits out")
         if self.sampler == "stratified" and not self.range_bits[0] <= self.range_bits[1]:

@@ -21,6 +21,7 @@ from sedimo.codec import content_key, from_json, to_json, to_plain
 from sedimo.errors import InputError, StateError
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.signal import NoisePowers, sqnr_estimates, summarize
+from sedimo.settings import one_of
 from sedimo.space import Recipe
 from sedimo.store import Rows
 
@@ -60,8 +61,7 @@ class Setting:
         """Refuses another version's numbers and an unknown objective."""
         if self.version != TRIAL_VERSION:
             raise InputError(f"trials of version {self.version} cannot be compared; this Sedimo has {TRIAL_VERSION}")
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"the objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        one_of("the objective", OBJECTIVES)(self.objective)
 
     @property
     def key(self) -> str:

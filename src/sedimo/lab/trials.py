@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -32,19 +31,6 @@ from sedimo.space import Recipe
 logger = logging.getLogger(__name__)
 
 References = dict[tuple[ObjectiveName, Sampling], Reference]
-
-
-class Worker(Protocol):
-    """Measures one recipe at a time; `close` gives its denoiser back as it was."""
-
-    def measure(self, recipe: Recipe) -> Trial:
-        """The trial of a recipe."""
-
-    def close(self) -> None:
-        """Ends the work."""
-
-
-MakeWorker = Callable[[], Worker]
 
 
 def setting_of(
@@ -108,6 +94,9 @@ class TrialWorker:
     def close(self) -> None:
         """Gives the denoiser back at full precision."""
         self._prober.restore()
+
+
+MakeWorker = Callable[[], TrialWorker]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +219,7 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_workers: list[Worker] = []  # the one worker of a started process; stays empty in the driver
+_workers: list[TrialWorker] = []  # the one worker of a started process; stays empty in the driver
 
 
 def _begin(make_worker: MakeWorker, threads: int) -> None:

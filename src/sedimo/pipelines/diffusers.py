@@ -264,16 +264,14 @@ def _network_digest(network: nn.Module) -> str:
 def _write_index(pipeline: PipelineObject, folder: Path) -> None:
     """`model_index.json` as diffusers writes it, with the class names that it forgets."""
     pipeline.save_config(folder)
-    labels = getattr(pipeline, "labels", None)
-    if not labels:
-        return
-    path = folder / "model_index.json"
     names: dict[int, list[str]] = {}
-    for label, number in labels.items():
+    for label, number in (getattr(pipeline, "labels", None) or {}).items():
         names.setdefault(number, []).append(label)
-    index = json.loads(path.read_text())
-    index["id2label"] = {str(number): ", ".join(names[number]) for number in sorted(names)}
-    path.write_text(json.dumps(index, indent=2) + "\n")
+    if names:
+        path = folder / "model_index.json"
+        index = json.loads(path.read_text())
+        index["id2label"] = {str(number): ", ".join(names[number]) for number in sorted(names)}
+        path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 @torch.no_grad()

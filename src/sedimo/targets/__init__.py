@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sedimo.errors import InputError
+from sedimo.settings import one_of
 from sedimo.targets.diffusers import DIFFUSERS
 from sedimo.targets.target import Target
 
@@ -15,7 +15,5 @@ def target_named(name: str) -> Target:
     Raises:
         InputError: there is none.
     """
-    found = next((one for one in TARGETS if one.name == name), None)
-    if found is None:
-        raise InputError(f"the target must be one of {', '.join(one.name for one in TARGETS)}, got {name!r}")
-    return found
+    one_of("the target", [one.name for one in TARGETS])(name)
+    return next(one for one in TARGETS if one.name == name)
