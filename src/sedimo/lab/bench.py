@@ -153,15 +153,12 @@ def weights_of(pipe: Loaded | nn.Module) -> WeightSource:
     Raises:
         InputError: weights that are quantized, carry an adapter, or are no longer those of their files.
     """
-    if isinstance(pipe, nn.Module):
-        return ModuleWeights(pipe)
-    if pipe.folder is None or pipe.is_quantized:
-        return ModuleWeights(pipe.denoiser)
-    weights = FileWeights(pipe.folder, pipe.variant)
-    if smoothed_layers(pipe.denoiser):
-        return ModuleWeights(pipe.denoiser)
-    refuse_changed(weights, pipe.denoiser)
-    return weights
+    if isinstance(pipe, DiffusersPipeline | BareDenoiser) and pipe.folder is not None and not pipe.is_quantized:
+        weights = FileWeights(pipe.folder, pipe.variant)
+        if not smoothed_layers(pipe.denoiser):
+            refuse_changed(weights, pipe.denoiser)
+            return weights
+    return ModuleWeights(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
 
 
 class Bench:
