@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 from report_examples import dit_summary, estimate
 
+from sedimo.methods.search import Round
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.explanation import (
     CurvePoint,
@@ -18,7 +19,6 @@ from sedimo.reporting.explanation import (
     FormatShare,
     Insight,
     PredictorRow,
-    RefineRound,
     score_boxes,
     verdict_of,
 )
@@ -158,7 +158,7 @@ def dit_explanation() -> Explanation:
         curve=curve(400),
         insights=insights(),
         rounds=tuple(
-            RefineRound(i, 480 + 40 * i, estimate(v, 0.28, 64), p)
+            Round(i, 480 + 40 * i, estimate(v, 0.28, 64), p)
             for i, (v, p) in enumerate(((9.1, 9.9), (9.8, 10.4), (10.2, 10.3)), start=1)
         ),
         finalists=(

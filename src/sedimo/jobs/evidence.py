@@ -31,7 +31,7 @@ from sedimo.methods.predictor.scoring import distributions
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.search import Search, SearchSettings
 from sedimo.methods.sqnr import SqnrProbe
-from sedimo.metrics.estimate import NORMAL_95, Estimate, mean_estimate, normal_estimate
+from sedimo.metrics.estimate import NORMAL_95, Estimate, normal_estimate
 from sedimo.metrics.signal import decibel, estimated_db, mean_sqnr, paired_difference
 from sedimo.quant.formats import FP16
 from sedimo.reporting.explanation import (
@@ -44,7 +44,6 @@ from sedimo.reporting.explanation import (
     FormatShare,
     Insight,
     PredictorRow,
-    RefineRound,
     score_boxes,
     verdict_of,
 )
@@ -297,10 +296,7 @@ def explain(lab: Lab, background: Background, search: Search, *, target: str) ->
         folds=fold_rows(search),
         curve=curve(lab, search),
         insights=insights(lab, search),
-        rounds=tuple(
-            RefineRound(number, r.n_trials, mean_estimate(r.best.powers.sqnr_db), r.predicted)
-            for number, r in enumerate(search.rounds, 1)
-        ),
+        rounds=search.rounds,
         finalists=finalist_rows(search),
         notes=notes,
     )

@@ -54,6 +54,7 @@ from sedimo.methods.predictor.training import (
     TrainingSet,
     train_predictor,
 )
+from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.quant.formats import Format
 from sedimo.settings import Checked, option, within
 from sedimo.space import Recipe, SearchSpace
@@ -142,16 +143,14 @@ class SearchSettings(Checked):
         return self.n_trials - self.n_rounds * self.per_round
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Round:
-    """A round of refinement: how many recipes it measured, the best measured so far, what was predicted of it.
+    """A round of refinement: how many recipes it measured, the best so far (in the budget, if any), its prediction."""
 
-    The best is one within the budget if there is any.
-    """
-
+    round: int
     n_trials: int
-    best: Trial
-    predicted: float
+    best_db: Estimate
+    predicted_db: float
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def search(lab: Lab, background: Background, settings: SearchSettings, budget: B
         trials += lab.measure(proposed, on)
         best = max([t for t in trials if keeps(background, t.recipe, budget)] or trials, key=lambda t: t.score)
         predicted = float(model.predict(data.choices.codes([best.recipe]))[0])
-        rounds.append(Round(len(proposed), best, predicted))
+        rounds.append(Round(index + 1, len(proposed), mean_estimate(best.powers.sqnr_db), predicted))
     data = training_set(background, trials, goal)
     predictor = train_predictor(data, settings.training, progress=lab.progress)
     table, allocation = build(background, predictor, data, budget, confidence=settings.confidence)

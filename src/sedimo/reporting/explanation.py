@@ -20,6 +20,7 @@ import numpy as np
 
 from sedimo.codec import to_json
 from sedimo.errors import InputError
+from sedimo.methods.search import Round
 from sedimo.metrics.estimate import NORMAL_95, Estimate
 from sedimo.quant.formats import Format
 from sedimo.reporting.figures import (
@@ -173,16 +174,6 @@ class Insight:
 
 
 @dataclass(frozen=True, slots=True)
-class RefineRound:
-    """A round of measuring what the predictor thinks best: trials so far, the best one, what was predicted for it."""
-
-    round: int
-    n_trials: int
-    best_db: Estimate
-    predicted_db: float
-
-
-@dataclass(frozen=True, slots=True)
 class FinalistRow:
     """A recipe that could have been chosen, measured on the seeds of the final [dB].
 
@@ -215,7 +206,7 @@ class Explanation:
     folds: tuple[FoldRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     insights: tuple[Insight, ...] = ()
-    rounds: tuple[RefineRound, ...] = ()
+    rounds: tuple[Round, ...] = ()
     finalists: tuple[FinalistRow, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -637,7 +628,7 @@ def _folds(found: Sequence[FoldRow]) -> Section:
     return Section("", f"Quality in each of the {n_folds} folds, hop by hop", shown(table))
 
 
-def _rounds(rounds: Sequence[RefineRound]) -> tuple[Block, ...]:
+def _rounds(rounds: Sequence[Round]) -> tuple[Block, ...]:
     table = Table(
         columns("round", "trials so far", "best measured [dB]", "predicted for it [dB]"),
         rows((r.round, r.n_trials, r.best_db, r.predicted_db) for r in sorted(rounds, key=lambda r: r.round)),
