@@ -6,6 +6,9 @@ workers of pytest-xdist needs none of them.
 
 from __future__ import annotations
 
+import portable  # noqa: F401  # first of all: sets what torch reads when it is imported
+
+# isort: split
 import functools
 import os
 import random

@@ -5,6 +5,9 @@ Only when behaviour changes on purpose: read `git diff tests/replay/goldens` and
 
 from __future__ import annotations
 
+import portable  # noqa: F401  # first of all: sets what torch reads when it is imported
+
+# isort: split
 import json
 import sys
 import tempfile

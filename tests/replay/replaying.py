@@ -52,7 +52,7 @@ VARIES = "<varies>"
 # The curve of a report solves each budget to within a gap: noise decides between recipes that are nearly as good.
 NEARLY_TIED = frozenset({"frontier"})
 _VOLATILE_TEXT = re.compile(r"\b\d+(\.\d+)? (s|ms|min|h)\b|\b\d+\.\d+\.\d+|\d{4}-\d\d-\d\d|<root>")
-_NUMBER = re.compile(r"(\d+(?:[.,]\d+)*)")
+_NUMBER = re.compile(r"(\d+(?:,\d{3})*(?:\.\d+)?)")
 _INLINE = frozenset({"a", "abbr", "b", "code", "em", "i", "small", "span", "strong", "sub", "sup", "tspan", "wbr"})
 
 
