@@ -154,8 +154,11 @@ def test_a_damaged_or_missing_file_is_named(damage, tmp_path):
 def test_what_a_killed_run_left_behind_is_no_obstacle(tmp_path, monkeypatch):
     first = measured(ToyAdapter(), tmp_path / "a")
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / first.path.name).with_suffix(".0.tmp").write_bytes(b"half of it")
-    assert measured(ToyAdapter(), tmp_path / "b").blocks("time")
+    for suffix in (".0.tmp", ".begun.0.tmp"):
+        (tmp_path / "b" / first.path.name).with_suffix(suffix).write_bytes(b"half of it")
+    found = measured(ToyAdapter(), tmp_path / "b")
+    assert found.blocks("time")
+    assert list((tmp_path / "b").iterdir()) == [found.path]
 
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")

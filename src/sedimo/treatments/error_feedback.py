@@ -6,6 +6,7 @@ layers only square blocks on the diagonal of it, so that all of them together st
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -83,7 +84,8 @@ def measure_moments(lab: Lab, on: Sampling, folder: Path) -> KeptMoments:
         sums = _Sums(columns)
         _sum_up(lab, layers, on, sums, begun)
         sums.save(on.n_batches, place)
-        begun.unlink(missing_ok=True)
+        for left in (begun, *folder.glob(f"{place.stem}.*.tmp")):  # also by runs that were killed while they wrote
+            left.unlink(missing_ok=True)
     return KeptMoments(place, key)
 
 
@@ -136,7 +138,8 @@ class _Sums:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, draft, metadata={"n_added": str(n_added), "n_calls": json.dumps(self._n_calls)})
-            draft.replace(path)
+            with contextlib.suppress(FileNotFoundError):  # another process has finished meanwhile
+                draft.replace(path)
         except (OSError, SafetensorError) as error:
             draft.unlink(missing_ok=True)
             raise StateError(
@@ -145,15 +148,16 @@ class _Sums:
 
     def take_up(self, path: Path, device: torch.device) -> int:
         """Goes on with the sums that were kept; over how many batches they are, 0 where none can be read."""
+        found: dict[str, list[torch.Tensor]] = {}
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                facts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                facts, names = file.metadata(), (name.rpartition(".") for name in file.keys())  # noqa: SIM118
+                for weight, _, index in sorted(names, key=lambda parts: int(parts[2])):
+                    # copies lie in memory as sums do that were never kept: an unaligned block is summed to other bits
+                    found.setdefault(weight, []).append(file.get_tensor(f"{weight}.{index}").clone())
         except (OSError, SafetensorError):
             return 0
-        self._n_calls = Counter(json.loads(facts["n_calls"]))
-        # copies lie in memory as sums do that were never kept: an unaligned block is summed to other bits
-        for weight, _, index in sorted((name.rpartition(".") for name in tensors), key=lambda parts: int(parts[2])):
-            self.blocks.setdefault(weight, []).append(tensors[f"{weight}.{index}"].clone())
+        self.blocks, self._n_calls = found, Counter(json.loads(facts["n_calls"]))
         return int(facts["n_added"])
 
     def add(self, layer: str, weight: str, module: nn.Module, args: tuple[torch.Tensor, ...], _output: object) -> None:
