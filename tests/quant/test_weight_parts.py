@@ -20,8 +20,8 @@ from sedimo.quant.parts import (
     WeightPart,
     check_cover,
     expected_tensors,
-    part_of,
     reconstruct,
+    weight_part,
 )
 
 FORMATS = ("uaq2", "uaq3", "uaq8", "uaq4g4", "uaq5g64", "kmc2", "kmc5", "kma3", "kma8")
@@ -79,7 +79,7 @@ def test_reconstruction_by_hand():
 def test_agrees_with_the_quantizers_own_numbers(text):
     weight = torch.randn(6, 21, generator=torch.Generator().manual_seed(3))
     fitted = fitting.fit(weight, Format.parse(text))
-    part = part_of(fitted)
+    part = weight_part(fitted)
     assert torch.equal(part.dequantize(weight.shape), fitted.dequantize())
     assert torch.equal(part.unpacked_codes(weight.shape), fitted.codes)
 
@@ -144,6 +144,6 @@ def test_parts_must_cover_the_inputs_once():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_part_left_alone_keeps_every_bit(dtype):
     weight = torch.randn(3, 4, 2).to(dtype)
-    part = part_of(weight, start=5)
+    part = weight_part(weight, start=5)
     assert (part.start, part.stop, part.tensors["values"].dtype) == (5, 9, dtype)
     assert torch.equal(part.dequantize((3, 12, 2)), weight.float())

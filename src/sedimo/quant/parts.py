@@ -213,7 +213,7 @@ def reconstruct(number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
     return family.dequantize(number_format, tensors)
 
 
-def part_of(piece: Fitted | Tensor, *, start: int = 0) -> WeightPart:
+def weight_part(piece: Fitted | Tensor, *, start: int = 0) -> WeightPart:
     """The part that begins at input channel `start` and holds what was fitted, packed, or a weight as it is."""
     stop = start + piece.shape[1]
     if isinstance(piece, Fitted):

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.quant.formats import Format, paper_bytes
-from sedimo.quant.parts import Fitted, WeightPart, check_cover, part_of
+from sedimo.quant.parts import Fitted, WeightPart, check_cover, weight_part
 
 _PREFIX = "part_"
 _REMEDY = (
@@ -125,7 +125,7 @@ class QuantizedTensor(torch.Tensor):
             raise InputError(f"parts must differ in input channels only, got {[tuple(p.shape) for p in pieces]}")
         parts: list[WeightPart] = []
         for piece in pieces:
-            parts.append(part_of(piece, start=parts[-1].stop if parts else 0))
+            parts.append(weight_part(piece, start=parts[-1].stop if parts else 0))
         return cls.from_parts(parts, (pieces[0].shape[0], parts[-1].stop, *pieces[0].shape[2:]), dtype)
 
     @property
