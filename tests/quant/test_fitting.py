@@ -50,7 +50,7 @@ def test_fields_are_those_of_the_family(number_format):
     assert int(fitted.codes.max()) <= number_format.qmax
     if number_format.family == "uaq":
         assert list(fitted.parameters) == ["scale", "zero_point"]
-        assert {t.shape for t in fitted.parameters.values()} == {(6, -(-300 // (number_format.group_size or 300)))}
+        assert {t.shape for t in fitted.parameters.values()} == {(6, number_format.n_groups(300))}
         types = [torch.float16, torch.uint8] if number_format.group_size else [torch.float32, torch.int16]
         assert [t.dtype for t in fitted.parameters.values()] == types
     else:

@@ -72,7 +72,7 @@ def test_groups_search_with_the_scale_that_is_stored(bits, n_inputs, group_size,
     number_format = Format("uaq", bits, group_size)
     grid, codes, weights = dequantized(rows, number_format)
     assert (grid.scale.dtype, grid.zero_point.dtype) == (torch.float16, torch.uint8)
-    assert grid.scale.shape == grid.zero_point.shape == (2, -(-n_inputs // (number_format.group_size or n_inputs)))
+    assert grid.scale.shape == grid.zero_point.shape == (2, number_format.n_groups(n_inputs))
     for index in range(grid.scale.shape[1]):
         part = slice(index * group_size, (index + 1) * group_size)
         for row, scale, zero_point in zip(rows[:, part], grid.scale[:, index], grid.zero_point[:, index], strict=True):

@@ -77,7 +77,11 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> Format:
-        """The format that a string such as `kmc4a8` names; refuses what is none."""
+        """The format that a string such as `kmc4a8` names.
+
+        Raises:
+            InputError: the string is not a format.
+        """
         for family in families.FAMILIES:
             match = _pattern(family.spelling).fullmatch(text)
             if match is not None:
@@ -133,6 +137,10 @@ class Format:
         """What it changes, each by itself: the weight (`uaq4`), the activations (`a8`)."""
         weight = (str(self.weight_format),) if self.is_quantized else ()
         return weight if self.activation_bits == FULL_BITS else (*weight, f"a{self.activation_bits}")
+
+    def n_groups(self, n_inputs: int) -> int:
+        """Number of groups of a row of `n_inputs` weights (the last one may be shorter)."""
+        return 1 if self.group_size is None else math.ceil(n_inputs / self.group_size)
 
 
 FP16 = Format.parse("fp16")

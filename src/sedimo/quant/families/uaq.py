@@ -15,7 +15,6 @@ Source:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ class UniformAffine(Family):
     is_uniform = True
 
     def tensors(self, number_format: Format, n_channels: int, n_inputs: int) -> Stored:
-        shape = n_channels, math.ceil(n_inputs / (number_format.group_size or n_inputs))  # the last may be shorter
+        shape = (n_channels, number_format.n_groups(n_inputs))
         scale, zero_point = _dtypes(number_format)
         return {"scale": (scale, shape), "zero_point": (zero_point, shape)}
 
