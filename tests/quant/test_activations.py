@@ -101,7 +101,7 @@ def test_a_grid_point_beyond_half_precision_is_its_greatest_number(bits):
         (lambda: InputRange((-3e38,), (3e38,)), r"at most 2\^126 from zero"),
         (lambda: InputQuantizers({"a": ActivationQuantizer(8, range=InputRange((0.0,) * 2, (1.0,) * 2))}), "2 static"),
         (lambda: InputQuantizers({}, (math.inf,)), "must be finite"),
-        (lambda: Activations(static={"a": {}}).quantizers({"a": 8}), "no static range is known .* 'a' at 8 bits"),
+        (lambda: Activations(static={"a": {}}).quantizers({"a": 8}), "'a' at 8 bits: .*--act a8"),
     ],
 )
 def test_rules_that_mean_nothing_are_refused(make, message):

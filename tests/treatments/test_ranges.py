@@ -69,5 +69,15 @@ def test_a_study_keeps_the_parts(tmp_path, monkeypatch):
 
 
 def test_a_range_has_low_below_high():
-    with pytest.raises(InputError, match="low <= high"):
-        InputRange((1.0,), (0.0,))
+    with pytest.raises(InputError, match=r"low <= high.*got 1.0 and 0.0"):
+        InputRange((0.0, 1.0), (2.0, 0.0))
+    with pytest.raises(InputError, match=r"got 1 and 2 of them"):
+        InputRange((0.0,), (2.0, 3.0))
+
+
+def test_inputs_that_have_no_range_are_refused_by_the_name_of_their_layer():
+    adapter = ToyAdapter()
+    with torch.no_grad():
+        adapter.denoiser.first.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"layer 'second': ranges .*got nan and nan; use another --dtype"):
+        probed(adapter)

@@ -39,11 +39,12 @@ class InputRange:
 
     def __post_init__(self) -> None:
         pairs = list(zip(self.low, self.high, strict=False))
-        is_range = all(-_LARGEST <= a <= b <= _LARGEST for a, b in pairs)
-        if not pairs or len(self.low) != len(self.high) or not is_range:
+        bad = next((pair for pair in pairs if not -_LARGEST <= pair[0] <= pair[1] <= _LARGEST), None)
+        if not pairs or len(self.low) != len(self.high) or bad:
+            found = f"{bad[0]} and {bad[1]}" if bad else f"{len(self.low)} and {len(self.high)} of them"
             raise InputError(
                 "ranges of inputs need as many finite low as high values, low <= high, at most 2^126 from zero, "
-                f"got {self.low[:3]}, {self.high[:3]}"
+                f"got {found}"
             )
 
 
@@ -150,8 +151,8 @@ class Activations:
         found = self.static.get(layer, {}).get(f"a{bits}")
         if self.static and found is None:
             raise InputError(
-                f"no static range is known for the inputs of layer {layer!r} at {bits} bits: calibrate it "
-                "(sedimo.calibrate), or use dynamic ranges"
+                f"no static range is known for the inputs of layer {layer!r} at {bits} bits: offer that width when "
+                f"ranges are calibrated (--act a{bits}), or use dynamic ranges (leave out --act-ranges)"
             )
         return ActivationQuantizer(bits, self.symmetric, found)
 

@@ -65,6 +65,9 @@ class SmoothingSettings(Checked):
     share: float = checked(DEFAULT_SHARE, check_share)
     layers: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"alpha {self.alpha:g} on {', '.join(self.layers) or f'{self.share:g} of the layers'}"
+
 
 DEFAULT_SMOOTHING = SmoothingSettings()
 
@@ -100,8 +103,7 @@ class SmoothingKnobs(Checked):
         return SmoothingSettings(self.alpha, DEFAULT_SHARE if self.share is None else self.share)
 
     def __str__(self) -> str:
-        how = self.settings
-        return "no smoothing" if how is None else f"alpha {how.alpha:g} on {how.share:g} of the layers"
+        return "no smoothing" if self.settings is None else str(self.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +217,14 @@ def _measure_part(
         for call, samples in batches:
             for _, inputs in inputs_by_samples(call, len(samples)):
                 denoiser(**inputs)
-    ranges = {name: InputRange(_numbers(low), _numbers(high)) for name, (low, high) in found.items()}
-    return RangesPart(batches[0][0].timestep, ranges)
+    return RangesPart(batches[0][0].timestep, {name: _range(name, *ends) for name, ends in found.items()})
+
+
+def _range(layer: str, low: torch.Tensor, high: torch.Tensor) -> InputRange:
+    try:
+        return InputRange(_numbers(low), _numbers(high))
+    except InputError as error:
+        raise InputError(f"layer {layer!r}: {error}; use another --dtype, or leave out --smooth") from error
 
 
 def _numbers(values: torch.Tensor) -> tuple[float, ...]:
