@@ -33,7 +33,7 @@ from sedimo.quant.fitting import (
     with_codes,
 )
 from sedimo.quant.formats import FULL_BITS, Format, paper_bytes, parse_formats, stored_bytes
-from sedimo.quant.parts import expected_tensors, part_of, reconstruct
+from sedimo.quant.parts import expected_tensors, reconstruct, weight_part
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.words import family_words
 from sedimo.space import search_space
@@ -95,7 +95,7 @@ class TestFamilyContract:
         for shape in SHAPES:
             weight = make_weight(shape)
             for number_format in quantized(family, weight):
-                part = part_of(fit(weight, number_format))
+                part = weight_part(fit(weight, number_format))
                 part.check(shape)
                 expected = expected_tensors(number_format, shape[0], weight[0].numel())
                 assert list(part.tensors) == list(expected)
