@@ -32,6 +32,12 @@ class Outer:
     number_format: Format = KMC4
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    place: str
+    make: str
+
+
 records = st.builds(
     Outer,
     name=st.text(),
@@ -48,6 +54,10 @@ def test_a_record_survives_the_round_trip(record):
     again = from_json(Outer, text)
     assert to_json(again) == text
     assert content_key(again) == content_key(record)
+
+
+def test_a_field_may_have_any_name():
+    assert from_json(Named, to_json(Named("here", "now"))) == Named("here", "now")
 
 
 def test_the_key_does_not_depend_on_the_order_of_a_mapping():

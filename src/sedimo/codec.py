@@ -108,7 +108,7 @@ def _read(kind: Any, plain: Any, place: str) -> Any:
     return _READERS[origin](arguments, plain, place)
 
 
-def _made(place: str, make: Callable[..., Any], *given: Any, **fields: Any) -> Any:
+def _made(place: str, make: Callable[..., Any], /, *given: Any, **fields: Any) -> Any:
     """What a record makes of values, which it may refuse."""
     try:
         return make(*given, **fields)
