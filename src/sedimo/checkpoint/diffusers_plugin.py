@@ -31,7 +31,16 @@ from sedimo.checkpoint.judge import (
     judge_headers,
     make_seal,
 )
-from sedimo.checkpoint.layout import METHOD, Configuration, Layers, owners_of, packed_tensors, read_configuration, whole
+from sedimo.checkpoint.layout import (
+    METHOD,
+    Configuration,
+    Layers,
+    TiedEntry,
+    owners_of,
+    packed_tensors,
+    read_configuration,
+    whole,
+)
 from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.pipelines.weights import read_header
 from sedimo.quant.activations import InputQuantizers
@@ -190,8 +199,8 @@ class SedimoQuantizer(DiffusersQuantizer):
         if not isinstance(param_value, QuantizedTensor):
             param_value = quantize_weight(param_value, self.config.recipe[layer], layer_name=layer)
         weight = param_value.to(target_device)
-        owner = owners_of(self.layers).get(layer, layer)
-        shared = model.get_submodule(owner)._parameters["weight"] if owner != layer else None
+        entry = self.layers.get(layer)
+        shared = model.get_submodule(entry.same_as)._parameters["weight"] if isinstance(entry, TiedEntry) else None
         is_alike = shared is not None and (shared.dtype, shared.device) == (weight.dtype, weight.device)
         fresh = shared if is_alike else nn.Parameter(weight, requires_grad=False)
         model.get_submodule(layer)._parameters["weight"] = fresh

@@ -47,18 +47,19 @@ def replace_weights(
         owner = owners.setdefault(id(modules[name]._parameters["weight"]), name)
         if weights[owner] is not weight:
             raise InputError(f"layers {owner!r} and {name!r} share one weight and must get one packed weight")
-    places = {name: modules[name]._parameters for name in (*weights, *modules)}
-    targets = [(n, p, old, owners[id(old)]) for n, p in places.items() if id(old := p.get("weight")) in owners]
+    sharers = {name: owners.get(id(modules[name]._parameters.get("weight"))) for name in (*weights, *modules)}
     made: dict[object, nn.Parameter] = {}
-    for name, place, old, owner in targets:
-        assert old is not None  # noqa: S101  # the weight of a named layer, which has one
-        key = (id(weights[owner]), old.dtype, old.device)
+    for name, first in sharers.items():
+        if first is None:
+            continue
+        old = modules[name].get_parameter("weight")  # not held longer: it is freed before the next one is packed
+        key = (id(weights[first]), old.dtype, old.device)
         if key not in made:
-            device = weights[owner].device if old.device.type == "meta" else old.device
-            fresh = weights[owner].to(device=device, dtype=old.dtype).detach()
+            device = weights[first].device if old.device.type == "meta" else old.device
+            fresh = weights[first].to(device=device, dtype=old.dtype).detach()
             fresh.layer_name = name  # type: ignore[attr-defined]  # detach() is typed as a plain tensor
             made[key] = nn.Parameter(fresh, requires_grad=False)
-        place["weight"] = made[key]
+        modules[name]._parameters["weight"] = made[key]
     if inputs is not None:
         round_inputs(denoiser, inputs)
     attach(denoiser)

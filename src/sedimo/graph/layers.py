@@ -104,8 +104,7 @@ def find_ties(denoiser: nn.Module) -> tuple[tuple[str, ...], ...]:
     """
     by_key: dict[object, list[tuple[torch.Tensor, list[str]]]] = {}
     for name in weight_layers(denoiser):
-        weight = denoiser.get_submodule(name)._parameters["weight"]
-        assert weight is not None  # noqa: S101  # weight_layers lists only layers with a weight
+        weight = denoiser.get_submodule(name).get_parameter("weight")
         sets = by_key.setdefault(_value_key(weight), [])
         known = next((members for first, members in sets if _is_same(weight, first)), None)
         if known is None:
