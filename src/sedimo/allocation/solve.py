@@ -171,15 +171,6 @@ def even_budgets(
     return tuple(low + (high - low) * i / (n_points - 1) for i in range(n_points))
 
 
-def decided_by(method: str, rule: str) -> str:
-    """The method whose costs decided, or the rule, where weight errors only describe what it gave.
-
-    Such rules are a recipe that was given, one format for all, and blocks at 16 bits.
-    """
-    is_described = method == "error" and rule not in (*SEARCHES, ARGMIN)
-    return rule if is_described else method
-
-
 def _allocate_uniform(table: SensitivityTable, rule: str, budget: Budget | None) -> Allocation:
     """One format everywhere; a decision that lacks it has its format of least cost, and a note says so."""
     number_format = Format.parse(rule.removeprefix(UNIFORM))

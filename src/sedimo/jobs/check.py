@@ -23,7 +23,7 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study, Trial
 from sedimo.lab.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
 from sedimo.methods.method import Finding, Price
-from sedimo.methods.uniform import SLACK_BITS
+from sedimo.methods.uniform import SLACK_BITS, UNIFORM
 from sedimo.metrics.signal import paired_difference
 from sedimo.quant.formats import FP16, Format
 from sedimo.reporting.page import Picture
@@ -72,7 +72,7 @@ def check_recipe(lab: Lab, finding: Finding, finished: Finished | None = None) -
     uniform = uniform_rivals(bank, allocation.paper_bits + SLACK_BITS)
     recipes = dict.fromkeys((THIS,) if finished is None else (THIS, NEAREST), allocation.recipe)
     checked: list[MeasuredRecipe] = []
-    for name, recipe in (recipes | {f"uniform {f}": bank.space.uniform(f) for f in uniform}).items():
+    for name, recipe in (recipes | {f"{UNIFORM.name} {f}": bank.space.uniform(f) for f in uniform}).items():
         weights = finished.weights if name == THIS and finished is not None else bank.quantize(recipe)
         with probed(pipe.denoiser, weights, inputs=bank.input_quantizers(recipe)):
             samples = draw(pipe, on, label=name, progress=lab.progress)

@@ -14,14 +14,14 @@ import torch
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.allocation.combine import Agreement
 from sedimo.allocation.effects import Effects, expected_db
-from sedimo.allocation.solve import decided_by, even_budgets, frontier
+from sedimo.allocation.solve import even_budgets, frontier
 from sedimo.checkpoint.writing import WrittenCheckpoint
 from sedimo.errors import InputError
 from sedimo.jobs.check import Check, check_additivity, measure_random_recipes, pictures_of
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Trial, versions
 from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, probe_trajectory
-from sedimo.methods.error import ERROR
+from sedimo.methods.error import ERROR, decided_by
 from sedimo.methods.hybrid import BlockCurves, blocks_of
 from sedimo.methods.method import Finding, Traits
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe

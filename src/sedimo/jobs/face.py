@@ -31,6 +31,7 @@ from sedimo.lab.lab import Lab as BenchLab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import ObjectiveName, Study
 from sedimo.methods import method_named
+from sedimo.methods.auto import AUTO
 from sedimo.methods.error import describe
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Finding, Task
@@ -100,7 +101,7 @@ class Lab(BenchLab):
         if self.study is not None:
             self.study.close()
 
-    def table(self, method: str = "auto", *, knobs: object = None) -> SensitivityTable:
+    def table(self, method: str = AUTO.name, *, knobs: object = None) -> SensitivityTable:
         """The cost of every format for every layer, by a method; `knobs` is the method's own record of settings.
 
         Raises:

@@ -16,7 +16,7 @@ import psutil
 from sedimo import methods, targets, treatments
 from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
 from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import allocate_given, decided_by
+from sedimo.allocation.solve import allocate_given
 from sedimo.allocation.table import EXACTLY_NOTHING, build_table
 from sedimo.bank import SILENT, Candidate, Progress
 from sedimo.checkpoint.writing import Origin, WriteOptions, WrittenCheckpoint
@@ -42,7 +42,7 @@ from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
 from sedimo.methods import method_named
 from sedimo.methods.auto import AUTO
-from sedimo.methods.error import ERROR, describe
+from sedimo.methods.error import ERROR, decided_by, describe
 from sedimo.methods.hybrid import BlockCurves
 from sedimo.methods.method import Finding, Method, Price, Resolved, Task
 from sedimo.methods.uniform import UNIFORM

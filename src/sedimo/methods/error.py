@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from sedimo.allocation.program import SEARCHES
+from sedimo.allocation.solve import ARGMIN
 from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
 from sedimo.bank import Bank, Candidate
 from sedimo.lab.lab import Lab, seconds_of_estimates
@@ -37,6 +39,15 @@ def _price(lab: Lab, _task: Task[NoKnobs]) -> Price:
 def describe(bank: Bank) -> Finding:
     """Costs by weight error, for a recipe that something else decides."""
     return Finding(bank, error_table(bank.space, bank.candidates))
+
+
+def decided_by(method: str, rule: str) -> str:
+    """The method whose costs decided, or the rule, where weight errors only describe what it gave.
+
+    Such rules are a recipe that was given, one format for all, and blocks at 16 bits.
+    """
+    is_described = method == NAME and rule not in (*SEARCHES, ARGMIN)
+    return rule if is_described else method
 
 
 def _measure(lab: Lab, _task: Task[NoKnobs]) -> Finding:

@@ -304,6 +304,7 @@ HYBRID = Method(
         source="Efficient Quantization Strategies for Latent Diffusion Models (arXiv 2312.05431)",
         sees="what each block costs while all others are quantized",
         misses="that layers of a block differ",
+        given="The recipe has {} for all but the blocks that gain most by staying at 16 bits (below).",
     ),
     knobs=KeepSettings,
     traits=Traits(

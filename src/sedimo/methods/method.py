@@ -33,7 +33,8 @@ _ENTRY_BYTES = 60  # of a layer's entry in a recipe
 class Words:
     """What people read: one line of what it does, its source, what it can see, and what it cannot.
 
-    `cost` ends the sentence "the cost of a layer is ..."; empty for what has no costs.
+    `cost` ends the sentence "the cost of a layer is ..."; empty for what has no costs. `given` is what a report says of
+    a recipe that costs did not decide, with {} for the format that it was made of.
     """
 
     summary: str
@@ -41,6 +42,7 @@ class Words:
     cost: str = ""
     sees: str = ""
     misses: str = ""
+    given: str = ""
 
 
 @dataclass(frozen=True, slots=True)

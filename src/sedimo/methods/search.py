@@ -32,6 +32,7 @@ from sedimo.methods.predictor.features import Values
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
 from sedimo.methods.predictor.scoring import (
+    NAME,
     disjoint_groups,
     noise_table,
     noise_variant_table,
@@ -343,7 +344,7 @@ def _prepare(lab: Lab, task: Task[SearchSettings]) -> None:
 
 
 SEARCH = Method(
-    name="gnn",
+    name=NAME,
     words=Words(
         summary="search by measured recipes: a graph network learns what they cost, the best are measured again",
         source="Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628); noise model and refinement are ours",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from sedimo.allocation.budget import NO_BUDGET, allocated
 from sedimo.allocation.problem import Allocation
 from sedimo.lab.lab import Lab
-from sedimo.methods.error import describe
+from sedimo.methods.error import ERROR, describe
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words
 from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace
@@ -65,9 +65,10 @@ UNIFORM = Method(
         summary="one format for all (uniform:FORMAT), or the best one of about the budget's size",
         sees="whole recipes as they are measured",
         misses="that layers differ",
+        given="The recipe was ordered: {} for all layers that can take it.",
     ),
     traits=Traits(
-        runs_pipeline=False, is_noise=False, n_random=0, is_described=True, takes_format=True, told_as="error"
+        runs_pipeline=False, is_noise=False, n_random=0, is_described=True, takes_format=True, told_as=ERROR.name
     ),
     price=_price,
     measure=_measure,

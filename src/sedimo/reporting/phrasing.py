@@ -13,6 +13,7 @@ from sedimo import methods
 from sedimo.allocation.combine import Agreement
 from sedimo.allocation.effects import SIGNED
 from sedimo.allocation.table import Cost
+from sedimo.methods.uniform import UNIFORM
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import estimated_db
 from sedimo.quant.formats import FP16, FULL_BITS
@@ -114,7 +115,7 @@ def _last_tile(summary: Summary) -> Tile:
 
 def _best_uniform(summary: Summary) -> tuple[str, Estimate] | None:
     """The strongest uniform recipe, and what the result is ahead of it."""
-    uniform = [rival for rival in summary.evidence.differences if "uniform" in rival[0]]
+    uniform = [rival for rival in summary.evidence.differences if UNIFORM.name in rival[0]]
     return min(uniform, key=lambda rival: rival[1].value, default=None)
 
 
@@ -206,13 +207,8 @@ def _cost_words(text: str) -> str:
 
 def _given_sentence(rule: str) -> str:
     kind, _, number_format = rule.partition(":")
-    if kind == "uniform":
-        return f"The recipe was ordered: {name(number_format)} for all layers that can take it."
-    if kind == "hybrid":
-        return (
-            f"The recipe has {name(number_format)} for all but the blocks that gain most by staying at 16 bits (below)."
-        )
-    return "The recipe was given."
+    found = next((one.words.given for one in methods.METHODS if one.name == kind), "")
+    return found.format(name(number_format)) or "The recipe was given."
 
 
 def reason_sentences(summary: Summary) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from functools import cached_property
 
 from sedimo.allocation.combine import Agreement
 from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import decided_by
 from sedimo.allocation.table import NOISE_POWER, Cost, SensitivityTable
 from sedimo.codec import to_plain
+from sedimo.methods.error import decided_by
 from sedimo.methods.portfolio import Entrant
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import PairedDifference

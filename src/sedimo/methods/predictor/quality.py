@@ -20,6 +20,7 @@ import numpy.typing as npt
 from sedimo.allocation.effects import Effects, expected_db
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.table import SensitivityTable
+from sedimo.methods.error import ERROR
 from sedimo.methods.predictor.features import Choices, Codes, Values, picked
 from sedimo.methods.predictor.noise_model import fit_noise_model
 from sedimo.methods.predictor.study import Background
@@ -74,7 +75,7 @@ def rate(
         replace(data, quality=truth[: data.n]),
         further.codes,
         tests=[fold.test for fold in predictor.folds],
-        costs={} if table.method == "error" else {table.method: background.prior()},
+        costs={} if table.method == ERROR.name else {table.method: background.prior()},
         errors=data.choices.errors(background.candidates),
         effects=background.effects,
     )

@@ -55,6 +55,7 @@ from sedimo.metrics.ranking import rank_correlation
 from sedimo.settings import within
 from sedimo.space import Recipe
 
+NAME = "gnn"  # of the method whose costs these are
 ScoresByName = dict[str, list[float]]
 _MOMENT_RECIPES = 64  # of the training recipes give the moments
 _HIGHEST = 5.0  # deviations above the mean, where stands what costs nothing at all (fp16)
@@ -343,7 +344,7 @@ def options_table(
     *,
     errors: Values,
     settings: Mapping[str, str],
-    method: str = "gnn",
+    method: str = NAME,
 ) -> SensitivityTable:
     """A table of costs `[D, K]` with standard errors `[D, K]`; fp16 costs nothing."""
     place = {(d.name, f): (i, k) for i, d in enumerate(choices.space.decisions) for k, f in enumerate(d.formats)}
@@ -432,4 +433,4 @@ def noise_variant_table(
                 *variant_sizes(decisions, columns, candidates=candidates),
             )
         )
-    return build_variant_table("gnn", predictor.choices.space, found)
+    return build_variant_table(NAME, predictor.choices.space, found)
