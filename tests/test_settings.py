@@ -11,7 +11,7 @@ import pytest
 from sedimo.errors import InputError
 from sedimo.settings import REQUIRED, Checked, block, checked, one_of, option, within
 
-TRIALS = within("there must be at least one trial", least=1)
+TRIALS = within(least=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,10 @@ class Inner(Checked):
 @dataclass(frozen=True, slots=True)
 class Outer(Checked):
     trials: int = option(REQUIRED, "--trials", check=TRIALS, help="Trials.")
-    sampler: str = option("", "--sampler", check=one_of("the sampler", ("paper", "stratified")), help="Which.")
-    low_bits: float | None = option(None, "--low-bits", check=within("bits must be finite"), help="Least.")
+    sampler: str = option("", "--sampler", check=one_of(("paper", "stratified")), help="Which.")
+    low_bits: float | None = option(None, "--low-bits", check=within(hint="or nothing"), help="Least.")
     extent: Literal["all", "output"] = option("all", "--extent", help="What.")
-    share: float = checked(0.1, within("the share must lie in 0..1 and not be 0", above=0, most=1))
+    share: float = checked(0.1, within(above=0, most=1))
     inner: Inner = block(Inner())
 
     def check_together(self) -> None:
@@ -34,13 +34,13 @@ class Outer(Checked):
 
 
 REFUSED = {
-    "below": ({"trials": 0}, "there must be at least one trial, got 0"),
-    "another choice": ({"sampler": "dice"}, "the sampler must be one of paper, stratified, got 'dice'"),
-    "another literal": ({"extent": "none"}, "the extent must be one of all, output, got 'none'"),
-    "not a number": ({"low_bits": math.nan}, "bits must be finite, got nan"),
-    "infinite": ({"low_bits": -math.inf}, "bits must be finite, got -inf"),
-    "at an open end": ({"share": 0.0}, "the share must lie in 0..1 and not be 0, got 0.0"),
-    "above": ({"share": 1.5}, "the share must lie in 0..1 and not be 0, got 1.5"),
+    "below": ({"trials": 0}, "trials must be at least 1, got 0"),
+    "another choice": ({"sampler": "dice"}, "sampler must be one of paper, stratified, got 'dice'"),
+    "another literal": ({"extent": "none"}, "extent must be one of all, output, got 'none'"),
+    "not a number": ({"low_bits": math.nan}, "low_bits must be a finite number (or nothing), got nan"),
+    "infinite": ({"low_bits": -math.inf}, "low_bits must be a finite number (or nothing), got -inf"),
+    "at an open end": ({"share": 0.0}, "share must be above 0 and at most 1, got 0.0"),
+    "above": ({"share": 1.5}, "share must be above 0 and at most 1, got 1.5"),
     "together": ({"trials": 7, "sampler": "paper"}, "not seven papers"),
 }
 
@@ -54,7 +54,7 @@ def test_a_value_that_a_field_refuses_is_an_error_with_rule_and_value(values, me
 
 @pytest.mark.parametrize(
     ("n_seeds", "message"),
-    [(1, "the seeds must be at least 2, got 1"), (65, "the seeds must be at most 64, got 65")],
+    [(1, "seeds must be at least 2 and at most 64, got 1"), (65, "seeds must be at least 2 and at most 64, got 65")],
 )
 def test_limits_of_an_option_hold_in_python_too(n_seeds, message):
     with pytest.raises(InputError, match=message):

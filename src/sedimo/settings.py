@@ -5,11 +5,14 @@ and the keywords of the public functions. Records may hold other records; what p
 
     @dataclass(frozen=True, slots=True)
     class Settings(Checked):
-        trials: int = option(REQUIRED, "--trials", check=within("at least one is needed", least=1), help="...")
-        sampler: str = option("paper", "--sampler", check=one_of("the sampler", SAMPLERS), help="...")
-        share: float = checked(0.1, within("the share must lie in 0..1 and not be 0", above=0, most=1))
+        trials: int = option(REQUIRED, "--trials", check=within(least=1), help="...")
+        sampler: str = option("paper", "--sampler", check=one_of(SAMPLERS), help="...")
+        share: float = checked(0.1, within(above=0, most=1))
 
         def check_together(self) -> None: ...  # only for what fields say together
+
+An error names a value as people write it: `--trials must be at least 1, got 0` on the command line, and `trials` alone
+in Python.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ _KEY = "sedimo option"
 _PANEL = "sedimo panel"
 _CHECK = "sedimo check"
 REQUIRED: Any = dataclasses.MISSING
-Check = Callable[[Any], object]  # refuses a value by an InputError
+Check = Callable[[Any, str], object]  # refuses a value by an InputError; the text is how people name the value
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,9 @@ class Option:
 
     `parse` reads the text that a person writes; `choices` are the values that there are, found from a `Literal`
     if it is empty. What is not among them, below `least` or above `most` is no valid command line; a record that is
-    `Checked` refuses it, too. `no` is the flag that says no, for a yes or no whose default is None, or yes. `bare` is
-    the value of a flag that is given without one. `place` tells that a text is the path of an existing file or folder.
+    `Checked` refuses it, too, and what `check` refuses. `no` is the flag that says no, for a yes or no whose default is
+    None, or yes. `bare` is the value of a flag that is given without one. `place` tells that a text is the path of an
+    existing file or folder.
     """
 
     flags: tuple[str, ...]
@@ -49,8 +53,9 @@ class Option:
     metavar: str | None = None
     parse: Callable[[str], object] | None = None
     choices: tuple[str, ...] = ()
-    least: float | None = None
-    most: float | None = None
+    least: float = -math.inf
+    most: float = math.inf
+    check: Check | None = None
     no: str = ""
     bare: str | None = None
     place: Literal["", "file", "folder"] = ""
@@ -61,11 +66,9 @@ class Option:
         return self.help if isinstance(self.help, str) else self.help()
 
 
-def option(
-    default: Any, *flags: str, help: str | Callable[[], str], check: Check | None = None, **more: Any
-) -> Any:  # click's and argparse's word
-    """A field of a settings record with its default (`REQUIRED`: none), its `Option`, and what refuses its values."""
-    return field(default=default, metadata={_KEY: Option(flags, help, **more), _CHECK: check})
+def option(default: Any, *flags: str, help: str | Callable[[], str], **more: Any) -> Any:  # click's and argparse's word
+    """A field of a settings record with its default (`REQUIRED`: none) and its `Option`."""
+    return field(default=default, metadata={_KEY: Option(flags, help, **more)})
 
 
 def checked(default: Any, check: Check) -> Any:
@@ -73,24 +76,31 @@ def checked(default: Any, check: Check) -> Any:
     return field(default=default, metadata={_CHECK: check})
 
 
-def within(rule: str, *, least: float = -math.inf, most: float = math.inf, above: float = -math.inf) -> Check:
-    """A check that a number is finite and in a range; `rule` says so in the error, before the value that was found."""
+def within(*, least: float = -math.inf, most: float = math.inf, above: float = -math.inf, hint: str = "") -> Check:
+    """A check that a number is finite and in a range; the error gives the `hint` after the rule."""
+    ends = {"at least": least, "above": above, "at most": most}
+    rule = " and ".join(f"{word} {end}" for word, end in ends.items() if math.isfinite(end)) or "a finite number"
 
-    def check(value: float) -> None:
+    def check(value: float, name: str) -> None:
         if not (-math.inf < value < math.inf and least <= value <= most and value > above):
-            raise InputError(f"{rule}, got {value}")
+            raise InputError(f"{name} must be {rule}{hint and f' ({hint})'}, got {value}")
 
     return check
 
 
-def one_of(what: str, choices: Iterable[str]) -> Check:
-    """A check that a text is one of several; `what` names it in the error."""
+def one_of(choices: Iterable[str]) -> Check:
+    """A check that a text is one of several."""
 
-    def check(value: str) -> None:
+    def check(value: str, name: str) -> None:
         if value not in choices:
-            raise InputError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
+            raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
     return check
+
+
+def read_by(parse: Callable[[str], object]) -> Check:
+    """A check that a function can read a text; its own error says what it refuses."""
+    return lambda value, _name: parse(value)
 
 
 class Checked:
@@ -101,10 +111,8 @@ class Checked:
     def __post_init__(self) -> None:
         """Checks them; a value that is refused is an `InputError`."""
         record: Any = type(self)
-        for name, default, check in _checks(record):
-            value = getattr(self, name)
-            if value is not None and value != default:
-                check(value)
+        for leaf in _own_leaves(record):
+            leaf.refuse(getattr(self, leaf.path[0]), leaf.word)
         self.check_together()
 
     def check_together(self) -> None:
@@ -112,24 +120,14 @@ class Checked:
 
 
 @functools.cache
-def _checks(record: Any) -> tuple[tuple[str, object, Check], ...]:
-    """Names, defaults and checks of the fields that have one."""
-    found = [(leaf.path[0], leaf.default, check) for leaf in leaves(record) for check in _limits(leaf)]
-    own = ((one.name, one.default, one.metadata.get(_CHECK)) for one in dataclasses.fields(record))
-    return (*found, *((name, default, check) for name, default, check in own if check is not None))
-
-
-def _limits(leaf: Leaf) -> Iterator[Check]:
-    """Checks of what an option says of its values; a record inside checks its own."""
-    option, what = leaf.option, f"the {leaf.word.replace('_', ' ')}"
-    if len(leaf.path) > 1:
-        return
-    if leaf.choices:
-        yield one_of(what, leaf.choices)
-    if option.least is not None:
-        yield within(f"{what} must be at least {option.least}", least=option.least)
-    if option.most is not None:
-        yield within(f"{what} must be at most {option.most}", most=option.most)
+def _own_leaves(record: Any) -> tuple[Leaf, ...]:
+    """What a record checks: a record inside checks its own."""
+    unset = (
+        Leaf((one.name,), one.type, one.default, Option((), "", check=one.metadata[_CHECK]), "")
+        for one in dataclasses.fields(record)
+        if _CHECK in one.metadata
+    )
+    return (*(leaf for leaf in leaves(record) if len(leaf.path) == 1), *unset)
 
 
 def block(default: Any, panel: str = "") -> Any:
@@ -157,6 +155,18 @@ class Leaf:
     def choices(self) -> tuple[str, ...]:
         """The values that there are, none if they are not listed."""
         return self.option.choices or (get_args(self.kind) if get_origin(self.kind) is Literal else ())
+
+    def refuse(self, value: Any, name: str) -> None:
+        """Refuses a value by an InputError about `name`; not None and the default."""
+        option = self.option
+        if value is None or value == self.default:
+            return
+        if self.choices:
+            one_of(self.choices)(value, name)
+        if math.isfinite(option.least) or math.isfinite(option.most):
+            within(least=option.least, most=option.most)(value, name)
+        if option.check is not None:
+            option.check(value, name)
 
 
 def leaves(record: type, panel: str = "", path: tuple[str, ...] = ()) -> Iterator[Leaf]:
@@ -206,7 +216,7 @@ def read_words(record: type, words: Mapping[str, object]) -> dict[tuple[str, ...
             raise InputError(f"there is nothing called {word!r} to set; there is: {', '.join(known)}")
         leaf = known[word]
         if leaf.choices:
-            one_of(word, leaf.choices)(value)
+            one_of(leaf.choices)(value, word)
         read = leaf.option.parse or (Path if leaf.kind is Path else None)
         found[leaf.path] = read(value) if read is not None and isinstance(value, str) else value
     return found

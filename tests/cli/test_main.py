@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import math
+import re
 import shlex
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from sedimo import jobs
+from sedimo import jobs, methods
 from sedimo.cli.main import main
 from sedimo.errors import InputError
 from sedimo.jobs.compare import CompareSettings
+from sedimo.jobs.face import quantize_settings
 from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.jobs.settings import FormatSettings
 from sedimo.lab.bench import SourceSettings
@@ -107,7 +110,7 @@ def command(name):
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    result = CliRunner().invoke(main, [str(a) for a in arguments], terminal_width=118)  # of 120 columns
     assert result.exit_code == code, f"{result.exit_code}: {result.output}\n{result.exception!r}"
     return result
 
@@ -157,7 +160,7 @@ def test_no_flag_of_a_command_means_two_things():
         ("quantize x --bits 3 --method jacobian --keep 1", 3, "options of hybrid do nothing with --method jacobian"),
         ("quantize x --bits 3 --method sqnr --beta 3", 3, "(--help-method orthogonality"),
         ("quantize x --bits 3 --act w8", 3, "are written such as a8"),
-        ("quantize x --help-method magic", 3, "there are no options of 'magic'"),
+        ("quantize x --help-method magic", 3, "--help-method must be one of smoothing,"),
     ],
 )
 def test_lines_that_make_no_sense_are_refused(line, code, message):
@@ -171,6 +174,50 @@ def test_options_of_one_method_are_shown_when_they_are_asked_for():
     assert all(flag in shown for flag in ("--trials", "--refine", "--prior", "--level"))
     assert "--beta" not in shown
     assert "--beta" in run("quantize", "--help-method", "orthogonality").stdout
+
+
+def test_a_method_without_options_is_described():
+    shown = run("quantize", "--help-method", "sqnr").stdout.splitlines()
+    assert shown[0] == "sqnr:"
+    assert [line.split()[0] for line in shown[1:]] == ["about", "sees", "misses", "source"]
+    assert "misses  what becomes of the noise on its way to the output" in shown[3]
+    shown = run("quantize", "--help-method", "gnn").stdout
+    assert shown.index("  misses") < shown.index("Options of gnn:")
+
+
+def test_help_of_the_main_job_fits_a_screen_and_names_every_method():
+    shown = run("quantize", "--help").stdout
+    assert len(shown.splitlines()) <= 50
+    assert {str(method) for method in methods.METHODS} <= set(re.split(r"[,\s]+", shown))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("quantize x --bits 3 --minutes -1", "--minutes must be above 0, got -1"),
+        ("quantize x --bits 3 --smooth 2", "--smooth must be at least 0 and at most 1 (0: all"),
+        ("quantize x --bits 3 --target moon", "--target must be one of diffusers, got 'moon'"),
+        ("explore x --store y --trials 0", "--trials must be at least 1, got 0"),
+        ("explore x --store y --trials 1 --objective fun", "--objective must be of final_latents,"),
+        ("quantize x --bits 3 --guidance nan", "--guidance must be a finite number, got nan"),
+    ],
+)
+def test_errors_name_the_flag(line, message):
+    assert message in run(*shlex.split(line), code=3).output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"keep": -1}, "keep must be at least 0, got -1"),
+        ({"smooth": 2.0}, "smooth must be at least 0"),
+        ({"guidance": math.nan}, "guidance must be a finite number"),
+        ({"dtype": "int8"}, "dtype must be one of fp32, bf16, fp16, got 'int8'"),
+    ],
+)
+def test_errors_in_python_name_the_keyword(words, message):
+    with pytest.raises(InputError, match=message):
+        quantize_settings("x", {"bits": 3.0, "method": "hybrid:uaq4", **words})
 
 
 @pytest.mark.parametrize("name", jobs.JOBS)

@@ -266,7 +266,7 @@ def test_what_cannot_be_done_yet_or_means_nothing_is_refused_at_once(tiny_pipeli
         result = run("quantize", tiny_pipeline_folder, *options, *out, code=3)
         assert "activation bits must lie in 2..8" in result.stderr
     result = run("quantize", tiny_pipeline_folder, "--bits", "4", "--guidance", "nan", *out, code=3)
-    assert "guidance scale must be a finite number" in result.stderr
+    assert "--guidance must be a finite number" in result.stderr
 
 
 def test_a_denoiser_with_arguments_of_unknown_names_is_traced_through_its_pipeline(tiny_pipeline_folder, monkeypatch):

@@ -111,7 +111,7 @@ def test_the_search_is_one_of_the_methods(tiny_pipeline_folder, tmp_path):
         (("--bits", "5", "--methods", "guess"), "methods to compare are uniform, auto, error"),
         (("--bits", "x"), "numbers separated by commas"),
         (("--bits", ""), "at least one budget"),
-        (("--bits", "5", "--fresh", "1"), "two fresh seeds"),
+        (("--bits", "5", "--fresh", "1"), "--fresh must be at least 2"),
         (("--bits", "1"), "least possible"),
     ],
 )

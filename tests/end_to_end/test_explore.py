@@ -200,22 +200,22 @@ def test_a_study_of_other_weights_is_refused(explored, tiny_pipeline_folder, tmp
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--trials", "0"], "at least one trial, got 0"),
+        (["--trials", "0"], "--trials must be at least 1, got 0"),
         (["--low-bits", "1"], "low end of the bits must be possible"),
         (["--high-bits", "17"], "high end of the bits must be possible"),
         (["--high-bits", "nan"], "high end of the bits must be possible"),
         (["--low-bits", "6", "--high-bits", "5.5"], "a range of bits must rise"),
         (["--sampler", "paper", "--low-bits", "5"], "leave the range of bits out"),
-        (["--sampler", "dice"], "sampler must be one of paper, stratified"),
+        (["--sampler", "dice"], "--sampler must be one of paper, stratified"),
         (["--objective", "fid"], "at least 20 samples, got 2"),
         (["--objective", "beauty"], "final_latents, path, step, fid, got beauty"),
         (["--objective", "path,path"], "measured once"),
         (["--objective", ""], "final_latents, path, step, fid"),
         (["--formats", "fp16"], "leave every layer as it is"),
         (["--formats", "kma4a9"], "activation bits must lie in 2..8"),
-        (["--executor", "ray"], "executor must be one of serial, process"),
+        (["--executor", "ray"], "--executor must be one of serial, process"),
         (["--workers", "2"], "--executor process"),
-        (["--executor", "process", "--workers", "0"], "at least one worker"),
+        (["--executor", "process", "--workers", "0"], "--workers must be at least 1, got 0"),
     ],
 )
 def test_senseless_orders_are_refused_and_nothing_is_written(tiny_pipeline_folder, tmp_path, options, complaint):

@@ -89,7 +89,7 @@ def test_block_curves_and_the_hybrid_recipe(tiny_pipeline_folder, tmp_path):
         (("--bits", "1"), "more than the budget of 1"),
         (("--bits", "nan"), "a budget must be positive, got nan"),
         (("--bits", "1e400"), "a budget must be positive, got inf"),
-        (("--keep-db", "nan"), "takes a gain in dB, such as 1, got nan"),
+        (("--keep-db", "nan"), "--keep-db must be a finite number (a gain in dB, such as 1), got nan"),
         (("--keep", "1000"), "nothing would be quantized"),
         (("--objective", "fid"), "final_latents, path or step"),
     ],

@@ -133,7 +133,7 @@ def test_the_study_tells_what_later_stages_learn_from(prepared):
         (("--smooth-share", "0.5"), "give --smooth 0.7, too"),
         (("--act-steps", "1"), "are for static ranges"),
         (("--act-by-timestep",), "are for static ranges"),
-        (("--smooth", "1.5"), "alpha must lie in 0..1"),
+        (("--smooth", "1.5"), "--smooth must be at least 0 and at most 1"),
         (("--act-ranges", "mse"), "no format has activation bits"),
         (("--act-symmetric",), "no format has activation bits"),
     ],

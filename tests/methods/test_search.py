@@ -180,7 +180,7 @@ def test_a_search_is_priced_by_its_trials(done):
         ({"n_trials": 25, "n_rounds": 2}, "too few for 2 rounds"),
         ({"prior": "guess"}, "prior must be one of jacobian, adjoint, ablation, error"),
         ({"level": "blocks"}, "level must be one of decisions, groups"),
-        ({"confidence": -1.0}, "standard deviations from 0 to 10"),
+        ({"confidence": -1.0}, "confidence must be at least 0 and at most 10 .standard deviations., got -1"),
         ({"target": "sqnr_db +"}, "."),
         ({"target": "-fid"}, "can predict sqnr_db or sqnr_pooled_db"),
     ],

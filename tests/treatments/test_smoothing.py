@@ -161,13 +161,13 @@ def test_a_share_needs_an_alpha():
     assert SmoothingKnobs(0.5, 0.2).settings == SmoothingSettings(0.5, 0.2)
     with pytest.raises(InputError, match=r"give --smooth 0\.7, too"):
         SmoothingKnobs(share=0.2)
-    with pytest.raises(InputError, match="alpha must lie"):
+    with pytest.raises(InputError, match="alpha must be at least 0"):
         SmoothingKnobs(2.0)
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan")])
 def test_senseless_shares_are_refused(share):
-    with pytest.raises(InputError, match="share of smoothed layers"):
+    with pytest.raises(InputError, match="share must be above 0 and at most 1"):
         SmoothingSettings(share=share)
 
 

@@ -74,7 +74,7 @@ def test_an_outlier_channel_moves_into_the_weights():
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan, math.inf])
 def test_alpha_outside_its_range_is_refused(alpha):
-    with pytest.raises(InputError, match="alpha must lie in 0"):
+    with pytest.raises(InputError, match="alpha must be at least 0"):
         smoothing_factors(torch.ones(2), torch.ones(2), alpha)
 
 

@@ -142,7 +142,7 @@ def test_smoothing_twice_and_strangers_are_refused():
         smooth_weights(network, plan)
     with pytest.raises(InputError, match="was not measured"):
         plan_smoothing(folding, {}, ModuleWeights(network))
-    with pytest.raises(InputError, match="alpha must lie"):
+    with pytest.raises(InputError, match="alpha must be at least 0"):
         plan_smoothing(folding, random_ranges(network, ["out"]), ModuleWeights(network), 2.0)
 
 

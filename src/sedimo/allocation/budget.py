@@ -88,7 +88,7 @@ class BudgetSettings:
         None,
         "--bops",
         parse=BopsLimit.parse,
-        help="Budget: bit operations of a sample and call, attention too: 350G, 1.5T, 12.5% of those at 16 bits.",
+        help="Budget: bit operations a sample and call, attention too: 350G, 1.5T or 12.5% of 16-bit ones.",
     )
 
     def __post_init__(self) -> None:

@@ -10,9 +10,10 @@ import ast
 import importlib
 import inspect
 import logging
+import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
@@ -22,8 +23,7 @@ import click
 import sedimo.jobs
 from sedimo import __version__
 from sedimo.cli.console import command_line, print_json, progress, run_guarded
-from sedimo.errors import InputError
-from sedimo.settings import REQUIRED, Leaf, build, leaves
+from sedimo.settings import REQUIRED, Leaf, build, leaves, one_of
 
 if TYPE_CHECKING:
     from sedimo.jobs.job import Job
@@ -38,8 +38,17 @@ Exit codes:
   5    an optional package is missing
   130  interrupted; what was finished is saved and the same command goes on
 """
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 118}
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 _OWN = "own"  # owner of a job's own options
+
+
+class _Argument(click.Argument):
+    """An argument that help says something of."""
+
+    words = ""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self.make_metavar(ctx), self.words
 
 
 class _Option(click.Option):
@@ -65,7 +74,9 @@ class _Word:
         leaf, option = self.leaf, self.leaf.option
         more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.default is REQUIRED, "metavar": option.metavar}
         if not option.flags and not option.no:
-            return click.Argument([self.name], nargs=-1 if get_origin(leaf.kind) is tuple else 1, **more)
+            found = _Argument([self.name], nargs=-1 if get_origin(leaf.kind) is tuple else 1, **more)
+            found.words = option.words
+            return found
         flags = [*option.flags]
         if leaf.kind is bool:
             flags = ["/".join(flag for flag in (*flags, option.no) if flag)]
@@ -77,10 +88,13 @@ class _Word:
         return _Option([*flags, self.name], help=option.words, hidden=is_hidden, **more)
 
     def value(self, given: object) -> object:
-        """What was given as the field holds it."""
-        if self.leaf.kind is bool and not self.leaf.option.flags:
+        """What was given as the field holds it; an error names the flag."""
+        option = self.leaf.option
+        if self.leaf.kind is bool and not option.flags:
             return False  # a flag that says no
-        return self.leaf.option.parse(str(given)) if self.leaf.option.parse is not None else given
+        value = option.parse(str(given)) if option.parse is not None else given
+        self.leaf.refuse(value, option.flags[-1] if option.flags else option.metavar or self.name)
+        return value
 
 
 def _kind(leaf: Leaf) -> Any:
@@ -93,8 +107,8 @@ def _kind(leaf: Leaf) -> Any:
         return click.Choice(leaf.choices)
     if leaf.kind is Path:
         return click.Path(path_type=Path)
-    if leaf.kind is int and (option.least is not None or option.most is not None):
-        low, high = (None if end is None else int(end) for end in (option.least, option.most))
+    if leaf.kind is int and (math.isfinite(option.least) or math.isfinite(option.most)):
+        low, high = (int(end) if math.isfinite(end) else None for end in (option.least, option.most))
         return click.IntRange(low, high)
     return leaf.kind if leaf.kind in (int, float) else str
 
@@ -119,7 +133,7 @@ class _JobCommand(click.Command):
         if job.plan is not None:
             own.append(click.Option(["--dry-run"], is_flag=True, help="Tell what it takes, and stop."))
         if self._offers:
-            text = f"Show the options of one of {', '.join(self._offers)}, and stop."
+            text = "Say what a method or treatment is and what its options are, and stop."
             more: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": self._help_method}
             own.append(click.Option(["--help-method"], metavar="NAME", help=text, **more))
         self._own = own
@@ -166,32 +180,46 @@ class _JobCommand(click.Command):
     def _help_method(self, ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
         if name is None:
             return
-        if name not in self._offers:
-            raise InputError(f"there are no options of {name!r}; there are of {', '.join(self._offers)}")
+        one_of(self._offers)(name, "--help-method")
+        from sedimo.jobs.job import described
+
         flags = {flag for leaf in leaves(self._offers[name]) for flag in leaf.option.flags}
         words = [  # those included that it shares with another one
             w for w in self._words if w.owner != _OWN and (w.owner == name or not flags.isdisjoint(w.leaf.option.flags))
         ]
         formatter = ctx.make_formatter()
-        with formatter.section(f"Options of {name}"):
-            formatter.write_dl(_records(ctx, (word.parameter() for word in words)))
+        _write_panel(formatter, name, described(name))
+        if records := _records(ctx, (word.parameter() for word in words)):
+            formatter.write_paragraph()
+            _write_panel(formatter, f"Options of {name}", records)
         click.echo(formatter.getvalue().rstrip("\n"))
         ctx.exit()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options under the headings of their settings."""
+        """Options under the headings of their settings, in as few lines as can be."""
         panels: dict[str, list[click.Parameter]] = {}
         for word in self._shown:
             panels.setdefault(word.leaf.panel or "Treatments", []).append(word.parameter())
         panels["Output and help"] = [*self._own, *(p for p in self.get_params(ctx) if p not in self.params)]
+        formatter.write_paragraph()
         for panel, parameters in panels.items():
-            if records := _records(ctx, parameters):
-                with formatter.section(panel):
-                    formatter.write_dl(records)
+            _write_panel(formatter, panel, _records(ctx, parameters))
+        if self._offers:
+            from sedimo.jobs.job import offered_names
+
+            _write_panel(formatter, "What NAME may be", offered_names(self._offers))
 
 
 def _records(ctx: click.Context, parameters: Iterable[click.Parameter]) -> list[tuple[str, str]]:
     return [record for one in parameters if (record := one.get_help_record(ctx)) is not None]
+
+
+def _write_panel(formatter: click.HelpFormatter, heading: str, lines: Sequence[tuple[str, str]]) -> None:
+    """A heading with its lines; no empty line stands around it."""
+    formatter.write_heading(heading)
+    formatter.indent()
+    formatter.write_dl(lines)
+    formatter.dedent()
 
 
 class _Jobs(click.Group):

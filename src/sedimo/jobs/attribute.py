@@ -33,7 +33,7 @@ from sedimo.methods.predictor.training import FAST, PAPER, Predictor, TrainingOp
 from sedimo.methods.search import SEARCH
 from sedimo.reporting.explanation import predictors_table
 from sedimo.reporting.page import Page, Text, page_of
-from sedimo.settings import REQUIRED, Checked, one_of, option
+from sedimo.settings import REQUIRED, Checked, one_of, option, read_by
 from sedimo.space import Recipe
 
 OPTIONS: Mapping[str, TrainingOptions] = {"fast": FAST, "paper": PAPER}
@@ -51,19 +51,19 @@ class AttributeSettings(Checked):
     preset: str = option(
         "fast",
         "--preset",
-        check=one_of("the preset", OPTIONS),
+        check=one_of(OPTIONS),
         help="fast: starts from a noise model, contributions add; paper: as published (hours).",
     )
     objective: str = option(
         "",
         "--objective",
-        check=one_of("the objective", OBJECTIVES),
+        check=one_of(OBJECTIVES),
         help="Whose trials; default: the objective that has most.",
     )
     target: str = option(
         "",
         "--target",
-        check=Goal.parse,
+        check=read_by(Goal.parse),
         help='What to predict, such as "-fid - 150*avg_bits"; default: by the objective.',
     )
     confidence: float = option(1.0, "--confidence", check=refuse_confidence, help="Margin of costs, in deviations.")

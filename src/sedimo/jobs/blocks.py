@@ -38,7 +38,7 @@ class BlocksSettings(Checked):
     objective: ObjectiveName = option(
         "final_latents",
         "--objective",
-        check=one_of("the objective of block curves", ("final_latents", "path", "step")),
+        check=one_of(("final_latents", "path", "step")),
         help="final_latents, path or step.",
     )
     keeping: KeepSettings = block(KeepSettings(), "Blocks at 16 bits")

@@ -80,7 +80,7 @@ class CompareSettings(Checked):
     n_fresh: int = option(
         64,
         "--fresh",
-        check=within("comparing needs at least two fresh seeds", least=2),
+        check=within(least=2, hint="seeds to compare on"),
         help="Fresh seeds that every recipe is measured on.",
     )
     formats: FormatSettings = block(FORMATS, "Formats")

@@ -129,7 +129,7 @@ def evaluate(
     if 0 < n_images < MIN_IMAGES:
         raise InputError(f"FID and KID need at least {MIN_IMAGES} images, got {n_images}; 0 leaves them out")
     if correct is not None:
-        check_extent(correct)
+        check_extent(correct, "correct")
     _refuse_strangers(quantized, against)
     images = range(sampling.first_seed, sampling.first_seed + n_images)
     seeds = Seeds(sampling, against.default_sampling)

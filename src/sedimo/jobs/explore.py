@@ -48,11 +48,11 @@ def read_objectives(text: str) -> tuple[ObjectiveName, ...]:
     return tuple(cast("ObjectiveName", part.strip()) for part in text.split(",") if part.strip())
 
 
-def check_objectives(names: tuple[str, ...]) -> None:
+def check_objectives(names: tuple[str, ...], name: str) -> None:
     """Refuses names that are no objectives, none, and one that is named twice."""
-    unknown = [name for name in names if name not in OBJECTIVES]
+    unknown = [one for one in names if one not in OBJECTIVES]
     if unknown or not names:
-        raise InputError(f"objectives must be of {', '.join(OBJECTIVES)}, got {', '.join(unknown) or 'none'}")
+        raise InputError(f"{name} must be of {', '.join(OBJECTIVES)}, got {', '.join(unknown) or 'none'}")
     if len(set(names)) != len(names):
         raise InputError(f"each objective is measured once, got {', '.join(names)}")
 
@@ -71,7 +71,7 @@ class ExploreSettings(Checked):
     trials: int = option(
         REQUIRED,
         "--trials",
-        check=within("there must be at least one trial", least=1),
+        check=within(least=1),
         help="Number of random recipes; those the study has count.",
     )
     formats: FormatSettings = block(FORMATS, "Formats")
@@ -85,7 +85,7 @@ class ExploreSettings(Checked):
     sampler: str = option(
         "stratified",
         "--sampler",
-        check=one_of("the sampler", SAMPLERS),
+        check=one_of(SAMPLERS),
         help="stratified: bits evenly over a range, placed as differently as can be; paper: as published.",
     )
     low_bits: float | None = option(
@@ -97,20 +97,20 @@ class ExploreSettings(Checked):
     study_seed: int = option(
         0,
         "--study-seed",
-        check=within("the seed of a study must not be negative", least=0),
+        check=within(least=0),
         help="Which random recipes.",
     )
     prior: str = option(PRIORS[0].name, "--prior", help=f"What predictors of this study start from: {listed(PRIORS)}.")
     executor: str = option(
         "serial",
         "--executor",
-        check=one_of("the executor", EXECUTORS),
+        check=one_of(EXECUTORS),
         help="serial, or process: several pipelines at once.",
     )
     workers: int | None = option(
         None,
         "--workers",
-        check=within("there must be at least one worker", least=1),
+        check=within(least=1),
         help="Number of processes of --executor process.",
     )
     sampling: SamplingSettings = block(SAMPLING, "Sampling")

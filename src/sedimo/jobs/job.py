@@ -6,14 +6,14 @@ the reference pages are made from that tuple.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from sedimo import methods, treatments
 from sedimo.bank import Progress
 from sedimo.codec import to_plain
-from sedimo.methods.method import NoKnobs, Price
+from sedimo.methods.method import Price
 from sedimo.reporting.page import Facts, Page, page_of
 from sedimo.reporting.words import byte_size, duration
 from sedimo.space import SearchSpace
@@ -78,9 +78,9 @@ class Job(Generic[Settings, Result]):
 
 
 def all_offers() -> Mapping[str, type]:
-    """What people may set for treatments and for single methods."""
-    knobs = {one.name: one.knobs for one in methods.METHODS if one.knobs is not NoKnobs}
-    return {**treatment_offers(), **knobs}
+    """What people may set for treatments and for single methods, some of which have nothing to set."""
+    found = treatment_offers()
+    return {**found, **{one.name: one.knobs for one in methods.METHODS if one.name not in found}}
 
 
 def treatment_offers() -> Mapping[str, type]:
@@ -91,3 +91,20 @@ def treatment_offers() -> Mapping[str, type]:
 def early_treatment_offers() -> Mapping[str, type]:
     """What people may set for treatments before the decision."""
     return {one.name: one.knobs for one in treatments.TREATMENTS if one.apply is not None}
+
+
+def offered_names(offers: Collection[str]) -> list[tuple[str, str]]:
+    """The methods and treatments that are offered, as people write them, for help."""
+    found = {
+        "methods": ", ".join(str(one) for one in methods.METHODS if one.name in offers),
+        "treatments": ", ".join(one.name for one in treatments.TREATMENTS if one.name in offers),
+    }
+    return [(kind, names) for kind, names in found.items() if names]
+
+
+def described(name: str) -> list[tuple[str, str]]:
+    """What a method or treatment does, what it sees and misses, and its source, for help."""
+    of_methods = {one.name: one.words for one in methods.METHODS}
+    words = (of_methods | {one.name: one.words for one in treatments.TREATMENTS})[name]
+    found = {"about": words.summary, "sees": words.sees, "misses": words.misses, "source": words.source}
+    return [(what, text) for what, text in found.items() if text]

@@ -83,7 +83,7 @@ class QuantizeSettings(Checked):
         AUTO.name,
         "--method",
         metavar="NAME",
-        help=lambda: f"How to find out what matters: {', '.join(map(str, methods.METHODS))}.",
+        help="How to find out what matters, one of the methods below.",
     )
     formats: FormatSettings = block(FORMATS, "Formats")
     recipe: Recipe | None = option(None, "--recipe", parse=read_recipe, place="file", help="Use this recipe as it is.")

@@ -13,7 +13,7 @@ from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.quant.formats import Format, parse_formats, with_activations
-from sedimo.settings import Checked, leaves, option
+from sedimo.settings import Checked, leaves, option, read_by
 from sedimo.treatments.treatment import Treatment
 
 SAMPLING = SamplingSettings()
@@ -34,7 +34,7 @@ class FormatSettings(Checked):
     ends: str | None = option(
         None,
         "--ends",
-        check=Format.parse,
+        check=read_by(Format.parse),
         metavar="FORMAT",
         help="Format of the first and last layers, such as uaq8; default: like others.",
     )

@@ -45,7 +45,7 @@ from sedimo.reporting.html import write_page
 from sedimo.reporting.page import Block, Figure, Items, Page, Row, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import name, number, said, verdict, with_error
 from sedimo.settings import REQUIRED, Checked, block, option, within
-from sedimo.treatments.smoothing import DEFAULT_SHARE, SmoothingSettings, plan_smoothings
+from sedimo.treatments.smoothing import DEFAULT_SHARE, SmoothingSettings, check_share, plan_smoothings
 from sedimo.treatments.static_ranges import ACTIVATIONS, DYNAMIC_ACTIVATIONS, ActivationSettings, round_activations
 
 Question = Literal["alpha", "calibration", "threshold", "samples", "schedulers"]
@@ -81,10 +81,12 @@ class SweepSettings(Checked):
     n_fresh: int = option(
         16,
         "--fresh",
-        check=within("a sweep needs at least two fresh seeds", least=2),
+        check=within(least=2, hint="seeds to compare on"),
         help="Fresh seeds that every value is measured on.",
     )
-    share: float = option(DEFAULT_SHARE, "--smooth-share", help="alpha: share of the layers to smooth.")
+    share: float = option(
+        DEFAULT_SHARE, "--smooth-share", check=check_share, help="alpha: share of the layers to smooth."
+    )
     signal: str = option(
         JACOBIAN.name, "--signal", choices=tuple(SIGNALS), help="schedulers: the sensitivity that is compared."
     )

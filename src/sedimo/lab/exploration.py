@@ -51,7 +51,7 @@ class Exploration:
 
     def __post_init__(self) -> None:
         """Checks sampler and range."""
-        one_of("the sampler", SAMPLERS)(self.sampler)
+        one_of(SAMPLERS)(self.sampler, "sampler")
         if self.sampler == "paper" and (self.low_bits is not None or self.high_bits is not None):
             raise InputError("the sampler 'paper' spreads bits by itself: leave the range of bits out")
         if self.sampler == "stratified" and not self.range_bits[0] <= self.range_bits[1]:

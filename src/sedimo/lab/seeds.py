@@ -51,16 +51,16 @@ class SamplingSettings:
         "--prompts",
         parse=read_prompts,
         metavar="FILE",
-        help="Text file, a prompt or class per line; default: the pipeline's classes or prompts, or built-in ones.",
+        help="Text file, a prompt or class per line; default: the pipeline's, or built-in ones.",
     )
-    guidance: float | None = option(None, "--guidance", help="Guidance scale; default: the pipeline's.")
+    guidance: float | None = option(None, "--guidance", check=within(), help="Guidance scale; default: the pipeline's.")
     resolution: int | None = option(None, "--resolution", least=8, help="Image size [pixels]; default: the pipeline's.")
     n_check_seeds: int = 16
 
     def __post_init__(self) -> None:
         """Checks the guidance scale. The other limits are the command line's: a script may look at one sample."""
         if self.guidance is not None:
-            within("the guidance scale must be a finite number")(self.guidance)
+            within()(self.guidance, "guidance")
 
 
 class Seeds:

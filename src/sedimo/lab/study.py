@@ -61,7 +61,7 @@ class Setting:
         """Refuses another version's numbers and an unknown objective."""
         if self.version != TRIAL_VERSION:
             raise InputError(f"trials of version {self.version} cannot be compared; this Sedimo has {TRIAL_VERSION}")
-        one_of("the objective", OBJECTIVES)(self.objective)
+        one_of(OBJECTIVES)(self.objective, "objective")
 
     @property
     def key(self) -> str:

@@ -61,7 +61,7 @@ class AdjointSettings(Checked):
     minutes: float | None = option(
         None,
         "--minutes",
-        check=within("--minutes is a positive number of minutes", above=0),
+        check=within(above=0),
         help="After the default method: exchange formats and measure, for so long.",
     )
     is_portfolio: bool = False

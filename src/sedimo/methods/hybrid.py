@@ -38,7 +38,7 @@ class KeepSettings(Checked):
     keep_db: float | None = option(
         None,
         "--keep-db",
-        check=within("--keep-db takes a gain in dB, such as 1"),
+        check=within(hint="a gain in dB, such as 1"),
         help="Keep blocks at 16 bits whose protection gains so much [dB].",
     )
     keep: int | None = option(None, "--keep", least=0, help="Keep so many blocks at 16 bits, those that gain most.")

@@ -140,13 +140,13 @@ class ImportanceOptions(Checked):
     beta: float = option(
         10.0,
         "--beta",
-        check=within("beta must be a number of at least 0", least=0),
+        check=within(least=0),
         help="orthogonality: how sharply repetition counts.",
     )
     tau: float = option(
         0.0,
         "--tau",
-        check=within("tau must be a number"),
+        check=within(),
         help="orthogonality: how much more early steps count.",
     )
     tail_mean: bool = option(

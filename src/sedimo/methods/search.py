@@ -73,7 +73,7 @@ TRIAL_BYTES = 6_000  # of a trial's row
 TRAINING_FACTOR = 3e-3  # seconds per trial and node, of training a predictor in five folds
 
 
-def _refuse_target(text: str) -> None:
+def _refuse_target(text: str, _name: str) -> None:
     if str(Goal.parse(text).split_bits()[0]) not in GOALS:
         raise InputError(
             f"a search measures final latents and can predict {' or '.join(GOALS)}, with a term of avg_bits or "
@@ -113,7 +113,7 @@ class SearchSettings(Checked):
     seed: int = option(
         0,
         "--study-seed",
-        check=within("the seed of a study must not be negative", least=0),
+        check=within(least=0),
         help="Which random recipes.",
     )
     training: TrainingOptions = FAST

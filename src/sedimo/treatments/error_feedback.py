@@ -224,7 +224,7 @@ class FeedbackSettings:
         True,
         "--compensate",
         no="--no-compensate",
-        help="Codes that make up for one another's errors (error feedback); default: with --method auto.",
+        help="Codes that make up for one another's errors; default: with --method auto.",
     )
 
 

@@ -37,7 +37,7 @@ CorrectionPath = Literal["full", "own"]
 CORRECTION_PATHS: tuple[CorrectionPath, ...] = get_args(CorrectionPath)
 CorrectionExtent = Literal["all", "output"]  # with the noise that the scheduler adds, or predictions alone
 CORRECTION_EXTENTS: tuple[CorrectionExtent, ...] = get_args(CorrectionExtent)
-check_extent = one_of("the extent of a correction", CORRECTION_EXTENTS)
+check_extent = one_of(CORRECTION_EXTENTS)
 CORRECTION_SAMPLES = 16  # that a checkpoint's correction is estimated from
 _MAX_ASTRAY = 1e-2  # relative, between the latents of both runs: half precision rounds
 

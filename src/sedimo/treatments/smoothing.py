@@ -48,7 +48,7 @@ DEFAULT_SHARE = 0.1
 RANKING_FORMAT = Format.parse("uaq4")
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the output; rounding adds up over some hundred layers
 _COARSE_TOLERANCE = 0.05  # of float16 and bfloat16
-check_share = within("the share of smoothed layers must lie in 0..1 and not be 0", above=0, most=1)
+check_share = within(above=0, most=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class SmoothingKnobs(Checked):
         "--smooth",
         metavar="ALPHA",
         check=check_alpha,
-        help="SmoothQuant first: how much of the inputs' range moves into the weights, such as 0.7.",
+        help="SmoothQuant first: how much of the inputs' range moves into weights, such as 0.7.",
     )
     share: float | None = option(
         None,

@@ -40,7 +40,7 @@ DEFAULT_ALPHA = 0.7
 MAX_EXPONENT = 8
 _LARGEST = 15  # float16 ends at 2^16: weights stay below half of that
 _SMALLEST = -14  # the smallest normal float16 is 2^-14: the largest weight of a column stays above it
-check_alpha = within("alpha must lie in 0..1 (0: all of the range stays in the input; 0.7 is usual)", least=0, most=1)
+check_alpha = within(least=0, most=1, hint="0: all of the range stays in the input; 0.7 is usual")
 Array = npt.NDArray[Any]
 
 
@@ -82,7 +82,7 @@ class Smoothing(InForce):
     ranges: Mapping[str, InputRange] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_alpha(self.alpha)
+        check_alpha(self.alpha, "alpha")
 
     def ranges_after(self, layer: str) -> InputRange:
         """What the range of a layer's input becomes: every channel divided by its power of two."""
@@ -120,7 +120,7 @@ def smoothing_factors(input_max: torch.Tensor, weight_max: torch.Tensor, alpha: 
         >>> smoothing_factors(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]), 0.5)
         tensor([2., 1.], dtype=torch.float64)
     """
-    check_alpha(alpha)
+    check_alpha(alpha, "alpha")
     if input_max.shape != weight_max.shape or input_max.ndim != 1:
         raise InputError(f"maxima must be [C] both, got {list(input_max.shape)} and {list(weight_max.shape)}")
     inputs, weights = input_max.double(), weight_max.double()

@@ -54,7 +54,10 @@ class ActivationSettings(Checked):
     """
 
     ranges: Literal["dynamic", "min-max", "percentile", "mse"] = option(
-        "dynamic", "--act-ranges", help="Range of each token or image, or static ranges calibrated this way."
+        "dynamic",
+        "--act-ranges",
+        metavar="HOW",
+        help="Ranges: dynamic (per token or image), min-max, percentile, mse.",
     )
     symmetric: bool = option(False, "--act-symmetric", help="Round activations without a zero point.")
     n_steps: int = option(
@@ -66,7 +69,7 @@ class ActivationSettings(Checked):
     by_timestep: bool = option(
         False, "--act-by-timestep", help="Static ranges of their own for each calibrated timestep."
     )
-    n_samples: int = checked(N_SAMPLES, within("ranges are calibrated on at least one sample", least=1))
+    n_samples: int = checked(N_SAMPLES, within(least=1))
 
     def check_together(self) -> None:
         """Refuses what belongs to static ranges, without them."""

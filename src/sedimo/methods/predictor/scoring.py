@@ -62,7 +62,7 @@ _HIGHEST = 5.0  # deviations above the mean, where stands what costs nothing at 
 _VARIANT_ROWS = 20_000  # nodes times variants computed at once
 _BATCH = 256
 
-refuse_confidence = within("the confidence is a number of standard deviations from 0 to 10", least=0, most=10)
+refuse_confidence = within(least=0, most=10, hint="standard deviations")
 
 
 def hop_moments(predictor: Predictor, graph: DenoiserGraph, codes: Codes) -> Values:

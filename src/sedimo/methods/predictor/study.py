@@ -26,6 +26,7 @@ from sedimo.methods.predictor.features import Candidates, Choices, Values, graph
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.training import MIN_RECIPES, TrainingSet
 from sedimo.pipelines.adapter import Sampling
+from sedimo.settings import one_of
 from sedimo.space import Recipe, SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -118,12 +119,10 @@ def read_background(study: Study) -> Background:
     )
 
 
-def prior_named(name: str) -> Method[Any]:
-    """The method that a search starts from."""
-    found = next((one for one in PRIORS if one.name == name), None)
-    if found is None:
-        raise InputError(f"the prior must be one of {', '.join(one.name for one in PRIORS)}, got {name!r}")
-    return found
+def prior_named(name: str, said: str = "the prior") -> Method[Any]:
+    """The method that a search starts from; an error tells what it is by the name `said`."""
+    one_of([one.name for one in PRIORS])(name, said)
+    return next(one for one in PRIORS if one.name == name)
 
 
 def refuse_other_space(study: Study, space: SearchSpace) -> None:
