@@ -91,7 +91,7 @@ def test_block_curves_and_the_hybrid_recipe(tiny_pipeline_folder, tmp_path):
         (("--bits", "1e400"), "a budget must be positive, got inf"),
         (("--keep-db", "nan"), "--keep-db must be a finite number (a gain in dB, such as 1), got nan"),
         (("--keep", "1000"), "nothing would be quantized"),
-        (("--objective", "fid"), "final_latents, path or step"),
+        (("--objective", "fid"), "--objective must be one of final_latents, path, step, got 'fid'"),
     ],
 )
 def test_block_orders_that_make_no_sense_are_refused(tiny_pipeline_folder, tmp_path, options, message):
