@@ -198,7 +198,7 @@ def test_ranges_are_kept_in_the_study_under_all_that_determines_them(tmp_path):
     [
         ({"ranges": "magic"}, "min-max, percentile, mse, got 'magic'"),
         ({"ranges": "mse", "n_steps": -1}, "steps must be at least 0, got -1"),
-        ({"n_samples": 0}, "at least one sample, got 0"),
+        ({"n_samples": 0}, "n_samples must be at least 1, got 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):
