@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,10 @@ from product_oracles import whole_products
 
 from sedimo.bank import fit_bank
 from sedimo.errors import InputError, Interrupted, UnsupportedError
-from sedimo.lab.exchange import passes
+from sedimo.lab.exchange import passes, weight_changes
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study
+from sedimo.methods import taps
 from sedimo.methods.adjoint import probe_adjoint
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
@@ -123,6 +125,21 @@ def test_numbers_depend_neither_on_rows_nor_on_memory():
     adapter.n_runs = 0
     assert_same_numbers(whole, probe_adjoint(Lab.on(adapter, bank), SAMPLING, memory_bytes=1000))
     assert adapter.n_runs == 1  # whatever does not fit together is measured on one run
+
+
+def test_weight_changes_of_one_pass_at_a_time_are_in_memory(monkeypatch):
+    adapter, bank = made()
+    loaded, most = [], 0
+
+    def counted(*arguments):
+        nonlocal most
+        loaded.append(weakref.ref(found := weight_changes(*arguments)))
+        most = max(most, sum(one() is not None for one in loaded))
+        return found
+
+    monkeypatch.setattr(taps, "weight_changes", counted)
+    probe_adjoint(Lab.on(adapter, bank), replace(SAMPLING, batch_size=1), memory_bytes=1000)
+    assert most == max(map(len, passes(bank.space, 1000))) < len(loaded) / 3
 
 
 def test_layers_that_mix_samples_are_looked_at_one_sample_at_a_time(caplog):

@@ -98,6 +98,8 @@ def probe_adjoint(
             setting = lab.setting(batch)
             for one in groups:
                 yield one.key(setting), functools.partial(one.measure, run, batch)
+                if len(groups) > 1:  # memory is for one at a time; the next batch loads them again
+                    one.decisions.forget()
 
     found: dict[str, dict[str, tuple[float, ...]]] = {}
     used: set[str] = set()
@@ -144,7 +146,7 @@ class _Pass:
     """One way back through the runs, for the decisions whose weight changes are in memory together."""
 
     def __init__(self, lab: Lab, decisions: Sequence[str], n_directions: int, seed: int, max_rows: int) -> None:
-        self._decisions, self._max_rows = ChangedDecisions(lab, decisions), max_rows
+        self.decisions, self._max_rows = ChangedDecisions(lab, decisions), max_rows
         self._n_directions, self._seed = n_directions, seed
 
     def key(self, setting: Setting) -> str:
@@ -154,7 +156,7 @@ class _Pass:
                 "setting": setting,
                 "n_directions": self._n_directions,
                 "seed": self._seed,
-                "formats": self._decisions.names,
+                "formats": self.decisions.names,
             }
         )
 
@@ -168,20 +170,20 @@ class _Pass:
         return self.measure(run, batch)
 
     def _measured(self, run: DifferentiableRun, batch: Sampling) -> AdjointPart:
-        n, denoiser = len(batch.seeds), self._decisions.denoiser
+        n, denoiser = len(batch.seeds), self.decisions.denoiser
         directions = [_directions(run.latents, batch, number, self._seed) for number in range(self._n_directions)]
 
         def walked(taps: Taps) -> _Walk:
-            walk = _Walk(taps, self._decisions, n, self._max_rows)
+            walk = _Walk(taps, self.decisions, n, self._max_rows)
             run.walk_back(directions, walk.handle)
             return walk
 
-        walk = self._decisions.tapped(walked)
-        unused = tuple(d for d in self._decisions.names if d in walk.unused)
-        self._decisions.refuse_hidden_use(next(cut.call for cut in run.cuts if cut.network is denoiser), unused)
+        walk = self.decisions.tapped(walked)
+        unused = tuple(d for d in self.decisions.names if d in walk.unused)
+        self.decisions.refuse_hidden_use(next(cut.call for cut in run.cuts if cut.network is denoiser), unused)
         boost = math.sqrt(run.latents[0].numel())
         found = {}
-        for decision, names in self._decisions.names.items():
+        for decision, names in self.decisions.names.items():
             values = walk.totals.get(decision, np.zeros((len(directions), n, len(names)))) / boost
             columns = values.transpose(2, 1, 0).reshape(len(names), -1)  # [changes, n * directions]
             found[decision] = kept(names, columns.tolist(), _DIGITS)

@@ -130,7 +130,7 @@ def decisions_by_layer(changes: Mapping[str, Changes]) -> dict[str, list[str]]:
 
 
 class ChangedDecisions:
-    """Some decisions whose changes are in memory together; they are loaded when first needed.
+    """Some decisions whose changes are in memory together; they are loaded when needed.
 
     `names` are those of the changes by decision: weight formats, then widths of activations.
     """
@@ -150,6 +150,10 @@ class ChangedDecisions:
             )
             for name, d in known.items()
         }
+
+    def forget(self) -> None:
+        """Frees the changes until they are needed again."""
+        self.__dict__.pop("changes", None)
 
     def tapped(self, measure: Callable[[Taps], Result]) -> Result:
         """What is measured with hooks on the layers; where a layer's input is overwritten, again with copies."""
