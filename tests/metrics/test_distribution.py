@@ -160,6 +160,8 @@ def test_disagreeing_sets_are_refused(sets):
         fid_jackknife(features[:, :4], feature_statistics(reference))
     with pytest.raises(InputError, match="one dimension"):
         kid(features[:, :4], reference)
+    with pytest.raises(InputError, match="parts, got 53 and 52"):
+        fid_difference(features, features[1:], feature_statistics(reference))
     with pytest.raises(InputError, match="10 parts"):
         kid(features[:6], reference)
 

@@ -56,6 +56,8 @@ class Replicated:
 
     def minus(self, other: Replicated) -> Estimate:
         """The difference to a statistic of as many paired samples, whose parts are the same."""
+        if (self.n, len(self.replicates)) != (other.n, len(other.replicates)):
+            raise InputError(f"paired sets must have as many samples, in as many parts, got {self.n} and {other.n}")
         return jackknife_estimate(self.value - other.value, self.replicates - other.replicates, self.n)
 
 
