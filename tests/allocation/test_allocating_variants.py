@@ -211,7 +211,7 @@ def test_bad_arguments_are_refused(arguments, message):
 
 
 def test_a_table_without_groups_is_refused():
-    with pytest.raises(InputError, match=r"toy by 'gnn' have no decisions"):
+    with pytest.raises(InputError, match=r"toy by 'gnn' has no decisions"):
         allocate(VariantTable("gnn", "toy", (), {}, 0), bits=4.0)
 
 

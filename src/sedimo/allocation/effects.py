@@ -89,7 +89,7 @@ class Effects:
         """Relative noise of the final latents of each sample under a whole recipe, to first order, `[n]`.
 
         Each is a mean over the directions (see `expected_db`). It is honest for recipes that were not chosen by these
-        products; for others see `allocate_signed`.
+        products; for others see `cross_validated_noise`.
         """
         total = np.zeros(self.shape)
         for key in choice.items():

@@ -300,7 +300,7 @@ def record(
     answer: Answer,
     *,
     rule: str,
-    least: float = -math.inf,
+    least: float,
     gap: float = 0.0,
 ) -> Allocation:
     """The allocation of the entries that an answer chose, one for each decision or group.

@@ -83,7 +83,7 @@ def allocate_within(
     """Like `allocate`, for a `Budget`; what is searched is never worse than `known`, a choice that fits."""
     rows, of_decisions = rows_of(table), table if isinstance(table, SensitivityTable) else None
     if not rows:
-        raise InputError(f"the costs of {table.denoiser} by {table.method!r} have no decisions.")
+        raise InputError(f"the table of {table.denoiser} by {table.method!r} has no decisions to allocate.")
     if rule == ARGMIN:
         return _judge(table, map(_cheapest, of_decisions.by_decision.values() if of_decisions else rows), rule, budget)
     if rule.startswith(UNIFORM) and of_decisions:

@@ -183,13 +183,3 @@ def mean_cost(values: npt.ArrayLike) -> CostEstimate:
     found = np.asarray(values, dtype=np.float64)
     error = float(found.std(ddof=1)) / math.sqrt(found.size) if found.size > 1 else math.nan
     return CostEstimate(float(found.mean()), error, int(found.size))
-
-
-def geometric_mean_cost(values: npt.ArrayLike) -> CostEstimate:
-    """Geometric mean of samples, which is what a mean of decibels speaks of, with its standard error."""
-    found = np.asarray(values, dtype=np.float64)
-    if not found.all():
-        return mean_cost(found)
-    logarithm = mean_cost(np.log(found))
-    value = math.exp(logarithm.value)
-    return CostEstimate(value, value * logarithm.standard_error, logarithm.n)

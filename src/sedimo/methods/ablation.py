@@ -123,17 +123,16 @@ def _scaled(candidate: Candidate, points: Sequence[tuple[Candidate, CostEstimate
     if not usable or candidate.error <= 0:
         return EXACTLY_NOTHING
     usable = [(c, noise) for c, noise in usable if _family(c.format) == _family(candidate.format)] or usable
-    upper = bisect_left([c.error for c, _ in usable], candidate.error)
-    low, high = usable[max(upper - 1, 0)], usable[min(upper, len(usable) - 1)]
-    if upper > 0 and candidate.error >= usable[-1][0].error:
-        low = high = usable[-1]
-    error, (a, noise), (b, more) = candidate.error, low, high
-    near = noise if error - a.error <= b.error - error else more
-    if a.error == b.error:
-        value = noise.value * error / a.error
+    error, errors = candidate.error, [c.error for c, _ in usable]
+    upper = bisect_left(errors, error)
+    if upper == 0 or error >= errors[-1]:
+        outermost, near = usable[0 if upper == 0 else -1]
+        value = near.value * error / outermost.error
     else:
+        (a, low), (b, high) = usable[upper - 1 : upper + 1]
+        near = low if error - a.error <= b.error - error else high
         position = math.log(error / a.error) / math.log(b.error / a.error)
-        value = noise.value * (more.value / noise.value) ** position
+        value = low.value * (high.value / low.value) ** position
     return CostEstimate(value, value * near.standard_error / near.value, near.n)
 
 

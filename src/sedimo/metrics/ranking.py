@@ -2,7 +2,7 @@
 
 Higher predicted and measured values mean better recipes. The uncertainty is that of the choice of recipes: they
 are drawn again with replacement. A resample is kept as the number of times that each recipe was drawn, so that all
-resamples are computed at once and nothing is sorted twice. What a model learned is not drawn again: the interval
+resamples are computed at once and none of them is sorted. What a model learned is not drawn again: the interval
 says nothing of another training run.
 """
 
