@@ -194,6 +194,13 @@ def test_a_report_is_the_same_after_saving(tmp_path):
     assert found["explanation"] == to_plain(summary.evidence.explanation)
 
 
+def test_a_record_of_another_form_comes_with_a_remedy(tmp_path):
+    with Study(tmp_path) as study:
+        study.put_record(report.REPORT, {"summary": 1, "pictures": []})
+    with pytest.raises(StateError, match=r"unknown fields.* give the job's command again"):
+        report.run(report.ReportSettings(tmp_path))
+
+
 def test_a_damaged_picture_is_named():
     plain = to_plain(dit_summary())
     plain["evidence"]["pictures"][0]["quantized"] = "AAAA"

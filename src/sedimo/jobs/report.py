@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sedimo.bank import SILENT, Progress
+from sedimo.errors import StateError
 from sedimo.jobs.job import Job
 from sedimo.lab.study import Study
 from sedimo.reporting.html import write_page
@@ -34,7 +35,11 @@ def run(settings: ReportSettings, _progress: Progress = SILENT) -> dict[str, Any
         StateError: damaged records.
     """
     with Study(settings.run, create=False) as study:
-        summary = study.record(Summary, REPORT)
+        try:
+            summary = study.record(Summary, REPORT)
+        except StateError as error:
+            remedy = "If an earlier version wrote it, give the job's command again: what was measured is kept"
+            raise StateError(f"{error}. {remedy}") from error
     path = write_page(report_page(summary), settings.out or settings.run / "report.html")
     return {"report": str(path), **summary.evidence.as_json()}
 
