@@ -96,7 +96,6 @@ def test_charts_take_their_colours_from_the_page(page):
     assert r"\mathdefault" not in page
     used = set(re.findall(r"var\(--([a-z0-9-]+)\)", page)) - {"sans", "mono", "card-width"}
     assert used <= set(LIGHT)
-
     assert LIGHT.keys() == DARK.keys()
 
 

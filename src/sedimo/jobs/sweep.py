@@ -564,10 +564,10 @@ def _chart(sweep: Sweep, knob: str) -> Chart | None:
         title, unit = f"Agreement of sensitivities by {knob}", ""
     names = list(dict.fromkeys([*above, *below]))
     places = Axis(knob, named(names), are_turned=sum(map(len, names)) > 80)
-    lines = (Series(tuple(found.get(one, only(math.nan)) for one in names)) for found in (above, below))
+    upper, lower = (Series(tuple(found.get(one, only(math.nan)) for one in names)) for found in (above, below))
     panels = (
-        Plot((next(lines),), places, scales[0], levels),
-        Plot((next(lines),), places, scales[1], zero=bool(sweep.values)),
+        Plot((upper,), places, scales[0], levels),
+        Plot((lower,), places, scales[1], zero=bool(sweep.values)),
     )
     description = "; ".join(f"{one} {number(value.value)}{unit}" for one, value in above.items())
     return Chart("sweep", title, description, panels, _HEIGHT)

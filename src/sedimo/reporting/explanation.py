@@ -630,7 +630,7 @@ def _folds(found: Sequence[FoldRow]) -> Section:
 
 def _rounds(rounds: Sequence[Round]) -> tuple[Block, ...]:
     table = Table(
-        columns("round", "trials so far", "best measured [dB]", "predicted for it [dB]"),
+        columns("round", "recipes measured", "best measured [dB]", "predicted for it [dB]"),
         rows((r.round, r.n_trials, r.best_db, r.predicted_db) for r in sorted(rounds, key=lambda r: r.round)),
         "In each round, recipes that the predictor thought best were measured, and it learned from them. Where "
         "measured and predicted come together, there is little left to gain.",

@@ -223,7 +223,8 @@ def noise_chart(found: NoiseMap, title: str, key: str) -> Chart | None:
         steps_axis(found.timesteps),
         "SQNR [dB], higher is better",
     )
-    return Chart(f"noise-{key}", title, _extremes(found), (panel,), 110 + _row_height(len(labels)) * len(labels))
+    height = 110 + max(120, _row_height(len(labels)) * len(labels))  # the scale's name needs room, too
+    return Chart(f"noise-{key}", title, _extremes(found), (panel,), height)
 
 
 def _row_height(n_rows: int) -> float:

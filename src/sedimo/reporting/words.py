@@ -46,10 +46,11 @@ def number(value: float, standard_error: float = math.nan, *, signed: bool = Fal
 
 def with_error(estimate: Estimate, unit: str = "", *, signed: bool = False) -> str:
     """Value and half-width of the 95 % interval: `9.7 ± 0.6 dB`; without an interval, the value alone."""
-    if _half_width(estimate) is None or not math.isfinite(estimate.value):
+    half = _half_width(estimate)
+    if half is None or not math.isfinite(estimate.value):
         text = number(estimate.value, estimate.standard_error, signed=signed)
     else:
-        text = _pair(estimate.value, " ± ", _half_width(estimate) or 0.0, estimate.standard_error, signed=signed)
+        text = _pair(estimate.value, " ± ", half, estimate.standard_error, signed=signed)
     return _in(text, unit)
 
 
