@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from safetensors.torch import load_file, save_file
 
 from sedimo.errors import InputError, StateError
+from sedimo.lab.bench import weights_of
 from sedimo.pipelines import loading
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
@@ -116,6 +117,20 @@ def test_the_variant_that_was_loaded_is_the_one_copied(folder, tmp_path):
         out = load_pipeline(folder, device="cpu", variant=variant).save_pretrained(tmp_path / f"out {variant}")
         saved = load_file(out / "vae" / "diffusion_pytorch_model.safetensors")
         assert {t.dtype for t in saved.values()} == {dtype}
+
+
+def test_a_component_that_has_a_variant_alone_leaves_the_denoiser_plain(folder, tmp_path):
+    load_pipeline(folder, device="cpu", dtype="fp16").pipeline.save_pretrained(tmp_path / "v", variant="fp16")
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(tmp_path / "v" / "vae", folder / "vae")
+    adapter = load_pipeline(folder, device="cpu")
+    assert adapter.variant is None
+    assert weights_of(adapter).digest == FileWeights(folder).digest
+    out = adapter.save_pretrained(tmp_path / "out")
+    assert (out / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+    assert torch.equal(sampled(load_pipeline(out, device="cpu")), sampled(adapter))
+    with pytest.raises(InputError, match=r"variants \(plain\), not fp16; choose one of them"):
+        load_pipeline(folder, device="cpu", variant="fp16")
 
 
 def test_save_and_load_gives_the_same_samples(folder, tmp_path):

@@ -120,14 +120,14 @@ def _load_folder(
         raise StateError(f"{denoiser / 'config.json'} is missing; copy or download the folder again")
     _read_config(denoiser)
     found = _checked_weights(denoiser, variant)
-    chosen = found.variant or _variant_of_others(folder)
+    asked = found.variant or _variant_of_others(folder)
     if device.type == "cpu" and dtype is torch.bfloat16 and not _cpu_multiplies_bfloat16():
         _warn_of_slow_bfloat16()
-    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(found, device), "variant": chosen, **_labels(folder, index)}
+    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(found, device), "variant": asked, **_labels(folder, index)}
     load: Callable[..., PipelineObject] = DiffusionPipeline.from_pretrained
     with _loading(folder):
         pipeline = load(folder, use_safetensors=True, local_files_only=True, **arguments)
-    adapter = DiffusersPipeline(pipeline, name=name, folder=folder, variant=chosen)
+    adapter = DiffusersPipeline(pipeline, name=name, folder=folder, variant=found.variant)
     for component, network in pipeline.components.items():
         if isinstance(network, nn.Module):
             _refuse_incomplete(network, folder / component)
