@@ -10,6 +10,8 @@ from sedimo.bank import fit_bank
 from sedimo.errors import InputError
 from sedimo.lab.bench import InForce
 from sedimo.lab.lab import Lab
+from sedimo.lab.seeds import SamplingSettings
+from sedimo.pipelines.adapter import Sampling
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 CHANGED = "unused"  # the last Linear layer
@@ -64,3 +66,17 @@ def test_a_bank_that_is_given_serves_its_own_weights_and_decisions_alone(lab):
     space = toy_space(lab.pipe.denoiser, "kmc4,fp16")
     assert lab.decided_on(space).estimated.space.decision_index.keys() == space.decision_index.keys()
     assert {str(c.format) for c in lab.decided_on(space).estimated.candidates} == {"kmc4", "fp16"}
+
+
+def test_other_seeds_leave_the_banks_as_they_are(lab):
+    given, other = lab.bank, lab.sampled(SamplingSettings(n_seeds=32))
+    assert (other.seeds.settings.n_seeds, lab.seeds.settings.n_seeds) == (32, 8)
+    assert other.bank is given
+
+
+def test_processes_that_cannot_measure_are_refused_before_they_start(lab):
+    on = Sampling((0, 1), 2)
+    with pytest.raises(InputError, match="n_processes must be at least 0, got -1"):
+        lab.measure([], on, n_processes=-1)
+    with pytest.raises(InputError, match="made in memory and has no folder"):
+        lab.measure([], on, n_processes=2)

@@ -20,15 +20,10 @@ from sedimo.lab.bench import Bench, Compute, InForce, SourceSettings, Subject
 from sedimo.lab.parts import Parts
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.lab.study import ObjectiveName, Setting, Study, Trial
-from sedimo.lab.trials import (
-    CallTiming,
-    TrialWorker,
-    run_trials,
-    setting_of,
-    time_calls,
-)
+from sedimo.lab.trials import CallTiming, TrialWorker, run_trials, setting_of, time_calls
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.settings import within
 from sedimo.space import Recipe, SearchSpace, search_space
 
 Treatment = TypeVar("Treatment")
@@ -204,6 +199,12 @@ class Lab:
         """The same lab with a study to keep what is measured in."""
         return self._again(self.subject, study=study)
 
+    def sampled(self, sampling: SamplingSettings) -> Self:
+        """The same lab with other seeds, its weights and banks included."""
+        other = self._again(self.subject, sampling=sampling)
+        vars(other).update({name: vars(self)[name] for name in ("weights", "bank", "estimated") if name in vars(self)})
+        return other
+
     def setting(
         self, on: Sampling, objective: ObjectiveName = "final_latents", *, weights_digest: str | None = None
     ) -> Setting:
@@ -224,15 +225,18 @@ class Lab:
     ) -> tuple[Trial, ...]:
         """The trials of whole recipes under a plan, in their order; what the study has is not measured again.
 
-        With `n_processes`, by so many that each have a pipeline of their own.
+        With `n_processes`, by so many that each load a pipeline of their own from the source's folder.
 
         Raises:
+            InputError: fewer processes than none, or several for a source that was made in memory.
             Interrupted: the user stopped it; calling again measures what is left.
         """
+        within(least=0)(n_processes, "n_processes")
         make_worker = functools.partial(self._worker, on, objective)
         if n_processes:
+            source = SourceSettings(str(self.folder), self.subject.variant, self.subject.compute)
             subject = replace(self.subject, space=self.bank.space)
-            make_worker = functools.partial(_replica, subject, self.cache, on, objective)
+            make_worker = functools.partial(_replica, source, subject, self.cache, on, objective)
         return run_trials(
             self.study,
             recipes,
@@ -284,16 +288,17 @@ class Lab:
     def _worker(self, on: Sampling, objective: ObjectiveName) -> TrialWorker:
         return TrialWorker(self.pipe, self.any_bank, on, objective=objective, references=self._bench.references)
 
-    def _again(self, subject: Subject, *, study: Study | None = None) -> Self:
-        other = type(self).__new__(type(self))
-        settings = self.seeds.settings
-        Lab.__init__(other, subject, self._bench, study=study or self.study, sampling=settings, progress=self.progress)
+    def _again(self, subject: Subject, *, study: Study | None = None, sampling: SamplingSettings | None = None) -> Self:
+        other, sampling = type(self).__new__(type(self)), sampling or self.seeds.settings
+        Lab.__init__(other, subject, self._bench, study=study or self.study, sampling=sampling, progress=self.progress)
         return other
 
 
-def _replica(subject: Subject, cache: Path | None, on: Sampling, objective: ObjectiveName) -> TrialWorker:
+def _replica(
+    source: SourceSettings, subject: Subject, cache: Path | None, on: Sampling, objective: ObjectiveName
+) -> TrialWorker:
     """A lab's worker in another process, with a pipeline and a bank of its own."""
-    lab = Lab(subject, Bench.open(SourceSettings(str(subject.folder), subject.variant, subject.compute)))
+    lab = Lab(subject, Bench.open(source))
     bank = subject.treated(fit_bank(lab.weights, subject.space, cache=cache))
     return TrialWorker(lab.pipe, bank, on, objective=objective)
 
