@@ -12,9 +12,9 @@ from sedimo.graph.folding import Folding, find_folding
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.activations import InputRange
 from sedimo.treatments.smoothing_plan import Smoothing, plan_smoothing, smooth_weights
+from tolerances import FLOAT64_SUM
 
 C = 8
-EXACT = 1e-12  # of float64, where only the constants of modulations are rounded
 
 
 class Network(nn.Module):
@@ -292,6 +292,6 @@ def smoothed(denoiser, smoothing):
         restore()
 
 
-def close(found, wanted, tolerance=EXACT):
+def close(found, wanted, tolerance=FLOAT64_SUM):
     """Whether two tensors differ by at most so much of the second one's norm."""
     return float((found - wanted).detach().norm()) <= tolerance * float(wanted.detach().norm())

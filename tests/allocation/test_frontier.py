@@ -11,6 +11,7 @@ from examples import examples
 from sedimo.allocation.problem import bits_range, bytes_for_bits
 from sedimo.allocation.solve import even_budgets, frontier
 from sedimo.errors import InputError
+from tolerances import FLOAT64_FORMULA
 
 
 @examples(40)
@@ -64,7 +65,9 @@ def test_a_limit_of_operations_holds_along_the_curve(table, bops):
     budgets = sorted(set(even_budgets(table, 5)))
     curve = frontier(table, budgets, gap=0.0, rule="milp", bops=bops)
     best = [brute_force(table, bytes_for_bits(bits, table.total_params), bops) for bits in budgets]
-    assert [a.objective for a in curve] == pytest.approx([cost for cost in best if cost is not None], abs=1e-9)
+    assert [a.objective for a in curve] == pytest.approx(
+        [cost for cost in best if cost is not None], abs=FLOAT64_FORMULA
+    )
     assert all(a.bops <= bops == a.budget_bops for a in curve)
 
 

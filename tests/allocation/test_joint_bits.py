@@ -19,11 +19,11 @@ from sedimo.allocation.table import Cost, of_family
 from sedimo.errors import InputError
 from sedimo.quant.families.uaq import UAQ
 from sedimo.quant.formats import Format, count_bops, with_activations
+from tolerances import FLOAT64_FORMULA, HIGHS
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 WEIGHTS = tuple(Format("uaq", bits) for bits in WIDTHS)
 PAIRS = with_activations(WEIGHTS, WIDTHS)
-ROUNDING = 1e-5  # HiGHS's absolute tolerance of 1e-6 in units of the mean cost per decision, with a margin
 
 
 @examples(150)
@@ -36,7 +36,7 @@ def test_the_exact_programme_is_never_worse_than_rounding_nor_over_a_budget(tabl
     except InputError:
         return  # nothing fits, or rounding finds nothing that does; what the exact rule does then is tested elsewhere
     exact = allocate_within(table, budget, gap=0.0)
-    assert exact.bound <= exact.objective <= rounded.objective + ROUNDING
+    assert exact.bound <= exact.objective <= rounded.objective + HIGHS
     for found in (exact, rounded):
         chosen = [table.index[d, f] for d, f in found.choice.items()]
         assert size_bytes is None or sum(c.paper_bytes for c in chosen) <= size_bytes
@@ -78,10 +78,10 @@ def test_pairs_under_both_budgets_equal_brute_force(thetas, sizes, size_share, b
     size_bytes, bops = (low + (high - low) * (size_share, bops_share)).astype(int).tolist()
     best = least_of_all(table, size_bytes, bops)
     found = allocate_within(table, Budget(size_bytes, bops=bops), gap=0.0)
-    assert found.objective == pytest.approx(best, abs=ROUNDING)
+    assert found.objective == pytest.approx(best, abs=HIGHS)
     assert found.used_bytes <= size_bytes
     assert found.bops <= bops
-    assert found.bound <= best + 1e-9
+    assert found.bound <= best + FLOAT64_FORMULA
 
 
 @examples(60)
@@ -98,13 +98,13 @@ def test_the_rule_lp_is_the_published_programme_and_the_exact_one_beats_its_roun
         -importances, A_ub=weights[None] / weights.sum(), b_ub=[8 * limit / weights.sum()], bounds=(2, 8)
     )
     relaxed = relax(make_problem(table, Budget(limit)))
-    assert relaxed.bound == pytest.approx(16 * importances.sum() + published.fun, rel=1e-6)
+    assert relaxed.bound == pytest.approx(16 * importances.sum() + published.fun)
     rounded = np.around(published.x)
     exact, ours = (allocate(table, bits=8 * limit / weights.sum(), rule=rule, gap=0.0) for rule in ("milp", "lp"))
-    assert exact.objective <= ours.objective + ROUNDING
+    assert exact.objective <= ours.objective + HIGHS
     assert max(exact.used_bytes, ours.used_bytes) <= limit
     if weights @ rounded <= 8 * limit:  # to the nearest bits may exceed the budget: nothing enforces it
-        assert exact.objective <= (importances * (16 - rounded)).sum() + ROUNDING
+        assert exact.objective <= (importances * (16 - rounded)).sum() + HIGHS
 
 
 def test_rounding_to_the_nearest_bits_can_exceed_the_budget_which_the_rule_lp_never_does():
@@ -133,8 +133,8 @@ def test_the_bound_of_two_budgets_is_that_of_the_linear_relaxation():
         b_eq=np.ones(20),
     )
     bound = relax(problem).bound
-    assert bound <= result.fun * (1 + 1e-9)
-    assert bound == pytest.approx(result.fun, rel=1e-4)
+    assert bound <= result.fun * (1 + FLOAT64_FORMULA)
+    assert bound == pytest.approx(result.fun, rel=HIGHS)
 
 
 def test_one_family_keeps_what_has_none_of_it():

@@ -73,7 +73,7 @@ def test_errors_are_those_of_the_packed_weights():
         weight = weights.tensors[candidate.decision]
         packed = bank.quantized(candidate.decision, candidate.format)
         error = (packed.dequantize() - weight).double().square().sum() / weight.double().square().sum()
-        assert candidate.error == pytest.approx(float(error), rel=1e-6)
+        assert candidate.error == pytest.approx(float(error))
         assert candidate.n == 0
         assert (candidate.paper_bytes, candidate.stored_bytes) == (packed.paper_bytes, packed.stored_bytes)
 

@@ -18,6 +18,7 @@ from sedimo.checkpoint.weights import replace_weights, save_denoiser
 from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.pipelines.weights import refuse_adapter_names
 from sedimo.quant.tensor import QuantizedTensor, memory_bytes
+from tolerances import FLOAT32_FORMULA, FLOAT32_NETWORK
 
 CPU = torch.device("cpu")
 
@@ -85,7 +86,8 @@ def test_compiles_without_a_graph_break(packed_dit):
 def test_compiles_with_the_default_compiler(packed_dit):
     torch._dynamo.reset()
     compiled = torch.compile(packed_dit, fullgraph=True)
-    torch.testing.assert_close(denoise(compiled), denoise(packed_dit), rtol=1e-4, atol=1e-5)  # fused sums
+    fused, plain = denoise(compiled), denoise(packed_dit)
+    torch.testing.assert_close(fused, plain, rtol=FLOAT32_NETWORK, atol=FLOAT32_FORMULA)
 
 
 def test_accelerate_offload_rebuilds_packed_parameters(packed_dit, tmp_path):

@@ -28,11 +28,13 @@ from sedimo.quant.formats import Format
 from sedimo.space import search_space
 from sedimo.treatments.smoothing import SmoothingSettings, smooth
 from sedimo.treatments.static_ranges import ActivationSettings, calibrate
+from tolerances import FLOAT64_FORMULA
 
 QUICK = ("--seeds", "2", "--steps", "2", "--fresh", "3")
 FRESH = range(2, 5)
 RANGES = (0, 1, *range(13, 13 + 62))  # 64 seeds: those that are searched on, and more past those of all other plans
 UAQ8A8 = Format.parse("uaq8a8")
+FLOAT_FUNCTION = 0.02  # decibels: smoothing changes how the float function itself is rounded
 
 
 @pytest.fixture
@@ -69,14 +71,14 @@ def test_alpha_is_swept_from_the_same_denoiser(sweep, tiny, tiny_pipeline_folder
     assert found["n_comparisons"] == 2
     reference = tiny.sample(tiny.default_sampling(FRESH, 2))
     plain = by_hand(tiny, reference)
-    assert baseline["sqnr_db"]["value"] == pytest.approx(plain.mean(), abs=1e-6)
+    assert baseline["sqnr_db"]["value"] == pytest.approx(plain.mean(), abs=FLOAT64_FORMULA)
     assert baseline["ahead"] is None
     for row, alpha in zip(others, (0.5, 0.9), strict=True):
         pipe = load_pipeline(str(tiny_pipeline_folder))
         smooth(pipe, SmoothingSettings(alpha, share=1), sampling=pipe.default_sampling(RANGES, 2))
         smoothed = by_hand(pipe, reference)
-        assert row["sqnr_db"]["value"] == pytest.approx(smoothed.mean(), abs=0.02)  # rounding of the float function
-        assert row["ahead"]["value"] == pytest.approx((smoothed - plain).mean(), abs=0.02)
+        assert row["sqnr_db"]["value"] == pytest.approx(smoothed.mean(), abs=FLOAT_FUNCTION)
+        assert row["ahead"]["value"] == pytest.approx((smoothed - plain).mean(), abs=FLOAT_FUNCTION)
         assert row["ahead"]["n"] == 3
         assert row["note"].endswith("layers smoothed")
     assert "SmoothQuant&#39;s alpha" in page
@@ -88,14 +90,14 @@ def test_static_ranges_are_compared_with_dynamic_ones(sweep, tiny):
     found, _, page = sweep("calibration", "--act-ranges", "percentile")
     assert [v["value"] for v in found["values"]] == ["dynamic", "1", "all 2"]
     reference = tiny.sample(tiny.default_sampling(FRESH, 2))
-    assert found["values"][0]["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference).mean(), abs=1e-6)
+    assert found["values"][0]["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference).mean(), abs=FLOAT64_FORMULA)
     space = search_space(trace(tiny), "uaq8a8,fp16")
     widths = {layer: [8] for d in space.decisions if UAQ8A8 in d.formats for layer in d.layers}
     plan, lab = tiny.default_sampling(RANGES, 2), Lab.on(tiny)
     for row, n_steps in zip(found["values"][1:], (1, 2), strict=True):
         options = ActivationSettings("percentile", n_steps=n_steps)
         rules = calibrate(lab, widths, plan, options)
-        assert row["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference, rules).mean(), abs=1e-6)
+        assert row["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference, rules).mean(), abs=FLOAT64_FORMULA)
     assert "One-step against multi-step" in page
     again = found["confirmed"]
     assert again["seeds"] == "75 to 77"  # past those of RANGES
@@ -104,7 +106,7 @@ def test_static_ranges_are_compared_with_dynamic_ones(sweep, tiny):
     options = ActivationSettings("percentile", n_steps=int(again["value"].removeprefix("all ")))
     rules = calibrate(lab, widths, plan, options)
     ahead = by_hand(tiny, reference, rules, seeds) - by_hand(tiny, reference, None, seeds)
-    assert again["ahead"]["value"] == pytest.approx(ahead.mean(), abs=1e-6)
+    assert again["ahead"]["value"] == pytest.approx(ahead.mean(), abs=FLOAT64_FORMULA)
     assert again["ahead"]["n"] == 3
     highest = max(found["values"][1:], key=lambda row: row["ahead"]["value"])
     assert again["value"] == highest["value"] or any(row["ahead"]["low"] > 0 for row in found["values"][1:])
@@ -144,7 +146,7 @@ def test_numbers_of_samples_share_none(sweep, tiny, tmp_path):
         assert row["srcc"]["low"] <= srcc <= row["srcc"]["high"]
     relative = np.array([c.standard_error / c.cost for c in costs[12]])
     # the error of -10 log10 x, by a difference quotient
-    assert found["errors"]["12"] == pytest.approx((10 * np.log10(1 + 1e-6 * relative) / 1e-6).mean(), rel=1e-4)
+    assert found["errors"]["12"] == pytest.approx((10 * np.log10(1 + 1e-6 * relative) / 1e-6).mean())
     assert "sets of samples that share none" in page
 
 

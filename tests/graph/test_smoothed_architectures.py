@@ -9,6 +9,7 @@ from denoisers import TINY, build
 from folding_examples import close, plan_for, smoothed
 from sedimo.graph.layers import weight_layers
 from sedimo.graph.program import export_denoiser
+from tolerances import FLOAT32_FORMULA
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -30,7 +31,7 @@ def test_the_float_function_is_unchanged(name):
             found = denoiser(**inputs)[0]
         after = denoiser(**inputs)[0]
     assert torch.equal(after, plain)
-    assert close(found, plain, 1e-5)
+    assert close(found, plain, FLOAT32_FORMULA)
     if not plan.parameters or not any(p.constants for p in plan.parameters.values()):
         assert torch.equal(found, plain)  # powers of two are never rounded
 

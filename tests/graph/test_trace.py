@@ -23,6 +23,8 @@ from sedimo.graph.layers import weight_layers
 from sedimo.graph.model import DenoiserGraph, inspect_summary
 from sedimo.graph.trace import trace_denoiser
 
+SMALL_LAYERS = 1e-3  # share of the operations that a published count may leave out
+
 
 def edges_of(graph: DenoiserGraph, name: str) -> list[str]:
     """Names of the nodes that feed a node, first argument first."""
@@ -60,7 +62,7 @@ def test_numbers_of_weights_are_the_published_ones() -> None:
 
 def test_macs_of_dit_xl_are_the_published_ones() -> None:
     """118.64 G at 256 x 256 pixels (Peebles and Xie, 2023, table 4, there called flops), small layers aside."""
-    assert traced("DiT-XL/2").macs == pytest.approx(118.64e9, rel=1e-3)
+    assert traced("DiT-XL/2").macs == pytest.approx(118.64e9, rel=SMALL_LAYERS)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -36,6 +36,7 @@ from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import FP16, Format
 from sedimo.space import Recipe
+from tolerances import FLOAT32_SAMPLING
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)
@@ -266,7 +267,7 @@ def test_processes_measure_what_one_process_does(tmp_path):
         )
     assert [t.key for t in serial] == [t.key for t in parallel]
     for a, b in zip(serial, parallel, strict=True):
-        assert np.allclose(a.powers.ratio, b.powers.ratio, rtol=1e-3)
+        assert np.allclose(a.powers.ratio, b.powers.ratio, rtol=FLOAT32_SAMPLING)
 
 
 def test_a_worker_of_another_setting_is_refused(tmp_path):

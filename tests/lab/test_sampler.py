@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sedimo.errors import InputError
-from sedimo.lab.exploration import MOST_BITS, Exploration, possible_bits
+from sedimo.lab.exploration import MOST_BITS, TOLERANCE_BITS, Exploration, possible_bits
 from toy_pipeline import ToyAdapter, toy_space
 
 
@@ -49,7 +49,7 @@ def test_ends_of_the_range_are_reached_by_placement():
     least, most = possible_bits(space)
     for goal in (least, most):
         exploration = Exploration(0, space, "stratified", goal, goal)
-        assert np.allclose(bits_of(exploration, 5), goal, atol=0.05)
+        assert np.allclose(bits_of(exploration, 5), goal, atol=TOLERANCE_BITS)
 
 
 @pytest.mark.parametrize(

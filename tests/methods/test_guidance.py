@@ -10,6 +10,7 @@ import torch
 from sedimo.methods.jacobian import find_row_weights
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import Trajectory
+from tolerances import FLOAT32_NETWORK
 
 N, STEPS = 3, 6
 SAMPLING = Sampling(seeds=(0, 1, 2), n_steps=STEPS)
@@ -35,7 +36,7 @@ def made(weights, *, noise=0.0, order=1, scale=lambda _: 1.0, learned=0, change=
 @pytest.mark.parametrize("weights", [(4.0, -3.0), (-6.5, 7.5), (1.0, 0.0), (0.2, 0.3, 0.5)])
 @pytest.mark.parametrize("options", [{}, {"order": 2}, {"scale": lambda s: 1 / (1 + s)}, {"learned": 1}])
 def test_weights_are_found_in_any_order(weights, options):
-    assert find_row_weights(made(weights, **options)) == pytest.approx(weights, abs=1e-3)
+    assert find_row_weights(made(weights, **options)) == pytest.approx(weights, abs=FLOAT32_NETWORK)
 
 
 @pytest.mark.parametrize("options", [{"noise": 0.1}, {"change": 0.2}])

@@ -11,10 +11,10 @@ from sedimo.lab.lab import Lab
 from sedimo.methods.jacobian import probe_jacobian
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import batches_of, record
+from tolerances import FLOAT32_NETWORK
 from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=4, batch_size=2)
-NOISE_TOLERANCE = 1e-4  # relative: squares of products in float32, of which few cancel
 SHARED = "time"  # one embedding for all samples of a call
 N_DIRECTIONS = 3
 
@@ -39,6 +39,6 @@ def test_noise_is_that_of_plain_autograd(guided, combine_rows):
             total[samples.start : samples.stop] += noise / SAMPLING.n_steps
     for decision, formats in probe.numbers.items():
         for name, values in formats.items():
-            assert values == pytest.approx(totals[decision, name].tolist(), rel=NOISE_TOLERANCE), (decision, name)
+            assert values == pytest.approx(totals[decision, name].tolist(), rel=FLOAT32_NETWORK), (decision, name)
     assert len(probe.numbers) == 7
     assert set(probe.numbers["unused"]["uaq3"]) == {0.0}

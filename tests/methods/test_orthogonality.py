@@ -16,6 +16,7 @@ from sedimo.methods import orthogonality
 from sedimo.methods.orthogonality import measure_part, probe_orthogonality
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import calls_by_step, joined_calls, record
+from tolerances import FLOAT32_FORMULA, FLOAT32_NETWORK, FLOAT32_SAMPLING, FLOAT32_SUM
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 
@@ -71,9 +72,9 @@ def upper(part):
 def test_entries_are_linear_cka_of_the_outputs():
     denoiser, call = call_of(12)
     found, kept = upper(measure_part(denoiser, LAYERS, call, 12)), outputs_of(denoiser, call)
-    assert found[0, 1] == pytest.approx(features_cka(kept["one"], kept["other"]), rel=1e-4)
-    assert found[1, 2] == pytest.approx(features_cka(kept["other"], kept["repeated"]), rel=1e-4)
-    assert found[0, 2] == pytest.approx(1.0, abs=1e-5)  # scaled and shifted, but the same
+    assert found[0, 1] == pytest.approx(features_cka(kept["one"], kept["other"]), rel=FLOAT32_NETWORK)
+    assert found[1, 2] == pytest.approx(features_cka(kept["other"], kept["repeated"]), rel=FLOAT32_NETWORK)
+    assert found[0, 2] == pytest.approx(1.0, abs=FLOAT32_FORMULA)  # scaled and shifted, but the same
     assert 0 < found[0, 1] < 1
 
 
@@ -88,15 +89,15 @@ def test_rows_of_a_sample_are_features_of_that_sample():
     denoiser, call = call_of(12)
     found, kept = upper(measure_part(denoiser, LAYERS, call, 6)), outputs_of(denoiser, call)
     together = [torch.cat([kept[n][:6], kept[n][6:]], dim=1) for n in ("one", "other")]
-    assert found[0, 1] == pytest.approx(features_cka(*together), rel=1e-4)
+    assert found[0, 1] == pytest.approx(features_cka(*together), rel=FLOAT32_NETWORK)
 
 
 @pytest.mark.parametrize(("n_samples", "max_rows"), [(12, 4), (12, 10), (12, 11), (6, 8)])
 def test_samples_in_parts_give_the_same_matrix(n_samples, max_rows):
     denoiser, call = call_of(12)
     whole, parts = (measure_part(denoiser, LAYERS, call, n_samples, rows) for rows in (64, max_rows))
-    assert np.allclose(upper(parts), upper(whole), rtol=1e-4)
-    assert np.allclose(parts.replicates, whole.replicates, rtol=1e-4)
+    assert np.allclose(upper(parts), upper(whole), rtol=FLOAT32_NETWORK)
+    assert np.allclose(parts.replicates, whole.replicates, rtol=FLOAT32_NETWORK)
 
 
 def test_replicates_leave_samples_out():
@@ -105,7 +106,7 @@ def test_replicates_leave_samples_out():
     assert len(part.replicates) == 12
     without_first = {n: kept[n][1:] for n in LAYERS[:3]}
     expected = sum(features_cka(without_first["one"], without_first[n]) for n in ("other", "repeated"))
-    assert part.replicates[0][0] == pytest.approx(expected, rel=1e-4)
+    assert part.replicates[0][0] == pytest.approx(expected, rel=FLOAT32_NETWORK)
 
 
 def test_hooks_are_gone_afterwards():
@@ -172,7 +173,7 @@ def test_outputs_are_read_along_the_axis_that_grows_with_the_samples(batch_size)
     matrix[np.triu_indices(6, 1)] = part.upper
     features = [denoiser.get_submodule(name)(call.inputs["x"]).detach() for name in ODD[:3]]
     for i, j in ((0, 1), (0, 2), (1, 2)):
-        assert matrix[i, j] == pytest.approx(features_cka(features[i], features[j]), rel=1e-4)
+        assert matrix[i, j] == pytest.approx(features_cka(features[i], features[j]), rel=FLOAT32_NETWORK)
     assert (part.constant, part.unused, part.unread) == (("position",), ("uncalled",), ("sorted",))
     assert part.unknown == {"position", "uncalled", "sorted"}
 
@@ -195,7 +196,7 @@ def test_batches_of_the_plan_give_the_matrix_of_all_samples_together(monkeypatch
     lab = Lab.on(adapter, fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser), sample_channels=2))
     layers = ("conv_in", "grouped", "first", "twice", "out", "time", "unused")
     together, batches = (probe_orthogonality(lab, layers, Sampling(tuple(range(7)), 3, batch_size=b)) for b in (7, 3))
-    assert np.allclose(batches.matrices, together.matrices, rtol=1e-3, atol=1e-5)
+    assert np.allclose(batches.matrices, together.matrices, rtol=FLOAT32_SAMPLING, atol=FLOAT32_FORMULA)
     assert batches.parts[0].unused == ("unused",)
     assert batches.parts[0].constant == ("time",)
     rows = []
@@ -207,7 +208,7 @@ def test_batches_of_the_plan_give_the_matrix_of_all_samples_together(monkeypatch
     small = probe_orthogonality(lab, layers, Sampling(tuple(range(7)), 3, batch_size=7))
     handle.remove()
     assert rows[3:].count(4) == 3 * 21  # each pair of samples by itself, after the trajectory
-    assert np.allclose(small.matrices, together.matrices, rtol=1e-3, atol=1e-5)
+    assert np.allclose(small.matrices, together.matrices, rtol=FLOAT32_SAMPLING, atol=FLOAT32_FORMULA)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -219,8 +220,8 @@ def test_joined_calls_are_the_call_of_all_samples(guided):
     for expected, found in zip(whole, joined, strict=True):
         assert found.inputs.keys() == expected.inputs.keys()
         for name, value in expected.inputs.items():
-            assert torch.allclose(found.inputs[name], value, atol=1e-6)
-        assert torch.allclose(found.output, expected.output, atol=1e-6)
+            assert torch.allclose(found.inputs[name], value, atol=FLOAT32_SUM)
+        assert torch.allclose(found.output, expected.output, atol=FLOAT32_SUM)
 
 
 def test_recorded_steps_are_uniform_in_every_batch():

@@ -29,6 +29,7 @@ from sedimo.methods.modelopt import (
 )
 from sedimo.reporting.html import render
 from sedimo.space import Recipe, search_space
+from tolerances import FLOAT64_SUM
 
 PEERS = tuple(m.name for m in METHODS if m.traits.is_peer)
 
@@ -140,7 +141,9 @@ def test_bytes_are_those_of_codes_and_scales_of_every_layer_once(space):
     for _ in range(20):
         chosen = [str(generator.choice(list(g.scores))) for g in groups]
         recipe = peer_recipe(space, groups, chosen)
-        assert recipe.paper_bits * space.params / 8 == pytest.approx(brute_force_bytes(space, recipe.formats), abs=1e-6)
+        assert recipe.paper_bits * space.params / 8 == pytest.approx(
+            brute_force_bytes(space, recipe.formats), rel=FLOAT64_SUM
+        )
     all_fp16 = peer_recipe(space, groups, ["fp16"] * len(groups))
     assert all_fp16.paper_bits == 16
     assert all_fp16.bops == space.full_bops

@@ -31,6 +31,7 @@ from sedimo.methods.taps import FirstOrder
 from sedimo.metrics.signal import NoisePowers
 from sedimo.quant.formats import FP16, Format, parse_formats
 from sedimo.space import search_space
+from tolerances import FLOAT64_FORMULA, FLOAT64_ROOT
 
 FORMATS = parse_formats("uaq3,uaq4,uaq6,kmc3,kmc4,fp16")
 NAMES = ("a", "b", "c", "d")
@@ -156,7 +157,7 @@ def test_scaling_is_exact_between_probes_in_a_world_of_power_laws(slope):
     for name in NAMES:
         for number_format in (UAQ3, UAQ4, UAQ6):
             expected = noise_of({name: number_format}, slope=slope)
-            assert table.index[name, number_format].cost == pytest.approx(expected, rel=1e-9)
+            assert table.index[name, number_format].cost == pytest.approx(expected, rel=FLOAT64_FORMULA)
 
 
 def test_outside_the_probes_noise_is_proportional_to_error():
@@ -219,7 +220,7 @@ def test_agreement_finds_slope_ratio_and_rank():
     x = [0.1, 0.2, 0.5, 1.0]
     found = agreement(x, [3 * v**2 for v in x])
     assert (found.n, found.slope, found.srcc) == (4, pytest.approx(2), pytest.approx(1))
-    assert found.slope_standard_error == pytest.approx(0, abs=1e-7)
+    assert found.slope_standard_error == pytest.approx(0, abs=FLOAT64_ROOT)
     assert found.ratio == pytest.approx(math.exp(np.mean(np.log([3 * v for v in x]))))
     assert agreement(x, x[::-1]).srcc == pytest.approx(-1)
     flat = agreement([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])

@@ -7,8 +7,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 from sedimo.errors import InputError
 from sedimo.metrics.distribution import FeatureStatistics, fid_replicates, fid_to, kid_replicates
-
-TOLERANCE = 1e-9  # relative; sums of float64 in another order
+from tolerances import FLOAT64_FORMULA, FLOAT64_ROOT
 
 
 @pytest.fixture
@@ -66,19 +65,19 @@ def test_fid_of_gaussians_in_closed_form():
     mean_1, mean_2, var_1, var_2 = np.array([0.0, 1.0]), np.array([2.0, 1.0]), [4.0, 9.0], [1.0, 16.0]
     first = FeatureStatistics(mean_1, np.diag(var_1), 10)
     second = FeatureStatistics(mean_2, np.diag(var_2), 10)
-    assert fid(first, second) == pytest.approx(4 + (2 - 1) ** 2 + (3 - 4) ** 2, rel=TOLERANCE)
+    assert fid(first, second) == pytest.approx(4 + (2 - 1) ** 2 + (3 - 4) ** 2, rel=FLOAT64_FORMULA)
 
 
 def test_fid_against_matrix_square_root(sets):
     ours = fid(*map(feature_statistics, sets))
-    assert ours == pytest.approx(naive_fid(*sets), rel=1e-7)  # the oracle's sqrtm is of a non-symmetric matrix
-    assert ours == pytest.approx(fid(*map(feature_statistics, reversed(sets))), rel=TOLERANCE)
+    assert ours == pytest.approx(naive_fid(*sets), rel=FLOAT64_FORMULA)
+    assert ours == pytest.approx(fid(*map(feature_statistics, reversed(sets))), rel=FLOAT64_FORMULA)
 
 
 def test_fid_of_equal_sets_is_zero_even_if_singular():
     features = np.random.default_rng(0).normal(size=(5, 12))
     statistics = feature_statistics(features)
-    assert fid(statistics, statistics) == pytest.approx(0, abs=1e-6)  # roots of eigenvalues of rounding size
+    assert fid(statistics, statistics) == pytest.approx(0, abs=FLOAT64_ROOT)
     assert fid(statistics, statistics) >= 0
 
 
@@ -86,8 +85,8 @@ def test_fid_jackknife_is_the_naive_loop(sets):
     features, reference = sets
     estimate = fid_jackknife(features, feature_statistics(reference))
     error = naive_jackknife(lambda rows: naive_fid(features[rows], reference), 53, 10)
-    assert estimate.value == pytest.approx(naive_fid(*sets), rel=1e-7)
-    assert estimate.standard_error == pytest.approx(error, rel=1e-6)
+    assert estimate.value == pytest.approx(naive_fid(*sets), rel=FLOAT64_FORMULA)
+    assert estimate.standard_error == pytest.approx(error)
     assert estimate.n == 53
     assert estimate.low < estimate.value < estimate.high
 
@@ -96,8 +95,8 @@ def test_fid_jackknife_keeps_digits_far_from_the_origin(sets):
     features, reference = (x + 1e6 for x in sets)
     moved = fid_jackknife(features, feature_statistics(reference))
     plain = fid_jackknife(sets[0], feature_statistics(sets[1]))
-    assert moved.value == pytest.approx(plain.value, rel=1e-6)  # 1e6 itself costs 6 of 16 digits
-    assert moved.standard_error == pytest.approx(plain.standard_error, rel=1e-5)
+    assert moved.value == pytest.approx(plain.value)  # 1e6 itself costs 6 of 16 digits
+    assert moved.standard_error == pytest.approx(plain.standard_error)
 
 
 def test_fid_difference_is_the_naive_loop_and_pairs(sets):
@@ -107,8 +106,8 @@ def test_fid_difference_is_the_naive_loop_and_pairs(sets):
     error = naive_jackknife(
         lambda rows: naive_fid(worse[rows], reference) - naive_fid(features[rows], reference), 53, 7
     )
-    assert estimate.value == pytest.approx(naive_fid(worse, reference) - naive_fid(features, reference), rel=1e-6)
-    assert estimate.standard_error == pytest.approx(error, rel=1e-6)
+    assert estimate.value == pytest.approx(naive_fid(worse, reference) - naive_fid(features, reference))
+    assert estimate.standard_error == pytest.approx(error)
     assert estimate.standard_error < fid_jackknife(features, feature_statistics(reference)).standard_error
 
 
@@ -122,8 +121,8 @@ def test_kid_against_sklearn_and_naive_loops(sets):
     features, reference = sets
     estimate = kid(features, reference, n_parts=6)
     error = naive_jackknife(lambda rows: naive_kid(features[rows], reference), 53, 6)
-    assert estimate.value == pytest.approx(naive_kid(*sets), rel=TOLERANCE)
-    assert estimate.standard_error == pytest.approx(error, rel=1e-7)
+    assert estimate.value == pytest.approx(naive_kid(*sets), rel=FLOAT64_FORMULA)
+    assert estimate.standard_error == pytest.approx(error, rel=FLOAT64_FORMULA)
     assert estimate.n == 53
 
 
@@ -134,8 +133,10 @@ def test_kid_difference_is_the_naive_loop(sets):
     error = naive_jackknife(
         lambda rows: naive_kid(worse[rows], reference) - naive_kid(features[rows], reference), 53, 10
     )
-    assert estimate.value == pytest.approx(naive_kid(worse, reference) - naive_kid(features, reference), rel=1e-7)
-    assert estimate.standard_error == pytest.approx(error, rel=1e-6)
+    assert estimate.value == pytest.approx(
+        naive_kid(worse, reference) - naive_kid(features, reference), rel=FLOAT64_FORMULA
+    )
+    assert estimate.standard_error == pytest.approx(error)
 
 
 def test_kid_is_unbiased():

@@ -8,17 +8,16 @@ from scipy import stats
 
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import jackknife_estimate, mean_estimate
-
-TOLERANCE = 1e-12  # float64 rounding of a few dozen additions
+from tolerances import FLOAT64_FORMULA, FLOAT64_SUM
 
 
 def test_mean_estimate_is_that_of_scipy():
     values = np.random.default_rng(0).normal(3, 2, 17)
     estimate = mean_estimate(values)
     low, high = stats.t.interval(0.95, 16, loc=values.mean(), scale=stats.sem(values))
-    assert estimate.value == pytest.approx(values.mean(), rel=TOLERANCE)
-    assert estimate.standard_error == pytest.approx(stats.sem(values), rel=TOLERANCE)
-    assert (estimate.low, estimate.high) == pytest.approx((low, high), rel=TOLERANCE)
+    assert estimate.value == pytest.approx(values.mean(), rel=FLOAT64_SUM)
+    assert estimate.standard_error == pytest.approx(stats.sem(values), rel=FLOAT64_SUM)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), rel=FLOAT64_SUM)
     assert estimate.n == 17
 
 
@@ -43,7 +42,7 @@ def test_jackknife_of_a_mean_is_the_standard_error(values):
     array = np.array(values)
     replicates = (array.sum() - array) / (len(array) - 1)
     estimate = jackknife_estimate(float(array.mean()), replicates, len(array))
-    assert estimate.standard_error == pytest.approx(float(stats.sem(array)), rel=1e-6, abs=1e-9)
+    assert estimate.standard_error == pytest.approx(float(stats.sem(array)), abs=FLOAT64_FORMULA)
 
 
 def test_jackknife_needs_two_parts():

@@ -12,14 +12,13 @@ import torch
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.differentiable import make_again, pull_through
+from tolerances import FLOAT32_FORMULA, FLOAT64_SUM
 from toy_sampler import Control, PixelToyPipeline, SmallDenoiser, ToyPipeline, ToySampler, ToyScheduler
 from whole_gradients import walked_gradient, whole_gradient
 
 pytest_plugins = ["tiny_pipelines"]
 
 PIPELINES = ("dit", "text_to_image", "flux", "latent_diffusion", "ddim", "ddpm", "consistency")
-GRADIENT_TOLERANCE = 1e-5  # of the greatest entry: float32 sums of a few hundred products in another order
-EXACT_TOLERANCE = 1e-12  # the same in float64
 SLOPE_TOLERANCE = 5e-3  # of a central difference in float32, of a curved function; found: 5e-4 at most
 SLOPE_STEP = 1e-3
 N_STEPS = 3
@@ -71,7 +70,7 @@ def test_a_run_is_that_of_the_pipeline_and_so_are_its_gradients(name, request):
     directions = [direction_for(latents, seed) for seed in (0, 1)]
     found = walked_gradient(adapter.denoiser, run, directions)
     for direction, got in zip(directions, found, strict=True):
-        assert_same_gradients(got, whole_gradient(adapter, plan, direction), GRADIENT_TOLERANCE)
+        assert_same_gradients(got, whole_gradient(adapter, plan, direction), FLOAT32_FORMULA)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -85,7 +84,7 @@ def test_all_that_a_sampler_does_is_differentiated(name, dit):
     assert len(run.cuts) == len(dit.pipeline.scheduler.timesteps)
     direction = direction_for(latents)
     (got,) = walked_gradient(dit.denoiser, run, [direction])
-    assert_same_gradients(got, whole_gradient(dit, plan, direction), GRADIENT_TOLERANCE)
+    assert_same_gradients(got, whole_gradient(dit, plan, direction), FLOAT32_FORMULA)
     steepest = sum(float(g.double().square().sum()) for g in got.values()) ** 0.5
     changes = {name: gradient / steepest for name, gradient in got.items()}
     assert slope_along(dit, plan, direction, changes) == pytest.approx(steepest, rel=SLOPE_TOLERANCE)
@@ -227,7 +226,7 @@ def test_gradients_are_exact_also_with_a_second_network_between_the_calls(pipeli
     assert networks.count(adapter.denoiser) == N_STEPS
     assert len(networks) == N_STEPS + (N_STEPS - 1 if how == "controlled" else 0)  # first it sees noise, a constant
     (got,) = walked_gradient(adapter.denoiser, run, [toy_direction()])
-    assert_same_gradients(got, whole_gradient(adapter, TOY_PLAN, toy_direction()), EXACT_TOLERANCE)
+    assert_same_gradients(got, whole_gradient(adapter, TOY_PLAN, toy_direction()), FLOAT64_SUM)
 
 
 class Forgetful(ToyScheduler):
@@ -249,7 +248,7 @@ class Blind(Forgetful):
 def test_a_call_without_influence_changes_nothing(scheduler):
     adapter = toy(scheduler=scheduler())
     (got,) = walked_gradient(adapter.denoiser, adapter.differentiable(TOY_PLAN), [toy_direction()])
-    assert_same_gradients(got, whole_gradient(adapter, TOY_PLAN, toy_direction()), EXACT_TOLERANCE)
+    assert_same_gradients(got, whole_gradient(adapter, TOY_PLAN, toy_direction()), FLOAT64_SUM)
 
 
 class OneHot(ToyScheduler):

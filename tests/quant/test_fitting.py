@@ -21,10 +21,10 @@ from sedimo.quant.fitting import (
 )
 from sedimo.quant.formats import FP16, PAPER_FORMATS, WIDE_FORMATS, Format, parse_formats, stored_bytes
 from sedimo.quant.packing import pack
+from tolerances import FLOAT32_SUM, FLOAT64_SUM, STANDARD_ERRORS
 
 QUANTIZED = tuple(f for f in WIDE_FORMATS if f.is_quantized)
 STORED = 1e-4  # relative: what rounding the codebook to float16 may cost, promised
-FLOAT64_SUM = 1e-12
 
 
 def make_weight(*shape, seed=0, dtype=torch.float32):
@@ -81,7 +81,7 @@ def test_any_shape_dtype_and_layout_gives_the_same_rows(dtype, shape):
         assert fitted.shape == shape
         assert fitted.dequantize().dtype == torch.float32
         torch.testing.assert_close(
-            fitted.dequantize().reshape(8, 30), rows[number_format].dequantize(), rtol=0, atol=1e-7
+            fitted.dequantize().reshape(8, 30), rows[number_format].dequantize(), rtol=FLOAT32_SUM, atol=0
         )
 
 
@@ -93,9 +93,7 @@ def test_formats_fitted_together_equal_formats_fitted_alone(seed, n_rows, n_inpu
     assert tuple(together) == QUANTIZED
     for number_format in QUANTIZED:
         alone = fit(weight, number_format)
-        assert relative_error(weight, alone) == pytest.approx(
-            relative_error(weight, together[number_format]), rel=1e-6, abs=1e-12
-        )
+        assert relative_error(weight, alone) == pytest.approx(relative_error(weight, together[number_format]))
 
 
 @pytest.mark.parametrize("number_format", QUANTIZED, ids=str)
@@ -238,7 +236,7 @@ def test_a_per_tensor_codebook_of_many_float32_values_is_estimated_from_a_sample
     truth = fit_parameters(weight, [Format.parse("kma4")])[Format.parse("kma4")]
     found = error_estimates(weight, [Format.parse("kma4")], n_channels=500, generator=torch.Generator().manual_seed(0))
     estimate = found[Format.parse("kma4")]
-    assert estimate.mean == pytest.approx(truth.relative_error, abs=4 * estimate.standard_error)
+    assert estimate.mean == pytest.approx(truth.relative_error, abs=STANDARD_ERRORS * estimate.standard_error)
 
 
 def test_estimates_of_a_weight_of_zeros_are_zero():

@@ -13,6 +13,7 @@ from sedimo.quant.formats import Format
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.treatments import learned_rounding as module
 from sedimo.treatments.learned_rounding import GAMMA, ZETA, SoftWeight, beta_at, learn_rounding
+from tolerances import FLOAT32_FORMULA, FLOAT64_FORMULA
 
 NEAR_OPTIMUM = 1.02  # learned rounding leaves at most this many times the least possible error, on average over cases
 STARTS_EXACT = 1e-5  # in scales: float32 rounding of V and back
@@ -62,7 +63,7 @@ def test_learned_rounding_is_near_the_best_of_all_roundings(text):
         weight, packed, inputs = layer_problem(seed, text)
         best, nearest = least_error(weight, packed, inputs), error_of(packed.dequantize(), weight, inputs)
         found = error_of(learned(weight, packed, inputs).dequantize(), weight, inputs)
-        assert best * (1 - 1e-9) <= found <= nearest * (1 + 1e-9)
+        assert best * (1 - FLOAT64_FORMULA) <= found <= nearest * (1 + FLOAT64_FORMULA)
         ratios.append(found / best)
     assert sum(ratios) / len(ratios) <= NEAR_OPTIMUM
 
@@ -113,7 +114,7 @@ def test_the_penalty_is_that_of_the_paper():
     h = (torch.sigmoid(soft.logits[0].detach().double()) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
     for beta in (20.0, 3.5, 2.0):
         expected = float((1 - (2 * h - 1).abs() ** beta).sum())
-        assert float(soft.penalty(beta).detach()) == pytest.approx(expected, rel=1e-5)
+        assert float(soft.penalty(beta).detach()) == pytest.approx(expected, rel=FLOAT32_FORMULA)
     with torch.no_grad():
         soft.logits[0].copy_(torch.where(soft.logits[0] > 0, 10.0, -10.0))
     assert float(soft.penalty(2.0).detach()) == 0.0

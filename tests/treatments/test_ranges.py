@@ -15,6 +15,7 @@ from sedimo.pipelines.trajectory import record
 from sedimo.quant.activations import InputRange
 from sedimo.treatments import smoothing
 from sedimo.treatments.smoothing import RangesPart, probe_ranges
+from tolerances import FLOAT32_FORMULA, FLOAT32_SUM
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 
 SAMPLING = Sampling(seeds=(1, 2, 3), n_steps=2, batch_size=2)
@@ -53,8 +54,8 @@ def test_ranges_are_those_of_all_inputs_at_each_step_and_over_all(guided, max_ro
     for ranges, seen in zip([*(part.ranges for part in steps), over_time], inputs, strict=True):
         assert set(ranges) == set(LAYERS) - {"unused"}
         for layer, found in ranges.items():
-            torch.testing.assert_close(torch.tensor(found.low), seen[layer].amin(1), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(torch.tensor(found.high), seen[layer].amax(1), rtol=1e-5, atol=1e-6)
+            for ours, theirs in ((found.low, seen[layer].amin(1)), (found.high, seen[layer].amax(1))):
+                torch.testing.assert_close(torch.tensor(ours), theirs, rtol=FLOAT32_FORMULA, atol=FLOAT32_SUM)
 
 
 def test_a_study_keeps_the_parts(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sedimo.errors import InputError
 from sedimo.treatments.smoothing_plan import MAX_EXPONENT, factor_exponents, smoothing_factors
+from tolerances import FLOAT64_FORMULA, FLOAT64_SUM
 
 MAGNITUDES = st.one_of(st.just(0.0), st.floats(1e-7, 6e4))
 PAIRS = st.lists(st.tuples(MAGNITUDES, MAGNITUDES), min_size=1, max_size=12)
@@ -26,7 +27,7 @@ def maxima(pairs):
 def test_the_formula(pairs, alpha):
     found = smoothing_factors(*maxima(pairs), alpha)
     wanted = [x**alpha / w ** (1 - alpha) if x > 0 and w > 0 else 1.0 for x, w in pairs]
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=FLOAT64_SUM, atol=0)
 
 
 @given(PAIRS, ALPHAS)
@@ -43,7 +44,7 @@ def test_exponents_are_the_nearest_within_their_limits(pairs, alpha):
             continue
         wanted, size = math.log2(factors[i]) - middle, math.log2(pairs[i][1])
         is_limited = abs(exponent) == MAX_EXPONENT or exponent + size > 14 or exponent + size < -13
-        assert is_limited or abs(exponent - wanted) <= 0.5 + 1e-9
+        assert is_limited or abs(exponent - wanted) <= 0.5 + FLOAT64_FORMULA
         assert exponent == 0 or exponent * wanted > 0  # never in the wrong direction
 
 

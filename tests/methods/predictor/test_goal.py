@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from sedimo.errors import InputError
 from sedimo.methods.predictor.goal import MAX_DEPTH, MAX_LENGTH, Goal
+from tolerances import FLOAT64_FORMULA
 
 MEASURES = {"fid": 20.0, "sqnr_db": 12.5, "avg_bits": 4.0, "_x1": -0.75}
-ROUNDING = 1e-9  # relative, of a few dozen float64 operations in another order
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
@@ -221,7 +221,7 @@ def test_split_parts_add_up_to_the_whole(expression, bits, sign, is_first):
     rest, coefficient = whole.split_bits()
     assert rest.names.isdisjoint({"avg_bits", "paper_bits"})
     total = rest.value(MEASURES) + coefficient * MEASURES["avg_bits"]
-    assert total == pytest.approx(whole.value(MEASURES), rel=ROUNDING, abs=ROUNDING)
+    assert total == pytest.approx(whole.value(MEASURES), rel=FLOAT64_FORMULA, abs=FLOAT64_FORMULA)
 
 
 @pytest.mark.parametrize(
