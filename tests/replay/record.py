@@ -1,4 +1,4 @@
-"""Records the goldens again: `python tests/replay/record.py [case ...]`; all of them without a name.
+"""Records the goldens again: `PYTHONPATH=tests python tests/replay/record.py [case ...]`; all without a name.
 
 Only when behaviour changes on purpose: read `git diff tests/replay/goldens` and say in the commit why it is right.
 """
