@@ -94,7 +94,7 @@ def test_gradient_of_soft_ranks_is_exact(strength):
 def test_gradient_is_identity_less_the_mean_of_the_pool():
     scores = torch.tensor([9.0, 0.2, 0.0, 0.4], dtype=torch.float64, requires_grad=True)
     jacobian = torch.autograd.functional.jacobian(lambda s: soft_rank(s, 0.5), scores)
-    pool = (torch.eye(3) - 1 / 3) / 0.5
+    pool = (torch.eye(3, dtype=torch.float64) - 1 / 3) / 0.5
     expected = torch.zeros(4, 4).double()
     expected[1:, 1:] = pool
     assert jacobian.numpy() == pytest.approx(expected.numpy(), abs=FLOAT64_FORMULA)
