@@ -1,4 +1,7 @@
-"""Runs that can be differentiated: bit for bit those of the pipeline, and their gradients those of plain autograd."""
+"""Runs that can be differentiated: the samples of the pipeline, and gradients those of plain autograd.
+
+Where gradients are wanted, torch takes other kernels for some products on some processors, so bits may differ.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.differentiable import make_again, pull_through
-from tolerances import FLOAT32_FORMULA, FLOAT64_SUM
+from tolerances import FLOAT32_FORMULA, FLOAT32_SUM, FLOAT64_SUM
 from toy_sampler import Control, PixelToyPipeline, SmallDenoiser, ToyPipeline, ToySampler, ToyScheduler
 from whole_gradients import walked_gradient, whole_gradient
 
@@ -64,7 +67,7 @@ def test_a_run_is_that_of_the_pipeline_and_so_are_its_gradients(name, request):
     plan = adapter.default_sampling((11, 5), N_STEPS)
     latents = adapter.sample(plan)
     run = adapter.differentiable(plan)
-    assert torch.equal(run.latents.detach(), latents)
+    torch.testing.assert_close(run.latents.detach(), latents, rtol=0, atol=FLOAT32_FORMULA)
     assert len(run.cuts) == N_STEPS
     assert [cut.call.step for cut in run.cuts] == list(range(N_STEPS))
     directions = [direction_for(latents, seed) for seed in (0, 1)]
@@ -80,7 +83,7 @@ def test_all_that_a_sampler_does_is_differentiated(name, dit):
     plan = replace(dit.default_sampling((11, 5), 4), guidance=1.5)
     latents = dit.sample(plan)
     run = dit.differentiable(plan)
-    assert torch.equal(run.latents.detach(), latents)
+    torch.testing.assert_close(run.latents.detach(), latents, rtol=0, atol=FLOAT32_FORMULA)
     assert len(run.cuts) == len(dit.pipeline.scheduler.timesteps)
     direction = direction_for(latents)
     (got,) = walked_gradient(dit.denoiser, run, [direction])
@@ -221,7 +224,7 @@ def test_gradients_are_exact_also_with_a_second_network_between_the_calls(pipeli
     adapter = toy(pipeline, guided=how == "guided", control=Control() if how == "controlled" else None)
     latents, run = adapter.sample(TOY_PLAN), adapter.differentiable(TOY_PLAN)
     assert run.latents.dtype == torch.float64
-    assert torch.equal(run.latents.detach().float(), latents)
+    torch.testing.assert_close(run.latents.detach().float(), latents, rtol=0, atol=FLOAT32_SUM)
     networks = [cut.network for cut in run.cuts]
     assert networks.count(adapter.denoiser) == N_STEPS
     assert len(networks) == N_STEPS + (N_STEPS - 1 if how == "controlled" else 0)  # first it sees noise, a constant
