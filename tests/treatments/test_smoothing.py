@@ -162,7 +162,7 @@ def test_a_share_needs_an_alpha():
     assert SmoothingKnobs(0.5, 0.2).settings == SmoothingSettings(0.5, 0.2)
     with pytest.raises(InputError, match=r"give --smooth 0\.7, too"):
         SmoothingKnobs(share=0.2)
-    with pytest.raises(InputError, match="alpha must be at least 0"):
+    with pytest.raises(InputError, match="smooth must be at least 0 and at most 1"):
         SmoothingKnobs(2.0)
 
 
