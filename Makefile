@@ -37,7 +37,8 @@ test: lint docs  ## Lint, documents, then all tests that need seconds, in random
 	$(PYTEST) -m "not slow and not gpu and not network"
 
 test-full: lint docs  ## All tests that this machine can run
-	SEDIMO_TEST_ALL_EXAMPLES=1 $(PYTEST) -m "not network"
+	SEDIMO_TEST_ALL_EXAMPLES=1 $(PYTEST) -m "not slow and not network"
+	SEDIMO_TEST_ALL_EXAMPLES=1 SEDIMO_TEST_KERNELS=native $(PYTEST) -m "slow and not network"
 
 docs: $(STAMP)  ## The documents as a site in build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
