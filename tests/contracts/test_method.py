@@ -38,7 +38,7 @@ def lab(tiny_pipeline_folder, tmp_path_factory):
 
 def task_for(method):
     """A task under a budget, with few trials, and with a format where the method cannot do without."""
-    number_format = Format.parse("uaq4") if method.traits.needs_format else None
+    number_format = Format.parse("uaq4") if method.needs_format else None
     knobs = method.knobs(**FEW_TRIALS) if learns_from_trials(method) else method.knobs()
     return Task(knobs, BudgetSettings(bits=BITS), number_format=number_format)
 
@@ -56,7 +56,7 @@ class MethodContract:
         assert all((words.summary, words.sees, words.misses))
         assert "\n" not in words.summary
         assert not any(text.endswith(".") for text in (words.summary, words.cost, words.sees, words.misses))
-        assert words.cost or method.traits.is_described or method.traits.contains
+        assert words.cost or method.is_described or method.contains
 
     def test_what_people_may_set_has_a_default_a_flag_and_help(self, method):
         assert all(
@@ -65,14 +65,14 @@ class MethodContract:
         assert len(fields(method.knobs)) >= len([*leaves(method.knobs)])
 
     def test_it_is_found_by_its_name(self, method):
-        text = f"{method.name}:uaq4" if method.traits.needs_format else method.name
+        text = f"{method.name}:uaq4" if method.needs_format else method.name
         assert method_named(text)[0] is method
-        assert set(method.traits.contains) <= {m.name for m in methods.METHODS}
+        assert set(method.contains) <= {m.name for m in methods.METHODS}
 
     def test_its_price_is_that_of_running_the_pipeline(self, method, lab):
         price = method.price(lab, task_for(method))
         assert min(price.seconds, price.n_calls, price.memory_bytes, price.disk_bytes) >= 0
-        if method.traits.runs_pipeline:
+        if method.runs_pipeline:
             assert min(price.seconds, price.n_calls) > 0
 
     def test_it_has_a_finite_cost_for_every_candidate_of_its_bank(self, method, lab):
@@ -84,7 +84,7 @@ class MethodContract:
 
     def test_its_recipe_keeps_the_budget(self, method, lab):
         found = method.find(lab, task_for(method))
-        if method.traits.is_peer:
+        if method.is_peer:
             assert found.need(PeerRecipe).paper_bits <= BITS
             return
         assert found.allocation.paper_bits <= BITS
@@ -92,7 +92,7 @@ class MethodContract:
         assert any(f.is_quantized for f in found.allocation.choice.values())
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.traits.is_peer and not learns_from_trials(m)], **names)
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.is_peer and not learns_from_trials(m)], **names)
 class TestMethods(MethodContract):
     """Those of Sedimo that look at single decisions."""
 
@@ -105,7 +105,7 @@ class TestSearches(MethodContract):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_installed(), reason="the extra `peers` is not installed")
-@pytest.mark.parametrize("method", [m for m in METHODS if m.traits.is_peer], **names)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.is_peer], **names)
 class TestPeers(MethodContract):
     """Those of other tools."""
 

@@ -94,7 +94,8 @@ TOY_METHOD = method.Method(
     words=method.Words(
         "the bits that layers lack, all alike", cost="how many bits it lacks", sees="bits", misses="all else"
     ),
-    traits=method.Traits(runs_pipeline=False, is_blind=True, is_noise=False, n_random=0),
+    runs_pipeline=False,
+    is_blind=True,
     price=lambda _lab, _task: method.Price(seconds=0.1),
     measure=_by_missing_bits,
 )

@@ -31,7 +31,7 @@ from sedimo.reporting.html import render
 from sedimo.space import Recipe, search_space
 from tolerances import FLOAT64_SUM
 
-PEERS = tuple(m.name for m in METHODS if m.traits.is_peer)
+PEERS = tuple(m.name for m in METHODS if m.is_peer)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ _ROW, _MOST_COLUMNS = 26, 4  # of the chart: a row's height [px], panels beside 
 
 def compared_methods() -> tuple[Method[Any], ...]:
     """The methods that can be compared, in the order in which they are listed."""
-    return tuple(method for method in methods.METHODS if method.traits.is_compared)
+    return tuple(method for method in methods.METHODS if not method.needs_format)
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
@@ -141,7 +141,7 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
             used[method.name].append(ledger.without(shared))
         rows = [row for bits in budgets for row in _rows(lab, bits, findings)]
     middle = sorted(settings.bits)[len(settings.bits) // 2]
-    tables = {m.name: findings[m.name, middle].table for m in compared if not m.traits.is_described}
+    tables = {m.name: findings[m.name, middle].table for m in compared if not m.is_described}
     plan = lab.seeds.check
     found = Comparison(
         source=lab.subject.name,
@@ -179,8 +179,8 @@ def _accounted(lab: Lab, study: Study, method: Method[Any], task: Task[Any]) -> 
 def _found(lab: Lab, method: Method[Any], task: Task[Any]) -> Finding:
     """What a method finds, among formats of the family that it was published for, if it knows no other."""
     measured = method.measure(lab, task)
-    if method.traits.family:
-        measured = replace(measured, table=of_family(measured.table, family_named(method.traits.family)))
+    if method.family:
+        measured = replace(measured, table=of_family(measured.table, family_named(method.family)))
     return method.decide(lab, task, measured)
 
 
@@ -227,7 +227,7 @@ def agreement(tables: Mapping[str, SensitivityTable], bits: float) -> dict[str, 
     """How each method agrees with the ablation about operations; methods that contain the ablation are left out."""
     if ABLATION.name not in tables:
         return {}
-    independent = {m: t for m, t in tables.items() if ABLATION.name not in (m, *method_named(m)[0].traits.contains)}
+    independent = {m: t for m, t in tables.items() if ABLATION.name not in (m, *method_named(m)[0].contains)}
     return agreement_about_operations(tables[ABLATION.name], independent, bits)
 
 

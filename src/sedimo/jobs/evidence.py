@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
@@ -23,7 +24,7 @@ from sedimo.lab.study import Trial, versions
 from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, probe_trajectory
 from sedimo.methods.error import ERROR, decided_by
 from sedimo.methods.hybrid import BlockCurves, blocks_of
-from sedimo.methods.method import Finding, Traits
+from sedimo.methods.method import Finding, Method
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
 from sedimo.methods.portfolio import Portfolio
 from sedimo.methods.predictor.quality import ALL, MINE, Rating, bits_of, grouped, rate, rate_hops, telling_changes
@@ -74,7 +75,13 @@ CURVE_STEPS = (-0.4, -0.2, 0.2, 0.4, 0.7)  # bits beside the budget at which the
 
 
 def find_evidence(
-    lab: Lab, finding: Finding, traits: Traits, check: Check | None, finished: Finished | None, *, is_explained: bool
+    lab: Lab,
+    finding: Finding,
+    method: Method[Any],
+    check: Check | None,
+    finished: Finished | None,
+    *,
+    is_explained: bool,
 ) -> Evidence:
     """What else is measured about the result, and what was found on the way; less where it is not sampled.
 
@@ -85,11 +92,11 @@ def find_evidence(
     """
     explanation = explanation_of(lab, finding) if is_explained else None
     agreement, measured = None, None if check is None else check.recipes[0].measures["sqnr_db"]
-    if check is not None and traits.n_random:
+    if check is not None and method.n_random:
         space, about_bits = finding.bank.space, finding.decided.paper_bits
-        trials = measure_random_recipes(lab, space, about_bits, n=traits.n_random)
+        trials = measure_random_recipes(lab, space, about_bits, n=method.n_random)
         agreement = check_additivity(finding.table, trials, finding.of(Effects))
-    prediction = None if finished is not None else judge_prediction(lab, finding, measured, predicts=traits.is_noise)
+    prediction = None if finished is not None else judge_prediction(lab, finding, measured, predicts=method.is_noise)
     name, portfolio = decided_by(finding.table.method, finding.decided.rule), finding.of(Portfolio)
     return Evidence(
         recipes=() if check is None else (replace(check.recipes[0], name=name), *check.recipes[1:]),

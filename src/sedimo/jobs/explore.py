@@ -119,7 +119,7 @@ class ExploreSettings(Checked):
     def check_together(self) -> None:
         """Checks what can be seen before the source is opened."""
         self.formats.refuse_nothing()
-        if prior_named(self.prior).traits.is_blind:
+        if prior_named(self.prior).is_blind:
             refuse_blind(f"{self.prior} (the prior)", self.formats.choices)
         if self.workers is not None and self.executor != "process":
             raise InputError("a number of workers is for --executor process")

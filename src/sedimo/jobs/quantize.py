@@ -118,7 +118,7 @@ class QuantizeSettings(Checked):
             method.check(self.task, self.formats.choices)
 
     def _check_chosen(self, method: Method[Any]) -> None:
-        known = () if self.recipe is not None else (method.name, *method.traits.contains)
+        known = () if self.recipe is not None else (method.name, *method.contains)
         used = (one.knobs for one in methods.METHODS if one.name in known)
         read = {flag for knobs in used for leaf in leaves(knobs) for flag in leaf.option.flags}
         for name in (one.name for one in methods.METHODS if one.name in self.chosen and one.name not in known):
@@ -271,8 +271,7 @@ def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
         ways = ((one.finish, knobs) for one, knobs in treatments_of(chosen) if one.finish is not None)
         finished = next((way(lab, knobs, finding.bank, finding.decided) for way, knobs in ways), None)
         check = None if plan.unchecked else check_recipe(lab, finding, finished)
-        traits = _method(settings, plan).traits
-        evidence = find_evidence(lab, finding, traits, check, finished, is_explained=settings.check)
+        evidence = find_evidence(lab, finding, _method(settings, plan), check, finished, is_explained=settings.check)
         weights = finding.bank.quantize(finding.decided.recipe) if finished is None else finished.weights
         _keep_budget(finding, weights)
 
@@ -368,12 +367,12 @@ def _plan(lab: Lab, settings: QuantizeSettings) -> Plan:
     brought = tuple(
         one.name
         for one in treatments.TREATMENTS
-        if one.name in method.traits.treatments and one.name not in settings.chosen and settings.recipe is None
+        if one.name in method.treatments and one.name not in settings.chosen and settings.recipe is None
         if price.n_calls and not any(one.name in other.excludes for other, _ in treatments_of(settings.chosen))
     )
     wanted = treatments_of(_with_brought(settings, brought))
     return Plan(
-        method=found.method.traits.told_as or found.method.name,
+        method=found.method.told_as or found.method.name,
         knobs=to_json(found.task.knobs),
         n_samples=found.task.n_samples,
         reason=found.reason,
@@ -396,7 +395,7 @@ def _resolved(lab: Lab, settings: QuantizeSettings, method: Method[Any]) -> Reso
         return Resolved(method, task, "the recipe is given; costs are for the report only", Price())
     if method.resolve is not None:
         return method.resolve(lab, task)
-    if method.traits.runs_pipeline:
+    if method.runs_pipeline:
         lab.refuse_unsampled(f"method {settings.method!r} runs the pipeline", f"Use --method {ERROR.name}")
     return Resolved(method, task, "as ordered", method.price(lab, task))
 
@@ -408,13 +407,13 @@ def _with_check(lab: Lab, settings: QuantizeSettings, found: Resolved) -> tuple[
     """
     if not settings.check:
         return "not asked for", found.price
-    is_run = found.method.traits.runs_pipeline and not settings.is_given
+    is_run = found.method.runs_pipeline and not settings.is_given
     sampling = settings.sampling
     n_rows = N_CHECKED * sampling.n_check_seeds * sampling.n_steps
     why_not = None if is_run else lab.why_not_sampled() or why_too_slow(lab, n_rows, "sampling the result")
     if why_not is not None:
         return why_not, found.price
-    check = price_of_check(lab, n_random=found.method.traits.n_random if is_run else 0)
+    check = price_of_check(lab, n_random=found.method.n_random if is_run else 0)
     if check.seconds > max(PATIENCE_SECONDS, found.price.seconds):
         return too_slow("sampling the result", check.seconds), found.price
     return "", found.price + check

@@ -33,7 +33,7 @@ from sedimo.lab.study import Study
 from sedimo.methods.hybrid import blocks_by_gain, changeable_blocks, hybrid_recipe, refuse_keeping_all
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Method, Task
-from sedimo.methods.sqnr import SQNR
+from sedimo.methods.sqnr import LEAST_SAMPLES, SQNR
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality
 from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, NoisePowers, mean_sqnr, paired_difference
@@ -285,7 +285,7 @@ def _valued(lab: Lab, settings: SweepSettings, cases: Mapping[str, _Case], toler
     )
     highest = highest_value(values)
     # as many fresh seeds again, past those of all other plans: nothing was chosen on them
-    n_ranges = max(SQNR.traits.least_samples, settings.activations.n_samples)
+    n_ranges = max(LEAST_SAMPLES, settings.activations.n_samples)
     first = 1 + max(*lab.seeds.check.seeds, *lab.seeds.more(n_ranges).seeds)
     further = lab.seeds.plan(range(first, first + lab.seeds.settings.n_check_seeds))
     # the baseline first: the reference is then that of the untouched denoiser, not of an equal one up to rounding

@@ -48,9 +48,9 @@ def method_named(text: str) -> tuple[Method[Any], Format | None]:
     """
     name, _, written = text.partition(":")
     found = next((m for m in METHODS if m.name == name), None)
-    allows = found is not None and (found.traits.takes_format if written else not found.traits.needs_format)
+    allows = found is not None and (found.takes_format if written else not found.needs_format)
     if found is None or not allows or (":" in text and not written):
-        known = sorted(METHODS, key=lambda m: m.traits.takes_format)
-        names = [f"{m.name}:FORMAT" if m.traits.takes_format else m.name for m in known]
+        known = sorted(METHODS, key=lambda m: m.takes_format)
+        names = [f"{m.name}:FORMAT" if m.takes_format else m.name for m in known]
         raise InputError(f"the method must be one of {listed(names)}, got {text!r}")
     return found, Format.parse(written) if written else None

@@ -21,7 +21,7 @@ from sedimo.bank import Bank, Candidate
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab, seconds_of_estimates
 from sedimo.lab.trials import CallTiming
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_trials
+from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_trials
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import FP16, Format
@@ -182,6 +182,8 @@ ABLATION = Method(
         sees="all that a layer alone does to the final latents, of whatever order",
         misses="what errors of layers do together; formats between those probed are scaled by weight error",
     ),
+    is_noise=True,
+    n_random=N_RANDOM,
     price=price_of_ablation,
     price_of_prior=price_of_probes,
     measure=lambda lab, task: ablate(lab, task, lab.estimated),

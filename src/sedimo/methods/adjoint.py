@@ -33,7 +33,7 @@ from sedimo.errors import InputError, StateError
 from sedimo.lab.exchange import MEMORY_BYTES, passes
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.study import Setting
-from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, price_of_passes
+from sedimo.methods.method import Finding, Method, Price, Task, Words, plan_of, price_of_passes
 from sedimo.methods.portfolio import N_RUNS, decide_by_effects, hold_portfolio, refine
 from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, kept
 from sedimo.pipelines.adapter import Sampling
@@ -304,7 +304,8 @@ ADJOINT = Method(
         misses="what is not of first order: formats of two bits, samplers without a derivative",
     ),
     knobs=AdjointSettings,
-    traits=Traits(n_random=N_RANDOM),
+    is_noise=True,
+    n_random=N_RANDOM,
     price=_price,
     price_of_prior=functools.partial(price_of_passes, call_factor=CALL_FACTOR),
     measure=_measure,

@@ -6,7 +6,7 @@ from sedimo.allocation.combine import geometric_mean, rank_average
 from sedimo.lab.lab import Lab
 from sedimo.methods.ablation import ABLATION, ablate, price_of_ablation
 from sedimo.methods.jacobian import JACOBIAN
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words
+from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words
 from sedimo.methods.sqnr import SQNR
 
 AVERAGED = (JACOBIAN, ABLATION, SQNR)
@@ -32,7 +32,9 @@ COMBINED = Method(
         sees="what either of them sees",
         misses="what errors of layers do together",
     ),
-    traits=Traits(contains=(ABLATION.name, JACOBIAN.name)),
+    is_noise=True,
+    n_random=N_RANDOM,
+    contains=(ABLATION.name, JACOBIAN.name),
     price=lambda lab, task: JACOBIAN.price(lab, task) + price_of_ablation(lab, task, is_fitted=True),
     measure=_combined,
 )
@@ -44,7 +46,7 @@ RANK_AVERAGE = Method(
         sees="an order that several methods agree on",
         misses="how large any difference is",
     ),
-    traits=Traits(is_noise=False, n_random=0, contains=tuple(method.name for method in AVERAGED)),
+    contains=tuple(method.name for method in AVERAGED),
     price=lambda lab, task: sum((method.price(lab, task) for method in AVERAGED), Price()),
     measure=_averaged,
 )

@@ -9,7 +9,7 @@ from sedimo.allocation.solve import ARGMIN
 from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
 from sedimo.bank import Bank, Candidate
 from sedimo.lab.lab import Lab, seconds_of_estimates
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words
+from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words
 from sedimo.space import SearchSpace
 
 NAME = "error"
@@ -62,7 +62,8 @@ ERROR = Method(
         sees="weights, in seconds, without a pipeline",
         misses="inputs: what an error does to any output",
     ),
-    traits=Traits(runs_pipeline=False, is_blind=True, is_noise=False, n_random=0),
+    runs_pipeline=False,
+    is_blind=True,
     price=_price,
     measure=_measure,
 )

@@ -19,7 +19,7 @@ from sedimo.errors import InputError
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.study import ObjectiveName
 from sedimo.methods.error import describe
-from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words
+from sedimo.methods.method import Finding, Method, Price, Task, Words
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.signal import mean_sqnr, paired_difference
 from sedimo.pipelines.adapter import Sampling
@@ -307,9 +307,9 @@ HYBRID = Method(
         given="The recipe has {} for all but the blocks that gain most by staying at 16 bits (below).",
     ),
     knobs=KeepSettings,
-    traits=Traits(
-        is_noise=False, n_random=0, is_described=True, is_compared=False, takes_format=True, needs_format=True
-    ),
+    is_described=True,
+    takes_format=True,
+    needs_format=True,
     price=_price,
     measure=_measure,
     decide=_decide,

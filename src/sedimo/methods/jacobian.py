@@ -26,7 +26,7 @@ from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.lab.exchange import MEMORY_BYTES
 from sedimo.lab.lab import Lab, seconds_of_fits
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_passes
+from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_passes
 from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, each_part, kept
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import Trajectory, batches_of, output_tensor, rows_for, rows_of
@@ -274,6 +274,8 @@ JACOBIAN = Method(
         sees="all decisions and formats from one trajectory",
         misses="what errors of one step do at later ones, and what errors of layers do together",
     ),
+    is_noise=True,
+    n_random=N_RANDOM,
     price=lambda lab, _: _price_of_pass(lab.space, lab.time_calls(lab.seeds.search)) + Price(seconds_of_fits(lab)),
     price_of_prior=_price_of_pass,
     measure=_measure,

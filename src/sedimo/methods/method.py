@@ -24,7 +24,7 @@ from sedimo.space import Recipe, SearchSpace
 
 Knobs = TypeVar("Knobs")
 Evidence = TypeVar("Evidence")
-N_RANDOM = 30
+N_RANDOM = 30  # recipes that show whether costs add up
 _TRIAL_BYTES = 2_000  # of a row, besides the recipe and the powers
 _ENTRY_BYTES = 60  # of a layer's entry in a recipe
 
@@ -43,39 +43,6 @@ class Words:
     sees: str = ""
     misses: str = ""
     given: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """What others must know to use a method.
-
-    What it needs: `least_samples` are those that it takes at least (0: as many as are searched on); whether it
-    `runs_pipeline`. One that `is_blind` sees weights alone and cannot choose among widths of activations.
-
-    What it gives: whether its costs predict the noise of final latents (`is_noise`); `n_random` random recipes show
-    whether they add up (0: they are not meant to). Its table only describes what was decided otherwise, by weight
-    error, where `is_described`.
-
-    Where it is offered: `is_compared` tells whether `compare` has it, with formats of one `family` alone if its source
-    knows no other. `is_peer`: it is another tool's, with formats of its own. `takes_format`: it may be written with a
-    format, `uniform:kmc4`; `needs_format`: it must. `contains` are methods whose tables it is made of, `treatments`
-    those that come with it unless people say no. Plans tell it by the name `told_as`, if there is one.
-    """
-
-    least_samples: int = 0
-    runs_pipeline: bool = True
-    is_blind: bool = False
-    is_noise: bool = True
-    n_random: int = N_RANDOM
-    is_described: bool = False
-    is_compared: bool = True
-    family: str = ""
-    is_peer: bool = False
-    takes_format: bool = False
-    needs_format: bool = False
-    contains: tuple[str, ...] = ()
-    treatments: tuple[str, ...] = ()
-    told_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,45 +157,65 @@ def refuse_blind(name: str, formats: Iterable[Format]) -> None:
         )
 
 
-def by_costs(_lab: Lab, task: Task[Knobs], finding: Finding) -> Finding:
-    """The recipe of least total cost within the budget, with proof."""
-    return replace(finding, allocation=allocated(finding.table, task.budget))
-
-
 @dataclass(frozen=True)
 class Method(Generic[Knobs]):
-    """One way to find out which weights may lose bits.
+    """One way to find out which weights may lose bits, and what others must know to use it.
 
-    `measure` gives the table of costs and the bank that it is about, `decide` the recipe under the task's budget;
-    `price` tells beforehand what both take (nothing worth telling by default), `price_of_prior` what measuring on a
-    plan takes where formats are fitted already. `knobs` is the record of what people may set for this method. `refuse`
-    looks at a task beside the formats before anything is loaded; `prepare` refuses what shows only beside the bank and
-    the study. A method that stands for others says by `resolve` for which. `compared` is how it is set where methods
-    are compared.
+    What it does: `measure` gives the table of costs and the bank that it is about, `decide` the recipe under the task's
+    budget (by default that of least total cost, with proof). `knobs` is the record of what people may set for it,
+    `compared` how it is set where methods are compared. `price` tells beforehand what both take (nothing worth telling
+    by default), `price_of_prior` what measuring on a plan takes where formats are fitted already. `refuse` looks at a
+    task beside the formats before anything is loaded; `prepare` refuses what shows only beside the bank and the study.
+    A method that stands for others says by `resolve` for which.
+
+    What it needs: whether it `runs_pipeline`. One that `is_blind` sees weights alone and cannot choose among widths of
+    activations.
+
+    What it gives: whether its costs predict the noise of final latents (`is_noise`), and how many random recipes show
+    whether they add up (`n_random`, 0: they are not meant to). Its table only describes what was decided otherwise, by
+    weight error, where `is_described`.
+
+    Where it is offered: `compare` gives it formats of one `family` alone if its source knows no other. `is_peer`: it is
+    another tool's, with formats of its own. `takes_format`: it may be written with a format, `uniform:kmc4`;
+    `needs_format`: it must, and is not compared. `contains` are methods whose tables it is made of, `treatments` those
+    that come with it unless people say no. Plans tell it by the name `told_as`, if there is one.
     """
 
     name: str
     words: Words
     measure: Callable[[Lab, Task[Knobs]], Finding]
+    decide: Callable[[Lab, Task[Knobs], Finding], Finding] = lambda _lab, task, finding: replace(
+        finding, allocation=allocated(finding.table, task.budget)
+    )
     knobs: type[Knobs] = NoKnobs  # type: ignore[assignment]  # the one default of a generic field
-    traits: Traits = Traits()
+    compared: Knobs | None = None
     price: Callable[[Lab, Task[Knobs]], Price] = lambda _lab, _task: Price()
     price_of_prior: Callable[[SearchSpace, CallTiming], Price] = lambda _space, _timing: Price()
-    decide: Callable[[Lab, Task[Knobs], Finding], Finding] = by_costs
     refuse: Callable[[Task[Knobs], Sequence[Format]], None] = lambda _task, _formats: None
-    resolve: Callable[[Lab, Task[Knobs]], Resolved] | None = None
     prepare: Callable[[Lab, Task[Knobs]], None] = lambda _lab, _task: None
-    compared: Knobs | None = None
+    resolve: Callable[[Lab, Task[Knobs]], Resolved] | None = None
+    runs_pipeline: bool = True
+    is_blind: bool = False
+    is_noise: bool = False
+    n_random: int = 0
+    is_described: bool = False
+    family: str = ""
+    is_peer: bool = False
+    takes_format: bool = False
+    needs_format: bool = False
+    contains: tuple[str, ...] = ()
+    treatments: tuple[str, ...] = ()
+    told_as: str = ""
 
     def __str__(self) -> str:
         """As people write it."""
-        if not self.traits.takes_format:
+        if not self.takes_format:
             return self.name
-        return f"{self.name}:FORMAT" if self.traits.needs_format else f"{self.name}[:FORMAT]"
+        return f"{self.name}:FORMAT" if self.needs_format else f"{self.name}[:FORMAT]"
 
     def check(self, task: Task[Knobs], formats: Sequence[Format]) -> None:
         """Refuses a task that this method cannot do with these formats, before anything is loaded, by an InputError."""
-        if self.traits.is_blind:
+        if self.is_blind:
             refuse_blind(self.name, formats)
         self.refuse(task, formats)
 

@@ -35,7 +35,7 @@ from sedimo.lab.exchange import probed
 from sedimo.lab.lab import Lab
 from sedimo.lab.objective import measure, measure_reference
 from sedimo.methods.error import describe
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words
+from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import output_tensor, record, rows_of
@@ -162,12 +162,12 @@ def wanted_methods(
     methods: Sequence[Method[Any]], *, everything: Sequence[Method[Any]]
 ) -> tuple[tuple[Method[Any], ...], tuple[str, ...]]:
     """The methods that can be compared, with a note on peers that are missing when everything was asked for."""
-    peers = [m.name for m in methods if m.traits.is_peer]
+    peers = [m.name for m in methods if m.is_peer]
     is_everything = {m.name for m in methods} == {m.name for m in everything}
     if peers and is_everything and not is_installed():
         remedy = f"pip install 'sedimo[{EXTRA}]'"
         note = f"{', '.join(peers)} left out: {PACKAGE} is not installed; {remedy}"
-        return tuple(m for m in methods if not m.traits.is_peer), (note,)
+        return tuple(m for m in methods if not m.is_peer), (note,)
     if peers:
         _module("modelopt.torch.quantization")  # takes seconds that belong to no measurement
     return tuple(methods), ()
@@ -438,7 +438,8 @@ MODELOPT = Method(
         sees="first-order noise of the denoiser's output in its formats",
         misses="formats of codebooks; its costs are not shown",
     ),
-    traits=Traits(is_noise=False, n_random=0, is_described=True, is_peer=True),
+    is_described=True,
+    is_peer=True,
     price=_price,
     measure=_measure,
     decide=functools.partial(_decide, scale=LOSS_SCALE),

@@ -49,7 +49,7 @@ from sedimo.errors import InputError
 from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab, seconds_of_estimates
 from sedimo.lab.study import Setting
-from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, plan_of, refuse_blind
+from sedimo.methods.method import Finding, Method, Price, Task, Words, plan_of, refuse_blind
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import calls_by_step, joined_calls, rows_for, rows_of
@@ -487,7 +487,6 @@ ORTHOGONALITY = Method(
         misses="noise: a layer that goes nowhere may well repeat others least",
     ),
     knobs=ImportanceOptions,
-    traits=Traits(least_samples=LEAST_SAMPLES, is_noise=False, n_random=0),
     price=_price,
     measure=_measure,
     refuse=lambda task, formats: None if task.knobs.objective == "bits" else refuse_blind(NAME, formats),
@@ -496,7 +495,8 @@ ORTHOGONALITY_LP = replace(
     ORTHOGONALITY,
     name="orthogonality-lp",
     words=replace(ORTHOGONALITY.words, summary="orthogonality by the published linear programme with rounding"),
-    traits=replace(ORTHOGONALITY.traits, family=UAQ.name, told_as=NAME),
+    family=UAQ.name,
+    told_as=NAME,
     decide=lambda _lab, task, finding: replace(
         finding,
         allocation=allocated(finding.table, task.budget, rule="lp"),  # its one split decision rounded down
@@ -506,6 +506,7 @@ ORTHOGONALITY_NOISE = replace(
     ORTHOGONALITY,
     name="orthogonality-noise",
     words=replace(ORTHOGONALITY.words, summary="the importance of orthogonality, times weight error"),
-    traits=replace(ORTHOGONALITY.traits, is_blind=True, told_as=NAME),
+    is_blind=True,
+    told_as=NAME,
     measure=lambda lab, task: _measure(lab, replace(task, knobs=replace(task.knobs, objective="noise"))),
 )

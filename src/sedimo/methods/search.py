@@ -27,7 +27,7 @@ from sedimo.lab.exploration import Exploration, possible_bits
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.seeds import FINAL_FACTOR
 from sedimo.lab.study import Trial
-from sedimo.methods.method import Finding, Method, Price, Task, Traits, Words, listed
+from sedimo.methods.method import Finding, Method, Price, Task, Words, listed
 from sedimo.methods.predictor.features import Values
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
@@ -354,7 +354,6 @@ SEARCH = Method(
     ),
     measure=_measure,
     knobs=SearchSettings,
-    traits=Traits(is_noise=False, n_random=0),
     price=_price,
     decide=_decide,
     refuse=_refuse,

@@ -28,7 +28,7 @@ from sedimo.errors import InputError
 from sedimo.lab.exchange import MEMORY_BYTES, Hook, count_passes, hooked, linear_part, rounding_change, stream_of
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.study import Setting
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words, plan_of
+from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words, plan_of
 from sedimo.methods.taps import ChangedDecisions, decisions_by_layer, each_part, measured
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import Sampling
@@ -229,7 +229,7 @@ SQNR = Method(
         sees="the exact noise of each format where it arises, at each timestep",
         misses="what becomes of the noise on its way to the output",
     ),
-    traits=Traits(least_samples=LEAST_SAMPLES, is_noise=False),
+    n_random=N_RANDOM,
     price=_price,
     measure=_measure,
 )

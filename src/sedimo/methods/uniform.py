@@ -9,7 +9,7 @@ from sedimo.allocation.budget import NO_BUDGET, allocated
 from sedimo.allocation.problem import Allocation
 from sedimo.lab.lab import Lab
 from sedimo.methods.error import ERROR, describe
-from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Traits, Words
+from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words
 from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace
 
@@ -67,9 +67,10 @@ UNIFORM = Method(
         misses="that layers differ",
         given="The recipe was ordered: {} for all layers that can take it.",
     ),
-    traits=Traits(
-        runs_pipeline=False, is_noise=False, n_random=0, is_described=True, takes_format=True, told_as=ERROR.name
-    ),
+    runs_pipeline=False,
+    is_described=True,
+    takes_format=True,
+    told_as=ERROR.name,
     price=_price,
     measure=_measure,
     decide=_decide,
