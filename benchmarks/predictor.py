@@ -123,11 +123,11 @@ def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], ob
             {
                 "predictor": r.predictor,
                 "subset": r.subset,
-                **{k: to_plain(getattr(r.quality, k)) for k in QUALITIES},
+                **{k: to_plain(getattr(r, k)) for k in QUALITIES},
             }
             for r in ratings
         ],
-        "ahead_of": {f"{r.predictor} | {r.subset}": to_plain(r.ahead) for r in ratings if r.ahead is not None},
+        "ahead_of": {f"{r.predictor} | {r.subset}": to_plain(r.advantage) for r in ratings if r.advantage is not None},
     }
     return found, predictor, data
 
@@ -163,7 +163,7 @@ def published(bench: Bench, seed: int) -> dict[str, object]:
     table, _ = calibrated_table(predictor, known.candidates, data, scores, confidence=1.0, goal=GOAL)
     recipe = allocated(table, BudgetSettings(bits=bits)).recipe
     ratings = rate(predictor, data, known, extra=extra)
-    rows = {r.subset: to_plain(r.quality.srcc) for r in ratings if r.ahead is None}
+    rows = {r.subset: to_plain(r.srcc) for r in ratings if r.is_used}
     return {
         "training_seconds": seconds,
         "epochs": [fold.n_epochs for fold in predictor.folds],

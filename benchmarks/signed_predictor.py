@@ -57,11 +57,11 @@ def main() -> None:
         {
             "predictor": r.predictor,
             "subset": r.subset,
-            **{k: to_plain(getattr(r.quality, k)) for k in QUALITIES},
+            **{k: to_plain(getattr(r, k)) for k in QUALITIES},
         }
         for r in ratings
     ]
-    ahead = {f"{r.predictor} | {r.subset}": to_plain(r.ahead) for r in ratings if r.ahead is not None}
+    ahead = {f"{r.predictor} | {r.subset}": to_plain(r.advantage) for r in ratings if r.advantage is not None}
     print("| subset | predictor | SRCC | mean absolute error [dB] |\n|---|---|---|---|")
     for row in rows:
         srcc, mae = row["srcc"], row["mae"]

@@ -9,16 +9,15 @@ from functools import cache
 import numpy as np
 from report_examples import dit_summary, estimate
 
+from sedimo.methods.predictor.quality import FoldRow, PredictorRow
 from sedimo.methods.search import Round
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.explanation import (
     CurvePoint,
     Explanation,
     FinalistRow,
-    FoldRow,
     FormatShare,
     Insight,
-    PredictorRow,
     score_boxes,
     verdict_of,
 )

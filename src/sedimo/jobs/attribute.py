@@ -14,12 +14,11 @@ import numpy as np
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
-from sedimo.jobs.evidence import predictor_rows
 from sedimo.jobs.job import Job
 from sedimo.jobs.report import TABLE
 from sedimo.lab.study import OBJECTIVES, Study
 from sedimo.methods.predictor.goal import Goal
-from sedimo.methods.predictor.quality import Rating, rate
+from sedimo.methods.predictor.quality import PredictorRow, rate
 from sedimo.methods.predictor.scoring import (
     Calibration,
     argmax_recipes,
@@ -79,7 +78,7 @@ class Attribution:
 
     table: SensitivityTable
     predictor: Predictor
-    ratings: tuple[Rating, ...]
+    ratings: tuple[PredictorRow, ...]
     calibration: Calibration
     target: str
     n_trials: int
@@ -92,7 +91,7 @@ class Attribution:
                 "method": self.table.method,
                 "target": self.target,
                 "trials": self.n_trials,
-                "predictors": predictor_rows(self.ratings),
+                "predictors": self.ratings,
                 "calibration": self.calibration,
                 "costs": self.table.costs,
                 "argmax": {name: recipe.layers for name, recipe in self.argmax.items()},
@@ -130,7 +129,7 @@ def run(settings: AttributeSettings, progress: Progress) -> Attribution:
 def page(found: Attribution) -> Page:
     """How good the predictor is, beside its rivals."""
     text = "The table is kept in the study: `sedimo allocate RUN --bits 3.7` chooses a recipe by it."
-    table = predictors_table(predictor_rows(found.ratings), "")
+    table = predictors_table(found.ratings, "")
     return page_of(f"{found.target} of held-out recipes, {found.n_trials} trials", "", table, Text(text))
 
 

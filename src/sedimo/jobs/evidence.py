@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from sedimo.methods.hybrid import BlockCurves, blocks_of
 from sedimo.methods.method import Finding, Method
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
 from sedimo.methods.portfolio import Portfolio
-from sedimo.methods.predictor.quality import ALL, MINE, Rating, bits_of, grouped, rate, rate_hops, telling_changes
+from sedimo.methods.predictor.quality import bits_of, grouped, rate, rate_hops, telling_changes
 from sedimo.methods.predictor.scoring import distributions
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.search import Search, SearchSettings
@@ -36,15 +36,12 @@ from sedimo.metrics.estimate import NORMAL_95, Estimate, normal_estimate
 from sedimo.metrics.signal import decibel, estimated_db, mean_sqnr, paired_difference
 from sedimo.quant.formats import FP16
 from sedimo.reporting.explanation import (
-    OVERALL,
     CurveKind,
     CurvePoint,
     Explanation,
     FinalistRow,
-    FoldRow,
     FormatShare,
     Insight,
-    PredictorRow,
     score_boxes,
     verdict_of,
 )
@@ -299,8 +296,8 @@ def explain(lab: Lab, background: Background, search: Search, *, target: str) ->
         operation_boxes=score_boxes(operations),
         block_boxes=score_boxes(blocks),
         format_shares=format_shares(search),
-        predictors=predictor_rows(rate(search.predictor, search.data, background, around=search.allocation.paper_bits)),
-        folds=fold_rows(search),
+        predictors=rate(search.predictor, search.data, background, around=search.allocation.paper_bits),
+        folds=tuple(rate_hops(search.predictor, search.data, search.allocation.paper_bits)),
         curve=curve(lab, search),
         insights=insights(lab, search),
         rounds=search.rounds,
@@ -324,32 +321,6 @@ def finalist_rows(search: Search) -> tuple[FinalistRow, ...]:
             None if one.powers is chosen else paired_difference(chosen, one.powers).estimate,
         )
         for name, one in trials.items()
-    )
-
-
-def predictor_rows(ratings: Iterable[Rating]) -> tuple[PredictorRow, ...]:
-    """The predictor and its rivals, with what the predictor is ahead of each."""
-    return tuple(
-        PredictorRow(
-            predictor=r.predictor,
-            subset=_subset(r.subset),
-            n=r.quality.n,
-            srcc=r.quality.srcc,
-            kendall_tau=r.quality.kendall_tau,
-            ndcg_at_10=r.quality.ndcg_at_10,
-            mae=r.quality.mae,
-            is_used=r.predictor == MINE,
-            advantage=r.ahead,
-        )
-        for r in ratings
-    )
-
-
-def fold_rows(search: Search) -> tuple[FoldRow, ...]:
-    """Quality per fold and hop on the fold's own test recipes, and on those of them around the bits of the choice."""
-    return tuple(
-        FoldRow(fold, hop, _subset(subset), q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae)
-        for fold, hop, subset, q in rate_hops(search.predictor, search.data, search.allocation.paper_bits)
     )
 
 
@@ -413,7 +384,3 @@ def curve(lab: Lab, search: Search) -> tuple[CurvePoint, ...]:
 def _point(space: SearchSpace, name: str, trial: Trial, kind: CurveKind) -> CurvePoint:
     measured = mean_sqnr(trial.powers)
     return CurvePoint(name, kind, space.paper_bits(trial.recipe), measured)
-
-
-def _subset(name: str) -> str:
-    return OVERALL if name == ALL else name

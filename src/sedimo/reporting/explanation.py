@@ -20,6 +20,7 @@ import numpy as np
 
 from sedimo.codec import to_json
 from sedimo.errors import InputError
+from sedimo.methods.predictor.quality import OVERALL, FoldRow, PredictorRow
 from sedimo.methods.search import Round
 from sedimo.metrics.estimate import NORMAL_95, Estimate
 from sedimo.quant.formats import Format
@@ -60,7 +61,6 @@ from sedimo.reporting.words import interval, mark, name, number, with_interval
 
 CurveKind = Literal["this", "random", "uniform"]
 Verdict = Literal["confirmed", "refuted", "open", "not measured"]
-OVERALL = "all"  # the subset that holds every held-out recipe
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 Standing = Literal["above", "open", "below"]
 OBJECTIVES = {
@@ -97,43 +97,6 @@ class FormatShare:
     def n_layers(self) -> int:
         """Layers of the operation."""
         return sum(self.counts.values())
-
-
-@dataclass(frozen=True, slots=True)
-class PredictorRow:
-    """How well a predictor, or an honest baseline, orders `n` recipes that it was not trained on.
-
-    `subset` is `OVERALL`, or a band in words that read after "within": "3.4 to 3.6 bits". `mae` is in the unit of
-    the target, `seconds` is for fitting. `is_used` marks the predictor whose scores the report shows; `advantage` is
-    that one's `srcc` less the one of this row, on the same recipes and resamples, when known.
-    """
-
-    predictor: str
-    subset: str
-    n: int
-    srcc: Estimate
-    kendall_tau: Estimate
-    ndcg_at_10: Estimate
-    mae: Estimate
-    seconds: float | None = None
-    is_used: bool = False
-    advantage: Estimate | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FoldRow:
-    """Quality of the used predictor on one held-out part of the trials, read out after `hop` steps of the graph.
-
-    `subset` says which recipes of that part: all, or those in a band of bits.
-    """
-
-    fold: int
-    hop: int
-    subset: str
-    srcc: Estimate
-    kendall_tau: Estimate
-    ndcg_at_10: Estimate
-    mae: Estimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,14 +26,14 @@ from sedimo.methods.predictor.noise_model import fit_noise_model
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.predictor.training import Predictor, TrainingSet
 from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.ranking import PredictionQuality, prediction_quality, quality_difference
+from sedimo.metrics.ranking import prediction_quality, quality_difference
 from sedimo.quant.formats import Format
 from sedimo.space import Decision, Recipe, SearchSpace
 
 Fit = Callable[[Codes, Values], Callable[[Codes], Values]]
 MINE, SIGNED_EFFECTS = "this predictor", "signed effects"
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-ALL, EXTRA = "all", "extra recipes in the band"
+OVERALL, EXTRA = "all", "extra recipes in the band"  # subsets of held-out recipes
 HALF_BAND = 0.25  # bits on both sides
 MIN_IN_BAND = 8  # recipes that a rank correlation in a band needs
 N_BOOTSTRAP_OF_FOLD = 200
@@ -41,17 +41,41 @@ N_CHANGES = 8
 _LEAST_DB = 0.05  # a change that is predicted to be smaller says nothing
 
 
-@dataclass(frozen=True)
-class Rating:
-    """How well a predictor does on a subset of recipes that it was not trained on.
+@dataclass(frozen=True, slots=True)
+class PredictorRow:
+    """How well a predictor, or an honest baseline, orders `n` recipes that it was not trained on.
 
-    `ahead` is the SRCC of the predictor in question minus that of this rival, paired; None for itself.
+    `subset` is `OVERALL`, or a band in words that read after "within": "3.4 to 3.6 bits". `mae` is in the unit of
+    the target, `seconds` is for fitting. `is_used` marks the predictor in question; `advantage` is that one's `srcc`
+    less the one of this row, on the same recipes and resamples, when known.
     """
 
     predictor: str
     subset: str
-    quality: PredictionQuality
-    ahead: Estimate | None = None
+    n: int
+    srcc: Estimate
+    kendall_tau: Estimate
+    ndcg_at_10: Estimate
+    mae: Estimate
+    seconds: float | None = None
+    is_used: bool = False
+    advantage: Estimate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoldRow:
+    """Quality of a predictor on one held-out part of the trials, read out after `hop` steps of the graph.
+
+    `subset` says which recipes of that part: all, or those in a band of bits.
+    """
+
+    fold: int
+    hop: int
+    subset: str
+    srcc: Estimate
+    kendall_tau: Estimate
+    ndcg_at_10: Estimate
+    mae: Estimate
 
 
 def rate(
@@ -61,7 +85,7 @@ def rate(
     *,
     extra: TrainingSet | None = None,
     around: float | None = None,
-) -> tuple[Rating, ...]:
+) -> tuple[PredictorRow, ...]:
     """The predictor and all rivals on the same held-out recipes: all, those around some bits, and extra ones.
 
     What is predicted is the quality, or the whole goal if the predictor's preset does.
@@ -82,21 +106,28 @@ def rate(
     subsets = {name: np.flatnonzero(held) for name, held in _subsets(data, around).items()}
     if further.n:
         subsets[EXTRA] = np.arange(data.n, len(truth))
-    return tuple(
-        Rating(
-            name,
-            subset,
-            prediction_quality(values[kept], truth[kept]),
-            None if name == MINE else quality_difference(said[MINE][kept], values[kept], truth[kept]),
-        )
-        for subset, kept in subsets.items()
-        for name, values in said.items()
-    )
+    found = []
+    for subset, kept in subsets.items():
+        for name, values in said.items():
+            q = prediction_quality(values[kept], truth[kept])
+            ahead = None if name == MINE else quality_difference(said[MINE][kept], values[kept], truth[kept])
+            found.append(
+                PredictorRow(
+                    name,
+                    subset,
+                    q.n,
+                    q.srcc,
+                    q.kendall_tau,
+                    q.ndcg_at_10,
+                    q.mae,
+                    is_used=name == MINE,
+                    advantage=ahead,
+                )
+            )
+    return tuple(found)
 
 
-def rate_hops(
-    predictor: Predictor, data: TrainingSet, around: float
-) -> Iterator[tuple[int, int, str, PredictionQuality]]:
+def rate_hops(predictor: Predictor, data: TrainingSet, around: float) -> Iterator[FoldRow]:
     """How well each hop of each fold orders the fold's own test recipes, all and those around some bits."""
     truth, subsets = _truth(predictor, data), _subsets(data, around)
     for index, fold in enumerate(predictor.folds):
@@ -107,12 +138,12 @@ def rate_hops(
             for hop, scores in enumerate(fold.hop_scores):
                 measured = truth[fold.test][chosen]
                 q = prediction_quality(scores[chosen], measured, n_bootstrap=N_BOOTSTRAP_OF_FOLD)
-                yield index, hop, subset, q
+                yield FoldRow(index, hop, subset, q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae)
 
 
 def _subsets(data: TrainingSet, around: float | None) -> dict[str, npt.NDArray[np.bool_]]:
     """All recipes `[T]`, and those around some bits, if they are enough."""
-    subsets = {ALL: np.ones(data.n, dtype=bool)}
+    subsets = {OVERALL: np.ones(data.n, dtype=bool)}
     if around is not None:
         bits, low, high = data.choices.paper_bits(data.codes), around - HALF_BAND, around + HALF_BAND
         inside = (bits >= low) & (bits <= high)
