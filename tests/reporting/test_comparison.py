@@ -7,7 +7,7 @@ import re
 
 from test_html import read
 
-from sedimo.jobs.compare import ComparedRow, Comparison, comparison_page, methods_chart
+from sedimo.jobs.compare import ComparedRow, Comparison, comparison_page, methods_figure
 from sedimo.lab.study import Spent
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.html import render
@@ -66,9 +66,9 @@ def test_the_chart_has_a_panel_for_each_budget_and_skips_what_diverged():
         return ComparedRow(method, bits, bits, bits, 10, True, value, None, ANY)
 
     nan = row("jacobian", 3.0, NAN)
-    chart = methods_chart(
+    chart = methods_figure(
         [row("error", 3.0, estimate(3.0)), nan, row("jacobian", 4.0, estimate(9.0))], reference="jacobian"
     )
     assert chart.description == "3 bits: error 3.00 dB; 4 bits: jacobian 9.00 dB"
     assert [panel.title for panel in chart.panels] == ["3 bits", "4 bits"]
-    assert methods_chart([nan], reference="jacobian") is None
+    assert methods_figure([nan], reference="jacobian") is None

@@ -9,7 +9,7 @@ import pytest
 from explanation_examples import BAND, dit_explanation, insights, interval, predictor_rows, quality
 
 from sedimo.metrics.estimate import Estimate
-from sedimo.reporting.explanation import Explanation, Insight, change, predicted, standing, statement, tally
+from sedimo.reporting.explanation import Explanation, Insight, change, predicted, statement, tally
 from sedimo.reporting.words import with_interval
 
 THIN = "\N{NARROW NO-BREAK SPACE}"
@@ -64,7 +64,8 @@ def test_the_paired_difference_decides_when_it_is_known():
     apart = rival("ridge", BAND, 0.2, 0.1, advantage=interval(0.52, 0.6, 96))
     text = said(USED, apart)[-1]
     assert "(difference +0.5, −0.1 to 1.1); the interval of the difference holds zero" in text  # noqa: RUF001
-    assert standing(USED, rival("r", BAND, 0.2, 0.1, advantage=interval(-0.2, 0.1, 96))) == "below"
+    behind = rival("r", BAND, 0.2, 0.1, advantage=interval(-0.2, 0.1, 96))
+    assert "is below that of `r`" in said(USED, behind)[-1]
 
 
 def test_baselines_of_other_recipes_or_without_a_number_do_not_count():

@@ -22,21 +22,23 @@ from sedimo.quant.formats import FP16, Format
 from sedimo.reporting import html
 from sedimo.reporting.drawing import draw
 from sedimo.reporting.html import MAX_BYTES
-from sedimo.reporting.maps import ChannelRanges, Maps, local_map
-from sedimo.reporting.maps import repetition as repetition_of
-from sedimo.reporting.maps_page import (
+from sedimo.reporting.maps import (
+    ChannelRanges,
+    Maps,
     blocks_page,
-    convergence_chart,
-    importance_chart,
+    convergence_figure,
+    importance_figure,
     layers_axis,
+    local_map,
     maps_section,
-    matrix_chart,
+    matrix_figure,
     merged,
-    noise_chart,
-    ranges_chart,
+    noise_figure,
+    ranges_figure,
     steps_axis,
-    trajectory_chart,
+    trajectory_figure,
 )
+from sedimo.reporting.maps import repetition as repetition_of
 from sedimo.reporting.page import Figure
 from sedimo.reporting.theme import PLACEHOLDER
 
@@ -143,34 +145,34 @@ def test_ranges_that_are_none_are_refused(ranges, message):
 
 
 def test_charts_say_in_words_what_they_show():
-    chart = draw(noise_chart(noise_map(), "SQNR by block", "x"))
+    chart = draw(noise_figure(noise_map(), "x", "SQNR by block", "", ""))
     assert 'role="img" aria-label="SQNR by block. 28 blocks at 50 denoiser calls. Least ' in chart
-    assert "At the last of 50 steps: output, same inputs" in trajectory_chart(trajectory_lines()).description
+    assert "At the last of 50 steps: output, same inputs" in trajectory_figure(trajectory_lines()).description
     found = repetition()
-    assert "Most alike are" in matrix_chart(found, "mean").description
-    assert "300 layers. Most and least important:" in importance_chart(found).description
-    assert "1: 0.500; 2: 0.700" in convergence_chart(found).description
-    text = ranges_chart(ChannelRanges("ff", (-1, -1, -8), (1, 1, 2), (-1, -1, -2), (1, 1, 1))).description
+    assert "Most alike are" in matrix_figure(found, "mean").description
+    assert "300 layers. Most and least important:" in importance_figure(found).description
+    assert "1: 0.500; 2: 0.700" in convergence_figure(found).description
+    text = ranges_figure(ChannelRanges("ff", (-1, -1, -8), (1, 1, 2), (-1, -1, -2), (1, 1, 1))).description
     assert "3 channels; before largest 8.00, median channel 1.00, ratio 8.00; after largest 2.00" in text
 
 
 def test_a_single_pixel_stands_for_a_cell():
     """However many cells a map has, the page stays small."""
-    assert len(draw(noise_chart(noise_map(100, 200), "t", "x"))) < 120_000
+    assert len(draw(noise_figure(noise_map(100, 200), "x", "t", "", ""))) < 120_000
 
 
 def test_nothing_finite_is_no_chart():
     endless = replace(noise_map(2, 2), sqnr_db=((math.inf, math.inf), (-math.inf, math.nan)))
-    assert noise_chart(endless, "t", "x") is None
+    assert noise_figure(endless, "x", "t", "", "") is None
     exact = estimate(math.inf, 0.0, 8)
     lines = trajectory_lines(2)
-    assert trajectory_chart(replace(lines, step=(exact,) * 2, path=(exact,) * 2, latents=(exact,) * 2)) is None
+    assert trajectory_figure(replace(lines, step=(exact,) * 2, path=(exact,) * 2, latents=(exact,) * 2)) is None
     one = repetition(2, 1)
-    assert convergence_chart(one) is None
+    assert convergence_figure(one) is None
     assert maps_section(Maps()) is None
     assert len(maps_section(Maps(repetition=one)).blocks) == 3  # matrix, importance, where the numbers are
     unknown = replace(one, per_step=((math.nan,) * len(one.layers),))
-    assert "<svg" in draw(importance_chart(unknown))
+    assert "<svg" in draw(importance_figure(unknown))
 
 
 @pytest.mark.parametrize(("n_steps", "ticks"), [(3, [0, 1, 2]), (20, [0, *range(3, 20, 2)])])

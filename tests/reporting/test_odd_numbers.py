@@ -67,7 +67,7 @@ def test_measures_without_an_interval_are_shown_as_they_are():
 
 def test_a_rank_correlation_that_is_no_number_is_an_empty_cell():
     ranks = {("ddim", "unipc"): math.nan, ("ddim", "euler"): -0.25}
-    chart = draw(ranks_matrix(["ddim", "unipc", "euler"], ranks))
+    chart = draw(ranks_matrix(["ddim", "unipc", "euler"], ranks, ""))
     assert "<svg" in chart
     assert chart.count("-0.250") == 2
     assert "nan" not in chart.lower()

@@ -21,7 +21,7 @@ from sedimo.methods.hybrid import BlockCurves, KeepSettings, hybrid_recipe, meas
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting.html import write_page
-from sedimo.reporting.maps_page import blocks_page
+from sedimo.reporting.maps import blocks_page
 from sedimo.settings import REQUIRED, Checked, block, one_of, option
 from sedimo.space import Recipe
 

@@ -36,7 +36,7 @@ from sedimo.methods.uniform import UNIFORM
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.signal import mean_sqnr, paired_difference
 from sedimo.quant.families import family_named
-from sedimo.reporting.figures import Axis, Chart, Plot, Series, named, only, short
+from sedimo.reporting.figures import Axis, Plot, Series, named, only, short
 from sedimo.reporting.html import write_page
 from sedimo.reporting.page import Cell, Column, Figure, Items, Page, Row, Section, Table, Text, columns, rows, shown
 from sedimo.reporting.words import joined, name, number, verdict
@@ -281,12 +281,7 @@ class Comparison:
 def comparison_page(comparison: Comparison) -> Page:
     """All that a comparison tells, as a page."""
     c = comparison
-    chart = methods_chart(c.rows, reference=c.reference)
-    caption = (
-        "SQNR of the final latents, higher is better, with 95 % intervals of the mean over seeds. Most of an "
-        "interval's width is common to all methods, because seeds differ; the paired differences below are sharper."
-    )
-    figure = None if chart is None else Figure(chart, caption)
+    figure = methods_figure(c.rows, reference=c.reference)
     quality = Section("quality", "Quality against bits", shown(Text(_about(c)), figure, _recipes(c), Items(c.notes)))
     costs = Section("cost", "What each method took", shown(_costs(c)))
     return Page(f"Methods compared on {c.source}", _headline(c.rows), sections=(quality, costs))
@@ -350,8 +345,8 @@ def _costs(c: Comparison) -> Table:
     return Table(titles, rows(lines), caption)
 
 
-def methods_chart(found: Sequence[ComparedRow], *, reference: str) -> Chart | None:
-    """SQNR of each method [dB] with its 95 % interval, the highest mean on top, budget by budget; nothing, no chart."""
+def methods_figure(found: Sequence[ComparedRow], *, reference: str) -> Figure | None:
+    """SQNR of each method [dB] with its 95 % interval, the highest mean on top, budget by budget; or nothing."""
     budgets: dict[float, dict[str, Estimate]] = {}
     for row in sorted(found, key=lambda row: row.bits):
         if math.isfinite(row.sqnr_db.value):
@@ -383,8 +378,16 @@ def methods_chart(found: Sequence[ComparedRow], *, reference: str) -> Chart | No
     )
     n_columns = min(len(panels), _MOST_COLUMNS)
     height = math.ceil(len(panels) / n_columns) * (90 + _ROW * len(names))
-    title = "Quality of every method at every budget"
-    return Chart("methods", title, "; ".join(texts), panels, height, n_columns=n_columns)
+    return Figure(
+        "methods",
+        "Quality of every method at every budget",
+        "; ".join(texts),
+        panels,
+        height,
+        "SQNR of the final latents, higher is better, with 95 % intervals of the mean over seeds. Most of an "
+        "interval's width is common to all methods, because seeds differ; the paired differences below are sharper.",
+        n_columns=n_columns,
+    )
 
 
 def _headline(found: Sequence[ComparedRow]) -> str:

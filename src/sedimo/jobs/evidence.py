@@ -50,10 +50,10 @@ from sedimo.reporting.maps import (
     Maps,
     NoiseMap,
     Repetition,
+    TrajectoryLines,
     local_map,
     recipe_map,
     repetition,
-    trajectory_lines,
 )
 from sedimo.reporting.summary import Blamed, Evidence, Prediction, Provenance, Summary, reference_format
 from sedimo.space import SearchSpace, compose
@@ -111,18 +111,19 @@ def find_evidence(
 
 def _maps(lab: Lab, finding: Finding, *, is_probed: bool) -> Maps:
     """All maps of a job; those of the result, on the first of the checked seeds, if it is to be probed."""
-    smoothing, probe = lab.in_force(Smoothing), None
-    if is_probed:
-        on, names = lab.seeds.check.first(TRAJECTORY_SAMPLES), tuple(blocks_of(finding.bank.space))
-        probe = probe_trajectory(lab, finding.decided.recipe, on, names)
-    return Maps(
-        recipe=None if probe is None else recipe_map(probe),
-        trajectory=None if probe is None else trajectory_lines(probe),
+    smoothing = lab.in_force(Smoothing)
+    maps = Maps(
         local=_local(finding),
         repetition=_repetition(finding),
         ranges=() if smoothing is None else _ranges(smoothing),
         blocks=finding.of(BlockCurves),
     )
+    if not is_probed:
+        return maps
+    on, names = lab.seeds.check.first(TRAJECTORY_SAMPLES), tuple(blocks_of(finding.bank.space))
+    probe = probe_trajectory(lab, finding.decided.recipe, on, names)
+    lines = TrajectoryLines(probe.timesteps, probe.of("step"), probe.of("path"), probe.of("latents"))
+    return replace(maps, recipe=recipe_map(probe), trajectory=lines)
 
 
 def _ranges(smoothing: Smoothing) -> tuple[ChannelRanges, ...]:

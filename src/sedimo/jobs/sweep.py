@@ -40,7 +40,7 @@ from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, NoisePowers, mean_s
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.schedulers import SCHEDULERS, scheduled, scheduler_named
 from sedimo.quant.formats import FULL_BITS, Format
-from sedimo.reporting.figures import Axis, Chart, Heat, Plot, Series, named, only
+from sedimo.reporting.figures import Axis, Heat, Plot, Series, named, only
 from sedimo.reporting.html import write_page
 from sedimo.reporting.page import Block, Figure, Items, Page, Row, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import name, number, said, verdict, with_error
@@ -461,12 +461,11 @@ def sweep_page(sweep: Sweep) -> Page:
     if not s.values:
         bars = " Bars are 95 % intervals over the choice of decisions." if s.question == "samples" else ""
         caption = f"1 is the same order of decisions, 0 none.{bars}"
-    chart = _chart(s, words.knob)
     return page_of(
         f"{words.title} on {s.source}",
         headline(s),
         Text(about),
-        None if chart is None else Figure(chart, caption),
+        _figure(s, words.knob, caption),
         *(_values(s, words.knob) if s.values else _ranks(s, words.knob)),
         Items(s.notes),
         name="answer",
@@ -540,10 +539,10 @@ def highest_value(values: Sequence[SweptValue]) -> str:
     return max(shown or paired, key=lambda pair: ranked(pair[1].value))[0]
 
 
-def _chart(sweep: Sweep, knob: str) -> Chart | None:
+def _figure(sweep: Sweep, knob: str, caption: str) -> Figure | None:
     """SQNR at each value, and what each gains on the baseline; or how sensitivities agree, and their errors."""
     if sweep.question == "schedulers":
-        return ranks_matrix([*sweep.errors], {(r.first, r.second): r.srcc.value for r in sweep.ranks})
+        return ranks_matrix([*sweep.errors], {(r.first, r.second): r.srcc.value for r in sweep.ranks}, caption)
     levels: tuple[tuple[float, str], ...] = ()
     if sweep.values:
         if not any(math.isfinite(v.sqnr_db.value) for v in sweep.values):
@@ -570,10 +569,10 @@ def _chart(sweep: Sweep, knob: str) -> Chart | None:
         Plot((lower,), places, scales[1], zero=bool(sweep.values)),
     )
     description = "; ".join(f"{one} {number(value.value)}{unit}" for one, value in above.items())
-    return Chart("sweep", title, description, panels, _HEIGHT)
+    return Figure("sweep", title, description, panels, _HEIGHT, caption)
 
 
-def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float]) -> Chart:
+def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float], caption: str) -> Figure:
     """Rank correlation of every two sensitivities as a matrix with its numbers; one that is none is left empty."""
     matrix, index = np.full((len(names), len(names)), math.nan), {one: i for i, one in enumerate(names)}
     np.fill_diagonal(matrix, 1.0)
@@ -589,7 +588,7 @@ def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float]) ->
         is_written=True,
     )
     description = "; ".join(f"{a} and {b} {number(value)}" for (a, b), value in srcc.items())
-    return Chart("sweep", "Rank correlation of sensitivities", description, (panel,), 60 + _ROW * len(names))
+    return Figure("sweep", "Rank correlation of sensitivities", description, (panel,), 60 + _ROW * len(names), caption)
 
 
 JOB = Job(__doc__, SweepSettings, run, sweep_page)

@@ -22,11 +22,12 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis as PlotAxis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sedimo.reporting.figures import Axis, Bar, Chart, Heat, Look, Plot, ScoreBox, Series
+from sedimo.reporting.figures import Axis, Bar, Heat, Look, Plot, ScoreBox, Series
+from sedimo.reporting.page import Figure
 from sedimo.reporting.theme import ACCENT, GRID, INK, MUTED, OTHER, PLACEHOLDER, SOFT, SURFACE, bit_colour
 from sedimo.reporting.words import superscript
 
@@ -55,63 +56,64 @@ _STYLE = {
 }
 
 
-def draw(chart: Chart) -> str:
-    """The chart as an SVG element that takes its colours from the page."""
+def draw(figure: Figure) -> str:
+    """The panels of a figure as an SVG element that takes its colours from the page."""
     rc = matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]  # the stubs list every key as a literal
     with rc, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts draw the text
-        figure = Figure(figsize=(chart.width / 72, chart.height / 72), layout="constrained")  # 72 points make an inch
-        _fill(figure, chart)
-        return svg_of(figure, chart)
+        size = figure.width / 72, figure.height / 72  # 72 points make an inch
+        canvas = Canvas(figsize=size, layout="constrained")
+        _fill(canvas, figure)
+        return svg_of(canvas, figure)
 
 
-def svg_of(figure: Figure, chart: Chart) -> str:
-    """The SVG element of a figure; the chart's name keeps its ids apart from those of others."""
-    FigureCanvasSVG(figure)
+def svg_of(canvas: Canvas, figure: Figure) -> str:
+    """The SVG element of a figure; its name keeps its ids apart from those of others."""
+    FigureCanvasSVG(canvas)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     for role, colour in PLACEHOLDER.items():
         svg = svg.replace(colour, f"var(--{role})")
-    svg = re.sub(r'\bid="', f'id="{chart.name}-', svg)
-    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{chart.name}-", svg)
+    svg = re.sub(r'\bid="', f'id="{figure.name}-', svg)
+    svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{figure.name}-", svg)
     svg = re.sub(r"(font: [^;\"]*?px) [^;\"]+", r"\1 var(--sans)", svg)
     view_box = re.search(r'viewBox="[^"]+"', svg)
     opening = (
         f'<svg class="chart" xmlns:xlink="http://www.w3.org/1999/xlink" {view_box.group() if view_box else ""} '
-        f'style="max-width:{chart.width:.0f}px" role="img" '
-        f'aria-label="{escape(chart.title)}. {escape(chart.description)}">'
+        f'style="max-width:{figure.width:.0f}px" role="img" '
+        f'aria-label="{escape(figure.title)}. {escape(figure.description)}">'
     )
     return re.sub(r"^<svg[^>]*>", lambda _: opening, svg, count=1)
 
 
-def _fill(figure: Figure, chart: Chart) -> None:
-    is_beside = chart.n_columns > 1
-    places = figure.subplots(
-        math.ceil(len(chart.panels) / chart.n_columns),
-        chart.n_columns,
+def _fill(canvas: Canvas, figure: Figure) -> None:
+    is_beside = figure.n_columns > 1
+    places = canvas.subplots(
+        math.ceil(len(figure.panels) / figure.n_columns),
+        figure.n_columns,
         squeeze=False,
         sharex=not is_beside,
         sharey=is_beside,
-        width_ratios=chart.ratios or None,
+        width_ratios=figure.ratios or None,
     ).ravel()
-    for axes, panel in zip(places, chart.panels, strict=False):
+    for axes, panel in zip(places, figure.panels, strict=False):
         if isinstance(panel, Heat):
-            _draw_heat(figure, axes, panel, is_beside=is_beside)
+            _draw_heat(axes, panel, is_beside=is_beside)
         else:
             _draw_plot(axes, panel)
         if panel.title:
             axes.set_title(panel.title, fontsize=11, color=INK, loc="center" if is_beside else "left")
-    for axes in [] if is_beside else places:
-        axes.label_outer()
-    for axes in places[len(chart.panels) :]:
+        if not is_beside:
+            axes.label_outer()
+    for axes in places[len(figure.panels) :]:
         axes.set_axis_off()
-    if chart.label:
-        figure.supylabel(chart.label, fontsize=12)
-    handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
+    if figure.label:
+        canvas.supylabel(figure.label, fontsize=12)
+    handles = {h.get_label(): h for axes in canvas.axes for h in axes.get_legend_handles_labels()[0]}
     if handles:
-        figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, handlelength=2.5)
+        canvas.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, handlelength=2.5)
 
 
 def _draw_plot(axes: Axes, plot: Plot) -> None:
@@ -265,7 +267,7 @@ def _tick(value: float) -> str:
     return f"{factor}10{superscript(exponent)}"
 
 
-def _draw_heat(figure: Figure, axes: Axes, heat: Heat, *, is_beside: bool) -> None:
+def _draw_heat(axes: Axes, heat: Heat, *, is_beside: bool) -> None:
     """A picture of one pixel per cell; what is not finite stays empty."""
     values = np.array(heat.cells, dtype=float)
     is_known = bool(np.isfinite(values).any())
@@ -293,7 +295,7 @@ def _draw_heat(figure: Figure, axes: Axes, heat: Heat, *, is_beside: bool) -> No
     if heat.scale and is_known:
         pad = 0.07 if heat.strip else 0.02
         side: Literal["top", "right"] = "top" if is_beside else "right"
-        bar = figure.colorbar(image, ax=axes, label=heat.scale, fraction=0.035, pad=pad, location=side)
+        bar = axes.figure.colorbar(image, ax=axes, label=heat.scale, fraction=0.035, pad=pad, location=side)
         bar.outline.set_edgecolor(MUTED)
         if bar.solids is not None:
             bar.solids.set_rasterized(True)  # hundreds of shapes would make the page large

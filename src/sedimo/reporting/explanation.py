@@ -22,39 +22,37 @@ from sedimo.codec import to_json
 from sedimo.errors import InputError
 from sedimo.methods.predictor.quality import OVERALL, FoldRow, PredictorRow
 from sedimo.methods.search import Round
-from sedimo.metrics.estimate import NORMAL_95, Estimate
+from sedimo.metrics.estimate import NORMAL_95, Estimate, ranked
 from sedimo.quant.formats import Format
 from sedimo.reporting.figures import (
-    LETTER,
     ROW,
     WIDTH,
     Axis,
     Bar,
-    Chart,
     Look,
     Marker,
     Plot,
     ScoreBox,
     Series,
-    are_long,
     named,
+    room,
     short,
 )
 from sedimo.reporting.page import (
-    Block,
     Figure,
     Finding,
     Items,
     Legend,
-    LegendEntry,
     Link,
     Row,
     Section,
+    Swatch,
     Table,
     Text,
     columns,
     rows,
     shown,
+    titled,
 )
 from sedimo.reporting.placement import block_labels
 from sedimo.reporting.words import interval, mark, name, number, with_interval
@@ -62,7 +60,6 @@ from sedimo.reporting.words import interval, mark, name, number, with_interval
 CurveKind = Literal["this", "random", "uniform"]
 Verdict = Literal["confirmed", "refuted", "open", "not measured"]
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-Standing = Literal["above", "open", "below"]
 OBJECTIVES = {
     "final_latents": "at the final latents",
     "path": "along the whole path of denoising",
@@ -219,12 +216,20 @@ def matters_section(explanation: Explanation) -> Section:
         f"{tally(e.insights)} Figures are changes of the whole recipe's quality if this alone is changed, with 95 % "
         "intervals in brackets; more is better."
     )
+    findings = []
+    for one in e.insights:
+        figures = f"predicted {predicted(one)}"
+        if one.measured is not None:
+            n = one.measured.n
+            on = f" on {n} sample{'' if n == 1 else 's'}" if n else ""
+            figures += f" \N{MIDDLE DOT} measured {with_interval(one.measured, 'dB', signed=True)}{on}"
+        findings.append(Finding(one.verdict, one.sentence, (figures, change(one))))
     return Section(
         "matters",
         "What matters here",
         shown(
-            map(_finding, e.insights),
-            Text(about, "quiet") if e.insights else None,
+            findings,
+            Text(about, "quiet") if findings else None,
             Text(" ".join(statement(e))),
             Link("The evidence: scores, baselines and all measured recipes", "#explanation"),
         ),
@@ -234,6 +239,21 @@ def matters_section(explanation: Explanation) -> Section:
 def explanation_section(explanation: Explanation, *, here: float) -> Section:
     """Scores, measured recipes and the quality of predictors; `here` are the bits per weight of the page's recipe."""
     e = explanation
+    rounds = Table(
+        columns("round", "recipes measured", "best measured [dB]", "predicted for it [dB]"),
+        rows((r.round, r.n_trials, r.best_db, r.predicted_db) for r in sorted(e.rounds, key=lambda r: r.round)),
+        "In each round, recipes that the predictor thought best were measured, and it learned from them. Where "
+        "measured and predicted come together, there is little left to gain.",
+    )
+    finalists = Table(
+        columns("recipe", "bits", "measured [dB]", "behind the chosen one [dB]"),
+        tuple(
+            Row((one.name, one.paper_bits, one.measured, one.behind or "chosen"), is_marked=one.behind is None)
+            for one in sorted(e.finalists, key=lambda one: -ranked(one.measured.value))
+        ),
+        f"Which of {len(e.finalists)} recipes became the result, measured on seeds that nothing was searched on, "
+        "paired.",
+    )
     return Section(
         "explanation",
         "Explanation",
@@ -248,13 +268,13 @@ def explanation_section(explanation: Explanation, *, here: float) -> Section:
             curve_figure(e.curve, here=here),
             predictors_figure(e.predictors),
             predictors_table(
-                _by_subset(sorted(e.predictors, key=lambda row: _rank(row.srcc))),
+                _by_subset(sorted(e.predictors, key=lambda row: -ranked(row.srcc.value))),
                 f"On held-out recipes. MAE is the mean absolute error of the predicted {e.target}; lower is better, "
                 "for the others higher.",
             ),
             _folds(e.folds),
-            _rounds(e.rounds),
-            _finalists(e.finalists),
+            titled("Rounds of refinement", rounds),
+            titled("The final", finalists),
             Items(e.notes),
             Link("All numbers of this explanation as JSON", to_json(e), "explanation.json"),
         ),
@@ -273,12 +293,56 @@ def statement(explanation: Explanation) -> tuple[str, ...]:
     used = [row for row in known if row.is_used]
     if not used:
         return (first, "How well it ranks recipes that it has not seen was not measured.")
-    parts = [f"{with_interval(row.srcc)} {where(row.subset)} (n = {row.n})" for row in used]
+    parts = [f"{with_interval(row.srcc)} {_where(row)} (n = {row.n})" for row in used]
     quality = (
         f"On recipes that it had not seen, its rank correlation is {' and '.join(parts)}; 1 would be the true order, "
         "0 is guessing."
     )
-    return (first, quality, *(_standing_sentence(row, known) for row in used))
+    rivals = [[r for r in known if r.subset == row.subset and not r.is_used] for row in used]
+    return (first, quality, *map(_standing, used, rivals))
+
+
+def _standing(row: PredictorRow, rivals: Sequence[PredictorRow]) -> str:
+    """Against the strongest baseline of the same recipes.
+
+    By the 95 % interval of their difference on the same recipes; without it, by whether their own intervals overlap,
+    which asks for more than it must.
+    """
+    if not rivals:
+        return f"No baseline was measured {_where(row)}."
+    best = max(rivals, key=lambda r: r.srcc.value)
+    among = f", the strongest of {len(rivals)} baselines" if len(rivals) > 1 else ""
+    rival = f"that of {name(best.predictor)}, {with_interval(best.srcc)}{among}"
+    low, high, why = row.srcc.low - best.srcc.high, row.srcc.high - best.srcc.low, "the intervals overlap"
+    if (ahead := best.advantage) is not None:
+        difference = number(ahead.value, ahead.standard_error, signed=True)
+        rival += f" (difference {', '.join(filter(None, (difference, interval(ahead))))})"
+        low, high, why = ahead.low, ahead.high, "the interval of the difference holds zero"
+    place = _where(row)
+    start = f"{place[:1].upper()}{place[1:]}, its {number(row.srcc.value, row.srcc.standard_error)} is"
+    if low > 0:
+        return f"{start} above {rival}."
+    if high < 0:
+        return f"{start} below {rival}: the simpler rule ranks better there."
+    side = "higher" if row.srcc.value > best.srcc.value else "not higher"
+    return f"{start} {side} than {rival}; {why}, so no advantage is shown there."
+
+
+def _where(row: PredictorRow) -> str:
+    return "over all recipes" if row.subset == OVERALL else f"within {row.subset}"
+
+
+def _by_subset(found: Sequence[PredictorRow]) -> list[PredictorRow]:
+    """Subset by subset, all recipes first."""
+    order = [OVERALL, *dict.fromkeys(row.subset for row in found)]
+    return sorted(found, key=lambda row: order.index(row.subset))
+
+
+_OUTCOMES: dict[Verdict, str] = {
+    "confirmed": "confirmed",
+    "refuted": "refuted (it went the other way)",
+    "open": "open (the measurement shows no change)",
+}
 
 
 def tally(insights: Sequence[Insight]) -> str:
@@ -292,36 +356,6 @@ def tally(insights: Sequence[Insight]) -> str:
     if n_tested == len(insights):
         tested = "This prediction was" if n_tested == 1 else f"All {n_tested} predictions were"
     return f"{tested} put to the test by measuring that very change: {', '.join(counts)}."
-
-
-def standing(used: PredictorRow, baseline: PredictorRow) -> Standing:
-    """Whether two rank correlations can be told apart.
-
-    By the 95 % interval of their difference on the same recipes; without it, by whether their own intervals overlap,
-    which asks for more than it must.
-    """
-    difference = baseline.advantage
-    if difference is not None:
-        return "above" if difference.low > 0 else "below" if difference.high < 0 else "open"
-    if used.srcc.low > baseline.srcc.high:
-        return "above"
-    return "below" if used.srcc.high < baseline.srcc.low else "open"
-
-
-def _by_subset(rows: Sequence[PredictorRow]) -> list[PredictorRow]:
-    """Subset by subset, all recipes first."""
-    order = subsets(rows)
-    return sorted(rows, key=lambda row: order.index(row.subset))
-
-
-def subsets(rows: Sequence[PredictorRow]) -> tuple[str, ...]:
-    """The subsets that occur, all recipes first."""
-    return tuple(sorted(dict.fromkeys(row.subset for row in rows), key=lambda subset: subset != OVERALL))
-
-
-def where(subset: str) -> str:
-    """A subset as the end of a sentence."""
-    return "over all recipes" if subset == OVERALL else f"within {subset}"
 
 
 def change(insight: Insight) -> str:
@@ -348,64 +382,23 @@ def predicted(insight: Insight) -> str:
     return with_interval(Estimate(insight.predicted_db, error, low, high, 0), "dB", signed=True)
 
 
-_OUTCOMES: dict[Verdict, str] = {
-    "confirmed": "confirmed",
-    "refuted": "refuted (it went the other way)",
-    "open": "open (the measurement shows no change)",
-}
-
-
-def _standing_sentence(row: PredictorRow, rows: Sequence[PredictorRow]) -> str:
-    """Against the strongest baseline of the same recipes."""
-    others, place = [r for r in rows if r.subset == row.subset and not r.is_used], where(row.subset)
-    if not others:
-        return f"No baseline was measured {place}."
-    best = max(others, key=lambda r: r.srcc.value)
-    among = f", the strongest of {len(others)} baselines" if len(others) > 1 else ""
-    rival = f"that of {name(best.predictor)}, {with_interval(best.srcc)}{among}"
-    gained = ""
-    if best.advantage is not None:
-        difference = number(best.advantage.value, best.advantage.standard_error, signed=True)
-        gained = f" (difference {', '.join(filter(None, (difference, interval(best.advantage))))})"
-    start = f"{place[:1].upper()}{place[1:]}, its {number(row.srcc.value, row.srcc.standard_error)} is"
-    found = standing(row, best)
-    if found == "above":
-        return f"{start} above {rival}{gained}."
-    if found == "below":
-        return f"{start} below {rival}{gained}: the simpler rule ranks better there."
-    side = "higher" if row.srcc.value > best.srcc.value else "not higher"
-    reason = "the interval of the difference holds zero" if gained else "the intervals overlap"
-    return f"{start} {side} than {rival}{gained}; {reason}, so no advantage is shown there."
-
-
-def _finding(insight: Insight) -> Finding:
-    figures = f"predicted {predicted(insight)}"
-    if insight.measured is not None:
-        n = insight.measured.n
-        on = f" on {n} sample{'' if n == 1 else 's'}" if n else ""
-        figures += f" \N{MIDDLE DOT} measured {with_interval(insight.measured, 'dB', signed=True)}{on}"
-    return Finding(insight.verdict, insight.sentence, (figures, change(insight)))
-
-
 def _operations_figure(boxes: Sequence[ScoreBox]) -> Figure:
     """Scores of each type of operation, the worst median on top."""
     found = sorted(boxes, key=lambda box: (box.median, box.low))[:MAX_OPERATIONS]
-    panel = Plot(
-        tuple(found),
-        Axis(ticks=named([f"{short(b.name, 40)} (n = {b.n})" for b in found])),
-        Axis("score, higher is better"),
-        is_flat=True,
-    )
+    places = Axis(ticks=named([f"{short(b.name, 40)} (n = {b.n})" for b in found]))
     n_left_out = len(boxes) - len(found)
-    caption = (
+    return Figure(
+        "operation-scores",
+        "Scores by operation, the worst on top",
+        _medians(found),
+        (Plot(tuple(found), places, Axis("score, higher is better"), is_flat=True),),
+        60 + ROW * len(found),
         "Each box holds the middle half of the scores of all choices for an operation (n of them); the line in it is "
         "the median, the whiskers reach from the lowest to the highest 5 %. What stands on top, or has a long whisker "
         "to the left, harms the result most when it gets a poor format. A short box means that the format hardly "
-        "matters there."
-    ) + (f" {n_left_out} operations with better medians are not drawn." if n_left_out else "")
-    title = "Scores by operation, the worst on top"
-    chart = Chart("operation-scores", title, _medians(found), (panel,), 60 + ROW * len(found))
-    return Figure(chart, caption, "Where quality is lost: scores by operation")
+        "matters there." + (f" {n_left_out} operations with better medians are not drawn." if n_left_out else ""),
+        "Where quality is lost: scores by operation",
+    )
 
 
 def _blocks_figure(boxes: Sequence[ScoreBox]) -> Figure:
@@ -413,16 +406,18 @@ def _blocks_figure(boxes: Sequence[ScoreBox]) -> Figure:
     labels, common = block_labels([box.name for box in boxes])
     names = [short(label, 36) for label in labels]
     width = min(max(WIDTH, 70 + _BLOCK_WIDTH * len(boxes)), _WIDEST)
-    places = Axis(
-        common if common and common not in names else "block, from input to output",
-        named(names, n_most=width // _BLOCK_WIDTH),
-        are_turned=are_long(names),
+    along = common if common and common not in names else "block, from input to output"
+    places = Axis(along, named(names, n_most=width // _BLOCK_WIDTH), are_turned=room(names) > 0)
+    return Figure(
+        "block-scores",
+        "Scores by block, from input to output",
+        _medians(boxes),
+        (Plot(tuple(boxes), places, Axis("score, higher is better")),),
+        270 + room(names),
+        "The same for the blocks: a box that hangs lower than its neighbours is a block that deserves more bits.",
+        "Scores by block, from input to output",
+        width,
     )
-    panel = Plot(tuple(boxes), places, Axis("score, higher is better"))
-    height = 270 + (LETTER * max(map(len, names)) if are_long(names) else 0)
-    chart = Chart("block-scores", "Scores by block, from input to output", _medians(boxes), (panel,), height, width)
-    caption = "The same for the blocks: a box that hangs lower than its neighbours is a block that deserves more bits."
-    return Figure(chart, caption, "Scores by block, from input to output")
 
 
 def _medians(boxes: Sequence[ScoreBox]) -> str:
@@ -436,34 +431,29 @@ def _formats_figure(shares: Sequence[FormatShare]) -> Figure:
         {Format.parse(text) for row in found for text, n in row.counts.items() if n},
         key=lambda f: (f.bits, f.family, f.group_size or 0, f.activation_bits),
     )
-    bars = []
+    bars, texts = [], []
     for place, row in enumerate(found):
+        counts = {f: row.counts[str(f)] for f in formats if row.counts.get(str(f), 0)}
+        texts.append(f"{row.operation} {', '.join(f'{n} {f}' for f, n in counts.items())}")
         left = 0.0
-        for f in [f for f in formats if row.counts.get(str(f), 0)]:
-            right = left + 100 * row.counts[str(f)] / row.n_layers
+        for f, n in counts.items():
+            right = left + 100 * n / row.n_layers
             bars.append(Bar(place, left, right, 0.78, f.bits, f"{f} {mark(f)}".strip()))
             left = right
     notes = tuple(f"{s.paper_bits:.2f} bits, {s.n_layers} layer{'' if s.n_layers == 1 else 's'}" for s in found)
-    panel = Plot(
-        tuple(bars),
-        Axis(ticks=named([short(s.operation, 40) for s in found]), notes=notes),
-        Axis("layers of the operation [%]", low=0, high=100),
-        is_flat=True,
-    )
-    counts = (
-        f"{s.operation} {', '.join(f'{s.counts[str(f)]} {f}' for f in formats if s.counts.get(str(f), 0))}"
-        for s in found
-    )
-    chart = Chart(
-        "format-shares", "Formats of the recipe by operation", "; ".join(counts), (panel,), 60 + ROW * len(found)
-    )
-    caption = (
+    places = Axis(ticks=named([short(s.operation, 40) for s in found]), notes=notes)
+    return Figure(
+        "format-shares",
+        "Formats of the recipe by operation",
+        "; ".join(texts),
+        (Plot(tuple(bars), places, Axis("layers of the operation [%]", low=0, high=100), is_flat=True),),
+        60 + ROW * len(found),
         "The formats that this recipe gives to the layers of each operation, most bits on top. Colours and marks are "
         "those of the map: a dash is a uniform grid, three dashes one in groups, a dot a codebook per channel, a ring "
-        "one codebook per layer."
+        "one codebook per layer.",
+        "What the recipe does about it",
+        legend=Legend("Formats", tuple(Swatch(str(f), f.bits, f if f.is_quantized else None) for f in formats)),
     )
-    legend = Legend("Formats", tuple(LegendEntry(str(f), f.bits, f if f.is_quantized else None) for f in formats))
-    return Figure(chart, caption, "What the recipe does about it", legend)
 
 
 def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
@@ -483,8 +473,8 @@ def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
     markers = itertools.cycle(_MARKERS)
     for label, line in lines.items():
         is_this = line[0].kind == "this"
-        dashes: Literal["", "-", "--"] = "" if len(line) == 1 else "-" if is_this else "--"
         drawn = _series(line, label, "this" if is_this else "other")
+        dashes: Literal["", "-", "--"] = "" if len(line) == 1 else "-" if is_this else "--"
         series.append(replace(drawn, marker="D" if is_this else next(markers), line=dashes))
     places = [p.bits for p in finite]
     plot = Plot(
@@ -494,15 +484,17 @@ def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
         here=here if min(places) <= here <= max(places) else None,
     )
     texts = [f"{p.name} {p.bits:.2f} bits {number(p.measured.value)} dB" for line in lines.values() for p in line]
-    texts.append(f"{len(cloud)} random recipes")
-    caption = (
+    return Figure(
+        "curve",
+        "Measured quality against bits",
+        "; ".join([*texts, f"{len(cloud)} random recipes"]),
+        (plot,),
+        420 + 22 * math.ceil(len(series) / 3),
         "Every point is a recipe that was really run and compared with full precision; bars are 95 % intervals. Higher "
         "at the same bits is better. The cloud shows what choosing by chance gives, the dotted line the bits of this "
-        "report's recipe."
+        "report's recipe.",
+        "Measured quality against bits",
     )
-    height = 420 + 22 * math.ceil(len(series) / 3)
-    chart = Chart("curve", "Measured quality against bits", "; ".join(texts), (plot,), height)
-    return Figure(chart, caption, "Measured quality against bits")
 
 
 def _series(points: Sequence[CurvePoint], label: str, look: Look) -> Series:
@@ -510,15 +502,19 @@ def _series(points: Sequence[CurvePoint], label: str, look: Look) -> Series:
 
 
 def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
-    """Rank correlation of the predictor and its baselines with 95 % intervals, the best on top; none, no figure."""
-    finite = [row for row in found if math.isfinite(row.srcc.value)]
+    """Rank correlation of the predictor and its baselines with 95 % intervals, the best on top; none, no figure.
+
+    Best is who ranks best on the last subset: the band is what a budget asks about.
+    """
+    finite = [row for row in _by_subset(found) if math.isfinite(row.srcc.value)]
     if not finite:
         return None
-    order, used = subsets(found), {row.predictor for row in found if row.is_used}
-    names = _by_rank(found)
+    ranks = {row.predictor: -math.inf for row in found} | {row.predictor: row.srcc.value for row in finite}
+    names = sorted(ranks, key=lambda one: -ranks[one])
+    subsets = list(dict.fromkeys(row.subset for row in _by_subset(found)))
     series = []
-    for i, subset in enumerate(order):
-        shift = 0.7 * (i - (len(order) - 1) / 2) / len(order)
+    for i, subset in enumerate(subsets):
+        shift = 0.7 * (i - (len(subsets) - 1) / 2) / len(subsets)
         for is_used in (False, True):
             inside = [row for row in finite if row.subset == subset and row.is_used == is_used]
             series.append(
@@ -531,32 +527,28 @@ def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
                     is_hollow=subset != OVERALL,
                 )
             )
-    labels = {n: short(n, 44) for n in names}
     values = [v for row in finite for v in (row.srcc.value, row.srcc.low) if math.isfinite(v)]
     plot = Plot(
         tuple(series),
-        Axis(ticks=named([labels[n] for n in names]), bold=tuple(labels[n] for n in used if n in labels)),
+        Axis(
+            ticks=named([short(one, 44) for one in names]),
+            bold=tuple(short(row.predictor, 44) for row in found if row.is_used),
+        ),
         Axis("rank correlation (SRCC): 1 is the true order, 0 guessing", low=min(-0.02, *values), high=1.02),
         zero=True,
         is_flat=True,
     )
-    texts = "; ".join(
-        f"{r.predictor} {_subset(r.subset, 'all held-out recipes')} {number(r.srcc.value)}" for r in found
-    )
-    caption = (
+    return Figure(
+        "predictors",
+        "How well recipes are ranked",
+        "; ".join(f"{r.predictor} {_subset(r.subset, 'all held-out recipes')} {number(r.srcc.value)}" for r in found),
+        (plot,),
+        90 + 30 * len(names),
         "How well the predictor and simpler rules put recipes that they have not seen in order of quality, with 95 % "
         "intervals. Telling many bits from few is easy; within a narrow band of bits, where a recipe must be chosen, "
-        "it is hard, and there it counts."
+        "it is hard, and there it counts.",
+        "Can the predictor be trusted?",
     )
-    chart = Chart("predictors", "How well recipes are ranked", texts, (plot,), 90 + 30 * len(names))
-    return Figure(chart, caption, "Can the predictor be trusted?")
-
-
-def _by_rank(found: Sequence[PredictorRow]) -> list[str]:
-    """Names of the predictors, best first on the last subset: the band is what a budget asks about."""
-    ranks = {row.predictor: -math.inf for row in found}
-    ranks |= {row.predictor: row.srcc.value for row in _by_subset(found) if math.isfinite(row.srcc.value)}
-    return sorted(ranks, key=lambda name: -ranks[name])
 
 
 _QUALITY = columns("SRCC", "Kendall's tau", "NDCG@10", "MAE")
@@ -591,32 +583,5 @@ def _folds(found: Sequence[FoldRow]) -> Section:
     return Section("", f"Quality in each of the {n_folds} folds, hop by hop", shown(table))
 
 
-def _rounds(rounds: Sequence[Round]) -> tuple[Block, ...]:
-    table = Table(
-        columns("round", "recipes measured", "best measured [dB]", "predicted for it [dB]"),
-        rows((r.round, r.n_trials, r.best_db, r.predicted_db) for r in sorted(rounds, key=lambda r: r.round)),
-        "In each round, recipes that the predictor thought best were measured, and it learned from them. Where "
-        "measured and predicted come together, there is little left to gain.",
-    )
-    return (Text("Rounds of refinement", "heading"), table) if rounds else ()
-
-
-def _finalists(finalists: Sequence[FinalistRow]) -> tuple[Block, ...]:
-    lines = tuple(
-        Row((one.name, one.paper_bits, one.measured, one.behind or "chosen"), is_marked=one.behind is None)
-        for one in sorted(finalists, key=lambda one: _rank(one.measured))
-    )
-    table = Table(
-        columns("recipe", "bits", "measured [dB]", "behind the chosen one [dB]"),
-        lines,
-        f"Which of {len(lines)} recipes became the result, measured on seeds that nothing was searched on, paired.",
-    )
-    return (Text("The final", "heading"), table) if lines else ()
-
-
 def _subset(subset: str, everything: str = "all recipes") -> str:
     return everything if subset == OVERALL else subset
-
-
-def _rank(estimate: Estimate) -> tuple[bool, float]:
-    return math.isnan(estimate.value), -estimate.value

@@ -1,6 +1,6 @@
-"""What charts show: dots with intervals, lines with bands, bars and boxes (`Plot`), and heat maps.
+"""What the panels of a figure show: dots with intervals, lines with bands, bars and boxes (`Plot`), and heat maps.
 
-A chart is a value: which panels it has, with which data and which names. `drawing` makes pictures of them.
+Panels are values: which data they show under which names. `drawing` makes pictures of them.
 """
 
 from __future__ import annotations
@@ -136,33 +136,16 @@ class Heat:
 Panel = Plot | Heat
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """Panels below each other, which share their places, or in `n_columns` beside each other, which share their rows.
-
-    `name` is unique in a page; `title` and `description` say in words what is seen. Sizes are in pixels.
-    """
-
-    name: str
-    title: str
-    description: str
-    panels: tuple[Panel, ...]
-    height: float
-    width: float = WIDTH
-    n_columns: int = 1
-    ratios: tuple[float, ...] = ()
-    label: str = ""
-
-
 def named(names: Sequence[str], *, n_most: int = _MOST_NAMES) -> tuple[tuple[float, str], ...]:
     """Names of places, every so many of them if there are more than can be read."""
     step = max(math.ceil(len(names) / n_most), 1)
     return tuple((i, names[i]) for i in range(0, len(names), step))
 
 
-def are_long(names: Sequence[str]) -> bool:
-    """Whether names beside each other have to be turned."""
-    return len(names) * max(map(len, names), default=0) > 95
+def room(names: Sequence[str]) -> float:
+    """The height that names beside each other take because they have to be turned [px]; 0 if they have not."""
+    longest = max(map(len, names), default=0)
+    return LETTER * longest if len(names) * longest > 95 else 0
 
 
 def short(text: str, n: int) -> str:

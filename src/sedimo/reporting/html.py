@@ -22,7 +22,7 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting.drawing import draw
-from sedimo.reporting.page import Cell, Column, Map, MapCell, Page, Picture, Row, Table, png, say
+from sedimo.reporting.page import Cell, Column, Map, Page, Picture, Row, Swatch, Table, png, say
 from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, bit_level, properties
 from sedimo.reporting.words import Value, mark, plain, share
 
@@ -76,7 +76,7 @@ def render(page: Page, *, theme: Literal["light", "dark"] | None = None) -> str:
     environment.filters.update(cell=_cell, is_wide=_is_wide, groups=_groups, map_rows=_map_rows)
     environment.filters.update(
         kind=lambda block: type(block).__name__,
-        chart=lambda chart: Markup(draw(chart)),  # texts in it are escaped
+        chart=lambda figure: Markup(draw(figure)),  # texts in it are escaped
         json_uri=lambda text: _data_uri("application/json", text.encode()),
     )
     words = {"looks": _LOOKS, "signs": _SIGNS, "amplification": _AMPLIFICATION}
@@ -111,7 +111,7 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(group, list(inside)) for group, inside in itertools.groupby(rows, lambda row: row.group)]
 
 
-def _map_rows(found: Map) -> list[tuple[str, list[MapCell | None]]]:
+def _map_rows(found: Map) -> list[tuple[str, list[Swatch | None]]]:
     """Names of rows with a cell or nothing for each column."""
     columns = range(len(found.columns))
     return [(name, [found.cells.get((row, column)) for column in columns]) for row, name in enumerate(found.rows)]

@@ -21,7 +21,7 @@ from PIL import Image
 from sedimo.codec import from_plain
 from sedimo.errors import InputError, StateError
 from sedimo.quant.formats import Format
-from sedimo.reporting.figures import Chart
+from sedimo.reporting.figures import WIDTH, Panel
 from sedimo.reporting.words import Kind, Value, said
 
 
@@ -108,24 +108,17 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A chart with its heading, what to see in it, and the same numbers as a table, if they fit on a page."""
+class Swatch:
+    """A patch in the colour of its bits, with the mark of its format's method, or either; and what it means.
 
-    chart: Chart
-    caption: str
-    title: str = ""
-    legend: Legend | None = None
-    table: Table | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LegendEntry:
-    """A colour by its number of bits, the mark of a method by a format that has it, or both; and what it means."""
+    On a map it is a layer; a copy is stored elsewhere.
+    """
 
     text: str
     bits: float | None = None
     format: Format | None = None
     note: str = ""
+    is_copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +126,7 @@ class Legend:
     """What colours and marks mean."""
 
     label: str
-    entries: tuple[LegendEntry, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MapCell:
-    """A layer's format, and all about it in words; a copy is stored elsewhere."""
-
-    format: Format
-    text: str
-    is_copy: bool = False
+    entries: tuple[Swatch, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +136,30 @@ class Map:
     title: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: Mapping[tuple[int, int], MapCell]
+    cells: Mapping[tuple[int, int], Swatch]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Panels below each other, which share their places, or in `n_columns` beside each other, which share their rows.
+
+    `name` is unique in a page; `title` and `description` say in words what is seen. Sizes are in pixels. Around it
+    stand a heading, what to see in it, a legend, and the same numbers as a table, if they fit on a page.
+    """
+
+    name: str
+    title: str
+    description: str
+    panels: tuple[Panel, ...]
+    height: float
+    caption: str
+    heading: str = ""
+    width: float = WIDTH
+    n_columns: int = 1
+    ratios: tuple[float, ...] = ()
+    label: str = ""
+    legend: Legend | None = None
+    table: Table | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,10 +244,16 @@ class Page:
     created: str = ""
 
 
-def shown(*blocks: Block | Iterable[Block] | None) -> tuple[Block, ...]:
+def shown(*blocks: Block | Iterable[Block | None] | None) -> tuple[Block, ...]:
     """Those of the blocks that have something to show."""
-    found = (b for block in blocks if block is not None for b in ((block,) if isinstance(block, Block) else block))
-    return tuple(b for b in found if type(b) not in _CONTENT or getattr(b, _CONTENT[type(b)]))
+    found = (b for one in blocks if one is not None for b in ((one,) if isinstance(one, Block) else one))
+    return tuple(b for b in found if b is not None and (type(b) not in _CONTENT or getattr(b, _CONTENT[type(b)])))
+
+
+def titled(title: str, block: Block) -> tuple[Block, ...]:
+    """A block under a heading; neither, if it has nothing to show."""
+    found = shown(block)
+    return (Text(title, "heading"), *found) if found else ()
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:

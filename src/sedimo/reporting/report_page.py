@@ -7,41 +7,56 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from sedimo.allocation.combine import Agreement
-from sedimo.allocation.table import Cost
+from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.methods.portfolio import Entrant
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import decibel
+from sedimo.quant import families
 from sedimo.reporting import phrasing
 from sedimo.reporting.explanation import explanation_section, matters_section
-from sedimo.reporting.figures import LETTER, ROW, Axis, Chart, Plot, Series, are_long, named, only, short
-from sedimo.reporting.layer_map import layer_maps, legends
-from sedimo.reporting.maps_page import maps_section
+from sedimo.reporting.figures import ROW, Axis, Plot, Series, named, only, room, short
+from sedimo.reporting.maps import maps_section
 from sedimo.reporting.page import (
     Beside,
     BitsBar,
-    Block,
     Cell,
     Column,
     Facts,
     Figure,
     Items,
+    Legend,
+    Map,
     Page,
     Row,
     Section,
+    Swatch,
     Table,
     Text,
     columns,
     rows,
     shown,
+    titled,
 )
-from sedimo.reporting.placement import OUTSIDE, stage_labels
+from sedimo.reporting.placement import (
+    OUTSIDE,
+    inside,
+    kind_of,
+    label_of,
+    natural_order,
+    stage_labels,
+    without_numbers,
+)
 from sedimo.reporting.summary import MeasuredRecipe, Summary, added
+from sedimo.reporting.theme import bit_level
 from sedimo.reporting.words import (
     EXPLANATION_GLOSSARY,
     GLOSSARY,
     MINUS,
+    byte_size,
     count,
     duration,
+    family,
+    family_words,
     number,
     said,
     share,
@@ -116,6 +131,75 @@ def _decided(summary: Summary) -> Section:
     )
 
 
+def layer_maps(summary: Summary) -> tuple[Map, ...]:
+    """The map: one for each kind of block, the largest first, layers outside all blocks last."""
+    placed: dict[str, list[tuple[str, str, str, Swatch]]] = {}
+    for cost in summary.chosen:
+        operation = summary.table.operations[cost.decision]
+        for layer, block in _blocks_of(summary.table, cost.decision):
+            cell = _swatch(summary, cost, layer)
+            placed.setdefault(kind_of(block), []).append((layer, block, inside(operation, block), cell))
+    made = [_outside(placed[kind]) if kind == OUTSIDE else _map(kind, placed[kind]) for kind in placed]
+    return tuple(sorted(made, key=lambda one: (one.columns == ("",), -len(one.cells))))
+
+
+def _blocks_of(table: SensitivityTable, decision: str) -> list[tuple[str, str]]:
+    """The layers of a decision and their blocks; layers elsewhere in the tree than the first are left out."""
+    block, (first, *others) = table.blocks[decision], table.layers[decision]
+    alike = [layer for layer in others if block and without_numbers(layer) == without_numbers(first)]
+    depth = len(block.split("."))
+    return [(first, block), *((layer, ".".join(layer.split(".")[:depth])) for layer in alike)]
+
+
+def _map(kind: str, entries: Sequence[tuple[str, str, str, Swatch]]) -> Map:
+    blocks = sorted({block for _, block, *_ in entries}, key=natural_order)
+    rows: dict[str, int] = {}
+    cells: dict[tuple[int, int], Swatch] = {}
+    for _, block, operation, cell in entries:
+        name, repeat, column = operation, 1, blocks.index(block)
+        while (rows.setdefault(name, len(rows)), column) in cells:
+            repeat += 1
+            name = f"{operation} ({repeat})"
+        cells[rows[name], column] = cell
+    return Map(f"{len(blocks)} \N{MULTIPLICATION SIGN} {kind}", tuple(rows), tuple(map(label_of, blocks)), cells)
+
+
+def _outside(entries: Sequence[tuple[str, str, str, Swatch]]) -> Map:
+    """One row per layer: there are no blocks to stand in."""
+    cells = {(i, 0): cell for i, (*_, cell) in enumerate(entries)}
+    return Map("Layers outside all blocks", tuple(layer for layer, *_ in entries), ("",), cells)
+
+
+def _swatch(summary: Summary, cost: Cost, layer: str) -> Swatch:
+    """A layer with all about it in words; a copy, if its weights are stored with another's."""
+    first, part = summary.table.layers[cost.decision][0], summary.share([cost])
+    name = cost.decision if layer == first else layer
+    text = f"{name}: {cost.format} ({family_words(cost.format)}), {byte_size(cost.stored_bytes)}"
+    if part is not None:
+        text += f", {share(part)} of the {summary.cost_name}"
+    else:
+        text += f", {summary.cost_name} {number(cost.cost, cost.standard_error)}"
+    if layer == first:
+        return Swatch(text, format=cost.format)
+    return Swatch(f"{text}; stored once with {first}", format=cost.format, is_copy=True)
+
+
+def legends(summary: Summary, *, has_copies: bool) -> tuple[Legend, Legend]:
+    """What the colours and marks of the map mean."""
+    formats = [cost.format for cost in summary.chosen]
+    order = [one.name for one in families.FAMILIES]
+    found = {family(f): f for f in reversed(formats) if f.is_quantized}
+    quantized = sorted(found.values(), key=lambda f: (order.index(f.family), bool(f.group_size)))
+    marks = [Swatch(family_words(f), None, f, family(f)) for f in quantized]
+    if has_copies:
+        marks.append(Swatch("dashed outline: shares the weights of the first such layer, stored once"))
+    levels = enumerate(sorted({bit_level(f.bits) for f in formats}))
+    return (
+        Legend("Colours: bits per weight", tuple(Swatch("" if i else "bits", n) for i, n in levels)),
+        Legend("Marks: method", tuple(marks)),
+    )
+
+
 def _decisions(summary: Summary) -> Section:
     titles = columns(
         ("layer", "name"),
@@ -185,19 +269,19 @@ def _operations_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figur
     bits = tuple(map(summary.paper_bits, groups))
     notes = tuple(f"{b:.1f} bits, {share(summary.params_share(g))}" for b, g in zip(bits, groups, strict=True))
     what = "noise" if summary.is_noise else f"cost [{summary.table.unit}]"
+    scale = f"{what} if all its layers were at {summary.reference}\n(logarithmic; bars: 95 % interval)"
     plot = Plot(
         (Series(tuple(costs[name] for name in names), bits=bits),),
         Axis(ticks=named([short(name, 40) for name in names]), notes=notes),
-        Axis(
-            f"{what} if all its layers were at {summary.reference}\n(logarithmic; bars: 95 % interval)",
-            is_logarithmic=True,
-        ),
+        Axis(scale, is_logarithmic=True),
         is_flat=True,
     )
-    title = f"Sensitivity by operation, all at {summary.reference}"
-    about = "; ".join(f"{name} {costs[name].value:.2e}, {b:.1f} bits" for name, b in zip(names, bits, strict=True))
     return Figure(
-        Chart("operations", title, about, (plot,), 86 + ROW * len(names)),
+        "operations",
+        f"Sensitivity by operation, all at {summary.reference}",
+        "; ".join(f"{name} {costs[name].value:.2e}, {b:.1f} bits" for name, b in zip(names, bits, strict=True)),
+        (plot,),
+        86 + ROW * len(names),
         f"If every layer of the operation were at `{summary.reference}`: further right is more sensitive. The colour "
         "and the numbers at the right tell what it got: average bits, and its share of the weights. Sensitive "
         "operations get more bits, unless their many weights make every bit expensive.",
@@ -211,14 +295,18 @@ def _blocks_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figure:
     bits = tuple(summary.paper_bits(summary.blocks[name]) for name in blocks)
     plot = Plot(
         (Series(tuple(costs[name] for name in blocks), bits=bits),),
-        Axis(common, named(names, n_most=_MOST_LABELS), are_turned=are_long(names)),
+        Axis(common, named(names, n_most=_MOST_LABELS), are_turned=room(names) > 0),
         Axis(f"{summary.cost_name} at {summary.reference}", is_logarithmic=True),
     )
-    title = f"Sensitivity by block, all at {summary.reference}"
-    about = "; ".join(f"{name} {costs[name].value:.2e}" for name in blocks)
-    height = 240 + (LETTER * max(map(len, names)) if are_long(names) else 0)
-    caption = "The same, with all layers of an outermost block taken together."
-    return Figure(Chart("blocks", title, about, (plot,), height), caption, "By block, from input to output")
+    return Figure(
+        "blocks",
+        f"Sensitivity by block, all at {summary.reference}",
+        "; ".join(f"{name} {costs[name].value:.2e}" for name in blocks),
+        (plot,),
+        240 + room(names),
+        "The same, with all layers of an outermost block taken together.",
+        "By block, from input to output",
+    )
 
 
 def _cost(summary: Summary) -> Section | None:
@@ -233,10 +321,10 @@ def _cost(summary: Summary) -> Section | None:
         "What it cost",
         shown(
             Items(phrasing.cost_sentences(summary), "findings"),
-            _entrants(evidence.entrants),
+            titled("What it was chosen among", _entrants(evidence.entrants)),
             _recipes_figure(evidence.recipes),
             _recipes(evidence.recipes),
-            _differences(evidence.differences),
+            titled("Differences on the same seeds", _differences(evidence.differences)),
             Beside(tuple(curves)),
             Text("The same seeds, before and after", "heading") if evidence.pictures else None,
             Beside(evidence.pictures),
@@ -244,7 +332,7 @@ def _cost(summary: Summary) -> Section | None:
     )
 
 
-def _entrants(entrants: Sequence[Entrant]) -> tuple[Block, ...]:
+def _entrants(entrants: Sequence[Entrant]) -> Table:
     titles = columns(
         "recipe by",
         ("stored bits", "bits"),
@@ -270,7 +358,7 @@ def _entrants(entrants: Sequence[Entrant]) -> tuple[Block, ...]:
         "and the figures of the recipes there are known better than the errors suggest, because all ran on the same "
         "seeds."
     )
-    return (Text("What it was chosen among", "heading"), Table(titles, lines, caption)) if lines else ()
+    return Table(titles, lines, caption)
 
 
 def _recipes_figure(recipes: Sequence[MeasuredRecipe]) -> Figure | None:
@@ -289,13 +377,16 @@ def _recipes_figure(recipes: Sequence[MeasuredRecipe]) -> Figure | None:
         Axis("SQNR [dB], higher is better"),
         is_flat=True,
     )
-    about = "; ".join(f"{one.name} {with_error(value, 'dB')}" for one, value in measured)
-    chart = Chart("recipes", "Quality of all measured recipes", about, (plot,), 60 + ROW * len(names))
-    caption = (
+    return Figure(
+        "recipes",
+        "Quality of all measured recipes",
+        "; ".join(f"{one.name} {with_error(value, 'dB')}" for one, value in measured),
+        (plot,),
+        60 + ROW * len(names),
         "Each with its 95 % interval over seeds. All recipes ran on the same seeds, so differences between them are "
-        "known better than the bars suggest."
+        "known better than the bars suggest.",
+        "Compared with other recipes",
     )
-    return Figure(chart, caption, "Compared with other recipes")
 
 
 def _recipes(recipes: Sequence[MeasuredRecipe]) -> Table:
@@ -325,11 +416,10 @@ def _recipes(recipes: Sequence[MeasuredRecipe]) -> Table:
     return Table(titles, tuple(lines))
 
 
-def _differences(found: Sequence[tuple[str, Estimate]]) -> tuple[Block, ...]:
+def _differences(found: Sequence[tuple[str, Estimate]]) -> Table:
     difference = Column("difference", "change", "95 % interval")
     titles = (*columns("this recipe minus", "measure"), difference, *columns("samples", ("verdict", "verdict")))
-    lines = rows((other, _MEASURES["sqnr_db"], ahead, ahead.n, verdict(ahead)) for other, ahead in found)
-    return (Text("Differences on the same seeds", "heading"), Table(titles, lines)) if found else ()
+    return Table(titles, rows((one, _MEASURES["sqnr_db"], ahead, ahead.n, verdict(ahead)) for one, ahead in found))
 
 
 def _frontier_figure(summary: Summary) -> Figure:
@@ -348,12 +438,16 @@ def _frontier_figure(summary: Summary) -> Figure:
         Axis(f"bits per weight, {_COUNTED[allocation.accounting]}"),
         Axis("predicted SQNR [dB]" if is_noise else "predicted cost", is_logarithmic=is_logarithmic),
     )
-    about = "; ".join(f"{x:.2f} bits {scale(cost):.3g}" for x, cost in points if cost > 0)
     limit = "" if allocation.budget_bops is None else f" within {count(allocation.budget_bops)} bit operations"
     return Figure(
-        Chart("frontier", "What more bits would buy", about, (plot,), 340, 500),
+        "frontier",
+        "What more bits would buy",
+        "; ".join(f"{x:.2f} bits {scale(cost):.3g}" for x, cost in points if cost > 0),
+        (plot,),
+        340,
         f"The best recipe at each budget{limit}, as predicted from the costs.",
         "What more bits would buy",
+        500,
     )
 
 
@@ -365,11 +459,15 @@ def _agreement_figure(agreement: Agreement, of: str) -> Figure:
         Axis("measured noise", is_logarithmic=True),
         diagonal=True,
     )
-    about = f"{agreement.n} recipes; rank correlation {agreement.srcc:.2f}, slope {agreement.slope:.2f}"
     return Figure(
-        Chart("agreement", "Do costs add up?", about, (plot,), 340, 420),
+        "agreement",
+        "Do costs add up?",
+        f"{agreement.n} recipes; rank correlation {agreement.srcc:.2f}, slope {agreement.slope:.2f}",
+        (plot,),
+        340,
         f"{agreement.n} {of}. On the dashed line the prediction is exact.",
         "Do costs add up?",
+        420,
     )
 
 
