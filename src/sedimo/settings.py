@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import types
 import typing
@@ -133,6 +134,20 @@ def _own_leaves(record: Any) -> tuple[Leaf, ...]:
 def block(default: Any, panel: str = "") -> Any:
     """A field that holds a record of more options, which people see under a heading of their own."""
     return field(default=default, metadata={_PANEL: panel})
+
+
+def settings_of(function: Callable[..., object]) -> type:
+    """A record of what a function takes; each parameter says how it is set by its `Option`, or a block by its heading.
+
+    def run(out: Annotated[Path, Option(("-o", "--out"), "File to write.")], ...) -> ...
+    """
+    hints, found = typing.get_type_hints(function, include_extras=True), []
+    for one in inspect.signature(function).parameters.values():
+        kind, how = get_args(hints[one.name])
+        default = REQUIRED if one.default is one.empty else one.default
+        metadata = {_KEY if isinstance(how, Option) else _PANEL: how}
+        found.append((one.name, kind, field(default=default, metadata=metadata)))
+    return dataclasses.make_dataclass("Settings", found, frozen=True)
 
 
 @dataclass(frozen=True, slots=True)

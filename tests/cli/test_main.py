@@ -15,8 +15,7 @@ from sedimo import jobs, methods
 from sedimo.cli.main import main
 from sedimo.errors import InputError
 from sedimo.jobs.compare import CompareSettings
-from sedimo.jobs.face import quantize_settings
-from sedimo.jobs.quantize import QuantizeSettings
+from sedimo.jobs.quantize import JOB, QuantizeSettings
 from sedimo.jobs.settings import FormatSettings
 from sedimo.lab.bench import SourceSettings
 from sedimo.methods.search import SEARCH
@@ -217,7 +216,7 @@ def test_errors_name_the_flag(line, message):
 )
 def test_errors_in_python_name_the_keyword(words, message):
     with pytest.raises(InputError, match=message):
-        quantize_settings("x", {"bits": 3.0, "method": "hybrid:uaq4", **words})
+        JOB.read({"source": "x", "bits": 3.0, "method": "hybrid:uaq4", **words})
 
 
 @pytest.mark.parametrize("name", jobs.JOBS)

@@ -76,7 +76,7 @@ def test_the_report_has_the_curves_and_can_be_had_again(made):
     page = (out / "report.html").read_text()
     assert "Where noise enters" in page
     assert f"Chosen by rank, the first 1 by gain: <code>{curves_of(result).kept[0]}</code>" in page
-    curves = report.run(report.ReportSettings(out.with_name("out.study")))["maps"]["blocks"]
+    curves = report.run(out.with_name("out.study"))["maps"]["blocks"]
     assert curves["kept"] == list(curves_of(result).kept)
     assert [row["block"] for row in curves["rows"]] == [row.block for row in curves_of(result).rows]
     plain = json.loads(json.dumps(result.as_json()))

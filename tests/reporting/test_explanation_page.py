@@ -189,7 +189,7 @@ def test_a_report_is_the_same_after_saving(tmp_path):
     summary = replace(explained(dit_explanation()), provenance=Provenance(command="sedimo quantize"))
     with Study(tmp_path) as study:
         study.put_record(report.REPORT, summary)
-    found = report.run(report.ReportSettings(tmp_path))
+    found = report.run(tmp_path)
     assert Path(found["report"]).read_text(encoding="utf-8") == render(summary)
     assert found["explanation"] == to_plain(summary.evidence.explanation)
 
@@ -198,7 +198,7 @@ def test_a_record_of_another_form_comes_with_a_remedy(tmp_path):
     with Study(tmp_path) as study:
         study.put_record(report.REPORT, {"summary": 1, "pictures": []})
     with pytest.raises(StateError, match=r"unknown fields.* give the job's command again"):
-        report.run(report.ReportSettings(tmp_path))
+        report.run(tmp_path)
 
 
 def test_a_damaged_picture_is_named():

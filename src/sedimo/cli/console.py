@@ -1,9 +1,7 @@
-"""Talking to people: errors with exit codes, progress bars on standard error, JSON."""
+"""Talking to people: errors with exit codes, progress bars on standard error."""
 
 from __future__ import annotations
 
-import json
-import shlex
 import sqlite3
 import sys
 import traceback
@@ -41,16 +39,6 @@ def run_guarded(work: Callable[[], object], *, verbose: bool) -> object:
             code = EXIT_INPUT
     click.echo(message, err=True)
     raise click.exceptions.Exit(code)
-
-
-def command_line() -> str:
-    """The command as it was typed, for records."""
-    return shlex.join(["sedimo", *sys.argv[1:]])
-
-
-def print_json(plain: object) -> None:
-    """One JSON document on standard output."""
-    click.echo(json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False))
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import logging
 import math
 import re
+import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
 
@@ -22,8 +23,8 @@ import click
 
 import sedimo.jobs
 from sedimo import __version__
-from sedimo.cli.console import command_line, print_json, progress, run_guarded
-from sedimo.settings import REQUIRED, Leaf, build, leaves, one_of
+from sedimo.cli.console import progress, run_guarded
+from sedimo.settings import REQUIRED, Leaf, leaves, one_of
 
 if TYPE_CHECKING:
     from sedimo.jobs.job import Job
@@ -39,7 +40,6 @@ Exit codes:
   130  interrupted; what was finished is saved and the same command goes on
 """
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
-_OWN = "own"  # owner of a job's own options
 
 
 class _Argument(click.Argument):
@@ -61,40 +61,23 @@ class _Option(click.Option):
         return extra
 
 
-@dataclass(frozen=True)
-class _Word:
-    """An option of a command: what it sets, of which record."""
-
-    name: str
-    owner: str
-    leaf: Leaf
-
-    def parameter(self, *, is_hidden: bool = False) -> click.Parameter:
-        """What click reads it with."""
-        leaf, option = self.leaf, self.leaf.option
-        more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.default is REQUIRED, "metavar": option.metavar}
-        if not option.flags and not option.no:
-            found = _Argument([self.name], nargs=-1 if get_origin(leaf.kind) is tuple else 1, **more)
-            found.words = option.words
-            return found
-        flags = [*option.flags]
-        if leaf.kind is bool:
-            flags = ["/".join(flag for flag in (*flags, option.no) if flag)]
-            more = {"is_flag": True, "default": None, **({} if option.flags else {"flag_value": True})}
-        elif option.bare is not None:
-            more |= {"is_flag": False, "flag_value": option.bare}
-        elif leaf.default not in (REQUIRED, None, "", ()):
-            more |= {"show_default": str(leaf.default)}
-        return _Option([*flags, self.name], help=option.words, hidden=is_hidden, **more)
-
-    def value(self, given: object) -> object:
-        """What was given as the field holds it; an error names the flag."""
-        option = self.leaf.option
-        if self.leaf.kind is bool and not option.flags:
-            return False  # a flag that says no
-        value = option.parse(str(given)) if option.parse is not None else given
-        self.leaf.refuse(value, option.flags[-1] if option.flags else option.metavar or self.name)
-        return value
+def _parameter(leaf: Leaf, *, is_hidden: bool = False) -> click.Parameter:
+    """What click reads an option with; its name is the keyword of Python."""
+    option = leaf.option
+    more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.default is REQUIRED, "metavar": option.metavar}
+    if not option.flags and not option.no:
+        found = _Argument([leaf.word], nargs=-1 if get_origin(leaf.kind) is tuple else 1, **more)
+        found.words = option.words
+        return found
+    flags = [*option.flags]
+    if leaf.kind is bool:
+        flags = ["/".join(flag for flag in (*flags, option.no) if flag)]
+        more = {"is_flag": True, "default": None, **({} if option.flags else {"flag_value": True})}
+    elif option.bare is not None:
+        more |= {"is_flag": False, "flag_value": option.bare}
+    elif leaf.default not in (REQUIRED, None, "", ()):
+        more |= {"show_default": str(leaf.default)}
+    return _Option([*flags, leaf.word], help=option.words, hidden=is_hidden, **more)
 
 
 def _kind(leaf: Leaf) -> Any:
@@ -113,69 +96,60 @@ def _kind(leaf: Leaf) -> Any:
     return leaf.kind if leaf.kind in (int, float) else str
 
 
+def _value(leaf: Leaf, given: object) -> object:
+    """What was given as the field holds it; an error names the flag."""
+    option = leaf.option
+    if leaf.kind is bool and not option.flags:
+        return False  # a flag that says no
+    value = option.parse(str(given)) if option.parse is not None else given
+    leaf.refuse(value, option.flags[-1] if option.flags else option.metavar or leaf.word)
+    return value
+
+
 class _JobCommand(click.Command):
     """A command that does a job. Options stand under headings; those of one method or treatment are asked for."""
 
     def __init__(self, name: str, job: Job[Any, Any]) -> None:
-        self._job, self._offers = job, job.offers()
-        self._words = [_Word("_".join(leaf.path), _OWN, leaf) for leaf in leaves(job.settings, "Options")]
-        self._shown = [*self._words]
-        for owner, record in self._offers.items():
-            known = {flag for word in self._words for flag in word.leaf.option.flags}
-            found = [
-                _Word(f"{owner.replace('-', '_')}__{'_'.join(leaf.path)}", owner, leaf)
-                for leaf in leaves(record)
-                if known.isdisjoint(leaf.option.flags)
-            ]
-            self._words += found
-            self._shown += found[:1] if owner in job.shown else []
-        own = [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON and nothing else.")]
+        own = {leaf.word: leaf for leaf in leaves(job.settings, "Options")}
+        offers = {
+            owner: [leaf for leaf in leaves(record) if leaf.word not in own] for owner, record in job.offers().items()
+        }
+        self._job, self._offers, self._leaves, self._shown = job, offers, own, [*own.values()]
+        for owner, offered in offers.items():
+            fresh = {leaf.word: leaf for leaf in offered if leaf.word not in self._leaves}  # the others are shared
+            self._leaves |= fresh
+            self._shown += [*fresh.values()][:1] if owner in job.shown else []
+        self._own = [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON and nothing else.")]
         if job.plan is not None:
-            own.append(click.Option(["--dry-run"], is_flag=True, help="Tell what it takes, and stop."))
+            self._own.append(click.Option(["--dry-run"], is_flag=True, help="Tell what it takes, and stop."))
         if self._offers:
             text = "Say what a method or treatment is and what its options are, and stop."
             more: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": self._help_method}
-            own.append(click.Option(["--help-method"], metavar="NAME", help=text, **more))
-        self._own = own
+            self._own.append(click.Option(["--help-method"], metavar="NAME", help=text, **more))
         super().__init__(
             name,
-            params=[*(word.parameter(is_hidden=word not in self._shown) for word in self._words), *own],
+            params=[
+                *(_parameter(leaf, is_hidden=leaf not in self._shown) for leaf in self._leaves.values()),
+                *self._own,
+            ],
             callback=self._do,
             help=re.sub(r"\n\n(?=\w+  )", "\n\n\b\n", job.words),  # click leaves the lines of a table alone
             context_settings=_CONTEXT,
         )
 
     def _do(self, *, as_json: bool, dry_run: bool = False, **values: object) -> None:
-        given = {w: w.value(v) for w in self._words if (v := values[w.name]) not in (None, ()) and self._is_given(w)}
-        own = {word.leaf.path: value for word, value in given.items() if word.owner == _OWN}
-        names = {one.name for one in fields(self._job.settings)}
-        own |= {("chosen",): self._chosen(given)} if self._offers else {}
-        own |= {("command",): command_line()} if "command" in names else {}
-        settings = build(self._job.settings, own)
+        given = {word: _value(self._leaves[word], one) for word, one in values.items() if one not in (None, ())}
+        settings = self._job.read(given, command=shlex.join(["sedimo", *sys.argv[1:]]))
         work = self._job.plan if dry_run and self._job.plan is not None else self._job.run
         with progress() as shown:
             found = work(settings, shown)
         if as_json:
-            print_json(self._job.as_json(found))
+            click.echo(json.dumps(self._job.as_json(found), indent=1, sort_keys=True, ensure_ascii=False))
         else:
             from sedimo.reporting.terminal import print_page  # not for help, which answers at once
 
             page = self._job.page if work is self._job.run else self._job.plan_page
             print_page(page(found))
-
-    def _chosen(self, given: Mapping[_Word, object]) -> dict[str, object]:
-        """The records of methods and treatments that something was set of; a shared option is set of all its owners."""
-        values = {w.leaf.option.flags: value for w, value in given.items() if w.owner != _OWN}
-        found = dict[str, object]()
-        for owner, record in self._offers.items():
-            own = {leaf.path: values[f] for leaf in leaves(record) if (f := leaf.option.flags) in values}
-            if own:
-                found[owner] = build(record, own)
-        return found
-
-    def _is_given(self, word: _Word) -> bool:
-        source = click.get_current_context().get_parameter_source(word.name)
-        return source is not click.core.ParameterSource.DEFAULT
 
     def _help_method(self, ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
         if name is None:
@@ -183,13 +157,9 @@ class _JobCommand(click.Command):
         one_of(self._offers)(name, "--help-method")
         from sedimo.jobs.job import described
 
-        flags = {flag for leaf in leaves(self._offers[name]) for flag in leaf.option.flags}
-        words = [  # those included that it shares with another one
-            w for w in self._words if w.owner != _OWN and (w.owner == name or not flags.isdisjoint(w.leaf.option.flags))
-        ]
         formatter = ctx.make_formatter()
         _write_panel(formatter, name, described(name))
-        if records := _records(ctx, (word.parameter() for word in words)):
+        if records := _records(ctx, map(_parameter, self._offers[name])):
             formatter.write_paragraph()
             _write_panel(formatter, f"Options of {name}", records)
         click.echo(formatter.getvalue().rstrip("\n"))
@@ -198,8 +168,8 @@ class _JobCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Options under the headings of their settings, in as few lines as can be."""
         panels: dict[str, list[click.Parameter]] = {}
-        for word in self._shown:
-            panels.setdefault(word.leaf.panel or "Treatments", []).append(word.parameter())
+        for leaf in self._shown:
+            panels.setdefault(leaf.panel or "Treatments", []).append(_parameter(leaf))
         panels["Output and help"] = [*self._own, *(p for p in self.get_params(ctx) if p not in self.params)]
         formatter.write_paragraph()
         for panel, parameters in panels.items():

@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.table import SensitivityTable
-from sedimo.bank import Progress
-from sedimo.jobs.job import Job
+from sedimo.jobs.job import simple_job
 from sedimo.jobs.report import TABLE
 from sedimo.lab.study import Study
 from sedimo.pipelines.folder import write_file
 from sedimo.reporting.page import Facts, Page, Table, columns, page_of, rows
 from sedimo.reporting.words import count
-from sedimo.settings import REQUIRED, block, option
+from sedimo.settings import Option
 
 _KEYS = ("bits", "paper_bits", "stored_bits", "bops", "objective", "bound", "gap", "status", "method")
 
 
-@dataclass(frozen=True, slots=True)
-class AllocateSettings:
-    """Which study, which budget, by which rule, and a file for the recipe."""
-
-    run: Path = option(REQUIRED, metavar="RUN", place="folder", help="The folder of a study.")
-    budget: BudgetSettings = block(NO_BUDGET, "Budget")
-    rule: str = option(
-        "milp",
-        "--rule",
-        help="milp (exact), greedy, lp, or argmin: the papers' own, each decision for itself, without a budget.",
-    )
-    out: Path | None = option(None, "-o", "--out", help="Write the recipe to this file.")
-
-
-def run(settings: AllocateSettings, _progress: Progress) -> Allocation:
+def run(
+    folder: Annotated[Path, Option((), "The folder of a study.", metavar="RUN", place="folder")],
+    budget: Annotated[BudgetSettings, "Budget"] = NO_BUDGET,
+    rule: Annotated[
+        str, Option(("--rule",), "milp (exact), greedy, lp; argmin: each decision alone, no budget.")
+    ] = "milp",
+    out: Annotated[Path | None, Option(("-o", "--out"), "Write the recipe to this file.")] = None,
+) -> Allocation:
     """The best recipe by the table that a job has kept, written to a file if there is one."""
-    with Study(settings.run, create=False) as study:
+    with Study(folder, create=False) as study:
         table = study.record(SensitivityTable, TABLE)
-    found = allocated(table, settings.budget, rule=settings.rule)
-    if settings.out is not None:
-        write_file(settings.out, found.recipe.to_json().encode())
+    found = allocated(table, budget, rule=rule)
+    if out is not None:
+        write_file(out, found.recipe.to_json().encode())
     return found
 
 
@@ -63,4 +55,4 @@ def page(found: Allocation) -> Page:
     return page_of("", "", table, Facts(tuple(facts.items())))
 
 
-JOB = Job(__doc__, AllocateSettings, run, page, as_json=as_json)
+JOB = simple_job(__doc__, run, page, as_json=as_json)

@@ -6,17 +6,15 @@ Example: sedimo change small proj_out_2=uaq8 --source zoo:cifar-dit -o better
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sedimo.bank import Progress
 from sedimo.checkpoint.layout import owners_of
 from sedimo.checkpoint.reading import Checkpoint, open_checkpoint, read_packed
 from sedimo.checkpoint.writing import Origin, replace_layer_format
 from sedimo.errors import InputError
 from sedimo.jobs.describe import recipe_of, refuse_other_source
-from sedimo.jobs.job import Job
+from sedimo.jobs.job import simple_job
 from sedimo.pipelines.loading import locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder
 from sedimo.quant.fitting import fit
@@ -25,40 +23,35 @@ from sedimo.quant.parts import entry_text
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import packed_sizes
-from sedimo.settings import REQUIRED, option
+from sedimo.settings import Option
 from sedimo.space import Recipe
 
 
-@dataclass(frozen=True, slots=True)
-class ChangeSettings:
-    """Which layers of which checkpoint get which formats, from what it was made, and where the result goes."""
-
-    checkpoint: Path = option(REQUIRED, metavar="CHECKPOINT", help="A packed checkpoint.")
-    changes: tuple[str, ...] = option(REQUIRED, metavar="LAYER=FORMAT...", help="What to change.")
-    source: str = option(REQUIRED, "--source", metavar="SRC", help="What CHECKPOINT was made from.")
-    out: Path = option(REQUIRED, "-o", "--out", help="Folder to write.")
-    variant: str | None = option(None, "--variant", help="Variant of SRC's weights, such as fp16.")
-
-
-def run(settings: ChangeSettings, _progress: Progress) -> dict[str, Any]:
+def run(
+    checkpoint: Annotated[Path, Option((), "A packed checkpoint.", metavar="CHECKPOINT")],
+    changes: Annotated[tuple[str, ...], Option((), "What to change.", metavar="LAYER=FORMAT...")],
+    source: Annotated[str, Option(("--source",), "What CHECKPOINT was made from.", metavar="SRC")],
+    out: Annotated[Path, Option(("-o", "--out"), "Folder to write.")],
+    variant: Annotated[str | None, Option(("--variant",), "Variant of SRC's weights, such as fp16.")] = None,
+) -> dict[str, Any]:
     """Writes the checkpoint anew; all tensors of other layers keep their bytes. Formats before and after, and sizes.
 
     Only the named layers are read from the source and fitted. A layer that shares its weight changes together with
     those that it shares it with, a layer in parts as a whole.
     """
-    wanted = _read(settings.changes)
-    place = settings.checkpoint.expanduser()
+    wanted = _read(changes)
+    place = checkpoint.expanduser()
     inner = denoiser_folder(place)
     old = open_checkpoint(inner)
-    name, folder = locate(settings.source, settings.variant)
-    fresh = _fitted(old, FileWeights(denoiser_folder(folder), settings.variant), wanted)
+    name, folder = locate(source, variant)
+    fresh = _fitted(old, FileWeights(denoiser_folder(folder), variant), wanted)
     before, owners = recipe_of(old), owners_of(old.layers)
     changed = {layer: fresh[owner] for layer, owner in owners.items() if owner in fresh} | fresh
     after = Recipe({**before.layers, **{layer: weight.format for layer, weight in changed.items()}})
     after = after.with_activations(before.activation_bits)
     component = inner.name if inner != place else None
     origin = Origin(name, recipe_json=after.to_json())
-    written = replace_layer_format(place, settings.out, fresh, origin, component=component)
+    written = replace_layer_format(place, out, fresh, origin, component=component)
     was, is_now = ({n: entry_text(recipe.layers.get(n, FP16)) for n in changed} for recipe in (before, after))
     return {
         "changed": {name: {"before": was[name], "after": is_now[name]} for name in changed},
@@ -122,4 +115,4 @@ def page(found: Mapping[str, Any]) -> Page:
     return page_of("", "", Table(columns("layer", "before", "after"), rows(lines)), Text(f"{sizes}: {found['out']}"))
 
 
-JOB = Job(__doc__, ChangeSettings, run, page)
+JOB = simple_job(__doc__, run, page)

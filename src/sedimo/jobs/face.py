@@ -18,13 +18,12 @@ from sedimo.checkpoint.contents import refuse_unfit_source
 from sedimo.checkpoint.weights import replace_weights
 from sedimo.checkpoint.writing import Origin, WriteOptions, WrittenCheckpoint
 from sedimo.errors import InputError
-from sedimo.jobs import quantize as job
 from sedimo.jobs.attribute import AttributeSettings, attribute_study
 from sedimo.jobs.check import check_additivity, whole_recipes
 from sedimo.jobs.describe import card_writer
 from sedimo.jobs.evidence import N_FRONTIER_POINTS
 from sedimo.jobs.explore import EXPLORATION
-from sedimo.jobs.quantize import JobResult, QuantizeSettings
+from sedimo.jobs.quantize import JOB, JobResult
 from sedimo.lab.bench import Bench, Compute, Loaded, SourceSettings, Subject, trace, weights_of
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.lab import Lab as BenchLab
@@ -46,7 +45,6 @@ from sedimo.quant.formats import Format
 from sedimo.reporting.html import write_page
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Evidence, Summary
-from sedimo.settings import build, leaves, read_words
 from sedimo.space import Recipe, SearchSpace, search_space
 from sedimo.targets import target_named
 from sedimo.targets.diffusers import DIFFUSERS
@@ -206,24 +204,7 @@ def quantize(
         return replace(source, recipe, bank=bank)
     if not isinstance(source, str | Path):
         raise InputError("the main job takes a folder, a hub id or zoo:NAME; for a loaded pipeline use sedimo.Lab")
-    return job.run(quantize_settings(str(source), words), progress)
-
-
-def quantize_settings(source: str, words: Mapping[str, object]) -> QuantizeSettings:
-    """The settings of the main job from keywords, those of methods and treatments included.
-
-    Raises:
-        InputError: a word that there is not.
-    """
-    chosen, shared = dict[str, object](), set[str]()
-    for owner, record in job.JOB.offers().items():
-        own = {leaf.word: words[leaf.word] for leaf in leaves(record) if leaf.word in words}
-        if own:
-            chosen[owner] = build(record, read_words(record, own))
-        shared |= own.keys()
-    left = {word: value for word, value in words.items() if word not in shared}
-    given = read_words(QuantizeSettings, {"source": source, **left})
-    return build(QuantizeSettings, {**given, ("chosen",): chosen})
+    return JOB.run(JOB.read({"source": str(source), **words}), progress)
 
 
 def replace(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None = None) -> Loaded | nn.Module:

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
-from sedimo.bank import Progress
 from sedimo.checkpoint.layout import owners_of
 from sedimo.checkpoint.reading import Checkpoint, is_packed, open_checkpoint
 from sedimo.graph.model import inspect_summary
 from sedimo.jobs.describe import recipe_of
-from sedimo.jobs.job import Job
+from sedimo.jobs.job import simple_job
 from sedimo.lab.bench import trace
 from sedimo.pipelines.loading import load_architecture, load_pipeline, locate
 from sedimo.pipelines.weights import FileWeights, denoiser_folder, stored_dtype
 from sedimo.quant.parts import entry_text
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import count, packed_sizes
-from sedimo.settings import REQUIRED, option
+from sedimo.settings import Option
 
 
-@dataclass(frozen=True, slots=True)
-class InspectSettings:
-    """What to look at."""
-
-    source: str = option(REQUIRED, metavar="SRC", help="A diffusers folder, a hub id, or zoo:NAME.")
-    variant: str | None = option(None, "--variant", help="Variant of the source's weights, such as fp16.")
-
-
-def run(settings: InspectSettings, _progress: Progress) -> dict[str, object]:
+def run(
+    source: Annotated[str, Option((), "A diffusers folder, a hub id, or zoo:NAME.", metavar="SRC")],
+    variant: Annotated[str | None, Option(("--variant",), "Variant of the source's weights, such as fp16.")] = None,
+) -> dict[str, object]:
     """Layers, operations, blocks, groups, sizes and MACs; of a packed checkpoint, the `format` of each layer, too."""
-    variant = settings.variant
-    _, folder = locate(settings.source, variant)
+    _, folder = locate(source, variant)
     inner = denoiser_folder(folder)
     if not is_packed(inner):
         dtype = stored_dtype(FileWeights(inner, variant).files)
@@ -86,4 +79,4 @@ def _formats(formats: Iterable[str]) -> str:
     return ", ".join(f"{n} {name}" if n > 1 else name for name, n in sorted(Counter(formats).items()))
 
 
-JOB = Job(__doc__, InspectSettings, run, page)
+JOB = simple_job(__doc__, run, page)

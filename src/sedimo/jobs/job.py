@@ -7,7 +7,7 @@ the reference pages are made from that tuple.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 from sedimo import methods, treatments
@@ -16,6 +16,7 @@ from sedimo.codec import to_plain
 from sedimo.methods.method import Price
 from sedimo.reporting.page import Facts, Page, page_of
 from sedimo.reporting.words import byte_size, duration
+from sedimo.settings import build, leaves, read_words, settings_of
 from sedimo.space import SearchSpace
 
 Settings = TypeVar("Settings")
@@ -71,10 +72,41 @@ class Job(Generic[Settings, Result]):
     plan_page: Callable[[Any], Page] = lambda _plan: Page("")
     offers: Callable[[], Mapping[str, type]] = dict
 
+    def read(self, words: Mapping[str, object], command: str = "") -> Settings:
+        """The settings from keywords, and the command as it was typed, for the record.
+
+        What several methods and treatments take is set of all of them.
+
+        Raises:
+            InputError: a word that there is not, or a value that the settings refuse.
+        """
+        own, offers = {leaf.word for leaf in leaves(self.settings)}, self.offers()
+        found = {
+            owner: {leaf.word: words[leaf.word] for leaf in leaves(record) if leaf.word in words.keys() - own}
+            for owner, record in offers.items()
+        }
+        chosen: dict[str, object] = {
+            o: build(offers[o], read_words(offers[o], given)) for o, given in found.items() if given
+        }
+        left = {word: value for word, value in words.items() if not any(word in given for given in found.values())}
+        return build(self.settings, {("command",): command, ("chosen",): chosen, **read_words(self.settings, left)})
+
     @property
     def shown(self) -> frozenset[str]:
         """Owners whose first option stands in the help itself: treatments, which are few."""
         return frozenset(one.name for one in treatments.TREATMENTS)
+
+
+def simple_job(
+    words: str,
+    function: Callable[..., Result],
+    page: Callable[[Result], Page],
+    as_json: Callable[[Result], object] = as_json,
+) -> Job[Any, Result]:
+    """A quick job, whose settings are what its function takes."""
+    settings = settings_of(function)
+    names = [one.name for one in fields(settings)]
+    return Job(words, settings, lambda s, _: function(**{name: getattr(s, name) for name in names}), page, as_json)
 
 
 def all_offers() -> Mapping[str, type]:

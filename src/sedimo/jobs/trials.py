@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sedimo.bank import Progress
 from sedimo.errors import InputError
-from sedimo.jobs.job import Job
+from sedimo.jobs.job import simple_job
 from sedimo.lab.study import SPACE, Study, Trial, export_trials, measures_of
 from sedimo.pipelines.folder import write_file
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
-from sedimo.settings import REQUIRED, option
+from sedimo.settings import Option
 from sedimo.space import SearchSpace
 
 
-@dataclass(frozen=True, slots=True)
-class TrialsSettings:
-    """Which study, and where to write its trials, if anywhere."""
-
-    run: Path = option(REQUIRED, metavar="RUN", place="folder", help="The folder of a study.")
-    out: Path | None = option(None, "-o", "--out", help="Write all of them to this file, as JSON.")
-
-
-def run(settings: TrialsSettings, _progress: Progress) -> dict[str, Any]:
+def run(
+    folder: Annotated[Path, Option((), "The folder of a study.", metavar="RUN", place="folder")],
+    out: Annotated[Path | None, Option(("-o", "--out"), "Write all of them to this file, as JSON.")] = None,
+) -> dict[str, Any]:
     """All trials, by objective and bits, as plain values; or the file that they were written to, and how many.
 
     A study that does not tell its space has no `paper_bits`. The file is written whole or not at all.
     """
-    with Study(settings.run, create=False) as study:
-        if settings.out is None:
+    with Study(folder, create=False) as study:
+        if out is None:
             space = study.record(SearchSpace, SPACE) if SPACE in study.record_names() else None
             rows = [_row(trial, space) for trial in study.trials()]
             return {"trials": sorted(rows, key=lambda row: (row["objective"], row["paper_bits"] or 0.0, row["key"]))}
         if not study.trial_keys():
             raise InputError(f"the study {study.path} has no trials; sedimo explore measures some")
-        write_file(settings.out, export_trials(study).encode())
-        return {"out": str(settings.out), "trials": len(study.trial_keys())}
+        write_file(out, export_trials(study).encode())
+        return {"out": str(out), "trials": len(study.trial_keys())}
 
 
 def _row(trial: Trial, space: SearchSpace | None) -> dict[str, Any]:
@@ -65,4 +58,4 @@ def page(found: Mapping[str, Any]) -> Page:
     return page_of("", "", Table(titles, rows(lines)), Text(f"{len(trials)} trials"))
 
 
-JOB = Job(__doc__, TrialsSettings, run, page)
+JOB = simple_job(__doc__, run, page)
