@@ -103,7 +103,7 @@ def _fill(canvas: Canvas, figure: Figure) -> None:
             _draw_heat(axes, panel, is_beside=is_beside)
         else:
             _draw_plot(axes, panel)
-        if panel.title:
+        if isinstance(panel, Plot) and panel.title:
             axes.set_title(panel.title, fontsize=11, color=INK, loc="center" if is_beside else "left")
         if not is_beside:
             axes.label_outer()
@@ -186,7 +186,6 @@ def _draw_series(axes: Axes, series: Series, *, is_flat: bool, is_logarithmic: b
 
 
 def _style(series: Series) -> dict[str, object]:
-    """How lines and dots look."""
     n, colour = len(series.values), _COLOURS[series.look]
     is_soft, is_dense = series.look == "soft", n > _MANY
     size = 4.0 if is_soft else 3.0 if is_dense else 8.0 if series.look == "this" and series.line else 7.0
@@ -236,7 +235,6 @@ def _set_places(axes: Axes, places: Axis, is_flat: bool, n: int) -> None:
 
 
 def _set_axis(axis: PlotAxis, wanted: Axis, values: Sequence[float]) -> None:
-    """Label, limits and ticks of numbers."""
     axes, is_x = axis.axes, axis is axis.axes.xaxis
     (axes.set_xlabel if is_x else axes.set_ylabel)(wanted.label)
     if wanted.is_logarithmic and values:

@@ -84,7 +84,6 @@ class FormatShare:
     paper_bits: float
 
     def __post_init__(self) -> None:
-        """Checks the formats."""
         for text in self.counts:
             Format.parse(text)
         if self.n_layers < 1 or min(self.counts.values()) < 0:
@@ -125,7 +124,6 @@ class Insight:
     verdict: Verdict = "not measured"
 
     def __post_init__(self) -> None:
-        """Holds verdict and measurement together."""
         if (self.measured is None) != (self.verdict == "not measured"):
             raise InputError(
                 f"the verdict of an insight must be 'not measured' exactly when there is no measurement, got "
@@ -333,7 +331,6 @@ def _where(row: PredictorRow) -> str:
 
 
 def _by_subset(found: Sequence[PredictorRow]) -> list[PredictorRow]:
-    """Subset by subset, all recipes first."""
     order = [OVERALL, *dict.fromkeys(row.subset for row in found)]
     return sorted(found, key=lambda row: order.index(row.subset))
 
@@ -402,7 +399,6 @@ def _operations_figure(boxes: Sequence[ScoreBox]) -> Figure:
 
 
 def _blocks_figure(boxes: Sequence[ScoreBox]) -> Figure:
-    """Scores of each block, from input to output."""
     labels, common = block_labels([box.name for box in boxes])
     names = [short(label, 36) for label in labels]
     width = min(max(WIDTH, 70 + _BLOCK_WIDTH * len(boxes)), _WIDEST)
@@ -570,7 +566,6 @@ def predictors_table(found: Sequence[PredictorRow], caption: str) -> Table:
 
 
 def _folds(found: Sequence[FoldRow]) -> Section:
-    """Fold by fold, hop by hop."""
     ordered = sorted(found, key=lambda row: (row.subset != OVERALL, row.subset, row.fold, row.hop))
     titles = (*columns("fold", "hop", "recipes", "n"), *_QUALITY)
     table = Table(

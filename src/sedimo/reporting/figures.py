@@ -88,7 +88,6 @@ class ScoreBox:
     high: float
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be a distribution."""
         if self.n < 1:
             raise InputError(f"the box of {self.name!r} must stand for at least one score, got n = {self.n}")
         numbers = (self.low, self.q25, self.median, self.q75, self.high)
@@ -130,7 +129,6 @@ class Heat:
     is_square: bool = False
     is_written: bool = False
     strip: tuple[float, ...] = ()
-    title: str = ""
 
 
 Panel = Plot | Heat

@@ -22,8 +22,8 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting.drawing import draw
-from sedimo.reporting.page import Cell, Column, Map, Page, Picture, Row, Swatch, Table, png, say
-from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, bit_level, properties
+from sedimo.reporting.page import Cell, Column, Page, Picture, Table, png, say
+from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, bit_level
 from sedimo.reporting.words import Value, mark, plain, share
 
 MAX_BYTES = 5_000_000
@@ -73,8 +73,9 @@ def render(page: Page, *, theme: Literal["light", "dark"] | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(prose=_prose, plain=plain, mark=mark, share=share, level=bit_level, fitting=fitting)
-    environment.filters.update(cell=_cell, is_wide=_is_wide, groups=_groups, map_rows=_map_rows)
+    environment.filters.update(cell=_cell, is_wide=_is_wide)
     environment.filters.update(
+        groups=lambda rows: [(key, [*inside]) for key, inside in itertools.groupby(rows, lambda row: row.group)],
         kind=lambda block: type(block).__name__,
         chart=lambda figure: Markup(draw(figure)),  # texts in it are escaped
         json_uri=lambda text: _data_uri("application/json", text.encode()),
@@ -104,17 +105,6 @@ def _is_wide(table: Table) -> bool:
     """Whether intervals have to stand below their values."""
     first = [cell.value if isinstance(cell, Cell) else cell for row in table.rows[:1] for cell in row.cells]
     return sum(isinstance(value, Estimate) for value in first) > _MOST_INTERVALS
-
-
-def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows by the group that they stand in."""
-    return [(group, list(inside)) for group, inside in itertools.groupby(rows, lambda row: row.group)]
-
-
-def _map_rows(found: Map) -> list[tuple[str, list[Swatch | None]]]:
-    """Names of rows with a cell or nothing for each column."""
-    columns = range(len(found.columns))
-    return [(name, [found.cells.get((row, column)) for column in columns]) for row, name in enumerate(found.rows)]
 
 
 def fitting(
@@ -155,7 +145,7 @@ def _data_uri(kind: str, content: bytes) -> str:
 
 
 def _style() -> str:
-    light, dark = properties(LIGHT), properties(DARK)
+    light, dark = (" ".join(f"--{role}: {colour};" for role, colour in each.items()) for each in (LIGHT, DARK))
     levels = " ".join(f".b{n} {{ background: var(--b{n}); color: var(--on{n}); }}" for n in BIT_LEVELS)
     return (
         f":root {{ {light} }}\n"

@@ -117,7 +117,6 @@ class ChannelRanges:
     after_high: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Refuses different numbers of channels, none, and ranges that are none."""
         lists = (self.before_low, self.before_high, self.after_low, self.after_high)
         lengths = [len(one) for one in lists]
         if len(set(lengths)) != 1 or not lengths[0]:
@@ -351,7 +350,6 @@ def _curves(found: BlockCurves) -> Figure | None:
 
 
 def _noise(maps: Maps) -> Iterator[Block | None]:
-    """Of the recipe by block, along the trajectory, and of layers by themselves."""
     if found := maps.recipe:
         text = (
             f"SQNR of each block's output, means of {found.n} samples; rows are blocks from input to output. Each call "
@@ -407,7 +405,6 @@ def steps_axis(timesteps: Sequence[float], *, n_most: int = MAX_STEP_LABELS, lab
 
 
 def _extremes(found: NoiseMap) -> str:
-    """Where noise is most and least, in words."""
     values = np.where(np.isfinite(found.sqnr_db), found.sqnr_db, np.nan)
     places = []
     for word, at in (("Least", np.nanargmin(values)), ("most", np.nanargmax(values))):

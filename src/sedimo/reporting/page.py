@@ -62,7 +62,6 @@ class Table:
     caption: str = ""
 
     def __post_init__(self) -> None:
-        """Counts the cells."""
         for row in self.rows:
             if len(row.cells) != len(self.columns):
                 raise InputError(f"a row of {len(self.columns)} columns has {len(row.cells)} cells: {row.cells}")
@@ -184,7 +183,6 @@ class Picture:
 
     @classmethod
     def __from_plain__(cls, plain: object, place: str) -> Picture:
-        """Reads the JSON form."""
         texts = from_plain(dict[str, str], plain, place=place)
         try:
             pair = [base64.b64decode(texts[name], validate=True) for name in ("reference", "quantized")]

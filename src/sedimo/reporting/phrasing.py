@@ -82,35 +82,24 @@ def tiles(summary: Summary) -> tuple[Tile, ...]:
 
 
 def _signal_tile(summary: Summary) -> Iterator[Tile]:
-    measured, prediction = summary.sqnr_db, summary.evidence.prediction
-    if measured is not None:
-        limits = interval(measured, "dB")
-        yield Tile(
-            number(measured.value, measured.standard_error),
-            "dB SQNR",
-            "signal to quantization noise",
-            f"95 % interval {limits}; {measured.n} seeds" if limits else "",
-        )
+    found, prediction, unit, note = summary.sqnr_db, summary.evidence.prediction, "dB SQNR", ""
+    if found is not None:
+        limits = interval(found, "dB")
+        note = f"95 % interval {limits}; {found.n} seeds" if limits else ""
     elif summary.is_noise:
-        predicted = estimated_db(summary.cost) if prediction is None else prediction.predicted_db
-        yield Tile(
-            number(predicted.value, predicted.standard_error),
-            "dB, predicted",
-            "signal to quantization noise",
-            f"by {summary.table.method}; not measured",
-        )
+        found = estimated_db(summary.cost) if prediction is None else prediction.predicted_db
+        unit, note = "dB, predicted", f"by {summary.table.method}; not measured"
+    if found is not None:
+        yield Tile(number(found.value, found.standard_error), unit, "signal to quantization noise", note)
 
 
 def _last_tile(summary: Summary) -> Tile:
-    best = _best_uniform(summary)
-    if best is not None:
+    if (best := _best_uniform(summary)) is not None:
         other, ahead = best
         value = number(ahead.value, ahead.standard_error, signed=True)
         return Tile(value, "dB", f"against {other}", f"95 % interval {interval(ahead, 'dB')}, same seeds")
-    formats = len({c.format for c in summary.chosen})
-    return Tile(
-        str(len(summary.chosen)), "decisions", f"among {formats} formats in use", "".join(_certificate(summary))
-    )
+    decisions, formats = len(summary.chosen), len({c.format for c in summary.chosen})
+    return Tile(str(decisions), "decisions", f"among {formats} formats in use", "".join(_certificate(summary)))
 
 
 def _best_uniform(summary: Summary) -> tuple[str, Estimate] | None:
@@ -121,26 +110,17 @@ def _best_uniform(summary: Summary) -> tuple[str, Estimate] | None:
 
 def decision_sentences(summary: Summary) -> tuple[str, ...]:
     """What was decided: methods, extremes, and how sure it is that nothing better exists."""
-    return (
-        _methods_sentence(summary),
-        *_activations_sentence(summary),
-        *_range_sentence(summary),
-        *_certificate(summary),
-        *_rounding_sentence(summary),
-    )
-
-
-def _methods_sentence(summary: Summary) -> str:
     weights: Counter[str] = Counter()
     for cost in summary.chosen:
         weights[family_words(cost.format)] += summary.params([cost])
     shares = {words: share(n / summary.table.total_params) for words, n in weights.most_common()}
     alone = shares.pop(family_words(FP16), None)
     served = [f"{words} serves {part}" for words, part in shares.items()]
-    return f"Of the weights, {joined([*served, *([f'{alone} stay at 16 bits'] if alone else [])])}."
+    methods = f"Of the weights, {joined([*served, *([f'{alone} stay at 16 bits'] if alone else [])])}."
+    return (methods, *_inputs(summary), *_range(summary), *_certificate(summary), *_rounding(summary))
 
 
-def _activations_sentence(summary: Summary) -> Iterator[str]:
+def _inputs(summary: Summary) -> Iterator[str]:
     """How many layers round their inputs, and to how many bits."""
     layers: Counter[int] = Counter()
     for cost in summary.chosen:
@@ -151,7 +131,7 @@ def _activations_sentence(summary: Summary) -> Iterator[str]:
         yield f"Inputs are rounded, too: those of {joined(parts)}{f'; {left} are not' if left else ''}."
 
 
-def _range_sentence(summary: Summary) -> Iterator[str]:
+def _range(summary: Summary) -> Iterator[str]:
     found = {n: summary.paper_bits(g) for n, g in summary.operations.items() if summary.params_share(g) >= 0.01}
     if len(found) > 1:
         low, high = (pick(found, key=found.__getitem__) for pick in (min, max))
@@ -172,7 +152,7 @@ def _certificate(summary: Summary) -> Iterator[str]:
         yield f"No other choice within the budget can have {bound} less predicted {summary.cost_name}; that is proven."
 
 
-def _rounding_sentence(summary: Summary) -> Iterator[str]:
+def _rounding(summary: Summary) -> Iterator[str]:
     found = summary.evidence.rounding
     if found is not None:
         yield (
@@ -187,28 +167,23 @@ def _rounding_sentence(summary: Summary) -> Iterator[str]:
 def method_sentence(summary: Summary) -> str:
     """What the costs are, in one sentence."""
     method, rule = summary.table.method, summary.allocation.rule
-    parts = [_cost_words(part) for part in method.split("+")]
+    about = {one.name: one.words for one in methods.METHODS}
+    parts = []
+    for part in method.split("+"):
+        words = about.get(part.split(":")[0])
+        parts.append((words and words.cost) or f"the figure of the method {name(part)}")
     what = parts[0] if len(parts) == 1 else f"the geometric mean of {' and '.join(parts)}"
     tail = " Lower is better."
     if rule == SIGNED:
         tail += " Errors of layers may add up or cancel, so a recipe is judged by the signed sum of effects."
     elif summary.is_noise:
         tail = " Lower is better, and costs of layers add up."
-    if summary.decided_by != method:
-        return f"{_given_sentence(rule)} Costs of layers describe it and decided nothing; each is {what}.{tail}"
-    return f"A layer's sensitivity ({name(method)}) is {what}.{tail}"
-
-
-def _cost_words(text: str) -> str:
-    """What the costs of a method are."""
-    found = next((one.words.cost for one in methods.METHODS if one.name == text.split(":")[0]), "")
-    return found or f"the figure of the method {name(text)}"
-
-
-def _given_sentence(rule: str) -> str:
+    if summary.decided_by == method:
+        return f"A layer's sensitivity ({name(method)}) is {what}.{tail}"
     kind, _, number_format = rule.partition(":")
-    found = next((one.words.given for one in methods.METHODS if one.name == kind), "")
-    return found.format(name(number_format)) or "The recipe was given."
+    given = about[kind].given.format(name(number_format)) if kind in about else ""
+    given = given or "The recipe was given."
+    return f"{given} Costs of layers describe it and decided nothing; each is {what}.{tail}"
 
 
 def reason_sentences(summary: Summary) -> tuple[str, ...]:
@@ -297,8 +272,15 @@ def _next_bits(summary: Summary) -> Iterator[str]:
 
 def cost_sentences(summary: Summary) -> tuple[str, ...]:
     """What it cost: each difference with its verdict, and whether predictions can be trusted."""
-    evidence = summary.evidence
-    found = [*prediction_sentence(evidence.prediction), *_entrants_sentence(summary)]
+    evidence, entrants = summary.evidence, summary.evidence.entrants
+    found = [*prediction_sentence(evidence.prediction)]
+    n_finalists = sum(one.final is not None for one in entrants)
+    winner = next((one.name for one in entrants if one.is_winner), None)
+    if len(entrants) > 1 and winner is not None and n_finalists:
+        found.append(
+            f"{len(entrants)} recipes were measured, and {n_finalists} of them again on seeds that nothing was "
+            f"searched on; {name(winner)} won."
+        )
     found += [difference_sentence(*difference) for difference in evidence.differences]
     if evidence.scaling is not None:
         found.append(
@@ -345,17 +327,6 @@ def prediction_warnings(found: Prediction | None) -> tuple[str, ...]:
     ]
     blamed = "Of the decisions tried, these explain most of it; in brackets, what 16 bits would gain: "
     return (text, f"{blamed}{joined(parts)}.") if parts else (text,)
-
-
-def _entrants_sentence(summary: Summary) -> Iterator[str]:
-    entrants = summary.evidence.entrants
-    winner = next((e for e in entrants if e.is_winner), None)
-    finalists = sum(e.final is not None for e in entrants)
-    if len(entrants) > 1 and winner is not None and finalists:
-        yield (
-            f"{len(entrants)} recipes were measured, and {finalists} of them again on seeds that nothing was searched "
-            f"on; {name(winner.name)} won."
-        )
 
 
 def difference_sentence(other: str, ahead: Estimate) -> str:

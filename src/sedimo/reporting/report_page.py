@@ -12,7 +12,7 @@ from sedimo.methods.portfolio import Entrant
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import decibel
 from sedimo.quant import families
-from sedimo.reporting import phrasing
+from sedimo.reporting import phrasing, placement
 from sedimo.reporting.explanation import explanation_section, matters_section
 from sedimo.reporting.figures import ROW, Axis, Plot, Series, named, only, room, short
 from sedimo.reporting.maps import maps_section
@@ -37,15 +37,7 @@ from sedimo.reporting.page import (
     shown,
     titled,
 )
-from sedimo.reporting.placement import (
-    OUTSIDE,
-    inside,
-    kind_of,
-    label_of,
-    natural_order,
-    stage_labels,
-    without_numbers,
-)
+from sedimo.reporting.placement import OUTSIDE
 from sedimo.reporting.summary import MeasuredRecipe, Summary, added
 from sedimo.reporting.theme import bit_level
 from sedimo.reporting.words import (
@@ -138,36 +130,40 @@ def layer_maps(summary: Summary) -> tuple[Map, ...]:
         operation = summary.table.operations[cost.decision]
         for layer, block in _blocks_of(summary.table, cost.decision):
             cell = _swatch(summary, cost, layer)
-            placed.setdefault(kind_of(block), []).append((layer, block, inside(operation, block), cell))
-    made = [_outside(placed[kind]) if kind == OUTSIDE else _map(kind, placed[kind]) for kind in placed]
+            placed.setdefault(placement.kind_of(block), []).append(
+                (layer, block, placement.inside(operation, block), cell)
+            )
+    made = (_map(kind, entries) for kind, entries in placed.items())
     return tuple(sorted(made, key=lambda one: (one.columns == ("",), -len(one.cells))))
 
 
 def _blocks_of(table: SensitivityTable, decision: str) -> list[tuple[str, str]]:
     """The layers of a decision and their blocks; layers elsewhere in the tree than the first are left out."""
     block, (first, *others) = table.blocks[decision], table.layers[decision]
-    alike = [layer for layer in others if block and without_numbers(layer) == without_numbers(first)]
+    alike = [
+        layer for layer in others if block and placement.without_numbers(layer) == placement.without_numbers(first)
+    ]
     depth = len(block.split("."))
     return [(first, block), *((layer, ".".join(layer.split(".")[:depth])) for layer in alike)]
 
 
 def _map(kind: str, entries: Sequence[tuple[str, str, str, Swatch]]) -> Map:
-    blocks = sorted({block for _, block, *_ in entries}, key=natural_order)
+    """Of layers with their blocks and operations; outside of blocks, each has a row."""
+    if kind == OUTSIDE:
+        cells = {(i, 0): cell for i, (*_, cell) in enumerate(entries)}
+        return Map("Layers outside all blocks", tuple(layer for layer, *_ in entries), ("",), cells)
+    blocks = sorted({block for _, block, *_ in entries}, key=placement.natural_order)
     rows: dict[str, int] = {}
-    cells: dict[tuple[int, int], Swatch] = {}
+    cells = {}
     for _, block, operation, cell in entries:
         name, repeat, column = operation, 1, blocks.index(block)
         while (rows.setdefault(name, len(rows)), column) in cells:
             repeat += 1
             name = f"{operation} ({repeat})"
         cells[rows[name], column] = cell
-    return Map(f"{len(blocks)} \N{MULTIPLICATION SIGN} {kind}", tuple(rows), tuple(map(label_of, blocks)), cells)
-
-
-def _outside(entries: Sequence[tuple[str, str, str, Swatch]]) -> Map:
-    """One row per layer: there are no blocks to stand in."""
-    cells = {(i, 0): cell for i, (*_, cell) in enumerate(entries)}
-    return Map("Layers outside all blocks", tuple(layer for layer, *_ in entries), ("",), cells)
+    return Map(
+        f"{len(blocks)} \N{MULTIPLICATION SIGN} {kind}", tuple(rows), tuple(map(placement.label_of, blocks)), cells
+    )
 
 
 def _swatch(summary: Summary, cost: Cost, layer: str) -> Swatch:
@@ -263,7 +259,6 @@ def _compared(summary: Summary, groups: Mapping[str, Sequence[Cost]]) -> dict[st
 
 
 def _operations_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figure:
-    """Costs at the reference format, coloured by the bits that the operations got."""
     names = sorted(costs, key=lambda name: -costs[name].value)[:MAX_ROWS]
     groups = [summary.operations[name] for name in names]
     bits = tuple(map(summary.paper_bits, groups))
@@ -291,7 +286,7 @@ def _operations_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figur
 
 def _blocks_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figure:
     blocks = sorted(costs, key=lambda name: name == OUTSIDE)
-    names, common = stage_labels(blocks)
+    names, common = placement.stage_labels(blocks)
     bits = tuple(summary.paper_bits(summary.blocks[name]) for name in blocks)
     plot = Plot(
         (Series(tuple(costs[name] for name in blocks), bits=bits),),
@@ -473,11 +468,18 @@ def _agreement_figure(agreement: Agreement, of: str) -> Figure:
 
 def _how(summary: Summary) -> Section:
     allocation, origin = summary.allocation, summary.provenance
+    table, bops = summary.table, allocation.bops
+    operations = ""
+    if table.full_bops:
+        operations = (
+            f"{count(bops)} a sample and denoiser call, {share(bops / table.full_bops)} of those at 16 bits; the "
+            f"products of attention are {count(table.attention_bops)} of them in any case"
+        )
     found = [
-        ("Sensitivity by", summary.table.method),
+        ("Sensitivity by", table.method),
         ("Chosen by", _rule(summary)),
-        ("Bit operations", _operations(summary)),
-        ("Denoiser", summary.table.denoiser),
+        ("Bit operations", operations),
+        ("Denoiser", table.denoiser),
         ("Seeds", origin.seeds),
         *((key.removeprefix("n_").replace("_", " ").capitalize(), value) for key, value in origin.sampling.items()),
         ("Time", ", ".join(f"{name} {duration(value)}" for name, value in origin.seconds.items())),
@@ -507,14 +509,3 @@ def _rule(summary: Summary) -> str:
         limits.append(f"{count(allocation.budget_bops)} bit operations")
     is_searched = limits and summary.decided_by != allocation.rule
     return f"{allocation.rule}, at most {' and '.join(limits)}" if is_searched else allocation.rule
-
-
-def _operations(summary: Summary) -> str:
-    """Of one sample and call; nothing if they were not counted."""
-    table, bops = summary.table, summary.allocation.bops
-    if not table.full_bops:
-        return ""
-    return (
-        f"{count(bops)} a sample and denoiser call, {share(bops / table.full_bops)} of those at 16 bits; the products "
-        f"of attention are {count(table.attention_bops)} of them in any case"
-    )

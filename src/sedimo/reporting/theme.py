@@ -10,7 +10,6 @@ these by the property of the role. The page's style sheet says what the roles lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 _COLOURS = {  # role: on paper, on a dark screen
@@ -60,8 +59,3 @@ def bit_level(bits: float) -> int:
 def bit_colour(bits: float, role: Literal["b", "on"] = "b") -> str:
     """The placeholder of a number of bits, or of the ink that is read `on` its colour."""
     return PLACEHOLDER[f"{role}{bit_level(bits)}"]
-
-
-def properties(colours: Mapping[str, str]) -> str:
-    """The colours as CSS custom properties."""
-    return " ".join(f"--{role}: {colour};" for role, colour in colours.items())

@@ -38,7 +38,7 @@ def number(value: float, standard_error: float = math.nan, *, signed: bool = Fal
         ('9.7', '9.735', '9.73')
     """
     if not math.isfinite(value):
-        return _special(value)
+        return _plain(value, 0)
     known = math.isfinite(standard_error) and standard_error > 0
     digits = _digits_of_error(standard_error) if known else _digits_for(value, 3)
     return _fixed(value, digits, signed=signed)
@@ -149,8 +149,10 @@ def _fixed(value: float, digits: int, *, signed: bool = False) -> str:
 
 
 def _plain(value: float, digits: int, *, signed: bool = False) -> str:
-    if not math.isfinite(value):
-        return _special(value)
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
     rounded = round(value, digits)
     sign = MINUS if rounded < 0 else "+" if signed and rounded > 0 else ""
     return f"{sign}{abs(rounded):.{max(digits, 0)}f}"
@@ -170,10 +172,6 @@ def _power(exponent: int) -> str:
 def superscript(exponent: int) -> str:
     """An exponent in raised digits, for where no markup is possible."""
     return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _special(value: float) -> str:
-    return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"
 
 
 def family(number_format: Format) -> str:
