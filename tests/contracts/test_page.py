@@ -20,13 +20,11 @@ from sedimo.reporting.page import (
     BitsBar,
     Block,
     Cell,
-    Column,
     Facts,
     Figure,
     Finding,
     Items,
     Legend,
-    Link,
     Map,
     Page,
     Picture,
@@ -113,7 +111,7 @@ def kind_of(name: str) -> Kind | None:
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_a_cell_reads_the_same_in_a_browser_and_on_a_terminal(kind, capsys):
-    page = page_of(Table((Column("what", kind_of(kind)),), (Row((VALUES[kind],)),)))
+    page = page_of(Table((Cell("what", kind_of(kind)),), (Row((VALUES[kind],)),)))
     assert SAID[kind] in in_html(page)
     assert SAID[kind] in in_terminal(page, capsys)
 
@@ -121,23 +119,23 @@ def test_a_cell_reads_the_same_in_a_browser_and_on_a_terminal(kind, capsys):
 @pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("value", [None, math.nan, Estimate(math.nan, math.nan, math.nan, math.nan, 0)])
 def test_what_is_not_known_is_a_dash(kind, value):
-    assert say(value, Column("what", kind_of(kind))) == (NOTHING, "")
+    assert say(value, Cell("what", kind_of(kind))) == (NOTHING, "")
 
 
 @pytest.mark.parametrize("kind", [None, "change", "plus-minus"])
 def test_an_endless_value_has_no_interval(kind):
-    text, quiet = say(Estimate(math.inf, math.nan, -math.inf, math.inf, 1), Column("what", kind))
+    text, quiet = say(Estimate(math.inf, math.nan, -math.inf, math.inf, 1), Cell("what", kind))
     assert (text, quiet) == ("∞", "")
 
 
 def test_a_cell_may_differ_from_its_column_and_have_a_note():
     cell = Cell(0.25, "share", note="of the noise", before="* ")
-    assert tuple(map(plain, say(cell, Column("what", "bytes")))) == ("* 25 %", "of the noise")
+    assert tuple(map(plain, say(cell, Cell("what", "bytes")))) == ("* 25 %", "of the noise")
 
 
 def test_rows_must_fit_their_columns():
     with pytest.raises(InputError, match="a row of 1 columns has 2 cells"):
-        Table((Column("only"),), (Row((1, 2)),))
+        Table((Cell("only"),), (Row((1, 2)),))
 
 
 def figures(text: str, table: Table) -> tuple[Figure, ...]:
@@ -158,7 +156,7 @@ def figures(text: str, table: Table) -> tuple[Figure, ...]:
 
 def blocks(text: str) -> tuple[Block, ...]:
     """One of each, with a text everywhere."""
-    table = Table((Column(text, None, text),), (Row((Cell(text, note=text),), True, text),), text)
+    table = Table((Cell(text, None, text),), (Row((Cell(text, note=text),), True, text),), text)
     pixels = np.zeros((4, 4, 3), np.uint8)
     *drawn, last = figures(text, table)
     return (
@@ -176,8 +174,8 @@ def blocks(text: str) -> tuple[Block, ...]:
         BitsBar(((3, 0.25), (4, 0.75))),
         Beside((Picture(text, pixels, pixels),)),
         Section("", text, (Text(text),)),
-        Link(text, "#part"),
-        Link(text, text, "data.json"),
+        Text(text, "link", "#part"),
+        Text(text, "link", text, "data.json"),
     )
 
 
@@ -204,5 +202,5 @@ def test_prose_has_names_emphasis_and_numbers_that_keep_their_percent_sign():
 
 
 def test_rows_of_a_group_stand_under_its_name():
-    table = Table((Column("a"),), (Row(("x",), group="one"), Row(("y",), group="one"), Row(("z",), group="two")))
+    table = Table((Cell("a"),), (Row(("x",), group="one"), Row(("y",), group="one"), Row(("z",), group="two")))
     assert render(page_of(table)).count("<tbody>") == 2

@@ -38,7 +38,7 @@ from sedimo.metrics.signal import mean_sqnr, paired_difference
 from sedimo.quant.families import family_named
 from sedimo.reporting.figures import Axis, Plot, Series, named, only, short
 from sedimo.reporting.html import write_page
-from sedimo.reporting.page import Cell, Column, Figure, Items, Page, Row, Section, Table, Text, columns, rows, shown
+from sedimo.reporting.page import Cell, Figure, Items, Page, Row, Section, Table, Text, columns, rows, shown
 from sedimo.reporting.words import joined, name, number, verdict
 from sedimo.settings import REQUIRED, Checked, block, option, within
 from sedimo.space import Recipe
@@ -313,11 +313,14 @@ def _recipes(c: Comparison) -> Table:
     )
     if not all(row.is_full for row in c.rows):
         caption += " * leaves more than 0.5 % of its budget unused."
-    titles = (
-        *columns("method", ("bits", "fine bits"), ("stored", "fine bits"), ("BOPs", "count")),
-        Column("SQNR [dB]", note="and interval"),
-        Column("ahead [dB]", note="and interval"),
-        Column("verdict", "verdict"),
+    titles = columns(
+        "method",
+        ("bits", "fine bits"),
+        ("stored", "fine bits"),
+        ("BOPs", "count"),
+        ("SQNR [dB]", None, "and interval"),
+        ("ahead [dB]", None, "and interval"),
+        ("verdict", "verdict"),
     )
     lines = []
     for row in sorted(c.rows, key=lambda row: (row.bits, -ranked(row.sqnr_db.value))):

@@ -24,26 +24,12 @@ from sedimo.methods.predictor.quality import OVERALL, FoldRow, PredictorRow
 from sedimo.methods.search import Round
 from sedimo.metrics.estimate import NORMAL_95, Estimate, ranked
 from sedimo.quant.formats import Format
-from sedimo.reporting.figures import (
-    ROW,
-    WIDTH,
-    Axis,
-    Bar,
-    Look,
-    Marker,
-    Plot,
-    ScoreBox,
-    Series,
-    named,
-    room,
-    short,
-)
+from sedimo.reporting.figures import ROW, WIDTH, Axis, Bar, Look, Marker, Plot, ScoreBox, Series, named, room, short
 from sedimo.reporting.page import (
     Figure,
     Finding,
     Items,
     Legend,
-    Link,
     Row,
     Section,
     Swatch,
@@ -229,7 +215,7 @@ def matters_section(explanation: Explanation) -> Section:
             findings,
             Text(about, "quiet") if findings else None,
             Text(" ".join(statement(e))),
-            Link("The evidence: scores, baselines and all measured recipes", "#explanation"),
+            Text("The evidence: scores, baselines and all measured recipes", "link", "#explanation"),
         ),
     )
 
@@ -274,7 +260,7 @@ def explanation_section(explanation: Explanation, *, here: float) -> Section:
             titled("Rounds of refinement", rounds),
             titled("The final", finalists),
             Items(e.notes),
-            Link("All numbers of this explanation as JSON", to_json(e), "explanation.json"),
+            Text("All numbers of this explanation as JSON", "link", to_json(e), "explanation.json"),
         ),
     )
 

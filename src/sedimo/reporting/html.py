@@ -22,7 +22,7 @@ from sedimo.metrics.estimate import Estimate
 from sedimo.pipelines.folder import write_file
 from sedimo.quant.formats import Format
 from sedimo.reporting.drawing import draw
-from sedimo.reporting.page import Cell, Column, Page, Picture, Table, png, say
+from sedimo.reporting.page import Cell, Page, Picture, Table, png, say
 from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, bit_level
 from sedimo.reporting.words import Value, mark, plain, share
 
@@ -86,7 +86,7 @@ def render(page: Page, *, theme: Literal["light", "dark"] | None = None) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", filled)
 
 
-def _cell(value: Value | Cell, column: Column) -> Markup:
+def _cell(value: Value | Cell, column: Cell) -> Markup:
     """A cell of a table with the look of its kind."""
     cell = value if isinstance(value, Cell) else Cell(value)
     kind = cell.kind or column.kind

@@ -27,21 +27,15 @@ from sedimo.reporting.words import Kind, Value, said
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A value that is not said as its column says, or with a `note` beside it; `before` stands in front of it."""
+    """A value and how it is said, if not as its column says; `note` stands beside it, `before` in front of it.
+
+    The head of a column is a cell, whose kind is how the values below are said, and whose note a second line.
+    """
 
     value: Value
     kind: Kind | None = None
     note: str = ""
     before: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """The title of a column and how its values are said; `note` is a second line of the title."""
-
-    title: str
-    kind: Kind | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ class Row:
 class Table:
     """Rows under columns, each with a cell for every column."""
 
-    columns: tuple[Column, ...]
+    columns: tuple[Cell, ...]
     rows: tuple[Row, ...]
     caption: str = ""
 
@@ -75,10 +69,15 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A paragraph, a quiet one, a heading inside a section, or a command as it was typed."""
+    """A paragraph, a quiet one, a heading inside a section, a command as it was typed, or a link.
+
+    The `target` of a link is a section of the page, or, with a file's name, data that the page holds as JSON.
+    """
 
     text: str
-    look: Literal["plain", "quiet", "heading", "code"] = "plain"
+    look: Literal["plain", "quiet", "heading", "code", "link"] = "plain"
+    target: str = ""
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,15 +198,6 @@ class Beside:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """A way to a section of the page, or, with a file's name, to data that the page holds as JSON."""
-
-    text: str
-    target: str
-    file: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Section:
     """A part of the page with a name in its address; inside another one, details that a reader opens."""
 
@@ -216,7 +206,7 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-Block = Text | Items | Facts | Finding | Table | Figure | Legend | Beside | BitsBar | Link | Section
+Block = Text | Items | Facts | Finding | Table | Figure | Legend | Beside | BitsBar | Section
 _CONTENT = {Text: "text", Items: "texts", Facts: "pairs", Table: "rows", Beside: "parts", Section: "blocks"}
 
 
@@ -261,16 +251,16 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def say(value: Value | Cell, column: Column) -> tuple[str, str]:
+def say(value: Value | Cell, column: Cell) -> tuple[str, str]:
     """What a cell says, and what it says more quietly beside it: an interval, a note."""
     cell = value if isinstance(value, Cell) else Cell(value)
     text, quiet = said(cell.value, cell.kind or column.kind)
     return f"{cell.before}{text}", " ".join(part for part in (quiet, cell.note) if part)
 
 
-def columns(*titles: str | tuple[str, Kind]) -> tuple[Column, ...]:
-    """Columns by title, with a kind where values do not read well as what they are."""
-    return tuple(Column(title) if isinstance(title, str) else Column(*title) for title in titles)
+def columns(*titles: str | tuple[str, Kind] | tuple[str, Kind | None, str]) -> tuple[Cell, ...]:
+    """Columns by title, with a kind where values do not read well as what they are, and with a note."""
+    return tuple(Cell(title) if isinstance(title, str) else Cell(*title) for title in titles)
 
 
 def rows(cells: Iterable[Sequence[Value | Cell]]) -> tuple[Row, ...]:

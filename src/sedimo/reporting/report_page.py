@@ -20,7 +20,6 @@ from sedimo.reporting.page import (
     Beside,
     BitsBar,
     Cell,
-    Column,
     Facts,
     Figure,
     Items,
@@ -388,32 +387,27 @@ def _recipes(recipes: Sequence[MeasuredRecipe]) -> Table:
     """All measured recipes; a number of samples that all share stands in the title."""
     counts = {m: {one.measures[m].n for one in recipes if m in one.measures} for m in _MEASURES}
     common = {m: ns.pop() if len(ns) == 1 else 0 for m, ns in counts.items() if ns}
-    titles = (
-        *columns("recipe", ("bits", "bits"), ("stored bits", "bits")),
-        *(Column(_MEASURES[m], "plus-minus", f"n = {n}" if n else "") for m, n in common.items()),
+    titles = columns(
+        "recipe",
+        ("bits", "bits"),
+        ("stored bits", "bits"),
+        *((_MEASURES[m], "plus-minus", f"n = {n}" if n else "") for m, n in common.items()),
     )
-
-    def cell(value: Estimate | None, *, has_common: int) -> Cell:
-        return Cell("") if value is None else Cell(value, note="" if has_common else f"n = {value.n}")
-
-    lines = (
-        Row(
-            (
-                f"{one.name} (this report)" if one.ahead is None else one.name,
-                one.paper_bits,
-                one.stored_bits,
-                *(cell(one.measures.get(m), has_common=n) for m, n in common.items()),
-            ),
-            one.ahead is None,
+    lines = []
+    for one in recipes:
+        label = f"{one.name} (this report)" if one.ahead is None else one.name
+        measured = (
+            Cell(one.measures[m], note="" if n else f"n = {one.measures[m].n}") if m in one.measures else ""
+            for m, n in common.items()
         )
-        for one in recipes
-    )
+        lines.append(Row((label, one.paper_bits, one.stored_bits, *measured), one.ahead is None))
     return Table(titles, tuple(lines))
 
 
 def _differences(found: Sequence[tuple[str, Estimate]]) -> Table:
-    difference = Column("difference", "change", "95 % interval")
-    titles = (*columns("this recipe minus", "measure"), difference, *columns("samples", ("verdict", "verdict")))
+    titles = columns(
+        "this recipe minus", "measure", ("difference", "change", "95 % interval"), "samples", ("verdict", "verdict")
+    )
     return Table(titles, rows((one, _MEASURES["sqnr_db"], ahead, ahead.n, verdict(ahead)) for one, ahead in found))
 
 

@@ -48,7 +48,7 @@ def _print_table(console: Console, table: Table) -> None:
     _print_sentences(console, table.caption)
     shown = RichTable(box=None, pad_edge=False)
     for i, column in enumerate(table.columns):
-        title = f"{column.title}\n{column.note}" if column.note else column.title
+        title = f"{column.value}\n{column.note}" if column.note else f"{column.value}"
         is_left = i == 0 or table.is_text(i)
         shown.add_column(_escape(title), justify="left" if is_left else "right", overflow="fold")
     group = ""
