@@ -14,12 +14,11 @@ MAX_NAMES = 30
 HEAVY = ("torch", "diffusers", "transformers", "numba", "scipy", "matplotlib", "click", "rich")
 
 
-def test_all_is_sorted_small_and_equal_to_the_table():
-    assert list(sedimo.__all__) == sorted(sedimo._HOME)
+def test_the_door_is_small():
     assert len(sedimo.__all__) <= MAX_NAMES
 
 
-@pytest.mark.parametrize("name", sorted(sedimo._HOME))
+@pytest.mark.parametrize("name", sedimo.__all__)
 def test_every_name_resolves_and_is_no_module(name):
     value = getattr(sedimo, name)
     assert callable(value)
@@ -28,7 +27,7 @@ def test_every_name_resolves_and_is_no_module(name):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="attribute nothing"):
         sedimo.nothing  # noqa: B018
 
 
