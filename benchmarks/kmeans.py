@@ -79,7 +79,7 @@ def compare_errors(weight: torch.Tensor, n_rows: int) -> dict[str, dict[str, flo
     """Squared error over the optimum of kmeans1d: the worst of our rows, and the mean and worst of KMeans."""
     rows = weight[:n_rows].float()
     found = {}
-    for bits, (_, errors) in zip((3, 4), fit_codebooks(rows, [8, 16]), strict=True):
+    for bits, (_, errors) in zip((3, 4), fit_codebooks(rows.numpy(), [8, 16]), strict=True):
         ours, theirs = [], []
         for row, error in zip(rows.double().numpy(), errors.tolist(), strict=True):
             labels, centroids = kmeans1d.cluster(row, 1 << bits)

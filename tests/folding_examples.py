@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sedimo.graph.folding import Folding, find_folding
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.activations import InputRange
-from sedimo.treatments.smoothing_plan import Smoothing, plan_smoothing, smooth_weights
+from sedimo.treatments.smoothing import Smoothing, plan_smoothing
 from tolerances import FLOAT64_SUM
 
 C = 8
@@ -285,7 +285,7 @@ def plan_for(denoiser, layers, alpha=0.7, **how) -> tuple[Folding, Smoothing]:
 @contextlib.contextmanager
 def smoothed(denoiser, smoothing):
     """The denoiser smoothed; on leaving it is bit-exactly what it was."""
-    restore = smooth_weights(denoiser, smoothing)
+    restore = smoothing.enter(denoiser, is_stored=False)
     try:
         yield denoiser
     finally:

@@ -346,7 +346,7 @@ def _fitted(number_format: Format, tensors: Mapping[str, torch.Tensor]) -> Fitte
     squared_error, squared_norm = tensors[_SUMS].tolist()
     shape = tuple(int(size) for size in tensors[_SHAPE])
     parameters = {name: t for name, t in tensors.items() if name not in (_SUMS, _SHAPE)}
-    return Fitted(number_format, shape, parameters, None, squared_error, squared_norm)
+    return Fitted(number_format, shape, parameters, squared_error, squared_norm)
 
 
 def fit_bank(

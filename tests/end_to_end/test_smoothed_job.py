@@ -24,8 +24,7 @@ from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import ModuleWeights
-from sedimo.treatments.smoothing import SMOOTHING, SmoothingKnobs
-from sedimo.treatments.smoothing_plan import Smoothing, smooth_weights
+from sedimo.treatments.smoothing import SMOOTHING, Smoothing, SmoothingKnobs
 from tolerances import FLOAT32_FORMULA, FLOAT32_NETWORK
 
 SAMPLING = SamplingSettings(n_seeds=2, n_steps=2, n_check_seeds=2)
@@ -75,7 +74,7 @@ def test_the_checkpoint_computes_what_was_measured(made, tiny_pipeline_folder):
     assert smoothed_layers(loaded) == smoothing_of(result)
     assert set(smoothing_of(result).values()) == {"divided", "folded"}
     measured = load_pipeline(str(tiny_pipeline_folder)).denoiser
-    smooth_weights(measured, plan_of(out))
+    plan_of(out).enter(measured, is_stored=False)
     with probed(measured, read_packed(check_checkpoint(out / "transformer"))):
         assert torch.equal(call_of(loaded), call_of(measured))
 
@@ -137,7 +136,7 @@ def test_the_weights_are_the_smoothed_ones(made, tiny_pipeline_folder):
     out, _ = made
     source = load_pipeline(str(tiny_pipeline_folder)).denoiser
     plain = ModuleWeights(source).digest
-    smooth_weights(source, plan_of(out))
+    plan_of(out).enter(source, is_stored=False)
     assert ModuleWeights(source).digest != plain
     for name, weight in read_packed(check_checkpoint(out / "transformer")).items():
         exact = source.get_parameter(f"{name}.weight")

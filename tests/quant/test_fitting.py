@@ -115,7 +115,7 @@ def test_quantizing_twice_changes_nothing(number_format):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_the_stored_codebook_is_nearly_the_optimum(bits):
     weight = make_weight(20, 400)
-    ((_, errors),) = fit_codebooks(weight, [1 << bits])
+    ((_, errors),) = fit_codebooks(weight.numpy(), [1 << bits])
     stored = fit_parameters(weight, [Format("kmc", bits)])[Format("kmc", bits)]
     optimum = float(errors.sum())
     assert optimum <= stored.squared_error * (1 + FLOAT64_SUM)
@@ -178,8 +178,6 @@ def test_what_was_not_asked_for_is_refused():
     weight, number_format = make_weight(3, 4), Format.parse("uaq3")
     with pytest.raises(InputError, match="have no codes yet"):
         fit_parameters(weight, [number_format])[number_format].dequantize()
-    with pytest.raises(InputError, match="was not asked for"):
-        _ = fit(weight, number_format).relative_error
 
 
 def test_estimates_from_all_channels_are_exact():

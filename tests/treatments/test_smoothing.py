@@ -33,10 +33,10 @@ from sedimo.treatments.smoothing import (
     SmoothingSettings,
     apply_smoothing,
     measure_inputs,
+    plan_smoothing,
     plan_smoothings,
     smooth,
 )
-from sedimo.treatments.smoothing_plan import plan_smoothing
 from tolerances import FLOAT32_FORMULA, FLOAT32_NETWORK
 
 

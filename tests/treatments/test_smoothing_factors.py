@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedimo.errors import InputError
-from sedimo.treatments.smoothing_plan import MAX_EXPONENT, factor_exponents, smoothing_factors
+from sedimo.treatments.smoothing import MAX_EXPONENT, factor_exponents, smoothing_factors
 from tolerances import FLOAT64_FORMULA, FLOAT64_SUM
 
 MAGNITUDES = st.one_of(st.just(0.0), st.floats(1e-7, 6e4))

@@ -17,7 +17,7 @@ from sedimo.errors import InputError
 from sedimo.graph.folding import find_folding
 from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant.activations import InputRange
-from sedimo.treatments.smoothing_plan import Smoothing, plan_smoothing, smooth_weights
+from sedimo.treatments.smoothing import Smoothing, plan_smoothing
 
 
 def inputs_seen(network, layers, sample):
@@ -63,7 +63,7 @@ def test_undoing_is_bit_exact(name):
     network = randomised(copy.deepcopy(network))
     _, plan = plan_for(network, layers.split(), example_inputs={"sample": example()})
     before = {n: (p, p.clone()) for n, p in network.named_parameters(remove_duplicate=False)}
-    restore = smooth_weights(network, plan)
+    restore = plan.enter(network, is_stored=False)
     assert set(smoothed_layers(network)) == set(plan.layers)
     assert any(p is not before[n][0] for n, p in network.named_parameters(remove_duplicate=False))
     restore()
@@ -128,7 +128,7 @@ def test_float16_is_exact_and_widened_only_where_needed():
     network = randomised(copy.deepcopy(network)).half()
     folding = find_folding(network, layers.split(), example_inputs={"sample": example().half()})
     plan = plan_smoothing(folding, random_ranges(network, folding.inputs), ModuleWeights(network))
-    smooth_weights(network, plan, widen=True)
+    plan.enter(network, is_stored=True)
     assert network.out.weight.dtype == network.modulation.weight.dtype == torch.float16
     assert network.modulation.bias.dtype == torch.float32  # takes constants
 
@@ -137,9 +137,9 @@ def test_smoothing_twice_and_strangers_are_refused():
     network, layers, *_ = copy.deepcopy(FOLDED["linear"])
     folding, plan = plan_for(network, layers.split(), example_inputs={"sample": example()})
     with pytest.raises(InputError, match="of another denoiser"):
-        smooth_weights(FOLDED["geglu"][0], plan)
+        plan.enter(FOLDED["geglu"][0], is_stored=False)
     with smoothed(network, plan), pytest.raises(InputError, match="smoothed already"):
-        smooth_weights(network, plan)
+        plan.enter(network, is_stored=False)
     with pytest.raises(InputError, match="was not measured"):
         plan_smoothing(folding, {}, ModuleWeights(network))
     with pytest.raises(InputError, match="alpha must be at least 0"):

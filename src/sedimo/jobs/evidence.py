@@ -58,7 +58,7 @@ from sedimo.reporting.maps import (
 from sedimo.reporting.summary import Blamed, Evidence, Prediction, Provenance, Summary, reference_format
 from sedimo.space import SearchSpace, compose
 from sedimo.treatments.learned_rounding import Reconstruction
-from sedimo.treatments.smoothing_plan import Smoothing
+from sedimo.treatments.smoothing import Smoothing
 from sedimo.treatments.treatment import Finished
 
 N_FRONTIER_POINTS = 24

@@ -60,7 +60,7 @@ from sedimo.space import Recipe, SearchSpace
 from sedimo.targets import target_named
 from sedimo.targets.diffusers import DIFFUSERS
 from sedimo.targets.target import Packed
-from sedimo.treatments.smoothing_plan import Smoothing
+from sedimo.treatments.smoothing import Smoothing
 from sedimo.treatments.treatment import Finished
 
 REPORT_NAME = "report.html"

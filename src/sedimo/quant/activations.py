@@ -144,17 +144,17 @@ class Activations:
 
     def quantizers(self, bits: Mapping[str, int]) -> InputQuantizers:
         """The quantizers of the layers whose inputs take fewer than 16 bits."""
-        found = {layer: self._quantizer(layer, n) for layer, n in bits.items() if n != FULL_BITS}
+        found = {}
+        for layer, width in bits.items():
+            own = self.static.get(layer, {}).get(f"a{width}")
+            if width != FULL_BITS and self.static and own is None:
+                raise InputError(
+                    f"no static range is known for the inputs of layer {layer!r} at {width} bits: offer that width "
+                    f"when ranges are calibrated (--act a{width}), or use dynamic ranges (leave out --act-ranges)"
+                )
+            if width != FULL_BITS:
+                found[layer] = ActivationQuantizer(width, self.symmetric, own)
         return InputQuantizers(found, self.timesteps)
-
-    def _quantizer(self, layer: str, bits: int) -> ActivationQuantizer:
-        found = self.static.get(layer, {}).get(f"a{bits}")
-        if self.static and found is None:
-            raise InputError(
-                f"no static range is known for the inputs of layer {layer!r} at {bits} bits: offer that width when "
-                f"ranges are calibrated (--act a{bits}), or use dynamic ranges (leave out --act-ranges)"
-            )
-        return ActivationQuantizer(bits, self.symmetric, found)
 
 
 DYNAMIC = Activations()

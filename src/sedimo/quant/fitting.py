@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sedimo.errors import InputError, UnfitFormatError
-from sedimo.quant.families.family import ErrorEstimate, Family, Parameters, squared_norms
+from sedimo.quant.families.family import ErrorEstimate, Family, squared_norms
 from sedimo.quant.formats import Format
 from sedimo.quant.parts import Fitted
 from sedimo.quant.tensor import QuantizedTensor
@@ -56,32 +56,24 @@ def quantize_weight(weight: Tensor, number_format: Format | str, *, layer_name: 
 
 
 def fit(weight: Tensor, number_format: Format, *, layer_name: str = "") -> Fitted:
-    """The weight `[out, in, ...]` in one format; `layer_name` is named in errors.
-
-    Raises:
-        InputError: not a floating tensor of two or more dimensions, NaN or infinity, or the format is fp16.
-    """
-    rows = _read_rows(weight, layer_name)
-    fitted = _fit(weight, rows, (number_format,), layer_name)[number_format]
-    codes = number_format.numerics.codes(rows, number_format, fitted)
-    return Fitted(number_format, tuple(weight.shape), fitted, codes)
+    """The weight `[out, in, ...]` in one format, with its nearest codes; `layer_name` is named in errors."""
+    fitted = fit_parameters(weight, (number_format,), layer_name=layer_name)[number_format]
+    return with_codes(weight, fitted, layer_name=layer_name)
 
 
 def fit_parameters(weight: Tensor, formats: Iterable[Format], *, layer_name: str = "") -> dict[Format, Fitted]:
-    """As `fit` with errors and without codes, which `with_codes` makes again: a bank keeps these.
+    """As `fit` without codes, which `with_codes` makes again: a bank keeps these.
 
     Formats of one family share what they can, and use all threads of torch.
+
+    Raises:
+        InputError: not a floating tensor of two or more dimensions, NaN or infinity, or a format is fp16.
     """
-    rows = _read_rows(weight, layer_name)
-    norm = float(squared_norms(rows).sum())
-
-    def fitted(number_format: Format, parameters: Parameters) -> Fitted:
-        errors = number_format.numerics.squared_errors(rows, number_format, parameters)
-        return Fitted(number_format, tuple(weight.shape), parameters, None, float(errors.sum()), norm)
-
-    asked = tuple(formats)
-    found = _fit(weight, rows, asked, layer_name)
-    return {f: fitted(f, found[f]) for f in asked}
+    rows, asked = _read_rows(weight, layer_name), tuple(formats)
+    shape, norm = tuple(weight.shape), float(squared_norms(rows).sum())
+    found = _by_family(asked, weight, layer_name, lambda own, fs: own.fit(rows, fs, weight))
+    errors = {f: float(f.numerics.squared_errors(rows, f, found[f]).sum()) for f in asked}
+    return {f: Fitted(f, shape, found[f], errors[f], norm) for f in asked}
 
 
 def with_codes(weight: Tensor, fitted: Fitted, *, layer_name: str = "") -> Fitted:
@@ -205,10 +197,6 @@ def compensated(weight: Tensor, fitted: Fitted, parts: Sequence[Feedback], *, la
 
 def _named(layer_name: str) -> str:
     return f"layer {layer_name!r}" if layer_name else "the weight"
-
-
-def _fit(weight: Tensor, rows: Tensor, formats: Sequence[Format], layer_name: str) -> dict[Format, Parameters]:
-    return _by_family(formats, weight, layer_name, lambda own, fs: own.fit(rows, fs, weight))
 
 
 def _by_family(

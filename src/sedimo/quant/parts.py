@@ -109,24 +109,22 @@ def expected_tensors(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """A weight `shape` in a format, not packed: what is stored of it, and the squared error that it leaves.
+    """A weight `shape` in a format, not packed: what is stored of it, and the squared error of its nearest codes.
 
     `codes` are uint8 `[C, N]` with N = prod(shape[1:]); None where only `parameters` are kept, from which `with_codes`
-    makes them again. The sums over the tensor, float64, are None where nobody asked for them.
+    makes them again. Sums are over the tensor.
     """
 
     format: Format
     shape: tuple[int, ...]
     parameters: Parameters
+    squared_error: float
+    squared_norm: float
     codes: Tensor | None = None
-    squared_error: float | None = None
-    squared_norm: float | None = None
 
     @property
     def relative_error(self) -> float:
         """Squared error over squared norm; 0 for a weight of zeros."""
-        if self.squared_error is None or self.squared_norm is None:
-            raise InputError(f"the error of this fit of {self.format} was not asked for: use fit_parameters")
         return self.squared_error / self.squared_norm if self.squared_norm > 0 else 0.0
 
     @property

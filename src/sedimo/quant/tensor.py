@@ -89,22 +89,14 @@ class QuantizedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls: type[QuantizedTensor], value: torch.Tensor, requires_grad: bool = False) -> QuantizedTensor:
-        """Another handle on the same packed weight (the form in which accelerate rebuilds parameters).
-
-        Raises:
-            UnsupportedError: `value` is an ordinary tensor, or a gradient is asked for.
-        """
+        """Another handle on the same packed weight (the form in which accelerate rebuilds parameters)."""
         if not isinstance(value, QuantizedTensor):
             raise UnsupportedError("a QuantizedTensor is made by quantize_weight(weight, format), not from a tensor")
         return value.rewrapped(value.parts).requires_grad_(requires_grad)
 
     @classmethod
     def from_parts(cls, parts: Sequence[WeightPart], shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
-        """A packed weight of the given logical shape and dtype.
-
-        Raises:
-            InputError: the parts do not fit together, or the dtype is not a float.
-        """
+        """A packed weight of the given logical shape and dtype."""
         if not dtype.is_floating_point:
             raise InputError(f"the logical dtype of a packed weight must be a float, got {dtype}")
         check_cover(parts, shape)
@@ -116,9 +108,6 @@ class QuantizedTensor(torch.Tensor):
         """A packed weight from what a quantizer fitted, or from several such side by side along the inputs.
 
         A plain tensor in the sequence is kept as it is (a part left at fp16).
-
-        Raises:
-            InputError: nothing to pack, or shapes that do not stand side by side.
         """
         pieces = cast("Sequence[Fitted | torch.Tensor]", fitted if isinstance(fitted, Sequence) else [fitted])
         if not pieces or len({(p.shape[0], *p.shape[2:]) for p in pieces}) != 1:
@@ -140,11 +129,7 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def format(self) -> Format:
-        """The one format of the weight.
-
-        Raises:
-            InputError: the parts have different formats; see `formats`.
-        """
+        """The one format of the weight; parts of several are an InputError, see `formats`."""
         if len(set(self.formats)) != 1:
             raise InputError(f"the weight has parts of the formats {', '.join(map(str, self.formats))}; use .formats")
         return self.formats[0]
@@ -165,11 +150,7 @@ class QuantizedTensor(torch.Tensor):
         return [tensor for part in self.parts for tensor in part.tensors.values()]
 
     def codes(self) -> torch.Tensor:
-        """The codes, uint8, in the shape of the weight.
-
-        Raises:
-            InputError: a part is left at fp16.
-        """
+        """The codes, uint8, in the shape of the weight; a part left at fp16 has none and is an InputError."""
         shape = self.packing.shape
         return torch.cat([p.unpacked_codes(shape).reshape(p.shape_in(shape)) for p in self.parts], dim=1)
 

@@ -233,14 +233,6 @@ def _next_penalty(k, attempt, pieces, penalty, few, many):
     return -(few[1] - many[1]) / (many[0] - few[0])  # negative: a chord
 
 
-@_kernel(f"void(int64, int64, {_PATH}, {_PATH})")
-def _copy_path(n, pieces, previous, path):
-    """The nodes of the path in `previous`, from 0 to n."""
-    for piece in range(pieces, -1, -1):
-        path[piece] = n
-        n = np.int64(previous[n])
-
-
 @_kernel(f"void(int64, int64, {_PATH}, {_PATH}, {_PATH})")
 def _splice(k, pieces, few, many, previous):
     """A path of k pieces from two cheapest paths under one penalty, one with fewer (`pieces`), one with more.
@@ -277,8 +269,11 @@ def _search(n, k, penalty, block, nodes, paths, scratch):
         if penalty < 0 and (pieces <= few[0] or pieces >= many[0]):
             _splice(k, np.int64(few[0]), few_path, many_path, previous)
             return abs(penalty)
-        side = few if pieces < k else many
-        _copy_path(n, pieces, previous, few_path if pieces < k else many_path)
+        side, path = (few, few_path) if pieces < k else (many, many_path)
+        node = n
+        for piece in range(pieces, -1, -1):
+            path[piece] = node
+            node = np.int64(previous[node])
         side[0], side[2] = pieces, abs(penalty)
         side[1] = nodes[COST, n] + nodes[SQUARE, n] - pieces * side[2]
         penalty = _next_penalty(k, attempt, pieces, abs(penalty), few, many)
@@ -394,22 +389,9 @@ def _piece_cost(start, stop, sums):
     return _add_pairs(second, second_low, -quotient, -quotient_low)
 
 
-@_kernel("int64(int64, int64, int64, float64[:, ::1], float64[:, ::1], float64[:, ::1])")
-def _best_start(stop, low, high, sums, before, after):
-    """The best start of the piece that ends at `stop`, among low .. high; writes its cost to `after`."""
-    best, best_low, best_index = np.inf, 0.0, low
-    for start in range(low, min(high, stop - 1) + 1):
-        cost, cost_low = _piece_cost(start, stop, sums)
-        cost, cost_low = _add_pairs(cost, cost_low, before[0, start], before[1, start])
-        if cost < best or (cost == best and cost_low < best_low):
-            best, best_low, best_index = cost, cost_low, start
-    after[0, stop], after[1, stop] = best, best_low
-    return best_index
-
-
 @_kernel("void(int64, int64, int64, float64[:, ::1], float64[:, ::1], float64[:, ::1], int32[::1])")
 def _fill_layer(layer, first, last, sums, before, after, starts):
-    """Best starts of piece number `layer` for every stop first .. last; they move right with the stop."""
+    """Best starts of piece number `layer`, and costs, for every stop first .. last; they move right with the stop."""
     tasks = np.empty((80, 4), dtype=np.int64)
     tasks[0] = (first, last, layer, last - 1)
     depth = 1
@@ -419,10 +401,15 @@ def _fill_layer(layer, first, last, sums, before, after, starts):
         if left > right:
             continue
         middle = (left + right) // 2
-        best = _best_start(middle, low, high, sums, before, after)
-        starts[middle] = best
-        tasks[depth] = (left, middle - 1, low, best)
-        tasks[depth + 1] = (middle + 1, right, best, high)
+        best, best_low, best_start = np.inf, 0.0, low
+        for start in range(low, min(high, middle - 1) + 1):
+            cost, cost_low = _piece_cost(start, middle, sums)
+            cost, cost_low = _add_pairs(cost, cost_low, before[0, start], before[1, start])
+            if cost < best or (cost == best and cost_low < best_low):
+                best, best_low, best_start = cost, cost_low, start
+        after[0, middle], after[1, middle], starts[middle] = best, best_low, best_start
+        tasks[depth] = (left, middle - 1, low, best_start)
+        tasks[depth + 1] = (middle + 1, right, best_start, high)
         depth += 2
 
 

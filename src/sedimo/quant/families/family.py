@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sedimo.errors import InputError
@@ -165,7 +167,7 @@ def _ratio_estimate(errors: Tensor, norms: Tensor, n_all: int) -> ErrorEstimate:
     return ErrorEstimate(mean, math.sqrt((1 - n / n_all) * variance / n) / (total / n), n)
 
 
-def over_rows(rows: Tensor, task: Callable[[slice], None], *, work: int = 1) -> None:
+def over_rows(rows: Tensor | NDArray[np.float32], task: Callable[[slice], None], *, work: int = 1) -> None:
     """Calls a task with consecutive ranges of rows, on as many threads as torch may use; it must release the lock.
 
     `work` is that of one weight, as a multiple of a plain rounding's.

@@ -7,7 +7,7 @@ float16; codes are the nearest stored centroid, the lower one at equal distance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 _SAMPLE = 1 << 17  # values that a codebook of a tensor is estimated from, when they are not 16 bits wide
 _LEAST_NORMAL = 2.0**-14  # of float16
 _MODEST = 2.0**-9  # a row with a centroid this large is rounded by at least 2^-21, which makes subnormals harmless
-_N_PATTERNS = 1 << 16
 Array = NDArray[np.float64]
-Values = tuple[NDArray[np.float32], Array]  # of a tensor, sorted, and how often each occurs; empty: once each
+Values = NDArray[np.float32]
 Codebooks = tuple[Tensor, Tensor]  # centroids float64 `[R, K]`, sorted, and squared errors of rows float64 `[R]`
 
 
@@ -43,15 +42,22 @@ class KMeans(Family):
         return {"codebook": (torch.float16, (1 if self._is_shared else n_channels, number_format.n_levels))}
 
     def fit(self, rows: Tensor, formats: Sequence[Format], weight: Tensor) -> dict[Format, Parameters]:
-        if self._is_shared:
-            return _fit_shared(read_values(weight), formats)
-        return _stored(formats, fit_codebooks(rows, [f.n_levels for f in formats]))
+        return _fitted(formats, *read_values(weight)) if self._is_shared else _fitted(formats, rows.numpy())
 
     def codes(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
-        return _nearest(rows, parameters["codebook"], are_errors_wanted=False)
+        from sedimo.quant.families._row_kernels import codebook_codes  # loaded here: importing compiles
+
+        weights, limits, found = rows.numpy(), _thresholds(parameters["codebook"]), np.empty(rows.shape, np.uint8)
+        over_rows(rows, lambda part: codebook_codes(weights[part], _own(limits, part), found[part]))
+        return torch.from_numpy(found)
 
     def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
-        return _nearest(rows, parameters["codebook"], are_errors_wanted=True)
+        from sedimo.quant.families._row_kernels import codebook_errors  # loaded here: importing compiles
+
+        weights, centroids, found = rows.numpy(), parameters["codebook"].float().numpy(), np.empty(len(rows))
+        codes = self.codes(rows, number_format, parameters).numpy()
+        over_rows(rows, lambda part: codebook_errors(weights[part], _own(centroids, part), codes[part], found[part]))
+        return torch.from_numpy(found)
 
     def dequantize(self, number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors["codes"]
@@ -67,10 +73,10 @@ class KMeans(Family):
         if weight.element_size() > 2 and weight.numel() > _SAMPLE:
             index = torch.randint(weight.numel(), (_SAMPLE,), generator=generator)
             drawn = read_values(weight.detach().reshape(-1).cpu()[index])
-            return self.row_estimates(rows, _fit_shared(drawn, formats), len(weight))
-        values = read_values(weight)
-        fitted = _fit_shared(values, formats)
-        return {f: ErrorEstimate(relative_error(values, p["codebook"]), 0.0, len(weight)) for f, p in fitted.items()}
+            return self.row_estimates(rows, _fitted(formats, *drawn), len(weight))
+        values, counts = read_values(weight)
+        errors = {f: relative_error(values, counts, p["codebook"]) for f, p in _fitted(formats, values, counts).items()}
+        return {f: ErrorEstimate(error, 0.0, len(weight)) for f, error in errors.items()}
 
     def feedback_codes(
         self, rows: Tensor, columns: Tensor, asked: Tensor, number_format: Format, parameters: Parameters
@@ -81,8 +87,7 @@ class KMeans(Family):
         limits, centroids = _thresholds(parameters["codebook"]), parameters["codebook"].float().numpy()
 
         def task(part: slice) -> None:
-            own = slice(None) if self._is_shared else part
-            feedback_codebook_codes(weights[part], asks, limits[own], centroids[own], found[part])
+            feedback_codebook_codes(weights[part], asks, _own(limits, part), _own(centroids, part), found[part])
 
         over_rows(rows, task, work=FEEDBACK_WORK)
         return torch.from_numpy(found)
@@ -105,48 +110,47 @@ KMC = KMeans("kmc", _OF_CHANNELS, is_shared=False)
 KMA = KMeans("kma", _OF_TENSOR, is_shared=True)
 
 
-def fit_codebooks(rows: Tensor, n_levels: Sequence[int]) -> list[Codebooks]:
-    """Optimal codebooks of every row of finite, contiguous float32 `[R, N]`, one for each number of levels, at least 2.
+def fit_codebooks(rows: Values, n_levels: Sequence[int], counts: Array | None = None) -> list[Codebooks]:
+    """Optimal codebooks of every row of finite values `[R, N]`, one for each number of levels, at least 2.
 
-    All levels share one sort. A row of fewer than K distinct values repeats its last centroid.
+    All levels share one sort; rows with `counts` are sorted already. A row of fewer than K distinct values repeats its
+    last centroid.
     """
-    values = rows.numpy()
+    levels = np.array(sorted(set(n_levels), reverse=True), dtype=np.int64)
+    centroids, errors = np.empty((len(rows), levels.sum())), np.empty((len(rows), len(levels)))
 
-    def fill(levels: NDArray[np.int64], centroids: Array, errors: Array) -> None:
-        def task(own: slice) -> None:
-            _fit_sorted(np.sort(values[own], axis=1), np.empty(0), levels, centroids[own], errors[own])
+    def task(own: slice) -> None:
+        known = np.sort(rows[own], axis=1) if counts is None else rows[own]
+        _fit_sorted(known, np.empty(0) if counts is None else counts, levels, centroids[own], errors[own])
 
-        over_rows(rows, task)
-
-    return _fit_levels(len(rows), n_levels, fill)
-
-
-def read_values(weight: Tensor) -> Values:
-    """All values of a finite tensor: those of a 16-bit float, at most 65,536 different ones, are counted."""
-    if weight.element_size() != 2:
-        return np.sort(weight.detach().to(torch.float32).cpu().numpy(), axis=None), np.empty(0)
-    from sedimo.quant.families._row_kernels import count_patterns  # loaded here: importing compiles
-
-    patterns = weight.detach().cpu().contiguous().view(torch.uint16).numpy().reshape(-1)
-    counts = np.zeros(_N_PATTERNS, dtype=np.int64)
-    count_patterns(patterns, counts)
-    used = np.nonzero(counts)[0]
-    values = torch.from_numpy(used.astype(np.uint16)).view(weight.dtype).to(torch.float32).numpy()
-    order = np.argsort(values)
-    return values[order], counts[used][order].astype(np.float64)
+    over_rows(rows, task)
+    books = np.split(centroids, levels.cumsum()[:-1], axis=1)
+    columns = [levels.tolist().index(k) for k in n_levels]
+    return [(torch.from_numpy(books[i].copy()), torch.from_numpy(errors[:, i].copy())) for i in columns]
 
 
-def fit_tensor_codebooks(values: Values, n_levels: Sequence[int]) -> list[Codebooks]:
-    """Optimal codebooks of all values together, `[1, K]`, one for each number of levels."""
-    rows, counts = values[0][np.newaxis], values[1]
-    return _fit_levels(1, n_levels, lambda *targets: _fit_sorted(rows, counts, *targets))
+def read_values(weight: Tensor) -> tuple[Values, Array]:
+    """All values of a tensor as a sorted row `[1, N]`, and how often each occurs; empty: once each.
+
+    Those of a 16-bit float, at most 65,536 different ones, are counted.
+    """
+    if weight.element_size() == 2:
+        n_each = np.bincount(weight.detach().cpu().contiguous().view(torch.uint16).numpy().reshape(-1))
+        patterns = np.nonzero(n_each)[0]
+        values = torch.from_numpy(patterns.astype(np.uint16)).view(weight.dtype).to(torch.float32).numpy()
+        order = np.argsort(values)
+        values, counts = values[order], n_each[patterns][order].astype(np.float64)
+    else:
+        values, counts = np.sort(weight.detach().to(torch.float32).cpu().numpy(), axis=None), np.empty(0)
+    if not np.isfinite(values[[0, -1]]).all():  # NaN is sorted last
+        raise InputError("some of its values are NaN or infinity (as float32). Leave it at fp16.")
+    return values[np.newaxis], counts
 
 
-def relative_error(values: Values, codebook: Tensor) -> float:
+def relative_error(values: Values, counts: Array, codebook: Tensor) -> float:
     """Squared error of all values with their nearest stored centroids `[1, K]`, over their squared norm."""
-    distinct, counts = values
-    codes = np.searchsorted(_thresholds(codebook)[0], distinct)
-    wide = distinct.astype(np.float64)
+    codes = np.searchsorted(_thresholds(codebook)[0], values[0])
+    wide = values[0].astype(np.float64)
     weights = counts if len(counts) else np.ones(len(wide))
     norm = float(weights @ wide**2)
     return float(weights @ (codebook[0].double().numpy()[codes] - wide) ** 2) / norm if norm > 0 else 0.0
@@ -168,32 +172,13 @@ def stored_codebook(centroids: Tensor) -> Tensor:
     return centroids.to(torch.float32) if bool(hurts.any()) else half
 
 
-def _fit_shared(values: Values, formats: Sequence[Format]) -> dict[Format, Parameters]:
-    """The codebooks of all values together."""
-    if not np.isfinite(values[0][[0, -1]]).all():  # NaN is sorted last
-        raise InputError("some of its values are NaN or infinity (as float32). Leave it at fp16.")
-    return _stored(formats, fit_tensor_codebooks(values, [f.n_levels for f in formats]))
-
-
-def _stored(formats: Sequence[Format], books: Sequence[Codebooks]) -> dict[Format, Parameters]:
+def _fitted(formats: Sequence[Format], rows: Values, counts: Array | None = None) -> dict[Format, Parameters]:
+    books = fit_codebooks(rows, [f.n_levels for f in formats], counts)
     return {f: {"codebook": stored_codebook(centroids)} for f, (centroids, _) in zip(formats, books, strict=True)}
 
 
-def _fit_levels(
-    n_rows: int, n_levels: Sequence[int], fill: Callable[[NDArray[np.int64], Array, Array], None]
-) -> list[Codebooks]:
-    """The codebooks of each number of levels, which `fill` writes side by side, that of most levels first."""
-    levels = np.array(sorted(set(n_levels), reverse=True), dtype=np.int64)
-    centroids, errors = np.empty((n_rows, levels.sum())), np.empty((n_rows, len(levels)))
-    fill(levels, centroids, errors)
-    books = np.split(centroids, levels.cumsum()[:-1], axis=1)
-    columns = [levels.tolist().index(k) for k in n_levels]
-    return [(torch.from_numpy(books[i].copy()), torch.from_numpy(errors[:, i].copy())) for i in columns]
-
-
-def _fit_sorted(
-    rows: NDArray[np.float32], counts: Array, levels: NDArray[np.int64], centroids: Array, errors: Array
-) -> None:
+def _fit_sorted(rows: Values, counts: Array, levels: NDArray[np.int64], centroids: Array, errors: Array) -> None:
+    """Writes the codebooks of each number of levels side by side, that of most levels first."""
     from sedimo.quant.families._kmeans_kernels import BLOCK, fit_distinct, fit_rows  # loaded here: importing compiles
 
     fit_rows(rows, counts, levels, BLOCK, centroids, errors)
@@ -206,28 +191,15 @@ def _fit_sorted(
         centroids[row, ends[index] - levels[index] : ends[index]] = found
 
 
-def _thresholds(codebook: Tensor) -> NDArray[np.float32]:
+def _thresholds(codebook: Tensor) -> Values:
     """float32 numbers that a float32 weight exceeds exactly when it exceeds the middle of two centroids."""
     wide = codebook.to(torch.float64).numpy()
     middles = (wide[:, 1:] + wide[:, :-1]) / 2
-    rounded: NDArray[np.float32] = middles.astype(np.float32)
+    rounded: Values = middles.astype(np.float32)
     np.nextafter(rounded, np.float32(-np.inf), out=rounded, where=rounded > middles)
     return rounded
 
 
-def _nearest(rows: Tensor, codebook: Tensor, *, are_errors_wanted: bool) -> Tensor:
-    """The nearest codes uint8 `[R, N]`, or the squared error of each row with them, float64 `[R]`."""
-    from sedimo.quant.families._row_kernels import codebook_codes, codebook_errors  # loaded here: importing compiles
-
-    values, limits, centroids = rows.numpy(), _thresholds(codebook), codebook.to(torch.float32).numpy()
-    found = np.empty(len(rows)) if are_errors_wanted else np.empty(rows.shape, np.uint8)
-
-    def task(part: slice) -> None:
-        own = slice(None) if len(centroids) == 1 else part
-        codes = np.empty(values[part].shape, np.uint8) if are_errors_wanted else found[part]
-        codebook_codes(values[part], limits[own], codes)
-        if are_errors_wanted:
-            codebook_errors(values[part], centroids[own], codes, found[part])
-
-    over_rows(rows, task)
-    return torch.from_numpy(found)
+def _own(table: Values, part: slice) -> Values:
+    """What belongs to some rows; one codebook is that of all."""
+    return table if len(table) == 1 else table[part]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sedimo.errors import UnfitFormatError
@@ -59,10 +60,22 @@ class UniformAffine(Family):
         return {f: fit_grid(rows, f) for f in formats}
 
     def codes(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
-        return _nearest(rows, number_format, parameters, are_errors_wanted=False)
+        from sedimo.quant.families._row_kernels import grid_codes  # loaded here: importing compiles
+
+        weights, scales, zeros = rows.numpy(), *_grids(parameters)
+        size, qmax = number_format.group_size or rows.shape[1], np.float32(number_format.qmax)
+        found = np.empty(rows.shape, np.uint8)
+        over_rows(rows, lambda own: grid_codes(weights[own], size, scales[own], zeros[own], qmax, found[own]))
+        return torch.from_numpy(found)
 
     def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
-        return _nearest(rows, number_format, parameters, are_errors_wanted=True)
+        from sedimo.quant.families._row_kernels import grid_errors  # loaded here: importing compiles
+
+        weights, scales, zeros = rows.numpy(), *_grids(parameters)
+        codes, found = self.codes(rows, number_format, parameters).numpy(), np.empty(len(rows))
+        size = number_format.group_size or rows.shape[1]
+        over_rows(rows, lambda own: grid_errors(weights[own], size, scales[own], zeros[own], codes[own], found[own]))
+        return torch.from_numpy(found)
 
     def dequantize(self, number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors["codes"]
@@ -70,9 +83,13 @@ class UniformAffine(Family):
         return codes.float().sub_(zero_point).mul_(scale)
 
     def grid(self, number_format: Format, parameters: Parameters, n_inputs: int) -> tuple[Tensor, Tensor]:
-        size = number_format.group_size
         scale, zero_point = parameters["scale"].float(), parameters["zero_point"].float()
-        return _per_weight(scale, size, n_inputs), _per_weight(zero_point, size, n_inputs)
+        if number_format.group_size is None:
+            return scale, zero_point  # [C, 1], broadcast
+        span = min(number_format.group_size, n_inputs)  # a group longer than the row must not cost its length
+        spread = (t.unsqueeze(2).expand(-1, -1, span).flatten(1) for t in (scale, zero_point))
+        scale, zero_point = (t[:, :n_inputs] for t in spread)
+        return scale, zero_point
 
     def feedback_codes(
         self, rows: Tensor, columns: Tensor, asked: Tensor, number_format: Format, parameters: Parameters
@@ -80,7 +97,7 @@ class UniformAffine(Family):
         from sedimo.quant.families._row_kernels import feedback_grid_codes  # loaded here: importing compiles
 
         weights, asks, found = rows.numpy(), asked.numpy(), np.empty(rows.shape, np.uint8)
-        scales, zeros = parameters["scale"].float().numpy(), parameters["zero_point"].float().numpy()
+        scales, zeros = _grids(parameters)
         size, qmax = number_format.group_size, np.float32(number_format.qmax)
         group_of = (torch.zeros_like(columns) if size is None else columns // size).numpy()
 
@@ -141,12 +158,9 @@ def _dtypes(number_format: Format) -> tuple[torch.dtype, torch.dtype]:
     return (torch.float16, torch.uint8) if number_format.group_size else (torch.float32, torch.int16)
 
 
-def _per_weight(parameter: Tensor, group_size: int | None, n_inputs: int) -> Tensor:
-    if group_size is None:
-        return parameter  # [C, 1], broadcast
-    span = min(group_size, n_inputs)  # a group longer than the row must not cost its length
-    spread = parameter.unsqueeze(2).expand(-1, -1, span)  # [C, G, span]
-    return spread.reshape(parameter.shape[0], -1)[:, :n_inputs]  # [C, n]
+def _grids(parameters: Parameters) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scales and zero points `[C, G]` for kernels."""
+    return parameters["scale"].float().numpy(), parameters["zero_point"].float().numpy()
 
 
 def _ranges(rows: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
@@ -187,22 +201,3 @@ def _make_constants_exact(scale: Tensor, zero_point: Tensor, low: Tensor, high: 
     best = (scales * steps - value.abs().unsqueeze(1)).abs().argmin(dim=1)
     scale[:, is_constant] = scales.gather(1, best.unsqueeze(1)).squeeze(1)
     zero_point[:, is_constant] = torch.where(value > 0, 0.0, steps[best])
-
-
-def _nearest(rows: Tensor, number_format: Format, parameters: Parameters, *, are_errors_wanted: bool) -> Tensor:
-    """The nearest codes uint8 `[C, N]`, or the squared error of each row with them, float64 `[C]`."""
-    from sedimo.quant.families._row_kernels import grid_codes, grid_errors  # loaded here: importing compiles
-
-    values, scales = rows.numpy(), parameters["scale"].float().numpy()
-    zeros, qmax = parameters["zero_point"].float().numpy(), np.float32(number_format.qmax)
-    size = number_format.group_size or rows.shape[1]
-    found = np.empty(len(rows)) if are_errors_wanted else np.empty(rows.shape, np.uint8)
-
-    def task(own: slice) -> None:
-        codes = np.empty(values[own].shape, np.uint8) if are_errors_wanted else found[own]
-        grid_codes(values[own], size, scales[own], zeros[own], qmax, codes)
-        if are_errors_wanted:
-            grid_errors(values[own], size, scales[own], zeros[own], codes, found[own])
-
-    over_rows(rows, task)
-    return torch.from_numpy(found)
