@@ -21,7 +21,7 @@ import sedimo
 from sedimo.cli.console import ConsoleProgress
 from sedimo.metrics.estimate import mean_estimate
 from sedimo.metrics.signal import NoisePowers, paired_difference
-from sedimo.quant.fitting import DAMPING, Moments
+from sedimo.quant.fitting import DAMPING
 from sedimo.treatments.error_feedback import ErrorFeedback, measure_moments
 
 FIRST_FRESH = 20_000
@@ -30,21 +30,15 @@ SAMPLES, DAMPINGS, WIDTHS = (8, 16, 64), (0.001, 0.1), (256, 64)
 
 
 @dataclass(frozen=True)
-class Changed:
-    """Moments with more on their diagonal, or in narrower blocks."""
+class Changed(ErrorFeedback):
+    """From moments with more on their diagonal, or in narrower blocks."""
 
-    moments: Moments
     added: float = 0.0  # a share of the mean power
     width: int | None = None
 
-    @property
-    def key(self) -> str:
-        """Of the moments, and what was changed."""
-        return f"{self.moments.key} {self.added} {self.width}"
-
     def blocks(self, weight: str) -> Sequence[torch.Tensor]:
         """Blocks on the diagonal."""
-        found = [b + self.added * b.diagonal().mean() * torch.eye(len(b)) for b in self.moments.blocks(weight)]
+        found = [b + self.added * b.diagonal().mean() * torch.eye(len(b)) for b in super().blocks(weight)]
         if self.width is None:
             return found
         starts = [(b, i) for b in found for i in range(0, len(b), self.width)]
@@ -69,11 +63,11 @@ def main() -> None:
     space = plain.bank.space
     recipes = {str(f): space.uniform(f) for f in space.common_formats}
 
-    def moments(n: int) -> Moments:
+    def moments(n: int) -> ErrorFeedback:
         return measure_moments(plain, plain.seeds.plan(range(1_000_000, 1_000_000 + n)), arguments.run)
 
-    def fed_by(some: Moments) -> sedimo.Lab:
-        return plain.treated(ErrorFeedback(some))
+    def changed(added: float = 0.0, width: int | None = None) -> Changed:
+        return Changed(standard.path, f"{standard.key} {added} {width}", added, width)
 
     def noise(lab: sedimo.Lab, name: str, n_steps: int = N_STEPS) -> NoisePowers:
         plan = replace(lab.seeds.plan(range(FIRST_FRESH, FIRST_FRESH + arguments.fresh)), n_steps=n_steps)
@@ -83,7 +77,7 @@ def main() -> None:
     begin = time.perf_counter()
     standard = moments(32)
     print(f"moments of 32 samples: {time.perf_counter() - begin:.1f} s")
-    ours = fed_by(standard)
+    ours = plain.treated(standard)
     print("| format | steps | nearest codes | error feedback | gain [dB], paired |\n|---|---|---|---|---|")
     names = arguments.formats.split(",")
     for name in names:
@@ -95,10 +89,10 @@ def main() -> None:
     reference = noise(ours, names[0])
     print(f"\n| `{names[0]}` | SQNR [dB] | minus the standard, paired |\n|---|---|---|")
     variants = {f"{n} samples": moments(n) for n in SAMPLES}
-    variants |= {f"damping {d:g}": Changed(standard, added=d - DAMPING) for d in DAMPINGS}
-    variants |= {f"blocks of {w} columns": Changed(standard, width=w) for w in WIDTHS}
+    variants |= {f"damping {d:g}": changed(added=d - DAMPING) for d in DAMPINGS}
+    variants |= {f"blocks of {w} columns": changed(width=w) for w in WIDTHS}
     for name, one in variants.items():
-        found = noise(fed_by(one), names[0])
+        found = noise(plain.treated(one), names[0])
         change = paired_difference(found, reference)
         print(
             f"| {name} | {shown(found)} | {change.mean_db:+.1f} [{change.low:+.1f}, {change.high:+.1f}] |", flush=True

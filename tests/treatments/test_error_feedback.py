@@ -16,14 +16,14 @@ from sedimo.lab.lab import Lab
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
 from sedimo.treatments import error_feedback as module
-from sedimo.treatments.error_feedback import KeptMoments, block_columns, measure_moments
+from sedimo.treatments.error_feedback import ErrorFeedback, block_columns, measure_moments
 from tolerances import FLOAT32_FORMULA
 from toy_pipeline import ToyAdapter, ToyDenoiser, ToyWeights, toy_space
 
 PLAN = Sampling(seeds=(1, 2, 3), n_steps=3, batch_size=2)
 
 
-def measured(adapter, folder, plan=PLAN) -> KeptMoments:
+def measured(adapter, folder, plan=PLAN) -> ErrorFeedback:
     bank = Bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser), ())
     return measure_moments(Lab.on(adapter, bank), plan, folder)
 
@@ -92,7 +92,7 @@ def test_of_many_positions_some_are_drawn_at_each_call_and_in_time_all(monkeypat
             inputs = 2.0 ** torch.arange(12).reshape(1, 12, 1)
             sums.blocks.clear()
             sums.add(name, name, layer, (inputs,), None)
-            added = int(sums.blocks[name][0].item())
+            added = int(sums.blocks[f"{name}.0"].item())
             drawn = {i for i in range(12) if added >> (2 * i) & 1}
             assert len(drawn) == 4
             seen[name] |= drawn

@@ -80,7 +80,7 @@ def test_one_small_layer_gains_most_of_what_the_best_of_all_roundings_gains(monk
     assert block.learned_error < block.nearest_error
     calls = record(adapter, SAMPLING).calls
     (data,) = capture(adapter.denoiser, "out", calls, capture_outputs(adapter.denoiser, "out", calls))
-    tokens = data.leaves[0].permute(0, 2, 3, 1).reshape(-1, 8).double()
+    tokens = data.inputs[0][0].permute(0, 2, 3, 1).reshape(-1, 8).double()
     (part,) = bank.quantize(recipe)["out"].parts
     weight = adapter.denoiser.out.weight.detach().reshape(2, 8)
     ups = torch.tensor(list(itertools.product((0, 1), repeat=8)))

@@ -42,10 +42,8 @@ class InputRange:
         bad = next((pair for pair in pairs if not -_LARGEST <= pair[0] <= pair[1] <= _LARGEST), None)
         if not pairs or len(self.low) != len(self.high) or bad:
             found = f"{bad[0]} and {bad[1]}" if bad else f"{len(self.low)} and {len(self.high)} of them"
-            raise InputError(
-                "ranges of inputs need as many finite low as high values, low <= high, at most 2^126 from zero, "
-                f"got {found}"
-            )
+            rule = "as many finite low as high values, low <= high, at most 2^126 from zero"
+            raise InputError(f"ranges of inputs need {rule}, got {found}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +57,6 @@ class ActivationQuantizer:
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise InputError(f"activations take {MIN_BITS}..{MAX_BITS} bits, or 16, got {self.bits}")
-
-    @property
-    def qmin(self) -> int:
-        """Least code."""
-        return -self.qmax if self.symmetric else 0
-
-    @property
-    def qmax(self) -> int:
-        """Greatest code."""
-        return (1 << self.bits - 1) - 1 if self.symmetric else (1 << self.bits) - 1
 
     def codes(self, inputs: Tensor, *, n_axes: int = 1, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scale and zero point, all float32, of tokens `[..., in]` of a Linear layer or images `[..., C, ...]`.
@@ -84,10 +72,11 @@ class ActivationQuantizer:
             position = min(group, len(self.range.low) - 1)
             low, high = values.new_tensor(self.range.low[position]), values.new_tensor(self.range.high[position])
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (torch.maximum(-low, high) if self.symmetric else high - low) / self.qmax
+        qmax = (1 << self.bits - self.symmetric) - 1
+        scale = (torch.maximum(-low, high) if self.symmetric else high - low) / qmax
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # nothing but zeros; NaN stays what it is
         zero_point = torch.zeros_like(low) if self.symmetric else (-low / scale).round()
-        codes = torch.div(values, scale).round_().add_(zero_point).clamp_(self.qmin, self.qmax)
+        codes = torch.div(values, scale).round_().add_(zero_point).clamp_(-qmax if self.symmetric else 0, qmax)
         return codes, scale, zero_point
 
     def __call__(self, inputs: Tensor, *, n_axes: int = 1, group: int = 0) -> Tensor:

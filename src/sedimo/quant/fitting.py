@@ -83,12 +83,7 @@ def with_codes(weight: Tensor, fitted: Fitted, *, layer_name: str = "") -> Fitte
 
 
 def error_estimates(
-    weight: Tensor,
-    formats: Iterable[Format],
-    *,
-    n_channels: int,
-    generator: torch.Generator,
-    layer_name: str = "",
+    weight: Tensor, formats: Iterable[Format], *, n_channels: int, generator: torch.Generator, layer_name: str = ""
 ) -> dict[Format, ErrorEstimate]:
     """Relative squared error of each format, from `n_channels` output channels drawn without replacement.
 
@@ -141,9 +136,7 @@ def feedback(moments: Tensor, *, damping: float = DAMPING) -> Feedback:
         raise InputError(f"second moments are a square matrix, got {tuple(moments.shape)}")
     wide = moments.detach().cpu().double()
     if not torch.isfinite(wide).all():
-        raise InputError(
-            "second moments hold NaN or infinity: measure them in another dtype, or leave codes as they are"
-        )
+        raise InputError("second moments hold NaN or infinity: measure them in another dtype, or leave codes alone")
     power = wide.diagonal()
     order = torch.argsort(power, descending=True, stable=True)
     mean, damped = float(power.mean()), wide[order][:, order]
@@ -159,9 +152,7 @@ def feedback(moments: Tensor, *, damping: float = DAMPING) -> Feedback:
         if not failed:
             return Feedback(order, (upper / upper.diagonal().unsqueeze(1)).T.float().contiguous())
         damping = max(10 * damping, _LEAST_DAMPING)
-    raise InputError(
-        "second moments that are far from positive semidefinite are those of no inputs: measure them again"
-    )
+    raise InputError("second moments far from positive semidefinite are those of no inputs: measure them again")
 
 
 def feedback_of(blocks: Sequence[Tensor], start: int, stop: int) -> list[Feedback]:
@@ -223,10 +214,8 @@ def _by_family(
 
 def _check(weight: Tensor, layer_name: str) -> None:
     if weight.dtype not in _DTYPES or weight.ndim < 2 or weight.numel() == 0:
-        raise InputError(
-            f"{_named(layer_name)} must be a non-empty floating tensor [out, in, ...] to be quantized, "
-            f"got {weight.dtype} of shape {tuple(weight.shape)}"
-        )
+        found = f"{weight.dtype} of shape {tuple(weight.shape)}"
+        raise InputError(f"{_named(layer_name)} must be a non-empty floating tensor [out, in, ...], got {found}")
 
 
 def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
@@ -234,15 +223,12 @@ def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
     _check(weight, layer_name)
     rows = weight.detach().to(device="cpu", dtype=torch.float32).reshape(weight.shape[0], -1).contiguous()
     if not (math.isfinite(float(rows.amin())) and math.isfinite(float(rows.amax()))):  # NaN, when any value is
-        raise InputError(
-            f"{_named(layer_name)} holds NaN or infinity (as float32) and cannot be quantized. Leave it at fp16."
-        )
+        raise InputError(f"{_named(layer_name)} holds NaN or infinity (as float32). Leave it at fp16.")
     return rows
 
 
 def _rows_fitted_by(fitted: Fitted, weight: Tensor, layer_name: str) -> Tensor:
-    if tuple(weight.shape) != fitted.shape:
-        raise InputError(
-            f"{_named(layer_name)} has shape {tuple(weight.shape)}, its parameters were fitted for {fitted.shape}"
-        )
+    shape = tuple(weight.shape)
+    if shape != fitted.shape:
+        raise InputError(f"{_named(layer_name)} has shape {shape}, its parameters were fitted for {fitted.shape}")
     return _read_rows(weight, layer_name)

@@ -67,13 +67,11 @@ class Format:
             raise InputError(f"bits must {_lie_in(family.widths)}, got {self.bits}. {_choices()}")
         if self.group_size is not None and (not family.takes_groups or self.group_size < 2):
             grouped = " and ".join(f.name for f in families.FAMILIES if f.takes_groups)
-            raise InputError(
-                f"a group size is for {grouped} and at least 2, got {self.family} with {self.group_size}. {_choices()}"
-            )
+            rule, found = f"is for {grouped} and at least 2", f"{self.family} with {self.group_size}"
+            raise InputError(f"a group size {rule}, got {found}. {_choices()}")
         if self.activation_bits != FULL_BITS and not MIN_BITS <= self.activation_bits <= MAX_BITS:
-            raise InputError(
-                f"activation bits must lie in {MIN_BITS}..{MAX_BITS}, or be {FULL_BITS}, got {self.activation_bits}."
-            )
+            rule = f"lie in {MIN_BITS}..{MAX_BITS}, or be {FULL_BITS}"
+            raise InputError(f"activation bits must {rule}, got {self.activation_bits}.")
 
     @classmethod
     def parse(cls, text: str) -> Format:

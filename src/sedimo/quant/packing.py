@@ -59,10 +59,8 @@ def unpack(packed: Tensor, bits: int, n_codes: int) -> Tensor:
         [[1, 2, 3, 0, 7]]
     """
     _check(packed, bits, "packed codes")
-    if packed.shape[1] != row_bytes(bits, n_codes):
-        raise InputError(
-            f"{n_codes} codes of {bits} bits take {row_bytes(bits, n_codes)} bytes per row, got {packed.shape[1]}"
-        )
+    if packed.shape[1] != (n_bytes := row_bytes(bits, n_codes)):
+        raise InputError(f"{n_codes} codes of {bits} bits take {n_bytes} bytes per row, got {packed.shape[1]}")
     n_rows, n_units = packed.shape[0], -(-n_codes // _UNIT)
     units = torch.nn.functional.pad(packed, (0, n_units * bits - packed.shape[1])).reshape(n_rows, n_units, bits)
     codes = packed.new_empty(n_rows, n_units, _UNIT)

@@ -90,10 +90,6 @@ def expected_tensors(
     """The tensors that a part `[C, n]` stores, by name, in the order in which they are written.
 
     `dtypes` are those of tensors whose dtype depends on the weight, where it is not the usual one.
-
-    Example:
-        >>> expected_tensors(Format.parse("kmc3"), 8, 10)["codes"]
-        TensorSpec(dtype=torch.uint8, shape=(8, 4))
     """
     family, found = number_format.numerics, {}
     if number_format.is_quantized:
@@ -184,10 +180,9 @@ class WeightPart:
         found = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in self.tensors.items()}
         for name in {**expected, **found}:
             if expected.get(name) != found.get(name):
-                raise InputError(
-                    f"part {self.start}..{self.stop} in format {self.format}: {name} must be "
-                    f"{expected.get(name, 'absent')}, got {found.get(name, 'absent')}"
-                )
+                place = f"part {self.start}..{self.stop} in format {self.format}"
+                wanted, given = (one.get(name, "absent") for one in (expected, found))
+                raise InputError(f"{place}: {name} must be {wanted}, got {given}")
 
     def unpacked_codes(self, shape: Sequence[int]) -> Tensor:
         """Codes, uint8 `[C, n]`, for a weight of the given shape."""
@@ -226,13 +221,11 @@ def check_cover(parts: Sequence[WeightPart], shape: Sequence[int]) -> None:
     """Refuses parts that do not fit, or do not cover the input channels of a weight exactly once, in order."""
     if len(shape) < 2 or min(shape) < 1:
         raise InputError(f"a packed weight has the shape [out, in, ...] with at least one of each, got {tuple(shape)}")
-    position = 0
+    position, rule = 0, f"parts must cover the {shape[1]} input channels in order"
     for part in parts:
         if part.start != position or part.stop <= part.start:
-            raise InputError(
-                f"parts must cover the {shape[1]} input channels in order, got {part.start}..{part.stop} at {position}"
-            )
+            raise InputError(f"{rule}, got {part.start}..{part.stop} at {position}")
         part.check(shape)
         position = part.stop
     if position != shape[1]:
-        raise InputError(f"parts must cover the {shape[1]} input channels, got only {position}")
+        raise InputError(f"{rule}, got only {position}")

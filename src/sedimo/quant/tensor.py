@@ -269,12 +269,7 @@ class QuantizedTensor(torch.Tensor):
 
 
 def memory_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers as they lie in memory, shared tensors once.
-
-    Example:
-        >>> memory_bytes(nn.Linear(4, 2, bias=False))
-        32
-    """
+    """Bytes of a model's parameters and buffers as they lie in memory, shared tensors once."""
     found: dict[object, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         for t in tensor.stored if isinstance(tensor, QuantizedTensor) else [tensor]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from sedimo.errors import InputError, StateError
@@ -18,41 +19,36 @@ from sedimo.pipelines.adapter import DenoiserCall
 from sedimo.pipelines.trajectory import rows_of
 
 Tensors = tuple[torch.Tensor, ...]
+Arguments = tuple[tuple[object, ...], dict[str, object]]
 
 
 @dataclass(frozen=True)
 class Captured:
-    """Arguments of a module for `n_rows` rows, and the outputs that it should give for them.
+    """Arguments of a module for some rows, (positional, keyword), and the outputs that it should give for them.
 
-    `leaves` are the values in (positional, keyword) arguments in the order of `spec`. Tensors whose first axis has the
-    length `n_rows` hold a row each; all others belong to every row.
+    Tensors whose first axis has a place for each row hold a row each; all other arguments belong to every row.
     """
 
-    leaves: tuple[object, ...]
-    spec: TreeSpec
+    inputs: Arguments
     targets: Tensors
-    n_rows: int
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.targets[0])
 
     def has_rows(self, leaf: object) -> bool:
-        """Whether a leaf holds a row each."""
+        """Whether an argument, or a value inside one, holds a row each."""
         return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.n_rows
 
     def rows(self, index: torch.Tensor | slice) -> Captured:
         """Some rows, copied: a module may overwrite its inputs."""
-        leaves = (
-            (leaf[index] if self.has_rows(leaf) else leaf).clone() if isinstance(leaf, torch.Tensor) else leaf
-            for leaf in self.leaves
-        )
-        targets = tuple(t[index] for t in self.targets)
-        return Captured(tuple(leaves), self.spec, targets, len(targets[0]))
+        taken = tree_map_only(torch.Tensor, lambda t: (t[index] if self.has_rows(t) else t).clone(), self.inputs)
+        return Captured(taken, tuple(t[index] for t in self.targets))
 
     def squared_error(self, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sum of squared differences between what the module should give and gives with other weights, float32.
-
-        Weights are by parameter name; gradients reach them.
-        """
-        args, kwargs = tree_unflatten(list(self.leaves), self.spec)
-        found = _tensors_in(torch.func.functional_call(module, dict(weights), args, kwargs))
+        """Sum of squared errors of what the module gives with other weights by name, which gradients reach; float32."""
+        found = _tensors_in(torch.func.functional_call(module, dict(weights), *self.inputs))
         pairs = zip(found, self.targets, strict=True)
         return torch.stack([(one.float() - target.float()).square().sum() for one, target in pairs]).sum()
 
@@ -72,12 +68,10 @@ def capture(
     denoiser: nn.Module, name: str, calls: Sequence[DenoiserCall], targets: Sequence[Tensors]
 ) -> tuple[Captured, ...]:
     """The arguments of a module when the denoiser repeats recorded calls, joined to what it should give for them."""
-    inputs: list[tuple[tuple[object, ...], TreeSpec]] = []
+    inputs: list[Arguments] = []
 
     def keep(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        leaves, spec = tree_flatten((args, kwargs))
-        copies = (leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        inputs.append((tuple(copies), spec))
+        inputs.append(tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs)))
 
     # before the hooks of others, which may change the inputs: they will do so again when the module is called
     module = denoiser.get_submodule(name)
@@ -87,8 +81,7 @@ def capture(
     if not all(targets):
         raise InputError(f"module {name!r} gives no tensor, so its rounding cannot be reconstructed")
     groups: list[list[Captured]] = []  # calls that differ in rows only
-    for (leaves, spec), target in zip(inputs, targets, strict=True):
-        one = Captured(leaves, spec, target, len(target[0]))
+    for one in map(Captured, inputs, targets):
         group = next((g for g in groups if _agree(g[0], one)), None)
         if group is None:
             groups.append([one])
@@ -136,15 +129,13 @@ def _agree(first: Captured, other: Captured) -> bool:
             return one.shape[1:] == another.shape[1:] and one.dtype == another.dtype
         return torch.equal(one, another)
 
-    is_alike = first.spec == other.spec and len(first.leaves) == len(other.leaves)
-    return is_alike and all(map(agree, first.leaves, other.leaves))
+    (leaves, spec), (others, other_spec) = tree_flatten(first.inputs), tree_flatten(other.inputs)
+    return spec == other_spec and all(map(agree, leaves, others))
 
 
 def _joined(calls: Sequence[Captured]) -> Captured:
-    first = calls[0]
-    leaves = tuple(
-        torch.cat(alike) if first.has_rows(alike[0]) else alike[0]
-        for alike in zip(*(call.leaves for call in calls), strict=True)
-    )
+    def joined(*alike: Any) -> Any:
+        return torch.cat(alike) if calls[0].has_rows(alike[0]) else alike[0]
+
     targets = tuple(map(torch.cat, zip(*(call.targets for call in calls), strict=True)))
-    return Captured(leaves, first.spec, targets, sum(call.n_rows for call in calls))
+    return Captured(tree_map(joined, *(call.inputs for call in calls)), targets)

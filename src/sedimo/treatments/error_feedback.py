@@ -33,9 +33,8 @@ from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import Sampling
-from sedimo.quant.fitting import DAMPING, FEEDBACK_VERSION, Moments
+from sedimo.quant.fitting import DAMPING, FEEDBACK_VERSION
 from sedimo.settings import option
-from sedimo.space import SearchSpace
 from sedimo.treatments.treatment import Treatment
 
 MOMENTS_VERSION = 2
@@ -49,10 +48,10 @@ _SECONDS_PER_FACTOR = 3e-10  # of a block of n columns, per n cubed
 
 
 @dataclass(frozen=True)
-class KeptMoments:
-    """Second moments by weight, in a file; `key` names what they were measured on.
+class ErrorFeedback(InForce):
+    """Codes by error feedback from second moments by weight, in a file; `key` names what they were measured on.
 
-    Weights without moments (grouped convolutions, layers that were never called) have none.
+    Weights without moments (grouped convolutions, layers that were never called) keep their nearest codes.
     """
 
     path: Path
@@ -67,14 +66,18 @@ class KeptMoments:
         except (SafetensorError, OSError) as error:
             raise StateError(f"{self.path} is damaged or gone: {error!r}. Delete it to measure it again") from error
 
+    def on(self, bank: Bank) -> Bank:
+        """The bank whose codes are chosen by these moments."""
+        return bank.compensating(self)
 
-def measure_moments(lab: Lab, on: Sampling, folder: Path) -> KeptMoments:
-    """The second moments of the inputs of all weights, over all steps of a plan; kept in a file of a folder.
+    def __str__(self) -> str:
+        return "codes by error feedback"
 
-    What the folder holds already is not measured again.
-    """
+
+def measure_moments(lab: Lab, on: Sampling, folder: Path) -> ErrorFeedback:
+    """Error feedback from the inputs of all weights over a plan; what a folder holds is not measured again."""
     layers = {layer: weight.name for weight in lab.space.weights for layer in weight.layers}
-    columns = block_columns(_columns(lab.space))
+    columns = block_columns(_columns(lab))
     setting = lab.setting(on, weights_digest=lab.weights.digest)
     how = {"columns": columns, "positions": MOST_POSITIONS, "damping": DAMPING, "feedback": FEEDBACK_VERSION}
     key = content_key({"moments": MOMENTS_VERSION, "setting": setting, "layers": layers, **how})
@@ -86,7 +89,7 @@ def measure_moments(lab: Lab, on: Sampling, folder: Path) -> KeptMoments:
         sums.save(on.n_batches, place)
         for left in (begun, *folder.glob(f"{place.stem}.*.tmp")):  # also by runs that were killed while they wrote
             left.unlink(missing_ok=True)
-    return KeptMoments(place, key)
+    return ErrorFeedback(place, key)
 
 
 def block_columns(n_columns: Sequence[int]) -> int:
@@ -102,8 +105,8 @@ def moments_bytes(n_columns: Sequence[int], width: int) -> int:
     return sum(4 * n * min(n, width) for n in n_columns)
 
 
-def _columns(space: SearchSpace) -> list[int]:
-    return [math.prod(weight.shape[1:]) for weight in space.weights]
+def _columns(lab: Lab) -> list[int]:
+    return [math.prod(weight.shape[1:]) for weight in lab.space.weights]
 
 
 def _sum_up(lab: Lab, layers: Mapping[str, str], on: Sampling, sums: _Sums, begun: Path) -> None:
@@ -128,12 +131,11 @@ class _Sums:
     def __init__(self, columns: int) -> None:
         self._columns = columns
         self._n_calls: Counter[str] = Counter()
-        self.blocks: dict[str, list[torch.Tensor]] = {}
+        self.blocks: dict[str, torch.Tensor] = {}  # by weight and number, `proj.0`
 
     def save(self, n_added: int, path: Path) -> None:
         """Keeps the sums over so many batches, in place of older ones."""
-        named = ((f"{weight}.{i}", block) for weight, found in self.blocks.items() for i, block in enumerate(found))
-        tensors = {name: block.cpu() for name, block in named}
+        tensors = {name: block.cpu() for name, block in self.blocks.items()}
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,19 +144,15 @@ class _Sums:
                 draft.replace(path)
         except (OSError, SafetensorError) as error:
             draft.unlink(missing_ok=True)
-            raise StateError(
-                f"second moments cannot be kept in {path}: {error}. Make room, and run it again"
-            ) from error
+            raise StateError(f"second moments cannot be kept in {path}: {error}. Make room, run it again") from error
 
     def take_up(self, path: Path, device: torch.device) -> int:
         """Goes on with the sums that were kept; over how many batches they are, 0 where none can be read."""
-        found: dict[str, list[torch.Tensor]] = {}
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                facts, names = file.metadata(), (name.rpartition(".") for name in file.keys())  # noqa: SIM118
-                for weight, _, index in sorted(names, key=lambda parts: int(parts[2])):
-                    # copies lie in memory as sums do that were never kept: an unaligned block is summed to other bits
-                    found.setdefault(weight, []).append(file.get_tensor(f"{weight}.{index}").clone())
+                # copies lie in memory as sums do that were never kept: an unaligned block is summed to other bits
+                found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 -- no mapping
+                facts = file.metadata()
         except (OSError, SafetensorError):
             return 0
         self.blocks, self._n_calls = found, Counter(json.loads(facts["n_calls"]))
@@ -164,11 +162,11 @@ class _Sums:
         """The hook of a layer. Which positions are looked at is drawn anew at each of its calls."""
         self._n_calls[layer] += 1
         for rows in _rows(module, args[0].detach(), f"{layer} {self._n_calls[layer]}"):
-            parts = torch.split(rows, self._columns, dim=1)
-            if weight not in self.blocks:
-                self.blocks[weight] = [part.new_zeros(part.shape[1], part.shape[1]) for part in parts]
-            for total, part in zip(self.blocks[weight], parts, strict=True):
-                total.addmm_(part.T, part)
+            for i, part in enumerate(torch.split(rows, self._columns, dim=1)):
+                name, width = f"{weight}.{i}", part.shape[1]
+                if name not in self.blocks:
+                    self.blocks[name] = part.new_zeros(width, width)
+                total = self.blocks[name].addmm_(part.T, part)
                 if not torch.isfinite(total.diagonal()).all():  # all others are smaller than the largest of these
                     raise InputError(
                         f"the inputs of layer {layer!r} hold NaN, infinity or numbers too large to be squared at full "
@@ -228,40 +226,22 @@ class FeedbackSettings:
     )
 
 
-@dataclass(frozen=True)
-class ErrorFeedback(InForce):
-    """Error feedback that is in force."""
-
-    moments: Moments
-
-    def on(self, bank: Bank) -> Bank:
-        """The bank whose codes are chosen by these moments."""
-        return bank.compensating(self.moments)
-
-    def __str__(self) -> str:
-        return "codes by error feedback"
-
-
-def feed_back(lab: Lab, settings: FeedbackSettings) -> ErrorFeedback | None:
+def feed_back(lab: Lab, _settings: FeedbackSettings) -> ErrorFeedback:
     """Error feedback from moments of inputs, on samples of their own: what is fitted to some is judged on others."""
-    if not settings.compensate:
-        return None
     _refuse_unsampled(lab)
     if lab.cache is None:
         raise InputError("moments of inputs are kept beside a study: give the lab one")
-    return ErrorFeedback(measure_moments(lab, lab.seeds.moments, lab.cache))
+    return measure_moments(lab, lab.seeds.moments, lab.cache)
 
 
 def _refuse_unsampled(lab: Lab) -> None:
     lab.refuse_unsampled("--compensate runs the pipeline to see inputs of layers", "Leave it out")
 
 
-def _price(lab: Lab, settings: FeedbackSettings) -> Price:
+def _price(lab: Lab, _settings: FeedbackSettings) -> Price:
     """A run of some samples with sums beside it, factors of the sums, rounding of every format, and what is kept."""
-    if not settings.compensate:
-        return Price()
     _refuse_unsampled(lab)
-    timing, columns = lab.time_calls(lab.seeds.moments), _columns(lab.space)
+    timing, columns = lab.time_calls(lab.seeds.moments), _columns(lab)
     width, n_formats = block_columns(columns), max(len(d.formats) for d in lab.space.decisions)
     running = _CALL_FACTOR * timing.n_calls * timing.seconds_per_call
     factors = _SECONDS_PER_FACTOR * sum(n * min(n, width) ** 2 for n in columns)

@@ -273,15 +273,12 @@ def units_of(graph: DenoiserGraph, recipe: Recipe) -> tuple[ReconstructionUnit, 
     for node in graph.layers:
         members.setdefault(node.block if node.block in innermost else node.name, []).append(node.name)
     shared = {layer for tie in graph.ties for layer in tie}
-    learned = {node.name for node in graph.layers if node.name not in shared and _has_grid(recipe, node.name)}
+    entries = {node.name: recipe.layers.get(node.name, FP16) for node in graph.layers if node.name not in shared}
+    learned = {n for n, entry in entries.items() if any(p.format.numerics.is_uniform for p in parts_of(entry, 1))}
     return tuple(
         ReconstructionUnit(name, tuple(layers), tuple(layer for layer in layers if layer in learned))
         for name, layers in members.items()
     )
-
-
-def _has_grid(recipe: Recipe, layer: str) -> bool:
-    return any(part.format.numerics.is_uniform for part in parts_of(recipe.layers.get(layer, FP16), 1))
 
 
 def reconstruct(lab: Lab, bank: Bank, recipe: Recipe, on: Sampling, *, n_steps: int = N_STEPS) -> Reconstruction:
@@ -296,9 +293,7 @@ def reconstruct(lab: Lab, bank: Bank, recipe: Recipe, on: Sampling, *, n_steps: 
     keys = {unit: content_key({**facts, "options": options, "unit": unit}) for unit in units if unit.learned}
     if not keys:
         uniform = ", ".join(f.name for f in families.FAMILIES if f.is_uniform)
-        raise InputError(
-            f"only {uniform} formats round to a grid, and no layer of the recipe has one: nothing to reconstruct"
-        )
+        raise InputError(f"only {uniform} formats round to a grid, and no layer of the recipe has one to reconstruct")
     weights, finished = bank.quantize(recipe), set[str]()
     calls = functools.cache(lambda: record(lab.pipe, on, at_most=N_TIMESTEPS).calls)  # when they are first needed
     n_missing = len(set(keys.values()) - (lab.study.probe_keys() if lab.study else frozenset()))
@@ -327,7 +322,8 @@ def _learn(
     targets = capture_outputs(denoiser, unit.name, calls())
     with probed(denoiser, {layer: weights[layer] for layer in finished}):
         own = _Unit(denoiser, unit, capture(denoiser, unit.name, calls(), targets))
-    packed = {layer: own.moved(layer, weights[layer]) for layer in unit.layers if layer in weights}
+    devices = {layer: own.originals[layer].device for layer in unit.layers if layer in weights}
+    packed = {layer: cast("QuantizedTensor", weights[layer].to(device)) for layer, device in devices.items()}
     nearest_error, learned_error = own.error(packed), 0.0
     if nearest_error == 0:
         lab.progress.advance(n_steps)
@@ -379,9 +375,6 @@ class _Unit:
         names = {layer: f"{layer.removeprefix(f'{self._name}.')}.weight" for layer in weights} | {self._name: "weight"}
         return {names[layer]: weight.to(self.originals[layer].dtype) for layer, weight in weights.items()}
 
-    def moved(self, layer: str, weight: QuantizedTensor) -> QuantizedTensor:
-        return cast("QuantizedTensor", weight.to(self.originals[layer].device))
-
 
 def _n_changed(weight: QuantizedTensor, other: QuantizedTensor) -> int:
     """Codes that differ between two weights of the same format."""
@@ -422,9 +415,7 @@ class RoundingSettings(Checked):
     """Whether rounding is learned, and for how many steps of each block; None: as many as usual."""
 
     is_wanted: bool = option(
-        False,
-        "--reconstruct",
-        help="Learn the rounding of uaq formats, block by block, on the model's own trajectory.",
+        False, "--reconstruct", help="Learn the rounding of uaq formats, block by block, on the model's own trajectory."
     )
     n_steps: int | None = option(
         None, "--reconstruct-steps", least=1, help="Steps of learning per block; more take longer and help more."
@@ -436,8 +427,7 @@ class RoundingSettings(Checked):
             raise InputError("--reconstruct-steps says how long to learn the rounding: give --reconstruct, too")
 
 
-def learn(lab: Lab, settings: RoundingSettings, bank: Bank, allocation: Allocation) -> Reconstruction:
-    """The weights of an allocation with learned rounding; finished blocks are kept in the study."""
+def _finish(lab: Lab, settings: RoundingSettings, bank: Bank, allocation: Allocation) -> Reconstruction:
     return reconstruct(lab, bank, allocation.recipe, lab.seeds.more(N_SAMPLES), n_steps=settings.n_steps or N_STEPS)
 
 
@@ -461,7 +451,7 @@ LEARNED_ROUNDING = Treatment(
         source="Li et al. 2021, BRECQ (arXiv 2102.05426)",
     ),
     knobs=RoundingSettings,
-    finish=learn,
+    finish=_finish,
     price=_price,
     is_wanted=lambda settings: settings.is_wanted,
     excludes=("error_feedback",),

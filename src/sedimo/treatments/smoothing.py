@@ -149,10 +149,7 @@ class ScaledParameter:
 
 @dataclass(frozen=True, slots=True)
 class Smoothing(InForce):
-    """All that smoothing changes in a denoiser. `refused` tells why layers that were asked for were left out.
-
-    `ranges` are those of the layers' inputs before it.
-    """
+    """All that smoothing changes in a denoiser, with the `ranges` of inputs before it, and why layers are left out."""
 
     alpha: float
     layers: Mapping[str, SmoothedLayer]
@@ -293,10 +290,7 @@ class RangesPart:
 
 
 def probe_ranges(lab: Lab, layers: Sequence[str], on: Sampling) -> dict[str, InputRange]:
-    """The ranges of the inputs of layers over all steps of one recorded trajectory; of those that are called.
-
-    With a study, each step's part is saved when it is finished and not measured again.
-    """
+    """The ranges of the inputs of layers that are called, over a recorded trajectory; a study keeps each step."""
     parts, pipe = lab.parts(), lab.pipe
     setting = lab.setting(on, "step", weights_digest=lab.weights.digest)
     calls = calls_by_step(on, parts.trajectory(on, setting).calls)
@@ -345,10 +339,6 @@ def smoothing_factors(input_max: torch.Tensor, weight_max: torch.Tensor, alpha: 
     """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) `[C]` float64; 1 where either is zero, for nothing is to be moved.
 
     `input_max` and `weight_max` `[C]` are the largest magnitudes of each channel of the input and column of the weight.
-
-    Example:
-        >>> smoothing_factors(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]), 0.5)
-        tensor([2., 1.], dtype=torch.float64)
     """
     check_alpha(alpha, "alpha")
     if input_max.shape != weight_max.shape or input_max.ndim != 1:

@@ -54,10 +54,7 @@ class ActivationSettings(Checked):
     """
 
     ranges: Literal["dynamic", "min-max", "percentile", "mse"] = option(
-        "dynamic",
-        "--act-ranges",
-        metavar="HOW",
-        help="Ranges: dynamic (per token or image), min-max, percentile, mse.",
+        "dynamic", "--act-ranges", metavar="HOW", help="Ranges: dynamic (per token or image), min-max, percentile, mse."
     )
     symmetric: bool = option(False, "--act-symmetric", help="Round activations without a zero point.")
     n_steps: int = option(
@@ -88,26 +85,15 @@ DYNAMIC_ACTIVATIONS = ActivationSettings()
 
 
 def calibrate(lab: Lab, widths: Mapping[str, Collection[int]], on: Sampling, how: ActivationSettings) -> Activations:
-    """Static ranges of the inputs of layers, for the bits that each may take; those of full precision.
-
-    With a study, ranges that were found before are taken from there.
-    """
+    """Static ranges of the full-precision inputs of layers, for the bits that each may take; kept in a study."""
     parts = lab.parts()
-    options = {
-        "method": how.ranges,
-        "n_steps": how.n_steps,
-        "percentile": PERCENTILE,
-        "symmetric": how.symmetric,
-        "by_timestep": how.by_timestep,
+    options = {name: getattr(how, name) for name in ("n_steps", "symmetric", "by_timestep")}
+    named = {
+        "calibration": CALIBRATION_VERSION,
+        "setting": lab.setting(on, "step", weights_digest=lab.weights.digest),
+        "options": {"method": how.ranges, "percentile": PERCENTILE, **options},
+        "widths": {layer: sorted(bits) for layer, bits in widths.items()},
     }
-    key = content_key(
-        {
-            "calibration": CALIBRATION_VERSION,
-            "setting": lab.setting(on, "step", weights_digest=lab.weights.digest),
-            "options": options,
-            "widths": {layer: sorted(bits) for layer, bits in widths.items()},
-        }
-    )
 
     def measure() -> Activations:
         n_calls = 1 if how.n_steps == 1 else _n_calls(lab, on)
@@ -125,7 +111,7 @@ def calibrate(lab: Lab, widths: Mapping[str, Collection[int]], on: Sampling, how
         static = {layer: look.ranges(layer, bits) for layer, bits in widths.items()}
         return Activations(how.symmetric, static, tuple(look.timesteps) if how.by_timestep else ())
 
-    return parts.part(Activations, key, measure)
+    return parts.part(Activations, content_key(named), measure)
 
 
 def calls_of(wanted: int, n_steps: int, n_calls: int) -> tuple[int, ...]:
@@ -165,9 +151,7 @@ class _Look:
         inputs = args[0].detach()
         low, high = map(float, inputs.aminmax())
         if not math.isfinite(low) or not math.isfinite(high):
-            raise InputError(
-                f"layer {layer!r}: its inputs hold NaN or infinity, so they have no range; calibrate in float32"
-            )
+            raise InputError(f"layer {layer!r}: its inputs hold NaN or infinity, not a range; calibrate in float32")
         counts = torch.zeros((), dtype=torch.int64)
         if self._how.ranges != "min-max":
             bits = inputs.to(torch.bfloat16).contiguous().view(torch.int16).flatten().int() & (_N_VALUES - 1)
@@ -191,9 +175,7 @@ class _Look:
         """The static ranges of a layer by width."""
         groups = [values for (name, _), values in self._found.items() if name == layer]  # in the order of sampling
         if not groups:
-            raise InputError(
-                f"layer {layer!r} was never called, so its inputs have no range; leave its activations alone"
-            )
+            raise InputError(f"layer {layer!r} was never called: its inputs have no range; leave them alone")
         found = {}
         for bits in sorted(widths):
             pairs = [_range(values, bits, self._how) for values in groups]

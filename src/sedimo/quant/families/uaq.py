@@ -139,12 +139,21 @@ def fit_grid(rows: Tensor, number_format: Format) -> dict[str, Tensor]:
 def _candidate_grids(rows: Tensor, number_format: Format) -> tuple[Tensor, Tensor]:
     """Scale and zero point for each shrink factor, float32 `[F, C, G]` that the stored types hold exactly."""
     low, high = _ranges(rows, number_format.group_size)
-    factors = torch.tensor(SHRINK_FACTORS).reshape(-1, 1, 1)
+    factors, qmax = torch.tensor(SHRINK_FACTORS).reshape(-1, 1, 1), number_format.qmax
     if number_format.group_size is None:
-        scale, zero_point = _row_grids(low, high, factors, number_format.qmax)
+        new_low, new_high = low * factors, high * factors
+        far = torch.maximum(new_low.abs(), new_high.abs()) / _ZERO_POINT_LIMIT
+        scale = torch.maximum((new_high - new_low) / qmax, far).clamp_(min=torch.finfo(torch.float32).smallest_normal)
+        # A constant row has no range: its magnitude as the scale makes it exact.
+        scale = torch.where(low == high, torch.where(low == 0, 1.0, low.abs()), scale)
+        zero_point = torch.where(low == high, -torch.sign(low), torch.round(-new_low / scale))
     else:
-        scale, zero_point = _group_grids(low.clamp(max=0), high.clamp(min=0), factors, number_format.qmax)
-        _make_constants_exact(scale, zero_point, low, high, number_format.qmax)
+        below, above = low.clamp(max=0), high.clamp(min=0)
+        new_low = below * factors
+        scale = ((above * factors - new_low) / qmax).to(torch.float16).to(torch.float32)
+        scale = torch.where(below == above, 1.0, scale.clamp_(min=_LEAST_GROUP_SCALE))
+        zero_point = torch.round(-new_low / scale).clamp_(0, qmax)
+        _make_constants_exact(scale, zero_point, low, high, qmax)
     if not torch.isfinite(scale).all():
         raise UnfitFormatError(
             f"{number_format} cannot hold values from {float(low.min()):.3g} to {float(high.max()):.3g}: "
@@ -171,23 +180,6 @@ def _ranges(rows: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     parts = [rows[:, :whole].reshape(rows.shape[0], -1, group_size), rows[:, whole:].unsqueeze(1)]
     lows, highs = zip(*((part.amin(dim=2), part.amax(dim=2)) for part in parts if part.numel()), strict=True)
     return torch.cat(lows, dim=1), torch.cat(highs, dim=1)
-
-
-def _row_grids(low: Tensor, high: Tensor, factors: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
-    new_low, new_high = low * factors, high * factors
-    far = torch.maximum(new_low.abs(), new_high.abs()) / _ZERO_POINT_LIMIT
-    scale = torch.maximum((new_high - new_low) / qmax, far).clamp_(min=torch.finfo(torch.float32).smallest_normal)
-    # A constant row has no range: its magnitude as the scale makes it exact.
-    scale = torch.where(low == high, torch.where(low == 0, 1.0, low.abs()), scale)
-    return scale, torch.where(low == high, -torch.sign(low), torch.round(-new_low / scale))
-
-
-def _group_grids(low: Tensor, high: Tensor, factors: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
-    new_low = low * factors
-    scale = (high * factors - new_low) / qmax
-    scale = scale.to(torch.float16).to(torch.float32)
-    scale = torch.where(low == high, 1.0, scale.clamp_(min=_LEAST_GROUP_SCALE))
-    return scale, torch.round(-new_low / scale).clamp_(0, qmax)
 
 
 def _make_constants_exact(scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor, qmax: int) -> None:
