@@ -16,7 +16,6 @@ than the sum of their squares.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,21 +28,18 @@ from sedimo.allocation.effects import Effects, make_effects
 from sedimo.allocation.table import EXACTLY_NOTHING, SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.codec import content_key
-from sedimo.errors import InputError, StateError
+from sedimo.errors import StateError
 from sedimo.lab.exchange import MEMORY_BYTES, passes
 from sedimo.lab.lab import Lab, seconds_of_fits
-from sedimo.lab.study import Setting
 from sedimo.methods.method import Finding, Method, Price, Task, Words, plan_of, price_of_passes
 from sedimo.methods.portfolio import N_RUNS, decide_by_effects, hold_portfolio, refine
-from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, kept
+from sedimo.methods.taps import ChangedDecisions, FirstOrder, MixedRowsError, Numbers, Taps, drawn, kept, over
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
 from sedimo.pipelines.trajectory import rows_for, rows_of
 from sedimo.quant.formats import FP16
 from sedimo.settings import Checked, option, within
 from sedimo.space import SearchSpace
-
-logger = logging.getLogger(__name__)
 
 NAME = "adjoint"
 ADJOINT_VERSION = 1
@@ -75,31 +71,24 @@ class AdjointPart:
     unused: tuple[str, ...]
 
 
-def probe_adjoint(
-    lab: Lab,
-    on: Sampling,
-    *,
-    n_directions: int = N_DIRECTIONS,
-    seed: int = 0,
-    memory_bytes: int = MEMORY_BYTES,
-    max_rows: int = 64,
-) -> FirstOrder:
+def probe_adjoint(lab: Lab, on: Sampling, *, n_directions: int = N_DIRECTIONS) -> FirstOrder:
     """Signed first-order effects on the final latents of all formats of the lab's bank, on the sampling runs of a plan.
 
     Each number is the product of the gradient of one sample in one random direction with what the change does, relative
     to the norm of the sample's final latents; those of a sample follow one another. Their mean square is the relative
-    noise of the change. The rest is as in `probe_jacobian`, the directions being those of final latents.
+    noise of the change. With a study, each batch's part is saved when it is finished and not measured again.
     """
-    groups = [_Pass(lab, d, n_directions, seed, max_rows) for d in passes(lab.bank.space, memory_bytes)]
+    groups = [ChangedDecisions(lab, group) for group in passes(lab.bank.space, MEMORY_BYTES)]
 
     def works() -> Iterator[tuple[str, Callable[[], AdjointPart]]]:
         for batch in on.batches():
             run = functools.cache(functools.partial(lab.pipe.differentiable, batch))
-            setting = lab.setting(batch)
-            for one in groups:
-                yield one.key(setting), functools.partial(one.measure, run, batch)
+            named = {"adjoint": ADJOINT_VERSION, "setting": lab.setting(batch), "n_directions": n_directions, "seed": 0}
+            for decisions in groups:
+                key = content_key({**named, "formats": decisions.names})
+                yield key, functools.partial(_measure_part, decisions, run, batch, n_directions)
                 if len(groups) > 1:  # memory is for one at a time; the next batch loads them again
-                    one.decisions.forget()
+                    decisions.forget()
 
     found: dict[str, dict[str, tuple[float, ...]]] = {}
     used: set[str] = set()
@@ -138,76 +127,48 @@ def adjoint_table(space: SearchSpace, candidates: Iterable[Candidate], probe: Fi
     )
 
 
-class _MixedError(StateError):
-    """A layer's rows do not tell samples apart; one sample at a time helps."""
+def _measure_part(
+    decisions: ChangedDecisions, recorded: Callable[[], DifferentiableRun], batch: Sampling, n_directions: int
+) -> AdjointPart:
+    """One way back through the run of a batch."""
+    run, n = recorded(), len(batch.seeds)
+    directions = [_directions(run.latents, batch, number) for number in range(n_directions)]
 
+    def walked(taps: Taps) -> _Walk:
+        walk = _Walk(taps, decisions, n)
+        run.walk_back(directions, walk.handle)
+        return walk
 
-class _Pass:
-    """One way back through the runs, for the decisions whose weight changes are in memory together."""
-
-    def __init__(self, lab: Lab, decisions: Sequence[str], n_directions: int, seed: int, max_rows: int) -> None:
-        self.decisions, self._max_rows = ChangedDecisions(lab, decisions), max_rows
-        self._n_directions, self._seed = n_directions, seed
-
-    def key(self, setting: Setting) -> str:
-        return content_key(
-            {
-                "adjoint": ADJOINT_VERSION,
-                "setting": setting,
-                "n_directions": self._n_directions,
-                "seed": self._seed,
-                "formats": self.decisions.names,
-            }
-        )
-
-    def measure(self, run: Callable[[], DifferentiableRun], batch: Sampling) -> AdjointPart:
-        """The part of one batch."""
-        try:
-            return self._measured(run(), batch)
-        except _MixedError as error:
-            logger.info("%s; one sample at a time from now on", error)
-            self._max_rows = 1
-        return self.measure(run, batch)
-
-    def _measured(self, run: DifferentiableRun, batch: Sampling) -> AdjointPart:
-        n, denoiser = len(batch.seeds), self.decisions.denoiser
-        directions = [_directions(run.latents, batch, number, self._seed) for number in range(self._n_directions)]
-
-        def walked(taps: Taps) -> _Walk:
-            walk = _Walk(taps, self.decisions, n, self._max_rows)
-            run.walk_back(directions, walk.handle)
-            return walk
-
-        walk = self.decisions.tapped(walked)
-        unused = tuple(d for d in self.decisions.names if d in walk.unused)
-        self.decisions.refuse_hidden_use(next(cut.call for cut in run.cuts if cut.network is denoiser), unused)
-        boost = math.sqrt(run.latents[0].numel())
-        found = {}
-        for decision, names in self.decisions.names.items():
-            values = walk.totals.get(decision, np.zeros((len(directions), n, len(names)))) / boost
-            columns = values.transpose(2, 1, 0).reshape(len(names), -1)  # [changes, n * directions]
-            found[decision] = kept(names, columns.tolist(), _DIGITS)
-        return AdjointPart(found, unused)
+    walk = decisions.tapped(walked)
+    unused = tuple(d for d in decisions.names if d in walk.unused)
+    decisions.refuse_hidden_use(next(cut.call for cut in run.cuts if cut.network is decisions.denoiser), unused)
+    boost = math.sqrt(run.latents[0].numel())
+    found = {}
+    for decision, names in decisions.names.items():
+        values = walk.totals.get(decision, np.zeros((n_directions, n, len(names)))) / boost
+        columns = values.transpose(2, 1, 0).reshape(len(names), -1)  # [changes, n * directions]
+        found[decision] = kept(names, columns.tolist(), _DIGITS)
+    return AdjointPart(found, unused)
 
 
 class _Walk:
     """What is collected on the way back through a run: products `[directions, n, changes]` by decision."""
 
-    def __init__(self, taps: Taps, decisions: ChangedDecisions, n_samples: int, max_rows: int) -> None:
-        self._taps, self._denoiser, self._n, self._max_rows = taps, decisions.denoiser, n_samples, max_rows
+    def __init__(self, taps: Taps, decisions: ChangedDecisions, n_samples: int) -> None:
+        self._taps, self._decisions, self._n = taps, decisions, n_samples
         self.totals: dict[str, npt.NDArray[np.float64]] = {}
         self.unused = set(decisions.names)
 
     def handle(self, cut: CutCall, gradients: Sequence[Tensors]) -> Sequence[Tensors]:
         """Makes a call of the denoiser again, some samples at a time, and adds the products of its layers."""
-        if cut.network is not self._denoiser:
+        if cut.network is not self._decisions.denoiser:
             return pull_through(cut, gradients)
         n_rows = len(cut.call.output)
         if n_rows % self._n:
             raise StateError(f"a call of {n_rows} rows does not fit a batch of {self._n} samples")
         answers: list[Tensors] = [[None] * len(cut.places) for _ in gradients]
         samples = torch.arange(self._n, device=cut.call.output.device)
-        for units in torch.split(samples, max(1, self._max_rows * self._n // n_rows)):
+        for units in torch.split(samples, max(1, self._decisions.max_rows * self._n // n_rows)):
             rows = rows_for(units, self._n, n_rows // self._n)
             self._taps.begin(cut.call.output.device, cut.call.timestep)
             outputs, entries = make_again(cut, rows_of(cut.call, rows))
@@ -224,7 +185,7 @@ class _Walk:
     def _add(self, products: Mapping[str, torch.Tensor], units: torch.Tensor, number: int, n_directions: int) -> None:
         for decision, values in products.items():
             if len(values) != len(units):
-                raise _MixedError(f"rows of {decision} belong to several samples")
+                raise MixedRowsError(f"rows of {decision} belong to several samples")
             total = self.totals.setdefault(decision, np.zeros((n_directions, self._n, values.shape[1])))
             total[number, units.cpu().numpy()] += values.cpu().numpy()
 
@@ -241,23 +202,15 @@ def _joined(
     return total
 
 
-def _directions(latents: torch.Tensor, batch: Sampling, number: int, seed: int) -> torch.Tensor:
+def _directions(latents: torch.Tensor, batch: Sampling, number: int) -> torch.Tensor:
     """Random u on the final latents of each sample, divided by their root mean square, `[B, ...]`.
 
     That keeps gradients near 1, within the range of half precision; a sample's u does not depend on its batch.
     """
     plain = latents.detach().float()
+    found = torch.stack([drawn(f"sedimo adjoint 0 {seed} {number}", plain.shape[1:]) for seed in batch.seeds])
     levels = plain.flatten(1).square().mean(1).sqrt()
-    wrong = levels[~(levels > 0) | levels.isinf()]
-    if len(wrong):
-        raise InputError(
-            f"noise is measured beside the final latents, whose norm must be positive and finite, but a sample has a "
-            f"root mean square of {float(wrong[0]):g}. Repair the checkpoint, or take a method that does not "
-            "sample: error"
-        )
-    found = [drawn(f"sedimo adjoint {seed} {sample_seed} {number}", plain.shape[1:]) for sample_seed in batch.seeds]
-    directions = torch.stack(found).to(plain.device) / levels.reshape(-1, *[1] * (plain.ndim - 1))
-    return directions.to(latents.dtype)
+    return over(found, levels, of="the final latents", remedy="sample: error").to(latents.dtype)
 
 
 def _plan(lab: Lab, task: Task[AdjointSettings]) -> Sampling:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +23,9 @@ import torch
 
 from sedimo.allocation.table import SensitivityTable, build_table, mean_cost
 from sedimo.bank import Candidate
-from sedimo.errors import InputError
-from sedimo.lab.exchange import MEMORY_BYTES
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_passes
-from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, each_part, kept
+from sedimo.methods.taps import ChangedDecisions, FirstOrder, Numbers, Taps, drawn, each_part, kept, over
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import Trajectory, batches_of, output_tensor, rows_for, rows_of
 from sedimo.space import SearchSpace
@@ -52,43 +50,34 @@ class JacobianPart:
     unused: tuple[str, ...]
 
 
-def probe_jacobian(
-    lab: Lab,
-    on: Sampling,
-    *,
-    n_directions: int = 4,
-    seed: int = 0,
-    memory_bytes: int = MEMORY_BYTES,
-    max_rows: int = 64,
-    combine_rows: bool = True,
-) -> FirstOrder:
-    """Relative noise power of each sample, averaged over steps and directions, of all formats of the lab's bank.
+def probe_jacobian(lab: Lab, on: Sampling, *, n_directions: int = 4, combine_rows: bool = True) -> FirstOrder:
+    """Relative noise power of each sample, averaged over steps and random directions, of all formats of the lab's bank.
 
-    Random directions per call come from `seed`; weight changes of as many decisions at a time as fit in `memory_bytes`,
-    `max_rows` of a call at a time. `combine_rows` looks at guided rows as the sampler does, together; else each counts
-    for itself. With a study, each call's part is saved when it is finished and not measured again.
+    `combine_rows` looks at guided rows as the sampler does, together; else each counts for itself. With a study, each
+    call's part is saved when it is finished and not measured again.
     """
     setting = lab.setting(on, "step")
     trajectory = lab.parts().trajectory(on, setting)
     weights = (find_row_weights(trajectory) if combine_rows else None) or (1.0,)
     calls = list(enumerate(batches_of(on, trajectory.calls)))
-    named = {"jacobian": JACOBIAN_VERSION, "setting": setting, "n_directions": n_directions, "seed": seed}
+    named = {"jacobian": JACOBIAN_VERSION, "setting": setting, "n_directions": n_directions, "seed": 0}
     named |= {} if weights == (1.0,) else {"row_weights": [f"{w:.3f}" for w in weights]}
 
     def measure(decisions: ChangedDecisions, indexed: tuple[int, tuple[DenoiserCall, range]]) -> JacobianPart:
         index, (call, samples) = indexed
-        rows = _Rows(call, weights, max_rows)
-        directions = _directions(rows, [f"sedimo direction {seed} {index} {n}" for n in range(n_directions)])
-        squares, unused = decisions.tapped(lambda taps: _mean_squares(taps, decisions, rows, directions))
+        directions = _directions(call, weights, [f"sedimo direction 0 {index} {n}" for n in range(n_directions)])
+        squares, unused = decisions.tapped(lambda taps: _mean_squares(taps, decisions, call, weights, directions))
         decisions.refuse_hidden_use(call, unused)
         noise = {}
         for decision, formats in decisions.names.items():
-            found = squares.get(decision, torch.zeros(rows.n_units, len(formats), dtype=torch.float64))
+            found = squares.get(
+                decision, torch.zeros(len(call.output) // len(weights), len(formats), dtype=torch.float64)
+            )
             means = found.reshape(-1, len(samples), len(formats)).mean(0).T
             noise[decision] = kept(formats, means.tolist(), _DIGITS)
         return JacobianPart(noise, unused)
 
-    parts = each_part(lab, JacobianPart, "first-order noise", calls, named, measure, memory_bytes=memory_bytes)
+    parts = each_part(lab, JacobianPart, "first-order noise", calls, named, measure)
     sums: dict[str, dict[str, Matrix]] = {}
     used: set[str] = set()
     for part, (_, (_, samples)) in zip(parts, itertools.cycle(calls), strict=False):
@@ -119,57 +108,40 @@ def jacobian_table(space: SearchSpace, candidates: Iterable[Candidate], probe: F
     )
 
 
-class _Rows:
-    """Which rows of a call are measured together: the units are samples, or rows when they stay apart."""
+def _directions(call: DenoiserCall, weights: Sequence[float], names: Sequence[str]) -> list[torch.Tensor]:
+    """Random u on the predictions of the call's units, divided by their norms and spread over the rows, `[R, ...]`.
 
-    def __init__(self, call: DenoiserCall, weights: tuple[float, ...], max_rows: int) -> None:
-        self.call, self.weights = call, weights
-        self.n_units = call.output.shape[0] // len(weights)
-        self._step = max(1, max_rows // len(weights))
-
-    def slices(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """Positions of the rows of some units at a time, first rows first, and how many units they are of."""
-        for units in torch.split(torch.arange(self.n_units, device=self.call.output.device), self._step):
-            yield rows_for(units, self.n_units, len(self.weights)), len(units)
-
-    def combined(self) -> torch.Tensor:
-        """The prediction of each unit, float32 `[units, ...]`."""
-        rows = self.call.output.float().reshape(len(self.weights), self.n_units, *self.call.output.shape[1:])
-        return torch.einsum("k,ku...->u...", torch.tensor(self.weights, device=rows.device), rows)
-
-
-def _directions(rows: _Rows, names: Sequence[str]) -> list[torch.Tensor]:
-    """Random u on the predictions, divided by their norms and spread over the rows, `[R, ...]` each."""
-    prediction = rows.combined()
-    norms = prediction.flatten(1).norm(dim=1)
-    wrong = norms[~(norms > 0) | norms.isinf()]
-    if len(wrong):
-        raise InputError(
-            f"noise is measured beside the output, whose norm must be positive and finite, but at timestep "
-            f"{rows.call.timestep:g} it is {float(wrong[0]):g} for a sample. Repair "
-            "the checkpoint, or take a method that does not look at the output: error, or sqnr"
-        )
-    found = []
+    Units are samples, or rows when they stay apart.
+    """
+    rows = call.output.float().reshape(len(weights), -1, *call.output.shape[1:])
+    prediction = torch.einsum("k,ku...->u...", torch.tensor(weights, device=rows.device), rows)
+    norms, found = prediction.flatten(1).norm(dim=1), []
+    of = f"the output at timestep {call.timestep:g}"
     for name in names:
-        direction = drawn(name, prediction.shape).to(prediction.device)
-        direction = direction / norms.reshape(-1, *[1] * (prediction.ndim - 1))
-        found.append(torch.cat([weight * direction for weight in rows.weights]))
+        direction = over(drawn(name, prediction.shape), norms, of=of, remedy="look at it: error, or sqnr")
+        found.append(torch.cat([weight * direction for weight in weights]))
     return found
 
 
 def _mean_squares(
-    taps: Taps, decisions: ChangedDecisions, rows: _Rows, directions: Sequence[torch.Tensor]
+    taps: Taps,
+    decisions: ChangedDecisions,
+    call: DenoiserCall,
+    weights: Sequence[float],
+    directions: Sequence[torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """Mean over directions of the squared inner products, `[units, F]` by decision; decisions not called."""
-    found: dict[str, list[torch.Tensor]] = {}
-    for own, n_units in rows.slices():
-        taps.begin(rows.call.output.device, rows.call.timestep)
+    device, n_sets, found = call.output.device, len(weights), dict[str, list[torch.Tensor]]()
+    n_units = len(call.output) // n_sets
+    for units in torch.split(torch.arange(n_units, device=device), max(1, decisions.max_rows // n_sets)):
+        own = rows_for(units, n_units, n_sets)
+        taps.begin(device, call.timestep)
         with torch.enable_grad():
-            output = output_tensor(decisions.denoiser(**rows_of(rows.call, own)))
+            output = output_tensor(decisions.denoiser(**rows_of(call, own)))
         size, total = output[0].numel(), dict[str, torch.Tensor]()
         for direction in directions:  # boosted: keeps gradients near 1, within the range of half precision
             boosted = (direction[own] * size**0.5).to(output.dtype)
-            for decision, squares in taps.squared_products(output, boosted, n_samples=n_units).items():
+            for decision, squares in taps.squared_products(output, boosted, n_samples=len(units)).items():
                 mean = squares.cpu() / (size * len(directions))
                 total[decision] = total[decision] + mean if decision in total else mean
         for decision, squares in total.items():

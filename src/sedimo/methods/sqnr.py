@@ -25,11 +25,11 @@ from torch import nn
 from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
-from sedimo.lab.exchange import MEMORY_BYTES, Hook, count_passes, hooked, linear_part, rounding_change, stream_of
+from sedimo.lab.exchange import MEMORY_BYTES, count_passes, hooked, linear_part, rounding_change, stream_of
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.study import Setting
 from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words, plan_of
-from sedimo.methods.taps import ChangedDecisions, decisions_by_layer, each_part, measured
+from sedimo.methods.taps import ChangedDecisions, Changes, decisions_by_layer, each_part, measured
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import StepBatches, calls_by_step, inputs_by_samples
@@ -94,21 +94,17 @@ def probe_sqnr(lab: Lab, on: Sampling) -> SqnrProbe:
     calls = calls_by_step(on, lab.parts().trajectory(on, setting).calls)
     named = {"sqnr": SQNR_VERSION, "setting": setting}
     noise: list[dict[str, Mapping[str, LocalNoise]]] = [{} for _ in calls]
-    for index, part in enumerate(
-        each_part(lab, SqnrPart, "noise at the layers' own outputs", calls, named, measure_part)
-    ):
-        noise[index % len(calls)] |= part.noise
-    parts = (SqnrPart(batches[0][0].timestep, one) for batches, one in zip(calls, noise, strict=True))
-    return SqnrProbe(setting, tuple(parts))
+    parts = each_part(lab, SqnrPart, "noise at the layers' own outputs", calls, named, measure_part)
+    for part, known in zip(parts, itertools.cycle(noise), strict=False):
+        known |= part.noise
+    timesteps = (batches[0][0].timestep for batches in calls)
+    return SqnrProbe(setting, tuple(map(SqnrPart, timesteps, noise)))
 
 
 def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrProbe) -> SensitivityTable:
     """Cost = relative noise power at the decision's own outputs, averaged over samples and timesteps.
 
     A sum of such costs treats noise at all layers alike, wherever it goes from there.
-
-    Source:
-        Efficient Quantization Strategies for Latent Diffusion Models (arXiv 2312.05431), time-averaged local SQNR.
     """
     names = [d.name for d in space.decisions]
     known = {d: dict.fromkeys(text for part in probe.parts for text in part.noise.get(d, ())) for d in names}
@@ -130,8 +126,7 @@ def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrP
 def noisiest_decisions(space: SearchSpace, probe: SqnrProbe, number_format: Format, share: float) -> tuple[str, ...]:
     """The share of the decisions, at least one, whose own outputs `number_format` disturbs most, averaged over time.
 
-    Source:
-        Efficient Quantization Strategies for Latent Diffusion Models (arXiv 2312.05431): a tenth is corrected.
+    The paper corrects a tenth.
     """
     if not 0 < share <= 1:
         raise InputError(f"the share of layers must lie in 0..1 and not be 0, got {share}; 0.1 is usual")
@@ -142,15 +137,17 @@ def noisiest_decisions(space: SearchSpace, probe: SqnrProbe, number_format: Form
 
 def measure_part(decisions: ChangedDecisions, batches: StepBatches) -> SqnrPart:
     """The part of one step, of the decisions whose changes are in memory."""
-    ratios: dict[str, list[torch.Tensor]] = {}
+    by_layer, ratios = decisions_by_layer(decisions.changes), dict[str, list[torch.Tensor]]()
     for call, samples in batches:
         n_sets = call.output.shape[0] // len(samples)
         for n, inputs in inputs_by_samples(call, len(samples)):
-            powers = _Powers(decisions, (n_sets, n), call.timestep)
-            with torch.no_grad(), hooked(decisions.denoiser, powers.hooks):
+            powers = _Powers(decisions.changes, n_sets, n, call.timestep)
+            hooks = {layer: functools.partial(powers.add, layer, names) for layer, names in by_layer.items()}
+            with torch.no_grad(), hooked(decisions.denoiser, hooks):
                 decisions.denoiser(**inputs)
-            for name, (noise, signal) in powers.found.items():
-                ratios.setdefault(name, []).append(noise / signal.clamp_min(torch.finfo(torch.float64).tiny))
+            for name, noise in powers.noise.items():
+                ratio = noise / powers.signal[name].clamp_min(torch.finfo(torch.float64).tiny)
+                ratios.setdefault(name, []).append(ratio)
     noise_of = {name: torch.cat(parts, dim=1) for name, parts in ratios.items()}
     return SqnrPart(
         batches[0][0].timestep,
@@ -159,19 +156,13 @@ def measure_part(decisions: ChangedDecisions, batches: StepBatches) -> SqnrPart:
 
 
 class _Powers:
-    """Noise `[F, n]` and signal `[n]` powers of the samples of one run, added up over the layers of each decision."""
+    """`noise` `[F, n]` and `signal` `[n]` of the samples of one run, added up over the layers of each decision."""
 
-    def __init__(self, decisions: ChangedDecisions, shape: tuple[int, int], timestep: float) -> None:
-        self.found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._changes, self._shape, self._timestep = decisions.changes, shape, timestep  # sets of rows, samples
+    def __init__(self, changes: Mapping[str, Changes], n_sets: int, n: int, timestep: float) -> None:
+        self.noise, self.signal = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        self._changes, self._n_sets, self._n, self._timestep = changes, n_sets, n, timestep
 
-    @property
-    def hooks(self) -> dict[str, Hook]:
-        """Of each layer, with its name and its decisions."""
-        known = decisions_by_layer(self._changes)
-        return {layer: functools.partial(self._add, layer, names) for layer, names in known.items()}
-
-    def _add(
+    def add(
         self,
         layer: str,
         decisions: Sequence[str],
@@ -179,25 +170,23 @@ class _Powers:
         args: tuple[torch.Tensor, ...],
         output: torch.Tensor,
     ) -> None:
+        """The hook of a layer."""
+        signal = self._per_sample(output.detach())
         for name in decisions:
             changes = self._changes[name]
             read = stream_of(module, args[0], changes.stream)
-            by_weight = (linear_part(module, read, delta) for delta in changes.deltas)
-            by_inputs = (
-                rounding_change(module, layer, args[0], how, self._timestep) for how in changes.roundings[layer]
-            )
-            noise = torch.stack([self._per_sample(change) for change in itertools.chain(by_weight, by_inputs)])
-            signal = self._per_sample(output.detach())
-            if name in self.found:
-                noise, signal = noise + self.found[name][0], signal + self.found[name][1]
-            self.found[name] = noise, signal
+            noise = [self._per_sample(linear_part(module, read, delta)) for delta in changes.deltas]
+            for how in changes.roundings[layer]:
+                noise.append(self._per_sample(rounding_change(module, layer, args[0], how, self._timestep)))
+            self.noise[name] = self.noise.get(name, 0.0) + torch.stack(noise)
+            self.signal[name] = self.signal.get(name, 0.0) + signal
 
     def _per_sample(self, output: torch.Tensor) -> torch.Tensor:
         """Sums of squares `[n]` float64; what is the same for all samples is counted for each."""
-        n_sets, n = self._shape
-        if output.shape[0] != n_sets * n:
-            return output.double().square().sum().expand(n).cpu()
-        return output.flatten(1).double().square().sum(1).reshape(n_sets, n).sum(0).cpu()
+        squares = output.double().square()
+        if output.shape[0] != self._n_sets * self._n:
+            return squares.sum().expand(self._n).cpu()
+        return squares.flatten(1).sum(1).reshape(self._n_sets, self._n).sum(0).cpu()
 
 
 def _mean(values: torch.Tensor) -> LocalNoise:

@@ -44,7 +44,7 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.study import Setting
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall
-from sedimo.pipelines.trajectory import output_tensor, rows_of
+from sedimo.pipelines.trajectory import MAX_ROWS, output_tensor, rows_of
 from sedimo.quant.activations import InputQuantizers
 
 logger = logging.getLogger(__name__)
@@ -132,37 +132,40 @@ def decisions_by_layer(changes: Mapping[str, Changes]) -> dict[str, list[str]]:
 class ChangedDecisions:
     """Some decisions whose changes are in memory together; they are loaded when needed.
 
-    `names` are those of the changes by decision: weight formats, then widths of activations.
+    `names` are those of the changes by decision: weight formats, then widths of activations. Of a call `max_rows` are
+    looked at at a time.
     """
 
     def __init__(self, lab: Lab, decisions: Iterable[str]) -> None:
         self.denoiser, self._bank = lab.pipe.denoiser, lab.bank
         self.names = {d: change_names(lab.bank.space, d) for d in decisions}
-        self._copies_inputs = False
+        self.max_rows, self._copies_inputs = MAX_ROWS, False
 
     @cached_property
     def changes(self) -> dict[str, Changes]:
         """By decision."""
-        known = {d: self._bank.space.decision_index[d] for d in self.names}
-        return {
-            name: Changes(
-                d.layers, weight_changes(self._bank, self.denoiser, name), input_roundings(self._bank, d), d.stream
-            )
-            for name, d in known.items()
-        }
+        bank, found = self._bank, {}
+        for name in self.names:
+            d = bank.space.decision_index[name]
+            deltas = weight_changes(bank, self.denoiser, name)
+            found[name] = Changes(d.layers, deltas, input_roundings(bank, d), d.stream)
+        return found
 
     def forget(self) -> None:
         """Frees the changes until they are needed again."""
         self.__dict__.pop("changes", None)
 
     def tapped(self, measure: Callable[[Taps], Result]) -> Result:
-        """What is measured with hooks on the layers; where a layer's input is overwritten, again with copies."""
+        """What is measured with hooks on the layers; again with inputs copied, or samples apart, if need be."""
         try:
             with Taps(self.denoiser, self.changes, copy_inputs=self._copies_inputs) as taps:
                 return measure(taps)
         except InputChangedError as error:
             logger.info("%s; inputs are copied from now on", error)
             self._copies_inputs = True
+        except MixedRowsError as error:
+            logger.info("%s; one sample at a time from now on", error)
+            self.max_rows = 1
         return self.tapped(measure)
 
     def refuse_hidden_use(self, call: DenoiserCall, unused: Iterable[str]) -> None:
@@ -193,11 +196,9 @@ def each_part(
     calls: Sequence[Call],
     named: Mapping[str, object],
     measure: Callable[[ChangedDecisions, Call], Part],
-    *,
-    memory_bytes: int = MEMORY_BYTES,
 ) -> Iterator[Part]:
     """The parts of recorded calls, one after another, for as many decisions at a time as fit in memory; resumable."""
-    groups = passes(lab.bank.space, memory_bytes)
+    groups = passes(lab.bank.space, MEMORY_BYTES)
 
     def works() -> Iterator[tuple[str, Callable[[], Part]]]:
         for group in groups:
@@ -213,6 +214,10 @@ class InputChangedError(StateError):
     """A layer's input was overwritten before the backward pass; `Taps(copy_inputs=True)` helps."""
 
 
+class MixedRowsError(StateError):
+    """A layer's rows do not tell samples apart; one sample at a time helps."""
+
+
 class Taps:
     """Hooks on the layers of some decisions; a context manager that removes them.
 
@@ -226,7 +231,7 @@ class Taps:
         self._anchor = torch.zeros((), requires_grad=True)
         self._leaving = contextlib.ExitStack()
         self._called: set[str] = set()
-        self._sums: dict[tuple[str, bool], torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
         self._n_rows, self._n_samples, self._timestep = 0, 0, math.nan
 
     def __enter__(self) -> Taps:
@@ -254,12 +259,7 @@ class Taps:
     def squared_products(
         self, output: torch.Tensor, direction: torch.Tensor, *, n_samples: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """<G_s, delta_f>^2 `[n, F]` float64 by decision, G_s the gradient of <direction_s, output_s>.
-
-        Row r belongs to sample `r mod n_samples` (to a sample of its own by default); the products of a sample's
-        rows are added before they are squared, and samples that mix get the mean each. The graph is kept for further
-        directions. Decisions that were not used are absent.
-        """
+        """<G_s, delta_f>^2 `[n, F]` by decision, for one output; samples that mix get the mean each."""
         n = n_samples or output.shape[0]
         found, _ = self.products([output], [direction], n_samples=n)
         return {name: (p.square() * len(p) / n).expand(n, -1) for name, p in found.items()}
@@ -275,8 +275,8 @@ class Taps:
         """<G_s, delta_f> `[n, F]` float64 by decision, and the gradients with respect to `entries`, None where zero.
 
         G_s is the gradient of the sum of <direction_s, output_s> over the outputs; a direction that is None counts as
-        zero. Rows, and decisions that were not used, as in `squared_products`; where samples mix, there is one row
-        `[1, F]` for all of them.
+        zero. Row r belongs to sample `r mod n_samples`; where samples mix, there is one row `[1, F]` for all of them.
+        The graph is kept for further directions. Decisions that were not used are absent.
         """
         self._sums, self._n_rows, self._n_samples = {}, outputs[0].shape[0], n_samples
         pairs = [(o, d) for o, d in zip(outputs, directions, strict=True) if d is not None and o.requires_grad]
@@ -286,18 +286,12 @@ class Taps:
             try:
                 wanted = [self._anchor, *entries]
                 found = torch.autograd.grad(roots, wanted, given, retain_graph=True, allow_unused=True)
+                gradients = list(found[1:])
             except InputChangedError:
                 raise
             except RuntimeError as error:
                 raise UnsupportedError(f"the denoiser cannot be differentiated on its own inputs: {error}") from error
-            gradients = list(found[1:])
-        return {name: self._summed(name) for name, _ in self._sums}, gradients
-
-    def _summed(self, decision: str) -> torch.Tensor:
-        own, pooled = (self._sums.get((decision, per_row)) for per_row in (True, False))
-        if pooled is None:
-            return torch.zeros(()) if own is None else own.double()
-        return pooled.double() if own is None else pooled.double() + own.double().sum(0)
+        return {name: one.double() for name, one in self._sums.items()}, gradients
 
     def _tap(self, layer: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         inputs = args[0].detach()
@@ -309,7 +303,7 @@ class Taps:
         return tapped
 
     def _add(self, layer: str, module: nn.Module, inputs: torch.Tensor, version: int, gradient: torch.Tensor) -> None:
-        """Adds the products of one call of a layer; `pooled` where its first axis is not the batch."""
+        """Adds the products of one call of a layer, those of all samples as one where its first axis is not theirs."""
         if inputs._version != version and not self._copy_inputs:
             raise InputChangedError(f"the input of layer {layer!r} was overwritten before the backward pass")
         per_row = gradient.shape[0] == inputs.shape[0] == self._n_rows and gradient.ndim > 1
@@ -317,8 +311,10 @@ class Taps:
         for decision in self._decisions_of[layer]:
             with torch.no_grad():
                 products = self._products(layer, module, inputs, gradient, self._changes[decision], n)
-            before = self._sums.get((decision, per_row))
-            self._sums[decision, per_row] = products if before is None else before + products
+            before = self._sums.get(decision, torch.zeros_like(products))
+            if len(before) != len(products):
+                before, products = (one.double().sum(0, keepdim=True) for one in (before, products))
+            self._sums[decision] = before + products
 
     def _products(
         self, layer: str, module: nn.Module, inputs: torch.Tensor, gradient: torch.Tensor, changes: Changes, n: int
@@ -340,6 +336,17 @@ def drawn(words: str, shape: Sequence[int]) -> torch.Tensor:
     """A random direction that its name determines, on the CPU."""
     generator = torch.Generator().manual_seed(int(content_key(words)[:12], 16))
     return torch.randn(tuple(shape), generator=generator)
+
+
+def over(directions: torch.Tensor, sizes: torch.Tensor, *, of: str, remedy: str) -> torch.Tensor:
+    """Directions `[n, ...]` divided by the sizes `[n]` of what noise is measured beside, which must have one."""
+    wrong = sizes[~(sizes > 0) | sizes.isinf()]
+    if len(wrong):
+        raise InputError(
+            f"noise is measured beside {of}, whose norm must be positive and finite, but a sample has {wrong[0]:g}. "
+            f"Repair the checkpoint, or take a method that does not {remedy}"
+        )
+    return directions.to(sizes.device) / sizes.reshape(-1, *[1] * (directions.ndim - 1))
 
 
 def _matrices(tensor: torch.Tensor, n: int) -> torch.Tensor:
