@@ -112,7 +112,7 @@ def test_repetition_keeps_the_matrices_and_the_bits_of_each_layer():
     for name, matrix in (("mean", probe.matrices.mean(0)), ("first", probe.matrices[0]), ("last", probe.matrices[2])):
         assert found.matrix(name) == pytest.approx(matrix, abs=THREE_DIGITS)
     assert found.bits == tuple(16 if "proj_out" in layer else 3 for layer in layers)
-    assert found.theta == tuple(importance(probe).theta)
+    assert found.theta == tuple(importance(probe))
     assert np.array(found.per_step).shape == (3, n)
     assert np.isnan(np.array(found.per_step)[:, 0]).all()
     assert len(found.converged) == 3

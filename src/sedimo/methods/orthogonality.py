@@ -126,33 +126,42 @@ class OrthogonalityProbe:
         found: Matrix = self.matrices.sum(axis=2) - 1.0
         return found
 
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Which layers' outputs differ between samples, `[T, L]`; one such layer alone has none to be compared with."""
+        found = np.array([[name not in part.unknown for name in self.layers] for part in self.parts], dtype=bool)
+        found[found.sum(axis=1) < 2] = False
+        return found
+
+    def gamma(self, sums: Matrix) -> Matrix:
+        """Mean correlation with the other layers that are known, `[T, L]`; not a number where it is not known."""
+        known = self.known
+        return np.where(known, sums / np.maximum(known.sum(axis=1, keepdims=True) - 1, 1), np.nan)
+
+    def never_known(self) -> dict[str, tuple[str, ...]]:
+        """Layers of which nothing is known at any timestep, by reason: `constant`, `unused` or `unread`."""
+        found: dict[str, tuple[str, ...]] = {"constant": (), "unused": (), "unread": ()}
+        for name, is_known in zip(self.layers, self.known.any(axis=0), strict=True):
+            if is_known:
+                continue
+            if all(name in part.unused for part in self.parts):
+                found["unused"] += (name,)
+            else:
+                found["unread" if any(name in part.unread for part in self.parts) else "constant"] += (name,)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class ImportanceOptions(Checked):
-    """Knobs of the importance.
+    """Knobs of the importance; `objective` is what theta multiplies.
 
-    `beta` is how sharply importance falls with repetition (0: all layers alike); `tau` how much more early, noisy
-    timesteps count than late ones (0: alike; negative: late ones more). `tail_mean` takes for each layer the mean of
-    the importances from it to the last layer, as the published programme does. `objective` is what theta multiplies:
-    missing `bits`, as published, or weight `noise`.
+    With `beta` 0 all layers are alike; a negative `tau` makes late timesteps count more.
     """
 
-    beta: float = option(
-        10.0,
-        "--beta",
-        check=within(least=0),
-        help="orthogonality: how sharply repetition counts.",
-    )
-    tau: float = option(
-        0.0,
-        "--tau",
-        check=within(),
-        help="orthogonality: how much more early steps count.",
-    )
+    beta: float = option(10.0, "--beta", check=within(least=0), help="orthogonality: how sharply repetition counts.")
+    tau: float = option(0.0, "--tau", check=within(), help="orthogonality: how much more early steps count.")
     tail_mean: bool = option(
-        False,
-        "--tail-mean",
-        help="orthogonality: importance is the mean from a layer to the last one, as published.",
+        False, "--tail-mean", help="orthogonality: importance is the mean from a layer to the last one, as published."
     )
     objective: Objective = option(
         "bits", "--importance-of", help="orthogonality: weigh missing bits, as published, or weight noise."
@@ -160,22 +169,6 @@ class ImportanceOptions(Checked):
 
 
 DEFAULT_IMPORTANCE = ImportanceOptions()
-
-
-@dataclass(frozen=True)
-class Importance:
-    """theta `[L]` with jackknife errors; `per_step` `[T, L]` is exp(-beta gamma_t). The largest are 1.
-
-    Of `constant` layers (the same for all samples at every timestep) and of `unread` ones (samples cannot be told apart
-    in their outputs) nothing is known; they have the mean of the others. `unused` layers, never called, have 0.
-    """
-
-    theta: Matrix
-    standard_error: Matrix
-    per_step: Matrix
-    constant: tuple[str, ...]
-    unused: tuple[str, ...]
-    unread: tuple[str, ...]
 
 
 def probe_orthogonality(
@@ -317,27 +310,45 @@ def _replicates(grams: Sequence[Matrix | None], n_samples: int) -> Iterator[Matr
         yield orthogonality(smaller).sum(axis=1) - 1.0
 
 
-def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Importance:
-    """The importance of every layer."""
-    known, parts, sums = _known(probe), probe.parts, probe.sums
-    if not known.any():
-        raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
-    unknown = [name for i, name in enumerate(probe.layers) if not known[:, i].any()]
-    unused = tuple(name for name in unknown if all(name in part.unused for part in parts))
-    unread = tuple(name for name in unknown if any(name in part.unread for part in parts))
-    is_used = np.array([name not in unused for name in probe.layers])
-    replicates = np.array([part.replicates for part in parts])  # [T, R, L]
-    thetas = np.stack([_theta(one, known, options) for one in np.moveaxis(replicates, 1, 0)]) * is_used
+def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Matrix:
+    """theta `[L]`, the largest 1. Layers that were never called have 0; other unknown ones the mean of those known."""
+    return _theta(probe, probe.sums, options)
+
+
+def importance_error(probe: OrthogonalityProbe, options: ImportanceOptions) -> Matrix:
+    """Jackknife errors of theta `[L]`."""
+    replicates = np.array([part.replicates for part in probe.parts])  # [T, R, L]
+    thetas = np.stack([_theta(probe, one, options) for one in np.moveaxis(replicates, 1, 0)])
     n = len(thetas)
-    gamma = np.where(known, _gamma(sums, known), np.nan)
-    return Importance(
-        theta=_theta(sums, known, options) * is_used,
-        standard_error=np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0)),
-        per_step=np.exp(-options.beta * (gamma - np.nanmin(gamma))),
-        constant=tuple(name for name in unknown if name not in (*unused, *unread)),
-        unused=unused,
-        unread=unread,
-    )
+    found: Matrix = np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0))
+    return found
+
+
+def importance_per_step(probe: OrthogonalityProbe, options: ImportanceOptions) -> Matrix:
+    """exp(-beta gamma_t) `[T, L]`, the largest 1; not a number where nothing is known."""
+    gamma = probe.gamma(probe.sums)
+    found: Matrix = np.exp(-options.beta * (gamma - np.nanmin(gamma)))
+    return found
+
+
+def _theta(probe: OrthogonalityProbe, sums: Matrix, options: ImportanceOptions) -> Matrix:
+    """In logarithms up to the end, so that no beta and no tau leaves nothing of all layers."""
+    known = probe.known
+    is_known = known.any(axis=0)
+    if not is_known.any():
+        raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
+    weights = options.tau * (1.0 - np.linspace(0.0, 1.0, len(known)))
+    shares = np.where(known, (weights - logsumexp(weights))[:, None], -np.inf)[:, is_known]
+    each = -options.beta * np.nan_to_num(probe.gamma(sums))[:, is_known]
+    logs = logsumexp(shares + each, axis=0) - logsumexp(shares, axis=0)
+    theta = np.ones(known.shape[1])
+    theta[is_known] = np.exp(logs - logs.max())
+    theta[~is_known] = theta[is_known].mean()
+    if options.tail_mean:
+        theta = np.cumsum(theta[::-1])[::-1] / np.arange(len(theta), 0, -1)
+    unused = probe.never_known()["unused"]
+    found: Matrix = theta / theta.max() * [name not in unused for name in probe.layers]
+    return found
 
 
 def orthogonality_table(
@@ -356,8 +367,9 @@ def orthogonality_table(
     their weight errors, at most almost one: so families differ, and of one family alone the costs are the published
     objective.
     """
-    candidates = tuple(candidates)
-    found, place = importance(probe, options), {name: i for i, name in enumerate(probe.layers)}
+    candidates, unknown = tuple(candidates), probe.never_known()
+    theta, errors = importance(probe, options), importance_error(probe, options)
+    place = {name: i for i, name in enumerate(probe.layers)}
     least: dict[tuple[str, int], float] = {}  # weight error of the families of equal bits, by decision and bits
     for c in (c for c in candidates if c.format.is_quantized):
         least[c.decision, c.format.bits] = min(least.get((c.decision, c.format.bits), math.inf), c.error)
@@ -366,19 +378,18 @@ def orthogonality_table(
         probed = [layer for layer in d.layers if layer in place]
         if not probed:
             raise InputError(f"the probe has no layer of {d.name}; measure it again for this space")
-        rows = [place[layer] for layer in probed if layer not in found.unused]
-        both = (found.theta[rows], found.standard_error[rows])
-        thetas[d.name] = tuple(d.share * float(values.mean()) if rows else 0.0 for values in both)
+        rows = [place[layer] for layer in probed if layer not in unknown["unused"]]
+        thetas[d.name] = tuple(d.share * float(one[rows].mean()) if rows else 0.0 for one in (theta, errors))
 
     def estimate(candidate: Candidate) -> CostEstimate:
-        theta, error = thetas[candidate.decision]
+        value, error = thetas[candidate.decision]
         if options.objective == "noise":
             factor = candidate.error
         else:
             best = least.get((candidate.decision, candidate.format.bits), 0.0)
             factor = FULL_BITS - candidate.format.bits + _wasted(candidate.error, best)
             factor += FULL_BITS - candidate.format.activation_bits
-        return CostEstimate(theta * factor, error * factor, probe.n_samples)
+        return CostEstimate(value * factor, error * factor, probe.n_samples)
 
     settings = {
         "beta": f"{options.beta:g}",
@@ -387,9 +398,7 @@ def orthogonality_table(
         "objective": options.objective,
         "n_samples": str(probe.n_samples),
         "n_timesteps": str(len(probe.parts)),
-        "constant_layers": ", ".join(found.constant) or "none",
-        "unused_layers": ", ".join(found.unused) or "none",
-        "unread_layers": ", ".join(found.unread) or "none",
+        **{f"{reason}_layers": ", ".join(names) or "none" for reason, names in unknown.items()},
     }
     is_joint, unit = options.objective == "bits", UNITS[options.objective]
     return build_table(NAME, space, candidates, estimate, settings, unit=unit, sees_activations=is_joint)
@@ -402,56 +411,20 @@ def _wasted(error: float, least: float) -> float:
     return min(0.5 * math.log2(error / least), MAX_WASTE) if least > 0 else MAX_WASTE
 
 
-def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Mapping[int, float]:
-    """Rank correlation of importances from fewer timesteps with those from all, by number of timesteps.
+def converged(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> tuple[float, ...]:
+    """Rank correlation of importances from 1, 2, ... timesteps with those from all.
 
     It is not a number where fewer timesteps, or all, rank nothing: no two layers differ between samples there, or all
     are alike.
     """
-    everything, n = importance(probe, options).theta, len(probe.parts)
-    found = {}
+    everything, n, found = importance(probe, options), len(probe.parts), []
     for k in range(1, n + 1):
         chosen = sorted({round(i) for i in np.linspace(0, n - 1, k)}) if k > 1 else [n // 2]
         part = replace(probe, parts=tuple(probe.parts[i] for i in chosen))
-        theta = importance(part, options).theta if _known(part).any() else np.ones(len(everything))
+        theta = importance(part, options) if part.known.any() else np.ones(len(everything))
         can_rank = np.ptp(theta) > 0 and np.ptp(everything) > 0
-        found[k] = float(stats.spearmanr(theta, everything).statistic) if can_rank else math.nan
-    return found
-
-
-def _known(probe: OrthogonalityProbe) -> npt.NDArray[np.bool_]:
-    """Which layers' outputs differ between samples, `[T, L]`; one such layer alone has nothing to be compared with."""
-    known = np.array([[name not in part.unknown for name in probe.layers] for part in probe.parts], dtype=bool)
-    known[known.sum(axis=1) < 2] = False
-    return known
-
-
-def _gamma(sums: Matrix, known: npt.NDArray[np.bool_]) -> Matrix:
-    """Mean correlation with the other layers that differ between samples, `[T, L]`."""
-    found: Matrix = sums / np.maximum(known.sum(axis=1, keepdims=True) - 1, 1)
-    return found
-
-
-def _log_weights(n: int, tau: float) -> Matrix:
-    """Logarithms of weights over timesteps, whose sum is 1."""
-    logs = tau * (1.0 - np.linspace(0.0, 1.0, n))
-    found: Matrix = logs - logsumexp(logs)
-    return found
-
-
-def _theta(sums: Matrix, known: npt.NDArray[np.bool_], options: ImportanceOptions) -> Matrix:
-    """In logarithms up to the end, so that no beta and no tau leaves nothing of all layers."""
-    is_known = known.any(axis=0)
-    shares = np.where(known, _log_weights(len(known), options.tau)[:, None], -np.inf)[:, is_known]
-    each = -options.beta * _gamma(sums, known)[:, is_known]
-    logs = logsumexp(shares + each, axis=0) - logsumexp(shares, axis=0)
-    theta = np.ones(known.shape[1])
-    theta[is_known] = np.exp(logs - logs.max())
-    theta[~is_known] = theta[is_known].mean()
-    if options.tail_mean:
-        theta = np.cumsum(theta[::-1])[::-1] / np.arange(len(theta), 0, -1)
-    found: Matrix = theta / theta.max()
-    return found
+        found.append(float(stats.spearmanr(theta, everything).statistic) if can_rank else math.nan)
+    return tuple(found)
 
 
 def _price(lab: Lab, _task: Task[ImportanceOptions]) -> Price:

@@ -93,16 +93,11 @@ class SearchSettings(Checked):
     n_trials: int = option(300, "--trials", help="Number of measured recipes.")
     n_rounds: int = option(3, "--refine", help="Rounds of measuring what is proposed.")
     prior: str = option(
-        PRIORS[0].name,
-        "--prior",
-        check=prior_named,
-        help=f"What the predictor starts from: {listed(PRIORS)}.",
+        PRIORS[0].name, "--prior", check=prior_named, help=f"What the predictor starts from: {listed(PRIORS)}."
     )
     target: str = option("sqnr_db", "--target", check=_refuse_target, help="What to predict, such as sqnr_db.")
     level: Level = option(
-        "decisions",
-        "--level",
-        help="Decide on single layers, or on all variants of attention and feed-forward groups.",
+        "decisions", "--level", help="Decide on single layers, or on all variants of attention and feed-forward groups."
     )
     confidence: float = option(
         1.0,
@@ -110,12 +105,7 @@ class SearchSettings(Checked):
         check=refuse_confidence,
         help="Margin of costs, in standard deviations of what the trials leave unknown.",
     )
-    seed: int = option(
-        0,
-        "--study-seed",
-        check=within(least=0),
-        help="Which random recipes.",
-    )
+    seed: int = option(0, "--study-seed", check=within(least=0), help="Which random recipes.")
     training: TrainingOptions = FAST
 
     def check_together(self) -> None:

@@ -22,6 +22,8 @@ from sedimo.methods.orthogonality import (
     OrthogonalityProbe,
     converged,
     importance,
+    importance_error,
+    importance_per_step,
 )
 from sedimo.methods.sqnr import SqnrPart, SqnrProbe
 from sedimo.metrics.estimate import NORMAL_95, Estimate, normal_estimate, to_digits
@@ -198,7 +200,7 @@ def repetition(
     options: ImportanceOptions = DEFAULT_IMPORTANCE,
 ) -> Repetition:
     """The matrix of a probe, what follows from it, and the bits that a choice gave to each layer."""
-    found, matrices, convergence = importance(probe, options), probe.matrices, converged(probe, options)
+    matrices = probe.matrices
     decisions: dict[str, list[str]] = {}  # of a layer: several if each of its streams has one
     for decision, layers in table.layers.items():
         for layer in layers:
@@ -216,10 +218,10 @@ def repetition(
         timesteps=tuple(part.timestep for part in probe.parts),
         n=probe.n_samples,
         upper={kind: tuple(to_digits(v, _MATRIX_DIGITS) for v in one[triangle]) for kind, one in kinds.items()},
-        theta=tuple(found.theta.tolist()),
-        standard_error=tuple(found.standard_error.tolist()),
-        per_step=tuple(map(tuple, found.per_step.tolist())),
-        converged=tuple(convergence[n] for n in sorted(convergence)),
+        theta=tuple(importance(probe, options).tolist()),
+        standard_error=tuple(importance_error(probe, options).tolist()),
+        per_step=tuple(map(tuple, importance_per_step(probe, options).tolist())),
+        converged=converged(probe, options),
     )
 
 
