@@ -140,15 +140,12 @@ class OrthogonalityProbe:
 
     def never_known(self) -> dict[str, tuple[str, ...]]:
         """Layers of which nothing is known at any timestep, by reason: `constant`, `unused` or `unread`."""
-        found: dict[str, tuple[str, ...]] = {"constant": (), "unused": (), "unread": ()}
-        for name, is_known in zip(self.layers, self.known.any(axis=0), strict=True):
-            if is_known:
-                continue
-            if all(name in part.unused for part in self.parts):
-                found["unused"] += (name,)
-            else:
-                found["unread" if any(name in part.unread for part in self.parts) else "constant"] += (name,)
-        return found
+        known = self.known
+        unknown = [name for i, name in enumerate(self.layers) if not known[:, i].any()]
+        unused = tuple(name for name in unknown if all(name in part.unused for part in self.parts))
+        unread = tuple(name for name in unknown if any(name in part.unread for part in self.parts))
+        constant = tuple(name for name in unknown if name not in (*unused, *unread))
+        return {"constant": constant, "unused": unused, "unread": unread}
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,14 +216,13 @@ def measure_part(
                 f"the output of layer {name!r} is not finite at timestep {call.timestep:g}, so it cannot be compared "
                 "with others; compute in a wider dtype (--dtype fp32), or leave the layer out of the space"
             )
-    known = [_centred(grams.found[name]) if name in alone and name not in grams.unread else None for name in layers]
-    matrix = orthogonality(known)
-    silent = {name for name, gram in zip(layers, known, strict=True) if gram is None and name in alone}
+    read = {name: _centred(grams.found[name]) for name in layers if name in alone and name not in grams.unread}
+    known = [read.get(name) for name in layers]
     return OrthogonalityPart(
         call.timestep,
-        tuple(to_digits(v, _DIGITS) for v in matrix[np.triu_indices(len(layers), 1)]),
+        tuple(to_digits(v, _DIGITS) for v in orthogonality(known)[np.triu_indices(len(layers), 1)]),
         tuple(tuple(to_digits(v, _DIGITS) for v in sums) for sums in _replicates(known, n_samples)),
-        constant=tuple(name for name in layers if name in silent - grams.unread),
+        constant=tuple(name for name, gram in read.items() if gram is None),
         unused=tuple(name for name in layers if name not in alone),
         unread=tuple(name for name in layers if name in grams.unread),
     )
@@ -311,7 +307,7 @@ def _replicates(grams: Sequence[Matrix | None], n_samples: int) -> Iterator[Matr
 
 
 def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Matrix:
-    """theta `[L]`, the largest 1. Layers that were never called have 0; other unknown ones the mean of those known."""
+    """The theta of each layer `[L]`, the largest 1; 0 where it was never called, else the mean where nothing is known."""
     return _theta(probe, probe.sums, options)
 
 
@@ -400,7 +396,7 @@ def orthogonality_table(
         "n_timesteps": str(len(probe.parts)),
         **{f"{reason}_layers": ", ".join(names) or "none" for reason, names in unknown.items()},
     }
-    is_joint, unit = options.objective == "bits", UNITS[options.objective]
+    unit, is_joint = UNITS[options.objective], options.objective == "bits"
     return build_table(NAME, space, candidates, estimate, settings, unit=unit, sees_activations=is_joint)
 
 
