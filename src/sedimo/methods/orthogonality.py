@@ -307,7 +307,7 @@ def _replicates(grams: Sequence[Matrix | None], n_samples: int) -> Iterator[Matr
 
 
 def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Matrix:
-    """The theta of each layer `[L]`, the largest 1; 0 where it was never called, else the mean where nothing is known."""
+    """The theta of each layer `[L]`, the largest 1: 0 if it was never called, the mean where nothing is known."""
     return _theta(probe, probe.sums, options)
 
 
