@@ -27,8 +27,8 @@ from sedimo.bank import Candidate
 from sedimo.graph.groups import split_groups
 from sedimo.graph.trace import trace_denoiser
 from sedimo.lab.exploration import Exploration
-from sedimo.methods.predictor.features import Choices, graph_features, picked
-from sedimo.methods.predictor.scoring import disjoint_groups, group_scores, hop_moments, most_common
+from sedimo.methods.predictor.features import Choices, disjoint_groups, graph_features, picked
+from sedimo.methods.predictor.scoring import group_scores, hop_moments, most_common
 from sedimo.methods.predictor.training import FAST, PAPER, TrainingSet, train_predictor
 from sedimo.space import search_space
 
@@ -67,7 +67,13 @@ def planted(name: str, n_trials: int):
     measured = quality + ERROR_DB * generator.standard_normal(n_trials)
     target = measured - 10 * choices.paper_bits(codes)
     features = graph_features(graph, choices, candidates)
-    return graph, TrainingSet(features, choices, choices.errors(candidates), codes, measured, target), quality
+    return (
+        graph,
+        TrainingSet(
+            features, choices, choices.array(lambda d, f: candidates[d.name, f].error), codes, measured, target
+        ),
+        quality,
+    )
 
 
 def measure(name: str, n_trials: int, paper_epochs: int) -> dict[str, object]:
@@ -76,11 +82,11 @@ def measure(name: str, n_trials: int, paper_epochs: int) -> dict[str, object]:
     begin = time.perf_counter()
     predictor = train_predictor(data, FAST)
     seconds = time.perf_counter() - begin
-    held_out = predictor.cross_validated(data.n)
+    held_out = predictor.cross_validated()
     found: dict[str, object] = {
         "denoiser": name,
         "n_nodes": len(graph.nodes),
-        "n_decisions": data.choices.n_decisions,
+        "n_decisions": len(data.choices.space.decisions),
         "trials": n_trials,
         "fast_seconds_five_folds": round(seconds, 1),
         "fast_epochs": [fold.n_epochs for fold in predictor.folds],
@@ -89,12 +95,12 @@ def measure(name: str, n_trials: int, paper_epochs: int) -> dict[str, object]:
     }
     print(json.dumps(found), flush=True)
     begin = time.perf_counter()
-    moments = hop_moments(predictor, graph, data.codes)
-    reference = most_common(data.codes, data.quality)
+    moments = hop_moments(predictor)
+    reference = most_common(data)
     groups = split_groups(graph, n_options=data.choices.n_options, max_variants=MAX_VARIANTS)
     n_variants = 0
-    for group in disjoint_groups(predictor, graph, groups):
-        n_variants += group_scores(predictor, graph, group, moments, reference=reference).shape[1]
+    for group in disjoint_groups(data.choices.space, groups):
+        n_variants += group_scores(predictor, group, moments, reference=reference).shape[1]
     found |= {"variants": n_variants, "variant_seconds_five_folds": round(time.perf_counter() - begin, 1)}
     print(json.dumps(found), flush=True)
     if paper_epochs:

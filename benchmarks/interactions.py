@@ -66,7 +66,7 @@ def compare(known, strength: float, n_trials: int) -> dict[str, float]:
     predictor = train_predictor(data, FAST)
     test, y = codes[n_trials:], truth[n_trials:]
     graph = predictor.predict(test)
-    additive = np.mean([fold.noise.predict(test) for fold in predictor.folds], axis=0)
+    additive = np.mean([fold.network.noise.predict(test) for fold in predictor.folds], axis=0)
     generator = np.random.default_rng(2)
     picks = generator.integers(0, N_TEST, (1000, N_TEST))
     gains = [_srcc(graph[p], y[p]) - _srcc(additive[p], y[p]) for p in picks]

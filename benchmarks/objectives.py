@@ -76,7 +76,7 @@ def shares(known, data) -> dict[str, float]:
     """Each operation's share of the noise that a model of the target predicts, mean over the recipes."""
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
     powers, found = np.exp(picked(model.log_costs, data.codes)), {}
-    each = (powers / (powers.sum(axis=1, keepdims=True) + model.link.floor)).mean(axis=0)
+    each = (powers / (powers.sum(axis=1, keepdims=True) + model.floor)).mean(axis=0)
     for share, decision in zip(each, known.space.decisions, strict=True):
         found[decision.operation] = found.get(decision.operation, 0.0) + float(share)
     return found
@@ -142,7 +142,7 @@ def compare_recipes(arguments, tools, data) -> dict[str, object]:
         model = fit_noise_model(one.choices, one.prior, one.codes, one.quality)
         recipes[f"{name}, noise model"] = allocated(model_table(known, model.log_costs), budget).recipe
         predictor = train_predictor(one, FAST, progress=progress)
-        recipes[f"{name}, predictor"] = build(known, predictor, one, budget, confidence=1.0)[1].recipe
+        recipes[f"{name}, predictor"] = build(known, predictor, budget, confidence=1.0)[1].recipe
     plan = pipe.default_sampling(range(100_000, 100_000 + arguments.images), 10)
     worker = TrialWorker(pipe, bank, plan, objective="fid")
     found = {}

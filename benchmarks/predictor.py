@@ -100,8 +100,8 @@ def near_recipes(bench: Bench) -> list[object]:
     return [random_recipe_near(space, BAND[bench.formats], 99, i, tolerance=0.05) for i in range(N_EXTRA)]
 
 
-def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], object, object]:
-    """The predictor beside its rivals; returns it and its training set."""
+def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], object]:
+    """The predictor beside its rivals; returns it too."""
     begin = time.perf_counter()
     exploration = exploration_of(bench, seed)
     trials = bench.searched([exploration.recipe(i) for i in range(N_TRIALS)])
@@ -111,7 +111,7 @@ def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], ob
     begin = time.perf_counter()
     predictor = train_predictor(data, FAST, progress=bench.progress)
     seconds = time.perf_counter() - begin
-    ratings = rate(predictor, data, bench.known, extra=extra, around=BAND[bench.formats])
+    ratings = rate(predictor, bench.known, extra=extra, around=BAND[bench.formats])
     other = [measures_of(t, bench.known.space)["sqnr_db"] for t in bench.lab.measure(near, bench.on(500, 8, 10))]
     found = {
         "measured_seconds_if_new": measured_seconds,
@@ -129,7 +129,7 @@ def quality_of_predictor(bench: Bench, seed: int) -> tuple[dict[str, object], ob
         ],
         "ahead_of": {f"{r.predictor} | {r.subset}": to_plain(r.advantage) for r in ratings if r.advantage is not None},
     }
-    return found, predictor, data
+    return found, predictor
 
 
 def learning_curve(bench: Bench, seed: int) -> list[dict[str, float]]:
@@ -142,7 +142,7 @@ def learning_curve(bench: Bench, seed: int) -> list[dict[str, float]]:
     for n in CURVE:
         data = training_set(bench.known, trials[:n], GOAL)
         predictor = train_predictor(data, FAST)
-        base = np.mean([fold.noise.predict(extra.codes) for fold in predictor.folds], axis=0)
+        base = np.mean([fold.network.noise.predict(extra.codes) for fold in predictor.folds], axis=0)
         srcc = float(stats.spearmanr(predictor.predict(extra.codes), extra.quality).statistic)
         found.append(
             {"trials": n, "srcc": srcc, "srcc_without_graph": float(stats.spearmanr(base, extra.quality).statistic)}
@@ -159,10 +159,10 @@ def published(bench: Bench, seed: int) -> dict[str, object]:
     begin = time.perf_counter()
     predictor = train_predictor(data, PAPER, progress=bench.progress)
     seconds = time.perf_counter() - begin
-    scores = option_scores(predictor, hop_moments(predictor, known.graph, data.codes))
-    table, _ = calibrated_table(predictor, known.candidates, data, scores, confidence=1.0, goal=GOAL)
+    scores = option_scores(predictor, hop_moments(predictor))
+    table, _ = calibrated_table(predictor, known.candidates, scores, confidence=1.0, goal=GOAL)
     recipe = allocated(table, BudgetSettings(bits=bits)).recipe
-    ratings = rate(predictor, data, known, extra=extra)
+    ratings = rate(predictor, known, extra=extra)
     rows = {r.subset: to_plain(r.srcc) for r in ratings if r.is_used}
     return {
         "training_seconds": seconds,
@@ -172,14 +172,14 @@ def published(bench: Bench, seed: int) -> dict[str, object]:
     }
 
 
-def recipes_at(bench: Bench, seed: int, bits: float, predictor, data) -> dict[str, object]:
+def recipes_at(bench: Bench, seed: int, bits: float, predictor) -> dict[str, object]:
     """One shot, refined, and what needs no search, at one budget."""
     budget = BudgetSettings(bits=bits)
     settings = SearchSettings(N_TRIALS, N_ROUNDS, seed=seed)
     refined = search(bench.lab, bench.known, settings, budget)
-    table, allocation = build(bench.known, predictor, data, budget, confidence=1.0)
+    table, allocation = build(bench.known, predictor, budget, confidence=1.0)
     random = bench.searched([exploration_of(bench, seed).recipe(i) for i in range(N_TRIALS)])
-    one_shot = Search(table, allocation, predictor, data, random, (), N_TRIALS)
+    one_shot = Search(table, allocation, predictor, random, (), N_TRIALS)
     final, first = (hold_final(bench.lab, bench.known, found, budget) for found in (refined, one_shot))
     ablation = ABLATION.measure(bench.lab, Task(NO_KNOBS, budget, is_checked=False, on=bench.on(0, 8, 10))).table
     space = bench.known.space
@@ -270,12 +270,12 @@ def main() -> None:
             continue
         first = {}
         for seed in arguments.seeds:
-            found, predictor, data = quality_of_predictor(bench, seed)
+            found, predictor = quality_of_predictor(bench, seed)
             put(f"predictor, {formats}, seed {seed}", found)
             show_quality(found)
             for bits in arguments.bits or BUDGETS[formats]:
                 title = f"recipes, {formats}, {bits} bits, seed {seed}"
-                recipes = recipes_at(bench, seed, bits, predictor, data)
+                recipes = recipes_at(bench, seed, bits, predictor)
                 put(title, compare(bench, recipes))
                 show(title, results[title])
                 first.setdefault(bits, recipes)

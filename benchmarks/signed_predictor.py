@@ -52,7 +52,7 @@ def main() -> None:
     further = lab.measure(near, lab.seeds.search)
     data, extra = (training_set(known, some, Goal.parse("sqnr_db")) for some in (trials, further))
     predictor = train_predictor(data, FAST, progress=progress)
-    ratings = rate(predictor, data, known, extra=extra, around=BAND)
+    ratings = rate(predictor, known, extra=extra, around=BAND)
     rows = [
         {
             "predictor": r.predictor,

@@ -102,7 +102,7 @@ def test_groups_can_be_decided_as_a_whole(done):
 
 
 def test_proposals_are_new_and_differ_by_seed(done):
-    data = done.found.data
+    data = done.found.predictor.data
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
     known = done.found.trials
     one, same, other = (propose(done.known, model, BUDGET, 4, known=known, seed=(seed,)) for seed in (5, 5, 6))
@@ -132,10 +132,10 @@ def test_taking_bits_from_an_operation_is_predicted_to_cost(done):
     changes = telling_changes(done.found.predictor, done.found.table, done.found.allocation)
     assert changes
     chosen = done.found.allocation.choice
-    for change in changes:
-        moved = done.bank.space.choice(change.recipe)
+    for change, recipe in changes.items():
+        moved = done.bank.space.choice(recipe)
         assert {d for d in moved if moved[d] != chosen[d]} == set(change.decisions)
-        assert change.error_db > 0
+        assert change.predicted_low < change.predicted_db < change.predicted_high
         assert ("costs" in change.sentence) == (change.predicted_db < 0)
 
 

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 from report_examples import dit_summary, estimate
 
-from sedimo.methods.predictor.quality import FoldRow, PredictorRow
+from sedimo.methods.predictor.quality import FoldRow, Insight, PredictorRow
 from sedimo.methods.search import Round
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting.explanation import (
@@ -17,7 +17,6 @@ from sedimo.reporting.explanation import (
     Explanation,
     FinalistRow,
     FormatShare,
-    Insight,
     score_boxes,
     verdict_of,
 )

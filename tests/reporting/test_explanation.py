@@ -12,9 +12,10 @@ from explanation_examples import dit_explanation, large_explanation
 
 from sedimo.codec import from_json, from_plain, to_json, to_plain
 from sedimo.errors import InputError, StateError
+from sedimo.methods.predictor.quality import Insight
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting import explanation as records
-from sedimo.reporting.explanation import Explanation, FormatShare, Insight, score_boxes, verdict_of
+from sedimo.reporting.explanation import Explanation, FormatShare, score_boxes, verdict_of
 from sedimo.reporting.figures import ScoreBox
 
 INF, NAN = math.inf, math.nan

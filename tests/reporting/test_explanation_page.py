@@ -18,9 +18,10 @@ from sedimo.codec import from_json, from_plain, to_json, to_plain
 from sedimo.errors import StateError
 from sedimo.jobs import report
 from sedimo.lab.study import Study
+from sedimo.methods.predictor.quality import Insight
 from sedimo.metrics.estimate import Estimate
 from sedimo.reporting import html as pages
-from sedimo.reporting.explanation import Explanation, FormatShare, Insight, curve_figure, predictors_figure, score_boxes
+from sedimo.reporting.explanation import Explanation, FormatShare, curve_figure, predictors_figure, score_boxes
 from sedimo.reporting.html import MAX_BYTES
 from sedimo.reporting.placement import block_labels
 from sedimo.reporting.summary import Provenance, Summary

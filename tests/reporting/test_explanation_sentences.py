@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from explanation_examples import BAND, dit_explanation, insights, interval, predictor_rows, quality
 
+from sedimo.methods.predictor.quality import Insight
 from sedimo.metrics.estimate import Estimate
-from sedimo.reporting.explanation import Explanation, Insight, change, predicted, statement, tally
+from sedimo.reporting.explanation import Explanation, change, predicted, statement, tally
 from sedimo.reporting.words import with_interval
 
 THIN = "\N{NARROW NO-BREAK SPACE}"

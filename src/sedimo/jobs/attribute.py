@@ -107,13 +107,12 @@ def attribute_study(study: Study, settings: AttributeSettings, progress: Progres
     goal = Goal.parse(text)
     data = training_set(background, trials, goal)
     predictor = train_predictor(data, OPTIONS[settings.preset], progress=progress)
-    moments = hop_moments(predictor, background.graph, data.codes)
+    moments = hop_moments(predictor)
     scores = option_scores(predictor, moments)
     table, calibration = calibrated_table(
-        predictor, background.candidates, data, scores, confidence=settings.confidence, goal=goal
+        predictor, background.candidates, scores, confidence=settings.confidence, goal=goal
     )
-    middle = float(np.median(data.choices.paper_bits(data.codes)))
-    ratings = rate(predictor, data, background, around=middle)
+    ratings = rate(predictor, background, around=float(np.median(data.choices.paper_bits(data.codes))))
     argmax = argmax_recipes(predictor, background, scores, moments)
     return Attribution(table, predictor, ratings, calibration, text, len(trials), argmax)
 

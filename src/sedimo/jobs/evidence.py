@@ -27,12 +27,12 @@ from sedimo.methods.hybrid import BlockCurves, blocks_of
 from sedimo.methods.method import Finding, Method
 from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
 from sedimo.methods.portfolio import Portfolio
-from sedimo.methods.predictor.quality import bits_of, grouped, rate, rate_hops, telling_changes
+from sedimo.methods.predictor.quality import Insight, bits_of, grouped, rate, rate_hops, telling_changes
 from sedimo.methods.predictor.scoring import distributions
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.search import Search, SearchSettings
 from sedimo.methods.sqnr import SqnrProbe
-from sedimo.metrics.estimate import NORMAL_95, Estimate, normal_estimate
+from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import decibel, estimated_db, mean_sqnr, paired_difference
 from sedimo.quant.formats import FP16
 from sedimo.reporting.explanation import (
@@ -41,7 +41,6 @@ from sedimo.reporting.explanation import (
     Explanation,
     FinalistRow,
     FormatShare,
-    Insight,
     score_boxes,
     verdict_of,
 )
@@ -288,7 +287,7 @@ def explanation_of(lab: Lab, finding: Finding) -> Explanation | None:
 
 def explain(lab: Lab, background: Background, search: Search, *, target: str) -> Explanation:
     """All that the report tells of a search. Measures the curve on the search's seeds, the sentences on the check's."""
-    operations, blocks, notes = distributions(search.predictor, background, search.data)
+    operations, blocks, notes = distributions(search.predictor, background)
     return Explanation(
         predictor=f"graph network, preset {search.predictor.options.preset}",
         target=GOAL_NAMES.get(target, target),
@@ -297,8 +296,8 @@ def explain(lab: Lab, background: Background, search: Search, *, target: str) ->
         operation_boxes=score_boxes(operations),
         block_boxes=score_boxes(blocks),
         format_shares=format_shares(search),
-        predictors=rate(search.predictor, search.data, background, around=search.allocation.paper_bits),
-        folds=tuple(rate_hops(search.predictor, search.data, search.allocation.paper_bits)),
+        predictors=rate(search.predictor, background, around=search.allocation.paper_bits),
+        folds=rate_hops(search.predictor, search.allocation.paper_bits),
         curve=curve(lab, search),
         insights=insights(lab, search),
         rounds=search.rounds,
@@ -313,7 +312,7 @@ def finalist_rows(search: Search) -> tuple[FinalistRow, ...]:
     chosen = next((one.powers for one in trials.values() if one.recipe == search.allocation.recipe), None)
     if chosen is None:
         return ()
-    space = search.data.choices.space
+    space = search.predictor.data.choices.space
     return tuple(
         FinalistRow(
             name,
@@ -329,7 +328,7 @@ def format_shares(search: Search) -> tuple[FormatShare, ...]:
     """The chosen formats by operation."""
     choice = search.allocation.choice
     found = []
-    for name, members in grouped(search.data.choices.space, lambda d: d.operation).items():
+    for name, members in grouped(search.predictor.data.choices.space, lambda d: d.operation).items():
         counts: dict[str, int] = {}
         for decision in members:
             text = str(choice[decision.name])
@@ -342,31 +341,17 @@ def format_shares(search: Search) -> tuple[FormatShare, ...]:
 def insights(lab: Lab, search: Search) -> tuple[Insight, ...]:
     """The most telling changes of the chosen recipe, measured on the seeds of the check against the recipe itself."""
     changes = telling_changes(search.predictor, search.table, search.allocation)
-    recipes = [search.allocation.recipe, *(change.recipe for change in changes)]
-    base, *trials = lab.measure(recipes, lab.seeds.check)
+    base, *trials = lab.measure([search.allocation.recipe, *changes.values()], lab.seeds.check)
     found = []
-    for change, trial in zip(changes, trials, strict=True):
+    for insight, trial in zip(changes, trials, strict=True):
         measured = paired_difference(trial.powers, base.powers).estimate
-        half = NORMAL_95 * change.error_db
-        found.append(
-            Insight(
-                change.sentence,
-                change.decisions,
-                change.from_format,
-                change.to_format,
-                change.predicted_db,
-                change.predicted_db - half,
-                change.predicted_db + half,
-                measured,
-                verdict_of(change.predicted_db, measured),
-            )
-        )
+        found.append(replace(insight, measured=measured, verdict=verdict_of(insight.predicted_db, measured)))
     return tuple(found)
 
 
 def curve(lab: Lab, search: Search) -> tuple[CurvePoint, ...]:
     """Measured quality against bits: the predictor's recipes at several budgets, random and uniform recipes."""
-    space, bits = search.data.choices.space, search.allocation.paper_bits
+    space, bits = search.predictor.data.choices.space, search.allocation.paper_bits
     mine = [search.allocation.recipe]
     for step in CURVE_STEPS:
         try:

@@ -33,7 +33,6 @@ from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
 from sedimo.methods.predictor.scoring import (
     NAME,
-    disjoint_groups,
     noise_table,
     noise_variant_table,
     options_table,
@@ -52,7 +51,6 @@ from sedimo.methods.predictor.training import (
     MIN_RECIPES,
     Predictor,
     TrainingOptions,
-    TrainingSet,
     train_predictor,
 )
 from sedimo.metrics.estimate import Estimate, mean_estimate
@@ -156,7 +154,6 @@ class Search:
     table: SensitivityTable
     allocation: Allocation
     predictor: Predictor
-    data: TrainingSet
     trials: tuple[Trial, ...]
     rounds: tuple[Round, ...]
     n_random: int
@@ -178,11 +175,11 @@ def search(lab: Lab, background: Background, settings: SearchSettings, budget: B
         rounds.append(Round(index + 1, len(proposed), mean_estimate(best.powers.sqnr_db), predicted))
     data = training_set(background, trials, goal)
     predictor = train_predictor(data, settings.training, progress=lab.progress)
-    table, allocation = build(background, predictor, data, budget, confidence=settings.confidence)
+    table, allocation = build(background, predictor, budget, confidence=settings.confidence)
     if settings.level == "groups":
         allocation = build_by_groups(background, predictor, allocation, budget, confidence=settings.confidence)
     n_random = min(settings.n_random, len(trials))
-    return Search(table, allocation, predictor, data, tuple(trials), tuple(rounds), n_random)
+    return Search(table, allocation, predictor, tuple(trials), tuple(rounds), n_random)
 
 
 def draw_around(space: SearchSpace, settings: SearchSettings, budget: BudgetSettings) -> list[Recipe]:
@@ -225,9 +222,10 @@ def propose(
 
 
 def build(
-    background: Background, predictor: Predictor, data: TrainingSet, budget: BudgetSettings, *, confidence: float
+    background: Background, predictor: Predictor, budget: BudgetSettings, *, confidence: float
 ) -> tuple[SensitivityTable, Allocation]:
     """Costs around the recipe that they lead to: allocated, taken again around the result, allocated again."""
+    data = predictor.data
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
     log_costs = model.log_costs + confidence * np.where(np.isfinite(model.deviation), model.deviation, 0.0)
     start = allocated(model_table(background, log_costs), budget).recipe
@@ -246,11 +244,8 @@ def build_by_groups(
     background: Background, predictor: Predictor, around: Allocation, budget: BudgetSettings, *, confidence: float
 ) -> Allocation:
     """The best variants of all groups, each with the others as in the recipe of `around`."""
-    reference = predictor.choices.codes([around.recipe])[0]
-    groups = disjoint_groups(predictor, background.graph, background.groups)
-    table = noise_variant_table(
-        predictor, background.graph, groups, reference, background.candidates, confidence=confidence
-    )
+    reference = predictor.data.choices.codes([around.recipe])[0]
+    table = noise_variant_table(predictor, background.groups, reference, background.candidates, confidence=confidence)
     return allocate_within(table, budget.resolved(table.total_params, background.space.full_bops))
 
 

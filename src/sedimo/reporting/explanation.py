@@ -20,7 +20,7 @@ import numpy as np
 
 from sedimo.codec import to_json
 from sedimo.errors import InputError
-from sedimo.methods.predictor.quality import OVERALL, FoldRow, PredictorRow
+from sedimo.methods.predictor.quality import OVERALL, FoldRow, Insight, PredictorRow, Verdict
 from sedimo.methods.search import Round
 from sedimo.metrics.estimate import NORMAL_95, Estimate, ranked
 from sedimo.quant.formats import Format
@@ -44,7 +44,6 @@ from sedimo.reporting.placement import block_labels
 from sedimo.reporting.words import interval, mark, name, number, with_interval
 
 CurveKind = Literal["this", "random", "uniform"]
-Verdict = Literal["confirmed", "refuted", "open", "not measured"]
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 OBJECTIVES = {
     "final_latents": "at the final latents",
@@ -89,32 +88,6 @@ class CurvePoint:
     kind: CurveKind
     bits: float
     measured: Estimate
-
-
-@dataclass(frozen=True, slots=True)
-class Insight:
-    """A sentence about what matters, with the change of quality [dB] that it predicts and that was measured.
-
-    The change is that of the whole recipe's quality when `decisions` go from one format to the other; positive is
-    better. The interval of the prediction is endless where nothing is known of its error.
-    """
-
-    sentence: str
-    decisions: tuple[str, ...]
-    from_format: str
-    to_format: str
-    predicted_db: float
-    predicted_low: float = -math.inf
-    predicted_high: float = math.inf
-    measured: Estimate | None = None
-    verdict: Verdict = "not measured"
-
-    def __post_init__(self) -> None:
-        if (self.measured is None) != (self.verdict == "not measured"):
-            raise InputError(
-                f"the verdict of an insight must be 'not measured' exactly when there is no measurement, got "
-                f"{self.verdict!r} with {self.measured} in {self.sentence!r}"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def planted_set(n=80, *, error_db=0.3, seed=0, formats="uaq3,uaq4,kmc3,kmc4"):
     return TrainingSet(
         features=graph_features(planted_graph(), choices, candidates),
         choices=choices,
-        prior=choices.errors(candidates),
+        prior=choices.array(lambda d, f: candidates[d.name, f].error),
         codes=codes,
         quality=quality,
         target=quality - 2 * choices.paper_bits(codes),

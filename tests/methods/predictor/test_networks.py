@@ -30,15 +30,15 @@ def test_rows_speak_of_the_option_that_a_node_takes():
     for recipe, row in zip(codes, rows, strict=True):
         for node, index in zip(graph.nodes, row, strict=True):
             if node.kind != "layer":
-                assert features.names["method"][features.method[index]] == "combine"
+                assert features.names["method"][features.codes["method"][index]] == "combine"
                 assert features.error[index] == features.size[index] == 0
                 continue
             d = [x.name for x in choices.space.decisions].index(node.name)
             number_format = choices.space.decisions[d].formats[recipe[d]]
-            assert features.names["method"][features.method[index]] == number_format.family
-            assert features.names["bits"][features.bits[index]] == str(number_format.bits)
+            assert features.names["method"][features.codes["method"][index]] == number_format.family
+            assert features.names["bits"][features.codes["bits"][index]] == str(number_format.bits)
             assert features.error[index] == pytest.approx(candidates[node.name, number_format].error)
-            assert features.names["operation"][features.operation[index]] == node.operation
+            assert features.names["operation"][features.codes["operation"][index]] == node.operation
     options = features.row_options(choices.n_options)
     nodes = [[n.name for n in graph.nodes].index(d.name) for d in choices.space.decisions]
     assert (options[np.arange(len(nodes)), codes[0]] == rows[0][nodes]).all()
@@ -76,7 +76,7 @@ def test_counted_normalisation_is_that_of_repeated_rows():
 def test_a_network_without_training_is_the_noise_model():
     data = planted_set(60)
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
-    network = NoiseNetwork(data.features, model.log_costs, model.link).eval()
+    network = NoiseNetwork(data.features, model).eval()
     with torch.no_grad():
         _, hop_scores = network(rows_of(data.features, data.codes))
     for scores in hop_scores:
@@ -87,9 +87,9 @@ def test_fp16_contributes_nothing_whatever_the_correction():
     choices = Choices(planted_choices("uaq3,uaq4,fp16").space)
     features = graph_features(planted_graph(), choices, candidates_of(choices))
     data = planted_set(60)
-    log_costs = choices.array(lambda _d, f: -1.0 if f.is_quantized else -np.inf, padding=-np.inf)
     model = fit_noise_model(data.choices, data.prior, data.codes, data.quality)
-    network = NoiseNetwork(features, log_costs, model.link).eval()
+    model.log_costs = choices.array(lambda _d, f: -1.0 if f.is_quantized else -np.inf, padding=-np.inf)
+    network = NoiseNetwork(features, model).eval()
     nn.init.constant_(network.corrections[0].bias, 5.0)
     fp16 = [[str(f) for f in d.formats].index("fp16") for d in choices.space.decisions]
     with torch.no_grad():

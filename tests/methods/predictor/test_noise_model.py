@@ -34,7 +34,7 @@ def test_its_costs_are_those_that_were_planted():
     planted = true_costs(data.choices)
     assert stats.spearmanr(model.log_costs[data.choices.exists], planted[data.choices.exists]).statistic > 0.9
     powers = np.exp(picked(model.log_costs, data.codes))
-    shares = powers / (powers.sum(axis=1, keepdims=True) + model.link.floor)
+    shares = powers / (powers.sum(axis=1, keepdims=True) + model.floor)
     assert (shares > 0).all()
     assert (shares.sum(axis=1) <= 1 + FLOAT64_FORMULA).all()
     assert shares.mean(axis=0).argmax() == [d.operation for d in data.choices.space.decisions].index("head")
@@ -118,7 +118,7 @@ def test_effects_number_every_option():
     choices = planted_choices()
     kinds = effects_of(choices)
     assert kinds["operation"].max() == 3
-    assert kinds["decision"].max() == choices.n_decisions - 1
+    assert kinds["decision"].max() == len(choices.space.decisions) - 1
     assert len(np.unique(kinds["option"][choices.exists])) == choices.exists.sum()
 
 
@@ -139,5 +139,5 @@ def test_recipes_and_codes_are_the_same_thing():
     assert choices.paper_bits(codes)[0] == pytest.approx(choices.space.paper_bits(choices.recipe(codes[0])))
     other = planted_choices("uaq8")
     with pytest.raises(InputError, match="cannot take uaq8 in this space"):
-        choices.codes([other.recipe(np.zeros(choices.n_decisions, dtype=int))])
+        choices.codes([other.recipe(np.zeros(len(choices.space.decisions), dtype=int))])
     assert set(candidates_of(choices)) == {(d.name, f) for d in choices.space.decisions for f in d.formats}

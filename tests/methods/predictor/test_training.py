@@ -12,11 +12,10 @@ from scipy import stats
 
 from sedimo.allocation.solve import allocate
 from sedimo.errors import InputError
-from sedimo.methods.predictor.features import picked
+from sedimo.methods.predictor.features import disjoint_groups, picked
 from sedimo.methods.predictor.quality import predict_by_rivals
 from sedimo.methods.predictor.scoring import (
     calibrate,
-    disjoint_groups,
     group_scores,
     hop_moments,
     most_common,
@@ -52,7 +51,7 @@ def paper(data):
 def test_every_recipe_is_tested_once_and_well(data, fast):
     tested = np.sort(np.concatenate([fold.test for fold in fast.folds]))
     assert (tested == np.arange(data.n)).all()
-    held_out = fast.cross_validated(data.n)
+    held_out = fast.cross_validated()
     assert stats.spearmanr(held_out, data.quality).statistic > 0.93
     new = random_codes(data.choices, 100, seed=77)
     assert stats.spearmanr(fast.predict(new), quality_of(data.choices, new)).statistic > 0.95
@@ -76,9 +75,9 @@ def test_the_same_seed_gives_the_same_predictor(data, fast):
 
 
 def test_the_published_preset_learns_the_order(data, paper):
-    assert all(fold.noise is None for fold in paper.folds)
+    assert not paper.noise_networks
     assert np.mean([fold.hop_srcc for fold in paper.folds]) > 0.3  # a few epochs of ten thousand
-    assert -50 < paper.cross_validated(data.n).mean() < 100  # relevances are 0 to 50
+    assert -50 < paper.cross_validated().mean() < 100  # relevances are 0 to 50
 
 
 def test_relevance_is_that_of_the_released_code():
@@ -97,7 +96,7 @@ def test_too_little_is_refused(data):
 
 
 def test_scores_of_options_follow_what_was_planted(data, fast):
-    each, exists = option_scores(fast, hop_moments(fast, planted_graph(), data.codes)), data.choices.exists
+    each, exists = option_scores(fast, hop_moments(fast)), data.choices.exists
     scores = each.mean(axis=0)
     assert np.isnan(scores[~exists]).all()
     assert stats.spearmanr(scores[exists], -np.log(true_costs(data.choices)[exists])).statistic > 0.8
@@ -105,7 +104,7 @@ def test_scores_of_options_follow_what_was_planted(data, fast):
 
 
 def test_a_hop_worse_than_chance_has_no_weight(data, fast):
-    moments = hop_moments(fast, planted_graph(), data.codes)
+    moments = hop_moments(fast)
     bad = replace(fast, folds=tuple(replace(f, hop_srcc=np.full_like(f.hop_srcc, -0.5)) for f in fast.folds))
     scores = option_scores(bad, moments).mean(axis=0)
     assert (scores[data.choices.exists] == 0).all()
@@ -118,14 +117,14 @@ def test_what_costs_nothing_has_the_highest_score():
     quality = -10 * np.log10(picked(prior, codes).sum(axis=1) + 1e-3)
     data = replace(free, prior=prior, codes=codes, quality=quality, target=quality)
     predictor = train_predictor(data, QUICK)
-    moments = hop_moments(predictor, planted_graph(), codes)
+    moments = hop_moments(predictor)
     each = option_scores(predictor, moments)
     assert np.isfinite(each).all()
     scores = each.mean(axis=0)
     fp16 = [str(f) for f in data.choices.space.decisions[0].formats].index("fp16")
     assert (scores.argmax(axis=1) == fp16).all()
     graph = planted_graph()
-    assert np.isfinite(group_scores(predictor, graph, graph.groups[0], moments)).all()
+    assert np.isfinite(group_scores(predictor, graph.groups[0], moments)).all()
 
 
 @pytest.mark.parametrize("preset", ["fast", "paper"])
@@ -133,10 +132,10 @@ def test_a_part_of_the_graph_gives_what_the_whole_gives(data, fast, paper, prese
     """Scores in context from the upstream part alone equal those of the whole graph with all variants put in."""
     predictor, graph = {"fast": fast, "paper": paper}[preset], planted_graph()
     group = graph.groups[1]
-    moments = hop_moments(predictor, planted_graph(), data.codes)
-    reference = most_common(data.codes, data.quality)
-    found = group_scores(predictor, graph, group, moments, reference=reference).mean(axis=0)
-    decisions, choice = variants_of(predictor, graph, group)
+    moments = hop_moments(predictor)
+    reference = most_common(data)
+    found = group_scores(predictor, group, moments, reference=reference).mean(axis=0)
+    decisions, choice = variants_of(data, group)
     assert len(choice) == len(found) == 4**3
     codes = np.repeat(reference[None], len(choice), axis=0)
     codes[:, decisions] = choice
@@ -157,14 +156,14 @@ def test_a_part_of_the_graph_gives_what_the_whole_gives(data, fast, paper, prese
     assert np.allclose(found, np.mean(each, axis=0), atol=FLOAT32_NETWORK)
     if preset == "paper":
         return  # two hops upstream of the root there is nothing but the group
-    alone = group_scores(predictor, graph, group, moments).mean(axis=0)
+    alone = group_scores(predictor, group, moments).mean(axis=0)
     assert not np.allclose(alone, found, atol=FLOAT32_NETWORK)
 
 
 def test_the_best_variant_is_the_planted_one(data, fast):
     graph = planted_graph()
-    found = group_scores(fast, graph, graph.groups[0], hop_moments(fast, planted_graph(), data.codes))
-    decisions, choice = variants_of(fast, graph, graph.groups[0])
+    found = group_scores(fast, graph.groups[0], hop_moments(fast))
+    decisions, choice = variants_of(data, graph.groups[0])
     best = choice[found.mean(axis=0).argmax()]
     formats = [data.choices.space.decisions[d].formats[k] for d, k in zip(decisions, best, strict=True)]
     assert formats == [Format("kmc", 4)] * 3
@@ -188,7 +187,7 @@ def test_scores_are_calibrated_without_the_term_for_bits(data, paper):
     found = calibrate(scores, bits, 2.0 + 0.5 * scores - 7.0 * bits)
     assert (found.offset, found.slope, found.per_bit) == pytest.approx((2.0, 0.5, -7.0))
     assert found.r2 == pytest.approx(1.0)
-    options = option_scores(paper, hop_moments(paper, planted_graph(), data.codes))
+    options = option_scores(paper, hop_moments(paper))
     total = picked(np.nan_to_num(options.mean(axis=0)), data.codes).sum(axis=1)
     table = score_table(
         data.choices,
@@ -202,11 +201,11 @@ def test_scores_are_calibrated_without_the_term_for_bits(data, paper):
 
 
 def test_a_group_adds_what_its_layers_add_in_the_whole_network(data, fast, paper):
-    graph, reference = planted_graph(), most_common(data.codes, data.quality)
+    graph, reference = planted_graph(), most_common(data)
     candidates = candidates_of(data.choices)
-    decisions, choice = variants_of(fast, graph, graph.groups[1])
+    decisions, choice = variants_of(data, graph.groups[1])
     row = np.flatnonzero((choice == reference[decisions]).all(axis=1))[0]
-    table = noise_variant_table(fast, graph, graph.groups, reference, candidates)
+    table = noise_variant_table(fast, graph.groups, reference, candidates)
     whole = []
     rows = torch.from_numpy(data.features.rows(reference[None]))
     for fold in fast.folds:
@@ -216,20 +215,20 @@ def test_a_group_adds_what_its_layers_add_in_the_whole_network(data, fast, paper
         whole.append(float(contributions[0, decisions].sum()))
     assert table.groups[1].cost[row] == pytest.approx(np.mean(whole), rel=FLOAT32_NETWORK)
     with pytest.raises(InputError, match="scores, not noise"):
-        noise_variant_table(paper, graph, graph.groups, reference, candidates)
+        noise_variant_table(paper, graph.groups, reference, candidates)
 
 
-def test_layers_that_are_varied_already_leave_their_group(data, fast):
+def test_layers_that_are_varied_already_leave_their_group(data):
     graph = planted_graph()
     overlapping = replace(graph.groups[1], name="again", layers=("blocks.0.query", *graph.groups[1].layers))
-    found = disjoint_groups(fast, graph, [graph.groups[0], overlapping, graph.groups[0]])
+    found = disjoint_groups(data.choices.space, [graph.groups[0], overlapping, graph.groups[0]])
     assert [g.name for g in found] == ["blocks.0.attention", "again"]
     assert found[1].layers == graph.groups[1].layers
 
 
 def test_groups_are_allocated_by_their_noise(data, fast):
-    graph, reference = planted_graph(), most_common(data.codes, data.quality)
-    known = (fast, graph, graph.groups, reference, candidates_of(data.choices))
+    graph, reference = planted_graph(), most_common(data)
+    known = (fast, graph.groups, reference, candidates_of(data.choices))
     plain, careful = (noise_variant_table(*known, confidence=c) for c in (0.0, 1.0))
     assert all((b.cost > a.cost).all() for a, b in zip(plain.groups, careful.groups, strict=True))
     single = allocate(noise_table(fast, candidates_of(data.choices), reference), bits=4.5)

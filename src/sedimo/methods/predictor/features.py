@@ -23,7 +23,7 @@ import numpy.typing as npt
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
-from sedimo.graph.model import DenoiserGraph, Node, Stream
+from sedimo.graph.model import DenoiserGraph, Group, Node, Stream
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.parts import entry_text
 from sedimo.space import Decision, Recipe, SearchSpace
@@ -44,14 +44,9 @@ class Choices:
 
     space: SearchSpace
 
-    @property
-    def n_decisions(self) -> int:
-        """D."""
-        return len(self.space.decisions)
-
     @cached_property
     def n_options(self) -> int:
-        """K, the largest number of options of a decision."""
+        """K."""
         return max(len(d.formats) for d in self.space.decisions)
 
     @cached_property
@@ -59,10 +54,23 @@ class Choices:
         """Whether there is such an option, `[D, K]`."""
         return self.array(lambda _decision, _format: 1.0) > 0
 
+    @cached_property
+    def places(self) -> Mapping[tuple[str, Format | None], tuple[int, int]]:
+        """D and k of each option, by the names of decision and format."""
+        return {(d.name, f): (i, k) for i, d in enumerate(self.space.decisions) for k, f in enumerate(d.formats)}
+
     def codes(self, recipes: Iterable[Recipe]) -> Codes:
         """The option of each decision under each recipe, `[T, D]`."""
-        rows = [[self._option(recipe, decision) for decision in self.space.decisions] for recipe in recipes]
-        return np.array(rows, dtype=np.int64).reshape(len(rows), self.n_decisions)
+
+        def option(recipe: Recipe, decision: Decision) -> int:
+            place = self.places.get((decision.name, recipe.format_of(decision.layers[0], decision.stream)))
+            if place is None:
+                entry = entry_text(recipe.layers.get(decision.layers[0], FP16))
+                raise InputError(f"{decision.name} cannot take {entry} in this space; the recipe is of another")
+            return place[1]
+
+        rows = [[option(recipe, decision) for decision in self.space.decisions] for recipe in recipes]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.decisions))
 
     def choice(self, codes: Sequence[int] | Codes) -> dict[str, Format]:
         """The format of each decision under one row of codes `[D]`."""
@@ -74,7 +82,7 @@ class Choices:
 
     def array(self, value: Callable[[Decision, Format], float], padding: float = 0.0) -> Values:
         """A number for every option, `[D, K]`."""
-        found = np.full((self.n_decisions, self.n_options), padding)
+        found = np.full((len(self.space.decisions), self.n_options), padding)
         for i, decision in enumerate(self.space.decisions):
             found[i, : len(decision.formats)] = [value(decision, f) for f in decision.formats]
         return found
@@ -90,10 +98,6 @@ class Choices:
 
         return self.array(cost)
 
-    def errors(self, candidates: Candidates) -> Values:
-        """Relative weight errors, `[D, K]`; 0 where there is no option."""
-        return self.array(lambda d, f: candidates[d.name, f].error)
-
     @cached_property
     def paper_bytes(self) -> Values:
         """Bytes of each option in the papers' accounting, `[D, K]` [bytes]."""
@@ -102,17 +106,6 @@ class Choices:
     def paper_bits(self, codes: Codes) -> Values:
         """Average paper bits of recipes `[T, D]`, `[T]`."""
         return np.asarray(8 * picked(self.paper_bytes, codes).sum(axis=1) / self.space.params)
-
-    @cached_property
-    def _columns(self) -> Mapping[tuple[str, Format | None], int]:
-        return {(d.name, f): k for d in self.space.decisions for k, f in enumerate(d.formats)}
-
-    def _option(self, recipe: Recipe, decision: Decision) -> int:
-        found = self._columns.get((decision.name, recipe.format_of(decision.layers[0], decision.stream)))
-        if found is None:
-            entry = entry_text(recipe.layers.get(decision.layers[0], FP16))
-            raise InputError(f"{decision.name} cannot take {entry} in this space; the recipe is of another")
-        return found
 
 
 def picked(values: Values, codes: Codes) -> Values:
@@ -132,13 +125,8 @@ class Topology:
 
     @property
     def n_nodes(self) -> int:
-        """Number of nodes."""
+        """N."""
         return len(self.starts) - 1
-
-    @property
-    def n_edges(self) -> int:
-        """Number of edges, self-loops included."""
-        return len(self.sources)
 
     @property
     def targets(self) -> npt.NDArray[np.int32]:
@@ -167,31 +155,29 @@ def make_topology(n_nodes: int, edges: Iterable[tuple[int, int]]) -> Topology:
 
 @dataclass(frozen=True)
 class GraphFeatures:
-    """Rows of all nodes: row `first_row[n] + k` is option k of node n, in the order of the graph's nodes.
+    """Rows of all nodes of a graph: row `first_row[n] + k` is option k of node n.
 
-    `method`, `bits`, `operation` and `block` `[R]` are indices into the lists of names; `size` is 100 times full
-    bytes per quantized bytes, `error` the relative weight error, both `[R]` and 0 for a node without a weight.
-    `decision` `[N]` is the decision that a node's option is, -1 without a weight. `roots` holds for each hop the
-    nodes `[N]` that are the root of a group of so many hops; for hop 0 all layers, and all nodes where there is no
-    such group.
+    `codes` are `method`, `bits`, `operation` and `block` of each row `[R]`, as indices into the lists of `names`;
+    `size` is 100 times full bytes per quantized bytes, `error` the relative weight error, both `[R]` and 0 for a node
+    without a weight. `decision` `[N]` is the decision that a node's option is, -1 without a weight. `roots` holds for
+    each hop the nodes `[N]` that are the root of a group of so many hops; for hop 0 all layers, and all nodes where
+    there is no such group.
     """
 
+    graph: DenoiserGraph
     topology: Topology
     first_row: Codes
     decision: Codes
-    method: Codes
-    bits: Codes
-    operation: Codes
-    block: Codes
+    codes: Mapping[str, Codes]
+    names: Mapping[str, tuple[str, ...]]
     size: Floats
     error: Floats
     roots: tuple[npt.NDArray[np.bool_], ...]
-    names: Mapping[str, tuple[str, ...]]
 
-    @property
-    def n_rows(self) -> int:
-        """R."""
-        return len(self.method)
+    @cached_property
+    def place(self) -> Mapping[str, int]:
+        """The number of each node."""
+        return {node.name: i for i, node in enumerate(self.graph.nodes)}
 
     @property
     def first_nodes(self) -> Codes:
@@ -207,7 +193,7 @@ class GraphFeatures:
     def row_options(self, n_options: int) -> Codes:
         """The row of each option of each decision, `[D, K]`, of its first node; padding gives some other row."""
         rows: Codes = self.first_row[self.first_nodes][:, None] + np.arange(n_options)
-        return np.minimum(rows, self.n_rows - 1)
+        return np.minimum(rows, len(self.size) - 1)
 
 
 def graph_features(graph: DenoiserGraph, choices: Choices, candidates: Candidates, *, n_hops: int = 4) -> GraphFeatures:
@@ -216,54 +202,48 @@ def graph_features(graph: DenoiserGraph, choices: Choices, candidates: Candidate
     if set(decision_of) != set(graph.layer_index):
         raise InputError(f"the space of {choices.space.denoiser} is not of this graph of {graph.denoiser}")
     first_row: list[int] = []
-    words: list[tuple[str, str, str, str]] = []
-    sizes: list[float] = []
-    errors: list[float] = []
+    rows: list[tuple[str, str, str, str, float, float]] = []
     for node in graph.nodes:
-        first_row.append(len(words))
+        first_row.append(len(rows))
         if node.name not in decision_of:
-            words.append((COMBINE, COMBINE, node.operation, node.block))
-            sizes.append(0.0)
-            errors.append(0.0)
+            rows.append((COMBINE, COMBINE, node.operation, node.block, 0.0, 0.0))
             continue
         d = choices.space.decisions[decision_of[node.name]]
         for f in d.formats:
             method = f"{f.family} g{f.group_size}" if f.group_size else f.family
-            words.append((method, str(f.bits), node.operation, node.block))
-            sizes.append(100 * d.paper_bytes(FP16) / d.paper_bytes(f))
-            errors.append(candidates[d.name, f].error)
-    methods, bits, operations, blocks = zip(*words, strict=True)
-    names = {
-        "method": tuple(dict.fromkeys(methods)),
-        "bits": tuple(dict.fromkeys(bits)),
-        "operation": tuple(dict.fromkeys(operations)),
-        "block": tuple(dict.fromkeys(("", *blocks))),
-    }
+            size, error = 100 * d.paper_bytes(FP16) / d.paper_bytes(f), candidates[d.name, f].error
+            rows.append((method, str(f.bits), node.operation, node.block, size, error))
+    *columns, sizes, errors = zip(*rows, strict=True)
+    words = dict(zip(("method", "bits", "operation", "block"), columns, strict=True))
+    names = {kind: tuple(dict.fromkeys(("", *column) if kind == "block" else column)) for kind, column in words.items()}
+    roots = [[node.kind == "layer" for node in graph.nodes]]
+    for hop in range(1, n_hops + 1):
+        of_groups = {group.root for group in graph.groups if group.hop == hop}
+        roots.append([not of_groups or node.name in of_groups for node in graph.nodes])
     return GraphFeatures(
+        graph=graph,
         topology=make_topology(len(graph.nodes), graph.edges),
         first_row=np.array(first_row),
         decision=np.array([decision_of.get(node.name, -1) for node in graph.nodes]),
-        method=_numbers(methods, names["method"]),
-        bits=_numbers(bits, names["bits"]),
-        operation=_numbers(operations, names["operation"]),
-        block=_numbers(blocks, names["block"]),
+        codes={kind: np.array([names[kind].index(word) for word in column]) for kind, column in words.items()},
+        names=names,
         size=np.array(sizes, dtype=np.float32),
         error=np.array(errors, dtype=np.float32),
-        roots=tuple(_roots(graph, hop) for hop in range(n_hops + 1)),
-        names=names,
+        roots=tuple(map(np.array, roots)),
     )
 
 
-def _numbers(words: Sequence[str], names: Sequence[str]) -> Codes:
-    place = {name: i for i, name in enumerate(names)}
-    return np.array([place[word] for word in words], dtype=np.int64)
-
-
-def _roots(graph: DenoiserGraph, hop: int) -> npt.NDArray[np.bool_]:
-    if hop == 0:
-        return np.array([node.kind == "layer" for node in graph.nodes])
-    roots = {group.root for group in graph.groups if group.hop == hop}
-    return np.array([not roots or node.name in roots for node in graph.nodes])
+def disjoint_groups(space: SearchSpace, groups: Iterable[Group]) -> tuple[Group, ...]:
+    """The groups, each without the layers whose decision an earlier one has: tied layers are varied once."""
+    decision_of = {name: d.name for d in space.decisions for name in node_names(d)}
+    taken: set[str] = set()
+    found = []
+    for group in groups:
+        layers = tuple(layer for layer in group.layers if decision_of[layer] not in taken)
+        taken |= {decision_of[layer] for layer in layers}
+        if layers:
+            found.append(replace(group, layers=layers))
+    return tuple(found)
 
 
 def node_names(decision: Decision) -> tuple[str, ...]:

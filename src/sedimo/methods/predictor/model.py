@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sedimo.errors import InputError
-from sedimo.methods.predictor.features import GraphFeatures, Topology, Values
-from sedimo.methods.predictor.noise_model import DECIBEL, Link
+from sedimo.methods.predictor.features import GraphFeatures, Topology
+from sedimo.methods.predictor.noise_model import DECIBEL, NoiseModel
 
 MAX_CORRECTION = 2.0  # of a logarithm: a factor of seven
 WIDTH = 16  # of an embedding at hop 0, as published
@@ -82,7 +82,7 @@ class Embedding(nn.Module):
         self.norms = nn.ModuleList([CountedBatchNorm(n) for n in (n_in, 64, WIDTH)])
         self.linears = nn.ModuleList([nn.Linear(n_in, 64), nn.Linear(64, WIDTH)])
         for name in sizes:
-            self.register_buffer(f"_{name}", torch.from_numpy(getattr(features, name)), persistent=False)
+            self.register_buffer(f"_{name}", torch.from_numpy(features.codes[name]), persistent=False)
         self.register_buffer("_size", torch.from_numpy(features.size)[:, None], persistent=False)
         self.register_buffer("_error", 100 * torch.from_numpy(features.error)[:, None], persistent=False)
 
@@ -94,6 +94,10 @@ class Embedding(nn.Module):
         x = torch.relu(self.norms[0](x, counts))
         x = torch.relu(self.norms[1](self.linears[0](x), counts))
         return torch.relu(self.norms[2](self.linears[1](x), counts))
+
+    def whole_table(self) -> torch.Tensor:
+        """Embeddings of all rows `[R, 16]`, each counted once."""
+        return self.table(torch.arange(len(self.get_buffer("_size"))))
 
 
 class SharedGATv2(nn.Module):
@@ -122,12 +126,11 @@ class SharedGATv2(nn.Module):
     def reset_parameters(self) -> None:
         """Draws new parameters: weights by Glorot's rule, b_l and b_r within 1 / sqrt(n_in); the last bias is 0."""
         n_in, n_out = self.projection.in_features, len(self.attention)
-        limit, limit_of_bias, limit_of_attention = math.sqrt(6 / (n_in + n_out)), n_in**-0.5, math.sqrt(6 / (1 + n_out))
         with torch.no_grad():
             for half in (slice(None, n_out), slice(n_out, None)):
-                self.projection.weight[half].uniform_(-limit, limit)
-                self.projection.bias[half].uniform_(-limit_of_bias, limit_of_bias)
-            self.attention.uniform_(-limit_of_attention, limit_of_attention)
+                nn.init.xavier_uniform_(self.projection.weight[half])
+                self.projection.bias[half].uniform_(-(n_in**-0.5), n_in**-0.5)
+            nn.init.xavier_uniform_(self.attention[None])
             self.bias.zero_()
 
     def forward(self, h: torch.Tensor, topology: Topology | None = None) -> torch.Tensor:
@@ -186,7 +189,7 @@ class _CompiledLayer(torch.autograd.Function):
         n_channels = len(attention)
         h, attention = h.contiguous(), attention.contiguous()
         projected = (h.view(-1, n_in) @ weight.T).view(n_graphs, n_nodes, 2, n_channels)
-        weights = h.new_empty(n_graphs, topology.n_edges)
+        weights = h.new_empty(n_graphs, len(topology.sources))
         out = h.new_empty(n_graphs, n_nodes, n_channels)
         _over_graphs(attend, topology, _arrays(attention, shift, offset), *_arrays(projected, weights, out))
         ctx.save_for_backward(h, weight, attention, shift, projected, weights)
@@ -296,32 +299,35 @@ class PaperNetwork(nn.Module):
 class NoiseNetwork(nn.Module):
     """Contributions of nodes add in power: y = link(sum over decisions of c exp(correction by its embedding)).
 
-    `log_costs` `[D, K]` and `link` come from a noise model. Each hop has a readout of its own; the prediction is the
-    last one's. At the start all corrections are 0, and the network is the noise model.
+    Each hop has a readout of its own; the prediction is the last one's. At the start all corrections are 0, and the
+    network is the noise model that it was made from.
     """
 
-    def __init__(self, features: GraphFeatures, log_costs: Values, link: Link, *, n_hops: int = 2) -> None:
+    def __init__(self, features: GraphFeatures, noise: NoiseModel, *, n_hops: int = 2) -> None:
         super().__init__()
-        table, finite = np.full(features.n_rows, -np.inf), np.isfinite(log_costs)
-        table[features.row_options(log_costs.shape[1])[finite]] = log_costs[finite] - np.log(link.unit)
+        table, finite = np.full(len(features.size), -np.inf), np.isfinite(noise.log_costs)
+        rows = features.row_options(noise.log_costs.shape[1])
+        table[rows[finite]] = noise.log_costs[finite] - np.log(noise.unit)
         width = 32
-        self.hops = Hops(features, width, n_hops)
+        self.noise, self.hops = noise, Hops(features, width, n_hops)
         self.corrections = nn.ModuleList([nn.Linear(n, 1) for n in [WIDTH] + [width] * n_hops])
         for parameter in self.corrections.parameters():
             nn.init.zeros_(parameter)
-        self.offset, self.slope = nn.Parameter(torch.tensor(link.offset)), nn.Parameter(torch.tensor(link.slope))
-        self._floor, self._power = link.floor / link.unit, link.power
+        self.offset, self.slope = nn.Parameter(torch.tensor(noise.offset)), nn.Parameter(torch.tensor(noise.slope))
         self.register_buffer("_log_costs", torch.from_numpy(table).float(), persistent=False)
         self.register_buffer("_nodes", torch.from_numpy(features.first_nodes), persistent=False)
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Predictions `[G]` of the last hop, and those of every hop as scores `[G]`."""
-        totals = [self.contributions(rows, h, hop).sum(dim=1) for hop, h in enumerate(self.hops(rows))]
-        scores = [self._linked(total) for total in totals]
+        floor, power, scores = self.noise.floor / self.noise.unit, self.noise.power, []
+        for hop, h in enumerate(self.hops(rows)):
+            log = torch.log(self.contributions(rows, h, hop).sum(dim=1) + floor)
+            curve = log if abs(power) < 1e-12 else torch.expm1(power * log) / power
+            scores.append(self.offset - self.slope * DECIBEL * curve)
         return scores[-1], scores
 
     def contributions(self, rows: torch.Tensor, embedding: torch.Tensor, hop: int) -> torch.Tensor:
-        """What each decision adds to the noise by the readout of a hop, `[G, D]`, in the link's unit."""
+        """What each decision adds to the noise by the readout of a hop, `[G, D]`, in the noise model's unit."""
         nodes = self.get_buffer("_nodes")
         return torch.exp(self.log_contributions(rows[:, nodes], embedding[:, nodes], hop))
 
@@ -331,8 +337,3 @@ class NoiseNetwork(nn.Module):
         corrections = MAX_CORRECTION * torch.tanh(corrections / MAX_CORRECTION)
         found: torch.Tensor = self.get_buffer("_log_costs")[rows] + corrections
         return found
-
-    def _linked(self, total: torch.Tensor) -> torch.Tensor:
-        log = torch.log(total + self._floor)
-        curve = log if abs(self._power) < 1e-12 else torch.expm1(self._power * log) / self._power
-        return self.offset - self.slope * DECIBEL * curve

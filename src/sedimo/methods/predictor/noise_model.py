@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,44 +31,38 @@ _CONVERGED = 1e-4
 _TINY = 1e-12
 
 
-@dataclass(frozen=True)
-class Link:
-    """From total noise to the target: a, b > 0, floor n0 > 0, power p (0: logarithm); `unit` is the S that counts 1."""
-
-    offset: float
-    slope: float
-    floor: float
-    power: float
-    unit: float
-
-    def value(self, total: Values) -> Values:
-        """The target at total contributions `[T]` (without the floor)."""
-        return self.offset - self.slope * _curve(np.log((total + self.floor) / self.unit), self.power)
-
-
 class NoiseModel:
     """A fitted predictor: the normal distribution around the mode, of effects, of costs, of predictions.
 
     Attributes:
         log_costs: `[D, K]`, the logarithm of each option's contribution to the noise.
         deviation: `[D, K]`, its standard deviation given the trials.
-        link: from the sum of contributions to the target.
-        residual: the standard deviation of what it leaves unexplained, in target units.
+        offset, slope, floor, power: a, b > 0, n0 > 0 and p of the formula.
+        unit: the total noise S that counts 1.
+        residual: the standard deviation of what the formula leaves unexplained, in target units.
         strengths: how much each kind of effect corrects the prior (standard deviation of a logarithm).
     """
 
     def __init__(self, problem: _Problem, state: Values, strengths: Mapping[str, float], residual: float) -> None:
         self._problem, self._state = problem, state
-        self.strengths, self.residual, self.link = strengths, residual, problem.link(state)
+        self.strengths, self.residual, self.unit = strengths, residual, problem.unit
+        self.offset, log_slope, log_floor, self.power = map(float, state[-4:])
+        self.slope, self.floor = math.exp(log_slope), math.exp(log_floor) * self.unit
         self.log_costs = problem.log_costs(state) + math.log(problem.unit)
         self._variance = problem.prior_variance(strengths)
         self._scaled = problem.jacobian(state, problem.codes)[1] / residual
         self._factor = _whitener(self._scaled, self._variance)
-        self.deviation = self._deviations()
+        whitened = (self._factor @ self._scaled) * self._variance  # [T, P + 4]
+        known = np.zeros((len(whitened), *problem.numbers.shape[1:]))
+        for kind in problem.numbers:
+            known += whitened[:, kind]
+        spread = self._variance[problem.numbers].sum(axis=0) - (known**2).sum(axis=0)
+        self.deviation: Values = np.sqrt(np.maximum(spread, 0.0))
 
     def predict(self, codes: Codes) -> Values:
         """The target of recipes `[T, D]`, `[T]`."""
-        return self.link.value(np.exp(picked(self.log_costs, codes)).sum(axis=1))
+        total = np.exp(picked(self.log_costs, codes)).sum(axis=1)
+        return np.asarray(self.offset - self.slope * _curve(np.log((total + self.floor) / self.unit), self.power))
 
     def uncertainty(self, codes: Codes, *, minus: Codes | None = None) -> Values:
         """Standard deviation of the target of recipes `[T, D]`, or of its difference to that of others, `[T]`.
@@ -93,15 +86,6 @@ class NoiseModel:
         gain = self._factor.T @ (self._factor @ seen)
         effects = prior - self._variance * (self._scaled.T @ gain)
         return np.asarray(self.log_costs + effects[:-4][self._problem.numbers].sum(axis=0))
-
-    def _deviations(self) -> Values:
-        numbers = self._problem.numbers
-        whitened = (self._factor @ self._scaled) * self._variance  # [T, P + 4]
-        known = np.zeros((len(whitened), *numbers.shape[1:]))
-        for kind in numbers:
-            known += whitened[:, kind]
-        spread = self._variance[numbers].sum(axis=0) - (known**2).sum(axis=0)
-        return np.asarray(np.sqrt(np.maximum(spread, 0.0)))
 
 
 def fit_noise_model(choices: Choices, prior: Values, codes: Codes, target: Values) -> NoiseModel:
@@ -159,24 +143,25 @@ class _Problem:
             raise InputError("recipes without any quantized decision cannot train a predictor")
         start = np.where(start > 0, start, start[start > 0].min())  # a recipe without noise stands at the floor
         self.unit = float(np.exp(np.log(start).mean()))
+        start = start / self.unit
         self._log_prior = log_prior - math.log(self.unit)
         kinds = effects_of(choices)
         sizes = [int(numbers.max()) + 1 for numbers in kinds.values()]
         offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._slices = {k: slice(int(o), int(o) + n) for k, o, n in zip(kinds, offsets, sizes, strict=True)}
         self.numbers = np.stack([n + o for n, o in zip(kinds.values(), offsets, strict=True)])  # [F, D, K]
-        self.start = np.concatenate([np.zeros(sum(sizes)), self._start_link(start / self.unit)])
-
-    def link(self, state: Values) -> Link:
-        a, log_b, log_n0, p = map(float, state[-4:])
-        return Link(a, math.exp(log_b), math.exp(log_n0) * self.unit, p, self.unit)
+        log = DECIBEL * np.log(start)  # the link starts as the line from this to the target
+        slope = -float(np.polyfit(log, target, 1)[0]) if np.ptp(log) > 0 else 0.0
+        slope = max(slope, 0.3 * float(target.std() / max(log.std(), 0.3)))
+        link = [float((target + slope * log).mean()), math.log(slope), math.log(float(start.min())) - 2.0, 0.0]
+        self.start = np.concatenate([np.zeros(sum(sizes)), link])
 
     def log_costs(self, state: Values) -> Values:
         return np.asarray(self._log_prior + state[:-4][self.numbers].sum(axis=0))
 
     def value(self, state: Values) -> Values:
-        total = np.exp(picked(self.log_costs(state), self.codes)).sum(axis=1)
-        return replace(self.link(state), unit=1.0, floor=math.exp(state[-2])).value(total)
+        total = np.exp(picked(self.log_costs(state), self.codes)).sum(axis=1) + math.exp(state[-2])
+        return np.asarray(state[-4] - math.exp(state[-3]) * _curve(np.log(total), state[-1]))
 
     def jacobian(self, state: Values, codes: Codes) -> tuple[Values, Values]:
         """Prediction `[T]` and its derivatives `[T, P + 4]`."""
@@ -242,13 +227,6 @@ class _Problem:
         freedom = max(len(self.target) - n_known, 0.1 * len(self.target))
         error = math.sqrt(float(((self.target - prediction) ** 2).sum()) / freedom)
         return found, max(error, 1e-3 * float(self.target.std()))
-
-    def _start_link(self, total: Values) -> Values:
-        log = DECIBEL * np.log(total)
-        slope = -float(np.polyfit(log, self.target, 1)[0]) if np.ptp(log) > 0 else 0.0
-        slope = max(slope, 0.3 * float(self.target.std() / max(log.std(), 0.3)))
-        offset = float((self.target + slope * log).mean())
-        return np.array([offset, math.log(slope), math.log(float(total.min())) - 2.0, 0.0])
 
 
 def _moved(state: Values, scaled: Values, variance: Values, gradient: Values) -> Values:

@@ -4,15 +4,17 @@ Rivals are what bits, weight errors, tables and plain regression know already. A
 not trained on. Each rival gives a quantity per recipe, and a line from it to the goal is fitted on the training recipes
 of the fold, so that errors have the goal's unit.
 
-The sentences say what the predictor expects of changes that are easy to say, to be measured.
+The sentences say what the predictor expects of changes that are easy to say, to be measured. The records are those of
+a report; what contradicts itself is refused when it is made or read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +22,19 @@ import numpy.typing as npt
 from sedimo.allocation.effects import Effects, expected_db
 from sedimo.allocation.problem import Allocation
 from sedimo.allocation.table import SensitivityTable
+from sedimo.errors import InputError
 from sedimo.methods.error import ERROR
 from sedimo.methods.predictor.features import Choices, Codes, Values, picked
 from sedimo.methods.predictor.noise_model import fit_noise_model
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.predictor.training import Predictor, TrainingSet
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.estimate import NORMAL_95, Estimate
 from sedimo.metrics.ranking import prediction_quality, quality_difference
 from sedimo.quant.formats import Format
 from sedimo.space import Decision, Recipe, SearchSpace
 
 Fit = Callable[[Codes, Values], Callable[[Codes], Values]]
+Verdict = Literal["confirmed", "refuted", "open", "not measured"]
 MINE, SIGNED_EFFECTS = "this predictor", "signed effects"
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 OVERALL, EXTRA = "all", "extra recipes in the band"  # subsets of held-out recipes
@@ -46,8 +50,8 @@ class PredictorRow:
     """How well a predictor, or an honest baseline, orders `n` recipes that it was not trained on.
 
     `subset` is `OVERALL`, or a band in words that read after "within": "3.4 to 3.6 bits". `mae` is in the unit of
-    the target, `seconds` is for fitting. `is_used` marks the predictor in question; `advantage` is that one's `srcc`
-    less the one of this row, on the same recipes and resamples, when known.
+    the target, `seconds` is for fitting. `is_used` marks the predictor whose scores the report shows; `advantage` is
+    that one's `srcc` less the one of this row, on the same recipes and resamples, when known.
     """
 
     predictor: str
@@ -64,7 +68,7 @@ class PredictorRow:
 
 @dataclass(frozen=True, slots=True)
 class FoldRow:
-    """Quality of a predictor on one held-out part of the trials, read out after `hop` steps of the graph.
+    """Quality of the used predictor on one held-out part of the trials, read out after `hop` steps of the graph.
 
     `subset` says which recipes of that part: all, or those in a band of bits.
     """
@@ -78,67 +82,82 @@ class FoldRow:
     mae: Estimate
 
 
+@dataclass(frozen=True, slots=True)
+class Insight:
+    """A sentence about what matters, with the change of quality [dB] that it predicts and that was measured.
+
+    The change is that of the whole recipe's quality when `decisions` go from one format to the other; positive is
+    better. The interval of the prediction is endless where nothing is known of its error.
+    """
+
+    sentence: str
+    decisions: tuple[str, ...]
+    from_format: str
+    to_format: str
+    predicted_db: float
+    predicted_low: float = -math.inf
+    predicted_high: float = math.inf
+    measured: Estimate | None = None
+    verdict: Verdict = "not measured"
+
+    def __post_init__(self) -> None:
+        """Holds verdict and measurement together."""
+        if (self.measured is None) != (self.verdict == "not measured"):
+            raise InputError(
+                f"the verdict of an insight must be 'not measured' exactly when there is no measurement, got "
+                f"{self.verdict!r} with {self.measured} in {self.sentence!r}"
+            )
+
+
 def rate(
-    predictor: Predictor,
-    data: TrainingSet,
-    background: Background,
-    *,
-    extra: TrainingSet | None = None,
-    around: float | None = None,
+    predictor: Predictor, background: Background, *, extra: TrainingSet | None = None, around: float | None = None
 ) -> tuple[PredictorRow, ...]:
     """The predictor and all rivals on the same held-out recipes: all, those around some bits, and extra ones.
 
     What is predicted is the quality, or the whole goal if the predictor's preset does.
     """
-    none = replace(data, codes=data.codes[:0], quality=data.quality[:0], target=data.target[:0])
-    further = none if extra is None else extra
-    truth = np.concatenate([_truth(predictor, data), _truth(predictor, further)])
-    mine = [predictor.cross_validated(data.n), *([predictor.predict(further.codes)] if further.n else [])]
-    table = background.table
-    said = {MINE: np.concatenate(mine)} | predict_by_rivals(
+    data, table = predictor.data, background.table
+    truth, mine, further = predictor.options.truth(data), predictor.cross_validated(), data.codes[:0]
+    subsets = {name: np.flatnonzero(held) for name, held in _subsets(data, around).items()}
+    if extra is not None:
+        truth, further = np.concatenate([truth, predictor.options.truth(extra)]), extra.codes
+        mine = np.concatenate([mine, predictor.predict(further)])
+        subsets[EXTRA] = np.arange(data.n, len(truth))
+    said = {MINE: mine} | predict_by_rivals(
         replace(data, quality=truth[: data.n]),
-        further.codes,
+        further,
         tests=[fold.test for fold in predictor.folds],
         costs={} if table.method == ERROR.name else {table.method: background.prior()},
-        errors=data.choices.errors(background.candidates),
+        errors=data.choices.array(lambda d, f: background.candidates[d.name, f].error),
         effects=background.effects,
     )
-    subsets = {name: np.flatnonzero(held) for name, held in _subsets(data, around).items()}
-    if further.n:
-        subsets[EXTRA] = np.arange(data.n, len(truth))
-    found = []
+    rows = []
     for subset, kept in subsets.items():
         for name, values in said.items():
             q = prediction_quality(values[kept], truth[kept])
-            ahead = None if name == MINE else quality_difference(said[MINE][kept], values[kept], truth[kept])
-            found.append(
+            ahead = None if name == MINE else quality_difference(mine[kept], values[kept], truth[kept])
+            rows.append(
                 PredictorRow(
-                    name,
-                    subset,
-                    q.n,
-                    q.srcc,
-                    q.kendall_tau,
-                    q.ndcg_at_10,
-                    q.mae,
+                    *(name, subset, q.n, q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae),
                     is_used=name == MINE,
                     advantage=ahead,
                 )
             )
-    return tuple(found)
+    return tuple(rows)
 
 
-def rate_hops(predictor: Predictor, data: TrainingSet, around: float) -> Iterator[FoldRow]:
+def rate_hops(predictor: Predictor, around: float) -> tuple[FoldRow, ...]:
     """How well each hop of each fold orders the fold's own test recipes, all and those around some bits."""
-    truth, subsets = _truth(predictor, data), _subsets(data, around)
+    truth, rows = predictor.options.truth(predictor.data), []
     for index, fold in enumerate(predictor.folds):
-        for subset, held in subsets.items():
+        for subset, held in _subsets(predictor.data, around).items():
             chosen = held[fold.test]
             if chosen.sum() < MIN_IN_BAND:
                 continue
             for hop, scores in enumerate(fold.hop_scores):
-                measured = truth[fold.test][chosen]
-                q = prediction_quality(scores[chosen], measured, n_bootstrap=N_BOOTSTRAP_OF_FOLD)
-                yield FoldRow(index, hop, subset, q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae)
+                q = prediction_quality(scores[chosen], truth[fold.test][chosen], n_bootstrap=N_BOOTSTRAP_OF_FOLD)
+                rows.append(FoldRow(index, hop, subset, q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae))
+    return tuple(rows)
 
 
 def _subsets(data: TrainingSet, around: float | None) -> dict[str, npt.NDArray[np.bool_]]:
@@ -150,10 +169,6 @@ def _subsets(data: TrainingSet, around: float | None) -> dict[str, npt.NDArray[n
         if inside.sum() >= MIN_IN_BAND:
             subsets[f"{low:.2f} to {high:.2f} bits"] = inside
     return subsets
-
-
-def _truth(predictor: Predictor, data: TrainingSet) -> Values:
-    return data.target if predictor.options.is_paper else data.quality
 
 
 def predict_by_rivals(
@@ -236,22 +251,12 @@ def _ridge(choices: Choices) -> Fit:
     return fit
 
 
-@dataclass(frozen=True)
-class Change:
-    """Some decisions of a recipe at other formats, and what that is for."""
+def telling_changes(predictor: Predictor, table: SensitivityTable, allocation: Allocation) -> dict[Insight, Recipe]:
+    """Changes whose predicted effect is largest, and the changed recipes, to be measured.
 
-    sentence: str
-    decisions: tuple[str, ...]
-    from_format: str
-    to_format: str
-    recipe: Recipe
-    predicted_db: float
-    error_db: float
-
-
-def telling_changes(predictor: Predictor, table: SensitivityTable, allocation: Allocation) -> tuple[Change, ...]:
-    """Changes whose predicted effect is largest: bits taken from an operation or block, given to one, other methods."""
-    space = predictor.choices.space
+    Bits are taken from an operation or block, or given to one; or all layers of an operation take another method.
+    """
+    space = predictor.data.choices.space
     layers = {f"every `{name}` layer": members for name, members in grouped(space, lambda d: d.operation).items()}
     blocks = grouped(space, lambda d: f"block `{d.block}`" if d.block else "the layers outside all blocks")
     fewer, more = (partial(_step, table, sign) for sign in (-1, 1))
@@ -261,16 +266,18 @@ def telling_changes(predictor: Predictor, table: SensitivityTable, allocation: A
         ("Fewer bits", blocks, fewer, 2),
         ("Another method", layers, partial(_other_method, table), 1),
     )
-    found: list[Change] = []
-    mildest: Change | None = None
+    recipes: dict[Insight, Recipe] = {}
+    found: list[Insight] = []
+    mildest: Insight | None = None
     for number, (kind, groups, other, n) in enumerate(kinds):
         made = [_change(predictor, allocation, f"{kind} for {what}", m, other) for what, m in groups.items()]
-        changes = sorted((c for c in made if c is not None), key=lambda c: -abs(c.predicted_db))
+        recipes |= (known := dict(one for one in made if one is not None))
+        changes = sorted(known, key=lambda c: -abs(c.predicted_db))
         found += [c for c in changes if abs(c.predicted_db) >= _LEAST_DB][:n]
         if not number:
             mildest = max((c for c in changes if c.predicted_db < 0), key=lambda c: c.predicted_db, default=None)
-    unique = {c.recipe.key: c for c in (*found, mildest) if c is not None}
-    return tuple(unique.values())[:N_CHANGES]
+    unique = {recipes[c].key: c for c in (*found, mildest) if c is not None}
+    return {c: recipes[c] for c in list(unique.values())[:N_CHANGES]}
 
 
 def _change(
@@ -279,9 +286,9 @@ def _change(
     what: str,
     members: Sequence[Decision],
     other: Callable[[Decision, Format], Format | None],
-) -> Change | None:
+) -> tuple[Insight, Recipe] | None:
     """What happens where some decisions go to other formats; None where they have none."""
-    choices, choice = predictor.choices, allocation.choice
+    choices, choice = predictor.data.choices, allocation.choice
     moves = {d.name: f for d in members if (f := other(d, choice[d.name])) is not None}
     if not moves:
         return None
@@ -290,20 +297,18 @@ def _change(
     each = predictor.predict_each(np.concatenate([before, after]))
     effects = each[:, 1] - each[:, 0]
     # an error is that between folds, and what the noise models do not know
-    models = [fold.noise for fold in predictor.folds if fold.noise is not None]
-    unknown = float(np.mean([m.uncertainty(after, minus=before)[0] for m in models])) if models else 0.0
-    predicted = float(effects.mean())
-    share = 100 * sum(d.params for d in members) / choices.space.params
-    return Change(
-        sentence=f"{what} ({bits_of(members, choice):.2f} bits per weight now, {allocation.paper_bits:.2f} overall; "
-        f"{share:.1f} % of the weights) {'costs' if predicted < 0 else 'gains'} about {abs(predicted):.1f} dB.",
-        decisions=tuple(moves),
-        from_format=_texts(choice[name] for name in moves),
-        to_format=_texts(moves.values()),
-        recipe=recipe,
-        predicted_db=predicted,
-        error_db=math.hypot(float(effects.std(ddof=1)), unknown),
+    unknowns = [n.noise.uncertainty(after, minus=before)[0] for n in predictor.noise_networks] or [0.0]
+    predicted, half = (
+        float(effects.mean()),
+        NORMAL_95 * math.hypot(float(effects.std(ddof=1)), float(np.mean(unknowns))),
     )
+    share = 100 * sum(d.params for d in members) / choices.space.params
+    sentence = (
+        f"{what} ({bits_of(members, choice):.2f} bits per weight now, {allocation.paper_bits:.2f} overall; "
+        f"{share:.1f} % of the weights) {'costs' if predicted < 0 else 'gains'} about {abs(predicted):.1f} dB."
+    )
+    old, new = _texts(choice[name] for name in moves), _texts(moves.values())
+    return Insight(sentence, tuple(moves), old, new, predicted, predicted - half, predicted + half), recipe
 
 
 def _step(table: SensitivityTable, sign: int, decision: Decision, present: Format) -> Format | None:

@@ -20,8 +20,8 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from sedimo.allocation.variant_table import (
 )
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
-from sedimo.graph.model import DenoiserGraph, Group
+from sedimo.graph.model import Group
 from sedimo.methods.predictor.features import (
     Candidates,
     Choices,
@@ -65,105 +65,84 @@ _BATCH = 256
 refuse_confidence = within(least=0, most=10, hint="standard deviations")
 
 
-def hop_moments(predictor: Predictor, graph: DenoiserGraph, codes: Codes) -> Values:
+@torch.no_grad()
+def hop_moments(predictor: Predictor) -> Values:
     """Mean and deviation of the scores at each hop of each fold, `[F, M + 1, 2]`: at hop 0 of layers, then of groups.
 
-    They are taken over (some of) the recipes `[T, D]`. A hop that no group has gets the moments of all layers.
+    They are taken over (some of) the training recipes. A hop that no group has gets the moments of all layers.
     """
-    features, n_hops = predictor.features, predictor.options.n_hops
-    some = codes[:: max(1, len(codes) // _MOMENT_RECIPES)]
-    rows = torch.from_numpy(features.rows(some))
-    layers = np.flatnonzero(features.decision >= 0)
-    parts: dict[int, list[_Part]] = {}
-    for group in graph.groups:
-        if hop := min(group.hop, n_hops):
-            parts.setdefault(hop, []).append(_part(features, graph, group, hop))
+    data, n_hops = predictor.data, predictor.options.n_hops
+    some = data.codes[:: max(1, data.n // _MOMENT_RECIPES)]
+    rows, layers = torch.from_numpy(data.features.rows(some)), np.flatnonzero(data.features.decision >= 0)
     found = np.zeros((len(predictor.folds), n_hops + 1, 2))
-    for i, fold in enumerate(predictor.folds):
-        embeddings = _embeddings(fold.network, rows)
-        for hop, h in enumerate(embeddings):
-            each = [_root_scores(fold.network, features, part, some, hop) for part in parts.get(hop, ())]
-            scores = np.concatenate(each) if each else _scores_of(fold.network, h, rows, hop)[:, layers]
+    for hop in range(n_hops + 1):
+        groups = [group for group in data.features.graph.groups if min(group.hop, n_hops) == hop] if hop else []
+        each = [_root_scores(predictor, group, hop, some) for group in groups]  # [F, T]
+        if not each:
+            networks = [fold.network for fold in predictor.folds]
+            each = [np.stack([_scores_of(n, n.hops(rows)[hop], rows, hop)[:, layers].ravel() for n in networks])]
+        for i, scores in enumerate(np.concatenate(each, axis=1)):
             used = scores[np.isfinite(scores)]
             found[i, hop] = used.mean(), max(float(used.std()), 1e-12)
     return found
 
 
+@torch.no_grad()
 def option_scores(predictor: Predictor, moments: Values) -> Values:
     """Scores of each option of each decision by hop 0 of each fold, `[F, D, K]`; not a number where there is no option.
 
     Hop 0 sees no neighbour, so that isolation and context are the same.
     """
-    rows = torch.from_numpy(predictor.features.row_options(predictor.choices.n_options))
-    each = [
-        _scores_of(fold.network, _table(fold.network, predictor.features)[rows], rows, 0) for fold in predictor.folds
-    ]
-    return np.where(predictor.choices.exists, _weighted(predictor, np.stack(each), moments, 0), np.nan)
+    choices = predictor.data.choices
+    rows = torch.from_numpy(predictor.data.features.row_options(choices.n_options))
+    networks = [fold.network for fold in predictor.folds]
+    each = [_scores_of(network, network.hops.embedding.whole_table()[rows], rows, 0) for network in networks]
+    return np.where(choices.exists, _weighted(predictor, np.stack(each), moments, 0), np.nan)
 
 
-def group_scores(
-    predictor: Predictor, graph: DenoiserGraph, group: Group, moments: Values, *, reference: Codes | None = None
-) -> Values:
+def group_scores(predictor: Predictor, group: Group, moments: Values, *, reference: Codes | None = None) -> Values:
     """Scores of all variants of a group at its root, by the hop of the group (at most the last) of each fold, `[F, V]`.
 
     With `reference`, one row of codes `[D]`, the rest of the graph stands as there; without, the group is alone.
     """
     hop = min(group.hop, predictor.options.n_hops)
-    return _weighted(predictor, _group_scores(predictor, graph, group, hop, reference), moments, hop)
+    return _weighted(predictor, _variant_scores(predictor, group, hop, reference), moments, hop)
 
 
-def _group_scores(
-    predictor: Predictor, graph: DenoiserGraph, group: Group, hop: int, reference: Codes | None
-) -> Values:
-    decisions, choice = variants_of(predictor, graph, group)
-    base = np.zeros(predictor.choices.n_decisions, dtype=np.int64) if reference is None else reference
+def _variant_scores(predictor: Predictor, group: Group, hop: int, reference: Codes | None) -> Values:
+    decisions, choice = variants_of(predictor.data, group)
+    base = np.zeros_like(predictor.data.codes[0]) if reference is None else reference
     codes = np.repeat(base[None], len(choice), axis=0)
     codes[:, decisions] = choice
-    part = _part(predictor.features, graph, group, hop, is_alone=reference is None)
-    return np.stack([_root_scores(f.network, predictor.features, part, codes, hop) for f in predictor.folds])
+    return _root_scores(predictor, group, hop, codes, is_alone=reference is None)
 
 
-def variants_of(predictor: Predictor, graph: DenoiserGraph, group: Group) -> tuple[list[int], Codes]:
+def variants_of(data: TrainingSet, group: Group) -> tuple[list[int], Codes]:
     """A group's decisions `[w]`, and their options in every variant `[V, w]`."""
-    decisions = list(dict.fromkeys(_decisions_of(predictor, graph, group)))
-    return decisions, enumerate_variants([predictor.choices.space.decisions[d] for d in decisions]).astype(np.int64)
+    features = data.features
+    decisions = list(dict.fromkeys(int(features.decision[features.place[layer]]) for layer in group.layers))
+    return decisions, enumerate_variants([data.choices.space.decisions[d] for d in decisions]).astype(np.int64)
 
 
-def disjoint_groups(predictor: Predictor, graph: DenoiserGraph, groups: Iterable[Group]) -> tuple[Group, ...]:
-    """The groups, each without the layers whose decision an earlier one has: tied layers are varied once."""
-    taken: set[int] = set()
-    found = []
-    for group in groups:
-        decisions = _decisions_of(predictor, graph, group)
-        layers = tuple(layer for layer, d in zip(group.layers, decisions, strict=True) if d not in taken)
-        taken |= set(decisions)
-        if layers:
-            found.append(replace(group, layers=layers))
-    return tuple(found)
+def most_common(data: TrainingSet, *, share: float = 0.25) -> Codes:
+    """The option that each decision takes most often among the best `share` of the recipes, `[D]`."""
+    best = np.argsort(-data.quality)[: max(1, round(share * data.n))]
+    return np.array([np.bincount(column).argmax() for column in data.codes[best].T], dtype=np.int64)
 
 
-def most_common(codes: Codes, quality: Values, *, share: float = 0.25) -> Codes:
-    """The option that each decision takes most often among the best `share` of recipes `[T, D]`, `[D]`."""
-    best = np.argsort(-quality)[: max(1, round(share * len(quality)))]
-    return np.array([np.bincount(column).argmax() for column in codes[best].T], dtype=np.int64)
-
-
-def distributions(
-    predictor: Predictor, background: Background, data: TrainingSet
-) -> tuple[ScoresByName, ScoresByName, tuple[str, ...]]:
+def distributions(predictor: Predictor, background: Background) -> tuple[ScoresByName, ScoresByName, tuple[str, ...]]:
     """Scores of options by operation, scores of group variants by block, and notes about hops without worth."""
-    graph = background.graph
-    moments = hop_moments(predictor, graph, data.codes)
+    moments = hop_moments(predictor)
     operations: ScoresByName = {}
     for row, decision in zip(option_scores(predictor, moments).mean(axis=0), background.space.decisions, strict=True):
         operations.setdefault(decision.operation, []).extend(row[np.isfinite(row)].tolist())
     blocks: ScoresByName = {}
-    reference, least = most_common(data.codes, data.quality), 1.0
-    for group in disjoint_groups(predictor, graph, background.groups):
-        found = group_scores(predictor, graph, group, moments, reference=reference).mean(axis=0)
-        alone = group_scores(predictor, graph, group, moments).mean(axis=0)
+    reference, least = most_common(predictor.data), 1.0
+    for group in background.groups:
+        found = group_scores(predictor, group, moments, reference=reference).mean(axis=0)
+        alone = group_scores(predictor, group, moments).mean(axis=0)
         least = min(least, rank_correlation(found, alone, of_constant=1.0))
-        block = graph.layer_index[group.layers[0]].block
+        block = background.graph.layer_index[group.layers[0]].block
         blocks.setdefault(block or "outside blocks", []).extend(found.tolist())
     useless = [
         f"hop {hop} of fold {i} ranked its test recipes no better than chance ({srcc:+.2f}) and has no weight"
@@ -175,36 +154,6 @@ def distributions(
     return operations, blocks, (compared, *useless)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part of the graph: its `nodes`, the edges between them, and the places of the root and of the layers in it."""
-
-    nodes: Codes
-    topology: Topology
-    root: int
-    layers: list[int]
-
-
-def _part(features: GraphFeatures, graph: DenoiserGraph, group: Group, hop: int, *, is_alone: bool = False) -> _Part:
-    place = {node.name: i for i, node in enumerate(graph.nodes)}
-    root, members = place[group.root], [place[name] for name in group.layers]
-    upstream = edge = {root, *members}
-    for _ in range(hop):
-        edge = {a for a, b in graph.edges if b in edge}
-        upstream = upstream | edge
-    if is_alone:
-        upstream = {n for n in upstream if n in members or features.decision[n] < 0} | {root}
-    local = {n: i for i, n in enumerate(sorted(upstream))}
-    edges = [(local[a], local[b]) for a, b in graph.edges if a in local and b in local]
-    return _Part(np.array(list(local)), make_topology(len(local), edges), local[root], [local[n] for n in members])
-
-
-def _decisions_of(predictor: Predictor, graph: DenoiserGraph, group: Group) -> list[int]:
-    """The decision of each layer of a group."""
-    place = {node.name: i for i, node in enumerate(graph.nodes)}
-    return [int(predictor.features.decision[place[layer]]) for layer in group.layers]
-
-
 def _weighted(predictor: Predictor, raw: Values, moments: Values, hop: int) -> Values:
     """Raw scores of each fold `[F, ...]`, standardised and weighted."""
     shape = (-1, *[1] * (raw.ndim - 1))
@@ -213,19 +162,6 @@ def _weighted(predictor: Predictor, raw: Values, moments: Values, hop: int) -> V
     return np.asarray(np.minimum((raw - mean) / deviation, _HIGHEST) * weight)
 
 
-@torch.no_grad()
-def _table(network: Network, features: GraphFeatures) -> torch.Tensor:
-    """Hop 0 of every row, `[R, C]`."""
-    return network.eval().hops.embedding.table(torch.arange(features.n_rows))
-
-
-@torch.no_grad()
-def _embeddings(network: Network, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    found: tuple[torch.Tensor, ...] = network.eval().hops(rows)
-    return found
-
-
-@torch.no_grad()
 def _scores_of(network: Network, h: torch.Tensor, rows: torch.Tensor, hop: int) -> Values:
     """Scores of nodes `[G, n]` from their embeddings `[G, n, C]` and rows."""
     scores = h.abs().sum(dim=2) if isinstance(network, PaperNetwork) else -network.log_contributions(rows, h, hop)
@@ -233,22 +169,41 @@ def _scores_of(network: Network, h: torch.Tensor, rows: torch.Tensor, hop: int) 
 
 
 @torch.no_grad()
-def _root_scores(network: Network, features: GraphFeatures, part: _Part, codes: Codes, hop: int) -> Values:
-    """Score of every recipe `[V]`: the norm of the root's embedding, or what the group's layers add to the noise."""
-    table, size = _table(network, features), max(1, _VARIANT_ROWS // len(part.nodes))
-    found = []
-    for first in range(0, len(codes), size):
-        rows = torch.from_numpy(features.rows(codes[first : first + size])[:, part.nodes])
-        h = table[rows]
-        for i in range(hop):
-            h = network.hops.further(i, h, part.topology)
-        scores = _scores_of(network, h, rows, hop)
-        if isinstance(network, PaperNetwork):
-            found.append(scores[:, part.root])
-            continue
-        with np.errstate(divide="ignore"):  # all layers at fp16 add nothing
-            found.append(-np.log(np.exp(-scores[:, part.layers]).sum(axis=1)))
-    return np.concatenate(found)
+def _root_scores(predictor: Predictor, group: Group, hop: int, codes: Codes, *, is_alone: bool = False) -> Values:
+    """Scores of recipes `[F, V]`: the norm of the root's embedding, or what the group's layers add to the noise."""
+    features = predictor.data.features
+    nodes, topology = _upstream(features, group, hop, is_alone=is_alone)
+    root, *layers = np.searchsorted(nodes, [features.place[name] for name in (group.root, *group.layers)])
+    size, found = max(1, _VARIANT_ROWS // len(nodes)), []
+    for network in (fold.network for fold in predictor.folds):
+        table, scores = network.hops.embedding.whole_table(), []
+        for first in range(0, len(codes), size):
+            rows = torch.from_numpy(features.rows(codes[first : first + size])[:, nodes])
+            h = table[rows]
+            for i in range(hop):
+                h = network.hops.further(i, h, topology)
+            each = _scores_of(network, h, rows, hop)
+            if isinstance(network, PaperNetwork):
+                scores.append(each[:, root])
+                continue
+            with np.errstate(divide="ignore"):  # all layers at fp16 add nothing
+                scores.append(-np.log(np.exp(-each[:, layers]).sum(axis=1)))
+        found.append(np.concatenate(scores))
+    return np.stack(found)
+
+
+def _upstream(features: GraphFeatures, group: Group, hop: int, *, is_alone: bool) -> tuple[Codes, Topology]:
+    """The nodes that a group's scores at a hop depend on, ascending, and the edges between them."""
+    members = {features.place[name] for name in (group.root, *group.layers)}
+    upstream, edge = members, members
+    for _ in range(hop):
+        edge = {a for a, b in features.graph.edges if b in edge}
+        upstream = upstream | edge
+    if is_alone:
+        upstream = {n for n in upstream if n in members or features.decision[n] < 0}
+    local = {n: i for i, n in enumerate(sorted(upstream))}
+    edges = [(local[a], local[b]) for a, b in features.graph.edges if a in local and b in local]
+    return np.array(list(local)), make_topology(len(local), edges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,48 +246,45 @@ def noise_table(
     With `confidence` k, a cost is what it may be k standard deviations above: options that the trials say little of
     are avoided. Costs sum to the predicted relative noise of the reference if the target is SQNR in decibels.
     """
-    networks, fitted = _noise_networks(predictor)
-    each = np.stack([_changed_totals(network, predictor, reference) for network in networks])  # [F, D, K]
+    choices, fitted = predictor.data.choices, _mean_deviation(predictor)
+    each = np.stack([_changed_totals(n, predictor.data, reference) for n in predictor.noise_networks])  # [F, D, K]
     mean, spread = each.mean(axis=0), each.std(axis=0, ddof=1)
     scale = 1.0
     if is_decibel:  # from the network's unit to relative noise power, at the reference
         predicted = float(predictor.predict(reference[None])[0])
         scale = math.exp(-predicted * math.log(10) / 10) / float(picked(mean, reference[None]).sum())
-    floored = np.maximum(mean, 1e-6 * float(mean[predictor.choices.exists].max()))
-    known = {"n_recipes": str(sum(len(fold.test) for fold in predictor.folds)), "confidence": f"{confidence:g}"}
+    floored = np.maximum(mean, 1e-6 * float(mean[choices.exists].max()))
     return options_table(
-        predictor.choices,
+        choices,
         candidates,
         scale * (floored + confidence * spread) * np.exp(confidence * fitted),
         errors=scale * np.hypot(spread, floored * fitted),
-        settings=known,
+        settings={"n_recipes": str(predictor.data.n), "confidence": f"{confidence:g}"},
     )
 
 
-def _noise_networks(predictor: Predictor) -> tuple[list[NoiseNetwork], Values]:
-    """The networks of all folds, and the mean deviation `[D, K]` of the noise models that they start from."""
-    networks = [fold.network for fold in predictor.folds if isinstance(fold.network, NoiseNetwork)]
-    deviations = [fold.noise.deviation for fold in predictor.folds if fold.noise is not None]
-    if not networks or not deviations:
+def _mean_deviation(predictor: Predictor) -> Values:
+    """The mean deviation `[D, K]` of the noise models that the networks start from."""
+    if not predictor.noise_networks:
         raise InputError("the preset 'paper' has scores, not noise: use its score table")
-    mean = np.stack(deviations).mean(axis=0)
-    return networks, np.where(np.isfinite(mean), mean, 0.0)
+    mean = np.stack([network.noise.deviation for network in predictor.noise_networks]).mean(axis=0)
+    return np.where(np.isfinite(mean), mean, 0.0)
 
 
 @torch.no_grad()
-def _changed_totals(network: NoiseNetwork, predictor: Predictor, reference: Codes) -> Values:
+def _changed_totals(network: NoiseNetwork, data: TrainingSet, reference: Codes) -> Values:
     """Own contribution at the reference plus the change of the total when an option is taken instead, `[D, K]`."""
 
     def contributions(codes: Codes) -> Values:
-        rows = torch.from_numpy(predictor.features.rows(codes))
-        embeddings = _embeddings(network, rows)
+        rows = torch.from_numpy(data.features.rows(codes))
+        embeddings = network.hops(rows)
         return np.asarray(network.contributions(rows, embeddings[-1], len(embeddings) - 1).double().numpy())
 
-    decisions, options = np.nonzero(predictor.choices.exists)
+    decisions, options = np.nonzero(data.choices.exists)
     changed = np.repeat(reference[None], len(decisions), axis=0)
     changed[np.arange(len(changed)), decisions] = options
     totals = [contributions(changed[i : i + _BATCH]).sum(axis=1) for i in range(0, len(changed), _BATCH)]
-    own, found = contributions(reference[None])[0], np.zeros(predictor.choices.exists.shape)
+    own, found = contributions(reference[None])[0], np.zeros(data.choices.exists.shape)
     found[decisions, options] = own[decisions] + np.concatenate(totals) - own.sum()
     return found
 
@@ -347,11 +299,10 @@ def options_table(
     method: str = NAME,
 ) -> SensitivityTable:
     """A table of costs `[D, K]` with standard errors `[D, K]`; fp16 costs nothing."""
-    place = {(d.name, f): (i, k) for i, d in enumerate(choices.space.decisions) for k, f in enumerate(d.formats)}
     n = int(settings.get("n_recipes", "0"))
 
     def estimate(candidate: Candidate) -> CostEstimate:
-        where = place[candidate.decision, candidate.format]
+        where = choices.places[candidate.decision, candidate.format]
         return CostEstimate(float(costs[where]), float(errors[where]), n)
 
     return build_table(method, choices.space, candidates.values(), estimate, settings, sees_activations=True)
@@ -367,19 +318,19 @@ def score_table(choices: Choices, candidates: Candidates, scores: Values, calibr
 
 
 def calibrated_table(
-    predictor: Predictor, candidates: Candidates, data: TrainingSet, scores: Values, *, confidence: float, goal: Goal
+    predictor: Predictor, candidates: Candidates, scores: Values, *, confidence: float, goal: Goal
 ) -> tuple[SensitivityTable, Calibration]:
     """The table of a predictor, around the best training recipe, and the calibration of its scores by option.
 
     Costs depend on the recipe around which they are taken; a search takes them again around its own result.
     """
+    data = predictor.data
     sums = picked(np.nan_to_num(scores.mean(axis=0)), data.codes).sum(axis=1)
     calibration = calibrate(sums, data.choices.paper_bits(data.codes), data.quality)
     if predictor.options.is_paper:
         return score_table(data.choices, candidates, scores, calibration), calibration
     best = data.codes[int(data.quality.argmax())]
-    is_decibel = str(goal) == "sqnr_db"
-    table = noise_table(predictor, candidates, best, confidence=confidence, is_decibel=is_decibel)
+    table = noise_table(predictor, candidates, best, confidence=confidence, is_decibel=str(goal) == "sqnr_db")
     if not all(math.isfinite(cost.cost) for cost in table.costs):
         raise InputError("the predictor's costs are not finite; the trials hold diverged recipes only")
     return table, calibration
@@ -390,18 +341,17 @@ def argmax_recipes(predictor: Predictor, background: Background, scores: Values,
 
     Source: Mills et al. 2024, Qua2SeDiMo (arXiv 2412.14628): argmax per operation and per block, without a budget.
     """
-    choices, graph = predictor.choices, background.graph
+    choices = predictor.data.choices
     operations = np.where(choices.exists, scores.mean(axis=0), -np.inf).argmax(axis=1)
     grouped = operations.copy()
-    for group in disjoint_groups(predictor, graph, background.groups):
-        decisions, choice = variants_of(predictor, graph, group)
-        grouped[decisions] = choice[group_scores(predictor, graph, group, moments).mean(axis=0).argmax()]
+    for group in background.groups:
+        decisions, choice = variants_of(predictor.data, group)
+        grouped[decisions] = choice[group_scores(predictor, group, moments).mean(axis=0).argmax()]
     return {"operations": choices.recipe(operations), "groups": choices.recipe(grouped)}
 
 
 def noise_variant_table(
     predictor: Predictor,
-    graph: DenoiserGraph,
     groups: Sequence[Group],
     reference: Codes,
     candidates: Candidates,
@@ -414,13 +364,13 @@ def noise_variant_table(
     what it may be k standard deviations above: the spread over folds, and what the noise models do not know of the
     variant's options on average.
     """
-    deviation, found = _noise_networks(predictor)[1], []
+    space, deviation, found = predictor.data.choices.space, _mean_deviation(predictor), []
     for group in groups:
-        members, choice = variants_of(predictor, graph, group)
-        noise = np.exp(-_group_scores(predictor, graph, group, predictor.options.n_hops, reference))  # [F, V]
+        members, choice = variants_of(predictor.data, group)
+        noise = np.exp(-_variant_scores(predictor, group, predictor.options.n_hops, reference))  # [F, V]
         mean, unknown = noise.mean(axis=0), deviation[np.array(members), choice].mean(axis=1)
         relative = np.sqrt((noise.std(axis=0, ddof=1) / np.maximum(mean, 1e-300)) ** 2 + unknown**2)
-        decisions = [predictor.choices.space.decisions[d] for d in members]
+        decisions = [space.decisions[d] for d in members]
         columns = choice.astype(np.int8)
         found.append(
             GroupVariants(
@@ -433,4 +383,4 @@ def noise_variant_table(
                 *variant_sizes(decisions, columns, candidates=candidates),
             )
         )
-    return build_variant_table(NAME, predictor.choices.space, found)
+    return build_variant_table(NAME, space, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,14 @@ from sedimo.methods.adjoint import ADJOINT
 from sedimo.methods.error import ERROR
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Method, Task
-from sedimo.methods.predictor.features import Candidates, Choices, Values, graph_features, split_streams
+from sedimo.methods.predictor.features import (
+    Candidates,
+    Choices,
+    Values,
+    disjoint_groups,
+    graph_features,
+    split_streams,
+)
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.training import MIN_RECIPES, TrainingSet
 from sedimo.pipelines.adapter import Sampling
@@ -59,15 +67,16 @@ class Background:
     digest: str
     effects: Effects | None = None
 
-    @property
+    @cached_property
     def choices(self) -> Choices:
         """The options of the space."""
         return Choices(self.space)
 
-    @property
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The groups, cut where there are too many variants to try them all."""
-        return split_groups(self.graph, n_options=self.choices.n_options, max_variants=MAX_VARIANTS)
+        """The groups, cut where there are too many variants to try them all, with no decision in two of them."""
+        cut = split_groups(self.graph, n_options=self.choices.n_options, max_variants=MAX_VARIANTS)
+        return disjoint_groups(self.space, cut)
 
     def prior(self) -> Values:
         """Costs that the noise model starts from, `[D, K]`."""

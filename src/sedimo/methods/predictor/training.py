@@ -28,7 +28,7 @@ from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 from sedimo.methods.predictor.features import Choices, Codes, GraphFeatures, Values
 from sedimo.methods.predictor.model import NoiseNetwork, PaperNetwork
-from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
+from sedimo.methods.predictor.noise_model import fit_noise_model
 from sedimo.metrics.ranking import Gain, rank_correlation
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,10 @@ class TrainingOptions:
         """Whether the network, its loss and what it predicts, the target's term for size included, are as published."""
         return self.preset == "paper"
 
+    def truth(self, data: TrainingSet) -> Values:
+        """What is predicted of recipes, `[T]`."""
+        return data.target if self.is_paper else data.quality
+
 
 FAST = TrainingOptions()
 PAPER = TrainingOptions(
@@ -122,14 +126,13 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class FoldModel:
-    """The network of one fold with what it starts from, and what it says of its test recipes.
+    """The network of one fold, and what it says of its test recipes.
 
     `predicted` `[n]` is in the target's unit; `hop_scores` `[M + 1, n]` rank recipes by each hop. `n_epochs` were
     trained to the best validation loss. `unit` is what the network's 0 and 1 stand for: offset and scale.
     """
 
     network: Network
-    noise: NoiseModel | None
     test: Codes
     predicted: Values
     hop_scores: Values
@@ -140,12 +143,16 @@ class FoldModel:
 
 @dataclass(frozen=True)
 class Predictor:
-    """The networks of all folds; what they say together is their mean."""
+    """The networks of all folds and what they were trained on; what they say together is their mean."""
 
     options: TrainingOptions
-    features: GraphFeatures
-    choices: Choices
+    data: TrainingSet
     folds: tuple[FoldModel, ...]
+
+    @property
+    def noise_networks(self) -> list[NoiseNetwork]:
+        """The networks, unless they are the published ones."""
+        return [fold.network for fold in self.folds if isinstance(fold.network, NoiseNetwork)]
 
     def predict(self, codes: Codes) -> Values:
         """Mean prediction of recipes `[T, D]`, `[T]`."""
@@ -153,11 +160,11 @@ class Predictor:
 
     def predict_each(self, codes: Codes) -> Values:
         """Prediction of every fold, `[F, T]`."""
-        return np.stack([_run(f.network, self.features, codes, f.unit)[0] for f in self.folds])
+        return np.stack([_run(f.network, self.data.features, codes, f.unit)[0] for f in self.folds])
 
-    def cross_validated(self, n: int) -> Values:
-        """For each of the `n` training recipes the prediction by the fold that has not seen it, `[n]`."""
-        found = np.full(n, np.nan)
+    def cross_validated(self) -> Values:
+        """For each of the training recipes the prediction by the fold that has not seen it, `[n]`."""
+        found = np.full(self.data.n, np.nan)
         for fold in self.folds:
             found[fold.test] = fold.predicted
         return found
@@ -176,7 +183,7 @@ def train_predictor(data: TrainingSet, options: TrainingOptions = FAST, *, progr
         folds.append(_train_fold(data, options, index, np.sort(test)))
         progress.advance(1)
     progress.done()
-    return Predictor(options, data.features, data.choices, tuple(folds))
+    return Predictor(options, data, tuple(folds))
 
 
 @torch.no_grad()
@@ -208,95 +215,97 @@ def _train_fold(data: TrainingSet, options: TrainingOptions, index: int, test: C
     others = generator.permutation(np.setdiff1d(np.arange(data.n), test))
     n_validation = max(3, round(options.validation_share * len(others)))
     validation, training = others[:n_validation], others[n_validation:]
+    network: Network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed + index)
-        noise: NoiseModel | None = None
-        network: Network
         if options.is_paper:
             network = PaperNetwork(data.features, n_hops=options.n_hops)
         else:
             noise = fit_noise_model(data.choices, data.prior, data.codes[training], data.quality[training])
-            network = NoiseNetwork(data.features, noise.log_costs, noise.link, n_hops=options.n_hops)
-        n_epochs = _Training(data, options, network, training, validation).run(generator)
+            network = NoiseNetwork(data.features, noise, n_hops=options.n_hops)
+        n_epochs = _train(network, data, options, training=training, validation=validation, generator=generator)
     low, high = _ends(data.target[training])
     unit = (low, (high - low) / RELEVANCE) if options.is_paper else (0.0, 1.0)
     predicted, hop_scores = _run(network, data.features, data.codes[test], unit)
-    truth = data.target[test] if options.is_paper else data.quality[test]
+    truth = options.truth(data)[test]
     hop_srcc = [rank_correlation(scores, truth) if len(truth) > 2 else 0.0 for scores in hop_scores]
-    return FoldModel(network, noise, test, predicted, hop_scores, np.array(hop_srcc), n_epochs, unit)
+    return FoldModel(network, test, predicted, hop_scores, np.array(hop_srcc), n_epochs, unit)
 
 
-class _Training:
-    """The epochs of one fold: the network ends as it was where the validation loss was least."""
+def _train(
+    network: Network,
+    data: TrainingSet,
+    options: TrainingOptions,
+    *,
+    training: Codes,
+    validation: Codes,
+    generator: np.random.Generator,
+) -> int:
+    """Number of epochs to the least validation loss; the network ends as it was then."""
+    wanted = relevance(data.target, data.target[training]) if options.is_paper else data.quality
+    targets = torch.from_numpy(wanted).float()
+    scale = 1.0 if options.is_paper else float(data.quality[training].std())
+    optimiser = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.n_epochs)
+    # parts of about one size: batch normalisation needs more than one graph, ranks more than a few
+    n_batches = max(1, round(len(training) / options.batch_size))
 
-    def __init__(
-        self, data: TrainingSet, options: TrainingOptions, network: Network, training: Codes, validation: Codes
-    ) -> None:
-        self._options, self._network = options, network
-        wanted = relevance(data.target, data.target[training]) if options.is_paper else data.quality
-        self._scale = 1.0 if options.is_paper else float(data.quality[training].std())
-        targets = torch.from_numpy(wanted).float()
-        self._data, self._check = ((data.codes[part], targets[part]) for part in (training, validation))
-        self._features = data.features
-        self._optimiser = torch.optim.AdamW(
-            network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+    def said(recipes: Codes) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        found: tuple[torch.Tensor, list[torch.Tensor]] = network(
+            torch.from_numpy(data.features.rows(data.codes[recipes]))
         )
-        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, options.n_epochs)
-
-    def run(self, generator: np.random.Generator) -> int:
-        """Trains; returns the number of epochs to the best one."""
-        best, best_epoch, best_state = self._validate(), 0, copy.deepcopy(self._network.state_dict())
-        for epoch in range(1, self._options.n_epochs + 1):
-            self._epoch(generator)
-            loss = self._validate()
-            if loss < best:
-                best, best_epoch, best_state = loss, epoch, copy.deepcopy(self._network.state_dict())
-            elif epoch - best_epoch >= self._options.patience:
-                break
-        self._network.load_state_dict(best_state)
-        logger.info("best of the epochs: %d, validation loss %.4g", best_epoch, best)
-        return best_epoch
-
-    def _epoch(self, generator: np.random.Generator) -> None:
-        self._network.train()
-        codes, wanted = self._data
-        # parts of about one size: batch normalisation needs more than one graph, ranks more than a few
-        n_batches = max(1, round(len(codes) / self._options.batch_size))
-        for batch in np.array_split(generator.permutation(len(codes)), n_batches):
-            prediction, hop_scores = self._network(torch.from_numpy(self._features.rows(codes[batch])))
-            loss = self._loss(prediction, hop_scores, wanted[batch])
-            self._optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._options.clip)
-            self._optimiser.step()
-        self._schedule.step()
+        return found
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        self._network.eval()
-        codes, wanted = self._check
-        prediction, hop_scores = self._network(torch.from_numpy(self._features.rows(codes)))
-        said = [prediction] if self._options.is_paper else hop_scores[1:]
-        return float(torch.stack([(one - wanted).square().mean() for one in said]).mean())
+    def validated() -> float:
+        network.eval()
+        prediction, hop_scores = said(validation)
+        each = [prediction] if options.is_paper else hop_scores[1:]
+        return float(torch.stack([(one - targets[validation]).square().mean() for one in each]).mean())
 
-    def _loss(self, prediction: torch.Tensor, hop_scores: list[torch.Tensor], wanted: torch.Tensor) -> torch.Tensor:
-        """Squared error plus the mean over hops of the ranking loss.
+    best, best_epoch, best_state = validated(), 0, copy.deepcopy(network.state_dict())
+    for epoch in range(1, options.n_epochs + 1):
+        network.train()
+        for batch in np.array_split(generator.permutation(training), n_batches):
+            loss = _loss(options, *said(batch), targets[batch], scale)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip)
+            optimiser.step()
+        schedule.step()
+        if (current := validated()) < best:
+            best, best_epoch, best_state = current, epoch, copy.deepcopy(network.state_dict())
+        elif epoch - best_epoch >= options.patience:
+            break
+    network.load_state_dict(best_state)
+    logger.info("best of the epochs: %d, validation loss %.4g", best_epoch, best)
+    return best_epoch
 
-        Source: Mills et al. 2024, Qua2SeDiMo, loss of the predictor. With `fast` every hop predicts the quality, so
-        that every hop has a squared error.
-        """
-        options = self._options
-        said = [prediction] if options.is_paper else hop_scores
-        squared = torch.stack([((one - wanted) / self._scale).square().mean() for one in said]).mean()
-        if options.ranking == "none":
-            return squared
-        # of relevances at most 4 where gains are exponential
-        ranks = wanted / RELEVANCE * 4 if options.is_paper else wanted - wanted.min()
-        losses = [
-            ranking_loss(options.ranking, scores, ranks, truncation=options.truncation, gain=options.gain)
-            for scores in hop_scores
-        ]
-        return squared + options.ranking_weight * torch.stack(losses).mean()
+
+def _loss(
+    options: TrainingOptions,
+    prediction: torch.Tensor,
+    hop_scores: list[torch.Tensor],
+    wanted: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Squared error plus the mean over hops of the ranking loss.
+
+    With `fast` every hop predicts the quality, so that every hop has a squared error.
+
+    Source: Mills et al. 2024, Qua2SeDiMo, loss of the predictor.
+    """
+    said = [prediction] if options.is_paper else hop_scores
+    squared = torch.stack([((one - wanted) / scale).square().mean() for one in said]).mean()
+    if options.ranking == "none":
+        return squared
+    # of relevances at most 4 where gains are exponential
+    ranks = wanted / RELEVANCE * 4 if options.is_paper else wanted - wanted.min()
+    losses = [
+        ranking_loss(options.ranking, scores, ranks, truncation=options.truncation, gain=options.gain)
+        for scores in hop_scores
+    ]
+    return squared + options.ranking_weight * torch.stack(losses).mean()
 
 
 def soft_rank(scores: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
