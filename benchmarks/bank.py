@@ -90,7 +90,7 @@ def fit_all(folder: Path, cache: Path) -> dict[str, float]:
 def scikit_learn_seconds(folder: Path, n_weights: int) -> dict[str, float]:
     """Part 2: what the published calls would take for k-means per channel at 3 and 4 bits on the whole model."""
     weights = FileWeights(folder)
-    name = next(i.layer_name for i in weights.weights() if i.shape == (1152, 1152))
+    name = next(name for name in weights.layer_names if weights.read(name).shape == (1152, 1152))
     rows = weights.read(name)[:ROWS_OF_SKLEARN].float().numpy()
     found = {}
     for bits in (3, 4):

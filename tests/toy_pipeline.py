@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.pipelines.adapter import DenoiserCall, WeightInfo
+from sedimo.pipelines.adapter import DenoiserCall
 from sedimo.space import search_space
 
 GUIDANCE = 3.0
@@ -85,9 +85,6 @@ class ToyWeights:
     def __init__(self, denoiser, digest="d" * 64):
         self.digest = digest
         self._layers = {n: m.weight.detach().clone() for n, m in denoiser.named_modules() if hasattr(m, "weight")}
-
-    def weights(self):
-        return [WeightInfo(n, tuple(w.shape), "float32") for n, w in self._layers.items()]
 
     def read(self, layer_name):
         return self._layers[layer_name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from sedimo.pipelines.differentiable import CutCall, DifferentiableRun, Tensors, make_again, pull_through
-from sedimo.pipelines.sampling import gives_latents, ready_to_sample
+from sedimo.pipelines.sampling import final_latents
 
 
 @contextmanager
@@ -28,15 +29,9 @@ def wanting_gradients(network: nn.Module) -> Iterator[None]:
 def whole_run(adapter, sampling) -> Iterator[torch.Tensor]:
     """Final latents `[n, ...]` that remember everything, for parameters of the denoiser that want gradients."""
     pipeline = adapter.pipeline
-    call = inspect.unwrap(type(pipeline).__call__)
-    with (
-        wanting_gradients(adapter.denoiser),
-        torch.enable_grad(),
-        ready_to_sample(pipeline, sampling, cuts_last=True) as (arguments, steps),
-    ):
-        result = call(pipeline, **arguments)[0]
-        latents = result if gives_latents(pipeline) else steps.last
-        yield latents[: len(sampling.seeds)]
+    call = functools.partial(inspect.unwrap(type(pipeline).__call__), pipeline)
+    with wanting_gradients(adapter.denoiser), torch.enable_grad():
+        yield final_latents(pipeline, sampling, call, cuts_last=True)[: len(sampling.seeds)]
 
 
 def whole_gradient(adapter, sampling, direction: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ import torch
 from sedimo.bank import FIT_VERSION, Bank, BankCache, fit_bank
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.pipelines.adapter import WeightInfo
 from sedimo.quant.fitting import fit
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.parts import PartFormat
@@ -32,9 +31,6 @@ class Weights:
     @property
     def digest(self):
         return hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.tensors.values())).hexdigest()
-
-    def weights(self):
-        return [WeightInfo(n, tuple(t.shape), "float32") for n, t in self.tensors.items()]
 
     def read(self, layer_name):
         self.reads.append(layer_name)

@@ -13,7 +13,7 @@ from sedimo.lab.bench import weights_of
 from sedimo.pipelines import loading
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
-from sedimo.pipelines.weights import FileWeights
+from sedimo.pipelines.weights import FileWeights, stored_dtype
 
 pytest_plugins = ["tiny_pipelines"]
 
@@ -67,7 +67,7 @@ def test_what_arm_processors_have_is_asked_of_the_library_that_computes(monkeypa
 def test_half_weights_are_widened_on_the_cpu(folder):
     DiffusionPipeline.from_pretrained(folder).to(torch.float16).save_pretrained(folder)
     assert load_pipeline(folder, device="cpu").dtype is torch.float32
-    assert FileWeights(folder).weights()[0].dtype == "float16"
+    assert stored_dtype(FileWeights(folder).files) is torch.float16
 
 
 def test_objects_stay_as_they_are(tiny_pipeline_folder):
@@ -151,7 +151,7 @@ def test_components_are_copied_byte_for_byte_and_exchanged_ones_written(folder, 
     assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert (out / "vae" / "notes.txt").read_text() == "keep me"
     assert not (out / "vae" / "diffusion_pytorch_model.bin").exists()
-    assert FileWeights(out).weights()[0].dtype == "bfloat16"
+    assert stored_dtype(FileWeights(out).files) is torch.bfloat16
     assert type(load_pipeline(out, device="cpu").pipeline.scheduler) is DPMSolverMultistepScheduler
     scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_class_name"] == "DPMSolverMultistepScheduler"

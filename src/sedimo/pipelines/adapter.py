@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -103,24 +103,12 @@ class PipelineAdapter(Protocol):
         """Images `[n, 3, H, W]` float32 in [0, 1] of final latents."""
 
 
-@dataclass(frozen=True)
-class WeightInfo:
-    """A weight before it is read: its layer's name, shape `[out, in, ...]` and dtype name (`float16`)."""
-
-    layer_name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class WeightSource(Protocol):
     """Weights by layer name, read one at a time so that a large model never lies in memory whole."""
 
     @property
     def digest(self) -> str:
         """sha256 that changes when any weight does."""
-
-    def weights(self) -> Sequence[WeightInfo]:
-        """All tensors named `*.weight` of two or more dimensions."""
 
     def read(self, layer_name: str) -> torch.Tensor:
         """The weight of a layer, `[out, in, ...]`, on the CPU in its stored dtype."""

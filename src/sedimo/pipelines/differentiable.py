@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from sedimo.errors import UnsupportedError
 from sedimo.pipelines.adapter import DenoiserCall, PipelineObject, Sampling
-from sedimo.pipelines.sampling import InputCopies, gives_latents, named_inputs, ready_to_sample
+from sedimo.pipelines.sampling import InputCopies, final_latents, named_inputs
 from sedimo.pipelines.schedulers import exchanged
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
@@ -73,23 +73,21 @@ def _gradients(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], outputs: Sequ
 def run_differentiably(pipeline: PipelineObject, denoiser: nn.Module, batch: Sampling) -> DifferentiableRun:
     """Samples a plan as one batch, as `sample_batch` does, and remembers how."""
     name = f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
-    call = inspect.unwrap(type(pipeline).__call__)  # diffusers switches gradients off around it
     cuts: list[CutCall] = []
+
+    def call(**arguments: object) -> object:
+        try:
+            with torch.enable_grad():
+                return inspect.unwrap(type(pipeline).__call__)(pipeline, **arguments)  # around it, gradients are off
+        except RuntimeError as error:
+            raise UnsupportedError(f"{name} cannot be run with gradients: {error}") from error
+
     with contextlib.ExitStack() as stack:
-        arguments, steps = stack.enter_context(ready_to_sample(pipeline, batch, cuts_last=True))
         for network in pipeline.components.values():
             if isinstance(network, nn.Module):
                 stack.enter_context(_cut(network, cuts, is_always_cut=network is denoiser))
-        try:
-            with torch.enable_grad():
-                result = call(pipeline, **arguments)[0]
-        except RuntimeError as error:
-            raise UnsupportedError(f"{name} cannot be run with gradients: {error}") from error
-    latents = result if gives_latents(pipeline) else steps.last
-    n_timesteps = len(pipeline.scheduler.timesteps)  # type: ignore[attr-defined]  # every scheduler has them
-    if not gives_latents(pipeline) and steps.n_steps > n_timesteps:
-        raise UnsupportedError(f"{name} makes {steps.n_steps} steps at {n_timesteps} timesteps")
-    if not isinstance(latents, torch.Tensor) or not latents.requires_grad:
+        latents = final_latents(pipeline, batch, call, cuts_last=True)
+    if latents is None or not latents.requires_grad:
         raise UnsupportedError(f"{name} gives final latents that have no derivative by the denoiser's outputs")
     return DifferentiableRun(tuple(cuts), latents[: len(batch.seeds)])
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,16 +19,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sedimo.errors import InputError, StateError
+from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.pipelines.adapter import DenoiserCall, Observer, PipelineObject, Sampling
 from sedimo.pipelines.conditions import call_parameters, condition_arguments
-from sedimo.pipelines.schedulers import (
-    StepCall,
-    exchanged,
-    handled_steps,
-    previous_sample,
-    with_previous_sample,
-)
+from sedimo.pipelines.schedulers import StepCall, exchanged, handled_steps, previous_sample, with_previous_sample
 from sedimo.pipelines.trajectory import output_tensor, timestep_of
 
 logger = logging.getLogger(__name__)
@@ -41,45 +34,51 @@ def sample_batch(
     pipeline: PipelineObject, denoiser: nn.Module, batch: Sampling, observer: Observer | None
 ) -> torch.Tensor:
     """Final latents `[B, ...]` float32 on the CPU of all samples of a plan, run as one batch."""
-    with torch.no_grad(), ExitStack() as stack:
-        arguments, steps = stack.enter_context(ready_to_sample(pipeline, batch))
-        if observer is not None:
-            stack.enter_context(observed_calls(denoiser, observer))
-        result = pipeline(**arguments)[0]
-    latents = result if gives_latents(pipeline) else steps.last
-    if not isinstance(latents, torch.Tensor):
+    watching = nullcontext() if observer is None else observed_calls(denoiser, observer)
+    with torch.no_grad(), watching:
+        latents = final_latents(pipeline, batch, pipeline)
+    if latents is None:
         raise StateError(f"{type(pipeline).__name__} ended without latents: its scheduler made no step")
     return latents[: len(batch.seeds)].detach().to("cpu", torch.float32)  # guidance doubles DiT's batch
 
 
-@dataclass
-class SeenSteps:
-    """What the scheduler's steps gave: the latest previous sample, and how many there were."""
-
-    last: torch.Tensor | None = None
-    n_steps: int = 0
-
-
-@contextmanager
-def ready_to_sample(
-    pipeline: PipelineObject, batch: Sampling, *, cuts_last: bool = False
-) -> Iterator[tuple[dict[str, object], SeenSteps]]:
-    """The pipeline made ready for a plan, with the arguments of its call, and what its steps gave; undone on leaving.
+def final_latents(
+    pipeline: PipelineObject, batch: Sampling, call: Callable[..., Any], *, cuts_last: bool = False
+) -> torch.Tensor | None:
+    """The final latents of a plan, run as one batch by `call`, the pipeline's own; None if it ends without any.
 
     With `cuts_last`, a pipeline that gives no latents gets the last step's sample without its history of gradients: it
     goes on to make pictures of it in ways that know none.
     """
+    scheduler: Any = pipeline.scheduler
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     arguments = _call_arguments(pipeline, batch) | {"generator": generators}
     is_watched = not gives_latents(pipeline)
+    last, n_steps = None, 0
+
+    def watch(step: StepCall) -> object:
+        nonlocal last, n_steps
+        changes: dict[str, object] = {}
+        if "generator" in step.signature.parameters:
+            changes["generator"] = _one_per_row(generators, len(next(iter(step.arguments.values()))))
+        result = step.run(**changes)
+        last, n_steps = previous_sample(result), n_steps + 1
+        is_cut = cuts_last and is_watched and n_steps == len(scheduler.timesteps)
+        return with_previous_sample(result, last.detach()) if is_cut else result
+
     with ExitStack() as stack:
         stack.enter_context(_without_progress_bar(pipeline))
         stack.enter_context(_repeatable_global_noise(pipeline, batch.seeds[0]))
-        steps = stack.enter_context(_watched_steps(pipeline.scheduler, generators, cuts_last=cuts_last and is_watched))
+        stack.enter_context(handled_steps(scheduler, watch))
         decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
         if is_watched and decoder is not None:  # it must decode, and images are not wanted here
             stack.enter_context(exchanged(decoder, "decode", lambda latents, *_, **__: SimpleNamespace(sample=latents)))
-        yield arguments, steps
+        result = call(**arguments)[0]
+    if cuts_last and is_watched and n_steps > len(scheduler.timesteps):
+        name = f"{type(pipeline).__name__} with {type(scheduler).__name__}"
+        raise UnsupportedError(f"{name} makes {n_steps} steps at {len(scheduler.timesteps)} timesteps")
+    latents = last if is_watched else result
+    return latents if isinstance(latents, torch.Tensor) else None
 
 
 def _call_arguments(pipeline: PipelineObject, batch: Sampling) -> dict[str, object]:
@@ -132,25 +131,6 @@ def _repeatable_global_noise(pipeline: PipelineObject, seed: int) -> Iterator[No
                 type(pipeline).__name__,
                 type(pipeline.scheduler).__name__,
             )
-
-
-@contextmanager
-def _watched_steps(scheduler: Any, generators: Sequence[torch.Generator], *, cuts_last: bool) -> Iterator[SeenSteps]:
-    """Watches `scheduler.step`, and gives it the samples' generators."""
-    seen = SeenSteps()
-
-    def watch(call: StepCall) -> object:
-        changes: dict[str, object] = {}
-        if "generator" in call.signature.parameters:
-            rows = len(next(iter(call.arguments.values())))
-            changes["generator"] = _one_per_row(generators, rows)
-        result = call.run(**changes)
-        seen.last, seen.n_steps = previous_sample(result), seen.n_steps + 1
-        is_cut = cuts_last and seen.n_steps == len(scheduler.timesteps)
-        return with_previous_sample(result, seen.last.detach()) if is_cut else result
-
-    with handled_steps(scheduler, watch):
-        yield seen
 
 
 def _one_per_row(generators: Sequence[torch.Generator], rows: int) -> list[torch.Generator]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
-from sedimo.pipelines.adapter import WeightInfo, WeightSource
+from sedimo.pipelines.adapter import WeightSource
 
 WEIGHTS_STEM = "diffusion_pytorch_model"  # models of diffusers; those of transformers are called `model`
 WEIGHTS_STEMS = (WEIGHTS_STEM, "model")
@@ -156,17 +156,13 @@ def _nothing_to_read(folder: Path, stem: str) -> str:
 
 
 class ModuleWeights:
-    """Weights of a live denoiser; read as they are at that moment.
-
-    Raises:
-        InputError: a weight is on the meta device, quantized already, or behind an adapter (LoRA).
-    """
+    """Weights of a live denoiser; read as they are at that moment, a shared one under each name."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """Lists the weights; a weight that layers share is listed under each of their names."""
         refuse_adapters(denoiser)
         named = denoiser.named_parameters(remove_duplicate=False)
         self._tensors = {n.removesuffix(_SUFFIX): p for n, p in named if n.endswith(_SUFFIX) and p.ndim >= 2}
+        self.layer_names = tuple(self._tensors)
         for name, tensor in self._tensors.items():
             what = f"the weight of layer {name!r} is"
             if type(tensor) not in (nn.Parameter, torch.Tensor):
@@ -179,22 +175,13 @@ class ModuleWeights:
     def digest(self) -> str:
         """sha256 over names, dtypes, shapes and bytes, taken once."""
         total = hashlib.sha256()
-        for info in self.weights():
-            total.update(f"{info.layer_name}\0{info.dtype}\0{info.shape}\0".encode())
-            flat = self.read(info.layer_name).contiguous().flatten()
-            total.update(flat.view(torch.uint8).numpy().data)
+        for name, tensor in self._tensors.items():
+            total.update(f"{name}\0{dtype_name(tensor.dtype)}\0{tuple(tensor.shape)}\0".encode())
+            total.update(self.read(name).contiguous().flatten().view(torch.uint8).numpy().data)
         return total.hexdigest()
 
-    def weights(self) -> Sequence[WeightInfo]:
-        """All tensors named `*.weight` of two or more dimensions, in the order of the modules."""
-        return [WeightInfo(n, tuple(t.shape), dtype_name(t.dtype)) for n, t in self._tensors.items()]
-
     def read(self, layer_name: str) -> torch.Tensor:
-        """The weight of a layer, detached, on the CPU in its own dtype; shares memory with a weight on the CPU.
-
-        Raises:
-            InputError: no such layer.
-        """
+        """The weight of a layer, detached, on the CPU in its own dtype; shares memory with a weight on the CPU."""
         return _known(layer_name, self._tensors).detach().cpu()
 
 
@@ -202,10 +189,6 @@ class FileWeights:
     """Weights of a denoiser's folder (or of the denoiser in a pipeline's folder): one file, or shards with index.
 
     Every header is checked when the source is made; tensors are read when asked for and do not stay mapped.
-
-    Raises:
-        InputError: no safetensors there, several variants to choose from, or a quantized checkpoint.
-        StateError: a file is damaged, or index and shards disagree.
     """
 
     def __init__(self, folder: Path | str, variant: str | None = None) -> None:
@@ -214,15 +197,13 @@ class FileWeights:
         _refuse_quantized(self.folder)
         found = find_weights(self.folder, WEIGHTS_STEM, variant)
         self.files = found.files
-        homes = tensor_homes(found)
-        self._keys: dict[str, tuple[Path, str]] = {}
-        self._infos: dict[str, WeightInfo] = {}
-        for key, (path, shape, dtype) in homes.items():
-            if key.endswith(_SUFFIX) and len(shape) >= 2:
-                name = _module_name(key, homes)
-                self._keys[name] = (path, key)
-                kind = dtype_name(DTYPES[dtype]) if dtype in DTYPES else dtype
-                self._infos[name] = WeightInfo(name, shape, kind)
+        homes = _tensor_homes(found)
+        self._keys = {
+            _module_name(key, homes): (path, key)
+            for key, (path, shape) in homes.items()
+            if key.endswith(_SUFFIX) and len(shape) >= 2
+        }
+        self.layer_names = tuple(self._keys)
 
     @cached_property
     def digest(self) -> str:
@@ -233,17 +214,8 @@ class FileWeights:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
 
-    def weights(self) -> Sequence[WeightInfo]:
-        """All tensors named `*.weight` of two or more dimensions, file by file."""
-        return list(self._infos.values())
-
     def read(self, layer_name: str) -> torch.Tensor:
-        """The weight of a layer in its stored dtype, in memory of its own.
-
-        Raises:
-            InputError: no such layer.
-            StateError: the file is gone or was damaged since its header was read.
-        """
+        """The weight of a layer in its stored dtype, in memory of its own."""
         path, key = _known(layer_name, self._keys)
         try:
             with safe_open(path, framework="pt") as file:
@@ -253,19 +225,20 @@ class FileWeights:
         return tensor
 
 
-def tensor_homes(found: WeightFiles) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """File, shape and dtype of every tensor of a set of weights."""
-    homes: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+def _tensor_homes(found: WeightFiles) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """File and shape of every tensor of a set of weights."""
+    homes: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in found.files:
         tensors = read_header(path).tensors
         refuse_adapter_names(tensors, str(path))
-        for key, (shape, dtype) in tensors.items():
+        for key, (shape, _) in tensors.items():
             if key in homes:
                 raise StateError(f"tensor {key!r} is both in {homes[key][0].name} and in {path.name} of {path.parent}")
-            homes[key] = (path, shape, dtype)
-    wanted, got = found.weight_map, {key: path.name for key, (path, _, _) in homes.items()}
-    wrong = [] if wanted is None else sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))
-    if wanted is not None and wrong:
+            homes[key] = (path, shape)
+    got = {key: path.name for key, (path, _) in homes.items()}
+    wanted = got if found.weight_map is None else found.weight_map
+    wrong = sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))
+    if wrong:
         raise StateError(
             f"index and shards in {found.files[0].parent} disagree about {len(wrong)} tensors: {wrong[0]!r} should be "
             f"in {wanted.get(wrong[0])}, is in {got.get(wrong[0])}"
@@ -324,8 +297,7 @@ def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[
     `layers` limits the comparison; by default all weights are compared. A value that is no number equals another one.
     """
     live = ModuleWeights(denoiser)
-    known = {info.layer_name for info in live.weights()}
-    for name in known if layers is None else known.intersection(layers):
+    for name in live.layer_names if layers is None else set(live.layer_names).intersection(layers):
         ours = live.read(name)
         wanted = weights.read(name).to(ours.dtype)
         is_comparable = ours.shape == wanted.shape
