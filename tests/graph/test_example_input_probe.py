@@ -154,13 +154,10 @@ def test_a_forward_that_always_fails_is_reported_with_its_reason() -> None:
 def test_sizes_come_from_the_config() -> None:
     config = {"sample_size": [16, 32], "patch_size": (1, 2, 2), "sample_frames": 49, "temporal_compression_ratio": 4}
     sizes = Sizes(config, torch.float32)
-    assert (sizes.area, sizes.frames, sizes.patches, sizes.make("N", "any").shape) == ((16, 32), 13, (8, 16), (128,))
+    assert (sizes.make("H W F h w", "any").shape, sizes.make("N", "any").shape) == ((16, 32, 13, 8, 16), (128,))
     wide = Sizes({"sample_height": 8, "sample_width": 12, "text_len": 5}, torch.float32)
-    assert (wide.area, wide.make("T", "encoder_hidden_states").shape, wide.make("T", "other").shape) == (
-        (8, 12),
-        (5,),
-        (77,),
-    )
+    assert wide.make("H W", "any").shape == (8, 12)
+    assert (wide.make("T", "encoder_hidden_states").shape, wide.make("T", "other").shape) == ((5,), (77,))
 
 
 def test_a_form_is_axes_in_letters_or_a_container_of_forms() -> None:

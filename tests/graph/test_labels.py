@@ -8,15 +8,14 @@ import pytest
 from denoisers import published
 from torch import nn
 
-from sedimo.graph import groups, layers
+from sedimo.graph import layers
 from sedimo.graph.layers import block_of, find_blocks, operation_type, weight_layers
 from sedimo.graph.trace import per_sample
 
 
-@pytest.mark.parametrize("module", [groups, layers])
-def test_examples(module) -> None:
-    assert doctest.testmod(module).failed == 0
-    assert doctest.testmod(module).attempted > 0
+def test_examples() -> None:
+    assert doctest.testmod(layers).failed == 0
+    assert doctest.testmod(layers).attempted > 0
 
 
 @pytest.mark.parametrize(

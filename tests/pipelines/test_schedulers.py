@@ -9,7 +9,7 @@ from diffusers import DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDi
 from sedimo.errors import InputError
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
-from sedimo.pipelines.schedulers import SCHEDULERS, handled_steps, scheduled, scheduler_named
+from sedimo.pipelines.schedulers import SCHEDULERS, exchanged, handled_steps, scheduler_named
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_the_pipeline_samples_with_another_scheduler_and_has_its_own_again(pipel
     assert isinstance(made, DPMSolverMultistepScheduler)
     assert made.config.prediction_type == "v_prediction"
     assert made.config.timestep_spacing == "trailing"
-    with scheduled(pipe.pipeline, made):
+    with exchanged(pipe.pipeline, "scheduler", made):
         other = pipe.sample(plan)
         assert pipe.identity != identity
     assert torch.isfinite(other).all()
@@ -36,7 +36,7 @@ def test_the_pipeline_samples_with_another_scheduler_and_has_its_own_again(pipel
 
 def test_the_own_scheduler_comes_back_after_an_error(pipeline):
     own = pipeline.scheduler
-    with pytest.raises(ZeroDivisionError), scheduled(pipeline, scheduler_named(pipeline, "unipc", 2)):
+    with pytest.raises(ZeroDivisionError), exchanged(pipeline, "scheduler", scheduler_named(pipeline, "unipc", 2)):
         raise ZeroDivisionError
     assert pipeline.scheduler is own
 
@@ -46,7 +46,7 @@ def test_a_pipeline_that_scales_its_noise_takes_all_and_draws_alike():
     plan = pipe.default_sampling(range(1), 12)
     reference = pipe.sample(plan)
     for name in SCHEDULERS:
-        with scheduled(pipe.pipeline, scheduler_named(pipe.pipeline, name, plan.n_steps)):
+        with exchanged(pipe.pipeline, "scheduler", scheduler_named(pipe.pipeline, name, plan.n_steps)):
             latents = pipe.sample(plan)
         distance = (latents - reference).norm() / reference.norm()
         assert distance < 0.5, f"{name}: {distance}"  # solvers of one equation from one noise end near each other

@@ -14,23 +14,24 @@ import inspect
 import math
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import nn
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedimo.errors import InputError
+from sedimo.graph.layers import LAYERS
 
 _MAX_RUNS = 40  # of all modules, in all attempts together, before giving up
 _MAX_LEARNED = 64  # sizes in one attempt
 _SIZE_OF_NO_CONSEQUENCE = 64  # of an argument that no layer and no sum reads
 _NO_LIMIT = 1 << 62  # an open end of a slice is 2^63 - 1
 _SMALL_REST = 100_000  # known sizes that are added to an unknown one stay below
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WITH_BATCH = ("hidden_states", "sample", "encoder_hidden_states", "timestep")
 _MISMATCHES = tuple(
     re.compile(pattern)
@@ -52,7 +53,6 @@ _TEXT_KEYS = {  # config entries with the number of tokens
 
 FIRST_UNKNOWN = 1_000_000_007  # far above any real size, so that an unknown size is recognised in products and sums
 _NEXT_UNKNOWN = 137_000_011  # no small multiples of each other
-_NO_SIZES: Mapping[str, int] = {}
 _DTYPES = {"int": torch.int64, "bool": torch.bool, "complex": torch.complex64}
 
 # A tensor as axes in letters, a number, or a container of forms; entries of a dictionary have sizes of their own:
@@ -101,6 +101,7 @@ _ROWS: tuple[tuple[str, tuple[Form, ...]], ...] = (
     ("height", ("number h",)),
     ("width", ("number w",)),
 )
+Forms = Mapping[str, Form]  # by the argument's name
 ARGUMENTS: Mapping[str, tuple[Form, ...]] = {name: forms for names, forms in _ROWS for name in names.split()}
 _USUAL = frozenset(  # passed from the start even where the signature makes them optional
     """timestep timesteps encoder_hidden_states encoder_hidden_states_t5 text_embedding_mask text_embedding_mask_t5
@@ -121,9 +122,9 @@ class Sizes:
     """Sizes by what they are of; unknown ones are handed out as large distinct numbers until they are learned."""
 
     def __init__(
-        self, config: Mapping[str, object], dtype: torch.dtype, batch: int = 1, learned: Mapping[str, int] = _NO_SIZES
+        self, config: Mapping[str, object], dtype: torch.dtype, batch: int = 1, learned: Mapping[str, int] | None = None
     ) -> None:
-        self.config, self.dtype, self.batch, self.learned = config, dtype, batch, dict(learned)
+        self.config, self.dtype, self.batch, self.learned = config, dtype, batch, dict(learned or {})
         self.unknown: dict[str, int] = {}
 
     def make(self, form: Form, of: str) -> object:
@@ -144,11 +145,22 @@ class Sizes:
         return torch.empty(shape, dtype=_DTYPES.get(first, self.dtype), device="meta")
 
     def _letters(self, of: str, *, has_width: bool) -> dict[str, int]:
-        (height, width), (rows, columns), axes = self.area, self.patches, self.config.get("axes_dims_rope")
-        inner = self._configured("hidden_size", "inner_dim", default=1) // self._configured("num_attention_heads")
-        head = self._configured("attention_head_dim", "head_dim", default=0) or inner
+        axes, heads = self.config.get("axes_dims_rope"), self._configured("num_attention_heads")
+        head = self._configured("attention_head_dim", "head_dim", default=0)
+        head = head or self._configured("hidden_size", "inner_dim") // heads
+        frames = self._configured("sample_frames", "num_frames", "video_length", default=_FRAMES)
+        area = self.config.get("sample_size")
+        if not (isinstance(area, list | tuple) and len(area) >= 2):
+            sides = (("sample_height", "sample_size"), ("sample_width", "sample_size"))
+            area = [self._configured(*names, default=_LATENTS_SIZE) for names in sides]
+        patch = self.config.get("patch_size")
+        patch = patch[-1] if isinstance(patch, list | tuple) and patch else patch
+        patch = patch if isinstance(patch, int) and patch > 0 else 1
+        height, width = int(area[-2]), int(area[-1])
+        rows, columns = max(height // patch, 1), max(width // patch, 1)
         letters = {"B": self.batch, "H": height, "W": width, "h": rows, "w": columns, "N": rows * columns}
-        letters |= {"T": self._configured(*_TEXT_KEYS.get(of, ()), default=_TOKENS), "F": self.frames}
+        letters["F"] = (frames - 1) // self._configured("temporal_compression_ratio") + 1
+        letters["T"] = self._configured(*_TEXT_KEYS.get(of, ()), default=_TOKENS)
         letters |= {"D": head, "d": head // 2, "A": len(axes) if isinstance(axes, list | tuple) else 3}
         return letters | ({"C": self.width(of)} if has_width else {})
 
@@ -156,30 +168,6 @@ class Sizes:
         """Number of channels or features of argument `of`."""
         fresh = FIRST_UNKNOWN + _NEXT_UNKNOWN * len(self.unknown)
         return self.learned[of] if of in self.learned else self.unknown.setdefault(of, fresh)
-
-    @property
-    def area(self) -> tuple[int, int]:
-        """Height and width of the latents."""
-        size = self.config.get("sample_size")
-        if isinstance(size, list | tuple) and len(size) >= 2:
-            return int(size[-2]), int(size[-1])
-        height = self._configured("sample_height", "sample_size", default=_LATENTS_SIZE)
-        return height, self._configured("sample_width", "sample_size", default=_LATENTS_SIZE)
-
-    @property
-    def frames(self) -> int:
-        """Number of latent frames of a video."""
-        frames = self._configured("sample_frames", "num_frames", "video_length", default=_FRAMES)
-        return (frames - 1) // self._configured("temporal_compression_ratio") + 1
-
-    @property
-    def patches(self) -> tuple[int, int]:
-        """Height and width of the latents in patches."""
-        value = self.config.get("patch_size")
-        value = value[-1] if isinstance(value, list | tuple) and value else value
-        patch = value if isinstance(value, int) and value > 0 else 1
-        height, width = self.area
-        return max(height // patch, 1), max(width // patch, 1)
 
     def _configured(self, *keys: str, default: int = 1) -> int:
         """The first positive integer among some config entries (the first element of a sequence)."""
@@ -204,16 +192,7 @@ def signature_names(denoiser: nn.Module) -> tuple[dict[str, bool], bool]:
 
 def find_inputs(twin: nn.Module, given: Mapping[str, object]) -> dict[str, object]:
     """Inputs by argument name with which the weightless denoiser runs; `given` ones are used as they are."""
-    names, _ = signature_names(twin)
-    unknown = [name for name, required in names.items() if required and name not in ARGUMENTS and name not in given]
-    if unknown:
-        raise InputError(f"it requires the arguments {', '.join(unknown)}, for which no example is known")
-    fixed = {**given, **({"return_dict": given.get("return_dict", False)} if "return_dict" in names else {})}
-    known = {name: required for name, required in names.items() if name in ARGUMENTS and name not in fixed}
-    search = _Search(twin, fixed, known)
-    forms = {name: 0 for name, required in known.items() if required or name in _USUAL}
-    latents = dict.fromkeys(("hidden_states", "sample"), search.first_form_of_latents())
-    return search.run({name: latents.get(name, 0) for name in forms})
+    return _Search(twin, given).run()
 
 
 def batch_size(inputs: Mapping[str, object]) -> int:
@@ -230,28 +209,29 @@ def first_line(error: Exception) -> str:
 
 
 class _Search:
-    """Hill climbing over the forms of the arguments, each by its number."""
+    """Hill climbing over the forms of the arguments."""
 
-    def __init__(self, twin: nn.Module, fixed: Mapping[str, object], known: Mapping[str, bool]) -> None:
-        self._twin, self._fixed, self._known = twin, fixed, known
-        self._layers = {name: module for name, module in twin.named_modules() if isinstance(module, _LAYERS)}
+    def __init__(self, twin: nn.Module, given: Mapping[str, object]) -> None:
+        names, _ = signature_names(twin)
+        unknown = [name for name, required in names.items() if required and name not in ARGUMENTS and name not in given]
+        if unknown:
+            raise InputError(f"it requires the arguments {', '.join(unknown)}, for which no example is known")
+        self._twin, self._fixed = twin, dict(given)
+        if "return_dict" in names:
+            self._fixed.setdefault("return_dict", False)
+        self._known = {n: required for n, required in names.items() if n in ARGUMENTS and n not in self._fixed}
+        self._layers = {name: module for name, module in twin.named_modules() if isinstance(module, LAYERS)}
         config = getattr(twin, "config", None)
         self._config = dict(config) if isinstance(config, Mapping) else {}  # of a diffusers model
         floating = (p.dtype for p in twin.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
         self._dtype = next(floating, torch.get_default_dtype())
         self._modules_left = _MAX_RUNS * sum(1 for _ in twin.modules())
 
-    def first_form_of_latents(self) -> int:
-        """An image where the config tells its size, a video where the first layer is three-dimensional, else tokens."""
-        first = next(iter(self._layers.values()), None)
-        if isinstance(first, nn.Conv3d):
-            return 2
-        has_area = any(self._config.get(key) is not None for key in ("sample_size", "sample_height"))
-        return 0 if has_area or isinstance(first, nn.Conv2d) else 1
-
-    def run(self, forms: Mapping[str, int]) -> dict[str, object]:
+    def run(self) -> dict[str, object]:
         """The first inputs with which the forward comes to its end."""
-        attempt = self._attempt(forms, {})
+        first = {name: ARGUMENTS[name][0] for name, required in self._known.items() if required or name in _USUAL}
+        latents = self._first_form_of_latents()
+        attempt = self._attempt({n: latents if n in ("hidden_states", "sample") else f for n, f in first.items()}, {})
         while attempt.failure is not None:
             best = max((self._changed(attempt, f) for f in self._neighbours(attempt.forms)), key=lambda a: a.progress)
             if best.progress <= attempt.progress:
@@ -260,11 +240,17 @@ class _Search:
                 ) from attempt.failure
             attempt = best
         attempt = self._use_idle_layers(attempt)
-        attempt.sizes.learned = {
-            **dict.fromkeys(attempt.sizes.unknown, _SIZE_OF_NO_CONSEQUENCE),
-            **attempt.sizes.learned,
-        }
-        return self._inputs(attempt.forms, attempt.sizes)
+        sizes = attempt.sizes
+        sizes.learned = {**dict.fromkeys(sizes.unknown, _SIZE_OF_NO_CONSEQUENCE), **sizes.learned}
+        return self._inputs(attempt.forms, sizes)
+
+    def _first_form_of_latents(self) -> Form:
+        """An image where the config tells its size, a video where the first layer is three-dimensional, else tokens."""
+        layer = next(iter(self._layers.values()), None)
+        if isinstance(layer, nn.Conv3d):
+            return "B C F H W"
+        has_area = any(self._config.get(key) is not None for key in ("sample_size", "sample_height"))
+        return "B C H W" if has_area or isinstance(layer, nn.Conv2d) else "B N C"
 
     def _use_idle_layers(self, attempt: _Attempt) -> _Attempt:
         """Adds optional arguments that bring layers to life which would not run otherwise."""
@@ -273,31 +259,31 @@ class _Search:
                 break
             if name in attempt.forms or name.endswith("mask"):
                 continue
-            for form in range(len(ARGUMENTS[name])):
+            for form in ARGUMENTS[name]:
                 trial = self._changed(attempt, {**attempt.forms, name: form})
                 if trial.failure is None and len(trial.layers_run) > len(attempt.layers_run):
                     attempt = trial
                     break
         return attempt
 
-    def _neighbours(self, forms: Mapping[str, int]) -> Iterator[dict[str, int]]:
-        yield dict(forms)
+    def _neighbours(self, forms: Forms) -> Iterator[Forms]:
+        yield forms
         for name, required in self._known.items():
-            yield from ({**forms, name: form} for form in range(len(ARGUMENTS[name])) if forms.get(name) != form)
+            yield from ({**forms, name: form} for form in ARGUMENTS[name] if forms.get(name) != form)
             if name in forms and not required:
                 yield {n: f for n, f in forms.items() if n != name}
 
-    def _changed(self, before: _Attempt, forms: Mapping[str, int]) -> _Attempt:
+    def _changed(self, before: _Attempt, forms: Forms) -> _Attempt:
         """Another attempt, with the sizes learned so far except those of arguments whose form changes."""
         if forms == before.forms or self._modules_left <= 0:
             return before
         changed = {name for name in {*before.forms, *forms} if before.forms.get(name) != forms.get(name)}
         return self._attempt(forms, {of: size for of, size in before.sizes.learned.items() if of not in changed})
 
-    def _inputs(self, forms: Mapping[str, int], sizes: Sizes) -> dict[str, object]:
-        return {**{name: sizes.make(ARGUMENTS[name][form], name) for name, form in forms.items()}, **self._fixed}
+    def _inputs(self, forms: Forms, sizes: Sizes) -> dict[str, object]:
+        return {**{name: sizes.make(form, name) for name, form in forms.items()}, **self._fixed}
 
-    def _attempt(self, forms: Mapping[str, int], learned: Mapping[str, int]) -> _Attempt:
+    def _attempt(self, forms: Forms, learned: Mapping[str, int]) -> _Attempt:
         sizes = Sizes(self._config, self._dtype, batch_size(self._fixed), learned)
         for _ in range(_MAX_LEARNED):
             attempt = _Attempt(forms, sizes)
@@ -324,7 +310,7 @@ class _NoHugeTables(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         self, func: OpOverload, types: Sequence[type], args: tuple[object, ...] = (), kwargs: object = None
     ) -> object:
         named = kwargs if isinstance(kwargs, dict) else {}
-        values = list(_leaves([*args, *named.values()]))
+        values = pytree.arg_tree_leaves(*args, **named)
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
         is_meta = any(v.is_meta for v in tensors) or str(named.get("device")) == "meta"
         if not is_meta and any(isinstance(v, int | float) and FIRST_UNKNOWN <= v < _NO_LIMIT for v in values):
@@ -332,18 +318,10 @@ class _NoHugeTables(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return func(*args, **named)
 
 
-def _leaves(values: Iterable[object]) -> Iterator[object]:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _leaves(value)
-        else:
-            yield value
-
-
 class _Attempt:
     """One run of a denoiser with some forms: how far it gets, its failure if any, and the sizes that it teaches."""
 
-    def __init__(self, forms: Mapping[str, int], sizes: Sizes) -> None:
+    def __init__(self, forms: Forms, sizes: Sizes) -> None:
         self.forms, self.sizes = forms, sizes
         self.inputs: Mapping[str, object] = {}
         self.n_modules_run = 0
@@ -362,30 +340,24 @@ class _Attempt:
     @contextmanager
     def watching(self, denoiser: nn.Module) -> Iterator[None]:
         """Sees every module that runs within the context, and learns unknown sizes from what it receives."""
-        handles = [m.register_forward_pre_hook(partial(self._look, name)) for name, m in denoiser.named_modules()]
-        try:
+        with ExitStack() as stack:
+            for name, module in denoiser.named_modules():
+                stack.enter_context(module.register_forward_pre_hook(partial(self._look, name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _look(self, name: str, module: nn.Module, arguments: tuple[object, ...]) -> None:
-        first = arguments[0] if arguments else None
-        if isinstance(first, torch.Tensor):
-            self._compare(module, first)
-        if isinstance(module, _LAYERS):
+        is_layer, received = isinstance(module, LAYERS), arguments[0] if arguments else None
+        axis, size = _expected_width(module, received) if isinstance(received, torch.Tensor) else (-1, None)
+        if isinstance(received, torch.Tensor) and size is not None and received.shape[axis] != size:
+            if self._learn(received.shape[axis], size):
+                raise _SizeLearned
+            if is_layer:
+                raise ValueError(
+                    f"a {type(module).__name__} expects size {size} in dimension {axis}, got {tuple(received.shape)}"
+                )
+        if is_layer:
             self.layers_run.add(name)
         self.n_modules_run += 1
-
-    def _compare(self, module: nn.Module, received: torch.Tensor) -> None:
-        axis, size = _expected_width(module, received)
-        differs = size is not None and received.shape[axis] != size
-        if size is not None and differs and self._learn(received.shape[axis], size):
-            raise _SizeLearned
-        if differs and isinstance(module, _LAYERS):
-            raise ValueError(
-                f"a {type(module).__name__} expects size {size} in dimension {axis}, got {tuple(received.shape)}"
-            )
 
     def _learn(self, got: int, wanted: int) -> bool:
         """Solves got = factor * unknown + rest for the unknown that makes it `wanted`."""

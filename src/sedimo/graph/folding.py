@@ -33,7 +33,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
 from sedimo.errors import InputError
-from sedimo.graph.layers import find_ties, weight_layers, weight_names
+from sedimo.graph.layers import LAYERS, find_ties, weight_layers, weight_names
 from sedimo.graph.program import (
     READS_NOTHING,
     Capture,
@@ -54,7 +54,13 @@ _SAME = frozenset({"to", "_to_copy", "contiguous", "clone", "detach", "alias", "
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _NORMS = {"layer_norm": (2, 3), "group_norm": (2, 3), "rms_norm": (2, None)}  # places of weight and bias
 _MEANS = frozenset({"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "avg_pool2d"})
-_PLAIN_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_AVERAGES = {  # operations whose output is a sum over positions of one argument, with weights that the others make
+    "scaled_dot_product_attention": 2,
+    "matmul": 1,
+    "bmm": 1,
+    **dict.fromkeys(_MEANS, 0),
+}
+_PLAIN_FORWARDS = {kind.forward for kind in LAYERS}
 Integers = npt.NDArray[np.int64]
 Reals = npt.NDArray[np.float64]
 NONE = -1
@@ -118,8 +124,7 @@ def find_folding(
 class _Value:
     """Labels of a value's elements, None if all are pinned; `parameter` names the one that the value is.
 
-    `offset` is the constant added to what the labels stand for, None when the labels' uses are claimed already; it
-    may still grow while `is_open`.
+    `offset` is added to what the labels stand for; None: their uses are claimed. It may still grow while `is_open`.
     """
 
     labels: torch.Tensor | None = None
@@ -158,12 +163,9 @@ class _Channels:
             "mul": self._factor,
             "div": self._quotient,
             "cat": self._concatenation,
-            "scaled_dot_product_attention": self._attention,
-            "matmul": self._product,
-            "bmm": self._product,
             **dict.fromkeys({"linear", *_CONVOLUTIONS}, self._layer),
             **dict.fromkeys(_NORMS, self._norm),
-            **dict.fromkeys(_MEANS, self._mean),
+            **dict.fromkeys(_AVERAGES, self._average),
         }
 
     def read(self, graph: fx.Graph, names: Mapping[str, str]) -> None:
@@ -205,7 +207,14 @@ class _Channels:
         axis = 1 if is_convolution else -1
         is_grouped = is_convolution and shape[1] != self._shapes[parameter][1]
         self.roles[parameter].add("grouped" if is_grouped else "weight")
-        self.calls.append((self._layers[parameter], owner_of(node), self._pairs_read(inputs, shape, axis)))
+        if inputs.labels is None:
+            pairs = _with(np.arange(shape[axis]), _PINNED)
+        else:
+            (labels,) = _compact(inputs.labels.movedim(axis, 0), keep=0)
+            self._claim(inputs)
+            channels = torch.arange(len(labels)).reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
+            pairs = _unique_pairs(channels, labels)
+        self.calls.append((self._layers[parameter], owner_of(node), pairs))
         if bias is not None and bias.parameter is None:
             self._pin(bias)
             return _Value()
@@ -234,15 +243,6 @@ class _Channels:
         place = [1] * len(shape)
         place[axis] = n
         return _Value(self._labels_of(parameter, n).reshape(place).expand(shape), 0.0, True)
-
-    def _pairs_read(self, value: _Value, shape: Sequence[int], axis: int) -> Integers:
-        """Pairs (channel, label) of what a layer reads."""
-        if value.labels is None:
-            return _with(np.arange(shape[axis]), _PINNED)
-        (labels,) = _compact(value.labels.movedim(axis, 0), keep=0)
-        self._claim(value)
-        places = torch.arange(labels.shape[0]).reshape(-1, *[1] * (labels.ndim - 1)).expand(labels.shape)
-        return _unique_pairs(places, labels)
 
     # Operations that hand labels on
 
@@ -347,25 +347,19 @@ class _Channels:
         joined = torch.cat(_compact(*pieces, keep=axis % pieces[0].ndim), dim=axis)
         return _Value(joined.expand(shape_of(node)))
 
-    def _attention(self, node: fx.Node) -> _Value | None:
-        """Weights of the values sum over positions: channels that are the same at all positions are kept."""
-        self._pin(*map(self._of, (*node.args[:2], *node.args[3:], *node.kwargs.values())))
-        return self._averaged(node, self._value(node, 2), from_axis=-2)
+    def _average(self, node: fx.Node) -> _Value | None:
+        """Attention, interpolation, pooling: keeps channels that are the same at all positions that are summed.
 
-    def _product(self, node: fx.Node) -> _Value | None:
-        self._pin(self._value(node, 0))
-        return self._averaged(node, self._value(node, 1), from_axis=-2)
-
-    def _mean(self, node: fx.Node) -> _Value | None:
-        """Interpolation or pooling over positions, of channels that are the same at all of them."""
-        return self._averaged(node, self._value(node, 0), from_axis=2)
-
-    def _averaged(self, node: fx.Node, value: _Value | None, *, from_axis: int) -> _Value | None:
-        """A weighted sum over all axes behind the channels (`from_axis` 2), or over the axis before them (-2)."""
+        Those are along all axes behind the channels of an image, or along the axis before the channels of tokens.
+        """
+        name = operation_name(node)
+        place = _AVERAGES[name]
+        self._pin(*(self._of(a) for i, a in enumerate((*node.args, *node.kwargs.values())) if i != place))
+        value = self._value(node, place)
         if value is None or value.labels is None or value.labels.ndim < 2 or value.offset:
             return None
         one = value.labels
-        for axis in (from_axis,) if from_axis < 0 else range(from_axis, one.ndim):
+        for axis in range(2, one.ndim) if name in _MEANS else (-2,):
             one = one.narrow(axis, 0, 1)
         repeated = _expanded(one, shape_of(node))
         if repeated is None or not bool((_compact(value.labels)[0] == _compact(one)[0]).all()):
@@ -443,8 +437,7 @@ def _compact(*tensors: torch.Tensor, keep: int | None = None) -> list[torch.Tens
 
 
 def _distinct(labels: torch.Tensor) -> Integers:
-    distinct: Integers = np.unique(_compact(labels)[0].numpy())
-    return distinct
+    return np.unique(_compact(labels)[0].numpy())
 
 
 def _unique_pairs(a: torch.Tensor, b: torch.Tensor) -> Integers:
@@ -467,6 +460,8 @@ def _with(labels: Integers, other: int) -> Integers:
 
 
 class _Folder:
+    """What is done with channels that were read: the layers to smooth, and their labels beside those that feed them."""
+
     def __init__(self, denoiser: nn.Module, channels: _Channels) -> None:
         self._denoiser, self._channels = denoiser, channels
         self._tied = {name: members for members in find_ties(denoiser) for name in members}
@@ -476,8 +471,16 @@ class _Folder:
         reasons = {name: self._why_not(name) for name in wanted}
         told = {name: [why for member in self._members(name) if (why := reasons.get(member))] for name in wanted}
         refused = {name: found[0] for name, found in told.items() if found}
-        first, n_labels = self._columns([name for name in wanted if name not in refused])
-        ties = [*self._channels.ties, _with(self._pinned_rows(), _PINNED), *self._reads(first)]
+        first, n_labels = dict[str, Integers](), self._channels.n_labels  # labels of input channels, after all others
+        for name in wanted:
+            if name not in refused:
+                n = int(self._denoiser.get_parameter(f"{name}.weight").shape[1])
+                first[name] = np.arange(n_labels, n_labels + n)
+                n_labels += n
+        ties = [*self._channels.ties, _with(self._pinned_rows(), _PINNED)]
+        for layer, _, pairs in self._channels.calls:  # what layers that are not smoothed read is pinned
+            reads = _with(pairs[:, 1], _PINNED)
+            ties.append(np.stack([first[layer][pairs[:, 0]], pairs[:, 1]], axis=1) if layer in first else reads)
         ties += [np.stack([columns, first[self._members(name)[0]]], axis=1) for name, columns in first.items()]
         divided, components = _settle(n_labels, ties, first)
         inputs = {name: components[labels] for name, labels in first.items()}
@@ -503,15 +506,6 @@ class _Folder:
         is_plain = callers <= names and type(module).forward in _PLAIN_FORWARDS
         return None if is_plain else "its call is not that of a plain layer"
 
-    def _columns(self, smoothed: Sequence[str]) -> tuple[dict[str, Integers], int]:
-        """Labels of the input channels of each layer, after those of the channels that feed them."""
-        found, n_labels = {}, self._channels.n_labels
-        for name in smoothed:
-            n = int(self._denoiser.get_parameter(f"{name}.weight").shape[1])
-            found[name] = np.arange(n_labels, n_labels + n)
-            n_labels += n
-        return found, n_labels
-
     def _pinned_rows(self) -> Integers:
         """Rows that must stay: of parameters that are used in another way, too, or cannot take a constant."""
         found, pinned = self._channels, [_NO_LABELS]
@@ -522,15 +516,6 @@ class _Folder:
             takes_constant = bias is not None or found.roles[name] == {"elements"}
             pinned.append(labels if not is_free else labels[(found.claims[labels] != 0) & (not takes_constant)])
         return np.concatenate(pinned)
-
-    def _reads(self, first: Mapping[str, Integers]) -> Iterable[Integers]:
-        """Ties of what a layer reads to its input channels; what others read is pinned."""
-        for layer, _, pairs in self._channels.calls:
-            columns = first.get(layer)
-            if columns is None:
-                yield _with(pairs[:, 1], _PINNED)
-            else:
-                yield np.stack([columns[pairs[:, 0]], pairs[:, 1]], axis=1)
 
     def _numbered(
         self, inputs: Mapping[str, Integers], divided: frozenset[str], components: Integers, refused: Mapping[str, str]

@@ -63,26 +63,14 @@ def split_groups(graph: DenoiserGraph, *, n_options: int, max_variants: int) -> 
     return tuple(found)
 
 
-def unit_of(path: str, block: str) -> str:
-    """The part of its block that a layer belongs to: its outermost module inside the block, else the block.
-
-    Example:
-        >>> unit_of("blocks.3.ff.net.0.proj", "blocks.3")
-        'blocks.3.ff'
-        >>> unit_of("blocks.3.conv1", "blocks.3")
-        'blocks.3'
-    """
-    first, *inside = path[len(block) + 1 if block else 0 :].split(".")
-    outer = [block] if block else []
-    return ".".join([*outer, first] if inside else outer)
-
-
 class _Finder:
     """Adjacency of a graph and the groups found so far, as sets of positions."""
 
     def __init__(self, nodes: Sequence[Node], edges: Edges) -> None:
         self.nodes = nodes
         self.position = {node.name: i for i, node in enumerate(nodes)}
+        self._is_layer = [node.kind == "layer" for node in nodes]
+        self._is_vector = [node.kind == "layer" and node.macs == node.params for node in nodes]  # one for each sample
         self.found: list[tuple[str, list[int]]] = []
         self._taken: dict[int, int] = {}
         self._before: dict[int, list[int]] = {i: [] for i in range(len(nodes))}
@@ -91,27 +79,16 @@ class _Finder:
             self._before[target].append(source)
             self._after[source].append(target)
 
-    # what there is
-
-    def _is_layer(self, i: int) -> bool:
-        return self.nodes[i].kind == "layer"
-
     def _free(self) -> list[int]:
-        return [i for i in range(len(self.nodes)) if self._is_layer(i) and i not in self._taken]
+        return [i for i, is_layer in enumerate(self._is_layer) if is_layer and i not in self._taken]
 
     def _layers_next_to(self, i: int, neighbours: Mapping[int, Sequence[int]], block: str) -> Iterator[int]:
         """The nearest layers in one direction, through concatenations of the same block."""
         for j in neighbours[i]:
-            if self._is_layer(j):
+            if self._is_layer[j]:
                 yield j
             elif self.nodes[j].kind == "concat" and self.nodes[j].block == block:
                 yield from self._layers_next_to(j, neighbours, block)
-
-    def _is_vector(self, i: int) -> bool:
-        """Whether a layer computes one vector per sample (its weight is applied once)."""
-        return self._is_layer(i) and self.nodes[i].macs == self.nodes[i].params
-
-    # attention
 
     def take_attention(self) -> None:
         """One group per attention node."""
@@ -129,11 +106,10 @@ class _Finder:
 
     def _inside(self, attention: int, attentions: Sequence[int]) -> set[int]:
         """All layers of the module that computes the attention, if that is smaller than its block."""
-        owner = self.nodes[attention].name.rpartition(".")[0]
-        others = [a for a in attentions if a != attention and self.nodes[a].name.startswith(owner + ".")]
-        if not owner or owner == self.nodes[attention].block or others:
-            return set()
-        return {j for j in self._free() if self.nodes[j].name.startswith(owner + ".")}
+        owner, _, _ = self.nodes[attention].name.rpartition(".")
+        inside = {i for i in (*attentions, *self._free()) if self.nodes[i].name.startswith(f"{owner}.")}
+        is_apart = inside.isdisjoint(set(attentions) - {attention})
+        return inside - {attention} if owner and owner != self.nodes[attention].block and is_apart else set()
 
     def _is_self_attention(self, i: int) -> bool:
         """Whether queries and keys come from the same streams."""
@@ -145,59 +121,53 @@ class _Finder:
 
     def _layers_at(self, port: int, block: str) -> list[int]:
         """The layers that an attention reads through one of its inputs."""
-        return [port] if self._is_layer(port) else list(self._layers_next_to(port, self._before, block))
-
-    # units
+        return [port] if self._is_layer[port] else list(self._layers_next_to(port, self._before, block))
 
     def take_units(self) -> dict[int, list[int]]:
         """The rest of each block by module, cut into connected parts; the layers that steer others are left."""
         steering = {i: targets for i in self._free() if (targets := self._steered_layers(i))}
-        units: dict[tuple[str, str], list[int]] = defaultdict(list)
+        units: dict[tuple[str, str], list[int]] = defaultdict(list)  # by block and outermost module inside it
         for i in self._free():
             if i not in steering:
-                units[self.nodes[i].block, unit_of(self.nodes[i].name, self.nodes[i].block)].append(i)
-        alone: dict[str, list[int]] = defaultdict(list)
-        for (block, _), members in units.items():
-            if len(members) > 1 or not block:
-                self._take_connected(members)
-            else:
-                alone[block] += members
-        for members in alone.values():
-            self._take_connected(members)
+                block = self.nodes[i].block
+                first, *inside = self.nodes[i].name.removeprefix(f"{block}.").split(".")
+                units[block, first if inside else ""].append(i)
+        whole: dict[tuple[str, str | None], list[int]] = defaultdict(list)  # single layers of a block go together
+        for (block, unit), members in units.items():
+            whole[block, unit if len(members) > 1 or not block else None] += members
+        for members in whole.values():
+            for part in self.connected_parts(members):
+                self._take(self._kind(part), part)
         return steering
-
-    def _take_connected(self, members: Sequence[int]) -> None:
-        for part in self.connected_parts(members):
-            self._take(self._kind(part), part)
 
     def attach_steering(self, steering: Mapping[int, Sequence[int]]) -> None:
         """Steering layers join the group of a layer that they steer, attention before others."""
         for i, targets in sorted(steering.items(), reverse=True):
             homes = [self._taken[t] for t in targets if t in self._taken]
-            if not homes:
+            if homes:
+                home = next((h for h in homes if "attention" in self.found[h][0]), homes[0])
+                self.found[home][1].append(i)
+                self._taken[i] = home
+            else:
                 self._take(self._kind([i]), [i])
-                continue
-            home = next((h for h in homes if "attention" in self.found[h][0]), homes[0])
-            self.found[home][1].append(i)
-            self._taken[i] = home
 
     def _steered_layers(self, i: int) -> list[int]:
         """The layers of the block that read this vector through additions or modulations, in order.
 
         None where another vector is computed from it: that is an embedding, which steers nothing itself.
         """
-        if not self._is_vector(i):
+        if not self._is_vector[i]:
             return []
         combined = self._combines_from({i}, self._after)
-        targets = {k for j in (i, *combined) for k in self._after[j] if self._is_layer(k)}
-        if any(self._is_vector(k) or k in self._after[i] for k in targets):
+        targets = {k for j in (i, *combined) for k in self._after[j] if self._is_layer[k]}
+        if any(self._is_vector[k] or k in self._after[i] for k in targets):
             return []
         return sorted(k for k in targets if self.nodes[k].block == self.nodes[i].block)
 
     def _kind(self, members: Sequence[int]) -> str:
-        own = [i for i in sorted(members) if not self._is_vector(i)]
+        own = [i for i in sorted(members) if not self._is_vector[i]]
         before = {j for i in members for j in _reach([i], self._before.__getitem__) if j not in members}
-        if not any(map(self._is_layer, before)) or (not own and not self.nodes[min(members)].block):
+        if not any(self._is_layer[j] for j in before) or (not own and not self.nodes[min(members)].block):
             return "embedding"
         if len(own) > 1:
             first, last = self.nodes[own[0]], self.nodes[own[-1]]
@@ -205,8 +175,6 @@ class _Finder:
                 return "feed_forward"
         n_spatial = sum(math.prod(self.nodes[i].shape[2:]) > 1 for i in own)
         return "residual" if n_spatial > 1 else "other"
-
-    # shape of a group
 
     def _take(self, kind: str, members: Sequence[int]) -> None:
         new = sorted(i for i in members if i not in self._taken)
@@ -226,7 +194,7 @@ class _Finder:
         blocks = {self.nodes[i].block for i in members}
 
         def combines(i: int) -> list[int]:
-            return [j for j in neighbours[i] if not self._is_layer(j) and self.nodes[j].block in blocks]
+            return [j for j in neighbours[i] if not self._is_layer[j] and self.nodes[j].block in blocks]
 
         return _reach((j for i in members for j in combines(i)), combines)
 
@@ -266,7 +234,7 @@ class _Finder:
             return [list(members)]
         block = self.nodes[attention].block
         score = {i for port in self._before[attention][:2] for i in self._layers_at(port, block)}
-        score = {i for i in members if i in score or self._is_vector(i)}
+        score = {i for i in members if i in score or self._is_vector[i]}
         return [part for part in (sorted(score), [i for i in members if i not in score]) if part]
 
 

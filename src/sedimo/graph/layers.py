@@ -17,12 +17,13 @@ from torch import nn
 from sedimo.errors import InputError
 from sedimo.graph.model import LayerType, Node
 
-_TYPES: tuple[tuple[type[nn.Module], LayerType], ...] = (
-    (nn.Linear, "Linear"),
-    (nn.Conv1d, "Conv1d"),
-    (nn.Conv2d, "Conv2d"),
-    (nn.Conv3d, "Conv3d"),
-)
+LAYER_TYPES: Mapping[LayerType, type[nn.Module]] = {
+    "Linear": nn.Linear,
+    "Conv1d": nn.Conv1d,
+    "Conv2d": nn.Conv2d,
+    "Conv3d": nn.Conv3d,
+}
+LAYERS = tuple(LAYER_TYPES.values())
 _N_PROBED_ELEMENTS = 16
 _MIN_LAYERS_OF_A_BLOCK = 2
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -34,7 +35,7 @@ def weight_layers(denoiser: nn.Module) -> dict[str, Node]:
     """All weight layers by name, in the order of the module tree, not run yet; a module used under two names once."""
     kinds: dict[str, tuple[LayerType, tuple[int, ...]]] = {}
     for name, module in denoiser.named_modules():
-        layer_type = next((text for kind, text in _TYPES if isinstance(module, kind)), None)
+        layer_type = next((text for text, kind in LAYER_TYPES.items() if isinstance(module, kind)), None)
         weight = module._parameters.get("weight")
         if layer_type is None or weight is None:
             continue
@@ -98,19 +99,17 @@ def other_weights(denoiser: nn.Module) -> tuple[str, ...]:
 
 
 def find_ties(denoiser: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """The sets of layers that share one parameter, or hold equal values (real weights of one shape and dtype).
-
-    Values are compared whole only where a few elements agree, so that a pass over a large model reads little.
-    """
+    """The sets of layers that share one parameter, or hold equal values (real weights of one shape and dtype)."""
     by_key: dict[object, list[tuple[torch.Tensor, list[str]]]] = {}
     for name in weight_layers(denoiser):
         weight = denoiser.get_submodule(name).get_parameter("weight")
         sets = by_key.setdefault(_value_key(weight), [])
-        known = next((members for first, members in sets if _is_same(weight, first)), None)
-        if known is None:
-            sets.append((weight, [name]))
+        for first, members in sets:
+            if first is weight or (not first.is_meta and torch.equal(first, weight)):
+                members.append(name)
+                break
         else:
-            known.append(name)
+            sets.append((weight, [name]))
     return tuple(tuple(members) for sets in by_key.values() for _, members in sets if len(members) > 1)
 
 
@@ -143,7 +142,7 @@ def _implied_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _value_key(weight: torch.Tensor) -> object:
-    """Equal for weights that may be equal; identity where values cannot be read."""
+    """Equal for weights that may be equal, so that few are read whole; identity where values cannot be read."""
     if weight.is_meta or type(weight) not in (nn.Parameter, torch.Tensor):
         return id(weight)
     flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
@@ -151,15 +150,11 @@ def _value_key(weight: torch.Tensor) -> object:
     return (tuple(weight.shape), weight.dtype, tuple(flat[positions].double().tolist()))
 
 
-def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first is second or (not first.is_meta and torch.equal(first, second))
-
-
 def _memo_without_weights(denoiser: nn.Module) -> dict[int, object]:
     memo: dict[int, object] = {}
     for module in denoiser.modules():
         for tensor in _tensors_of(module):
-            memo[id(tensor)] = _meta_parameter(tensor) if isinstance(tensor, nn.Parameter) else _meta_tensor(tensor)
+            memo[id(tensor)] = _meta_parameter(tensor) if isinstance(tensor, nn.Parameter) else meta_tensor(tensor)
         for table in _HOOK_TABLES:
             memo[id(module.__dict__.get(table))] = OrderedDict()
         for hook in _OFFLOAD_HOOKS:
@@ -182,9 +177,10 @@ def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
             stack.extend(value.values() if isinstance(value, Mapping) else value)
 
 
-def _meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape and dtype on the meta device."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _meta_parameter(parameter: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(_meta_tensor(parameter), requires_grad=False)
+    return nn.Parameter(meta_tensor(parameter), requires_grad=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -24,12 +25,11 @@ LayerType = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
 class Node:
     """One vertex: a weight layer (`kind == "layer"`) or an operation that combines two or more inputs.
 
-    `name` is the dotted module path of a layer, or a path-like unique name of a combine operation;
-    `operation` the path with its indices removed (`transformer_blocks.attn1.to_q`); `block` the path of the
-    repeated container that holds the node (`transformer_blocks.3`), or "" outside all blocks. `macs` are
-    multiply-accumulates of one sample in one denoiser call [MACs]. The fields from `layer_type` on are
-    for layers only; `shape` is `[out, in, ...]`. `streams` are the numbers of input channels, in order, of the
-    streams that the layer's input is a concatenation of; empty for an input of one stream.
+    `name` is a layer's dotted module path, or a path-like unique name; `operation` the path without its indices
+    (`transformer_blocks.attn1.to_q`); `block` the path of the repeated container around it (`transformer_blocks.3`), or
+    "". `macs` are multiply-accumulates of one sample in one denoiser call [MACs]. What follows is for layers only:
+    `shape` is `[out, in, ...]`; `streams` are the numbers of input channels, in order, of the streams that the input
+    is a concatenation of, empty for one stream.
     """
 
     name: str
@@ -43,8 +43,7 @@ class Node:
 
     def __plain__(self) -> dict[str, object]:
         """A layer of one stream is written as before there were streams: graphs without any keep their keys."""
-        told = (f.name for f in fields(self) if f.name != "streams" or self.streams)
-        return {name: to_plain(getattr(self, name)) for name in told}
+        return {f.name: to_plain(getattr(self, f.name)) for f in fields(self) if f.name != "streams" or self.streams}
 
     @property
     def params(self) -> int:
@@ -78,8 +77,8 @@ class Stream:
 class Group:
     """A connected set of layers whose variants are enumerated together ("block level" in Qua2SeDiMo).
 
-    `kind` says what it is (`self_attention`, `cross_attention`, `feed_forward`, `residual`, `embedding`,
-    `other`); `root` is its last node, `hop` the longest path from a member to the root.
+    `kind` is `self_attention`, `cross_attention`, `feed_forward`, `residual`, `embedding` or `other`; `root` is its
+    last node, `hop` the longest path from a member to the root.
     """
 
     name: str
@@ -91,10 +90,9 @@ class Group:
 
 @dataclass(frozen=True)
 class DenoiserGraph:
-    """All vertices in topological order, edges as pairs of their positions, groups, and tied layers.
+    """All vertices of a network (a class name) in topological order, edges as pairs of their positions, and groups.
 
     `ties` lists the sets of layers that share one weight or hold equal values; each is one decision.
-    `denoiser` is the class name of the network.
     """
 
     denoiser: str
@@ -106,12 +104,11 @@ class DenoiserGraph:
 
     def __post_init__(self) -> None:
         """Checks names, order, streams, and that every group and tie speaks of existing layers."""
-        names, place = [node.name for node in self.nodes], f"graph of {self.denoiser}"
-        if len(set(names)) != len(names):
-            twice = sorted({n for n in names if names.count(n) > 1})
+        counts, place = Counter(node.name for node in self.nodes), f"graph of {self.denoiser}"
+        if twice := sorted(name for name, n in counts.items() if n > 1):
             raise StateError(f"{place}: node names must be unique, found twice: {twice[:5]}")
         for source, target in self.edges:
-            if not 0 <= source < target < len(names):
+            if not 0 <= source < target < len(self.nodes):
                 raise StateError(f"{place}: edges must go forward between existing nodes, got {(source, target)}")
         for node in self.nodes:
             if node.streams and (len(node.streams) < 2 or min(node.streams) < 1 or sum(node.streams) != node.shape[1]):
@@ -181,10 +178,7 @@ def first_layers(graph: DenoiserGraph) -> tuple[str, ...]:
 
 
 def last_layers(graph: DenoiserGraph) -> tuple[str, ...]:
-    """Names of the layers that the output is made of directly: no other layer comes after them.
-
-    Such as `conv_out` of a U-Net, `proj_out_2` of a DiT.
-    """
+    """Names of the layers that no other comes after, such as `conv_out` of a U-Net, `proj_out_2` of a DiT."""
     return _without(graph, sorted(graph.edges, reverse=True))
 
 
@@ -200,10 +194,8 @@ def _without(graph: DenoiserGraph, links: Sequence[tuple[int, int]]) -> tuple[st
 def inspect_summary(graph: DenoiserGraph, formats: Mapping[str, str] | None = None) -> dict[str, object]:
     """Counts, sizes and layers of a graph in the words of `sedimo inspect`, ready for JSON; scripts rely on the names.
 
-    `params` is the number of Linear and Conv weights, shared ones once; `macs` are multiply-accumulates of one
-    sample in one denoiser call; `n_decisions` counts layers with equal weights once, and each stream of a layer that
-    reads several, which has its `streams` (numbers of input channels). With `formats` of quantized layers by name, each
-    layer has its `format`.
+    `n_decisions` counts layers with equal weights once, and each stream of a layer that reads several. With `formats`
+    of quantized layers by name, each layer has its `format`.
     """
     tied = {name: tie for tie in graph.ties for name in tie}
     owners = [layers for node in graph.layers if (layers := tied.get(node.name, (node.name,)))[0] == node.name]

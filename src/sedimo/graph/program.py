@@ -13,10 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from sedimo.errors import InputError
 from sedimo.graph.example_inputs import find_inputs, first_line, signature_names
-from sedimo.graph.layers import meta_twin
+from sedimo.graph.layers import meta_tensor, meta_twin
 
 Capture = Callable[[], Mapping[str, object]]
 
@@ -27,10 +28,7 @@ _NOISY_LOGGERS = ("torch", "diffusers")
 def export_denoiser(
     denoiser: nn.Module, *, example_inputs: Mapping[str, object] | None = None, capture: Capture | None = None
 ) -> tuple[ExportedProgram, dict[str, object]]:
-    """The denoiser as a program on the meta device, and the inputs by argument name that it was exported with.
-
-    Inputs are found as for `trace_denoiser`, which raises what this does.
-    """
+    """The denoiser as a program on the meta device, and the inputs (see `trace_denoiser`) it was exported with."""
     twin = meta_twin(denoiser)
     with _quiet():
         inputs = _inputs_for(twin, example_inputs or {}, capture)
@@ -47,6 +45,7 @@ def export_denoiser(
 def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Capture | None) -> dict[str, object]:
     """Example inputs on the meta device: given, found by name, or captured."""
     names, is_open = signature_names(twin)
+    examples = pytree.tree_map_only(torch.Tensor, meta_tensor, dict(examples))
     unknown = sorted(examples.keys() - names) if not is_open else []
     if unknown:
         raise InputError(
@@ -54,11 +53,12 @@ def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Captur
             f"takes {', '.join(names)}"
         )
     try:
-        return find_inputs(twin, {name: _to_meta(value) for name, value in examples.items()})
+        return find_inputs(twin, examples)
     except InputError as error:
         if capture is not None:
-            captured = {name: _to_meta(value) for name, value in capture().items() if is_open or name in names}
-            return {**captured, "return_dict": False} if "return_dict" in names else captured
+            captured = {name: value for name, value in capture().items() if is_open or name in names}
+            fixed = {"return_dict": False} if "return_dict" in names else {}
+            return {**pytree.tree_map_only(torch.Tensor, meta_tensor, captured), **fixed}
         required = [name for name, is_required in names.items() if is_required] or list(names)[:1]
         usage = ", ".join(f'"{name}": torch.empty(...)' for name in required)
         raise InputError(
@@ -67,26 +67,12 @@ def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Captur
         ) from error
 
 
-def _to_meta(value: object) -> object:
-    """The value with every tensor replaced by one of its shape and dtype on the meta device."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty(value.shape, dtype=value.dtype, device="meta")
-    if isinstance(value, Mapping):
-        return {k: _to_meta(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_to_meta(v) for v in value])
-    return value
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps warnings and log lines about tracing from the user, who cannot act on them, and garbage collection away.
-
-    It took a third of an export's time by visiting the many long-lived objects.
-    """
+    """Keeps warnings and log lines about tracing from the user, who cannot act on them."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels, was_collecting = [logger.level for logger in loggers], gc.isenabled()
-    gc.disable()
+    gc.disable()  # it took a third of an export's time by visiting the many long-lived objects
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -108,15 +94,9 @@ def operation_name(node: fx.Node) -> str:
     return "getitem" if target is operator.getitem else str(getattr(target, "__name__", target))
 
 
-def arguments_of(node: fx.Node) -> Iterator[fx.Node]:
+def arguments_of(node: fx.Node) -> list[fx.Node]:
     """All nodes among the arguments, in order, repeated ones repeatedly."""
-    stack: list[object] = [*reversed(node.kwargs.values()), *reversed(node.args)]
-    while stack:
-        argument = stack.pop()
-        if isinstance(argument, fx.Node):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            stack.extend(reversed(argument))
+    return [leaf for leaf in pytree.arg_tree_leaves(*node.args, **node.kwargs) if isinstance(leaf, fx.Node)]
 
 
 def shape_of(node: object) -> tuple[int, ...]:

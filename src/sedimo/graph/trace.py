@@ -26,7 +26,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
@@ -86,13 +86,9 @@ def trace_denoiser(
 ) -> DenoiserGraph:
     """The graph of a denoiser with real or meta weights, by `torch.export` on the meta device.
 
-    Inputs are found by the names of the forward's arguments. `example_inputs` (argument name to value; of
-    tensors only shape and dtype matter) settle what cannot be found so, or should have other sizes; `capture`
-    gives the inputs of one real call when that fails. MACs are those of one sample at the sizes of the inputs.
-
-    Raises:
-        InputError: the inputs are unknown or do not fit, the denoiser cannot be exported, or its weights are
-            quantized already.
+    Inputs are found by the names of the forward's arguments. `example_inputs` (argument name to value; of tensors only
+    shape and dtype matter) settle what cannot be found so, or should have other sizes; `capture` gives the inputs of
+    one real call when that fails.
     """
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
     layers = weight_layers(denoiser)
@@ -103,43 +99,33 @@ def trace_denoiser(
     layer_of, parameters = weight_names(denoiser), program.graph_signature.inputs_to_parameters
     places = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     reader.run(program.graph_module, [_Value(weight=layer_of.get(parameters.get(place, ""))) for place in places])
-    called = {node.name for node in reader.nodes if node.kind == "layer"}
-    if not called:
+    if not any(node.kind == "layer" for node in reader.nodes):
         raise InputError(f"the forward of {type(denoiser).__name__} uses none of its layers: it is no denoiser")
+    called = {node.name for node in reader.nodes}
     nodes = (*reader.nodes, *(layer for name, layer in layers.items() if name not in called))
     edges = tuple((source, target) for target, sources in enumerate(reader.sources) for source in sources)
-    return DenoiserGraph(
-        denoiser=type(denoiser).__name__,
-        nodes=nodes,
-        edges=edges,
-        groups=find_groups(nodes, edges),
-        ties=find_ties(denoiser),
-        notes=tuple(
-            f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for what, names in (
-                ("weights belong to no Linear or Conv layer and stay as they are", other_weights(denoiser)),
-                (
-                    "layers are not used in a call with these inputs",
-                    [node.name for node in nodes if node.kind == "layer" and node.macs == 0],
-                ),
-            )
-            if names
-        ),
+    remarks = {
+        "weights belong to no Linear or Conv layer and stay as they are": other_weights(denoiser),
+        "layers are not used in a call with these inputs": [n.name for n in nodes if n.kind == "layer" and not n.macs],
+    }
+    notes = (
+        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for what, names in remarks.items()
+        if names
     )
+    groups, ties = find_groups(nodes, edges), find_ties(denoiser)
+    return DenoiserGraph(type(denoiser).__name__, nodes, edges, groups, ties, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """What is known of a value: sources in order of use, the weight it is, whether it is 1 + a stream, its streams.
-
-    `streams` are numbers of channels, in order, along an axis counted from the front.
-    """
+    """Sources in order of use, the weight that a value is, and its streams: numbers of channels along an axis."""
 
     sources: tuple[int, ...] = ()
     weight: str | None = None
     is_one_plus: bool = False
     open_modulate: int | None = None
-    storage: int = -1
+    writes: list[tuple[int, ...]] = field(default_factory=list)  # sources written in place later; views share it
     n_writes_seen: int = 0
     streams: tuple[int, ...] = ()
     axis: int = 0
@@ -159,20 +145,15 @@ class _Reader:
         self.nodes: list[Node] = []
         self.sources: list[list[int]] = []
         self._layers, self._blocks, self._batch = layers, blocks, batch
-        self._taken = set(layers)
         self._positions: dict[str, int] = {}
         self._open_products: set[int] = set()
-        self._writes: dict[int, list[tuple[int, ...]]] = {}
-        self._n_storages = 0
 
     def run(self, module: fx.GraphModule, inputs: Sequence[_Value]) -> list[_Value]:
         """The values of a program's outputs, given those of its inputs; nested programs are walked through."""
-        environment: dict[fx.Node, _Value] = {}
-        remaining = iter(inputs)
-        outputs: list[_Value] = []
+        environment, remaining, outputs = dict[fx.Node, _Value](), iter(inputs), list[_Value]()
         for node in module.graph.nodes:
             if node.op == "placeholder":
-                environment[node] = self._fresh(next(remaining, _Value()))
+                environment[node] = replace(next(remaining, _Value()), writes=[], n_writes_seen=0)
             elif node.op == "call_function":
                 environment[node] = self._call(module, node, environment)
             elif node.op == "output":
@@ -185,7 +166,7 @@ class _Reader:
             inner = operator.attrgetter(str(place.target))(module) if place.op == "get_attr" else None
             if isinstance(inner, fx.GraphModule):  # a region without gradients or autocast: walked as if it stood here
                 values = [self._now(environment.get(a, _Value())) for a in given if a is not place]
-                return self._fresh(_Value(_union(v.sources for v in self.run(inner, values))))
+                return _Value(_union(v.sources for v in self.run(inner, values)))
         arguments = [(a, self._now(environment[a])) for a in given if a in environment]
         value = self._combine(operation_name(node), node, arguments)
         return self._track_storage(node, value, arguments, environment)
@@ -228,9 +209,7 @@ class _Reader:
     def _layer(self, layer: str, call: str, node: fx.Node, inputs: _Arguments) -> _Value:
         """A call of a layer, whose streams are those along the input channels of its weight, if all calls agree."""
         is_first, output = layer not in self._positions, shape_of(node)
-        if is_first:
-            self._positions[layer] = self._append(self._layers[layer])
-        position = self._positions[layer]
+        position = self._append(self._layers[layer]) if is_first else self._positions[layer]
         known = self.nodes[position]
         self._connect(position, _union(v.sources for _, v in inputs))
         axis = _INPUT_AXES.get(call)
@@ -239,23 +218,20 @@ class _Reader:
         is_whole = sum(streams) == known.shape[1]  # not if channels are grouped
         is_agreed = is_whole and (is_first or known.streams == streams)
         macs = math.prod(output) * math.prod(known.shape[1:])  # [out, in / groups, ...]: right for any groups
-        self.nodes[position] = replace(
-            known, macs=known.macs + per_sample(macs, output, self._batch), streams=streams if is_agreed else ()
-        )
+        self._count(position, macs, node)
+        self.nodes[position] = replace(self.nodes[position], streams=streams if is_agreed else ())
         return _Value((position,))
 
     def _product(self, name: str, node: fx.Node, arguments: _Arguments) -> _Value:
         """A matrix product of two streams: the first of an attention, or the second, which joins the first."""
         operands = [(a, v) for a, v in arguments if v.sources][-2:]
-        output = shape_of(node)
-        macs = _einsum_macs(node) if name == "einsum" else math.prod(output) * shape_of(operands[0][0])[-1]
+        macs = _einsum_macs(node) if name == "einsum" else math.prod(shape_of(node)) * shape_of(operands[0][0])[-1]
         for _, value in operands:
             first = value.sources[0]
             others = _union(v.sources for _, v in operands if v is not value)
             if value.sources == (first,) and first in self._open_products and all(s < first for s in others):
                 self._connect(first, others)
-                known = self.nodes[first]
-                self.nodes[first] = replace(known, macs=known.macs + per_sample(macs, output, self._batch))
+                self._count(first, macs, node)
                 self._open_products.remove(first)
                 return _Value((first,))
         made = self._new("attention", node, [v for _, v in operands], macs)
@@ -283,51 +259,47 @@ class _Reader:
         """A node named by the module that combines, what it does, and the how-manieth time: `blocks.3.add_1`."""
         owner = owner_of(node)
         names = (f"{owner}.{kind}_{i}" if owner else f"{kind}_{i}" for i in itertools.count())
-        name = next(free for free in names if free not in self._taken)
-        macs = per_sample(macs, shape_of(node), self._batch)
-        position = self._append(Node(name, kind, operation_type(name), block_of(owner, self._blocks), macs))
+        name = next(free for free in names if free not in self._positions and free not in self._layers)
+        position = self._append(Node(name, kind, operation_type(name), block_of(owner, self._blocks), 0))
+        self._count(position, macs, node)
         self._connect(position, _union(v.sources for v in streams))
         return _Value((position,))
 
+    def _count(self, position: int, macs: int, call: fx.Node) -> None:
+        """Adds the MACs of a call to a node."""
+        known = self.nodes[position]
+        self.nodes[position] = replace(known, macs=known.macs + per_sample(macs, shape_of(call), self._batch))
+
     def _append(self, node: Node) -> int:
+        self._positions[node.name] = len(self.nodes)
         self.nodes.append(node)
         self.sources.append([])
-        self._taken.add(node.name)
-        return len(self.nodes) - 1
+        return self._positions[node.name]
 
     def _connect(self, position: int, sources: Iterable[int]) -> None:
         known = self.sources[position]
         known.extend(s for s in sources if s < position and s not in known)
 
-    def _fresh(self, value: _Value) -> _Value:
-        self._n_storages += 1
-        return replace(value, storage=self._n_storages, n_writes_seen=0)
-
     def _now(self, value: _Value) -> _Value:
         """The value with what was written into its storage since it was made."""
-        later = self._writes.get(value.storage, [])[value.n_writes_seen :]
-        if not later:
-            return value
-        return _Value(
-            _union([value.sources, *later]), value.weight, storage=value.storage, n_writes_seen=value.n_writes_seen
-        )
+        later, seen = value.writes[value.n_writes_seen :], value.n_writes_seen
+        sources = _union([value.sources, *later])
+        return _Value(sources, value.weight, writes=value.writes, n_writes_seen=seen) if later else value
 
     def _track_storage(
         self, node: fx.Node, value: _Value, arguments: _Arguments, environment: Mapping[fx.Node, _Value]
     ) -> _Value:
         """Views share their input's storage; an operation in place writes its sources into it."""
-        target = node.target
-        schema = target._schema if isinstance(target, torch._ops.OpOverload) else None
-        is_mutation = schema is not None and schema.is_mutable
-        is_view = (
-            target is operator.getitem if schema is None else any(r.alias_info is not None for r in schema.returns)
-        )
+        is_mutation, is_view = False, node.target is operator.getitem
+        if isinstance(node.target, torch._ops.OpOverload):
+            schema = node.target._schema
+            is_mutation, is_view = schema.is_mutable, any(r.alias_info is not None for r in schema.returns)
         if not arguments or not (is_mutation or is_view):
-            return self._fresh(value)
-        base = environment[arguments[0][0]].storage
+            return value
+        writes = environment[arguments[0][0]].writes
         if is_mutation:
-            self._writes.setdefault(base, []).append(value.sources)
-        return replace(value, storage=base, n_writes_seen=len(self._writes.get(base, ())))
+            writes.append(value.sources)
+        return replace(value, writes=writes, n_writes_seen=len(writes))
 
 
 def _contract(name: str, node: fx.Node, values: Sequence[_Value]) -> _Value:
@@ -366,13 +338,12 @@ def _joined(made: _Value, node: fx.Node, known: Sequence[_Value]) -> _Value:
     """A concatenation (`cat`) of `known` tensors with its streams; a stack has none."""
     tensors = node.args[0] if node.args else ()
     axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    shape = shape_of(node)
     if not isinstance(tensors, list | tuple) or not isinstance(axis, int) or len(known) != len(tensors):
         return made
-    axis %= len(shape)
-    shapes = [shape_of(tensor) for tensor in tensors]
+    shape, shapes = shape_of(node), [shape_of(tensor) for tensor in tensors]
     if any(len(own) != len(shape) for own in shapes):
         return made
+    axis %= len(shape)
     pairs = zip(known, shapes, strict=True)
     sizes = tuple(size for value, own in pairs for size in value.along(axis, len(shape)) or (own[axis],))
     return replace(made, streams=sizes, axis=axis) if sum(sizes) == shape[axis] else made
@@ -391,9 +362,5 @@ def _keeps_channels(name: str, node: fx.Node, first: fx.Node) -> bool:
 
 
 def per_sample(macs: int, output_shape: Sequence[int], batch: int) -> int:
-    """MACs of one sample, from those of a call whose output has `batch` samples in its first dimension.
-
-    An output whose first dimension is no multiple of `batch` was computed once for all samples and counts whole.
-    """
-    has_batch = bool(output_shape) and output_shape[0] % batch == 0
-    return macs // batch if has_batch else macs
+    """MACs of one sample of a call; an output that does not grow with `batch` was computed once and counts whole."""
+    return macs // batch if output_shape and output_shape[0] % batch == 0 else macs

@@ -38,7 +38,7 @@ from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality
 from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, NoisePowers, mean_sqnr, paired_difference
 from sedimo.pipelines.adapter import Sampling
-from sedimo.pipelines.schedulers import SCHEDULERS, scheduled, scheduler_named
+from sedimo.pipelines.schedulers import SCHEDULERS, exchanged, scheduler_named
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.figures import Axis, Heat, Plot, Series, named, only
 from sedimo.reporting.html import write_page
@@ -245,7 +245,7 @@ def _schedulers(lab: Lab, settings: SweepSettings) -> Sweep:
     for text in settings.texts:
         try:
             scheduler = scheduler_named(pipeline, text, plan.n_steps)
-            with scheduled(pipeline, scheduler):
+            with exchanged(pipeline, "scheduler", scheduler):
                 lab.pipe.sample(replace(plan.first(1), n_steps=1))  # some steps lack arguments
             made[text] = scheduler
         except InputError as error:
@@ -256,7 +256,7 @@ def _schedulers(lab: Lab, settings: SweepSettings) -> Sweep:
     others = lab.seeds.plan(range(stop, stop + len(plan.seeds)))
     found = {}
     for label, text, seeds in [*((text, text, plan) for text in made), (f"{first}{OTHER_SEEDS}", first, others)]:
-        with scheduled(pipeline, made[text]):
+        with exchanged(pipeline, "scheduler", made[text]):
             found[label] = _sensitivities(lab, settings, SIGNALS[settings.signal], seeds)
     return _ranked(lab, settings, found, [*combinations(found, 2)], [plan, others], tuple(notes))
 

@@ -7,14 +7,13 @@ call and refuses what the pipeline cannot understand.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import PipelineObject
-
-ConditionKind = Literal["none", "class", "prompt"]
 
 PROMPTS = (
     "a photograph of a red apple on a wooden table",
@@ -36,8 +35,7 @@ def call_parameters(pipeline: PipelineObject) -> Mapping[str, inspect.Parameter]
     return inspect.signature(type(pipeline).__call__).parameters
 
 
-def condition_kind(pipeline: PipelineObject) -> ConditionKind:
-    """What the pipeline is conditioned on."""
+def _condition_kind(pipeline: PipelineObject) -> Literal["none", "class", "prompt"]:
     parameters = call_parameters(pipeline)
     if "prompt" in parameters:
         return "prompt"
@@ -54,7 +52,7 @@ def default_conditions(pipeline: PipelineObject, n: int) -> tuple[str, ...]:
     plain ones. Up to ten classes are taken in order; of more, neighbours in the result are far apart in number,
     because neighbouring ImageNet classes are alike.
     """
-    kind = condition_kind(pipeline)
+    kind = _condition_kind(pipeline)
     if kind == "none":
         return ()
     if kind == "prompt":
@@ -64,9 +62,12 @@ def default_conditions(pipeline: PipelineObject, n: int) -> tuple[str, ...]:
                 f"the text encoder's config must give {_TASK}.prompts as a list of texts, got {prompts!r:.80}"
             )
         return tuple(prompts)[:n] or PROMPTS[:n]
-    labels = sorted(set(_labels(pipeline).values()))
-    classes = labels or list(range(min(_N_DEFAULT_CLASSES, _n_classes(pipeline) or _N_DEFAULT_CLASSES)))
-    return tuple(str(c) for c in _spread(classes)[:n])
+    classes = sorted(set(_labels(pipeline).values()))
+    classes = classes or list(range(min(_N_DEFAULT_CLASSES, _n_classes(pipeline) or _N_DEFAULT_CLASSES)))
+    n_classes, stride = len(classes), 1
+    if n_classes > _N_DEFAULT_CLASSES:
+        stride = next(s for s in itertools.count(round(n_classes * _GOLDEN)) if math.gcd(s, n_classes) == 1)
+    return tuple(str(classes[i * stride % n_classes]) for i in range(min(n, n_classes)))
 
 
 def default_guidance(pipeline: PipelineObject) -> float | None:
@@ -81,7 +82,7 @@ def default_guidance(pipeline: PipelineObject) -> float | None:
 
 def condition_arguments(pipeline: PipelineObject, conditions: Sequence[str | None]) -> dict[str, object]:
     """The arguments that carry one condition per sample into the pipeline's call."""
-    kind, name = condition_kind(pipeline), type(pipeline).__name__
+    kind, name = _condition_kind(pipeline), type(pipeline).__name__
     texts = [c for c in conditions if c is not None]
     if kind == "none":
         if texts:
@@ -96,10 +97,9 @@ def condition_arguments(pipeline: PipelineObject, conditions: Sequence[str | Non
 
 
 def _class_number(pipeline: PipelineObject, text: str) -> int:
-    labels, n_classes = _labels(pipeline), _n_classes(pipeline)
+    labels, n_classes, name = _labels(pipeline), _n_classes(pipeline), type(pipeline).__name__
     if text in labels:
         return labels[text]
-    name = type(pipeline).__name__
     if not text.isdecimal():
         known = ", ".join(list(labels)[:8]) or "none: this pipeline has no label names"
         raise InputError(f"{name} has no class {text!r}; give a class number or a label ({known})")
@@ -127,13 +127,3 @@ def _n_classes(pipeline: PipelineObject) -> int | None:
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     config = getattr(denoiser, "config", {})
     return config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-
-
-def _spread(classes: Sequence[int]) -> list[int]:
-    n = len(classes)
-    if n <= _N_DEFAULT_CLASSES:
-        return list(classes)
-    stride = round(n * _GOLDEN)
-    while math.gcd(stride, n) != 1:
-        stride += 1
-    return [classes[i * stride % n] for i in range(n)]

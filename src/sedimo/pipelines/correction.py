@@ -34,11 +34,7 @@ _N_PACKED = 3  # axes of packed latents `[B, T, C]`, whose channels are last
 
 @dataclass(frozen=True, slots=True)
 class StepCorrection:
-    """At a timestep: the slope k, and the bias b and the rest's variance v of each of C channels.
-
-    Raises:
-        InputError: a number that is not finite, a slope of -1 or below, or unequal numbers of channels.
-    """
+    """At a timestep: the slope k, and the bias b and the rest's variance v of each of C channels."""
 
     timestep: float
     slope: float
@@ -57,11 +53,7 @@ class StepCorrection:
             )
 
     def correct(self, prediction: torch.Tensor) -> torch.Tensor:
-        """(y - b) / (1 + k) of predictions `[B, C, ...]` or `[B, T, C]`.
-
-        Raises:
-            InputError: another number of channels.
-        """
+        """(y - b) / (1 + k) of predictions `[B, C, ...]` or `[B, T, C]`."""
         n_channels = prediction.shape[channel_axis(prediction)]
         if n_channels != len(self.bias):
             raise InputError(
@@ -110,11 +102,6 @@ def corrected(
     Each step takes that of the nearest timestep. `with_variance` reduces the noise that the scheduler adds, too. A
     deterministic scheduler adds none.
 
-    Example:
-        >>> with corrected(pipe, probe.correction) as log:
-        ...     latents = pipe.sample(sampling)
-        >>> print(log)
-
     Raises:
         UnsupportedError: the scheduler's step is not given what is needed; or, with the variance, noise that is not one
             number times standard noise, or a step that is not linear in the prediction (it clips).
@@ -124,8 +111,10 @@ def corrected(
     check_step(scheduler)
     if not steps:
         raise InputError("a correction needs at least one timestep, got none")
-    if with_variance:
-        _check_noise(scheduler)
+    if with_variance and hasattr(scheduler, "noise_sampler"):
+        raise _not_linear(scheduler, "it draws its noise from a process of its own")
+    if with_variance and "step" in vars(scheduler):
+        raise _not_linear(scheduler, "its step was exchanged for another one")
     log = CorrectionLog(type(scheduler).__name__, with_variance)
 
     def step(call: StepCall) -> object:
@@ -145,14 +134,6 @@ def corrected(
 
     with handled_steps(scheduler, step):
         yield log
-
-
-def _check_noise(scheduler: object) -> None:
-    """Refuses schedulers that cannot be asked on copies what a step does."""
-    if hasattr(scheduler, "noise_sampler"):
-        raise _not_linear(scheduler, "it draws its noise from a process of its own")
-    if "step" in vars(scheduler):
-        raise _not_linear(scheduler, "its step was exchanged for another one")
 
 
 def channel_axis(tensor: torch.Tensor) -> int:
@@ -177,7 +158,7 @@ def _response(scheduler: object, call: StepCall) -> tuple[torch.Tensor, float] |
 
     def take(seed: int, taken: StepCall = call) -> torch.Tensor:
         changes = {"generator": torch.Generator().manual_seed(seed)} if takes_generator else {}
-        return previous_sample(taken.on(copy.deepcopy(scheduler)).run(**changes)).double()
+        return previous_sample(taken.run(copy.deepcopy(scheduler), **changes)).double()
 
     like = call.prediction
     with torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else []):

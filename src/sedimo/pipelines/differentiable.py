@@ -148,15 +148,13 @@ def _cut(network: nn.Module, cuts: list[CutCall], *, is_always_cut: bool) -> Ite
         renewed = [next(following).clone() if _is_number(x) else x for x in parts]  # a leaf may not be changed in place
         return pytree.tree_unflatten(renewed, shape)
 
-    wanting = [p for p in network.parameters() if p.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        with exchanged(network, "forward", forward):  # as accelerate does
-            yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
+    with contextlib.ExitStack() as stack:
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+        stack.enter_context(exchanged(network, "forward", forward))  # as accelerate does
+        yield
 
 
 def _is_number(value: object) -> bool:

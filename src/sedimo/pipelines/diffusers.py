@@ -10,8 +10,8 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from sedimo.pipelines.conditions import default_conditions, default_guidance
 from sedimo.pipelines.differentiable import DifferentiableRun, run_differentiably
 from sedimo.pipelines.folder import new_folder, place_file
 from sedimo.pipelines.sampling import sample_batch
-from sedimo.pipelines.weights import component_files
+from sedimo.pipelines.weights import DENOISER_NAMES, component_files
 
-DENOISER_NAMES = ("transformer", "unet")
 DECODE_BATCH = 32
 _MAX_BATCH = 64
 _LATENT_PIXELS_PER_BATCH = 65536  # 64 samples of 32 x 32, 4 of 128 x 128 (SDXL at 1024 pixels)
@@ -39,10 +38,9 @@ Finish = Callable[[Path, str], None]  # the folder, and how files of other compo
 
 
 class _Loaded:
-    """What a pipeline and a denoiser alone have in common.
+    """A pipeline or a denoiser alone, its name for people, and the folder and variant it was loaded from, if any.
 
-    `name` is what people call it; `folder` is where its files are, if anywhere, and `variant` which weights there were
-    loaded. `finish_saving` may add files to a folder that is being saved.
+    `finish_saving` may add files to a folder that is being saved.
     """
 
     def __init__(self, name: str, folder: Path | None, variant: str | None) -> None:
@@ -71,6 +69,26 @@ class _Loaded:
         config = getattr(self.denoiser, "config", {})
         return bool(getattr(self.denoiser, "is_quantized", False) or config.get("quantization_config"))
 
+    def save_pretrained(self, out: Path | str) -> Path:
+        """Writes a diffusers folder, from which the class that was loaded can be loaded again.
+
+        Components of a pipeline that are still the objects that were loaded are copied file by file from the source
+        folder, so that their bytes (and their dtype) stay; of several variants of their weights the loaded one is
+        copied, under its plain name. Components that the user exchanged are written by their own `save_pretrained`.
+
+        Raises:
+            InputError: `out` exists and is not an empty folder, or the network has no `save_pretrained`.
+        """
+        with new_folder(Path(out)) as folder:
+            others = self._save(folder)
+            if self.finish_saving is not None:
+                self.finish_saving(folder, others)
+        return Path(out)
+
+    def _save(self, folder: Path) -> str:
+        """Writes everything, and tells how files of other components came there."""
+        raise NotImplementedError
+
 
 class DiffusersPipeline(_Loaded):
     """A diffusers pipeline that can be sampled from seeds, watched, decoded and saved."""
@@ -83,11 +101,7 @@ class DiffusersPipeline(_Loaded):
         folder: Path | None = None,
         variant: str | None = None,
     ) -> None:
-        """Wraps `pipeline`, which is used as it is: neither moved nor cast.
-
-        Raises:
-            InputError: it has no component `transformer` or `unet`, or no scheduler.
-        """
+        """Wraps `pipeline`, which is used as it is: neither moved nor cast."""
         super().__init__(name or type(pipeline).__name__, folder, variant)
         self.pipeline = pipeline
         self.denoiser_name = _denoiser_name(pipeline)
@@ -122,28 +136,15 @@ class DiffusersPipeline(_Loaded):
 
         Packed latents of FLUX-like pipelines are `[n, T, C]`. Pixel-space pipelines give images in [-1, 1],
         not clipped. With guidance the denoiser sees its batch twice: row r belongs to sample r mod B.
-
-        Raises:
-            InputError: conditions, guidance or resolution do not suit this pipeline.
         """
-        batches = (sample_batch(self.pipeline, self.denoiser, batch, observer) for batch in sampling.batches())
-        return torch.cat(list(batches))
+        return torch.cat([sample_batch(self.pipeline, self.denoiser, batch, observer) for batch in sampling.batches()])
 
     def differentiable(self, sampling: Sampling) -> DifferentiableRun:
-        """The samples of a plan as one batch, with what it takes to differentiate their final latents.
-
-        Raises:
-            InputError: as `sample`.
-            UnsupportedError: the way from the denoiser to the final latents has no derivative.
-        """
+        """The samples of a plan as one batch, with what it takes to differentiate their final latents."""
         return run_differentiably(self.pipeline, self.denoiser, sampling)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images `[n, 3, H, W]` float32 in [0, 1] of final latents.
-
-        Raises:
-            InputError: the latents do not belong to this pipeline, or its decoder is not known.
-        """
+        """Images `[n, 3, H, W]` float32 in [0, 1] of final latents."""
         return decode_latents(self.pipeline, latents)
 
     def default_sampling(self, seeds: Sequence[int], n_steps: int) -> Sampling:
@@ -152,39 +153,28 @@ class DiffusersPipeline(_Loaded):
         side = self.denoiser.config.get("sample_size", own_side)  # type: ignore[union-attr, operator]
         pixels = side * side if isinstance(side, int) else 1024
         batch_size = max(1, min(_MAX_BATCH, _LATENT_PIXELS_PER_BATCH // pixels))
-        conditions = default_conditions(self.pipeline, len(seeds))
-        guidance = default_guidance(self.pipeline)
+        conditions, guidance = default_conditions(self.pipeline, len(seeds)), default_guidance(self.pipeline)
         return Sampling(tuple(seeds), n_steps, conditions, guidance, batch_size=batch_size)
 
-    def save_pretrained(self, out: Path | str) -> Path:
-        """Writes a diffusers folder, from which `DiffusionPipeline.from_pretrained` loads the pipeline.
-
-        Components that are still the objects that were loaded are copied file by file from the source folder, so that
-        their bytes (and their dtype) stay; of several variants of their weights the loaded one is copied, under its
-        plain name. Components that the user exchanged are written by their own `save_pretrained`.
-
-        Raises:
-            InputError: `out` exists and is not an empty folder.
-        """
-        present = {name: c for name, c in self.pipeline.components.items() if c is not None}
-        kept = [n for n, c in present.items() if n != self.denoiser_name and self._came_with.get(n) is c]
-        written = [name for name in present if name not in kept]
-        n_copied = 0
-        with new_folder(Path(out)) as folder:
-            for name in kept:
+    def _save(self, folder: Path) -> str:
+        n_copied, anew, told = 0, [], []
+        for name, component in self.pipeline.components.items():
+            if component is None:
+                continue
+            if name != self.denoiser_name and self._came_with.get(name) is component:
                 files = component_files(Path(self.folder or "") / name, self.variant)
                 for path, file in files.items():
                     place_file(file, folder / name / path, link=False)
                 n_copied += len(files)
-            for name in written:
-                present[name].save_pretrained(folder / name)  # type: ignore[attr-defined]  # components all have it
-            _write_index(self.pipeline, folder)
-            if self.finish_saving is not None:
-                copied = [f"{n_copied} copied from the source folder"] if n_copied else []
-                others = ", ".join(name for name in written if name != self.denoiser_name)
-                anew = [f"those of {others} written anew"] if others else []
-                self.finish_saving(folder, ", ".join(copied + anew))
-        return Path(out)
+            else:
+                component.save_pretrained(folder / name)  # type: ignore[attr-defined]  # components all have it
+                anew.append(name)
+        _write_index(self.pipeline, folder)
+        if n_copied:
+            told.append(f"{n_copied} copied from the source folder")
+        if others := [name for name in anew if name != self.denoiser_name]:
+            told.append(f"those of {', '.join(others)} written anew")
+        return ", ".join(told)
 
 
 class BareDenoiser(_Loaded):
@@ -203,35 +193,19 @@ class BareDenoiser(_Loaded):
         return self._denoiser
 
     def sample(self, sampling: Sampling, *, observer: Observer | None = None) -> torch.Tensor:
-        """Cannot be done.
-
-        Raises:
-            InputError: always.
-        """
+        """Cannot be done."""
         raise self._refusal("sampled")
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Cannot be done.
-
-        Raises:
-            InputError: always.
-        """
+        """Cannot be done."""
         raise self._refusal("decoded")
 
-    def save_pretrained(self, out: Path | str) -> Path:
-        """Writes a folder that the denoiser's own class loads.
-
-        Raises:
-            InputError: `out` exists and is not an empty folder, or the network has no `save_pretrained`.
-        """
+    def _save(self, folder: Path) -> str:
         if not hasattr(self._denoiser, "save_pretrained"):
             kind = type(self._denoiser).__name__
             raise InputError(f"a {kind} has no save_pretrained; only diffusers models can be saved")
-        with new_folder(Path(out)) as folder:
-            self._denoiser.save_pretrained(folder)  # type: ignore[operator]  # diffusers has no types
-            if self.finish_saving is not None:
-                self.finish_saving(folder, "")
-        return Path(out)
+        self._denoiser.save_pretrained(folder)  # type: ignore[operator]  # diffusers has no types
+        return ""
 
     def _refusal(self, action: str) -> InputError:
         return InputError(
@@ -242,14 +216,14 @@ class BareDenoiser(_Loaded):
 
 def _denoiser_name(pipeline: PipelineObject) -> str:
     components = pipeline.components
-    found = [n for n in DENOISER_NAMES if isinstance(components.get(n), nn.Module)]
-    if not found:
+    found = next((n for n in DENOISER_NAMES if isinstance(components.get(n), nn.Module)), None)
+    if found is None:
         raise InputError(
             f"{type(pipeline).__name__} has no component {' or '.join(DENOISER_NAMES)}: {', '.join(components)}"
         )
     if components.get("scheduler") is None:
         raise InputError(f"{type(pipeline).__name__} has no scheduler and cannot be sampled")
-    return found[0]
+    return found
 
 
 def _network_digest(network: nn.Module) -> str:
@@ -287,7 +261,10 @@ def decode_latents(pipeline: PipelineObject, latents: torch.Tensor) -> torch.Ten
     n_channels = config.get("latent_channels")
     if latents.ndim != 4 or (n_channels is not None and latents.shape[1] != n_channels):
         raise InputError(f"latents must have shape [n, {n_channels}, H, W], got {list(latents.shape)}")
-    with _upcast_if_forced(decoder):
+    with ExitStack() as stack:
+        if next(decoder.parameters()).dtype is torch.float16 and config.get("force_upcast", False):
+            decoder.to(torch.float32)  # SDXL's overflows in float16 and says so; float16 -> float32 -> float16 is exact
+            stack.callback(decoder.to, torch.float16)
         weight, images = next(decoder.parameters()), []
         for chunk in torch.split(latents, DECODE_BATCH):
             scaled = _unscaled(config, chunk.float()).to(weight.device, weight.dtype)
@@ -317,16 +294,3 @@ def _unscaled(config: Mapping[str, Any], latents: torch.Tensor) -> torch.Tensor:
 
 def _to_unit(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-@contextmanager
-def _upcast_if_forced(decoder: Any) -> Iterator[None]:
-    """SDXL's autoencoder overflows in float16 and says so (`force_upcast`); float16 -> float32 -> float16 is exact."""
-    is_forced = next(decoder.parameters()).dtype is torch.float16 and decoder.config.get("force_upcast", False)
-    if is_forced:
-        decoder.to(torch.float32)
-    try:
-        yield
-    finally:
-        if is_forced:
-            decoder.to(torch.float16)

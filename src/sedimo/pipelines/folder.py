@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sedimo.errors import InputError
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `out` that takes its place once the block has ended without an error."""
     out = out.absolute()  # the working folder has no name otherwise
@@ -21,8 +21,7 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         yield folder
-        _give_usual_permissions(folder)
-        _sync(folder)
+        _settle(folder)
         _refuse_used(out, overwrite=overwrite)  # another one may have written there meanwhile
         _exchange(folder, out)
     except BaseException:
@@ -60,11 +59,8 @@ def place_file(source: Path, target: Path, *, link: bool) -> bool:
     real = source.resolve(strict=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
-        try:
+        with contextlib.suppress(OSError):  # another device, or a file system without links
             os.link(real, target)
-        except OSError:  # another device, or a file system without links
-            pass
-        else:
             return True
     shutil.copyfile(real, target)
     return False
@@ -87,23 +83,19 @@ def _exchange(folder: Path, out: Path) -> None:
     shutil.rmtree(aside.parent, ignore_errors=True)
 
 
-def _give_usual_permissions(folder: Path) -> None:
-    """Undoes the private modes of temporary folders and of safetensors; linked files belong to the source, too."""
+def _settle(folder: Path) -> None:
+    """Writes all to the disk, and undoes the private modes of temporary folders and of safetensors."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_nlink == 1:
-            path.chmod(0o666 & ~mask)
-
-
-def _sync(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
             _sync_directory(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            continue
+        if path.stat().st_nlink == 1:  # linked files belong to the source, too
+            path.chmod(0o666 & ~mask)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import diffusers
 import torch
@@ -30,12 +30,13 @@ from torch import nn
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, MissingExtraError, SedimoError, StateError
 from sedimo.pipelines.adapter import PipelineObject
-from sedimo.pipelines.diffusers import DENOISER_NAMES, BareDenoiser, DiffusersPipeline
+from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.weights import (
+    DENOISER_NAMES,
     PICKLE_SUFFIXES,
     WEIGHTS_STEM,
     WEIGHTS_STEMS,
-    WeightFiles,
+    chosen_variant,
     dtype_name,
     find_weights,
     read_header,
@@ -50,8 +51,6 @@ _SHORT_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 _DTYPE_NAMES = {name: dtype for short, dtype in _SHORT_NAMES.items() for name in (dtype_name(dtype), short)}
 _LIBRARIES = ("diffusers", "transformers")
 _DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-
-Adapter = TypeVar("Adapter", DiffusersPipeline, BareDenoiser)
 
 Source = str | Path | DiffusionPipeline | nn.Module
 ZOO_PREFIX = "zoo:"
@@ -71,19 +70,18 @@ def load_pipeline(
     and the dtype is float32 on the CPU and that of the denoiser's weights on a GPU; an object stays as it is. A
     quantized checkpoint loads too (`is_quantized` tells). bfloat16 on a processor that cannot multiply it is loaded
     with a warning.
-
-    Raises:
-        InputError: nothing there, no denoiser in it, weights that can only be unpickled, code of its own, or an
-            unknown device or dtype.
-        StateError: a damaged file.
-        MissingExtraError: `zoo:` without the package sedimo-zoo.
     """
     wanted = None if dtype is None else _parse_dtype(dtype)
-    if isinstance(source, DiffusionPipeline):
-        pipeline = cast("PipelineObject", source)
-        return _moved(DiffusersPipeline(pipeline), pipeline, device, wanted)
-    if isinstance(source, nn.Module):
-        return _moved(BareDenoiser(source), source, device, wanted)
+    if isinstance(source, nn.Module | DiffusionPipeline):
+        owner: Any = source  # diffusers has few types
+        loaded = BareDenoiser(source) if isinstance(source, nn.Module) else DiffusersPipeline(owner)
+        if wanted is not None and wanted is not loaded.dtype:
+            if loaded.is_quantized:
+                raise InputError(f"{loaded.name} is quantized and cannot be cast to {wanted}; load it with that dtype")
+            owner.to(wanted)
+        if device is not None:
+            owner.to(_parse_device(device))
+        return loaded
     name, folder = locate(source, variant)
     load = _load_folder if (folder / "model_index.json").is_file() else _load_denoiser
     return load(folder, name, _parse_device(device), wanted, variant)
@@ -109,25 +107,25 @@ def _load_folder(
 ) -> DiffusersPipeline:
     index = _read_object(folder / "model_index.json")
     components = _checked_components(folder, index)
-    present = [n for n in DENOISER_NAMES if n in components]
-    if not present:
+    denoiser_name = next((n for n in DENOISER_NAMES if n in components), None)
+    if denoiser_name is None:
         raise InputError(
             f"the pipeline in {folder} has no denoiser: none of its components "
             f"({', '.join(components)}) is called {' or '.join(DENOISER_NAMES)}"
         )
-    denoiser = folder / present[0]
+    denoiser = folder / denoiser_name
     if not (denoiser / "config.json").is_file():
         raise StateError(f"{denoiser / 'config.json'} is missing; copy or download the folder again")
     _read_config(denoiser)
-    found = _checked_weights(denoiser, variant)
-    asked = found.variant or _variant_of_others(folder)
+    asked = _asked(denoiser, variant, dtype, device)
+    chosen = asked.pop("variant")
     if device.type == "cpu" and dtype is torch.bfloat16 and not _cpu_multiplies_bfloat16():
         _warn_of_slow_bfloat16()
-    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(found, device), "variant": asked, **_labels(folder, index)}
+    asked |= {"variant": chosen or _variant_of_others(folder), **_labels(folder, index)}
     load: Callable[..., PipelineObject] = DiffusionPipeline.from_pretrained
     with _loading(folder):
-        pipeline = load(folder, use_safetensors=True, local_files_only=True, **arguments)
-    adapter = DiffusersPipeline(pipeline, name=name, folder=folder, variant=found.variant)
+        pipeline = load(folder, **asked)
+    adapter = DiffusersPipeline(pipeline, name=name, folder=folder, variant=chosen)
     for component, network in pipeline.components.items():
         if isinstance(network, nn.Module):
             _refuse_incomplete(network, folder / component)
@@ -143,12 +141,11 @@ def _load_denoiser(
             f"{folder} is no diffusers folder: it has no model_index.json (a pipeline) and no config.json (a denoiser)"
         )
     kind = _model_class(folder, _read_config(folder))
-    found = _checked_weights(folder, variant)
-    arguments = {_DTYPE_ARGUMENT: dtype or _default_dtype(found, device), "variant": found.variant}
+    asked = _asked(folder, variant, dtype, device)
     with _loading(folder):
-        denoiser = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, **arguments)
+        denoiser = kind.from_pretrained(folder, **asked)
     _refuse_incomplete(denoiser, folder)
-    return BareDenoiser(denoiser.to(device).eval(), name=name, folder=folder, variant=found.variant)
+    return BareDenoiser(denoiser.to(device).eval(), name=name, folder=folder, variant=asked["variant"])
 
 
 def load_architecture(folder: Path) -> nn.Module:
@@ -178,11 +175,15 @@ def _read_config(denoiser: Path) -> dict[str, Any]:
     return config
 
 
-def _checked_weights(denoiser: Path, variant: str | None) -> WeightFiles:
-    found = find_weights(denoiser, WEIGHTS_STEM, variant)
-    for path in found.files:
+def _asked(denoiser: Path, variant: str | None, dtype: torch.dtype | None, device: torch.device) -> dict[str, Any]:
+    """What diffusers is asked for. Weights become float32 on the CPU and what most of them are stored in on a GPU."""
+    variant = chosen_variant(denoiser, WEIGHTS_STEM, variant)
+    files, _ = find_weights(denoiser, WEIGHTS_STEM, variant)
+    for path in files:
         refuse_adapter_names(read_header(path).tensors, str(path))
-    return found
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else stored_dtype(files)
+    return {_DTYPE_ARGUMENT: dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
 
 
 def _labels(folder: Path, index: dict[str, Any]) -> dict[str, object]:
@@ -235,11 +236,6 @@ def _model_class(folder: Path, config: dict[str, Any]) -> Any:
     return kind
 
 
-def _default_dtype(found: WeightFiles, device: torch.device) -> torch.dtype:
-    """float32 on the CPU; on a GPU the dtype of most of the stored floating-point parameters."""
-    return torch.float32 if device.type == "cpu" else stored_dtype(found.files)
-
-
 def _cpu_multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for it: AVX-512 BF16 or AMX, or those of ARM."""
     if platform.machine().lower() in ("arm64", "aarch64"):
@@ -274,18 +270,6 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
     return parsed
 
 
-def _moved(
-    adapter: Adapter, owner: PipelineObject | nn.Module, device: str | torch.device | None, dtype: torch.dtype | None
-) -> Adapter:
-    if dtype is not None and dtype is not adapter.dtype:
-        if adapter.is_quantized:
-            raise InputError(f"{adapter.name} is quantized and cannot be cast to {dtype}; load it with that dtype")
-        owner.to(dtype)
-    if device is not None:
-        owner.to(_parse_device(device))
-    return adapter
-
-
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
     """Without the libraries' progress bars; their errors name the folder."""
@@ -305,8 +289,7 @@ def _loading(folder: Path) -> Iterator[None]:
 
 
 def _refuse_incomplete(denoiser: nn.Module, folder: Path) -> None:
-    missing = [n for n, p in denoiser.named_parameters() if p.is_meta]
-    if missing:
+    if missing := [n for n, p in denoiser.named_parameters() if p.is_meta]:
         raise StateError(f"the weights in {folder} lack {len(missing)} tensors, such as {missing[0]!r}; copy it again")
 
 

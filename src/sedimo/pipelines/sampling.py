@@ -67,7 +67,8 @@ def final_latents(
         return with_previous_sample(result, last.detach()) if is_cut else result
 
     with ExitStack() as stack:
-        stack.enter_context(_without_progress_bar(pipeline))
+        stack.callback(pipeline.set_progress_bar_config, **getattr(pipeline, "_progress_bar_config", {}))
+        pipeline.set_progress_bar_config(disable=True)
         stack.enter_context(_repeatable_global_noise(pipeline, batch.seeds[0]))
         stack.enter_context(handled_steps(scheduler, watch))
         decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
@@ -94,8 +95,7 @@ def _call_arguments(pipeline: PipelineObject, batch: Sampling) -> dict[str, obje
     if "output_type" in parameters:
         arguments["output_type"] = _LATENT_OUTPUT if gives_latents(pipeline) else "pt"
     words = {"guidance_scale": "guidance", "height": "resolution", "width": "resolution"}
-    refused = [words.get(a, a) for a in arguments if a not in parameters]
-    if refused:
+    if refused := [words.get(a, a) for a in arguments if a not in parameters]:
         raise InputError(f"{name} cannot be told its {refused[0]}; leave {refused[0]} out to use its own")
     return arguments
 
@@ -104,16 +104,6 @@ def gives_latents(pipeline: PipelineObject) -> bool:
     """Whether the call compares its `output_type` with "latent"; there is no list of those that do."""
     function = inspect.unwrap(type(pipeline).__call__)
     return "output_type" in call_parameters(pipeline) and _LATENT_OUTPUT in function.__code__.co_consts
-
-
-@contextmanager
-def _without_progress_bar(pipeline: PipelineObject) -> Iterator[None]:
-    kept = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**kept)
 
 
 @contextmanager
@@ -157,12 +147,8 @@ def observed_calls(denoiser: nn.Module, observer: Observer) -> Iterator[None]:
         step += 1
         observer(call)
 
-    hooks = (denoiser.register_forward_pre_hook(before, with_kwargs=True), denoiser.register_forward_hook(after))
-    try:
+    with denoiser.register_forward_pre_hook(before, with_kwargs=True), denoiser.register_forward_hook(after):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def named_inputs(
@@ -178,10 +164,7 @@ def named_inputs(
 
 
 class InputCopies:
-    """Copies of the tensors in inputs as they are now, for the call may change them.
-
-    A tensor that is passed unchanged to several calls (a prompt's embedding) is copied once.
-    """
+    """Copies of tensors before a call may change them; what is passed unchanged to several calls is copied once."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,11 +69,6 @@ def scheduler_named(pipeline: PipelineObject, name: str, n_steps: int) -> object
     return made
 
 
-def scheduled(pipeline: PipelineObject, scheduler: object) -> AbstractContextManager[None]:
-    """The pipeline with another scheduler; on leaving it has its own again."""
-    return exchanged(pipeline, "scheduler", scheduler)
-
-
 def _scales_its_noise(pipeline: PipelineObject) -> bool:
     """Whether the pipeline's code asks its scheduler how large the initial noise is; there is no list of those."""
     parts = (type(pipeline).__call__, getattr(type(pipeline), "prepare_latents", None))
@@ -108,14 +103,11 @@ class StepCall:
         whole = torch.cat([prediction, self.arguments["model_output"][:, prediction.shape[1] :]], dim=1)
         return replace(self, arguments={**self.arguments, "model_output": whole})
 
-    def on(self, scheduler: Any) -> StepCall:
-        """The same call of another scheduler of the same class; whoever handles its steps is left out."""
-        return replace(self, step=functools.partial(type(scheduler).step, scheduler))
-
-    def run(self, **changes: object) -> object:
-        """What the step makes of the call, with some arguments changed."""
+    def run(self, on: Any = None, **changes: object) -> object:
+        """What the step makes of the call with some arguments changed, also `on` another scheduler of that class."""
         bound = inspect.BoundArguments(self.signature, {**self.arguments, **changes})
-        return self.step(*bound.args, **bound.kwargs)
+        step = self.step if on is None else functools.partial(type(on).step, on)
+        return step(*bound.args, **bound.kwargs)
 
 
 @contextmanager

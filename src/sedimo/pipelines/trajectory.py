@@ -32,13 +32,9 @@ class Trajectory:
 
 
 def record(adapter: PipelineAdapter, sampling: Sampling, *, at_most: int | None = None) -> Trajectory:
-    """Samples once and keeps the denoiser's inputs and outputs, of all steps or of `at_most` so many.
-
-    Those are uniform over the run. How many steps it has is known after the first batch, of which all are kept until
-    then.
-    """
+    """Samples once and keeps the denoiser's inputs and outputs, of all steps or of `at_most`, uniform over the run."""
     calls: list[DenoiserCall] = []
-    wanted: set[int] | None = None
+    wanted: set[int] | None = None  # how many steps there are is known after the first batch, all of which is kept
 
     def thin() -> set[int]:
         chosen = {round(i) for i in np.linspace(0, len(calls) - 1, min(at_most or len(calls), len(calls)))}
@@ -92,19 +88,14 @@ def output_tensor(output: object) -> torch.Tensor:
 
 
 def timestep_of(inputs: Mapping[str, object]) -> float:
-    """The noise level that a denoiser was told, by the name of its argument; not a number if there is none.
-
-    The greatest one of several: some pipelines call known frames or tokens free of noise.
-    """
+    """The noise level that a denoiser was told, by the name of its argument; not a number if there is none."""
     value = next((found for name in TIMESTEP_NAMES if (found := inputs.get(name)) is not None), float("nan"))
+    # of several the greatest: some pipelines call known frames or tokens free of noise
     return float(value.max() if isinstance(value, torch.Tensor) else value)  # type: ignore[arg-type]
 
 
 def batches_of(sampling: Sampling, calls: tuple[DenoiserCall, ...]) -> Iterator[tuple[DenoiserCall, range]]:
-    """Each recorded call with the positions of the samples that it computed.
-
-    Row r of a call belongs to sample `r mod len(range)` of its batch.
-    """
+    """Each recorded call with the positions of its samples; row r belongs to sample `r mod len(range)` of them."""
     n, first, last_step = len(sampling.seeds), -sampling.batch_size, -1
     for index, call in enumerate(calls):
         if index == 0 or call.step <= last_step:
@@ -146,17 +137,12 @@ def joined_calls(batches: StepBatches) -> DenoiserCall:
 
 
 def rows_of(call: DenoiserCall, rows: slice | torch.Tensor) -> dict[str, object]:
-    """The inputs of some rows (a slice or positions) of a recorded call, copied: a denoiser may overwrite them.
+    """The inputs of some rows (a slice or positions) of a recorded call, copied: a denoiser may overwrite them."""
 
-    Tensors whose first axis has the length of the batch are cut, all others are whole.
-    """
-
-    def cut(value: object) -> object:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def cut(value: torch.Tensor) -> torch.Tensor:  # what has no row for each of the output is whole
         return (value[rows] if value.ndim and len(value) == len(call.output) else value).clone()
 
-    inputs: dict[str, object] = pytree.tree_map(cut, dict(call.inputs))
+    inputs: dict[str, object] = pytree.tree_map_only(torch.Tensor, cut, dict(call.inputs))
     return inputs
 
 
@@ -166,10 +152,7 @@ def rows_for(samples: torch.Tensor, n_samples: int, n_sets: int) -> torch.Tensor
 
 
 def inputs_by_samples(call: DenoiserCall, n_samples: int) -> Iterator[tuple[int, dict[str, object]]]:
-    """The inputs of a call, all rows of a sample together and at most about `MAX_ROWS` at a time.
-
-    Each comes with the number of samples that it is of.
-    """
+    """Numbers of samples and their inputs of a call, all rows of a sample together, about `MAX_ROWS` at a time."""
     n_sets = call.output.shape[0] // n_samples
     for samples in torch.split(torch.arange(n_samples), max(1, MAX_ROWS // n_sets)):
         rows = rows_for(samples, n_samples, n_sets).to(call.output.device)

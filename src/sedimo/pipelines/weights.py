@@ -25,6 +25,7 @@ from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.adapter import WeightSource
 
+DENOISER_NAMES = ("transformer", "unet")
 WEIGHTS_STEM = "diffusion_pytorch_model"  # models of diffusers; those of transformers are called `model`
 WEIGHTS_STEMS = (WEIGHTS_STEM, "model")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack", ".h5")
@@ -50,16 +51,6 @@ _SUFFIX = ".weight"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _COMPUTE_DTYPES = ("F32", "F16", "BF16")
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFiles:
-    """The files of one set of weights, its index (tensor name to file name) if it is in shards, and its variant."""
-
-    files: tuple[Path, ...]
-    index: Path | None
-    weight_map: Mapping[str, str] | None
-    variant: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +82,34 @@ def variants(folder: Path, stem: str) -> tuple[str | None, ...]:
     return tuple(sorted({m["variant"] for m in matches if m}, key=lambda v: v or ""))
 
 
-def find_weights(folder: Path, stem: str, variant: str | None) -> WeightFiles:
-    """The weights of a component, of the variant asked for; else the plain ones; else the only variant there is."""
+def chosen_variant(folder: Path, stem: str, variant: str | None) -> str | None:
+    """The variant asked for of a component's weights; else None, the plain ones; else the only variant there is."""
     present = variants(folder, stem)
     if not present:
-        raise InputError(_nothing_to_read(folder, stem))
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
+        raise InputError(
+            f"{folder} holds its weights only as {pickles[0]}, a format that can execute code when it is read. "
+            "Sedimo reads safetensors only: load it where you trust it and save it again with "
+            "save_pretrained(..., safe_serialization=True), or get a revision that has safetensors"
+            if pickles
+            else f"{folder} holds no weights {stem}*.safetensors"
+        )
     chosen = variant if variant is not None else present[0]
     if chosen not in present or (variant is None and chosen is not None and len(present) > 1):
         names = ", ".join(v or "(plain)" for v in present)
         raise InputError(f"{folder} has weights of the variants {names}, not {variant or 'plain'}; choose one of them")
+    return chosen
+
+
+def find_weights(folder: Path, stem: str, variant: str | None) -> tuple[tuple[Path, ...], Path | None]:
+    """The files of a component's weights, of the variant that `chosen_variant` gives; and the index of several."""
+    chosen = chosen_variant(folder, stem, variant)
     middle = f".{chosen}" if chosen else ""
     single = folder / f"{stem}{middle}.safetensors"
     if single.is_file():
-        return WeightFiles((single,), None, None, chosen)
+        return (single,), None
     index = folder / f"{stem}.safetensors.index{middle}.json"
-    weight_map = _read_index(index)
-    return WeightFiles(tuple(folder / n for n in sorted(set(weight_map.values()))), index, weight_map, chosen)
+    return tuple(folder / name for name in sorted(set(_read_index(index).values()))), index
 
 
 def component_files(folder: Path, variant: str | None) -> dict[str, Path]:
@@ -117,11 +120,11 @@ def component_files(folder: Path, variant: str | None) -> dict[str, Path]:
         return every
     found = {name: path for name, path in every.items() if not _holds_weights(path.name)}
     for stem, known in present.items():
-        weights = find_weights(folder, stem, variant if variant in known else None)
-        if weights.index is None:
-            found[f"{stem}.safetensors"] = weights.files[0]
+        files, index = find_weights(folder, stem, variant if variant in known else None)
+        if index is None:
+            found[f"{stem}.safetensors"] = files[0]
         else:
-            found |= {f"{stem}.safetensors.index.json": weights.index, **{file.name: file for file in weights.files}}
+            found |= {f"{stem}.safetensors.index.json": index, **{file.name: file for file in files}}
     return found
 
 
@@ -142,17 +145,6 @@ def _read_index(index: Path) -> dict[str, str]:
         if not (index.parent / file).is_file():
             raise StateError(f"{index} names the file {file}, which is missing; copy or download the folder again")
     return weight_map
-
-
-def _nothing_to_read(folder: Path, stem: str) -> str:
-    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
-    if not pickles:
-        return f"{folder} holds no weights {stem}*.safetensors"
-    return (
-        f"{folder} holds its weights only as {pickles[0]}, a format that can execute code when it is read. "
-        "Sedimo reads safetensors only: load it where you trust it and save it again with "
-        "save_pretrained(..., safe_serialization=True), or get a revision that has safetensors"
-    )
 
 
 class ModuleWeights:
@@ -195,9 +187,8 @@ class FileWeights:
         """Reads the headers of the weights in `folder`; `variant` is the `fp16` of `*.fp16.safetensors`."""
         self.folder = denoiser_folder(Path(folder))
         _refuse_quantized(self.folder)
-        found = find_weights(self.folder, WEIGHTS_STEM, variant)
-        self.files = found.files
-        homes = _tensor_homes(found)
+        self.files, index = find_weights(self.folder, WEIGHTS_STEM, variant)
+        homes = _tensor_homes(self.files, index)
         self._keys = {
             _module_name(key, homes): (path, key)
             for key, (path, shape) in homes.items()
@@ -225,10 +216,10 @@ class FileWeights:
         return tensor
 
 
-def _tensor_homes(found: WeightFiles) -> dict[str, tuple[Path, tuple[int, ...]]]:
+def _tensor_homes(files: Sequence[Path], index: Path | None) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """File and shape of every tensor of a set of weights."""
     homes: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for path in found.files:
+    for path in files:
         tensors = read_header(path).tensors
         refuse_adapter_names(tensors, str(path))
         for key, (shape, _) in tensors.items():
@@ -236,11 +227,11 @@ def _tensor_homes(found: WeightFiles) -> dict[str, tuple[Path, tuple[int, ...]]]
                 raise StateError(f"tensor {key!r} is both in {homes[key][0].name} and in {path.name} of {path.parent}")
             homes[key] = (path, shape)
     got = {key: path.name for key, (path, _) in homes.items()}
-    wanted = got if found.weight_map is None else found.weight_map
+    wanted = got if index is None else _read_index(index)
     wrong = sorted(k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k))
     if wrong:
         raise StateError(
-            f"index and shards in {found.files[0].parent} disagree about {len(wrong)} tensors: {wrong[0]!r} should be "
+            f"index and shards in {files[0].parent} disagree about {len(wrong)} tensors: {wrong[0]!r} should be "
             f"in {wanted.get(wrong[0])}, is in {got.get(wrong[0])}"
         )
     return homes
@@ -272,17 +263,14 @@ def denoiser_folder(folder: Path) -> Path:
         raise InputError(f"there is no folder {folder}")
     if not (folder / "model_index.json").is_file():
         return folder
-    for name in ("transformer", "unet"):
+    for name in DENOISER_NAMES:
         if (folder / name).is_dir():
             return folder / name
-    raise InputError(f"the pipeline in {folder} has no folder transformer or unet with a denoiser")
+    raise InputError(f"the pipeline in {folder} has no folder {' or '.join(DENOISER_NAMES)} with a denoiser")
 
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """The dtype of most floating-point parameters in safetensors files; float32 if they hold none.
-
-    Only tensors named `*.weight` and `*.bias` count: not the scales and codebooks of quantized layers.
-    """
+    """The dtype of most floating-point parameters (not scales or codebooks) in files; float32 if they hold none."""
     sizes = dict.fromkeys(_COMPUTE_DTYPES, 0)
     for path in files:
         for key, (shape, dtype) in read_header(path).tensors.items():
@@ -292,10 +280,7 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
 
 
 def refuse_changed(weights: WeightSource, denoiser: nn.Module, layers: Iterable[str] | None = None) -> None:
-    """Refuses a denoiser whose weights are not those of a source: what was measured would not be what is packed.
-
-    `layers` limits the comparison; by default all weights are compared. A value that is no number equals another one.
-    """
+    """Refuses a denoiser whose weights (of some `layers`) are not a source's: what is packed would not be measured."""
     live = ModuleWeights(denoiser)
     for name in live.layer_names if layers is None else set(live.layer_names).intersection(layers):
         ours = live.read(name)
