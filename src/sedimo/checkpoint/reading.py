@@ -86,7 +86,8 @@ def open_checkpoint(folder: Path, *, variant: str | None = None) -> Checkpoint:
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise StateError(f"{path} has no quantization_config: the denoiser is not packed")
     read = read_configuration(config["quantization_config"], place=f"{path}: quantization_config")
-    headers = tuple(read_header(path) for path in find_weights(folder, WEIGHTS_STEM, variant)[0])
+    files, _ = find_weights(folder, WEIGHTS_STEM, variant)
+    headers = tuple(map(read_header, files))
     found, seal = judge_headers(headers, read)
     return Checkpoint(folder, config, read, headers, checksums_of(seal, found))
 

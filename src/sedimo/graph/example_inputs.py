@@ -33,15 +33,12 @@ _SIZE_OF_NO_CONSEQUENCE = 64  # of an argument that no layer and no sum reads
 _NO_LIMIT = 1 << 62  # an open end of a slice is 2^63 - 1
 _SMALL_REST = 100_000  # known sizes that are added to an unknown one stay below
 _WITH_BATCH = ("hidden_states", "sample", "encoder_hidden_states", "timestep")
-_MISMATCHES = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)",
-        r"Expected size (\d+) but got size (\d+)",
-        r"Expected (\d+) in dimension \d+ but got (\d+)",
-        r"Given normalized_shape=\[(\d+)\].*got input of size\[(?:\d+, )*(\d+)\]",
-        r"broadcast a dimension of length (\d+) at -1.* broadcastable to \[(?:\d+, )*(\d+)\]",
-    )
+_MISMATCHES = (
+    r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)",
+    r"Expected size (\d+) but got size (\d+)",
+    r"Expected (\d+) in dimension \d+ but got (\d+)",
+    r"Given normalized_shape=\[(\d+)\].*got input of size\[(?:\d+, )*(\d+)\]",
+    r"broadcast a dimension of length (\d+) at -1.* broadcastable to \[(?:\d+, )*(\d+)\]",
 )
 _LATENTS_SIZE = 64  # height and width where the config does not say: 512 pixels behind a VAE of factor 8
 _FRAMES = 8
@@ -371,7 +368,7 @@ class _Attempt:
 
     def learn_from_message(self, message: str) -> bool:
         """Learns a size from an error about two sizes that should be equal."""
-        match = next((found for pattern in _MISMATCHES if (found := pattern.search(message))), None)
+        match = next((found for pattern in _MISMATCHES if (found := re.search(pattern, message))), None)
         if match is None:
             return False
         wanted, got = sorted(map(int, match.groups()))

@@ -79,10 +79,7 @@ _RESIZING = frozenset(
 
 
 def trace_denoiser(
-    denoiser: nn.Module,
-    *,
-    example_inputs: Mapping[str, object] | None = None,
-    capture: Capture | None = None,
+    denoiser: nn.Module, *, example_inputs: Mapping[str, object] | None = None, capture: Capture | None = None
 ) -> DenoiserGraph:
     """The graph of a denoiser with real or meta weights, by `torch.export` on the meta device.
 

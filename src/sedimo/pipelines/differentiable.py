@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,11 +122,9 @@ def _cut(network: nn.Module, cuts: list[CutCall], *, is_always_cut: bool) -> Ite
     a control network) is cut where its inputs depend on earlier calls, and else gives constants.
     """
     original: Callable[..., object] = network.forward
-    signature, copies = inspect.signature(original), InputCopies()
-    n_calls = 0
+    signature, copies, steps = inspect.signature(original), InputCopies(), itertools.count()
 
     def forward(*args: object, **kwargs: object) -> object:
-        nonlocal n_calls
         named = named_inputs(signature, args, kwargs)
         leaves = pytree.tree_leaves(named)
         places = tuple(i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.requires_grad)
@@ -141,8 +140,7 @@ def _cut(network: nn.Module, cuts: list[CutCall], *, is_always_cut: bool) -> Ite
             raise UnsupportedError(f"{type(network).__name__} overwrites latents that it is given")
         parts, shape = pytree.tree_flatten(output)
         outputs = tuple(x.detach().clone().requires_grad_(True) for x in parts if _is_number(x))
-        call = DenoiserCall(n_calls, timestep_of(inputs), inputs, output_tensor(output).detach())
-        n_calls += 1
+        call = DenoiserCall(next(steps), timestep_of(inputs), inputs, output_tensor(output).detach())
         cuts.append(CutCall(network, call, places, entries, outputs))
         following = iter(outputs)
         renewed = [next(following).clone() if _is_number(x) else x for x in parts]  # a leaf may not be changed in place

@@ -9,6 +9,7 @@ pipeline forgets to. Whatever is wrapped is restored, also after an exception.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -134,18 +135,14 @@ def _one_per_row(generators: Sequence[torch.Generator], rows: int) -> list[torch
 def observed_calls(denoiser: nn.Module, observer: Observer) -> Iterator[None]:
     """Shows every call of the denoiser to `observer` while the context lasts; steps count from 0."""
     signature, copies = inspect.signature(denoiser.forward), InputCopies()
-    inputs: dict[str, object] = {}
-    step = 0
+    inputs, steps = dict[str, object](), itertools.count()
 
     def before(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         nonlocal inputs
         inputs = copies.of(named_inputs(signature, args, kwargs))
 
     def after(_module: nn.Module, _args: object, output: object) -> None:
-        nonlocal step
-        call = DenoiserCall(step, timestep_of(inputs), inputs, output_tensor(output).detach().clone())
-        step += 1
-        observer(call)
+        observer(DenoiserCall(next(steps), timestep_of(inputs), inputs, output_tensor(output).detach().clone()))
 
     with denoiser.register_forward_pre_hook(before, with_kwargs=True), denoiser.register_forward_hook(after):
         yield

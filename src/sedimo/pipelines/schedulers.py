@@ -14,12 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.pipelines.adapter import PipelineObject
