@@ -38,7 +38,7 @@ from sedimo.metrics.signal import mean_sqnr, paired_difference
 from sedimo.quant.families import family_named
 from sedimo.reporting.figures import Axis, Plot, Series, named, only, short
 from sedimo.reporting.html import write_page
-from sedimo.reporting.page import Cell, Figure, Items, Page, Row, Section, Table, Text, columns, rows, shown
+from sedimo.reporting.page import Cell, Figure, Items, Page, Row, Table, Text, columns, rows, section
 from sedimo.reporting.words import joined, name, number, verdict
 from sedimo.settings import REQUIRED, Checked, block, option, within
 from sedimo.space import Recipe
@@ -282,8 +282,8 @@ def comparison_page(comparison: Comparison) -> Page:
     """All that a comparison tells, as a page."""
     c = comparison
     figure = methods_figure(c.rows, reference=c.reference)
-    quality = Section("quality", "Quality against bits", shown(Text(_about(c)), figure, _recipes(c), Items(c.notes)))
-    costs = Section("cost", "What each method took", shown(_costs(c)))
+    quality = section("quality", "Quality against bits", Text(_about(c)), figure, _recipes(c), Items(c.notes))
+    costs = section("cost", "What each method took", _costs(c))
     return Page(f"Methods compared on {c.source}", _headline(c.rows), sections=(quality, costs))
 
 

@@ -237,23 +237,18 @@ def _set_places(axes: Axes, places: Axis, is_flat: bool, n: int) -> None:
 def _set_axis(axis: PlotAxis, wanted: Axis, values: Sequence[float]) -> None:
     axes, is_x = axis.axes, axis is axis.axes.xaxis
     (axes.set_xlabel if is_x else axes.set_ylabel)(wanted.label)
-    if wanted.is_logarithmic and values:
-        _logarithmic(axis, values)
+    if wanted.is_logarithmic and values:  # plain text at decades, or at 1, 2 and 5: no markup survives in a page
+        (axes.set_xscale if is_x else axes.set_yscale)("log")
+        decades = math.log10(max(values) / min(values))
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < _FEW_DECADES else (1.0,), numticks=12))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     if wanted.is_whole:
         axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     elif is_x and not wanted.is_logarithmic:
         axis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     if (wanted.low, wanted.high) != (None, None):
         (axes.set_xlim if is_x else axes.set_ylim)(wanted.low, wanted.high)
-
-
-def _logarithmic(axis: PlotAxis, values: Sequence[float]) -> None:
-    """A logarithmic axis with ticks at 1, 2 and 5 or at decades only, as plain text (no markup survives in a page)."""
-    decades = math.log10(max(values) / min(values))
-    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < _FEW_DECADES else (1.0,), numticks=12))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
 
 
 def _tick(value: float) -> str:

@@ -37,7 +37,7 @@ from sedimo.reporting.page import (
     Text,
     columns,
     rows,
-    shown,
+    section,
     titled,
 )
 from sedimo.reporting.placement import block_labels
@@ -181,15 +181,13 @@ def matters_section(explanation: Explanation) -> Section:
             on = f" on {n} sample{'' if n == 1 else 's'}" if n else ""
             figures += f" \N{MIDDLE DOT} measured {with_interval(one.measured, 'dB', signed=True)}{on}"
         findings.append(Finding(one.verdict, one.sentence, (figures, change(one))))
-    return Section(
+    return section(
         "matters",
         "What matters here",
-        shown(
-            findings,
-            Text(about, "quiet") if findings else None,
-            Text(" ".join(statement(e))),
-            Text("The evidence: scores, baselines and all measured recipes", "link", "#explanation"),
-        ),
+        findings,
+        Text(about, "quiet") if findings else None,
+        Text(" ".join(statement(e))),
+        Text("The evidence: scores, baselines and all measured recipes", "link", "#explanation"),
     )
 
 
@@ -211,30 +209,28 @@ def explanation_section(explanation: Explanation, *, here: float) -> Section:
         f"Which of {len(e.finalists)} recipes became the result, measured on seeds that nothing was searched on, "
         "paired.",
     )
-    return Section(
+    return section(
         "explanation",
         "Explanation",
-        shown(
-            Text(
-                "The predictor was shown many measured recipes and had to tell the good ones from the bad. What it "
-                "learned can be read back as a score for every choice, that is for every layer at every format."
-            ),
-            _operations_figure(e.operation_boxes) if e.operation_boxes else None,
-            _blocks_figure(e.block_boxes) if e.block_boxes else None,
-            _formats_figure(e.format_shares) if e.format_shares else None,
-            curve_figure(e.curve, here=here),
-            predictors_figure(e.predictors),
-            predictors_table(
-                _by_subset(sorted(e.predictors, key=lambda row: -ranked(row.srcc.value))),
-                f"On held-out recipes. MAE is the mean absolute error of the predicted {e.target}; lower is better, "
-                "for the others higher.",
-            ),
-            _folds(e.folds),
-            titled("Rounds of refinement", rounds),
-            titled("The final", finalists),
-            Items(e.notes),
-            Text("All numbers of this explanation as JSON", "link", to_json(e), "explanation.json"),
+        Text(
+            "The predictor was shown many measured recipes and had to tell the good ones from the bad. What it "
+            "learned can be read back as a score for every choice, that is for every layer at every format."
         ),
+        _operations_figure(e.operation_boxes) if e.operation_boxes else None,
+        _blocks_figure(e.block_boxes) if e.block_boxes else None,
+        _formats_figure(e.format_shares) if e.format_shares else None,
+        curve_figure(e.curve, here=here),
+        predictors_figure(e.predictors),
+        predictors_table(
+            _by_subset(sorted(e.predictors, key=lambda row: -ranked(row.srcc.value))),
+            f"On held-out recipes. MAE is the mean absolute error of the predicted {e.target}; lower is better, "
+            "for the others higher.",
+        ),
+        _folds(e.folds),
+        titled("Rounds of refinement", rounds),
+        titled("The final", finalists),
+        Items(e.notes),
+        Text("All numbers of this explanation as JSON", "link", to_json(e), "explanation.json"),
     )
 
 
@@ -534,7 +530,7 @@ def _folds(found: Sequence[FoldRow]) -> Section:
         "layer with its neighbours, and so on.",
     )
     n_folds = len({row.fold for row in found})
-    return Section("", f"Quality in each of the {n_folds} folds, hop by hop", shown(table))
+    return section("", f"Quality in each of the {n_folds} folds, hop by hop", table)
 
 
 def _subset(subset: str, everything: str = "all recipes") -> str:

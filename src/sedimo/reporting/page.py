@@ -268,6 +268,11 @@ def rows(cells: Iterable[Sequence[Value | Cell]]) -> tuple[Row, ...]:
     return tuple(Row(tuple(one)) for one in cells)
 
 
+def section(name: str, title: str, *blocks: Block | Iterable[Block | None] | None) -> Section:
+    """A section of what has something to show."""
+    return Section(name, title, shown(*blocks))
+
+
 def page_of(title: str, headline: str, *blocks: Block | Iterable[Block] | None, name: str = "", part: str = "") -> Page:
     """A page of one section, which has a name and a title where they are given."""
-    return Page(title, headline, sections=(Section(name, part, shown(*blocks)),))
+    return Page(title, headline, sections=(section(name, part, *blocks),))

@@ -5,6 +5,7 @@ Every sentence states its numbers. Names stand between backticks; who shows the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -235,9 +236,7 @@ def _concentration(summary: Summary) -> Iterator[str]:
     if len(shares) < 4:
         return
     ranked = sorted(shares.values(), reverse=True)
-    total, count = 0.0, 0
-    while total < 0.5 and count < len(ranked):
-        total, count = total + ranked[count], count + 1
+    count = 1 + sum(part < 0.5 for part in itertools.accumulate(ranked[:-1]))
     worst = max(shares, key=shares.__getitem__)
     yield (
         f"Half of the remaining {summary.cost_name} comes from {count} of {len(shares)} decisions; the largest single "

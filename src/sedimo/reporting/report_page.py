@@ -33,7 +33,7 @@ from sedimo.reporting.page import (
     Text,
     columns,
     rows,
-    shown,
+    section,
     titled,
 )
 from sedimo.reporting.placement import OUTSIDE
@@ -76,7 +76,7 @@ def report_page(summary: Summary) -> Page:
         maps_section(summary.evidence.maps),
         _cost(summary),
         _how(summary),
-        Section("words", "Words used here", (Facts(tuple(words.items()), is_glossary=True),)),
+        section("words", "Words used here", Facts(tuple(words.items()), is_glossary=True)),
     )
     return Page(
         title=f"{summary.model} at {summary.allocation.paper_bits:.2f} bits",
@@ -97,28 +97,26 @@ def _decided(summary: Summary) -> Section:
     for cost in summary.chosen:
         weights[cost.format.bits] += summary.params([cost])
     maps = layer_maps(summary)
-    return Section(
+    return section(
         "decided",
         "What was decided",
-        shown(
-            Text(about),
-            Items(phrasing.decision_sentences(summary), "findings"),
-            BitsBar(tuple((bits, n / n_params) for bits, n in sorted(weights.items()))),
-            Text(
-                f"All {n_params:,} weights by the bits of their codes; scales and codebooks come on top "
-                f"({summary.allocation.stored_bits:.2f} bits per weight as stored).",
-                "quiet",
-            ),
-            Text("Map of the layers", "heading"),
-            legends(summary, has_copies=any(cell.is_copy for one in maps for cell in one.cells.values())),
-            Beside(maps),
-            Text(
-                "Rows are operations, columns blocks from input to output. Point at a cell for its name, size and "
-                f"{summary.cost_name}.",
-                "quiet",
-            ),
-            _decisions(summary),
+        Text(about),
+        Items(phrasing.decision_sentences(summary), "findings"),
+        BitsBar(tuple((bits, n / n_params) for bits, n in sorted(weights.items()))),
+        Text(
+            f"All {n_params:,} weights by the bits of their codes; scales and codebooks come on top "
+            f"({summary.allocation.stored_bits:.2f} bits per weight as stored).",
+            "quiet",
         ),
+        Text("Map of the layers", "heading"),
+        legends(summary, has_copies=any(cell.is_copy for one in maps for cell in one.cells.values())),
+        Beside(maps),
+        Text(
+            "Rows are operations, columns blocks from input to output. Point at a cell for its name, size and "
+            f"{summary.cost_name}.",
+            "quiet",
+        ),
+        _decisions(summary),
     )
 
 
@@ -223,7 +221,7 @@ def _decisions(summary: Summary) -> Section:
     change = ": the change of the whole recipe's predicted noise, and of the size" if summary.is_noise else ""
     name = summary.cost_name.capitalize()
     about = f'{name} with its 95 % interval. "One step" is the next useful format of that layer alone{change}.'
-    return Section("", f"All {len(lines)} decisions as a table", (Table(titles, rows(lines)), Text(about, "quiet")))
+    return section("", f"All {len(lines)} decisions as a table", Table(titles, rows(lines)), Text(about, "quiet"))
 
 
 def _step(summary: Summary, cost: Cost, other: Cost | None) -> str:
@@ -238,15 +236,13 @@ def _step(summary: Summary, cost: Cost, other: Cost | None) -> str:
 
 def _why(summary: Summary) -> Section:
     operations, blocks = _compared(summary, summary.operations), _compared(summary, summary.blocks)
-    return Section(
+    return section(
         "why",
         "Why",
-        shown(
-            Text(phrasing.method_sentence(summary)),
-            Items(phrasing.reason_sentences(summary), "findings"),
-            _operations_figure(summary, operations) if operations else None,
-            _blocks_figure(summary, blocks) if operations and len(blocks) > 1 else None,
-        ),
+        Text(phrasing.method_sentence(summary)),
+        Items(phrasing.reason_sentences(summary), "findings"),
+        _operations_figure(summary, operations) if operations else None,
+        _blocks_figure(summary, blocks) if operations and len(blocks) > 1 else None,
     )
 
 
@@ -310,19 +306,23 @@ def _cost(summary: Summary) -> Section | None:
         curves.append(_agreement_figure(evidence.agreement, evidence.agreement_of))
     if not (evidence.recipes or curves or evidence.pictures):
         return None
-    return Section(
+    differences = Table(
+        columns(
+            "this recipe minus", "measure", ("difference", "change", "95 % interval"), "samples", ("verdict", "verdict")
+        ),
+        rows((one, _MEASURES["sqnr_db"], it, it.n, verdict(it)) for one, it in evidence.differences),
+    )
+    return section(
         "cost",
         "What it cost",
-        shown(
-            Items(phrasing.cost_sentences(summary), "findings"),
-            titled("What it was chosen among", _entrants(evidence.entrants)),
-            _recipes_figure(evidence.recipes),
-            _recipes(evidence.recipes),
-            titled("Differences on the same seeds", _differences(evidence.differences)),
-            Beside(tuple(curves)),
-            Text("The same seeds, before and after", "heading") if evidence.pictures else None,
-            Beside(evidence.pictures),
-        ),
+        Items(phrasing.cost_sentences(summary), "findings"),
+        titled("What it was chosen among", _entrants(evidence.entrants)),
+        _recipes_figure(evidence.recipes),
+        _recipes(evidence.recipes),
+        titled("Differences on the same seeds", differences),
+        Beside(tuple(curves)),
+        Text("The same seeds, before and after", "heading") if evidence.pictures else None,
+        Beside(evidence.pictures),
     )
 
 
@@ -404,13 +404,6 @@ def _recipes(recipes: Sequence[MeasuredRecipe]) -> Table:
     return Table(titles, tuple(lines))
 
 
-def _differences(found: Sequence[tuple[str, Estimate]]) -> Table:
-    titles = columns(
-        "this recipe minus", "measure", ("difference", "change", "95 % interval"), "samples", ("verdict", "verdict")
-    )
-    return Table(titles, rows((one, _MEASURES["sqnr_db"], ahead, ahead.n, verdict(ahead)) for one, ahead in found))
-
-
 def _frontier_figure(summary: Summary) -> Figure:
     """Predicted quality over bits: the curve of best recipes, and this one on it."""
     allocation, is_noise, points = summary.allocation, summary.is_noise, summary.evidence.frontier
@@ -481,14 +474,12 @@ def _how(summary: Summary) -> Section:
         ("Versions", ", ".join(f"{name} {value}" for name, value in origin.versions.items())),
         ("Made", origin.created),
     ]
-    return Section(
+    return section(
         "how",
         "How it was made",
-        shown(
-            Text(origin.command, "code"),
-            Facts(tuple((key, value) for key, value in found if value)),
-            Section("", "Notes", shown(Items((*allocation.notes, *origin.notes)))),
-        ),
+        Text(origin.command, "code"),
+        Facts(tuple((key, value) for key, value in found if value)),
+        section("", "Notes", Items((*allocation.notes, *origin.notes))),
     )
 
 

@@ -41,7 +41,7 @@ def number(value: float, standard_error: float = math.nan, *, signed: bool = Fal
         return _plain(value, 0)
     known = math.isfinite(standard_error) and standard_error > 0
     digits = _digits_of_error(standard_error) if known else _digits_for(value, 3)
-    return _fixed(value, digits, signed=signed)
+    return _rounded(digits, value, signed=signed)
 
 
 def with_error(estimate: Estimate, unit: str = "", *, signed: bool = False) -> str:
@@ -50,7 +50,7 @@ def with_error(estimate: Estimate, unit: str = "", *, signed: bool = False) -> s
     if half is None or not math.isfinite(estimate.value):
         text = number(estimate.value, estimate.standard_error, signed=signed)
     else:
-        text = _pair(estimate.value, " ± ", half, estimate.standard_error, signed=signed)
+        text = _rounded(_digits_of_error(estimate.standard_error), estimate.value, " ± ", half, signed=signed)
     return _in(text, unit)
 
 
@@ -58,7 +58,7 @@ def interval(estimate: Estimate, unit: str = "") -> str:
     """The 95 % interval: `9.1 to 10.3 dB`, or nothing when there is none."""
     if _half_width(estimate) is None:
         return ""
-    return _in(_pair(estimate.low, " to ", estimate.high, estimate.standard_error), unit)
+    return _in(_rounded(_digits_of_error(estimate.standard_error), estimate.low, " to ", estimate.high), unit)
 
 
 def with_interval(estimate: Estimate, unit: str = "", *, signed: bool = False) -> str:
@@ -70,7 +70,7 @@ def with_interval(estimate: Estimate, unit: str = "", *, signed: bool = False) -
 def byte_size(n_bytes: float) -> str:
     """Bytes with three significant digits in decimal units: `4.27 MB`."""
     value, unit = _in_thousands(n_bytes, _BYTE_UNITS)
-    text = f"{abs(value):.0f}" if unit == _BYTE_UNITS[0] else _fixed(abs(value), _digits_for(value, 3))
+    text = f"{abs(value):.0f}" if unit == _BYTE_UNITS[0] else _rounded(_digits_for(value, 3), abs(value))
     return _in(f"{MINUS if n_bytes < 0 else ''}{text}", unit)
 
 
@@ -90,7 +90,7 @@ def share(value: float) -> str:
     percent = 100 * value
     if percent != 0 and abs(percent) < 1e-3:
         return f"< 0.001{THIN}%"
-    text = f"{percent:.0f}" if abs(percent) >= 9.95 else _fixed(percent, _digits_for(percent, 2))
+    text = f"{percent:.0f}" if abs(percent) >= 9.95 else _rounded(_digits_for(percent, 2), percent)
     return f"{text}{THIN}%"
 
 
@@ -134,18 +134,20 @@ def _digits_for(value: float, n_significant: int) -> int:
     return n_significant if value == 0 else n_significant - 1 - int(f"{value:.{n_significant - 1}e}".split("e")[1])
 
 
-def _pair(first: float, between: str, second: float, error: float, *, signed: bool = False) -> str:
-    """Two numbers with the digits of an error, and a power of ten that both share."""
-    exponent = _exponent(max(abs(first), abs(second)))
-    digits = _digits_of_error(error) + exponent
-    one, other = _plain(first / 10.0**exponent, digits, signed=signed), _plain(second / 10.0**exponent, digits)
-    return f"({one}{between}{other}){_power(exponent)}" if exponent else f"{one}{between}{other}"
+def _rounded(digits: int, first: float, between: str = "", second: float = 0.0, *, signed: bool = False) -> str:
+    """One or two numbers with so many decimals (negative: tens), and a power of ten that both share.
 
-
-def _fixed(value: float, digits: int, *, signed: bool = False) -> str:
-    """`value` rounded to `digits` decimals (negative: tens), very small and large ones with a power of ten."""
-    exponent = _exponent(abs(value))
-    return f"{_plain(value / 10.0**exponent, digits + exponent, signed=signed)}{_power(exponent)}"
+    The power is taken out of what is too small or too large to read well as it is.
+    """
+    size = max(abs(first), abs(second))
+    is_readable = size == 0 or not math.isfinite(size) or _LEAST_PLAIN <= size < _MOST_PLAIN
+    exponent = 0 if is_readable else math.floor(math.log10(size))
+    text = _plain(first / 10.0**exponent, digits + exponent, signed=signed)
+    if between:
+        text += f"{between}{_plain(second / 10.0**exponent, digits + exponent)}"
+    if not exponent:
+        return text
+    return f"{f'({text})' if between else text} \N{MULTIPLICATION SIGN} 10{superscript(exponent)}"
 
 
 def _plain(value: float, digits: int, *, signed: bool = False) -> str:
@@ -156,17 +158,6 @@ def _plain(value: float, digits: int, *, signed: bool = False) -> str:
     rounded = round(value, digits)
     sign = MINUS if rounded < 0 else "+" if signed and rounded > 0 else ""
     return f"{sign}{abs(rounded):.{max(digits, 0)}f}"
-
-
-def _exponent(size: float) -> int:
-    """The power of ten to take out of a number of this size; 0 when it reads well as it is."""
-    if size == 0 or not math.isfinite(size) or _LEAST_PLAIN <= size < _MOST_PLAIN:
-        return 0
-    return math.floor(math.log10(size))
-
-
-def _power(exponent: int) -> str:
-    return f" \N{MULTIPLICATION SIGN} 10{superscript(exponent)}" if exponent else ""
 
 
 def superscript(exponent: int) -> str:
