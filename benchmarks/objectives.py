@@ -25,8 +25,8 @@ from sedimo.codec import to_plain
 from sedimo.lab.exchange import Prober
 from sedimo.lab.images import draw
 from sedimo.lab.lab import Lab
+from sedimo.lab.measuring import TrialWorker
 from sedimo.lab.study import Study
-from sedimo.lab.trials import TrialWorker
 from sedimo.methods.predictor.features import picked
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import fit_noise_model
@@ -96,7 +96,7 @@ def main() -> None:
     with Study(arguments.run, create=False) as study:
         graph = sedimo.trace(pipe)
         bank = sedimo.fit(pipe, sedimo.search_space(graph, "paper"), cache=arguments.run, progress=progress)
-        lab = Lab.on(pipe, bank, graph=graph, study=study, progress=progress)
+        lab = Lab(pipe, bank, graph=graph, study=study, progress=progress)
         known = measure_background(lab, on=pipe.default_sampling(range(16), 10))
         trials = trials_of(study, known, "fid")
         data = {name: training_set(known, trials, Goal.parse(text)) for name, text in TARGETS.items()}
@@ -164,7 +164,7 @@ def show(arguments, pipe, bank, recipes) -> None:
     """A sheet of samples per recipe beside the JSON, the same seeds in the same places."""
     plan = pipe.default_sampling(SHOWN, 20)
     sheets = {"full precision": draw(pipe, plan).images}
-    with Prober(pipe.denoiser, bank.quantize, bank.input_quantizers) as prober:
+    with Prober(pipe.denoiser, bank) as prober:
         for name, recipe in recipes.items():
             prober.switch(recipe)
             sheets[name] = draw(pipe, plan).images

@@ -87,7 +87,7 @@ def main() -> None:
     plan = Sampling(tuple(range(arguments.samples)), arguments.timesteps, batch_size=arguments.batch)
     loaded, begin = psutil.Process().memory_info().rss, time.perf_counter()
     with counted_calls(adapter) as calls:
-        probe = probe_orthogonality(Lab.on(adapter), names, plan, n_timesteps=arguments.timesteps)
+        probe = probe_orthogonality(Lab(adapter), names, plan, n_timesteps=arguments.timesteps)
     found = {
         **{name: value for name, value in vars(arguments).items() if name != "json"},
         "layers": len(names),

@@ -84,7 +84,7 @@ def open_bench(arguments: argparse.Namespace, formats: str, progress: ConsolePro
         progress=progress,
     )
     pipe = sedimo.load(arguments.source, dtype=arguments.dtype)
-    lab = Lab.on(pipe, exact.bank, graph=exact.graph, study=exact.study, progress=progress)
+    lab = Lab(pipe, exact.bank, graph=exact.graph, study=exact.study, progress=progress)
     return Bench(lab, measure_background(exact), formats, progress)
 
 

@@ -27,7 +27,7 @@ from sedimo.codec import to_plain
 from sedimo.jobs.check import check_additivity, measure_random_recipes
 from sedimo.lab.exchange import Prober
 from sedimo.lab.exploration import random_recipe_near
-from sedimo.lab.images import compare_distributions, draw_features
+from sedimo.lab.images import compare_distributions, draw_latents_and_features
 from sedimo.methods.ablation import (
     Probe,
     ablation_table,
@@ -180,10 +180,10 @@ def distributions(bench: Bench, recipe: sedimo.Recipe, n_images: int) -> dict[st
     """FID and KID of a recipe beside full precision."""
     bank, pipe = bench.paper.bank, sedimo.load(bench.source, dtype=FID_DTYPE)
     plan = pipe.default_sampling(range(100_000, 100_000 + n_images), 10)
-    full = draw_features(pipe, plan, label="full precision", progress=bench.progress)
-    with Prober(pipe.denoiser, bank.quantize, bank.input_quantizers) as prober:
+    _, full = draw_latents_and_features(pipe, plan, label="full precision", progress=bench.progress)
+    with Prober(pipe.denoiser, bank) as prober:
         prober.switch(recipe)
-        small = draw_features(pipe, plan, label="recipe", progress=bench.progress)
+        _, small = draw_latents_and_features(pipe, plan, label="recipe", progress=bench.progress)
     named = {"extractor": full.extractor, "n_images": len(full.values)}
     return to_plain(named | compare_distributions(full, small))
 

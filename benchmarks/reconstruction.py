@@ -37,7 +37,7 @@ def recipe_of(pipe, graph, name: str):
     space = sedimo.search_space(graph, f"{MIXED[name]},fp16")
     bank = sedimo.fit(pipe, space, sample_channels=16 if name == "mixed" else None)
     method = ERROR if name == "mixed" else JACOBIAN
-    table = method.measure(Lab.on(pipe, bank, graph=graph), Task(method.knobs())).table
+    table = method.measure(Lab(pipe, bank, graph=graph), Task(method.knobs())).table
     return bank, sedimo.allocate(table, bits=MIXED_BITS).recipe
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     for name in options.formats.split(","):
         bank, recipe = recipe_of(pipe, graph, name)
         begin = time.perf_counter()
-        lab = Lab.on(pipe, bank, graph=graph, progress=ConsoleProgress())
+        lab = Lab(pipe, bank, graph=graph, progress=ConsoleProgress())
         found = reconstruct(lab, bank, recipe, learning, n_steps=options.steps)
         seconds = time.perf_counter() - begin
         powers = [measure(pipe, fresh, reference, w) for w in (bank.quantize(recipe), found.weights)]

@@ -9,7 +9,6 @@ import numpy as np
 from sedimo.allocation.table import EXACTLY_NOTHING, build_table
 from sedimo.bank import Candidate
 from sedimo.graph.model import DenoiserGraph, Node
-from sedimo.lab.exchange import change_names
 from sedimo.lab.study import Setting
 from sedimo.methods.taps import FirstOrder
 from sedimo.quant.formats import Format
@@ -52,9 +51,9 @@ def drawn_products(space: SearchSpace, power: Power, shape: tuple[int, int], see
     rng = np.random.default_rng(seed)
     found = {}
     for d in space.decisions:
-        names = change_names(space, d.name)
-        normal = rng.normal(size=(len(names) + 1, *shape))  # one more than is used: the seeds of tests were chosen so
-        found[d.name] = {name: one * power(d.name, name) ** 0.5 for name, one in zip(names, normal, strict=False)}
+        n = len(d.changes) + 1  # one more than is used: the seeds of tests were chosen so
+        normal = rng.normal(size=(n, *shape))
+        found[d.name] = {name: one * power(d.name, name) ** 0.5 for name, one in zip(d.changes, normal, strict=False)}
     return found
 
 

@@ -97,7 +97,7 @@ class Searches:
         """The same in the dtype that recipes are measured in."""
         exact, pipe = self._lab, sedimo.load(self.source, dtype=SEARCH_DTYPE)
         more = {"graph": exact.graph, "study": exact.study, "sampling": self.sampling, "progress": exact.progress}
-        return Lab.on(pipe, exact.bank, **more)
+        return Lab(pipe, exact.bank, **more)
 
 
 def quantize(denoiser: nn.Module, bank: Bank, allocation: Allocation) -> Quantized:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -34,7 +33,7 @@ def _register(auto: ModuleType) -> None:
 
 
 class _Finder:
-    """Finds one module by asking everybody else, and wraps its loader."""
+    """Finds one module by asking everybody else, and registers once its loader has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -44,23 +43,11 @@ class _Finder:
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((found for found in others if found is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]  # a loader by structure
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                _register(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
         return spec
-
-
-class _Loader:
-    """Loads as the wrapped loader does, then registers."""
-
-    def __init__(self, wrapped: Loader) -> None:
-        self._wrapped = wrapped
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._wrapped.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._wrapped.exec_module(module)
-        _register(module)
-
-    def __getattr__(self, name: str) -> object:
-        """Everything else (get_source, is_package ...) is the wrapped loader's."""
-        return getattr(self._wrapped, name)

@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sedimo.checkpoint.contents import narrowed
-from sedimo.codec import content_key, from_json, to_json
+from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError, UnfitFormatError
 from sedimo.graph.model import Stream
 from sedimo.pipelines.adapter import WeightSource
@@ -66,14 +65,9 @@ class Progress(Protocol):
 
 
 class _Silent:
-    def start(self, total: int, label: str) -> None:
-        pass
-
-    def advance(self, n: int = 1) -> None:
-        pass
-
-    def done(self) -> None:
-        pass
+    def start(self, total: int, label: str) -> None: ...
+    def advance(self, n: int = 1) -> None: ...
+    def done(self) -> None: ...
 
 
 SILENT: Progress = _Silent()
@@ -186,10 +180,9 @@ class Bank:
         Of a stream, it is the part of the weight that reads it. The weight is read once and nothing is packed or kept.
         """
         known = self.space.decision_index[decision]
-        formats = tuple(dict.fromkeys(f.weight_format for f in known.formats if f.is_quantized))
         weight = read_weight(self.weights, known)
         exact = weight.float()
-        for number_format, parameters in self._parameters(known.name, weight, formats).items():
+        for number_format, parameters in self._parameters(known.name, weight, known.weight_formats).items():
             yield number_format, self._coded(known, 0, weight, parameters).dequantize() - exact
 
     def stored_bytes(self, recipe: Recipe) -> int:
@@ -268,7 +261,7 @@ class _LastUsed(Generic[Key, Made]):
     """Things that are costly to make, the last used ones up to a number of bytes; the last one always."""
 
     def __init__(self, most_bytes: int, size_of: Callable[[Made], int]) -> None:
-        self._kept: OrderedDict[Key, Made] = OrderedDict()
+        self._kept: dict[Key, Made] = {}
         self._bytes, self._most_bytes, self._size_of = 0, most_bytes, size_of
 
     def get(self, key: Key, make: Callable[[], Made]) -> Made:
@@ -276,10 +269,9 @@ class _LastUsed(Generic[Key, Made]):
         if key not in self._kept:
             self._kept[key] = make()
             self._bytes += self._size_of(self._kept[key])
-        self._kept.move_to_end(key)
+        self._kept[key] = self._kept.pop(key)  # to the end
         while self._bytes > self._most_bytes and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
-            self._bytes -= self._size_of(dropped)
+            self._bytes -= self._size_of(self._kept.pop(next(iter(self._kept))))
         return self._kept[key]
 
 
@@ -297,19 +289,18 @@ class BankCache:
 
     def candidate(self, key: str) -> Candidate | None:
         """The saved candidate of a key, or None; memory keeps none, for a bank has them."""
-        text = None if self._rows is None else self._rows.get("candidate", key)
-        return None if text is None else from_json(Candidate, text, place=f"candidate {key[:12]} of the bank")
+        return None if self._rows is None else self._rows.get(Candidate, "candidate", key)
 
     def put_candidates(self, candidates: Mapping[str, Candidate]) -> None:
         """Saves candidates by key."""
         if self._rows is not None:
-            self._rows.put_many("candidate", [(key, to_json(c)) for key, c in candidates.items()])
+            self._rows.put_many("candidate", candidates)
 
     def parameters(self, decision: str) -> dict[Format, Fitted]:
         """The fitted parameters of a decision by format."""
         if self._folder is None:
             return self._memory.get(decision, {})
-        path, found = self._path(self._folder, decision), dict[Format, dict[str, torch.Tensor]]()
+        path, found = _file_of(self._folder, decision), dict[Format, dict[str, torch.Tensor]]()
         try:
             for name, tensor in (load_file(path) if path.exists() else {}).items():
                 text, _, field = name.rpartition(".")
@@ -330,23 +321,22 @@ class BankCache:
             own = {**one.parameters, _SUMS: sums, _SHAPE: torch.tensor(one.shape)}
             for name, tensor in own.items():  # formats may share one
                 tensors[f"{f}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
-        path = self._path(self._folder, decision)
+        path = _file_of(self._folder, decision)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
 
-    @staticmethod
-    def _path(folder: Path, decision: str) -> Path:
-        return folder / f"{hashlib.sha256(decision.encode()).hexdigest()[:32]}.safetensors"
+
+def _file_of(folder: Path, decision: str) -> Path:
+    return folder / f"{hashlib.sha256(decision.encode()).hexdigest()[:32]}.safetensors"
 
 
-def _fitted(number_format: Format, tensors: Mapping[str, torch.Tensor]) -> Fitted:
-    squared_error, squared_norm = tensors[_SUMS].tolist()
-    shape = tuple(int(size) for size in tensors[_SHAPE])
-    parameters = {name: t for name, t in tensors.items() if name not in (_SUMS, _SHAPE)}
-    return Fitted(number_format, shape, parameters, squared_error, squared_norm)
+def _fitted(number_format: Format, tensors: dict[str, torch.Tensor]) -> Fitted:
+    squared_error, squared_norm = tensors.pop(_SUMS).tolist()
+    shape = tuple(tensors.pop(_SHAPE).tolist())
+    return Fitted(number_format, shape, tensors, squared_error, squared_norm)
 
 
 def fit_bank(
@@ -368,9 +358,7 @@ def fit_bank(
         InputError: a weight is missing, has another shape, holds infinity or NaN, or fits into none of its formats.
     """
     store = BankCache(cache / f"{weights.digest[:32]}-v{FIT_VERSION}" if cache else None)
-    candidates: list[Candidate] = []
-    decisions: list[Decision] = []
-    notes: list[str] = []
+    candidates, decisions, notes = list[Candidate](), list[Decision](), list[str]()
     progress.start(len(space.decisions), "fitting formats" if sample_channels is None else "estimating errors")
     for decision in space.decisions:
         found = _candidates(weights, decision, sample_channels, store)

@@ -24,7 +24,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -40,13 +40,15 @@ Check = Callable[[Any, str], object]  # refuses a value by an InputError; the te
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How a field is set: its flags (none: a positional argument), and what people read about it.
+    """One thing that a person may set: its flags (none: a positional argument), and what people read about it.
 
     `parse` reads the text that a person writes; `choices` are the values that there are, found from a `Literal`
     if it is empty. What is not among them, below `least` or above `most` is no valid command line; a record that is
     `Checked` refuses it, too, and what `check` refuses. `no` is the flag that says no, for a yes or no whose default is
     None, or yes. `bare` is the value of a flag that is given without one. `place` tells that a text is the path of an
     existing file or folder.
+
+    `leaves` knows the rest: the fields that lead to it, its type, its default, and under which heading it stands.
     """
 
     flags: tuple[str, ...]
@@ -60,11 +62,32 @@ class Option:
     no: str = ""
     bare: str | None = None
     place: Literal["", "file", "folder"] = ""
+    path: tuple[str, ...] = ()
+    kind: object = None
+    default: object = None
+    panel: str = ""
 
     @property
     def words(self) -> str:
         """The help as it is now: what it lists may have grown."""
         return self.help if isinstance(self.help, str) else self.help()
+
+    @property
+    def word(self) -> str:
+        """The keyword in Python: the first long flag in snake case, else the field's name."""
+        flag = next((f for f in self.flags if f.startswith("--")), self.path[-1])
+        return flag.removeprefix("--").replace("-", "_")
+
+    def refuse(self, value: Any, name: str) -> None:
+        """Refuses a value by an InputError about `name`; not None and the default."""
+        if value is None or value == self.default:
+            return
+        if self.choices:
+            one_of(self.choices)(value, name)
+        if math.isfinite(self.least) or math.isfinite(self.most):
+            within(least=self.least, most=self.most)(value, name)
+        if self.check is not None:
+            self.check(value, name)
 
 
 def option(default: Any, *flags: str, help: str | Callable[[], str], **more: Any) -> Any:  # click's and argparse's word
@@ -121,10 +144,10 @@ class Checked:
 
 
 @functools.cache
-def _own_leaves(record: Any) -> tuple[Leaf, ...]:
+def _own_leaves(record: Any) -> tuple[Option, ...]:
     """What a record checks: a record inside checks its own."""
     unset = (
-        Leaf((one.name,), one.type, one.default, Option((), "", check=one.metadata[_CHECK]), "")
+        Option((), "", check=one.metadata[_CHECK], path=(one.name,), default=one.default)
         for one in dataclasses.fields(record)
         if _CHECK in one.metadata
     )
@@ -150,52 +173,20 @@ def settings_of(function: Callable[..., object]) -> type:
     return dataclasses.make_dataclass("Settings", found, frozen=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """One thing that a person may set: the fields that lead to it, its type, its default, under which heading."""
-
-    path: tuple[str, ...]
-    kind: object
-    default: object
-    option: Option
-    panel: str
-
-    @property
-    def word(self) -> str:
-        """The keyword in Python: the first long flag in snake case, else the field's name."""
-        flag = next((f for f in self.option.flags if f.startswith("--")), self.path[-1])
-        return flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The values that there are, none if they are not listed."""
-        return self.option.choices or (get_args(self.kind) if get_origin(self.kind) is Literal else ())
-
-    def refuse(self, value: Any, name: str) -> None:
-        """Refuses a value by an InputError about `name`; not None and the default."""
-        option = self.option
-        if value is None or value == self.default:
-            return
-        if self.choices:
-            one_of(self.choices)(value, name)
-        if math.isfinite(option.least) or math.isfinite(option.most):
-            within(least=option.least, most=option.most)(value, name)
-        if option.check is not None:
-            option.check(value, name)
-
-
-def leaves(record: type, panel: str = "", path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+def leaves(record: type, panel: str = "", path: tuple[str, ...] = ()) -> Iterator[Option]:
     """All that a person may set in a record, those of records in it included, in their order."""
     kinds = typing.get_type_hints(record)
     for one in dataclasses.fields(record):
         kind, place = unwrapped(kinds[one.name]), (*path, one.name)
         if _KEY in one.metadata:
-            yield Leaf(place, kind, one.default, one.metadata[_KEY], panel)
+            told: Option = one.metadata[_KEY]
+            choices = told.choices or (get_args(kind) if get_origin(kind) is Literal else ())
+            yield replace(told, path=place, kind=kind, default=one.default, panel=panel, choices=choices)
         elif _PANEL in one.metadata and isinstance(kind, type):
             yield from leaves(kind, one.metadata[_PANEL] or panel, place)
 
 
-def set_in(record: object) -> list[Leaf]:
+def set_in(record: object) -> list[Option]:
     """The leaves of a record whose value is not the default."""
     return [leaf for leaf in leaves(type(record)) if functools.reduce(getattr, leaf.path, record) != leaf.default]
 
@@ -232,7 +223,7 @@ def read_words(record: type, words: Mapping[str, object]) -> dict[tuple[str, ...
         leaf = known[word]
         if leaf.choices:
             one_of(leaf.choices)(value, word)
-        read = leaf.option.parse or (Path if leaf.kind is Path else None)
+        read = leaf.parse or (Path if leaf.kind is Path else None)
         found[leaf.path] = read(value) if read is not None and isinstance(value, str) else value
     return found
 

@@ -48,6 +48,21 @@ class Decision:
         """Number of weights, stored once for all layers."""
         return math.prod(self.shape)
 
+    @property
+    def weight_formats(self) -> tuple[Format, ...]:
+        """The different formats of weights that it may take, full precision left out."""
+        return tuple(dict.fromkeys(f.weight_format for f in self.formats if f.is_quantized))
+
+    @property
+    def activation_bits(self) -> tuple[int, ...]:
+        """The bits below 16 that its inputs may take, ascending."""
+        return tuple(sorted({f.activation_bits for f in self.formats} - {FULL_BITS}))
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What can change, each by itself: its weight formats (`uaq4`), then its activations (`a8`)."""
+        return (*map(str, self.weight_formats), *(f"a{bits}" for bits in self.activation_bits))
+
     def paper_bytes(self, number_format: Format) -> int:
         """Bytes in the papers' accounting."""
         return paper_bytes(number_format, self.shape)

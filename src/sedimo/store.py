@@ -1,21 +1,21 @@
-"""One SQLite file of JSON rows, each named by a kind and a key: what a study survives a kill in.
+"""One SQLite file of records as JSON, each named by a kind and a key: what a study survives a kill in.
 
-It knows no record: whoever puts a row says what it means. A row is there whole or not at all, because every
-write is one transaction of a write-ahead log that is synced before `put` returns. What it refuses: a file that
-is not its own, another layout, and text that is not JSON.
+A row is there whole or not at all, because every write is one transaction of a write-ahead log that is synced before
+`put` returns. What it refuses: a file that is not its own, and another layout.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
+from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError, StateError
 
+Record = TypeVar("Record")
 APPLICATION_ID = 0x5ED1_0001 & 0x7FFF_FFFF
 LAYOUT_VERSION = 2  # 1: studies of 0.1.0
 _BUSY_SECONDS = 30.0
@@ -35,8 +35,8 @@ class Rows:
 
     Example:
         >>> with Rows(Path("study.sqlite")) as rows:
-        ...     rows.put("trial", "0f3c", '{"sqnr_db":11.2}')
-        ...     rows.get("trial", "0f3c")
+        ...     rows.put("trial", "0f3c", {"sqnr_db": 11.2})
+        ...     rows.text("trial", "0f3c")
         '{"sqnr_db":11.2}'
 
     Raises:
@@ -66,28 +66,24 @@ class Rows:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def put(self, kind: str, key: str, text: str) -> None:
+    def put(self, kind: str, key: str, record: object) -> None:
         """Writes one row, in place of an older one of the same kind and key; durable when it returns."""
-        self.put_many(kind, [(key, text)])
+        self.put_many(kind, {key: record})
 
-    def put_many(self, kind: str, rows: Iterable[tuple[str, str]]) -> None:
-        """Writes all rows `(key, JSON text)` or none of them.
+    def put_many(self, kind: str, records: Mapping[str, object]) -> None:
+        """Writes the records by key, all or none of them."""
+        rows = [(kind, key, to_json(record)) for key, record in records.items()]
+        with self._connection as transaction:
+            transaction.execute("BEGIN IMMEDIATE")
+            transaction.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", rows)
 
-        Raises:
-            InputError: a text that is not JSON.
-        """
-        checked = []
-        for key, text in rows:
-            try:
-                json.loads(text)
-            except ValueError as error:
-                raise InputError(f"row {kind}/{key} must be JSON text: {error}") from error
-            checked.append((kind, key, text))
-        with self._transaction():
-            self._connection.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", checked)
+    def get(self, record: type[Record], kind: str, key: str) -> Record | None:
+        """The record of a row, or None."""
+        text = self.text(kind, key)
+        return None if text is None else self._read(record, kind, key, text)
 
-    def get(self, kind: str, key: str) -> str | None:
-        """The text of a row, or None."""
+    def text(self, kind: str, key: str) -> str | None:
+        """The JSON text of a row, or None."""
         found = self._connection.execute("SELECT json FROM rows WHERE kind = ? AND key = ?", (kind, key)).fetchone()
         return None if found is None else str(found[0])
 
@@ -96,24 +92,17 @@ class Rows:
         found = self._connection.execute("SELECT key FROM rows WHERE kind = ? ORDER BY key", (kind,))
         return tuple(key for (key,) in found)
 
-    def items(self, kind: str) -> tuple[tuple[str, str], ...]:
-        """`(key, text)` of all rows of a kind, sorted by key."""
+    def all(self, record: type[Record], kind: str) -> tuple[Record, ...]:
+        """All records of a kind, sorted by key."""
         found = self._connection.execute("SELECT key, json FROM rows WHERE kind = ? ORDER BY key", (kind,))
-        return tuple(found)
+        return tuple(self._read(record, kind, key, text) for key, text in found)
 
     def close(self) -> None:
         """Closes the file; the object cannot be used afterwards."""
         self._connection.close()
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+    def _read(self, record: type[Record], kind: str, key: str, text: str) -> Record:
+        return from_json(record, text, place=f"{self.path.name}: {kind} {key[:12]}")
 
     def _prepare(self) -> None:
         run = self._connection.execute
@@ -131,7 +120,8 @@ class Rows:
         run("PRAGMA synchronous = FULL")
         if version != 0:
             return
-        with self._transaction():
+        with self._connection:
+            run("BEGIN IMMEDIATE")
             if run("PRAGMA user_version").fetchone()[0] == 0:  # else another process was faster
                 run(_SCHEMA)
                 run(f"PRAGMA application_id = {APPLICATION_ID}")

@@ -118,7 +118,7 @@ def default_of(name, flag):
     """What a flag of a command stands at when nobody gives it."""
     job = importlib.import_module(f"sedimo.jobs.{name}").JOB
     records = [job.settings, *job.offers().values()]
-    return next(leaf.default for record in records for leaf in leaves(record) if flag in leaf.option.flags)
+    return next(leaf.default for record in records for leaf in leaves(record) if flag in leaf.flags)
 
 
 def test_there_is_a_command_for_every_job():

@@ -33,7 +33,7 @@ def lab(tiny_pipeline_folder, tmp_path_factory):
     pipe = sedimo.load(tiny_pipeline_folder)
     sampling = SamplingSettings(n_seeds=2, n_steps=2, n_check_seeds=2)
     with Study(tmp_path_factory.mktemp("methods")) as study:
-        yield Lab.on(pipe, formats="uaq3,uaq4,uaq8", study=study, sampling=sampling)
+        yield Lab(pipe, formats="uaq3,uaq4,uaq8", study=study, sampling=sampling)
 
 
 def task_for(method):
@@ -59,9 +59,7 @@ class MethodContract:
         assert words.cost or method.is_described or method.contains
 
     def test_what_people_may_set_has_a_default_a_flag_and_help(self, method):
-        assert all(
-            leaf.option.flags and leaf.option.help and leaf.default is not REQUIRED for leaf in leaves(method.knobs)
-        )
+        assert all(leaf.flags and leaf.help and leaf.default is not REQUIRED for leaf in leaves(method.knobs))
         assert len(fields(method.knobs)) >= len([*leaves(method.knobs)])
 
     def test_it_is_found_by_its_name(self, method):

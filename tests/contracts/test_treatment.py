@@ -58,7 +58,7 @@ def lab(tiny_pipeline_folder, tmp_path):
     torch.set_num_threads(1)
     source = SourceSettings(str(tiny_pipeline_folder), compute=Compute("fp32", "cpu"))
     with Study(tmp_path / "study") as study:
-        yield Lab.open(source, FORMATS, study=study, sampling=SamplingSettings(n_seeds=2, n_steps=2))
+        yield Lab(source, formats=FORMATS, study=study, sampling=SamplingSettings(n_seeds=2, n_steps=2))
 
 
 @pytest.mark.parametrize("treatment", ALL, ids=lambda one: one.name)
@@ -74,12 +74,12 @@ class TreatmentContract:
     def test_people_can_set_it(self, treatment):
         found = list(leaves(treatment.knobs))
         assert found
-        others = {f for one in ALL if one is not treatment for leaf in leaves(one.knobs) for f in leaf.option.flags}
+        others = {f for one in ALL if one is not treatment for leaf in leaves(one.knobs) for f in leaf.flags}
         for leaf in found:
-            assert leaf.option.flags
-            assert not others.intersection(leaf.option.flags)
-            assert all(flag.startswith("--") for flag in leaf.option.flags)
-            assert leaf.option.help.endswith(".")
+            assert leaf.flags
+            assert not others.intersection(leaf.flags)
+            assert all(flag.startswith("--") for flag in leaf.flags)
+            assert leaf.help.endswith(".")
         assert treatment.is_wanted(WANTED[treatment.name])
         treatment.knobs()  # what is set where people set something else
 
@@ -102,7 +102,7 @@ class TreatmentContract:
 
     def test_where_the_pipeline_cannot_run_it_says_so_before_it_starts(self, treatment, tiny_pipeline_folder):
         source = SourceSettings(str(tiny_pipeline_folder / "transformer"), compute=Compute("fp32", "cpu"))
-        bare, knobs = Lab.open(source, FORMATS), WANTED[treatment.name]
+        bare, knobs = Lab(source, formats=FORMATS), WANTED[treatment.name]
         try:
             price = treatment.price(bare, knobs)
         except InputError as error:
@@ -175,6 +175,6 @@ def test_a_treatment_in_the_tuple_is_offered_and_done(lab, monkeypatch):
     monkeypatch.setattr(treatments, "TREATMENTS", ALL)
     assert treatment_offers()["toy"] is ToyKnobs
     found = treated(lab, {"toy": ToyKnobs(3.0)})
-    assert found.subject.rules == ("the last weight 3 times",)
+    assert found.rules == ("the last weight 3 times",)
     assert found.is_changed
     assert not lab.is_changed

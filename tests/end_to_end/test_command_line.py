@@ -164,9 +164,9 @@ def test_another_budget_and_the_report_need_no_second_measurement(quantized, tmp
 
 
 def test_a_second_run_measures_nothing_again(quantized, tiny_pipeline_folder, monkeypatch):
-    from sedimo.lab import trials
+    from sedimo.lab import measuring
 
-    monkeypatch.setattr(trials, "measure", lambda *_: pytest.fail("a trial was measured again"))
+    monkeypatch.setattr(measuring, "measure", lambda *_: pytest.fail("a trial was measured again"))
     out = quantized[0].with_name("second")
     study = copytree(quantized[0].with_name("small.study"), out.with_name("second.study"))
     again = run_json(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from running import run, run_json
 from sedimo.graph.model import DenoiserGraph
 from sedimo.jobs import explore as exploring
-from sedimo.lab import trials as lab_trials
+from sedimo.lab import measuring
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.study import Study
 from sedimo.metrics.estimate import Estimate
@@ -56,8 +56,8 @@ def test_explore_measures_and_keeps_what_later_stages_need(explored):
 def test_a_study_goes_on_with_more_trials_and_other_objectives_and_measures_nothing_twice(
     explored, tiny_pipeline_folder, monkeypatch
 ):
-    measured, real = [], lab_trials.measure
-    monkeypatch.setattr(lab_trials, "measure", lambda *a: measured.append(1) or real(*a))
+    measured, real = [], measuring.measure
+    monkeypatch.setattr(measuring, "measure", lambda *a: measured.append(1) or real(*a))
     command = ("explore", tiny_pipeline_folder, "--store", explored[0], *QUICK)
     more = run_json(*command, "--trials", 8, "--objective", "final_latents,step")
     assert (more["trials"], more["measured"], len(measured)) == (16, 10, 10)

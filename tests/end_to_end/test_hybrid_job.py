@@ -109,7 +109,7 @@ def test_given_ends_stay_what_they_are(tiny_pipeline_folder, tmp_path):
 
 def test_the_plan_counts_what_it_measures(tiny_pipeline_folder):
     plan = job.plan(settings_of(tiny_pipeline_folder, keep=1, check=False))
-    n_blocks = len(blocks_of(Lab.open(SourceSettings(str(tiny_pipeline_folder)), "uaq4,fp16").space))
+    n_blocks = len(blocks_of(Lab(SourceSettings(str(tiny_pipeline_folder)), formats="uaq4,fp16").space))
     assert plan["method"] == "hybrid"
     assert plan["denoiser_calls"] >= 2 * n_blocks * SAMPLING.n_steps
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "blocks": ("--format", "uaq4a8", "--keep", "1"),
 }
 MEASURING = (
-    "sedimo.lab.trials.TrialWorker.measure",
+    "sedimo.lab.measuring.TrialWorker.measure",
     "sedimo.treatments.static_ranges.sample_until",
     "sedimo.treatments.smoothing.measure_inputs",
 )

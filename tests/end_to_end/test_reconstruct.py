@@ -85,7 +85,7 @@ def test_latents_of_fresh_seeds_gain_on_the_embedded_model(text):
     bank = sedimo.fit(pipe, sedimo.search_space(graph, f"{text},fp16"), sample_channels=2)
     recipe = bank.space.uniform(sedimo.Format.parse(text))
     on, plan = (pipe.default_sampling(seeds, 10) for seeds in (range(8), range(1000, 1016)))
-    found = reconstruct(Lab.on(pipe, bank, graph=graph), bank, recipe, on, n_steps=100)
+    found = reconstruct(Lab(pipe, bank, graph=graph), bank, recipe, on, n_steps=100)
     reference, powers = pipe.sample(plan).numpy(), []
     for weights in (found.weights, bank.quantize(recipe)):
         with probed(pipe.denoiser, weights):

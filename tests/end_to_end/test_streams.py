@@ -148,7 +148,7 @@ def test_first_order_noise_of_a_stream_is_that_of_its_slice_perturbed(made):
 def test_local_noise_of_a_stream_is_that_of_its_slice_replaced(made):
     pipe, _, space, bank = made
     sampling = pipe.default_sampling([0, 1, 2], 2)
-    probe = probe_sqnr(Lab.on(pipe, bank), sampling)
+    probe = probe_sqnr(Lab(pipe, bank), sampling)
     table = sqnr_table(space, bank.candidates, probe)
     assert table.streams == space.streams
     module, read = pipe.denoiser.get_submodule(SKIP), []
@@ -172,9 +172,9 @@ def test_local_noise_of_a_stream_is_that_of_its_slice_replaced(made):
 def test_all_tables_of_single_decisions_have_costs_of_streams(made):
     pipe, graph, space, bank = made
     sampling = pipe.default_sampling([0, 1, 2, 3], 2)
-    jacobian = probe_jacobian(Lab.on(pipe, bank), sampling, n_directions=1)
+    jacobian = probe_jacobian(Lab(pipe, bank), sampling, n_directions=1)
     layers = [layer for weight in space.weights for layer in weight.layers]
-    repetition = probe_orthogonality(Lab.on(pipe), layers, sampling)
+    repetition = probe_orthogonality(Lab(pipe), layers, sampling)
     theta = orthogonality_table(space, bank.candidates, repetition)
     tables = [jacobian_table(space, bank.candidates, jacobian), error_table(space, bank.candidates), theta]
     for table in tables:
@@ -266,7 +266,7 @@ def test_streams_are_compensated_by_the_moments_of_their_own_inputs(made, tmp_pa
     """What probes are told of a stream is what the packed layer has there, and it disturbs the layer less."""
     pipe, _, space, bank = made
     plan = pipe.default_sampling(range(3), 2)
-    moments = measure_moments(Lab.on(pipe, bank), plan, tmp_path)
+    moments = measure_moments(Lab(pipe, bank), plan, tmp_path)
     ours = bank.compensating(moments)
     choice = drawn(space, 5)
     packed = ours.quantize(space.recipe(choice))

@@ -11,7 +11,7 @@ from scipy import stats
 
 from running import run, run_json
 from sedimo.bank import fit_bank
-from sedimo.lab import trials
+from sedimo.lab import measuring
 from sedimo.lab.bench import trace, weights_of
 from sedimo.lab.exchange import probed
 from sedimo.lab.lab import Lab
@@ -93,7 +93,7 @@ def test_static_ranges_are_compared_with_dynamic_ones(sweep, tiny):
     assert found["values"][0]["sqnr_db"]["value"] == pytest.approx(by_hand(tiny, reference).mean(), abs=FLOAT64_FORMULA)
     space = search_space(trace(tiny), "uaq8a8,fp16")
     widths = {layer: [8] for d in space.decisions if UAQ8A8 in d.formats for layer in d.layers}
-    plan, lab = tiny.default_sampling(RANGES, 2), Lab.on(tiny)
+    plan, lab = tiny.default_sampling(RANGES, 2), Lab(tiny)
     for row, n_steps in zip(found["values"][1:], (1, 2), strict=True):
         options = ActivationSettings("percentile", n_steps=n_steps)
         rules = calibrate(lab, widths, plan, options)
@@ -137,7 +137,7 @@ def test_numbers_of_samples_share_none(sweep, tiny, tmp_path):
     costs = {}
     for n in (3, 6, 12):
         plan = tiny.default_sampling(range(n, 2 * n), 2)
-        table = SQNR.measure(Lab.on(tiny, bank), Task(NO_KNOBS, on=plan)).table
+        table = SQNR.measure(Lab(tiny, bank), Task(NO_KNOBS, on=plan)).table
         costs[n] = [c for c in table.costs if c.format == Format.parse("uaq4")]
     for row, n in zip(found["ranks"], (3, 6), strict=True):
         srcc = stats.spearmanr([c.cost for c in costs[n]], [c.cost for c in costs[12]]).statistic
@@ -166,7 +166,7 @@ def test_schedulers_are_compared_with_each_other_and_with_other_seeds(sweep, tin
 
         def costs(seeds):
             plan = tiny.default_sampling(seeds, 2)
-            table = JACOBIAN.measure(Lab.on(tiny, bank, study=study), Task(NO_KNOBS, on=plan)).table
+            table = JACOBIAN.measure(Lab(tiny, bank, study=study), Task(NO_KNOBS, on=plan)).table
             return [c.cost for c in table.costs if c.format == Format.parse("uaq4")]
 
         first, again = costs(FRESH), costs(range(5, 8))
@@ -204,7 +204,7 @@ def test_full_precision_is_sampled_once_for_all_values(
         sampled.append(plan.seeds)
         return measure_reference(objective, pipe, plan)
 
-    monkeypatch.setattr(trials, "measure_reference", counted)
+    monkeypatch.setattr(measuring, "measure_reference", counted)
     run("sweep", question, tiny_pipeline_folder, "--store", tmp_path, *QUICK, "--values", values)
     assert len(sampled) == len(set(sampled)) == plans
 
@@ -222,7 +222,7 @@ def test_full_precision_is_sampled_once_for_all_values(
 def test_a_second_run_measures_nothing_and_says_the_same(sweep, question, options, monkeypatch):
     found, arguments, _ = sweep(question, *options)
     for name in (
-        "sedimo.lab.trials.TrialWorker.measure",
+        "sedimo.lab.measuring.TrialWorker.measure",
         "sedimo.treatments.static_ranges.sample_until",
         "sedimo.methods.sqnr.measure_part",
         "sedimo.treatments.smoothing.measure_inputs",

@@ -46,7 +46,7 @@ def settings_of(source, out=None, method="error", **budget):
 
 def test_budgets_that_cannot_be_kept_together_are_named_before_anything_is_measured(tiny_pipeline_folder):
     """Each alone can be kept: few operations need uaq2, few bits cannot have it everywhere where kmc4 is smaller."""
-    space = Lab.open(SourceSettings(str(tiny_pipeline_folder)), FORMATS).space
+    space = Lab(SourceSettings(str(tiny_pipeline_folder)), formats=FORMATS).space
     least = min(space.bops(space.uniform(f)) for f in space.common_formats)
     job.plan(settings_of(tiny_pipeline_folder, bops=BopsLimit("", n_bops=space.full_bops // 2)))
     with pytest.raises(InputError, match=f"the least possible is {least} bit operations .* attention takes"):

@@ -12,8 +12,8 @@ from sedimo.jobs.quantize import QuantizeSettings
 from sedimo.lab import lab as lab_module
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
+from sedimo.lab.measuring import CallTiming
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.trials import CallTiming
 from sedimo.methods import auto, method_named
 from sedimo.treatments.error_feedback import ERROR_FEEDBACK, FeedbackSettings
 
@@ -92,7 +92,7 @@ def test_an_ordered_method_that_cannot_run_is_refused(tiny_pipeline_folder):
 @pytest.mark.parametrize(("name", "n_random"), [("orthogonality", 0), ("gnn", 0), ("jacobian", 30)])
 def test_random_recipes_are_planned_only_for_tables_that_predict_noise(tiny_pipeline_folder, timed, name, n_random):
     settings = settings_of(tiny_pipeline_folder, name)
-    lab = Lab.open(settings.source, sampling=SAMPLING)
+    lab = Lab(settings.source, sampling=SAMPLING)
     method, _ = method_named(name)
     expected = method.price(lab, settings.task).n_calls + price_of_check(lab, n_random=n_random).n_calls
     assert quantize.plan(settings)["denoiser_calls"] == expected

@@ -15,8 +15,8 @@ import torch
 
 from sedimo.bank import fit_bank
 from sedimo.lab.exploration import Exploration
+from sedimo.lab.measuring import TrialWorker, run_trials
 from sedimo.lab.study import Study
-from sedimo.lab.trials import TrialWorker, run_trials
 from sedimo.pipelines.adapter import Sampling
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 

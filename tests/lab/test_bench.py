@@ -29,7 +29,7 @@ class Failing(InForce):
 @pytest.fixture
 def lab():
     adapter = ToyAdapter()
-    return Lab.on(adapter, fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser)))
+    return Lab(adapter, fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser)))
 
 
 def weight_of(lab):

@@ -21,16 +21,16 @@ from sedimo.bank import fit_bank
 from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError, Interrupted, StateError
 from sedimo.lab.exploration import Exploration, random_recipe, random_recipe_near
-from sedimo.lab.parts import graceful_interrupt
-from sedimo.lab.study import Execution, Setting, Study, Trial
-from sedimo.lab.trials import (
+from sedimo.lab.measuring import (
     CallTiming,
     TrialWorker,
+    graceful_interrupt,
     missing_trials,
     run_trials,
     setting_of,
     time_calls,
 )
+from sedimo.lab.study import Execution, Setting, Study, Trial
 from sedimo.methods.method import Price, price_of_trials
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling

@@ -19,9 +19,8 @@ import pytest
 from killed_explorer import dying_worker
 
 from sedimo.errors import StateError
-from sedimo.lab.parts import StopRequest
+from sedimo.lab.measuring import StopRequest, in_processes
 from sedimo.lab.study import FILE_NAME, Study, export_trials
-from sedimo.lab.trials import in_processes
 from sedimo.space import Recipe
 from tolerances import FLOAT32_SAMPLING
 

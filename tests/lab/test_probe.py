@@ -30,17 +30,20 @@ def denoiser():
     return ToyDenoiser().eval()
 
 
+class Asked:
+    """A bank that remembers of which layers it was asked for weights."""
+
+    def __init__(self, bank):
+        self.bank, self.asked, self.input_quantizers = bank, [], bank.input_quantizers
+
+    def quantize(self, recipe):
+        self.asked.append(set(recipe.layers))
+        return self.bank.quantize(recipe)
+
+
 @pytest.fixture
 def supply(denoiser):
-    bank = fit_bank(ToyWeights(denoiser), toy_space(denoiser))
-    asked = []
-
-    def give(recipe):
-        asked.append(set(recipe.layers))
-        return bank.quantize(recipe)
-
-    give.asked, give.bank = asked, bank
-    return give
+    return Asked(fit_bank(ToyWeights(denoiser), toy_space(denoiser)))
 
 
 def snapshot(denoiser):

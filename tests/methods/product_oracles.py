@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from sedimo.codec import content_key
-from sedimo.lab.exchange import activation_bits
 from sedimo.pipelines.trajectory import output_tensor
 from whole_gradients import wanting_gradients, whole_run
 
@@ -73,7 +72,7 @@ def roundings_wanting_gradients(denoiser, bank) -> Iterator[Mapping[tuple[str, s
         return output + zero * module._conv_forward(change, weight, None)
 
     for decision in bank.space.decisions:
-        for bits in activation_bits(decision):
+        for bits in decision.activation_bits:
             zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
             zeros[decision.name, f"a{bits}"] = zero
             for layer in decision.layers:

@@ -65,7 +65,7 @@ def assert_same_numbers(one, other):
 def test_products_are_those_of_plain_autograd(pipeline, guided):
     """Convolutions with groups and odd padding, a tied pair, a layer that is called twice, rows that samples share."""
     adapter, bank = made(pipeline=pipeline, guided=guided)
-    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, n_directions=2)
+    probe = probe_adjoint(Lab(adapter, bank), SAMPLING, n_directions=2)
     assert_close(probe, whole_products(adapter, bank, SAMPLING, 2))
     assert probe.unused == ("unused",)
     assert {len(values) for values in probe.numbers["unused"].values()} == {6}
@@ -76,7 +76,7 @@ def test_products_are_those_of_plain_autograd(pipeline, guided):
 
 def test_rounded_inputs_are_one_more_change():
     adapter, bank = made(formats=FORMATS, dtype=torch.float32)
-    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, n_directions=2)
+    probe = probe_adjoint(Lab(adapter, bank), SAMPLING, n_directions=2)
     assert list(probe.numbers["first"]) == ["uaq3", "uaq4", "a4", "a8"]  # a codebook would be larger
     assert_close(probe, whole_products(adapter, bank, SAMPLING, 2), FLOAT32_FORMULA)
     together = probe.total("first", Format.parse("uaq4a8").changes)
@@ -91,7 +91,7 @@ def test_rounded_inputs_are_one_more_change():
 def test_their_mean_square_is_what_a_change_of_weights_does():
     """A change so small that the first order is all there is, against the latents that it gives."""
     adapter, bank = made()
-    probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING, n_directions=60)
+    probe = probe_adjoint(Lab(adapter, bank), SAMPLING, n_directions=60)
     before, small = adapter.sample(SAMPLING).double(), 1e-3
     _, change = next(iter(bank.changes("conv_in")))
     with torch.no_grad():
@@ -106,9 +106,9 @@ def test_their_mean_square_is_what_a_change_of_weights_does():
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_samples_do_not_depend_on_their_batch(batch_size):
     adapter, bank = made(formats="uaq3,uaq4a8,fp16", dtype=torch.float32)
-    whole = probe_adjoint(Lab.on(adapter, bank), SAMPLING)
-    assert_same_numbers(whole, probe_adjoint(Lab.on(adapter, bank), replace(SAMPLING, batch_size=batch_size)))
-    one = probe_adjoint(Lab.on(adapter, bank), list(replace(SAMPLING, batch_size=1).batches())[1])
+    whole = probe_adjoint(Lab(adapter, bank), SAMPLING)
+    assert_same_numbers(whole, probe_adjoint(Lab(adapter, bank), replace(SAMPLING, batch_size=batch_size)))
+    one = probe_adjoint(Lab(adapter, bank), list(replace(SAMPLING, batch_size=1).batches())[1])
     for decision, changes in one.numbers.items():
         for name, values in changes.items():
             expected = whole.numbers[decision][name][4:8]
@@ -122,15 +122,15 @@ def test_numbers_depend_neither_on_rows_nor_on_memory(monkeypatch):
 
     torch.manual_seed(3)
     adapter, bank = made(WithoutTime())
-    whole = probe_adjoint(Lab.on(adapter, bank), SAMPLING)
+    whole = probe_adjoint(Lab(adapter, bank), SAMPLING)
     for max_rows in (1, 2, 4):
         with monkeypatch.context() as few:
             few.setattr(taps, "MAX_ROWS", max_rows)
-            assert_same_numbers(whole, probe_adjoint(Lab.on(adapter, bank), SAMPLING))
+            assert_same_numbers(whole, probe_adjoint(Lab(adapter, bank), SAMPLING))
     assert len(passes(bank.space, 1000)) > 3
     adapter.n_runs = 0
     monkeypatch.setattr(adjoint, "MEMORY_BYTES", 1000)
-    assert_same_numbers(whole, probe_adjoint(Lab.on(adapter, bank), SAMPLING))
+    assert_same_numbers(whole, probe_adjoint(Lab(adapter, bank), SAMPLING))
     assert adapter.n_runs == 1  # whatever does not fit together is measured on one run
 
 
@@ -146,14 +146,14 @@ def test_weight_changes_of_one_pass_at_a_time_are_in_memory(monkeypatch):
 
     monkeypatch.setattr(taps, "weight_changes", counted)
     monkeypatch.setattr(adjoint, "MEMORY_BYTES", 1000)
-    probe_adjoint(Lab.on(adapter, bank), replace(SAMPLING, batch_size=1))
+    probe_adjoint(Lab(adapter, bank), replace(SAMPLING, batch_size=1))
     assert most == max(map(len, passes(bank.space, 1000))) < len(loaded) / 3
 
 
 def test_layers_that_mix_samples_are_looked_at_one_sample_at_a_time(caplog):
     adapter, bank = made()
     with caplog.at_level("INFO", logger="sedimo.methods.taps"):
-        probe = probe_adjoint(Lab.on(adapter, bank), SAMPLING)
+        probe = probe_adjoint(Lab(adapter, bank), SAMPLING)
     assert "rows of time belong to several samples; one sample at a time from now on" in caplog.text
     values = np.reshape(probe.numbers["time"]["uaq3"], (3, 4))
     assert len({tuple(row) for row in values.tolist()}) == 3
@@ -172,10 +172,10 @@ def test_inputs_that_are_overwritten_do_not_spoil_the_result(caplog):
 
     adapter, bank = made(InPlace())
     with caplog.at_level("INFO", logger="sedimo.methods.taps"):
-        overwriting = probe_adjoint(Lab.on(adapter, bank), SAMPLING)
+        overwriting = probe_adjoint(Lab(adapter, bank), SAMPLING)
     assert "'first' was overwritten" in caplog.text
     adapter.denoiser.overwrites = False
-    assert probe_adjoint(Lab.on(adapter, bank), SAMPLING).numbers == overwriting.numbers
+    assert probe_adjoint(Lab(adapter, bank), SAMPLING).numbers == overwriting.numbers
 
 
 def test_a_weight_used_behind_the_layers_back_is_refused():
@@ -186,7 +186,7 @@ def test_a_weight_used_behind_the_layers_back_is_refused():
 
     adapter, bank = made(Hidden())
     with pytest.raises(UnsupportedError, match="'unused' is used without calling"):
-        probe_adjoint(Lab.on(adapter, bank), SAMPLING)
+        probe_adjoint(Lab(adapter, bank), SAMPLING)
     assert all(p.requires_grad for p in adapter.denoiser.parameters())
     assert not any(m._forward_hooks for m in adapter.denoiser.modules())
 
@@ -199,7 +199,7 @@ def test_latents_that_noise_has_no_measure_beside_are_refused(factor):
 
     adapter, bank = made(scheduler=Spoiling())
     with pytest.raises(InputError, match=r"final latents, whose norm must be positive and finite, .* sample: error"):
-        probe_adjoint(Lab.on(adapter, bank), SAMPLING)
+        probe_adjoint(Lab(adapter, bank), SAMPLING)
 
 
 class Interrupting:
@@ -220,19 +220,19 @@ class Interrupting:
 def test_an_interrupted_probe_goes_on_and_measures_nothing_twice(tmp_path):
     adapter, bank = made()
     single = replace(SAMPLING, batch_size=1)
-    whole = probe_adjoint(Lab.on(adapter, bank), single)
+    whole = probe_adjoint(Lab(adapter, bank), single)
     with Study(tmp_path) as study:
         progress, adapter.n_runs = Interrupting(), 0
         with pytest.raises(Interrupted, match="same command again"):
-            probe_adjoint(Lab.on(adapter, bank, study=study, progress=progress), single)
+            probe_adjoint(Lab(adapter, bank, study=study, progress=progress), single)
         assert (progress.total, len(study.probe_keys()), adapter.n_runs) == (3, 1, 1)
     with Study(tmp_path) as study:
-        resumed = probe_adjoint(Lab.on(adapter, bank, study=study), single)
+        resumed = probe_adjoint(Lab(adapter, bank, study=study), single)
         assert (resumed.numbers, resumed.unused, adapter.n_runs) == (whole.numbers, whole.unused, 3)
         calls = []
         handle = adapter.denoiser.register_forward_hook(lambda *_: calls.append(1))
         with study.ledger() as used:
-            again = probe_adjoint(Lab.on(adapter, bank, study=study), single)
+            again = probe_adjoint(Lab(adapter, bank, study=study), single)
         handle.remove()
         assert (again, calls, adapter.n_runs) == (resumed, [], 3)
         n_calls = sum(one.n_calls for one in used.parts.values())
@@ -243,11 +243,11 @@ def test_other_directions_samples_and_formats_are_other_measurements(tmp_path):
     adapter, bank = made()
     _, more = made(formats="uaq3,kmc4,uaq5,fp16")
     with Study(tmp_path) as study:
-        first = probe_adjoint(Lab.on(adapter, bank, study=study), SAMPLING)
+        first = probe_adjoint(Lab(adapter, bank, study=study), SAMPLING)
         others = [
-            probe_adjoint(Lab.on(adapter, bank, study=study), SAMPLING, n_directions=1),
-            probe_adjoint(Lab.on(adapter, bank, study=study), replace(SAMPLING, n_steps=2)),
-            probe_adjoint(Lab.on(adapter, more, study=study), SAMPLING),
+            probe_adjoint(Lab(adapter, bank, study=study), SAMPLING, n_directions=1),
+            probe_adjoint(Lab(adapter, bank, study=study), replace(SAMPLING, n_steps=2)),
+            probe_adjoint(Lab(adapter, more, study=study), SAMPLING),
         ]
         assert len(study.probe_keys()) == 4
     assert all(one.numbers != first.numbers for one in others)

@@ -17,7 +17,7 @@ N_DIRECTIONS = 2
 
 
 def assert_products_are_those_of_plain_autograd(pipe, bank, sampling):
-    probe = probe_adjoint(Lab.on(pipe, bank), sampling, n_directions=N_DIRECTIONS)
+    probe = probe_adjoint(Lab(pipe, bank), sampling, n_directions=N_DIRECTIONS)
     wanted = whole_products(pipe, bank, sampling, N_DIRECTIONS)
     assert {(d, name) for d, changes in probe.numbers.items() for name in changes} == wanted.keys()
     for (decision, name), products in wanted.items():

@@ -10,8 +10,8 @@ from sedimo.allocation.budget import BudgetSettings
 from sedimo.allocation.combine import Agreement
 from sedimo.lab import lab as lab_module
 from sedimo.lab.lab import Lab
+from sedimo.lab.measuring import CallTiming
 from sedimo.lab.seeds import SamplingSettings
-from sedimo.lab.trials import CallTiming
 from sedimo.methods import ablation, auto, sqnr
 from sedimo.methods import method as pricing
 from sedimo.methods.ablation import ABLATION
@@ -35,7 +35,7 @@ def pipe(tiny_pipeline_folder):
 
 def lab_on(pipe, formats="uaq3,uaq4,uaq6", study=None):
     sampling = SamplingSettings(n_seeds=2, n_steps=2, n_check_seeds=2)
-    return Lab.on(pipe, formats=formats, sampling=sampling, study=study)
+    return Lab(pipe, formats=formats, sampling=sampling, study=study)
 
 
 @pytest.fixture(scope="module")

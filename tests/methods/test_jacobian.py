@@ -78,7 +78,7 @@ def delta(bank, decision, number_format):
 
 def test_random_directions_give_the_first_order_noise_on_average():
     adapter, bank = made(guided=True)
-    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING, n_directions=120, combine_rows=False)
+    probe = probe_jacobian(Lab(adapter, bank), SAMPLING, n_directions=120, combine_rows=False)
     assert len(probe.numbers) == len(bank.space.decisions) == 7
     calls = list(batches_of(SAMPLING, record(adapter, SAMPLING).calls))
     for name in ("time", "first", "grouped"):
@@ -98,7 +98,7 @@ def test_random_directions_give_the_first_order_noise_on_average():
 
 def test_with_guidance_noise_is_that_of_the_combined_prediction():
     adapter, bank = made(guided=True)
-    probe = probe_jacobian(Lab.on(adapter, bank), LONGER, n_directions=60)
+    probe = probe_jacobian(Lab(adapter, bank), LONGER, n_directions=60)
     assert probe.row_weights == pytest.approx((GUIDANCE, 1 - GUIDANCE), rel=FLOAT32_NETWORK)
     for name in ("time", "first", "twice"):
         decision = bank.space.decision_index[name]
@@ -123,7 +123,7 @@ def test_rows_that_stay_apart_are_averaged_by_sample(monkeypatch):
         return {"first": values}, ()
 
     monkeypatch.setattr(jacobian, "_mean_squares", squares)
-    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING, combine_rows=False)
+    probe = probe_jacobian(Lab(adapter, bank), SAMPLING, combine_rows=False)
     assert probe.row_weights == (1.0,)
     assert probe.numbers["first"]["uaq3"] == (1.0, 2.0, 0.5)  # rows 0 and 2, 1 and 3 of the first batch; 0 and 1
 
@@ -147,21 +147,21 @@ def test_an_output_that_noise_has_no_measure_beside_is_refused(factor):
     adapter, bank = made()
     adapter.denoiser.register_forward_hook(lambda _module, _inputs, output: {"sample": factor * output["sample"]})
     with pytest.raises(InputError, match=r"the output at timestep .* positive and finite, .* error, or sqnr"):
-        probe_jacobian(Lab.on(adapter, bank), SAMPLING)
+        probe_jacobian(Lab(adapter, bank), SAMPLING)
 
 
 def test_slices_keep_the_rows_of_a_sample_together(monkeypatch):
     adapter, bank = made(guided=True)
-    whole = probe_jacobian(Lab.on(adapter, bank), LONGER)
+    whole = probe_jacobian(Lab(adapter, bank), LONGER)
     monkeypatch.setattr("sedimo.methods.taps.MAX_ROWS", 2)
-    pieces = probe_jacobian(Lab.on(adapter, bank), LONGER)
+    pieces = probe_jacobian(Lab(adapter, bank), LONGER)
     for decision in whole.numbers.keys() - {"time"}:
         assert pieces.numbers[decision]["uaq3"] == pytest.approx(whole.numbers[decision]["uaq3"], rel=FLOAT32_NETWORK)
 
 
 def test_a_layer_that_is_never_called_makes_no_noise():
     adapter, bank = made()
-    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING)
+    probe = probe_jacobian(Lab(adapter, bank), SAMPLING)
     assert probe.unused == ("unused",)
     assert set(probe.numbers["unused"]["uaq3"]) == {0.0}
 
@@ -174,7 +174,7 @@ def test_a_weight_used_behind_the_layers_back_is_refused():
 
     adapter, bank = made(denoiser=Hidden())
     with pytest.raises(UnsupportedError, match="'unused' is used without calling"):
-        probe_jacobian(Lab.on(adapter, bank), SAMPLING)
+        probe_jacobian(Lab(adapter, bank), SAMPLING)
     assert all(p.requires_grad for p in adapter.denoiser.parameters())
     assert not any(m._forward_hooks for m in adapter.denoiser.modules())
 
@@ -221,13 +221,13 @@ def _first_noise(adapter, bank):
 
 def test_the_result_depends_on_neither_memory_nor_batches(tmp_path, monkeypatch):
     adapter, bank = made(guided=True)
-    whole = probe_jacobian(Lab.on(adapter, bank), SAMPLING)
+    whole = probe_jacobian(Lab(adapter, bank), SAMPLING)
     assert count_passes(bank.space) == 1
     assert count_passes(bank.space, 4000) > 3
     with monkeypatch.context() as small:
         small.setattr("sedimo.methods.taps.MEMORY_BYTES", 4000)
         small.setattr("sedimo.methods.taps.MAX_ROWS", 1)
-        pieces = probe_jacobian(Lab.on(adapter, bank), SAMPLING)
+        pieces = probe_jacobian(Lab(adapter, bank), SAMPLING)
     for decision, formats in whole.numbers.items():
         for text, values in formats.items():
             if decision == "time":
@@ -239,9 +239,9 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     adapter, bank = made()
     calls = []
     with Study(tmp_path) as study:
-        first = probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING)
+        first = probe_jacobian(Lab(adapter, bank, study=study), SAMPLING)
         handle = adapter.denoiser.register_forward_hook(lambda *_: calls.append(1))
-        again = probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING)
+        again = probe_jacobian(Lab(adapter, bank, study=study), SAMPLING)
         handle.remove()
     assert again.numbers == first.numbers
     assert len(calls) == 4  # the trajectory alone: two batches of two steps
@@ -264,18 +264,18 @@ def test_an_interrupted_probe_goes_on(tmp_path):
 
     with Study(tmp_path) as study:
         with pytest.raises(Interrupted, match="same command again"):
-            probe_jacobian(Lab.on(adapter, bank, study=study, progress=Interrupting()), SAMPLING)
+            probe_jacobian(Lab(adapter, bank, study=study, progress=Interrupting()), SAMPLING)
         assert len(study.probe_keys()) == 2
         assert (
-            probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING).numbers
-            == probe_jacobian(Lab.on(adapter, bank), SAMPLING).numbers
+            probe_jacobian(Lab(adapter, bank, study=study), SAMPLING).numbers
+            == probe_jacobian(Lab(adapter, bank), SAMPLING).numbers
         )
 
 
 def test_more_directions_are_other_measurements(tmp_path):
     adapter, bank = made()
     with Study(tmp_path) as study:
-        probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING)
+        probe_jacobian(Lab(adapter, bank, study=study), SAMPLING)
         n_parts = len(study.probe_keys())
-        probe_jacobian(Lab.on(adapter, bank, study=study), SAMPLING, n_directions=1)
+        probe_jacobian(Lab(adapter, bank, study=study), SAMPLING, n_directions=1)
         assert len(study.probe_keys()) == 2 * n_parts

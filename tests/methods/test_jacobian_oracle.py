@@ -26,7 +26,7 @@ def test_noise_is_that_of_plain_autograd(guided, combine_rows):
     denoiser = ToyDenoiser()
     adapter = ToyAdapter(denoiser, guided=guided)
     bank = fit_bank(ToyWeights(denoiser), toy_space(denoiser, "uaq3,uaq4,fp16"))
-    probe = probe_jacobian(Lab.on(adapter, bank), SAMPLING, n_directions=N_DIRECTIONS, combine_rows=combine_rows)
+    probe = probe_jacobian(Lab(adapter, bank), SAMPLING, n_directions=N_DIRECTIONS, combine_rows=combine_rows)
     assert len(probe.row_weights) == (2 if guided and combine_rows else 1)
     totals = {}
     for index, (call, samples) in enumerate(batches_of(SAMPLING, record(adapter, SAMPLING).calls)):

@@ -47,7 +47,7 @@ def scored(pipe, shapes, tmp_path_factory):
     """The scores, the study that keeps them, and the denoiser's state before."""
     before = copy.deepcopy(pipe.denoiser.state_dict())
     study = Study(tmp_path_factory.mktemp("study"))
-    found = modelopt.measure_scores(Lab.on(pipe, study=study), shapes, pipe.default_sampling(range(2), 2))
+    found = modelopt.measure_scores(Lab(pipe, study=study), shapes, pipe.default_sampling(range(2), 2))
     return found, study, before
 
 
@@ -68,7 +68,7 @@ def test_the_denoiser_is_left_as_it_was_and_scores_are_kept(scored, pipe, shapes
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     with study.ledger() as used:
-        again = modelopt.measure_scores(Lab.on(pipe, study=study), shapes, pipe.default_sampling(range(2), 2))
+        again = modelopt.measure_scores(Lab(pipe, study=study), shapes, pipe.default_sampling(range(2), 2))
     assert isinstance(again, ModelOptScores)
     assert again == found
     (execution,) = used.parts.values()

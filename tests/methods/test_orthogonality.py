@@ -121,22 +121,22 @@ def test_a_pipeline_is_probed_at_uniform_timesteps_and_resumes(tiny_pipeline_fol
     layers = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "proj_out_2")
     how = {"n_timesteps": 3}
     with Study(tmp_path) as study:
-        found = probe_orthogonality(Lab.on(pipe, study=study), layers, plan, **how)
+        found = probe_orthogonality(Lab(pipe, study=study), layers, plan, **how)
         calls = record(pipe, plan).calls
         assert [part.timestep for part in found.parts] == [calls[i].timestep for i in (0, 2, 4)]
         assert found.matrices.shape == (3, 3, 3)
         assert np.allclose(found.matrices, found.matrices.transpose(0, 2, 1))
         assert found.sums[:, 2] == pytest.approx(found.matrices[:, 2].sum(axis=1) - 1)
         monkeypatch.setattr("sedimo.methods.orthogonality.measure_part", None)  # would fail if it were called
-        assert probe_orthogonality(Lab.on(pipe, study=study), layers, plan, **how).parts == found.parts
+        assert probe_orthogonality(Lab(pipe, study=study), layers, plan, **how).parts == found.parts
 
 
 def test_too_few_samples_are_refused(tiny_pipeline_folder):
     pipe = sedimo.load(tiny_pipeline_folder)
     with pytest.raises(InputError, match="at least 4 and a timestep, got 3 samples"):
-        probe_orthogonality(Lab.on(pipe), ("proj_out_2",), pipe.default_sampling(range(3), 2))
+        probe_orthogonality(Lab(pipe), ("proj_out_2",), pipe.default_sampling(range(3), 2))
     with pytest.raises(InputError, match="and 0 timesteps"):
-        probe_orthogonality(Lab.on(pipe), ("proj_out_2",), pipe.default_sampling(range(4), 2), n_timesteps=0)
+        probe_orthogonality(Lab(pipe), ("proj_out_2",), pipe.default_sampling(range(4), 2), n_timesteps=0)
 
 
 class Odd(nn.Module):
@@ -193,7 +193,7 @@ def test_all_layers_may_be_constant_at_a_timestep():
 
 def test_batches_of_the_plan_give_the_matrix_of_all_samples_together(monkeypatch):
     adapter = ToyAdapter(guided=True)
-    lab = Lab.on(adapter, fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser), sample_channels=2))
+    lab = Lab(adapter, fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser), sample_channels=2))
     layers = ("conv_in", "grouped", "first", "twice", "out", "time", "unused")
     together, batches = (probe_orthogonality(lab, layers, Sampling(tuple(range(7)), 3, batch_size=b)) for b in (7, 3))
     assert np.allclose(batches.matrices, together.matrices, rtol=FLOAT32_SAMPLING, atol=FLOAT32_FORMULA)

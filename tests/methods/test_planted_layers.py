@@ -13,8 +13,8 @@ from sedimo.bank import fit_bank
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.lab import Lab
+from sedimo.lab.measuring import TrialWorker, run_trials, setting_of
 from sedimo.lab.study import Study
-from sedimo.lab.trials import TrialWorker, run_trials, setting_of
 from sedimo.methods import modelopt
 from sedimo.methods.ablation import ablation_table, plan_probes
 from sedimo.methods.error import error_table
@@ -81,7 +81,7 @@ class Setup:
         return error_table(*self.about)
 
     def jacobian(self):
-        return jacobian_table(*self.about, probe_jacobian(Lab.on(self.adapter, self.bank), SAMPLING))
+        return jacobian_table(*self.about, probe_jacobian(Lab(self.adapter, self.bank), SAMPLING))
 
     def ablation(self):
         probes = plan_probes(*self.about)
@@ -92,11 +92,11 @@ class Setup:
         return geometric_mean(self.ablation(), self.jacobian())
 
     def sqnr(self):
-        return sqnr_table(*self.about, probe_sqnr(Lab.on(self.adapter, self.bank), SAMPLING))
+        return sqnr_table(*self.about, probe_sqnr(Lab(self.adapter, self.bank), SAMPLING))
 
     def orthogonality(self, objective="bits"):
         layers = [d.name for d in self.bank.space.decisions]
-        probe = probe_orthogonality(Lab.on(self.adapter, self.bank), layers, SAMPLING)
+        probe = probe_orthogonality(Lab(self.adapter, self.bank), layers, SAMPLING)
         return orthogonality_table(*self.about, probe, ImportanceOptions(beta=3.0, objective=objective))
 
     def rank_average(self):
@@ -150,7 +150,7 @@ def test_an_average_of_ranks_sees_it_where_most_of_its_methods_do(planted):
 @pytest.mark.skipif(not modelopt.is_installed(), reason="the extra `peers` is not installed")
 def test_modelopt_sees_it_by_its_gradients(planted):
     shapes = {name: tuple(planted.adapter.denoiser.get_submodule(name).weight.shape) for name in (*ALIVE, *DEAD)}
-    found = modelopt.measure_scores(Lab.on(planted.adapter, planted.bank), shapes, SAMPLING)
+    found = modelopt.measure_scores(Lab(planted.adapter, planted.bank), shapes, SAMPLING)
     scores = {layer: group.scores["int3"] for group in found.groups for layer in group.layers}
     assert {name for name, score in scores.items() if score == 0.0} == set(DEAD)
 

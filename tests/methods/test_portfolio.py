@@ -12,9 +12,9 @@ from sedimo.allocation.effects import allocate_signed, cross_validated_noise, ex
 from sedimo.allocation.solve import allocate_within
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
+from sedimo.lab.measuring import TrialWorker
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.trials import TrialWorker
 from sedimo.methods import portfolio
 from sedimo.methods.adjoint import adjoint_table, effects_of, probe_adjoint
 from sedimo.methods.portfolio import (
@@ -192,12 +192,12 @@ def pipe(tiny_pipeline_folder):
 
 def test_on_a_pipeline_what_was_measured_is_not_measured_again(pipe, tmp_path, monkeypatch):
     bank = sedimo.fit(pipe, sedimo.search_space(sedimo.trace(pipe), "uaq2,uaq3,uaq4,uaq6"))
-    budget, probe = BudgetSettings(bits=4.6), probe_adjoint(Lab.on(pipe, bank), pipe.default_sampling(range(4), 2))
+    budget, probe = BudgetSettings(bits=4.6), probe_adjoint(Lab(pipe, bank), pipe.default_sampling(range(4), 2))
     effects, table = effects_of(bank.candidates, probe), adjoint_table(bank.space, bank.candidates, probe)
     sampling, results = SamplingSettings(n_seeds=N_FINAL // 4, n_steps=2), []
     with Study(tmp_path) as study:
         for _ in range(2):
-            lab = Lab.on(pipe, bank, study=study, sampling=sampling)
+            lab = Lab(pipe, bank, study=study, sampling=sampling)
             found = hold_portfolio(lab, table, effects, budget)
             refined = refine(lab, found, table, effects, budget, on=lab.seeds.search, minutes=1e-9)
             results.append((found.entrants, found.allocation, found.predicted.tolist(), refined.allocation))

@@ -13,9 +13,9 @@ from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.jobs.evidence import explain, finalist_rows
 from sedimo.lab.lab import Lab
+from sedimo.lab.measuring import TrialWorker
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
-from sedimo.lab.trials import TrialWorker
 from sedimo.methods.method import Task
 from sedimo.methods.predictor import study as background
 from sedimo.methods.predictor.goal import Goal
@@ -53,7 +53,7 @@ class Setup:
         self.graph = sedimo.trace(self.pipe)
         self.bank = sedimo.fit(self.pipe, sedimo.search_space(self.graph, "uaq3,uaq4,uaq6,kmc3"))
         self.study = Study(store)
-        self.lab = Lab.on(self.pipe, self.bank, graph=self.graph, study=self.study, sampling=SAMPLING)
+        self.lab = Lab(self.pipe, self.bank, graph=self.graph, study=self.study, sampling=SAMPLING)
         self.known = measure_background(self.lab)
         self.found = search(self.lab, self.known, SETTINGS, BUDGET)
 
@@ -90,7 +90,7 @@ def test_a_study_of_another_space_is_refused_before_anything_is_measured(done, m
     other = sedimo.fit(done.pipe, sedimo.search_space(done.graph, "uaq3,uaq4"))
     monkeypatch.setattr(background, "measure_prior", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError, match="of another denoiser or of other formats"):
-        measure_background(Lab.on(done.pipe, other, graph=done.graph, study=done.study))
+        measure_background(Lab(done.pipe, other, graph=done.graph, study=done.study))
     assert done.study.record(SearchSpace, "space") == done.bank.space
 
 

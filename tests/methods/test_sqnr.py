@@ -72,7 +72,7 @@ def expected_ratio(adapter, bank, name, number_format, step):
 @pytest.mark.parametrize("name", ["conv_in", "grouped", "time", "first", "twice", "out"])
 def test_local_noise_is_that_of_the_layer_alone(name, guided):
     adapter, bank = made(guided)
-    probe = probe_sqnr(Lab.on(adapter, bank), SAMPLING)
+    probe = probe_sqnr(Lab(adapter, bank), SAMPLING)
     for text in ("uaq3", "uaq8"):
         number_format = next(f for f in bank.space.decision_index[name].formats if str(f) == text)
         for step, part in enumerate(probe.parts):
@@ -101,7 +101,7 @@ def test_noise_of_mixed_dtypes_is_that_of_float64(name):
     torch.manual_seed(3)
     adapter = ToyAdapter(MixedDenoiser())
     bank = fit_bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser))
-    found = probe_sqnr(Lab.on(adapter, bank), SAMPLING).parts[0].noise[name]["uaq4"].mean
+    found = probe_sqnr(Lab(adapter, bank), SAMPLING).parts[0].noise[name]["uaq4"].mean
     decision, ratios = bank.space.decision_index[name], []
     for call, samples in batches_of(SAMPLING, record(adapter, SAMPLING).calls):
         noise, signal = torch.zeros(len(samples), dtype=torch.float64), torch.zeros(len(samples), dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_noise_of_mixed_dtypes_is_that_of_float64(name):
 
 def test_layers_that_are_never_called_cost_nothing_and_are_named():
     adapter, bank = made()
-    table = sqnr_table(bank.space, bank.candidates, probe_sqnr(Lab.on(adapter, bank), SAMPLING))
+    table = sqnr_table(bank.space, bank.candidates, probe_sqnr(Lab(adapter, bank), SAMPLING))
     assert table.settings["unused_decisions"] == "unused"
     assert all(c.cost == 0 for c in table.by_decision["unused"])
     costs = {str(c.format): c.cost for c in table.by_decision["first"]}
@@ -133,10 +133,10 @@ def test_layers_that_are_never_called_cost_nothing_and_are_named():
 
 def test_little_memory_takes_more_passes_and_gives_the_same(monkeypatch):
     adapter, bank = made(guided=True)
-    whole = probe_sqnr(Lab.on(adapter, bank), SAMPLING)
+    whole = probe_sqnr(Lab(adapter, bank), SAMPLING)
     monkeypatch.setattr(taps, "passes", lambda space, _: exchange.passes(space, 1))
     monkeypatch.setattr(trajectory, "MAX_ROWS", 2)
-    parts = probe_sqnr(Lab.on(adapter, bank), SAMPLING)
+    parts = probe_sqnr(Lab(adapter, bank), SAMPLING)
     for one, other in zip(whole.parts, parts.parts, strict=True):
         assert one.noise.keys() == other.noise.keys()
         for name, formats in one.noise.items():
@@ -147,15 +147,15 @@ def test_little_memory_takes_more_passes_and_gives_the_same(monkeypatch):
 def test_a_study_keeps_what_was_measured(tmp_path):
     adapter, bank = made()
     with Study(tmp_path) as study:
-        first = probe_sqnr(Lab.on(adapter, bank, study=study), SAMPLING)
+        first = probe_sqnr(Lab(adapter, bank, study=study), SAMPLING)
         n_calls = adapter.n_calls
-        assert probe_sqnr(Lab.on(adapter, bank, study=study), SAMPLING).parts == first.parts
+        assert probe_sqnr(Lab(adapter, bank, study=study), SAMPLING).parts == first.parts
         assert adapter.n_calls == n_calls + 4  # the trajectory only: two batches of two steps
 
 
 def test_hooks_are_gone_and_weights_untouched():
     adapter, bank = made()
     before = {n: p.clone() for n, p in adapter.denoiser.named_parameters()}
-    probe_sqnr(Lab.on(adapter, bank), SAMPLING)
+    probe_sqnr(Lab(adapter, bank), SAMPLING)
     assert not any(module._forward_hooks for module in adapter.denoiser.modules())
     assert all(torch.equal(p, before[n]) for n, p in adapter.denoiser.named_parameters())

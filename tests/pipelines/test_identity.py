@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 import sedimo
-from sedimo.lab.trials import setting_of
+from sedimo.lab.measuring import setting_of
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ PLAN = Sampling(seeds=(1, 2, 3), n_steps=3, batch_size=2)
 
 def measured(adapter, folder, plan=PLAN) -> ErrorFeedback:
     bank = Bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser), ())
-    return measure_moments(Lab.on(adapter, bank), plan, folder)
+    return measure_moments(Lab(adapter, bank), plan, folder)
 
 
 def inputs_of(adapter, layers, plan=PLAN) -> dict[str, list[torch.Tensor]]:

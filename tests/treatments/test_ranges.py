@@ -24,7 +24,7 @@ LAYERS = ("conv_in", "grouped", "time", "first", "second", "twice", "unused", "o
 
 def probed(adapter, study=None, layers=LAYERS):
     bank = Bank(ToyWeights(adapter.denoiser), toy_space(adapter.denoiser), ())
-    return probe_ranges(Lab.on(adapter, bank, study=study), layers, SAMPLING)
+    return probe_ranges(Lab(adapter, bank, study=study), layers, SAMPLING)
 
 
 def inputs_of(adapter, layer, step):

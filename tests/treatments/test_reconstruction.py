@@ -75,7 +75,7 @@ def test_captured_rows_reproduce_the_module(name, guided):
 def test_one_small_layer_gains_most_of_what_the_best_of_all_roundings_gains(monkeypatch):
     adapter, graph, bank, recipe = toy()
     monkeypatch.setattr(reconstruction, "BATCH_ROWS", 64)
-    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, only(recipe, "out"), SAMPLING, n_steps=200)
+    found = reconstruct(Lab(adapter, bank, graph=graph), bank, only(recipe, "out"), SAMPLING, n_steps=200)
     (block,) = found.blocks
     assert block.learned_error < block.nearest_error
     calls = record(adapter, SAMPLING).calls
@@ -99,7 +99,7 @@ def test_one_small_layer_gains_most_of_what_the_best_of_all_roundings_gains(monk
 def test_every_block_is_at_least_as_good_as_nearest_rounding_and_bytes_stay():
     adapter, graph, bank, recipe = toy("uaq3")
     before = copy.deepcopy(adapter.denoiser.state_dict())
-    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
+    found = reconstruct(Lab(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
     nearest = bank.quantize(recipe)
     assert [b.name for b in found.blocks] == ["conv_in", "grouped", "time", "twice", "out"]  # the tied pair keeps codes
     assert all(b.error <= b.nearest_error for b in found.blocks)
@@ -115,7 +115,7 @@ def test_a_block_whose_error_does_not_fall_keeps_nearest_rounding(monkeypatch):
     adapter, graph, bank, recipe = toy("uaq3")
     monkeypatch.setattr(reconstruction, "LEARNING_RATE", 100.0)
     monkeypatch.setattr(reconstruction, "BATCH_ROWS", 1)
-    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, only(recipe, "twice", "out"), SAMPLING, n_steps=1)
+    found = reconstruct(Lab(adapter, bank, graph=graph), bank, only(recipe, "twice", "out"), SAMPLING, n_steps=1)
     kept = [block for block in found.blocks if not block.is_learned]
     assert kept
     for block in kept:
@@ -126,7 +126,7 @@ def test_a_block_whose_error_does_not_fall_keeps_nearest_rounding(monkeypatch):
 def test_inputs_come_from_the_quantized_layers_before_and_targets_from_full_precision():
     adapter, graph, bank, recipe = toy("uaq2")
     recipe = only(recipe, "conv_in", "out")
-    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
+    found = reconstruct(Lab(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
     calls = record(adapter, SAMPLING).calls
     targets = capture_outputs(adapter.denoiser, "out", calls)
     with probed(adapter.denoiser, found.weights):
@@ -165,12 +165,12 @@ def test_finished_blocks_are_not_learned_again(tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruction, "learn_rounding", learn_two)
     with Study(tmp_path) as study:
         with pytest.raises(Interrupted):
-            reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
+            reconstruct(Lab(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
         assert len(study.probe_keys()) == 2
         monkeypatch.setattr(reconstruction, "learn_rounding", learn)
-        resumed = reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
+        resumed = reconstruct(Lab(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
         monkeypatch.setattr(reconstruction, "learn_rounding", lambda *_, **__: pytest.fail("learned again"))
-        again = reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
+        again = reconstruct(Lab(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
     for layer, weight in whole.weights.items():
         assert torch.equal(weight.codes(), resumed.weights[layer].codes())
         assert torch.equal(weight.codes(), again.weights[layer].codes())
@@ -178,7 +178,7 @@ def test_finished_blocks_are_not_learned_again(tmp_path, monkeypatch):
 
 def reconstruct_with(learn, monkeypatch, adapter, graph, bank, recipe):
     monkeypatch.setattr(reconstruction, "learn_rounding", learn)
-    return reconstruct(Lab.on(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
+    return reconstruct(Lab(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
 
 
 def test_another_plan_recipe_or_schedule_is_learned_anew(tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_another_plan_recipe_or_schedule_is_learned_anew(tmp_path, monkeypatch):
             monkeypatch.setattr(reconstruction, "SEED", seed)
             with_bank = bank if entries is recipe else toy("uaq2")[2]
             reconstruct(
-                Lab.on(adapter, with_bank, graph=graph, study=study), with_bank, entries, sampling, n_steps=n_steps
+                Lab(adapter, with_bank, graph=graph, study=study), with_bank, entries, sampling, n_steps=n_steps
             )
             assert len(study.probe_keys()) == before + 1
 
@@ -205,19 +205,19 @@ def test_damaged_codes_of_a_study_are_refused(tmp_path):
     adapter, graph, bank, recipe = toy("uaq3")
     recipe = only(recipe, "out")
     with Study(tmp_path) as study:
-        reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
+        reconstruct(Lab(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
         (key,) = study.probe_keys()
         block = study.probe(reconstruction.ReconstructedBlock, key)
         study.put_probe(key, replace(block, codes={"out": ("AAAA",)}))
         with pytest.raises(StateError, match="damaged"):
-            reconstruct(Lab.on(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
+            reconstruct(Lab(adapter, bank, graph=graph, study=study), bank, recipe, SAMPLING, n_steps=N_STEPS)
 
 
 def test_a_recipe_without_a_grid_is_refused():
     adapter, graph, bank, recipe = toy()
     with pytest.raises(InputError, match="only uaq formats"):
         reconstruct(
-            Lab.on(adapter, bank, graph=graph),
+            Lab(adapter, bank, graph=graph),
             bank,
             Recipe.from_mapping(dict.fromkeys(recipe.layers, "kma2")),
             SAMPLING,
@@ -230,7 +230,7 @@ def test_parts_at_full_precision_and_layers_that_are_never_called_are_no_trouble
     recipe = Recipe.from_mapping({"twice": parts, "unused": "uaq3"})
     unused = node("unused", adapter.denoiser.unused)
     graph = DenoiserGraph("ToyDenoiser", (*graph.nodes, unused), (), ())
-    found = reconstruct(Lab.on(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
+    found = reconstruct(Lab(adapter, bank, graph=graph), bank, recipe, SAMPLING, n_steps=N_STEPS)
     assert [b.name for b in found.blocks] == ["twice", "unused"]
     assert (found.blocks[1].n_rows, found.blocks[1].is_learned) == (0, False)
     assert found.blocks[0].n_changed <= 8 * 4 < found.blocks[0].n_weights  # only the first part has codes

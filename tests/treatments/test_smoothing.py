@@ -47,7 +47,7 @@ def tiny(tiny_pipeline_folder):
 
 def planned(pipe, settings, plan):
     """How a pipeline would be smoothed; it is not."""
-    lab = Lab.on(pipe)
+    lab = Lab(pipe)
     folding, ranges = measure_inputs(lab, settings, plan)
     return plan_smoothing(folding, ranges, lab.weights, settings.alpha)
 
@@ -73,7 +73,7 @@ def test_layers_are_chosen_by_local_noise(tiny):
     found = planned(tiny, SmoothingSettings(share=0.25), plan)
     space = search_space(graph, "uaq4,fp16")
     bank = fit_bank(weights_of(tiny), space)
-    noise = probe_sqnr(Lab.on(tiny, bank), plan)
+    noise = probe_sqnr(Lab(tiny, bank), plan)
     names = sorted(space.decision_index, key=lambda d: -noise.over_time(d, Format.parse("uaq4")).mean)
     wanted = names[: round(0.25 * len(names))]
     assert set(found.layers) == {layer for d in wanted for layer in space.decision_index[d].layers}
@@ -142,7 +142,7 @@ def test_plans_differ_in_alpha_alone_and_are_kept(tiny, tmp_path, monkeypatch):
     before = {n: (p, p.clone()) for n, p in tiny.denoiser.named_parameters()}
     wanted = [SmoothingSettings(alpha, layers=("proj_out_1", "proj_out_2")) for alpha in (0.5, 0.9)]
     with Study(tmp_path) as study:
-        lab = Lab.on(tiny, study=study, sampling=SamplingSettings(2, n_steps=1))
+        lab = Lab(tiny, study=study, sampling=SamplingSettings(2, n_steps=1))
         first = plan_smoothings(lab, wanted[:1])
         assert [name[:10] for name in study.record_names()] == ["smoothing:"]
         both = plan_smoothings(lab, [*wanted, *wanted])

@@ -12,8 +12,8 @@ from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMSchedul
 from sedimo.bank import Bank, fit_bank
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
+from sedimo.lab.measuring import TrialWorker
 from sedimo.lab.study import Study
-from sedimo.lab.trials import TrialWorker
 from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.sqnr import probe_sqnr, sqnr_table
 from sedimo.pipelines.adapter import Sampling
@@ -35,7 +35,7 @@ SAMPLED_NOISE = 0.35  # of 64 directions at each step, unequal among the values 
 def lab_of(adapter, study=None, digest="w"):
     """A lab that ranges can be calibrated on; nothing is fitted."""
     weights = ToyWeights(adapter.denoiser, digest)
-    return Lab.on(adapter, Bank(weights, toy_space(adapter.denoiser), ()), study=study)
+    return Lab(adapter, Bank(weights, toy_space(adapter.denoiser), ()), study=study)
 
 
 class OtherCalls(ToyAdapter):
@@ -135,7 +135,7 @@ def test_both_calls_of_a_step_are_looked_at(tiny_pipeline_folder):
     """Heun takes 5 calls for 3 steps, two each but for the last."""
     pipe = load_pipeline(str(tiny_pipeline_folder))
     pipe.pipeline.scheduler = HeunDiscreteScheduler.from_config(pipe.pipeline.scheduler.config)
-    lab, plan = Lab.on(pipe), replace(pipe.default_sampling(range(3), 3), batch_size=2)
+    lab, plan = Lab(pipe), replace(pipe.default_sampling(range(3), 3), batch_size=2)
     given, times = [], []
     handle = pipe.denoiser.proj_out_2.register_forward_hook(lambda _m, args, _o: given.append(args[0].aminmax()))
     pipe.sample(plan, observer=lambda call: times.append(call.timestep))
@@ -269,8 +269,8 @@ def test_probes_add_the_noise_of_activations_to_that_of_weights():
     worker = TrialWorker(adapter, bank, SAMPLING, objective="step")
     by_step = worker.measure(Recipe.from_mapping({"out": "fp16a4"})).powers.ratio.mean()
     worker.close()
-    jacobian = jacobian_table(space, bank.candidates, probe_jacobian(Lab.on(adapter, bank), SAMPLING, n_directions=64))
-    local = sqnr_table(space, bank.candidates, probe_sqnr(Lab.on(adapter, bank), SAMPLING))
+    jacobian = jacobian_table(space, bank.candidates, probe_jacobian(Lab(adapter, bank), SAMPLING, n_directions=64))
+    local = sqnr_table(space, bank.candidates, probe_sqnr(Lab(adapter, bank), SAMPLING))
     for table in (jacobian, local):
         cost = {str(c.format): c.cost for c in table.costs if c.decision == "out"}
         assert cost["fp16"] == 0
@@ -282,7 +282,7 @@ def test_a_probe_of_activations_only_needs_no_weight_format():
     adapter = ToyAdapter()
     space = toy_space(adapter.denoiser, "fp16,fp16a8,fp16a4")
     bank = fit_bank(ToyWeights(adapter.denoiser), space)
-    found = probe_jacobian(Lab.on(adapter, bank), SAMPLING)
+    found = probe_jacobian(Lab(adapter, bank), SAMPLING)
     assert found.numbers["out"].keys() == {"a4", "a8"}
     table = jacobian_table(space, bank.candidates, found)
     cost = {c.format: c.cost for c in table.costs if c.decision == "out"}

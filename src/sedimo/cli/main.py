@@ -24,7 +24,7 @@ import click
 import sedimo.jobs
 from sedimo import __version__
 from sedimo.cli.console import progress, run_guarded
-from sedimo.settings import REQUIRED, Leaf, leaves, one_of
+from sedimo.settings import REQUIRED, Option, leaves, one_of
 
 if TYPE_CHECKING:
     from sedimo.jobs.job import Job
@@ -61,48 +61,45 @@ class _Option(click.Option):
         return extra
 
 
-def _parameter(leaf: Leaf, *, is_hidden: bool = False) -> click.Parameter:
+def _parameter(option: Option, *, is_hidden: bool = False) -> click.Parameter:
     """What click reads an option with; its name is the keyword of Python."""
-    option = leaf.option
-    more: dict[str, Any] = {"type": _kind(leaf), "required": leaf.default is REQUIRED, "metavar": option.metavar}
+    more: dict[str, Any] = {"type": _kind(option), "required": option.default is REQUIRED, "metavar": option.metavar}
     if not option.flags and not option.no:
-        found = _Argument([leaf.word], nargs=-1 if get_origin(leaf.kind) is tuple else 1, **more)
+        found = _Argument([option.word], nargs=-1 if get_origin(option.kind) is tuple else 1, **more)
         found.words = option.words
         return found
     flags = [*option.flags]
-    if leaf.kind is bool:
+    if option.kind is bool:
         flags = ["/".join(flag for flag in (*flags, option.no) if flag)]
         more = {"is_flag": True, "default": None, **({} if option.flags else {"flag_value": True})}
     elif option.bare is not None:
         more |= {"is_flag": False, "flag_value": option.bare}
-    elif leaf.default not in (REQUIRED, None, "", ()):
-        more |= {"show_default": str(leaf.default)}
-    return _Option([*flags, leaf.word], help=option.words, hidden=is_hidden, **more)
+    elif option.default not in (REQUIRED, None, "", ()):
+        more |= {"show_default": str(option.default)}
+    return _Option([*flags, option.word], help=option.words, hidden=is_hidden, **more)
 
 
-def _kind(leaf: Leaf) -> Any:
+def _kind(option: Option) -> Any:
     """Its type as click knows it."""
-    option = leaf.option
     if option.place:
         is_file = option.place == "file"
         return click.Path(exists=True, dir_okay=not is_file, file_okay=is_file, path_type=Path)
-    if leaf.choices:
-        return click.Choice(leaf.choices)
-    if leaf.kind is Path:
+    if option.choices:
+        return click.Choice(option.choices)
+    if option.kind is Path:
         return click.Path(path_type=Path)
-    if leaf.kind is int and (math.isfinite(option.least) or math.isfinite(option.most)):
+    if option.kind is int and (math.isfinite(option.least) or math.isfinite(option.most)):
         low, high = (int(end) if math.isfinite(end) else None for end in (option.least, option.most))
         return click.IntRange(low, high)
-    return leaf.kind if leaf.kind in (int, float) else str
+    return option.kind if option.kind in (int, float) else str
 
 
-def _value(leaf: Leaf, given: object) -> object:
+def _value(option: Option, given: object) -> object:
     """What was given as the field holds it; an error names the flag."""
-    option = leaf.option
-    if leaf.kind is bool and not option.flags:
+    if option.kind is bool and not option.flags:
         return False  # a flag that says no
     value = option.parse(str(given)) if option.parse is not None else given
-    leaf.refuse(value, option.flags[-1] if option.flags else option.metavar or leaf.word)
+    option.refuse(value, option.flags[-1] if option.flags else option.metavar or option.word)
     return value
 
 

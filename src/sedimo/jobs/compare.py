@@ -144,7 +144,7 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
     tables = {m.name: findings[m.name, middle].table for m in compared if not m.is_described}
     plan = lab.seeds.check
     found = Comparison(
-        source=lab.subject.name,
+        source=lab.bench.name,
         reference=_reference(list(used)),
         seeds=f"{plan.seeds[0]} to {plan.seeds[-1]}",
         n_steps=plan.n_steps,
@@ -154,7 +154,7 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
         agreement=agreement(tables, middle),
         notes=(
             *missing,
-            *lab.subject.rules,
+            *lab.rules,
             *(f"{m} at {b:g} bits: {note}" for (m, b), finding in findings.items() for note in finding.notes),
         ),
     )
@@ -165,7 +165,7 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
 
 def _accounted(lab: Lab, study: Study, method: Method[Any], task: Task[Any]) -> tuple[Finding, Ledger]:
     """What a method decides, and what it used, its own computing as one part; that took what it took the first time."""
-    asked = [method.name, task, lab.subject.rules, lab.weights.digest, lab.space, lab.seeds.settings]
+    asked = [method.name, task, lab.rules, lab.weights.digest, lab.space, lab.seeds.settings]
     key = f"computing:{content_key(asked)[:16]}"
     begin = time.monotonic()
     with study.ledger() as used:

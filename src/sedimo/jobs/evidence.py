@@ -21,7 +21,7 @@ from sedimo.errors import InputError
 from sedimo.jobs.check import Check, check_additivity, measure_random_recipes, pictures_of
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Trial, versions
-from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, probe_trajectory
+from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, probe_trajectory, sqnr_by_call
 from sedimo.methods.error import ERROR, decided_by
 from sedimo.methods.hybrid import BlockCurves, blocks_of
 from sedimo.methods.method import Finding, Method
@@ -120,9 +120,9 @@ def _maps(lab: Lab, finding: Finding, *, is_probed: bool) -> Maps:
     if not is_probed:
         return maps
     on, names = lab.seeds.check.first(TRAJECTORY_SAMPLES), tuple(blocks_of(finding.bank.space))
-    probe = probe_trajectory(lab, finding.decided.recipe, on, names)
-    lines = TrajectoryLines(probe.timesteps, probe.of("step"), probe.of("path"), probe.of("latents"))
-    return replace(maps, recipe=recipe_map(probe), trajectory=lines)
+    noise = probe_trajectory(lab, finding.decided.recipe, on, names)
+    lines = TrajectoryLines(noise.timesteps, *map(sqnr_by_call, (noise.step, noise.path, noise.latents)))
+    return replace(maps, recipe=recipe_map(noise), trajectory=lines)
 
 
 def _ranges(smoothing: Smoothing) -> tuple[ChannelRanges, ...]:
@@ -166,7 +166,7 @@ def summary_of(
     budgets = even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND)
     points = frontier(table, budgets, bops=allocation.budget_bops)
     return Summary(
-        lab.subject.name,
+        lab.bench.name,
         table,
         allocation,
         {d.name: d.shape for d in finding.bank.space.decisions},
@@ -184,7 +184,7 @@ def summary_of(
             versions=_sorted(versions()),
             machine=f"{platform.system()} {platform.machine()}, {_processor()}",
             seconds={"the whole job": round(seconds)},
-            notes=(*finding.bank.space.notes, *lab.subject.rules),
+            notes=(*finding.bank.space.notes, *lab.rules),
         ),
     )
 

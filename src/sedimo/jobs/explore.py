@@ -23,10 +23,10 @@ from sedimo.lab.bench import SourceSettings
 from sedimo.lab.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
 from sedimo.lab.images import Features, compare_distributions, draw_latents_and_features
 from sedimo.lab.lab import Lab
+from sedimo.lab.measuring import CallTiming, missing_trials
 from sedimo.lab.objective import MIN_IMAGES
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import FILE_NAME, GRAPH, OBJECTIVES, SPACE, ObjectiveName, Study, Trial
-from sedimo.lab.trials import CallTiming, missing_trials
 from sedimo.methods.method import Price, listed, price_of_trials, refuse_blind
 from sedimo.methods.predictor.study import PRIOR, PRIORS, measure_background, prior_named
 from sedimo.pipelines.adapter import Sampling
@@ -273,9 +273,9 @@ def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> dict[str,
     if fitted is None:
         n_fits = sum(d.params * sum(f.is_quantized for f in d.formats) for d in space.decisions)
         price += Price(n_fits * lab.seconds_per_fit, disk_bytes=_bank_bytes(space))
-    loaded = settings.n_copies * lab.subject.loaded_bytes
+    loaded = settings.n_copies * lab.bench.loaded_bytes
     return {
-        **outlook(lab.subject.name, space, replace(price, memory_bytes=price.memory_bytes + loaded)),
+        **outlook(lab.bench.name, space, replace(price, memory_bytes=price.memory_bytes + loaded)),
         "trials": len({recipe.key for recipe in recipes}) * len(settings.objectives),
         "missing": sum(map(len, missing.values())),
         "hours": price.seconds / 3600,

@@ -24,7 +24,7 @@ from sedimo.jobs.describe import card_writer
 from sedimo.jobs.evidence import N_FRONTIER_POINTS
 from sedimo.jobs.explore import EXPLORATION
 from sedimo.jobs.quantize import JOB, JobResult
-from sedimo.lab.bench import Bench, Compute, Loaded, SourceSettings, Subject, trace, weights_of
+from sedimo.lab.bench import Compute, Loaded, SourceSettings, trace, weights_of
 from sedimo.lab.exploration import Exploration
 from sedimo.lab.lab import Lab as BenchLab
 from sedimo.lab.seeds import SamplingSettings
@@ -82,13 +82,13 @@ class Lab(BenchLab):
     ) -> None:
         """Opens the source; the pipeline is loaded when it is first needed."""
         if isinstance(source, DiffusersPipeline):
-            bench, name, folder, variant = Bench.of(source), source.name, source.folder, source.variant
+            super().__init__(source, formats=formats, sampling=sampling, progress=progress)
+            self.bench.compute = compute or self.bench.compute  # of further processes
         else:
-            bench = Bench.open(SourceSettings(str(source), variant, compute or Compute()))
-            name, folder = bench.name, bench.folder
-        subject = Subject(name, folder, variant, compute or Compute(), search_space(bench.graph, formats))
-        study = None if store is None else Study(store)
-        super().__init__(subject, bench, study=study, sampling=sampling, progress=progress)
+            named = SourceSettings(str(source), variant, compute or Compute())
+            super().__init__(named, formats=formats, sampling=sampling, progress=progress)
+        _ = self.space  # refuses what cannot be decided before there is a store
+        self.study = None if store is None else Study(store)
 
     def __enter__(self) -> Lab:
         """The lab; with `with`, its store is closed at the end."""
@@ -125,9 +125,9 @@ class Lab(BenchLab):
         bank = self.any_bank
         bank.space.check(recipe)
         method = choice.method if isinstance(choice, Allocation) else "a given recipe"
-        origin = Origin(base_model=self.subject.name, method=method, recipe_json=recipe.to_json())
+        origin = Origin(base_model=self.bench.name, method=method, recipe_json=recipe.to_json())
         packed = Packed(self, bank, recipe, bank.quantize(recipe), origin)
-        options = WriteOptions(link=link, variant=self.subject.variant)
+        options = WriteOptions(link=link, variant=self.bench.variant)
         return target_named(target).write(packed, Path(out), options, None)
 
 
@@ -271,7 +271,7 @@ def probe(
     _warn("sedimo.probe(pipe, bank, method)", "sedimo.Lab(pipe, store=...).table(method)")
     found, number_format = method_named(method)
     with nullcontext(store) if isinstance(store, Study) else Study(store) as study:
-        lab = BenchLab.on(pipe, bank, study=study, progress=progress)
+        lab = BenchLab(pipe, bank, study=study, progress=progress)
         return found.measure(lab, Task(found.knobs(), number_format=number_format, on=sampling))
 
 
@@ -300,7 +300,7 @@ def explore(
     """Measures random recipes and keeps them in a study; `sedimo explore` or `lab.measure` replaces it."""
     _warn("sedimo.explore", "sedimo.Lab(pipe, store=...).measure(recipes, on=...)")
     study = Study(store)
-    lab = BenchLab.on(pipe, bank, study=study)
+    lab = BenchLab(pipe, bank, study=study)
     on = sampling or pipe.default_sampling(range(8), 10)
     measure_background(lab, on=on)
     exploration = Exploration(seed, bank.space, "stratified")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sedimo.bank import SILENT, Progress
-from sedimo.lab.images import Features, Samples, compare_distributions, draw, draw_features
+from sedimo.lab.images import Features, Samples, compare_distributions, draw, draw_latents_and_features
 from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.metrics.signal import NoisePowers, psnr_db, relative_noise, sqnr_estimates, summarize
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
@@ -26,7 +26,9 @@ def draw_all(
 ) -> Drawn:
     """Samples both plans."""
     samples = draw(pipe, plan, label=label, progress=progress)
-    features = draw_features(pipe, images, label=label, progress=progress) if images else None
+    if images is None:
+        return Drawn(samples, None)
+    _, features = draw_latents_and_features(pipe, images, label=label, progress=progress)
     return Drawn(samples, features)
 
 

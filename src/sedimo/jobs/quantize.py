@@ -120,9 +120,9 @@ class QuantizeSettings(Checked):
     def _check_chosen(self, method: Method[Any]) -> None:
         known = () if self.recipe is not None else (method.name, *method.contains)
         used = (one.knobs for one in methods.METHODS if one.name in known)
-        read = {flag for knobs in used for leaf in leaves(knobs) for flag in leaf.option.flags}
+        read = {flag for knobs in used for leaf in leaves(knobs) for flag in leaf.flags}
         for name in (one.name for one in methods.METHODS if one.name in self.chosen and one.name not in known):
-            if any(read.isdisjoint(leaf.option.flags) for leaf in set_in(self.chosen[name])):
+            if any(read.isdisjoint(leaf.flags) for leaf in set_in(self.chosen[name])):
                 what = "a recipe" if self.recipe is not None else f"--method {self.method}"
                 raise InputError(f"options of {name} do nothing with {what}: leave them out (--help-method {name})")
 
@@ -245,7 +245,7 @@ def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> dict[str, A
     price = found.price + Price(disk_bytes=int(STORED_BYTES_PER_SOURCE_BYTE * lab.source_bytes))
     price = replace(price, memory_bytes=price.memory_bytes + lab.source_bytes)
     own = {"method": found.method, "reason": found.reason, "unchecked": found.unchecked, "budget": str(settings.budget)}
-    return own | outlook(lab.subject.name, lab.space, price)
+    return own | outlook(lab.bench.name, lab.space, price)
 
 
 def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
@@ -285,7 +285,7 @@ def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
         packed = Packed(lab, finding.bank, finding.decided.recipe, weights, _origin(lab, settings, finding, finished))
         options = WriteOptions(link=settings.link, variant=settings.source.variant, overwrite=settings.overwrite)
         written = target_named(settings.target).write(packed, settings.folder, options, report)
-    done: list[InForce | Finished] = [*lab.subject.treatments, *([] if finished is None else [finished])]
+    done: list[InForce | Finished] = [*lab.treatments, *([] if finished is None else [finished])]
     return JobResult(
         finding=finding,
         written=written,
@@ -463,7 +463,7 @@ def _origin(lab: Lab, settings: QuantizeSettings, finding: Finding, finished: Fi
     decided += [] if finished is None else [str(finished)]
     decided += ["error feedback"] if finding.bank.moments is not None else []
     return Origin(
-        base_model=source if is_hub_id(source) else lab.subject.name,
+        base_model=source if is_hub_id(source) else lab.bench.name,
         method=", ".join(dict.fromkeys(decided)),
         recipe_json=allocation.recipe.to_json(),
         smoothing="" if smoothing is None else str(smoothing),

@@ -14,6 +14,7 @@ from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.quant.formats import Format, parse_formats, with_activations
 from sedimo.settings import Checked, leaves, option, read_by
+from sedimo.space import search_space
 from sedimo.treatments.treatment import Treatment
 
 SAMPLING = SamplingSettings()
@@ -87,7 +88,8 @@ def open_lab(
     for treatment, knobs in treatments_of(chosen):
         treatment.refuse(knobs, [*parse_formats(text), *ends])
     decided = not formats.whole_layers if streams is None else streams
-    return Lab.open(source, text, ends=formats.ends, streams=decided, sampling=sampling, progress=progress)
+    lab = Lab(source, sampling=sampling, progress=progress)
+    return lab.decided_on(search_space(lab.graph, text, ends=formats.ends, streams=decided), ends=formats.ends)
 
 
 def treatments_of(chosen: Mapping[str, object]) -> list[tuple[Treatment[Any], object]]:
@@ -105,7 +107,7 @@ def refuse_together(chosen: Mapping[str, object]) -> None:
     for one in wanted:
         if not {other.name for other in wanted}.isdisjoint(one.excludes):
             names = (one.name, next(other.name for other in wanted if other.name in one.excludes))
-            flags = [next(leaves(t.knobs)).option.flags[0] for t in treatments.TREATMENTS if t.name in names]
+            flags = [next(leaves(t.knobs)).flags[0] for t in treatments.TREATMENTS if t.name in names]
             raise InputError(f"{flags[0]} and {flags[1]} both choose the codes: give one of them")
 
 

@@ -174,7 +174,7 @@ def run(settings: SweepSettings, progress: Progress) -> Sweep:
     n_taking = sum(number_format in d.formats for d in lab.space.decisions)
     if n_taking < (LEAST_RECIPES if settings.question in ("samples", "schedulers") else 1):
         raise InputError(
-            f"only {n_taking} layers of {lab.subject.name} can take {number_format}, too few for this question"
+            f"only {n_taking} layers of {lab.bench.name} can take {number_format}, too few for this question"
         )
     with Study(settings.store) as study:
         found = _QUESTIONS[settings.question].answer(lab.kept_in(study), settings)
@@ -316,7 +316,7 @@ def _ranked(
 def _sweep(lab: Lab, settings: SweepSettings, plans: Sequence[Sampling], n_comparisons: int) -> Sweep:
     """A sweep that is to be filled."""
     seeds = _span([seed for plan in plans for seed in plan.seeds])
-    return Sweep(settings.question, lab.subject.name, str(settings.format), seeds, plans[0].n_steps, n_comparisons)
+    return Sweep(settings.question, lab.bench.name, str(settings.format), seeds, plans[0].n_steps, n_comparisons)
 
 
 def _span(seeds: Sequence[int]) -> str:

@@ -1,10 +1,10 @@
-"""What lies on the bench: which source, which treatments are in force, and what is loaded for it, once for all labs."""
+"""What lies on the bench: a source, and what is loaded for it, once for all labs that differ in their treatments."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from sedimo.checkpoint.inputs import smoothed_layers
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.graph.trace import trace_denoiser
-from sedimo.lab.trials import CallTiming, References
+from sedimo.lab.measuring import CallTiming, References
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import BareDenoiser, DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline, locate
@@ -33,7 +33,6 @@ from sedimo.pipelines.weights import (
     stored_dtype,
 )
 from sedimo.settings import REQUIRED, block, option
-from sedimo.space import SearchSpace
 
 logger = logging.getLogger(__name__)
 
@@ -79,51 +78,6 @@ class InForce(Protocol):
         return {}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A source made ready, and the treatments in force, in the order in which they came.
-
-    `folder` is where its files are, None for objects that were made in memory; `ends` is the one format of first and
-    last layers, None where they are decided on like all others.
-    """
-
-    name: str
-    folder: Path | None
-    variant: str | None
-    compute: Compute
-    space: SearchSpace
-    treatments: tuple[InForce, ...] = ()
-    ends: str | None = None
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Whether the source can be sampled at all."""
-        return self.folder is None or (self.folder / "model_index.json").is_file()
-
-    @property
-    def component(self) -> str | None:
-        """Name of the denoiser's folder inside the pipeline's, None when the source is a denoiser alone."""
-        return denoiser_folder(self.folder).name if self.folder is not None and self.is_pipeline else None
-
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """What is done by treatments, in words."""
-        return tuple(str(one) for one in self.treatments)
-
-    def treated(self, bank: Bank) -> Bank:
-        """A bank under the treatments."""
-        return functools.reduce(lambda found, one: one.on(found), self.treatments, bank)
-
-    @property
-    def loaded_bytes(self) -> int:
-        """About what the loaded pipeline takes [bytes]; 0 where it is in memory already."""
-        if self.folder is None:
-            return 0
-        files = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
-        on_cpu = self.compute.device in (None, "cpu") and not torch.cuda.is_available()
-        return files * (2 if on_cpu and self.compute.dtype in (None, "fp32") else 1)
-
-
 def trace(pipe: Loaded | nn.Module, *, example_inputs: Mapping[str, object] | None = None) -> DenoiserGraph:
     """The graph of a denoiser: its weight layers, how they are connected, blocks, groups, MACs.
 
@@ -161,43 +115,67 @@ def weights_of(pipe: Loaded | nn.Module) -> WeightSource:
     return ModuleWeights(pipe if isinstance(pipe, nn.Module) else pipe.denoiser)
 
 
+def under(treatments: Iterable[InForce], bank: Bank) -> Bank:
+    """The bank under some treatments."""
+    return functools.reduce(lambda found, one: one.on(found), treatments, bank)
+
+
 class Bench:
     """The pipeline, the denoiser in the dtype that it is stored in, its weights and its graph.
 
-    Treatments are put into the denoisers, and taken out bit-exactly, when a lab asks for them. `bank` is that of
-    objects which came with one. `references` are the full-precision samples that trials were compared with: no
-    treatment changes what the denoiser computes there. `timings` are of plans that were timed.
+    Treatments are put into the denoisers, and taken out bit-exactly, when a lab asks for them. `folder` is where the
+    source's files are, None for objects that were made in memory; `bank` is that of objects which came with one.
+    `references` are the full-precision samples that trials were compared with: no treatment changes what the denoiser
+    computes there. `timings` are of plans that were timed.
     """
 
-    def __init__(self, source: SourceSettings, name: str, folder: Path | None) -> None:
-        """An empty bench; see `open` and `of`."""
-        self.source, self.name, self.folder = source, name, folder
-        self.bank: Bank | None = None
+    def __init__(
+        self,
+        source: SourceSettings | DiffusersPipeline,
+        bank: Bank | None = None,
+        graph: DenoiserGraph | None = None,
+    ) -> None:
+        """On a folder, a hub id or `zoo:NAME`, of which the denoiser alone is loaded now; or on a loaded pipeline."""
+        self.bank = bank
         self.references: References = {}
         self.timings: dict[Sampling, CallTiming] = {}
         self.seconds_per_fit: float | None = None
         self._pipe: DiffusersPipeline | None = None
         self._bare: Loaded | None = None
         self._inside: dict[nn.Module, list[tuple[InForce, Callable[[], None] | None]]] = {}  # with what undoes it
-
-    @classmethod
-    def open(cls, source: SourceSettings) -> Bench:
-        """The bench of a folder, a hub id or `zoo:NAME`; the denoiser alone is loaded now."""
-        bench = cls(source, *locate(source.source, source.variant))
-        files = bench.files  # refuses what is no full-precision checkpoint
-        dtype = stored_dtype(files.files)
-        bench._bare = load_pipeline(str(files.folder), device="cpu", dtype=dtype, variant=source.variant)
-        refuse_endless(bench._bare.denoiser)
-        return bench
-
-    @classmethod
-    def of(cls, pipe: DiffusersPipeline, bank: Bank | None = None, graph: DenoiserGraph | None = None) -> Bench:
-        """The bench of a pipeline that is in memory already, of its bank and its graph if they are known."""
-        bench = cls(SourceSettings(pipe.name, None, Compute()), pipe.name, None)
-        bench._pipe, bench.bank = pipe, bank
+        self.folder: Path | None = None
         if graph is not None:
-            bench.graph = graph
-        return bench
+            self.graph = graph
+        if isinstance(source, SourceSettings):
+            self.variant, self.compute = source.variant, source.compute
+            self.name, self.folder = locate(source.source, source.variant)
+            files = self.files  # refuses what is no full-precision checkpoint
+            dtype = stored_dtype(files.files)
+            self._bare = load_pipeline(str(files.folder), device="cpu", dtype=dtype, variant=source.variant)
+            refuse_endless(self._bare.denoiser)
+            return
+        self.name, self.variant, self.compute, self._pipe = source.name, None, Compute(), source
+        if isinstance(source, DiffusersPipeline):  # what else can be sampled has no files
+            self.folder, self.variant = source.folder, source.variant
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the source can be sampled at all."""
+        return self.folder is None or (self.folder / "model_index.json").is_file()
+
+    @property
+    def component(self) -> str | None:
+        """Name of the denoiser's folder inside the pipeline's, None when the source is a denoiser alone."""
+        return denoiser_folder(self.folder).name if self.folder is not None and self.is_pipeline else None
+
+    @property
+    def loaded_bytes(self) -> int:
+        """About what the loaded pipeline takes [bytes]; 0 where it was made in memory."""
+        if self.folder is None:
+            return 0
+        files = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
+        on_cpu = self.compute.device in (None, "cpu") and not torch.cuda.is_available()
+        return files * (2 if on_cpu and self.compute.dtype in (None, "fp32") else 1)
 
     @cached_property
     def graph(self) -> DenoiserGraph:
@@ -251,7 +229,7 @@ class Bench:
         """The files that hold the denoiser's weights."""
         if self.folder is None:
             raise InputError(f"{self.name} was made in memory and has no files")
-        return FileWeights(self.folder, self.source.variant)
+        return FileWeights(self.folder, self.variant)
 
     def _put(self, denoiser: nn.Module, treatments: Sequence[InForce], *, is_stored: bool) -> None:
         """Makes a denoiser be under exactly these treatments."""
@@ -266,6 +244,5 @@ class Bench:
             inside.append((one, one.enter(denoiser, is_stored=is_stored)))
 
     def _loaded(self) -> Loaded:
-        compute = self.source.compute
-        place = str(self.folder)
-        return load_pipeline(place, device=compute.device, dtype=compute.dtype, variant=self.source.variant)
+        compute = self.compute
+        return load_pipeline(str(self.folder), device=compute.device, dtype=compute.dtype, variant=self.variant)

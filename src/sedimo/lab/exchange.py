@@ -7,7 +7,7 @@ exchanged back, so that restoring is bit-exact by construction, also after an ex
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -18,8 +18,8 @@ from sedimo.bank import Bank
 from sedimo.checkpoint.inputs import round_inputs, unround_inputs
 from sedimo.errors import InputError
 from sedimo.graph.model import Stream
-from sedimo.quant.activations import DYNAMIC, InputQuantizers
-from sedimo.quant.formats import FP16, FULL_BITS, Format
+from sedimo.quant.activations import InputQuantizers
+from sedimo.quant.formats import FP16
 from sedimo.quant.parts import Entry
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.space import Decision, Recipe, SearchSpace
@@ -27,37 +27,18 @@ from sedimo.space import Decision, Recipe, SearchSpace
 MEMORY_BYTES = 2 << 30
 
 
-def weight_formats(space: SearchSpace, decision: str) -> tuple[Format, ...]:
-    """The different weight formats of a decision, full precision left out."""
-    formats = space.decision_index[decision].formats
-    return tuple(dict.fromkeys(f.weight_format for f in formats if f.is_quantized))
-
-
-def activation_bits(decision: Decision) -> tuple[int, ...]:
-    """The bits below 16 that a decision's inputs may take, ascending."""
-    return tuple(sorted({f.activation_bits for f in decision.formats} - {FULL_BITS}))
-
-
-def change_names(space: SearchSpace, decision: str) -> list[str]:
-    """What can change at a decision, each by itself: its weight formats (`uaq4`), then its activations (`a8`)."""
-    widths = activation_bits(space.decision_index[decision])
-    return [*map(str, weight_formats(space, decision)), *(f"a{bits}" for bits in widths)]
-
-
 def input_roundings(bank: Bank, decision: Decision) -> dict[str, tuple[InputQuantizers, ...]]:
     """How the inputs of a decision's layers are rounded, at each width that it may take, ascending."""
-    widths = activation_bits(decision)
-    return {name: tuple(bank.activations.quantizers({name: n}) for n in widths) for name in decision.layers}
+    quantizers, widths = bank.activations.quantizers, decision.activation_bits
+    return {name: tuple(quantizers({name: bits}) for bits in widths) for name in decision.layers}
 
 
 def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[str]]:
     """Decisions in groups whose weight changes fit in memory; at least one decision each."""
     found: list[list[str]] = []
     free = 0
-    for decision in space.decisions:
-        if not change_names(space, decision.name):
-            continue
-        size = 4 * decision.params * len(weight_formats(space, decision.name))
+    for decision in (one for one in space.decisions if one.changes):
+        size = 4 * decision.params * len(decision.weight_formats)
         if not found or size > free:
             found.append([])
             free = memory_bytes
@@ -73,9 +54,8 @@ def count_passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> int:
 
 def weight_changes(bank: Bank, denoiser: nn.Module, decision: str) -> torch.Tensor:
     """What each weight format changes, `[F, out, in, ...]` float32 on the denoiser's device."""
-    shape = bank.space.decision_index[decision].shape
-    device = next(denoiser.parameters()).device
-    deltas = torch.empty(len(weight_formats(bank.space, decision)), *shape, device=device)
+    known, device = bank.space.decision_index[decision], next(denoiser.parameters()).device
+    deltas = torch.empty(len(known.weight_formats), *known.shape, device=device)
     for target, (_, change) in zip(deltas, bank.changes(decision), strict=True):
         target.copy_(change)
     return deltas
@@ -120,10 +100,6 @@ def rounding_change(
     return linear_part(module, rounded.float() - inputs.float(), weight)
 
 
-WeightSupply = Callable[[Recipe], Mapping[str, torch.Tensor]]
-InputSupply = Callable[[Recipe], InputQuantizers]
-
-
 @contextlib.contextmanager
 def probed(
     denoiser: nn.Module, weights: Mapping[str, torch.Tensor], *, inputs: InputQuantizers | None = None
@@ -148,18 +124,15 @@ def probed(
 class Prober:
     """Puts recipes into a denoiser one after the other; a context manager that restores it on leaving.
 
-    `supply` gives the quantized weights of the layers of a recipe, `inputs` how it rounds what layers are given.
     Going from one recipe to the next exchanges only the weights whose format differs.
 
     Example:
-        >>> with Prober(denoiser, bank.quantize, bank.input_quantizers) as prober:
+        >>> with Prober(denoiser, bank) as prober:
         ...     prober.switch(recipe)  # denoiser now computes with the recipe's weights and activations
     """
 
-    def __init__(self, denoiser: nn.Module, supply: WeightSupply, inputs: InputSupply | None = None) -> None:
-        self._denoiser, self._exchange = denoiser, _Exchange(denoiser)
-        self._supply = supply
-        self._inputs = inputs or (lambda recipe: DYNAMIC.quantizers(recipe.activation_bits))
+    def __init__(self, denoiser: nn.Module, bank: Bank) -> None:
+        self._denoiser, self._bank, self._exchange = denoiser, bank, _Exchange(denoiser)
         self._entries: dict[str, Entry] = {}
         self._rounded: InputQuantizers | None = None  # None: what the denoiser came with
 
@@ -173,19 +146,16 @@ class Prober:
         """Makes the denoiser compute with a recipe; returns the number of layers that were exchanged.
 
         When it fails, the denoiser is restored to full precision before the error goes on.
-
-        Raises:
-            InputError: a layer that the denoiser does not have, a weight of another shape, or activations that cannot
-                be rounded.
         """
         wanted = {name: entry for name, entry in recipe.weights_alone.layers.items() if entry != FP16}
         released = [name for name in self._entries if name not in wanted]
         changed = {name: entry for name, entry in wanted.items() if self._entries.get(name) != entry}
         try:
-            self._exchange.release(released)
+            for name in released:
+                self._exchange.release(name)
             if changed:
-                self._exchange.put(self._supply(Recipe(changed)))
-            inputs = self._inputs(recipe)
+                self._exchange.put(self._bank.quantize(Recipe(changed)))
+            inputs = self._bank.input_quantizers(recipe)
             if inputs != self._rounded:  # hooks are put on by a walk through all modules
                 round_inputs(self._denoiser, inputs)
         except BaseException:
@@ -206,7 +176,7 @@ class _Exchange:
 
     def __init__(self, denoiser: nn.Module) -> None:
         self._denoiser = denoiser
-        self._originals: dict[int, tuple[nn.Module, nn.Parameter]] = {}
+        self._originals: dict[nn.Module, nn.Parameter] = {}
 
     def put(self, weights: Mapping[str, torch.Tensor]) -> None:
         made: dict[tuple[int, torch.dtype], nn.Parameter] = {}
@@ -216,7 +186,7 @@ class _Exchange:
                 raise InputError(
                     f"layer {name!r} has a weight of shape {tuple(present.shape)}, it cannot take {tuple(weight.shape)}"
                 )
-            self._originals.setdefault(id(module), (module, present))
+            self._originals.setdefault(module, present)
             key = (id(weight), present.dtype)
             if key not in made:  # layers that share a weight go on sharing one
                 moved = weight.detach().to(present.device, present.dtype)  # a packed one dequantizes in its new dtype
@@ -224,13 +194,12 @@ class _Exchange:
                 made[key] = nn.Parameter(plain, requires_grad=False)
             module.weight = made[key]
 
-    def release(self, names: Iterable[str]) -> None:
-        for name in names:
-            module, _ = _layer(self._denoiser, name)
-            module.weight = self._originals[id(module)][1]
+    def release(self, name: str) -> None:
+        module, _ = _layer(self._denoiser, name)
+        module.weight = self._originals[module]
 
     def restore(self) -> None:
-        for module, original in self._originals.values():
+        for module, original in self._originals.items():
             module.weight = original
         self._originals.clear()
 

@@ -38,9 +38,6 @@ class Exploration:
     """What the random recipes of a study are a function of, besides their number.
 
     `low_bits` to `high_bits` is the range of `stratified`, in paper bits; None: all that the formats allow, up to 5.
-
-    Raises:
-        InputError: an unknown sampler, or a range that is empty or given to the sampler `paper`.
     """
 
     seed: int
@@ -50,7 +47,7 @@ class Exploration:
     high_bits: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks sampler and range."""
+        """Checks them."""
         one_of(SAMPLERS)(self.sampler, "sampler")
         if self.sampler == "paper" and (self.low_bits is not None or self.high_bits is not None):
             raise InputError("the sampler 'paper' spreads bits by itself: leave the range of bits out")
@@ -95,11 +92,7 @@ def random_recipe(space: SearchSpace, seed: int, index: int) -> Recipe:
 def random_recipe_near(
     space: SearchSpace, bits: float, seed: int, index: int, *, tolerance: float = TOLERANCE_BITS
 ) -> Recipe:
-    """A random recipe whose paper bits are within `tolerance` of `bits`.
-
-    It is drawn like `random_recipe`, then random decisions are drawn again as long as that brings the average
-    nearer to the goal.
-    """
+    """A random recipe whose paper bits are within `tolerance` of `bits`: decisions of a `random_recipe` drawn again."""
     uniform = _uniform(seed, index)
     choice = _draw(space, uniform)
     if not _approach(space, choice, bits, tolerance, uniform):
@@ -190,8 +183,7 @@ def _draw(space: SearchSpace, uniform: random.Random) -> dict[str, Format]:
     p, found = uniform.random(), {}
     for decision in space.decisions:
         widths = _by_width(decision)
-        formats = widths[sum(uniform.random() >= p for _ in widths[1:])]
-        found[decision.name] = _pick(uniform, formats)
+        found[decision.name] = _pick(uniform, widths[sum(uniform.random() >= p for _ in widths[1:])])
     return found
 
 

@@ -56,17 +56,10 @@ def draw(adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progr
     return Samples(torch.cat(latents), torch.cat(images))
 
 
-def draw_features(
-    adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT
-) -> Features:
-    """Features of the images of a plan; no more than a batch of images is in memory."""
-    return draw_latents_and_features(adapter, sampling, label=label, progress=progress)[1]
-
-
 def draw_latents_and_features(
     adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT
 ) -> tuple[torch.Tensor, Features]:
-    """Final latents `[n, C, H, W]` of a plan, and features of their images; as `draw_features`."""
+    """Final latents `[n, C, H, W]` of a plan, and features of their images, of which a batch is in memory."""
     extractor, extract = feature_extractor()
     batches = _drawn(adapter, sampling, f"images of {label or adapter.name}", progress)
     latents, values = zip(*((latents, extract(images).numpy()) for latents, images in batches), strict=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Self, TypeVar
@@ -16,11 +16,10 @@ from torch import nn
 from sedimo.bank import SILENT, Bank, Progress, fit_bank, time_fits
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
-from sedimo.lab.bench import Bench, Compute, InForce, SourceSettings, Subject
-from sedimo.lab.parts import Parts
+from sedimo.lab.bench import Bench, InForce, SourceSettings, under
+from sedimo.lab.measuring import CallTiming, Parts, TrialWorker, run_trials, setting_of, time_calls
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.lab.study import ObjectiveName, Setting, Study, Trial
-from sedimo.lab.trials import CallTiming, TrialWorker, run_trials, setting_of, time_calls
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.settings import within
@@ -40,44 +39,7 @@ class Lab:
 
     def __init__(
         self,
-        subject: Subject,
-        bench: Bench,
-        *,
-        study: Study | None = None,
-        sampling: SamplingSettings | None = None,
-        progress: Progress = SILENT,
-    ) -> None:
-        """A lab on things that are there; see `open` and `on`."""
-        self.subject, self.study, self.progress = subject, study, progress
-        self._bench = bench
-        settings = sampling or SamplingSettings()
-        self.seeds = Seeds(settings, lambda seeds, n_steps: self.pipe.default_sampling(seeds, n_steps))
-
-    @staticmethod
-    def open(
-        source: SourceSettings,
-        formats: str = "wide",
-        *,
-        ends: str | None = None,
-        streams: bool | Collection[str] = True,
-        study: Study | None = None,
-        sampling: SamplingSettings | None = None,
-        progress: Progress = SILENT,
-    ) -> Lab:
-        """A lab on a folder, a hub id or `zoo:NAME`; nothing but the denoiser is loaded yet.
-
-        Raises:
-            InputError: the source cannot be used, is quantized already, holds NaN, or its inputs are unknown.
-            StateError: a damaged file.
-        """
-        bench = Bench.open(source)
-        space = search_space(bench.graph, formats, ends=ends, streams=streams)
-        subject = Subject(bench.name, bench.folder, source.variant, source.compute, space, ends=ends)
-        return Lab(subject, bench, study=study, sampling=sampling, progress=progress)
-
-    @staticmethod
-    def on(
-        pipe: DiffusersPipeline,
+        source: SourceSettings | DiffusersPipeline,
         bank: Bank | None = None,
         *,
         formats: str = "wide",
@@ -85,52 +47,57 @@ class Lab:
         study: Study | None = None,
         sampling: SamplingSettings | None = None,
         progress: Progress = SILENT,
-    ) -> Lab:
-        """A lab on a pipeline that is loaded already, as it is; on a bank of its weights, if there is one.
+    ) -> None:
+        """A lab on a folder, a hub id or `zoo:NAME`, of which nothing but the denoiser is loaded yet; or on a pipeline.
 
-        Raises:
-            InputError: a pipeline whose graph cannot be traced, where there is no bank.
+        A pipeline is taken as it is, with a `bank` of its weights, which then tells what may be decided, and its
+        `graph`, where they are known.
         """
-        bench = Bench.of(pipe, bank, graph)
-        space = bank.space if bank is not None else search_space(bench.graph, formats)
-        is_loaded = isinstance(pipe, DiffusersPipeline)  # what else can be sampled has no files
-        folder, variant = (pipe.folder, pipe.variant) if is_loaded else (None, None)
-        subject = Subject(pipe.name, folder, variant, Compute(), space)
-        return Lab(subject, bench, study=study, sampling=sampling, progress=progress)
+        self.bench = Bench(source, bank, graph)
+        self.ends: str | None = None
+        self.treatments: tuple[InForce, ...] = ()
+        self.study, self.progress = study, progress
+        self._formats, self._sampling = formats, sampling or SamplingSettings()
 
     @property
     def pipe(self) -> DiffusersPipeline:
-        """The pipeline in the compute dtype, with this lab's treatments in force.
-
-        Raises:
-            InputError: the source is a denoiser alone.
-        """
-        return self._bench.pipe(self.subject.treatments)
+        """The pipeline in the compute dtype, with this lab's treatments in force; refuses a denoiser alone."""
+        return self.bench.pipe(self.treatments)
 
     @property
     def stored(self) -> nn.Module:
         """The denoiser in the dtype that it is stored in, on the CPU, with this lab's treatments in force."""
-        return self._bench.stored(self.subject.treatments)
+        return self.bench.stored(self.treatments)
 
     @cached_property
     def weights(self) -> WeightSource:
         """The weights that are quantized, as this lab's treatments leave them."""
-        return self._bench.weights(self.subject.treatments)
+        return self.bench.weights(self.treatments)
 
     @property
     def is_changed(self) -> bool:
         """Whether this lab's treatments change the denoiser that computes."""
-        return bool(self.subject.treatments) and self._bench.is_changed(self.pipe.denoiser)
+        return bool(self.treatments) and self.bench.is_changed(self.pipe.denoiser)
 
     @property
     def graph(self) -> DenoiserGraph:
         """The graph of the denoiser."""
-        return self._bench.graph
+        return self.bench.graph
 
-    @property
+    @cached_property
     def space(self) -> SearchSpace:
         """What may be decided, before formats that a weight does not fit into were dropped (see `bank.space`)."""
-        return self.subject.space
+        return self.bench.bank.space if self.bench.bank else search_space(self.graph, self._formats)
+
+    @property
+    def seeds(self) -> Seeds:
+        """The sampling plans for each purpose."""
+        return Seeds(self._sampling, lambda seeds, n_steps: self.pipe.default_sampling(seeds, n_steps))
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """What is done by treatments, in words."""
+        return tuple(map(str, self.treatments))
 
     @cached_property
     def bank(self) -> Bank:
@@ -145,9 +112,7 @@ class Lab:
     @property
     def fitted(self) -> Self:
         """The same lab where no error is estimated: every format is fitted in full."""
-        other = self._again(self.subject)
-        other.__dict__.update(weights=self.weights, bank=self.bank, estimated=self.bank)
-        return other
+        return self._with(weights=self.weights, bank=self.bank, estimated=self.bank)
 
     @property
     def any_bank(self) -> Bank:
@@ -162,47 +127,45 @@ class Lab:
     @property
     def source_bytes(self) -> int:
         """The size of the files that hold the denoiser's weights [bytes]."""
-        return sum(f.stat().st_size for f in self._bench.files.files)
+        return sum(f.stat().st_size for f in self.bench.files.files)
 
     @property
     def folder(self) -> Path:
-        """The folder of the source.
-
-        Raises:
-            InputError: it was made in memory.
-        """
-        if self.subject.folder is None:
-            raise InputError(f"{self.subject.name} was made in memory and has no folder")
-        return self.subject.folder
+        """The folder of the source; refuses one that was made in memory."""
+        if self.bench.folder is None:
+            raise InputError(f"{self.bench.name} was made in memory and has no folder")
+        return self.bench.folder
 
     def in_force(self, kind: type[Treatment]) -> Treatment | None:
         """The treatment of a kind that is in force, None where none is."""
-        return next((one for one in self.subject.treatments if isinstance(one, kind)), None)
+        return next((one for one in self.treatments if isinstance(one, kind)), None)
 
     @property
     def seconds_per_fit(self) -> float:
         """Seconds that one weight in one format takes here, timed once on some rows of the largest weight."""
-        bench = self._bench
+        bench = self.bench
         bench.seconds_per_fit = bench.seconds_per_fit or time_fits(self.weights, self.space)
         return bench.seconds_per_fit
 
     def treated(self, *treatments: InForce) -> Self:
         """A lab of the same source with these treatments in force besides its own; this one stays as it is."""
-        subject = replace(self.subject, treatments=(*self.subject.treatments, *treatments))
-        return self._again(subject)
+        return self._with(treatments=(*self.treatments, *treatments))
 
-    def decided_on(self, space: SearchSpace) -> Self:
-        """A lab of the same source and treatments where something else is decided on."""
-        return self._again(replace(self.subject, space=space))
+    def decided_on(self, space: SearchSpace, *, ends: str | None = None) -> Self:
+        """A lab of the same source and treatments where something else is decided on.
+
+        `ends` is the one format that first and last layers have there, if they are not decided on like others.
+        """
+        return self._with(space=space, ends=ends or self.ends)
 
     def kept_in(self, study: Study) -> Self:
         """The same lab with a study to keep what is measured in."""
-        return self._again(self.subject, study=study)
+        return self._with(study=study)
 
     def sampled(self, sampling: SamplingSettings) -> Self:
         """The same lab with other seeds, its weights and banks included."""
-        other = self._again(self.subject, sampling=sampling)
-        vars(other).update({name: vars(self)[name] for name in ("weights", "bank", "estimated") if name in vars(self)})
+        other = copy.copy(self)
+        other._sampling = sampling
         return other
 
     def setting(
@@ -232,11 +195,13 @@ class Lab:
             Interrupted: the user stopped it; calling again measures what is left.
         """
         within(least=0)(n_processes, "n_processes")
-        make_worker = functools.partial(self._worker, on, objective)
         if n_processes:
-            source = SourceSettings(str(self.folder), self.subject.variant, self.subject.compute)
-            subject = replace(self.subject, space=self.bank.space)
-            make_worker = functools.partial(_replica, source, subject, self.cache, on, objective)
+            source = SourceSettings(str(self.folder), self.bench.variant, self.bench.compute)
+            replica = (source, self.bank.space, self.treatments, self.cache)
+            make_worker = functools.partial(_replica, *replica, on, objective)
+        else:
+            own, references = self.any_bank, self.bench.references
+            make_worker = functools.partial(TrialWorker, self.pipe, own, on, objective=objective, references=references)
         return run_trials(
             self.study,
             recipes,
@@ -252,55 +217,55 @@ class Lab:
 
     def time_calls(self, on: Sampling) -> CallTiming:
         """How long a denoiser call of a plan takes here; a plan is timed once."""
-        timings = self._bench.timings
+        timings = self.bench.timings
         if on not in timings:
             timings[on] = time_calls(self.pipe, on)
         return timings[on]
 
     def why_not_sampled(self, n_copies: int = 1) -> str | None:
         """Why so many copies of the pipeline cannot run here, or None when they can."""
-        if not self.subject.is_pipeline:
+        if not self.bench.is_pipeline:
             return "the source is a denoiser without its pipeline"
-        needed, free = n_copies * self.subject.loaded_bytes, psutil.virtual_memory().available
+        needed, free = n_copies * self.bench.loaded_bytes, psutil.virtual_memory().available
         if needed > MEMORY_SHARE * free:
             what = "the pipeline needs" if n_copies == 1 else f"{n_copies} copies of the pipeline need"
             return f"{what} about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         return None
 
     def refuse_unsampled(self, what: str, remedy: str = "", *, n_copies: int = 1) -> None:
-        """Refuses `what` where the pipeline cannot run.
-
-        Raises:
-            InputError: with the reason and the remedy.
-        """
-        obstacle = self.why_not_sampled(n_copies)
-        if obstacle is not None:
+        """Refuses `what` where the pipeline cannot run, with the reason and the remedy."""
+        if obstacle := self.why_not_sampled(n_copies):
             raise InputError(f"{what}, but {obstacle}{'. ' if remedy else ''}{remedy}")
 
     def _bank(self, sample_channels: int | None) -> Bank:
-        bank = self._bench.bank
+        bank = self.bench.bank
         if bank is None or bank.space is not self.space or bank.weights is not self.weights:
             bank = fit_bank(
                 self.weights, self.space, sample_channels=sample_channels, cache=self.cache, progress=self.progress
             )
-        return self.subject.treated(bank)
+        return under(self.treatments, bank)
 
-    def _worker(self, on: Sampling, objective: ObjectiveName) -> TrialWorker:
-        return TrialWorker(self.pipe, self.any_bank, on, objective=objective, references=self._bench.references)
-
-    def _again(self, subject: Subject, *, study: Study | None = None, sampling: SamplingSettings | None = None) -> Self:
-        other, sampling = type(self).__new__(type(self)), sampling or self.seeds.settings
-        Lab.__init__(other, subject, self._bench, study=study or self.study, sampling=sampling, progress=self.progress)
+    def _with(self, **changes: object) -> Self:
+        """The same lab but for some of its attributes; what follows from others is made anew."""
+        other = copy.copy(self)
+        for made in ("weights", "bank", "estimated"):
+            vars(other).pop(made, None)
+        vars(other).update(changes)
         return other
 
 
 def _replica(
-    source: SourceSettings, subject: Subject, cache: Path | None, on: Sampling, objective: ObjectiveName
+    source: SourceSettings,
+    space: SearchSpace,
+    treatments: Sequence[InForce],
+    cache: Path | None,
+    on: Sampling,
+    objective: ObjectiveName,
 ) -> TrialWorker:
     """A lab's worker in another process, with a pipeline and a bank of its own."""
-    lab = Lab(subject, Bench.open(source))
-    bank = subject.treated(fit_bank(lab.weights, subject.space, cache=cache))
-    return TrialWorker(lab.pipe, bank, on, objective=objective)
+    bench = Bench(source)
+    bank = under(treatments, fit_bank(bench.weights(treatments), space, cache=cache))
+    return TrialWorker(bench.pipe(treatments), bank, on, objective=objective)
 
 
 PATIENCE_SECONDS = 30 * 60
@@ -327,7 +292,7 @@ def too_slow(what: str, seconds: float, how_sure: str = "about") -> str:
 
 def why_too_slow(lab: Lab, n_rows: int, what: str) -> str | None:
     """Whether operations alone say that so many denoiser rows take longer than half an hour."""
-    device = lab.subject.compute.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = lab.bench.compute.device or ("cuda" if torch.cuda.is_available() else "cpu")
     speed = FASTEST_MACS_PER_SECOND.get(device, FASTEST_MACS_PER_SECOND["other"])
     seconds = ROWS_PER_SAMPLE * n_rows * lab.graph.macs / speed
     return too_slow(what, seconds, "at least") if seconds > PATIENCE_SECONDS else None

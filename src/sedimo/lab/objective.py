@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sedimo.errors import InputError, StateError
@@ -21,7 +20,7 @@ from sedimo.lab.images import Features, compare_distributions, draw_latents_and_
 from sedimo.lab.study import ObjectiveName
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import NoisePowers, relative_noise
-from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
+from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import Trajectory, batches_of, output_tensor, record, rows_of
 
 MIN_IMAGES = 20  # of which a jackknife can leave parts out
@@ -69,7 +68,7 @@ def measure(adapter: PipelineAdapter, reference: Reference) -> tuple[NoisePowers
     """The denoiser as it is now, against the reference: powers per sample, and what the samples are as a set."""
     objective, plan, measures = reference.objective, reference.trajectory.sampling, dict[str, Estimate]()
     if objective in ("path", "step"):
-        return (_path_noise if objective == "path" else _step_noise)(adapter, reference.trajectory), measures
+        return _noise_of_calls(adapter, reference.trajectory, on_own_path=objective == "path"), measures
     if reference.features is None:
         latents = adapter.sample(plan)
     else:
@@ -87,41 +86,28 @@ def _set_measures(reference: Features, features: Features) -> dict[str, Estimate
     return {name: found[name] for name in names}
 
 
-class _Average:
-    """Relative noise per sample, averaged over rows and calls."""
+def _noise_of_calls(adapter: PipelineAdapter, recorded: Trajectory, *, on_own_path: bool) -> NoisePowers:
+    """Relative noise per sample of the denoiser's outputs, averaged over rows and calls.
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._total, self._count = np.zeros((2, len(sampling.seeds)))
+    Its inputs are the recorded ones, or those that it leads to itself.
+    """
+    noise, n_rows = np.zeros((2, len(recorded.sampling.seeds)))
+    expected = batches_of(recorded.sampling, recorded.calls)
 
-    def add(self, reference: torch.Tensor, test: torch.Tensor, samples: range) -> None:
-        rows = relative_noise(_array(reference), _array(test)).ratio.reshape(-1, len(samples))
-        self._total[samples.start : samples.stop] += rows.sum(0)
-        self._count[samples.start : samples.stop] += rows.shape[0]
-
-    def powers(self) -> NoisePowers:
-        return NoisePowers(self._total / self._count, np.ones_like(self._total))
-
-
-def _array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
-    return tensor.detach().float().cpu().numpy()  # numpy knows no bfloat16
-
-
-def _path_noise(adapter: PipelineAdapter, recorded: Trajectory) -> NoisePowers:
-    average, expected = _Average(recorded.sampling), batches_of(recorded.sampling, recorded.calls)
-
-    def compare(call: DenoiserCall) -> None:
+    def compare(output: torch.Tensor) -> None:
         wanted, samples = next(expected)
-        if wanted.output.shape != call.output.shape:
-            raise StateError(f"the denoiser gave {tuple(call.output.shape)}, recorded {tuple(wanted.output.shape)}")
-        average.add(wanted.output, call.output, samples)
+        if wanted.output.shape != output.shape:
+            raise StateError(f"the denoiser gave {tuple(output.shape)}, recorded {tuple(wanted.output.shape)}")
+        reference, test = (t.detach().float().cpu().numpy() for t in (wanted.output, output))  # numpy knows no bfloat16
+        rows = relative_noise(reference, test).ratio.reshape(-1, len(samples))
+        there = slice(samples.start, samples.stop)
+        noise[there] += rows.sum(0)
+        n_rows[there] += len(rows)
 
-    adapter.sample(recorded.sampling, observer=compare)
-    return average.powers()
-
-
-def _step_noise(adapter: PipelineAdapter, recorded: Trajectory) -> NoisePowers:
-    average = _Average(recorded.sampling)
-    with torch.no_grad():
-        for call, samples in batches_of(recorded.sampling, recorded.calls):
-            average.add(call.output, output_tensor(adapter.denoiser(**rows_of(call, slice(None)))), samples)
-    return average.powers()
+    if on_own_path:
+        adapter.sample(recorded.sampling, observer=lambda call: compare(call.output))
+    else:
+        with torch.no_grad():
+            for call in recorded.calls:
+                compare(output_tensor(adapter.denoiser(**rows_of(call, slice(None)))))
+    return NoisePowers(noise / n_rows, np.ones_like(noise))

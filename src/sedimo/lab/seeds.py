@@ -38,9 +38,6 @@ class SamplingSettings:
 
     The result is checked on `n_check_seeds` fresh seeds that follow the searched ones. `conditions` are prompts or
     classes; they, `guidance` and `resolution` [pixels] are the pipeline's own where they are not given.
-
-    Raises:
-        InputError: a guidance scale that is not finite.
     """
 
     n_seeds: int = option(8, "--seeds", least=2, help="Number of samples.")

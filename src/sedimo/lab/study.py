@@ -6,18 +6,19 @@ A trial is one measured recipe: what determines the number, and the number per s
 from __future__ import annotations
 
 import platform
-import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 
-from sedimo.codec import content_key, from_json, to_json, to_plain
+from sedimo.codec import content_key, to_json, to_plain
 from sedimo.errors import InputError, StateError
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.signal import NoisePowers, sqnr_estimates, summarize
@@ -80,10 +81,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """Where and how fast a number was made; none of it changes the number's name.
-
-    `seconds` is wall-clock time [s], `n_calls` the number of denoiser calls.
-    """
+    """Where and how fast a number was made, in wall-clock time [s] and denoiser calls; no part of the number's name."""
 
     seconds: float
     n_calls: int
@@ -175,13 +173,11 @@ def add_up(ledgers: Iterable[Ledger]) -> Spent:
     for ledger in ledgers:
         trials |= ledger.trials
         parts |= ledger.parts
-    by_setting: dict[str, list[Execution]] = {}
+    used = [(e.seconds, e.n_calls) for e in (*parts.values(), *(t.execution for t in trials.values())) if e is not None]
+    by_setting = defaultdict[str, list[Execution]](list)
     for trial in trials.values():
-        by_setting.setdefault(trial.setting.key, []).append(trial.execution)
-    used = [(e.seconds, e.n_calls) for e in parts.values() if e is not None]
-    for alike in by_setting.values():
-        used += [(e.seconds, e.n_calls) for e in alike]
-        used.append((sum(e.seconds for e in alike) / len(alike), alike[0].n_calls))
+        by_setting[trial.setting.key].append(trial.execution)
+    used += [(fmean(e.seconds for e in alike), alike[0].n_calls) for alike in by_setting.values()]
     return Spent(sum(seconds for seconds, _ in used), sum(n for _, n in used), None not in parts.values())
 
 
@@ -215,12 +211,12 @@ class Study:
 
     def trials(self, setting: Setting | None = None) -> tuple[Trial, ...]:
         """All trials, or those of one setting, sorted by key."""
-        found = (self._read(Trial, "trial", key, text) for key, text in self._rows.items("trial"))
+        found = self._rows.all(Trial, "trial")
         return tuple(trial for trial in found if setting is None or trial.setting == setting)
 
     def trial(self, key: str) -> Trial | None:
         """The trial of that name, or None when it has not been measured."""
-        found = self._get(Trial, "trial", key)
+        found = self._rows.get(Trial, "trial", key)
         if found is not None:
             for ledger in self._ledgers:
                 ledger.trials[key] = found
@@ -232,30 +228,31 @@ class Study:
 
     def put_trial(self, trial: Trial) -> None:
         """Saves a trial; durable when it returns."""
-        self._rows.put("trial", trial.key, to_json(trial))
+        self._rows.put("trial", trial.key, trial)
 
     def probe(self, kind: type[Record], key: str) -> Record | None:
-        """The part of a layer-wise measurement saved under a content key, or None."""
-        return self._get(kind, "probe", key)
+        """The part of a layer-wise measurement (a frozen dataclass) saved under a content key, or None."""
+        return self._rows.get(kind, "probe", key)
 
     def probe_keys(self) -> frozenset[str]:
         """The names of all saved parts of layer-wise measurements."""
         return frozenset(self._rows.keys("probe"))
 
     def put_probe(self, key: str, part: object) -> None:
-        """Saves a part of a layer-wise measurement (a frozen dataclass)."""
-        self._rows.put("probe", key, to_json(part))
+        """Saves a part of a layer-wise measurement."""
+        self._rows.put("probe", key, part)
 
-    def execution(self, key: str) -> Execution | None:
-        """What the part of that name took when it was measured; None where nothing is kept of it."""
-        found = self._get(Execution, "execution", key)
-        self._enter(key, found)
-        return found
+    def account(self, key: str, measured: Execution | None = None) -> None:
+        """Tells ledgers what the part of that name took the first time: what is kept of it, else `measured`, now kept.
 
-    def put_execution(self, key: str, execution: Execution) -> None:
-        """Saves what a part took; before the part, so that no part is without."""
-        self._rows.put("execution", key, to_json(execution))
-        self._enter(key, execution)
+        To be called before a part is saved, so that no part is without.
+        """
+        kept = self._rows.get(Execution, "execution", key)
+        if kept is None and measured is not None:
+            kept = measured
+            self._rows.put("execution", key, kept)
+        for ledger in self._ledgers:
+            ledger.parts[key] = kept
 
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
@@ -278,7 +275,7 @@ class Study:
         Raises:
             InputError: the study has no such record.
         """
-        found = self._get(kind, "record", name)
+        found = self._rows.get(kind, "record", name)
         if found is None:
             known = ", ".join(self.record_names()) or "none"
             raise InputError(f"the study {self.path} has no record {name!r}; it has: {known}")
@@ -294,7 +291,7 @@ class Study:
 
     def put_record(self, name: str, record: object) -> None:
         """Saves a record under a name, in place of an older one."""
-        self._rows.put("record", name, to_json(record))
+        self._rows.put("record", name, record)
 
     def claim(self, name: str, record: object) -> None:
         """Saves a record that must never change in this study; checks it when it is there already.
@@ -302,35 +299,13 @@ class Study:
         Raises:
             StateError: the study was begun with another value.
         """
-        saved = self._rows.get("record", name)
+        saved = self._rows.text("record", name)
         if saved is None:
             self.put_record(name, record)
         elif saved != to_json(record):
             raise StateError(
                 f"the study {self.path} was begun with another {name}; choose another folder or the same settings"
             )
-
-    def _enter(self, key: str, execution: Execution | None) -> None:
-        for ledger in self._ledgers:
-            ledger.parts[key] = execution
-
-    def _get(self, kind: type[Record], row: str, key: str) -> Record | None:
-        text = self._rows.get(row, key)
-        return None if text is None else self._read(kind, row, key, text)
-
-    def _read(self, kind: type[Record], row: str, key: str, text: str) -> Record:
-        return from_json(kind, text, place=f"{self.path.name}: {row} {key[:12]}")
-
-
-@contextmanager
-def measuring(study: Study | None) -> Iterator[None]:
-    """Tells a study's ledgers, if there is one, that what is done inside is measuring."""
-    begin = time.perf_counter()
-    try:
-        yield
-    finally:
-        if study:
-            study.took(time.perf_counter() - begin)
 
 
 def export_trials(study: Study) -> str:
@@ -341,20 +316,11 @@ def export_trials(study: Study) -> str:
     standard_error, low, high, n; beside them the counts `n_exact` and `n_decorrelated`) and its `powers` by sample, in
     the order of the setting's seeds.
     """
-    trials = study.trials()
-    settings = {trial.setting.key: trial.setting for trial in trials}
-    lines = ",\n".join(to_json(_exported(trial)) for trial in sorted(trials, key=lambda trial: trial.key))
-    head = f'"sedimo_trials":{EXPORT_VERSION},\n"settings":{to_json(settings)}'
-    return f'{{{head},\n"trials":[\n{lines}\n]}}\n'
-
-
-def _exported(trial: Trial) -> dict[str, object]:
-    sqnr = summarize(trial.powers)
-    counts = {"n_exact": sqnr.n_exact, "n_decorrelated": sqnr.n_decorrelated}
-    return {
-        "key": trial.key,
-        "setting": trial.setting.key,
-        "recipe": trial.recipe.layers,
-        "measures": {**measures_of(trial), **counts},
-        "powers": trial.powers,
-    }
+    settings, lines = dict[str, Setting](), list[str]()
+    for trial in study.trials():
+        settings[trial.setting.key], sqnr = trial.setting, summarize(trial.powers)
+        counts = {"n_exact": sqnr.n_exact, "n_decorrelated": sqnr.n_decorrelated}
+        told = {"recipe": trial.recipe.layers, "measures": {**measures_of(trial), **counts}, "powers": trial.powers}
+        lines.append(to_json({"key": trial.key, "setting": trial.setting.key, **told}))
+    head, body = f'"sedimo_trials":{EXPORT_VERSION},\n"settings":{to_json(settings)}', ",\n".join(lines)
+    return f'{{{head},\n"trials":[\n{body}\n]}}\n'

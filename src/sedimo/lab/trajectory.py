@@ -13,9 +13,10 @@ Source:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +24,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sedimo.bank import Bank
 from sedimo.codec import content_key
-from sedimo.lab.exchange import Prober, WeightSupply, hooked, probed
+from sedimo.lab.exchange import hooked, probed
 from sedimo.lab.lab import Lab
-from sedimo.lab.study import Execution, Setting
 from sedimo.metrics.estimate import Estimate, to_digits
 from sedimo.metrics.signal import NoisePowers, mean_sqnr
 from sedimo.pipelines.adapter import DenoiserCall, PipelineAdapter, Sampling
@@ -46,7 +45,7 @@ Powers = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
-class TrajectoryPart:
+class TrajectoryNoise:
     """Relative noise `[T, n]` of n samples at the T denoiser calls.
 
     `blocks` and `step` are those of block outputs and of the denoiser's output on full-precision inputs, `path` that of
@@ -61,71 +60,56 @@ class TrajectoryPart:
     latents: Ratios
 
 
-@dataclass(frozen=True, slots=True)
-class TrajectoryProbe:
-    """The parts of all samples of a recipe; `blocks` in the order of the denoiser."""
-
-    setting: Setting
-    recipe: Recipe
-    blocks: tuple[str, ...]
-    parts: tuple[TrajectoryPart, ...]
-    execution: Execution
-
-    @property
-    def n_samples(self) -> int:
-        """Samples behind each number."""
-        return len(self.setting.seeds)
-
-    @property
-    def timesteps(self) -> tuple[float, ...]:
-        """Of the denoiser's calls, in the order of sampling."""
-        return self.parts[0].timesteps
-
-    @property
-    def of_blocks(self) -> Mapping[str, tuple[Estimate, ...]]:
-        """SQNR of each block's output at each call, on full-precision inputs [dB]."""
-        called = [name for name in self.blocks if name in self.parts[0].blocks]
-        return {name: _estimates([part.blocks[name] for part in self.parts]) for name in called}
-
-    def of(self, line: Literal["step", "path", "latents"]) -> tuple[Estimate, ...]:
-        """SQNR at each call [dB] of the denoiser's output (`path`: on the own path), or of the latents after it."""
-        return _estimates([getattr(part, line) for part in self.parts])
+def sqnr_by_call(ratios: Ratios) -> tuple[Estimate, ...]:
+    """SQNR at each call, over the samples [dB]."""
+    return tuple(mean_sqnr(NoisePowers(np.array(row), np.ones(len(row)))) for row in ratios)
 
 
-def probe_trajectory(lab: Lab, recipe: Recipe, on: Sampling, blocks: Sequence[str]) -> TrajectoryProbe:
+def probe_trajectory(lab: Lab, recipe: Recipe, on: Sampling, blocks: Sequence[str]) -> TrajectoryNoise:
     """Measures a recipe at the outputs of `blocks` (module paths) and along the trajectory.
 
-    With a study, the part of a few samples is saved when it is finished and not measured again.
+    With a study, what a few samples show is saved when it is finished and not measured again.
     """
-    parts, parted = lab.parts(), replace(on, batch_size=_BATCH)
-    pipe, bank = lab.pipe, lab.any_bank
+    parted, pipe, bank = replace(on, batch_size=_BATCH), lab.pipe, lab.any_bank
     named = {"trajectory": TRAJECTORY_VERSION, "recipe": recipe.key, "blocks": tuple(blocks)}
-    supply = functools.cache(lambda: _plain_weights(pipe.denoiser, bank, recipe))
 
-    def measure(plan: Sampling) -> TrajectoryPart:
-        with Prober(pipe.denoiser, supply(), bank.input_quantizers) as prober:
-            return _measured(pipe, prober, recipe, plan, blocks)
+    @functools.cache
+    def weights() -> Mapping[str, torch.Tensor]:
+        """The recipe's, dequantized once: they are exchanged at every step."""
+        packed = bank.quantize(recipe)
+        with probed(pipe.denoiser, packed):
+            return {name: pipe.denoiser.get_parameter(f"{name}.weight") for name in packed}
 
-    def works() -> Iterator[tuple[str, Callable[[], TrajectoryPart]]]:
+    def measure(plan: Sampling) -> TrajectoryNoise:
+        quantized = functools.partial(probed, pipe.denoiser, weights(), inputs=bank.input_quantizers(recipe))
+        return _measured(pipe, quantized, plan, blocks)
+
+    def works() -> Iterator[tuple[str, Callable[[], TrajectoryNoise]]]:
         for plan in parted.batches():
             yield content_key({**named, "setting": lab.setting(plan, "path")}), functools.partial(measure, plan)
 
     label = "noise block by block and step by step"
-    found = tuple(parts.each(TrajectoryPart, label, parted.n_batches, works()))
-    return TrajectoryProbe(lab.setting(on, "path"), recipe, tuple(blocks), found, parts.execution)
+    parts = tuple(lab.parts().each(TrajectoryNoise, label, parted.n_batches, works()))
 
+    def joined(ratios: Iterable[Ratios]) -> Ratios:
+        """Of the samples of all parts."""
+        return tuple(tuple(itertools.chain(*rows)) for rows in zip(*ratios, strict=True))
 
-def _plain_weights(denoiser: nn.Module, bank: Bank, recipe: Recipe) -> WeightSupply:
-    """The recipe's weights, dequantized once: they are exchanged at every step."""
-    packed = bank.quantize(recipe.weights_alone)
-    with probed(denoiser, packed):
-        plain = {name: denoiser.get_parameter(f"{name}.weight") for name in packed}
-    return lambda wanted: {name: plain[name] for name in wanted.layers}
+    return TrajectoryNoise(
+        timesteps=parts[0].timesteps,
+        blocks={name: joined(part.blocks[name] for part in parts) for name in blocks if name in parts[0].blocks},
+        step=joined(part.step for part in parts),
+        path=joined(part.path for part in parts),
+        latents=joined(part.latents for part in parts),
+    )
 
 
 def _measured(
-    adapter: PipelineAdapter, prober: Prober, recipe: Recipe, plan: Sampling, blocks: Sequence[str]
-) -> TrajectoryPart:
+    adapter: PipelineAdapter,
+    quantized: Callable[[], AbstractContextManager[object]],
+    plan: Sampling,
+    blocks: Sequence[str],
+) -> TrajectoryNoise:
     """The three runs of the samples of one batch."""
     n, outputs = len(plan.seeds), _Outputs()
     found: dict[str, list[tuple[float, ...]]] = {}
@@ -137,9 +121,8 @@ def _measured(
         if outputs.n_rows:
             return
         outputs.n_rows = len(call.output)
-        prober.switch(recipe)
-        output = output_tensor(adapter.denoiser(**rows_of(call, slice(None))))
-        prober.restore()
+        with quantized():
+            output = output_tensor(adapter.denoiser(**rows_of(call, slice(None))))
         for name, powers in outputs.powers.items():
             found.setdefault(name, []).append(_ratios(powers, n))
         step.append(_ratios(_powers(call.output, output, outputs.n_rows), n))
@@ -148,11 +131,11 @@ def _measured(
 
     with torch.no_grad(), hooked(adapter.denoiser, {name: functools.partial(outputs.see, name) for name in blocks}):
         final = adapter.sample(plan, observer=again)
-    prober.switch(recipe)
-    own_final = adapter.sample(plan, observer=lambda call: own.append(_seen(call)))
+    with quantized():
+        own_final = adapter.sample(plan, observer=lambda call: own.append(_seen(call)))
     pairs = list(zip(seen, own, strict=True))
     after = [*((before[2], own_before[2]) for before, own_before in pairs[1:]), (final, own_final)]
-    return TrajectoryPart(
+    return TrajectoryNoise(
         timesteps=tuple(timestep for timestep, _, _ in seen),
         blocks={name: tuple(rows) for name, rows in found.items()},
         step=tuple(step),
@@ -205,10 +188,3 @@ def _ratios(powers: Powers, n_samples: int) -> tuple[float, ...]:
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.where(noise > 0, noise / signal, 0.0)
     return tuple(to_digits(ratio, _DIGITS) for ratio in found.reshape(-1, n_samples).mean(axis=0))
-
-
-def _estimates(parts: Sequence[Ratios]) -> tuple[Estimate, ...]:
-    """SQNR at each call [dB], over the samples of all parts."""
-    together = np.concatenate([np.array(part) for part in parts], axis=1)
-    powers = (NoisePowers(ratios, np.ones(len(ratios))) for ratios in together)
-    return tuple(mean_sqnr(one) for one in powers)

@@ -20,7 +20,7 @@ from sedimo.allocation.table import EXACTLY_NOTHING, CostEstimate, SensitivityTa
 from sedimo.bank import Bank, Candidate
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab, seconds_of_estimates
-from sedimo.lab.trials import CallTiming
+from sedimo.lab.measuring import CallTiming
 from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_trials
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling

@@ -195,7 +195,7 @@ def measure_hybrid(
         mine, plain = lab.measure(rivals, lab.seeds.check, objective=objective)
         hybrid, gain = mean_sqnr(mine.powers), paired_difference(mine.powers, plain.powers).estimate
     return BlockCurves(
-        source=lab.subject.name,
+        source=lab.bench.name,
         number_format=number_format,
         objective=objective,
         seeds=f"{search.seeds[0]} to {search.seeds[-1]}",

@@ -17,7 +17,7 @@ from sedimo.bank import Bank
 from sedimo.errors import InputError, StateError
 from sedimo.lab.exchange import MEMORY_BYTES, count_passes
 from sedimo.lab.lab import Lab
-from sedimo.lab.trials import CallTiming
+from sedimo.lab.measuring import CallTiming
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
 from sedimo.space import Recipe, SearchSpace

@@ -389,7 +389,7 @@ def _why_not(lab: Lab, task: Task[NoKnobs]) -> str:
     """Why a peer cannot take part: orders that it has no word for."""
     if task.budget.bops is not None:
         return "it knows no budget of bit operations"
-    if lab.subject.ends is not None:
+    if lab.ends is not None:
         return "it decides on first and last layers as on all others"
     if any(f.activation_bits < FULL_BITS for d in lab.space.decisions for f in d.formats):
         return "its formats are of weights alone"

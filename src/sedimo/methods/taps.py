@@ -32,7 +32,6 @@ from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.graph.model import Stream
 from sedimo.lab.exchange import (
     MEMORY_BYTES,
-    change_names,
     hooked,
     input_roundings,
     passes,
@@ -138,7 +137,7 @@ class ChangedDecisions:
 
     def __init__(self, lab: Lab, decisions: Iterable[str]) -> None:
         self.denoiser, self._bank = lab.pipe.denoiser, lab.bank
-        self.names = {d: change_names(lab.bank.space, d) for d in decisions}
+        self.names = {d: lab.bank.space.decision_index[d].changes for d in decisions}
         self.max_rows, self._copies_inputs = MAX_ROWS, False
 
     @cached_property

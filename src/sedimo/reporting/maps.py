@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
-from sedimo.lab.trajectory import TrajectoryProbe
+from sedimo.lab.trajectory import TrajectoryNoise, sqnr_by_call
 from sedimo.methods.hybrid import BlockCurves
 from sedimo.methods.orthogonality import (
     DEFAULT_IMPORTANCE,
@@ -147,15 +147,15 @@ class Maps:
 NO_MAPS = Maps()
 
 
-def recipe_map(probe: TrajectoryProbe) -> NoiseMap:
+def recipe_map(noise: TrajectoryNoise) -> NoiseMap:
     """The noise of a recipe block by block."""
-    found = probe.of_blocks
+    found = {name: sqnr_by_call(ratios) for name, ratios in noise.blocks.items()}
     return NoiseMap(
         blocks=tuple(found),
-        timesteps=probe.timesteps,
+        timesteps=noise.timesteps,
         sqnr_db=tuple(tuple(one.value for one in row) for row in found.values()),
         standard_error=tuple(tuple(one.standard_error for one in row) for row in found.values()),
-        n=probe.n_samples,
+        n=len(noise.step[0]),
     )
 
 

@@ -24,7 +24,7 @@ def _write(packed: Packed, out: Path, options: WriteOptions, finish: Finish | No
     denoiser = lab.stored
     replace_weights(denoiser, packed.weights, inputs=packed.bank.input_quantizers(packed.recipe))
     return write_checkpoint(
-        lab.folder, out, denoiser, packed.origin, component=lab.subject.component, options=options, finish=finish
+        lab.folder, out, denoiser, packed.origin, component=lab.bench.component, options=options, finish=finish
     )
 
 
@@ -34,7 +34,7 @@ def _verify(packed: Packed, written: WrittenCheckpoint) -> Verified:
     Raises:
         StateError: the folder is damaged.
     """
-    component = packed.lab.subject.component
+    component = packed.lab.bench.component
     found = read_packed(open_checkpoint(written.folder / component if component else written.folder))
     pairs = [(weight, packed.weights[layer]) for layer, weight in found.items()]
     return Verified(len(pairs), all(torch.equal(a.dequantize(), b.dequantize().cpu()) for a, b in pairs))

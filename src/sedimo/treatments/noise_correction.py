@@ -24,7 +24,7 @@ import torch
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
-from sedimo.lab.parts import Parts
+from sedimo.lab.measuring import Parts
 from sedimo.lab.seeds import Seeds
 from sedimo.metrics.estimate import Estimate, jackknife_estimate
 from sedimo.pipelines.adapter import Sampling

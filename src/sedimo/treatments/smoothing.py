@@ -237,7 +237,7 @@ def smooth(
     """
     on = sampling or pipe.default_sampling(range(LEAST_SAMPLES), 10)
     with nullcontext() if store is None else Study(store) as study:
-        lab = Lab.on(pipe, study=study, progress=progress)
+        lab = Lab(pipe, study=study, progress=progress)
         folding, ranges = measure_inputs(lab, settings, on)
         found = plan_smoothing(folding, ranges, lab.weights, settings.alpha)
     apply_smoothing(pipe, found, on)

@@ -25,7 +25,7 @@ from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.lab.bench import InForce
-from sedimo.lab.exchange import activation_bits, hooked
+from sedimo.lab.exchange import hooked
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
@@ -225,7 +225,7 @@ class RoundedActivations(InForce):
 
 def round_activations(lab: Lab, settings: ActivationSettings) -> RoundedActivations | None:
     """The rules, calibrated where they are static; None where nothing is rounded otherwise than by default."""
-    widths = {layer: bits for d in lab.space.decisions if (bits := activation_bits(d)) for layer in d.layers}
+    widths = {layer: bits for d in lab.space.decisions if (bits := d.activation_bits) for layer in d.layers}
     if settings == DYNAMIC_ACTIVATIONS or not widths:
         return None
     if settings.ranges == "dynamic":

@@ -1,36 +1,136 @@
-"""Measuring the trials that a study lacks, here or in several processes: safe to kill at any moment.
+"""Measuring what a study lacks, trials of whole recipes and parts of anything else: safe to kill at any moment.
 
-Workers compute, the driver writes. When a stop is requested nothing new is started, and what is running is handed back.
+Workers compute, the driver writes. Ctrl-C once: nothing new is started, what runs is finished and saved, and people
+are told how to go on. Ctrl-C twice: stop at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import FrameType
+from typing import TypeVar
 
 import torch
 
 from sedimo.bank import SILENT, Bank, Progress
-from sedimo.errors import StateError
+from sedimo.codec import content_key
+from sedimo.errors import Interrupted, StateError
 from sedimo.lab.exchange import Prober
 from sedimo.lab.images import feature_extractor
 from sedimo.lab.objective import Reference, counted_calls, measure, measure_reference
-from sedimo.lab.parts import StopRequest, graceful_interrupt
-from sedimo.lab.study import Execution, ObjectiveName, Setting, Study, Trial, measuring
+from sedimo.lab.study import Execution, ObjectiveName, Setting, Study, Trial
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
+from sedimo.pipelines.trajectory import Trajectory, record
 from sedimo.space import Recipe
 
 logger = logging.getLogger(__name__)
 
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 References = dict[tuple[ObjectiveName, Sampling], Reference]
+
+
+class StopRequest:
+    """Whether the user asked to stop; work checks it between two units that are saved."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def check(self, how_to_resume: str) -> None:
+        """Ends the work when the user asked for it."""
+        if self.is_set:
+            raise Interrupted(how_to_resume)
+
+
+@contextlib.contextmanager
+def graceful_interrupt() -> Iterator[StopRequest]:
+    """While inside, the first SIGINT sets the request and the second one raises KeyboardInterrupt.
+
+    Outside the main thread signals cannot be caught; then the request is never set.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        if request.is_set:
+            raise KeyboardInterrupt
+        request.is_set = True
+        logger.warning("finishing what runs; press Ctrl-C again to stop at once")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Parts:
+    """The parts of one measurement of a denoiser, kept in a study if there is one, with what each took."""
+
+    def __init__(self, adapter: PipelineAdapter, study: Study | None, progress: Progress = SILENT) -> None:
+        self._adapter, self._study, self._progress = adapter, study, progress
+
+    def trajectory(self, sampling: Sampling, setting: Setting, *, at_most: int | None = None) -> Trajectory:
+        """The recorded calls of a plan; they are too large to keep, but what the first time took is kept."""
+        key = content_key({"trajectory": setting})
+        return self._measured(key, lambda: record(self._adapter, sampling, at_most=at_most))
+
+    def part(self, kind: type[Part], key: str, measure: Callable[[], Part]) -> Part:
+        """The part of that name from the study, or measured now and saved there; without a study, measured."""
+        saved = self._study.probe(kind, key) if self._study else None
+        if self._study and saved is not None:
+            self._study.account(key)
+            return saved
+        part = self._measured(key, measure)
+        if self._study:
+            self._study.put_probe(key, part)
+        return part
+
+    def each(
+        self, kind: type[Part], label: str, n_parts: int, works: Iterable[tuple[str, Callable[[], Part]]]
+    ) -> Iterator[Part]:
+        """The parts of `n_parts` works (content key, and how to measure it), one after another: the one resumable loop.
+
+        People see how far it is under `label`. Ctrl-C once finishes and saves the part that is being measured.
+        """
+        with self.stage(label, n_parts) as stop:
+            for key, measure in works:
+                yield self.part(kind, key, measure)
+                self._progress.advance(1)
+                self.check(stop)
+
+    @contextlib.contextmanager
+    def stage(self, label: str, n_steps: int) -> Iterator[StopRequest]:
+        """A stage of the work that people see, and that Ctrl-C may ask to end (see `check`)."""
+        self._progress.start(n_steps, label)
+        with graceful_interrupt() as stop:
+            yield stop
+        self._progress.done()
+
+    def check(self, stop: StopRequest) -> None:
+        """Ends the work when the user asked for it, and says where what was measured is."""
+        kept = f"saved in {self._study.path}; run the same command again to go on" if self._study else ""
+        stop.check(f"interrupted: what was measured is {kept or 'lost; give a study to keep it'}")
+
+    def _measured(self, key: str, measure: Callable[[], Result]) -> Result:
+        begin = time.perf_counter()
+        with counted_calls(self._adapter) as calls:
+            found = measure()
+        if self._study:
+            self._study.account(key, Execution.here(time.perf_counter() - begin, len(calls)))
+            self._study.took(time.perf_counter() - begin)
+        return found
 
 
 def setting_of(
@@ -70,7 +170,7 @@ class TrialWorker:
     ) -> None:
         self._adapter, self._sampling = adapter, sampling
         self.setting = setting_of(adapter, sampling, weights_digest=bank.digest, objective=objective)
-        self._prober = Prober(adapter.denoiser, bank.quantize, bank.input_quantizers)
+        self._prober = Prober(adapter.denoiser, bank)
         self._references: References = {} if references is None else references
 
     @property
@@ -147,8 +247,9 @@ def run_trials(
     missing, measured = missing_trials(recipes, study, setting), dict[str, Trial]()
     if missing:
         logger.info("%d of %d trials are measured already", len(recipes) - len(missing), len(recipes))
+        begin = time.perf_counter()
         try:
-            with graceful_interrupt() if study else nullcontext(StopRequest()) as stop, measuring(study):
+            with graceful_interrupt() if study else contextlib.nullcontext(StopRequest()) as stop:
                 progress.start(len(missing), f"measuring recipes by {setting.objective}")
                 for trial in _measured(make_worker, missing, stop, n_processes):
                     if trial.setting != setting:
@@ -159,11 +260,13 @@ def run_trials(
                     progress.advance(1)
         finally:
             progress.done()
-        if study and len(measured) < len(missing):
-            stop.check(
-                f"interrupted: {len(measured)} of {len(missing)} missing trials were measured and saved in "
-                f"{study.path}. Run the same command again to measure the rest."
-            )
+        if study:
+            study.took(time.perf_counter() - begin)
+            if len(measured) < len(missing):
+                stop.check(
+                    f"interrupted: {len(measured)} of {len(missing)} missing trials were measured and saved in "
+                    f"{study.path}. Run the same command again to measure the rest."
+                )
     keys = [setting.trial_key(recipe) for recipe in recipes]
     return tuple(_saved(study, key) if study else measured[key] for key in keys)
 
@@ -178,17 +281,14 @@ def _saved(study: Study, key: str) -> Trial:
 def _measured(
     make_worker: MakeWorker, recipes: Sequence[Recipe], stop: StopRequest, n_processes: int
 ) -> Iterator[Trial]:
-    if n_processes and recipes:
+    if n_processes:
         yield from in_processes(make_worker, recipes, stop, n_processes)
-    elif recipes:
-        worker = make_worker()
-        try:
-            for recipe in recipes:
-                if stop.is_set:
-                    return
-                yield worker.measure(recipe)
-        finally:
-            worker.close()
+        return
+    with contextlib.closing(make_worker()) as worker:
+        for recipe in recipes:
+            if stop.is_set:
+                return
+            yield worker.measure(recipe)
 
 
 def in_processes(
