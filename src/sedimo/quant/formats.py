@@ -88,19 +88,16 @@ class Format:
         raise InputError(f"{text!r} is not a format. {_choices()}")
 
     def __str__(self) -> str:
-        """The text that `parse` reads."""
         weight = self.numerics.spelling.format(bits=self.bits)
         group = f"g{self.group_size}" if self.group_size else ""
         activation = f"a{self.activation_bits}" if self.activation_bits != FULL_BITS else ""
         return f"{weight}{group}{activation}"
 
     def __plain__(self) -> str:
-        """A format is written as its text in records."""
         return str(self)
 
     @classmethod
     def __from_plain__(cls, plain: object, place: str) -> Format:
-        """Reads the text back."""
         if not isinstance(plain, str):
             raise InputError(f"{place} must be a format such as 'kmc4', got {plain!r}")
         return cls.parse(plain)

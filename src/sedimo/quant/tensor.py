@@ -239,7 +239,6 @@ class QuantizedTensor(torch.Tensor):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        """Runs a listed operator, refuses every other."""
         flat, _ = tree_flatten((args, kwargs))
         packed = next(value for value in flat if isinstance(value, QuantizedTensor))
         if func not in _OPERATORS:

@@ -112,7 +112,6 @@ def _tensors_in(output: object) -> Tensors:
 
 
 def _repeat(denoiser: nn.Module, calls: Sequence[DenoiserCall], hook: RemovableHandle) -> None:
-    """Repeats the calls, and takes the hook off."""
     try:
         with torch.no_grad():
             for call in calls:

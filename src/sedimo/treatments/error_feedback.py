@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,13 +82,23 @@ def measure_moments(lab: Lab, on: Sampling, folder: Path) -> ErrorFeedback:
     how = {"columns": columns, "positions": MOST_POSITIONS, "damping": DAMPING, "feedback": FEEDBACK_VERSION}
     key = content_key({"moments": MOMENTS_VERSION, "setting": setting, "layers": layers, **how})
     place = folder / f"moments-{key[:32]}.safetensors"
-    if not place.exists():
-        begun = place.with_suffix(".begun.safetensors")
-        sums = _Sums(columns)
-        _sum_up(lab, layers, on, sums, begun)
-        sums.save(on.n_batches, place)
-        for left in (begun, *folder.glob(f"{place.stem}.*.tmp")):  # also by runs that were killed while they wrote
-            left.unlink(missing_ok=True)
+    if place.exists():
+        return ErrorFeedback(place, key)
+    begun, sums, pipe = place.with_suffix(".begun.safetensors"), _Sums(columns), lab.pipe
+    n_added = sums.take_up(begun, next(pipe.denoiser.parameters()).device)  # batches, before the work was stopped
+    hooks = {layer: functools.partial(sums.add, layer, weight) for layer, weight in layers.items()}
+    n_left, saved = on.n_batches - n_added, time.monotonic()
+    with lab.parts().stage("second moments of inputs", n_left) as stop, hooked(pipe.denoiser, hooks):
+        for n_done, batch in enumerate(itertools.islice(on.batches(), n_added, None), n_added + 1):
+            pipe.sample(batch)
+            lab.progress.advance(1)
+            if stop.is_set or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+                sums.save(n_done, begun)
+                saved = time.monotonic()
+            stop.check(f"interrupted: sums so far are saved in {begun}; run the same command again to go on")
+    sums.save(on.n_batches, place)
+    for left in (begun, *folder.glob(f"{place.stem}.*.tmp")):  # also by runs that were killed while they wrote
+        left.unlink(missing_ok=True)
     return ErrorFeedback(place, key)
 
 
@@ -107,22 +117,6 @@ def moments_bytes(n_columns: Sequence[int], width: int) -> int:
 
 def _columns(lab: Lab) -> list[int]:
     return [math.prod(weight.shape[1:]) for weight in lab.space.weights]
-
-
-def _sum_up(lab: Lab, layers: Mapping[str, str], on: Sampling, sums: _Sums, begun: Path) -> None:
-    """Adds all batches but those that were added before the work was stopped, of which `begun` has the sums."""
-    pipe = lab.pipe
-    n_added = sums.take_up(begun, next(pipe.denoiser.parameters()).device)
-    hooks = {layer: functools.partial(sums.add, layer, weight) for layer, weight in layers.items()}
-    n_left, saved = on.n_batches - n_added, time.monotonic()
-    with lab.parts().stage("second moments of inputs", n_left) as stop, hooked(pipe.denoiser, hooks):
-        for n_done, batch in enumerate(itertools.islice(on.batches(), n_added, None), n_added + 1):
-            pipe.sample(batch)
-            lab.progress.advance(1)
-            if stop.is_set or time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
-                sums.save(n_done, begun)
-                saved = time.monotonic()
-            stop.check(f"interrupted: sums so far are saved in {begun}; run the same command again to go on")
 
 
 class _Sums:

@@ -254,14 +254,8 @@ class Reconstruction:
 
 def _options(n_steps: int) -> dict[str, object]:
     """What is learned from, and how: part of the names of what studies keep."""
-    schedule = {
-        "n_steps": n_steps,
-        "learning_rate": LEARNING_RATE,
-        "strength": STRENGTH,
-        "warm_up": WARM_UP,
-        "first_beta": FIRST_BETA,
-        "last_beta": LAST_BETA,
-    }
+    regulariser = {"strength": STRENGTH, "warm_up": WARM_UP, "first_beta": FIRST_BETA, "last_beta": LAST_BETA}
+    schedule = {"n_steps": n_steps, "learning_rate": LEARNING_RATE, **regulariser}
     return {"schedule": schedule, "n_timesteps": N_TIMESTEPS, "batch_rows": BATCH_ROWS, "seed": SEED}
 
 

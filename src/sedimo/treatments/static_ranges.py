@@ -96,8 +96,10 @@ def calibrate(lab: Lab, widths: Mapping[str, Collection[int]], on: Sampling, how
     }
 
     def measure() -> Activations:
-        n_calls = 1 if how.n_steps == 1 else _n_calls(lab, on)
-        look = _Look(calls_of(how.n_steps, on.n_steps, n_calls), how)
+        seen: list[int] = []  # the calls of the first sample, where it matters how many there are
+        if how.n_steps != 1:
+            lab.pipe.sample(on.first(1), observer=lambda call: seen.append(call.step))
+        look = _Look(calls_of(how.n_steps, on.n_steps, len(seen) or 1), how)
         hooks = {layer: functools.partial(look.add, layer) for layer in widths}
         stage = parts.stage("calibrating activations", on.n_batches * len(look.calls))
         with stage as stop, hooked(lab.pipe.denoiser, hooks):
@@ -128,13 +130,6 @@ def calls_of(wanted: int, n_steps: int, n_calls: int) -> tuple[int, ...]:
     return tuple(call for step in steps for call in range(first[step], first[step + 1]))
 
 
-def _n_calls(lab: Lab, on: Sampling) -> int:
-    """How often the denoiser is called in a trajectory: the first sample tells."""
-    seen: list[int] = []
-    lab.pipe.sample(on.first(1), observer=lambda call: seen.append(call.step))
-    return len(seen)
-
-
 class _Look:
     """Looks at the inputs of layers during some calls of the denoiser."""
 
@@ -145,7 +140,6 @@ class _Look:
         self._now: list[tuple[str, Values]] = []
 
     def add(self, layer: str, _module: nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
-        """The hook of a layer."""
         if self._call not in self.calls:
             return
         inputs = args[0].detach()
@@ -176,11 +170,8 @@ class _Look:
         groups = [values for (name, _), values in self._found.items() if name == layer]  # in the order of sampling
         if not groups:
             raise InputError(f"layer {layer!r} was never called: its inputs have no range; leave them alone")
-        found = {}
-        for bits in sorted(widths):
-            pairs = [_range(values, bits, self._how) for values in groups]
-            found[f"a{bits}"] = InputRange(tuple(low for low, _ in pairs), tuple(high for _, high in pairs))
-        return found
+        ends = {bits: zip(*(_range(values, bits, self._how) for values in groups), strict=True) for bits in widths}
+        return {f"a{bits}": InputRange(*ends[bits]) for bits in sorted(widths)}
 
 
 def _range(seen: Values, bits: int, how: ActivationSettings) -> tuple[float, float]:

@@ -134,7 +134,6 @@ def codebook_errors(rows, codebook, codes, errors):
 
 @_kernel("float32(float32[::1], float32[::1], int64)", fastmath={"reassoc", "contract", "nsz"})
 def _inner(one, other, n):
-    """Inner product of the first n numbers."""
     total = np.float32(0.0)
     for index in range(n):
         total += one[index] * other[index]

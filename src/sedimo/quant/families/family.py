@@ -130,9 +130,18 @@ class Family(Protocol):
     def row_estimates(
         self, rows: Tensor, fitted: Mapping[Format, Parameters], n_all: int
     ) -> dict[Format, ErrorEstimate]:
-        """The error of fitted formats on a weight of `n_all` rows, from some of them."""
-        norms = squared_norms(rows)
-        return {f: _ratio_estimate(self.squared_errors(rows, f, p), norms, n_all) for f, p in fitted.items()}
+        """The error of fitted formats on a weight of `n_all` rows, a ratio of sums over some, with standard error."""
+        norms, n, found = squared_norms(rows), len(rows), {}
+        total = float(norms.sum())
+        for number_format, parameters in fitted.items():
+            errors = self.squared_errors(rows, number_format, parameters)
+            mean = float(errors.sum()) / total if total else 0.0
+            spread = 0.0
+            if total and n < n_all:
+                variance = float(((errors - mean * norms) ** 2).sum()) / (n - 1)
+                spread = math.sqrt((1 - n / n_all) * variance / n) / (total / n)
+            found[number_format] = ErrorEstimate(mean, spread, n)
+        return found
 
     def feedback_codes(
         self, rows: Tensor, columns: Tensor, asked: Tensor, number_format: Format, parameters: Parameters
@@ -153,18 +162,6 @@ def squared_norms(rows: Tensor) -> Tensor:
     """Squared norm of each row, float64 `[C]`."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms.square_()
-
-
-def _ratio_estimate(errors: Tensor, norms: Tensor, n_all: int) -> ErrorEstimate:
-    """Ratio of sums over n sampled of `n_all` channels, with its standard error."""
-    n, total = len(errors), float(norms.sum())
-    if total == 0:
-        return ErrorEstimate(0.0, 0.0, n)
-    mean = float(errors.sum()) / total
-    if n == n_all:
-        return ErrorEstimate(mean, 0.0, n)
-    variance = float(((errors - mean * norms) ** 2).sum()) / (n - 1)
-    return ErrorEstimate(mean, math.sqrt((1 - n / n_all) * variance / n) / (total / n), n)
 
 
 def over_rows(rows: Tensor | NDArray[np.float32], task: Callable[[slice], None], *, work: int = 1) -> None:

@@ -35,7 +35,6 @@ class KMeans(Family):
     dtypes = {"codebook": (torch.float16, torch.float32)}  # noqa: RUF012 -- a constant, as in Family
 
     def __init__(self, name: str, words: Words, *, is_shared: bool) -> None:
-        """One codebook of all channels if `is_shared`."""
         self.name, self.words, self._is_shared = name, words, is_shared
 
     def tensors(self, number_format: Format, n_channels: int, n_inputs: int) -> Stored:
@@ -116,15 +115,24 @@ def fit_codebooks(rows: Values, n_levels: Sequence[int], counts: Array | None = 
     All levels share one sort; rows with `counts` are sorted already. A row of fewer than K distinct values repeats its
     last centroid.
     """
+    from sedimo.quant.families._kmeans_kernels import BLOCK, fit_distinct, fit_rows  # loaded here: importing compiles
+
     levels = np.array(sorted(set(n_levels), reverse=True), dtype=np.int64)
-    centroids, errors = np.empty((len(rows), levels.sum())), np.empty((len(rows), len(levels)))
+    ends, weights = levels.cumsum(), np.empty(0) if counts is None else counts
+    centroids, errors = np.empty((len(rows), ends[-1])), np.empty((len(rows), len(levels)))
 
     def task(own: slice) -> None:
-        known = np.sort(rows[own], axis=1) if counts is None else rows[own]
-        _fit_sorted(known, np.empty(0) if counts is None else counts, levels, centroids[own], errors[own])
+        known, found, left = rows[own], centroids[own], errors[own]
+        known = np.sort(known, axis=1) if counts is None else known
+        fit_rows(known, weights, levels, BLOCK, found, left)
+        for row, index in np.argwhere(left < 0):  # unsolved
+            distinct, first = np.unique(known[row], return_index=True)
+            n_each = np.add.reduceat(weights if len(weights) else np.ones(known.shape[1]), first)
+            book = found[row, ends[index] - levels[index] : ends[index]]
+            left[row, index] = fit_distinct(distinct.astype(np.float64), n_each, book)
 
     over_rows(rows, task)
-    books = np.split(centroids, levels.cumsum()[:-1], axis=1)
+    books = np.split(centroids, ends[:-1], axis=1)
     columns = [levels.tolist().index(k) for k in n_levels]
     return [(torch.from_numpy(books[i].copy()), torch.from_numpy(errors[:, i].copy())) for i in columns]
 
@@ -175,20 +183,6 @@ def stored_codebook(centroids: Tensor) -> Tensor:
 def _fitted(formats: Sequence[Format], rows: Values, counts: Array | None = None) -> dict[Format, Parameters]:
     books = fit_codebooks(rows, [f.n_levels for f in formats], counts)
     return {f: {"codebook": stored_codebook(centroids)} for f, (centroids, _) in zip(formats, books, strict=True)}
-
-
-def _fit_sorted(rows: Values, counts: Array, levels: NDArray[np.int64], centroids: Array, errors: Array) -> None:
-    """Writes the codebooks of each number of levels side by side, that of most levels first."""
-    from sedimo.quant.families._kmeans_kernels import BLOCK, fit_distinct, fit_rows  # loaded here: importing compiles
-
-    fit_rows(rows, counts, levels, BLOCK, centroids, errors)
-    ends = levels.cumsum()
-    for row, index in np.argwhere(errors < 0):  # unsolved
-        distinct, first = np.unique(rows[row], return_index=True)
-        weights = counts if len(counts) else np.ones(rows.shape[1])
-        found = np.empty(levels[index])
-        errors[row, index] = fit_distinct(distinct.astype(np.float64), np.add.reduceat(weights, first), found)
-        centroids[row, ends[index] - levels[index] : ends[index]] = found
 
 
 def _thresholds(codebook: Tensor) -> Values:
