@@ -19,8 +19,7 @@ from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import record
 from sedimo.space import Recipe
 from sedimo.treatments import learned_rounding as reconstruction
-from sedimo.treatments.capturing import capture, capture_outputs, slices
-from sedimo.treatments.learned_rounding import reconstruct, units_of
+from sedimo.treatments.learned_rounding import capture, capture_outputs, reconstruct, slices, units_of
 from tolerances import FLOAT32_NETWORK, FLOAT32_SUM
 from toy_pipeline import ToyAdapter, ToyWeights, toy_space
 

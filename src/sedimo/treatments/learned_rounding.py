@@ -26,12 +26,14 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from sedimo.allocation.problem import Allocation
 from sedimo.bank import Bank
@@ -42,7 +44,7 @@ from sedimo.lab.exchange import probed
 from sedimo.lab.lab import Lab
 from sedimo.methods.method import Price, Words
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
-from sedimo.pipelines.trajectory import record
+from sedimo.pipelines.trajectory import record, rows_of
 from sedimo.quant import families
 from sedimo.quant.formats import FP16
 from sedimo.quant.packing import pack
@@ -50,7 +52,6 @@ from sedimo.quant.parts import WeightPart, parts_of
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.settings import Checked, option
 from sedimo.space import Recipe
-from sedimo.treatments.capturing import Captured, capture, capture_outputs, minibatches, slices
 from sedimo.treatments.treatment import Treatment
 
 RECONSTRUCTION_VERSION = 1
@@ -66,6 +67,8 @@ _EVALUATED_ROWS = 64  # at a time, without gradients
 _BLOCK_KEYS = ("name", "nearest_error", "learned_error", "is_learned", "n_rows", "n_weights", "n_changed", "seconds")
 _GRADIENT_FACTOR = 3.0  # a pass with gradients, in plain ones
 _ROWS_PER_SAMPLE = 2  # with guidance
+Tensors = tuple[Tensor, ...]
+Arguments = tuple[tuple[object, ...], dict[str, object]]
 
 
 class SoftWeight:
@@ -161,6 +164,111 @@ def learn_rounding(
             loss.backward(inputs=logits)  # type: ignore[no-untyped-call]  # torch
         optimizer.step()
         after_step()
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Arguments of a module for some rows, (positional, keyword), and the outputs that it should give for them.
+
+    Tensors whose first axis has a place for each row hold a row each; all other arguments belong to every row.
+    """
+
+    inputs: Arguments
+    targets: Tensors
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.targets[0])
+
+    def has_rows(self, leaf: object) -> bool:
+        """Whether an argument, or a value inside one, holds a row each."""
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.n_rows
+
+    def rows(self, index: Tensor | slice) -> Captured:
+        """Some rows, copied: a module may overwrite its inputs."""
+        taken = tree_map_only(Tensor, lambda t: (t[index] if self.has_rows(t) else t).clone(), self.inputs)
+        return Captured(taken, tuple(t[index] for t in self.targets))
+
+    def squared_error(self, module: nn.Module, weights: Mapping[str, Tensor]) -> Tensor:
+        """Sum of squared errors of what the module gives with other weights by name, which gradients reach; float32."""
+        found = _tensors_in(torch.func.functional_call(module, dict(weights), *self.inputs))
+        pairs = zip(found, self.targets, strict=True)
+        return torch.stack([(one.float() - target.float()).square().sum() for one, target in pairs]).sum()
+
+
+def capture_outputs(denoiser: nn.Module, name: str, calls: Sequence[DenoiserCall]) -> list[Tensors]:
+    """The outputs of a module, one entry per use, when the denoiser repeats recorded calls."""
+    found: list[Tensors] = []
+
+    def keep(_module: nn.Module, _args: object, output: object) -> None:
+        found.append(tuple(t.detach().clone() for t in _tensors_in(output)))
+
+    _repeat(denoiser, calls, denoiser.get_submodule(name).register_forward_hook(keep))
+    return found
+
+
+def capture(
+    denoiser: nn.Module, name: str, calls: Sequence[DenoiserCall], targets: Sequence[Tensors]
+) -> tuple[Captured, ...]:
+    """The arguments of a module when the denoiser repeats recorded calls, joined to what it should give for them."""
+    inputs: list[Arguments] = []
+
+    def keep(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        inputs.append(tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs)))
+
+    # before the hooks of others, which may change the inputs: they will do so again when the module is called
+    module = denoiser.get_submodule(name)
+    _repeat(denoiser, calls, module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True))
+    if len(inputs) != len(targets):
+        raise StateError(f"module {name!r} was called {len(inputs)} times, {len(targets)} times at full precision")
+    if not all(targets):
+        raise InputError(f"module {name!r} gives no tensor, so its rounding cannot be reconstructed")
+    groups: list[list[Captured]] = []  # calls that differ in rows only
+    for one in map(Captured, inputs, targets):
+        group = next((g for g in groups if _agree(g[0], one)), [])
+        if not group:
+            groups.append(group)
+        group.append(one)
+    return tuple(map(_joined, groups))
+
+
+def slices(parts: Sequence[Captured], n_rows: int) -> Iterator[Captured]:
+    """All rows, at most `n_rows` at a time."""
+    return (part.rows(slice(i, i + n_rows)) for part in parts for i in range(0, part.n_rows, n_rows))
+
+
+def _tensors_in(output: object) -> Tensors:
+    return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _repeat(denoiser: nn.Module, calls: Sequence[DenoiserCall], hook: RemovableHandle) -> None:
+    try:
+        with torch.no_grad():
+            for call in calls:
+                denoiser(**rows_of(call, slice(None)))
+    finally:
+        hook.remove()
+
+
+def _agree(first: Captured, other: Captured) -> bool:
+    def agree(one: object, another: object) -> bool:
+        if not isinstance(one, Tensor) or not isinstance(another, Tensor):
+            return type(one) is type(another) and one == another
+        if first.has_rows(one) and other.has_rows(another):
+            return one.shape[1:] == another.shape[1:] and one.dtype == another.dtype
+        return torch.equal(one, another)
+
+    (leaves, spec), (others, other_spec) = tree_flatten(first.inputs), tree_flatten(other.inputs)
+    return spec == other_spec and all(map(agree, leaves, others))
+
+
+def _joined(calls: Sequence[Captured]) -> Captured:
+    def joined(*alike: Any) -> Any:
+        return torch.cat(alike) if calls[0].has_rows(alike[0]) else alike[0]
+
+    targets = tuple(map(torch.cat, zip(*(call.targets for call in calls), strict=True)))
+    return Captured(tree_map(joined, *(call.inputs for call in calls)), targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,10 +434,12 @@ def _learn(
         soft = {layer: SoftWeight(own.originals[layer], packed[layer]) for layer in unit.learned}
         stays = {layer: weight.dequantize() for layer, weight in packed.items() if layer not in soft}
         seed = int(content_key(f"sedimo reconstruction {SEED} {unit.name}")[:12], 16)
-        draw = minibatches(own.data, BATCH_ROWS, torch.Generator().manual_seed(seed))
+        generator, sizes = torch.Generator().manual_seed(seed), torch.tensor([float(part.n_rows) for part in own.data])
 
         def error() -> Tensor:
-            batch = draw()
+            part = own.data[int(torch.multinomial(sizes, 1, generator=generator))]  # each row is as likely as any other
+            index = torch.randperm(part.n_rows, generator=generator)[:BATCH_ROWS]
+            batch = part.rows(index.to(part.targets[0].device))
             named = own.named(stays | {layer: weight.soft() for layer, weight in soft.items()})
             return batch.squared_error(own.module, named) / (batch.n_rows * own.signal * nearest_error)
 

@@ -99,7 +99,7 @@ class SmoothingKnobs(Checked):
         "--smooth",
         metavar="ALPHA",
         check=check_alpha,
-        help="SmoothQuant first: how much of the inputs' range moves into weights, such as 0.7.",
+        help="SmoothQuant first: how much range moves into weights, as 0.7.",
     )
     share: float | None = option(
         None,

@@ -61,11 +61,9 @@ class ActivationSettings(Checked):
         0,
         "--act-steps",
         least=0,
-        help="Steps to calibrate static ranges at; 1: the first, of most noise, alone; 0: all.",
+        help="Steps that static ranges are calibrated at; 1: the first, of most noise; 0: all.",
     )
-    by_timestep: bool = option(
-        False, "--act-by-timestep", help="Static ranges of their own for each calibrated timestep."
-    )
+    by_timestep: bool = option(False, "--act-by-timestep", help="Static ranges for each calibrated timestep.")
     n_samples: int = checked(N_SAMPLES, within(least=1))
 
     def check_together(self) -> None:
