@@ -33,10 +33,10 @@ lint: $(STAMP)  ## Style, types, import layers, sizes
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/size.py
 
-test: lint docs  ## Lint, documents, then all tests that need seconds, in random order
+test: lint  ## Lint, then all tests that need seconds, in random order
 	$(PYTEST) -m "not slow and not gpu and not network"
 
-test-full: lint docs  ## All tests that this machine can run
+test-full: lint docs  ## Lint, the documents, then all tests that this machine can run
 	SEDIMO_TEST_ALL_EXAMPLES=1 $(PYTEST) -m "not slow and not network"
 	SEDIMO_TEST_ALL_EXAMPLES=1 SEDIMO_TEST_KERNELS=native $(PYTEST) -m "slow and not network"
 
