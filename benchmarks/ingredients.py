@@ -17,6 +17,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sedimo
 from sedimo.cli.console import ConsoleProgress
@@ -85,7 +86,7 @@ def measure(lab: sedimo.Lab, number_format: sedimo.Format, n_kept: int, n_fresh:
     return {"kept": kept, "smoothed": sorted(smoothing.layers), "rows": rows}
 
 
-def show(name: str, found: dict[str, object]) -> None:
+def show(name: str, found: dict[str, Any]) -> None:
     """A table on the screen."""
     print(f"\n{name}; hybrid keeps {', '.join(found['kept'])}; smoothed: {', '.join(found['smoothed'])}")
     for row, values in found["rows"].items():

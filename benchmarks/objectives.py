@@ -172,7 +172,7 @@ def show(arguments, pipe, bank, recipes) -> None:
         pixels = (images.float().clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
         rows = [np.concatenate(list(pixels[i : i + 12]), axis=1) for i in range(0, len(pixels), 12)]
         sheet = Image.fromarray(np.concatenate(rows))
-        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.NEAREST).save(
+        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(
             arguments.out.with_name(f"{arguments.out.stem}-{name.replace(', ', '-').replace(' ', '-')}.png")
         )
 

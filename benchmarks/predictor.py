@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -223,7 +224,7 @@ def compare(bench: Bench, recipes: dict[str, object]) -> dict[str, object]:
     return {"rows": rows, "differences": differences}
 
 
-def show_quality(found: dict[str, object]) -> None:
+def show_quality(found: dict[str, Any]) -> None:
     """What the predictor reaches beside its rivals, on the screen."""
     print(json.dumps({k: v for k, v in found.items() if k not in ("rows", "ahead_of")}), flush=True)
     for row in found["rows"]:
@@ -241,7 +242,7 @@ def distances(bench: Bench, recipes: dict[str, object], n_images: int) -> dict[s
     }
 
 
-def show(title: str, found: dict[str, object]) -> None:
+def show(title: str, found: dict[str, Any]) -> None:
     """A table on the screen."""
     print(f"\n{title}")
     for name, row in found["rows"].items():

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -150,7 +151,7 @@ def compare(
     return {"bits": bits, "rows": rows, "differences": differences}
 
 
-def show(title: str, found: dict[str, object]) -> None:
+def show(title: str, found: dict[str, Any]) -> None:
     """A table of a comparison, with the first two methods' paired differences to the others."""
     print(f"\n{title}")
     for name, row in found["rows"].items():

@@ -17,7 +17,7 @@ from sedimo.checkpoint.reading import open_checkpoint
 from sedimo.checkpoint.writing import operation_of
 from sedimo.cli.console import ConsoleProgress
 from sedimo.pipelines.loading import zoo_path
-from sedimo.pipelines.weights import denoiser_folder
+from sedimo.pipelines.weights import DTYPES, denoiser_folder
 
 N_SHOWN = 6
 
@@ -46,12 +46,12 @@ def main() -> None:
     halves = 2 * sum(math.prod(e.shape) for e in entries)
     print(f"packed layers {checkpoint.stored_bytes} of {halves} bytes at fp16: {checkpoint.stored_bytes / halves:.4f}")
     print(f"denoiser file {checkpoint.file_bytes} of {before} bytes: {checkpoint.file_bytes / before:.4f}; it holds")
-    packed, rest = packed_tensors(checkpoint.layers), Counter()
+    packed, rest = packed_tensors(checkpoint.layers), Counter[str]()
     for header in checkpoint.headers:
         rest.update({operation_of(n): 0 for n in header.tensors})
-        for name, spec in header.tensors.items():
+        for name, (shape, dtype) in header.tensors.items():
             if name not in packed:
-                rest[operation_of(name)] += spec.n_bytes
+                rest[operation_of(name)] += math.prod(shape) * DTYPES[dtype].itemsize
     header_bytes = checkpoint.file_bytes - checkpoint.stored_bytes - checkpoint.plain_bytes
     parts = [("packed layers", checkpoint.stored_bytes), *rest.most_common(N_SHOWN), ("header", header_bytes)]
     parts.append(("other", checkpoint.file_bytes - sum(size for _, size in parts)))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -81,7 +81,7 @@ class Evaluation:
 
     @cached_property
     def _key(self) -> Mapping[str, object]:
-        scheduler = self.adapter.pipeline.scheduler
+        scheduler: Any = self.adapter.pipeline.scheduler
         return {
             "weights": self.weights_digest,
             "scheduler": type(scheduler).__name__ + repr(sorted(scheduler.config.items())),

@@ -50,5 +50,5 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the plain tensors inside a nest of tensor subclasses."""
     if type(tensor) in (torch.Tensor, nn.Parameter):
         return tensor.numel() * tensor.element_size()
-    names, _ = tensor.__tensor_flatten__()
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # of subclasses
     return sum(_stored_bytes(getattr(tensor, n)) for n in names)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -27,7 +28,7 @@ class Row:
 
     stored_bits: float
     powers: NoisePowers
-    facts: Mapping[str, object]
+    facts: Mapping[str, Any]
 
     @property
     def sqnr(self) -> Estimate:
@@ -47,7 +48,7 @@ class Result:
 
     name: str
     half: str
-    facts: Mapping[str, object]
+    facts: Mapping[str, Any]
     rows: Mapping[tuple[float, str], Row]
 
     def difference(self, bits: float, rival: str) -> PairedDifference | None:
