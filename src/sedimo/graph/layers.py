@@ -145,7 +145,7 @@ def _value_key(weight: torch.Tensor) -> object:
     """Equal for weights that may be equal, so that few are read whole; identity where values cannot be read."""
     if weight.is_meta or type(weight) not in (nn.Parameter, torch.Tensor):
         return id(weight)
-    flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().flatten()
+    flat = weight.detach().flatten()
     positions = torch.linspace(0, max(flat.numel() - 1, 0), _N_PROBED_ELEMENTS).long().to(flat.device)
     return (tuple(weight.shape), weight.dtype, tuple(flat[positions].double().tolist()))
 
@@ -165,8 +165,7 @@ def _memo_without_weights(denoiser: nn.Module) -> dict[int, object]:
 
 def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
     """Parameters, buffers, and tensors that a module keeps as plain attributes, also in containers."""
-    stack: list[object] = [*module._parameters.values(), *module._buffers.values()]
-    stack += [v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")]
+    stack = [value for name, value in vars(module).items() if name != "_modules"]
     seen = set()
     while stack:
         value = stack.pop()

@@ -103,7 +103,6 @@ class DenoiserGraph:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks names, order, streams, and that every group and tie speaks of existing layers."""
         counts, place = Counter(node.name for node in self.nodes), f"graph of {self.denoiser}"
         if twice := sorted(name for name, n in counts.items() if n > 1):
             raise StateError(f"{place}: node names must be unique, found twice: {twice[:5]}")

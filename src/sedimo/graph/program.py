@@ -8,7 +8,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import fx, nn
@@ -70,20 +70,15 @@ def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Captur
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps warnings and log lines about tracing from the user, who cannot act on them."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels, was_collecting = [logger.level for logger in loggers], gc.isenabled()
-    gc.disable()  # it took a third of an export's time by visiting the many long-lived objects
-    try:
-        for logger in loggers:
+    with ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in map(logging.getLogger, _NOISY_LOGGERS):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if was_collecting:
-            gc.enable()
+        if gc.isenabled():  # it took a third of an export's time by visiting the many long-lived objects
+            stack.callback(gc.enable)
+            gc.disable()
+        yield
 
 
 def operation_name(node: fx.Node) -> str:

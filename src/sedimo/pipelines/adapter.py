@@ -33,7 +33,6 @@ class Sampling:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        """Refuses an empty or senseless plan."""
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise InputError(f"seeds must be a non-empty list without duplicates, got {len(self.seeds)} seeds")
         if self.n_steps < 1 or self.batch_size < 1:
@@ -118,14 +117,8 @@ class PipelineObject(Protocol):
     """The part of `diffusers.DiffusionPipeline` that Sedimo touches."""
 
     scheduler: object
-
-    @property
-    def components(self) -> dict[str, object]:
-        """All components by name; None where a component is left out."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline computes."""
+    components: dict[str, object]  # by name; None where one is left out
+    device: torch.device  # where it computes
 
     def __call__(self, **arguments: object) -> tuple[torch.Tensor, ...]:
         """Runs it; the images or latents come first."""

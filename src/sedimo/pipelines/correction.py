@@ -42,7 +42,6 @@ class StepCorrection:
     variance: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be corrected."""
         values = (self.slope, *self.bias, *self.variance)
         if len(self.bias) != len(self.variance) or not self.bias or not all(map(math.isfinite, values)):
             raise InputError(f"timestep {self.timestep:g}: each channel needs a finite bias and variance, got {self}")
@@ -81,7 +80,6 @@ class CorrectionLog:
     kept: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """For people."""
         if not self.with_variance:
             return f"{self.n_steps} predictions corrected, the scheduler's noise left alone as asked"
         if not self.kept:
@@ -165,7 +163,10 @@ def _response(scheduler: object, call: StepCall) -> tuple[torch.Tensor, float] |
         first, second = take(0), take(1)
         if torch.equal(first, second):
             return None
-        noise, other = (_standard_noise(seed, like) for seed in (0, 1))
+        noise, other = (
+            randn_tensor(like.shape, torch.Generator().manual_seed(seed), like.device, like.dtype).double()
+            for seed in (0, 1)
+        )
         rounding = _ROUNDINGS * torch.finfo(like.dtype).eps * float(first.norm() + second.norm())
         scale = _slope(noise - other, first - second, rounding)
         if scale is None:
@@ -176,11 +177,6 @@ def _response(scheduler: object, call: StepCall) -> tuple[torch.Tensor, float] |
     if gain is None:
         raise _not_linear(scheduler, "its step is not linear in the prediction, as when it clips")
     return first - scale * noise, gain / abs(scale)
-
-
-def _standard_noise(seed: int, like: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).double()  # type: ignore[no-any-return]
 
 
 def _slope(cause: torch.Tensor, effect: torch.Tensor, rounding: float) -> float | None:

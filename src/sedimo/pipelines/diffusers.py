@@ -91,7 +91,7 @@ class _Loaded:
 
 
 class DiffusersPipeline(_Loaded):
-    """A diffusers pipeline that can be sampled from seeds, watched, decoded and saved."""
+    """A diffusers pipeline, used as it is, that can be sampled from seeds, watched, decoded and saved."""
 
     def __init__(
         self,
@@ -101,7 +101,6 @@ class DiffusersPipeline(_Loaded):
         folder: Path | None = None,
         variant: str | None = None,
     ) -> None:
-        """Wraps `pipeline`, which is used as it is: neither moved nor cast."""
         super().__init__(name or type(pipeline).__name__, folder, variant)
         self.pipeline = pipeline
         self.denoiser_name = _denoiser_name(pipeline)
@@ -183,7 +182,6 @@ class BareDenoiser(_Loaded):
     def __init__(
         self, denoiser: nn.Module, *, name: str | None = None, folder: Path | None = None, variant: str | None = None
     ) -> None:
-        """Wraps `denoiser` as it is."""
         super().__init__(name or type(denoiser).__name__, folder, variant)
         self._denoiser = denoiser
 

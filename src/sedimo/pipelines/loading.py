@@ -12,7 +12,7 @@ import multiprocessing
 import platform
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -118,7 +118,7 @@ def _load_folder(
         raise StateError(f"{denoiser / 'config.json'} is missing; copy or download the folder again")
     _read_config(denoiser)
     asked = _asked(denoiser, variant, dtype, device)
-    chosen = asked.pop("variant")
+    chosen = asked["variant"]
     if device.type == "cpu" and dtype is torch.bfloat16 and not _cpu_multiplies_bfloat16():
         _warn_of_slow_bfloat16()
     asked |= {"variant": chosen or _variant_of_others(folder), **_labels(folder, index)}
@@ -273,19 +273,17 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
     """Without the libraries' progress bars; their errors name the folder."""
-    switches = (diffusers.utils.logging, transformers.utils.logging)
-    enabled = [s for s in switches if s.is_progress_bar_enabled()]
-    for switch in enabled:
-        switch.disable_progress_bar()
-    try:
-        yield
-    except SedimoError:
-        raise
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise StateError(f"diffusers could not load {folder}: {error}") from error
-    finally:
-        for switch in enabled:
-            switch.enable_progress_bar()
+    with ExitStack() as stack:
+        for switch in (diffusers.utils.logging, transformers.utils.logging):
+            if switch.is_progress_bar_enabled():
+                stack.callback(switch.enable_progress_bar)
+                switch.disable_progress_bar()
+        try:
+            yield
+        except SedimoError:
+            raise
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise StateError(f"diffusers could not load {folder}: {error}") from error
 
 
 def _refuse_incomplete(denoiser: nn.Module, folder: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +61,9 @@ def final_latents(
         nonlocal last, n_steps
         changes: dict[str, object] = {}
         if "generator" in step.signature.parameters:
-            changes["generator"] = _one_per_row(generators, len(next(iter(step.arguments.values()))))
+            repeats = len(next(iter(step.arguments.values()))) // len(generators)  # of the batch, by guidance
+            copies = [torch.Generator().set_state(g.get_state()) for _ in range(repeats - 1) for g in generators]
+            changes["generator"] = [*generators, *copies]  # repeats draw the same noise
         result = step.run(**changes)
         last, n_steps = previous_sample(result), n_steps + 1
         is_cut = cuts_last and is_watched and n_steps == len(scheduler.timesteps)
@@ -122,13 +124,6 @@ def _repeatable_global_noise(pipeline: PipelineObject, seed: int) -> Iterator[No
                 type(pipeline).__name__,
                 type(pipeline.scheduler).__name__,
             )
-
-
-def _one_per_row(generators: Sequence[torch.Generator], rows: int) -> list[torch.Generator]:
-    """The samples' generators; where guidance repeats the batch, the repeats draw the same noise."""
-    repeats = max(1, rows // len(generators))
-    copies = [torch.Generator().set_state(g.get_state()) for _ in range(repeats - 1) for g in generators]
-    return [*generators, *copies]
 
 
 @contextmanager

@@ -87,12 +87,12 @@ def chosen_variant(folder: Path, stem: str, variant: str | None) -> str | None:
     present = variants(folder, stem)
     if not present:
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
+        if not pickles:
+            raise InputError(f"{folder} holds no weights {stem}*.safetensors")
         raise InputError(
             f"{folder} holds its weights only as {pickles[0]}, a format that can execute code when it is read. "
             "Sedimo reads safetensors only: load it where you trust it and save it again with "
             "save_pretrained(..., safe_serialization=True), or get a revision that has safetensors"
-            if pickles
-            else f"{folder} holds no weights {stem}*.safetensors"
         )
     chosen = variant if variant is not None else present[0]
     if chosen not in present or (variant is None and chosen is not None and len(present) > 1):
@@ -180,11 +180,11 @@ class ModuleWeights:
 class FileWeights:
     """Weights of a denoiser's folder (or of the denoiser in a pipeline's folder): one file, or shards with index.
 
-    Every header is checked when the source is made; tensors are read when asked for and do not stay mapped.
+    Every header is checked when the source is made; tensors are read when asked for and do not stay mapped. `variant`
+    is the `fp16` of `*.fp16.safetensors`.
     """
 
     def __init__(self, folder: Path | str, variant: str | None = None) -> None:
-        """Reads the headers of the weights in `folder`; `variant` is the `fp16` of `*.fp16.safetensors`."""
         self.folder = denoiser_folder(Path(folder))
         _refuse_quantized(self.folder)
         self.files, index = find_weights(self.folder, WEIGHTS_STEM, variant)
