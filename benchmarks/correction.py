@@ -17,10 +17,11 @@ import time
 import numpy as np
 
 import sedimo
+from _suite.signal import summarize
 from sedimo.cli.console import ConsoleProgress
 from sedimo.lab.exchange import probed
 from sedimo.lab.seeds import SamplingSettings, Seeds
-from sedimo.metrics.signal import paired_difference, relative_noise, summarize
+from sedimo.metrics.signal import paired_difference, relative_noise
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.schedulers import handled_steps
 from sedimo.treatments.noise_correction import CORRECTION_PATHS, correction_of, estimate_correction

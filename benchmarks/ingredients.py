@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import sedimo
+from _suite.signal import summarize
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
 from sedimo.lab.study import Trial
 from sedimo.methods.hybrid import blocks_by_gain, hybrid_recipe
-from sedimo.metrics.signal import paired_difference, summarize
+from sedimo.metrics.signal import paired_difference
 from sedimo.treatments.smoothing import DEFAULT_SMOOTHING, plan_smoothings
 from sedimo.treatments.static_ranges import DYNAMIC_ACTIVATIONS, ActivationSettings, round_activations
 

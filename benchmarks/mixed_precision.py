@@ -16,11 +16,12 @@ import json
 from pathlib import Path
 
 import sedimo
+from _suite.signal import summarize
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
 from sedimo.lab.bench import Compute
 from sedimo.methods.orthogonality import LEAST_SAMPLES, ImportanceOptions
-from sedimo.metrics.signal import paired_difference, summarize
+from sedimo.metrics.signal import paired_difference
 from sedimo.quant.formats import parse_formats, with_activations
 
 MORE = (1.0, 1.165)

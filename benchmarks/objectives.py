@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import stats
 
 import sedimo
+from _suite.signal import summarize
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
@@ -33,7 +34,6 @@ from sedimo.methods.predictor.noise_model import fit_noise_model
 from sedimo.methods.predictor.study import measure_background, measures_of, training_set, trials_of
 from sedimo.methods.predictor.training import FAST, train_predictor
 from sedimo.methods.search import build, model_table
-from sedimo.metrics.signal import summarize
 
 TARGETS = {"sqnr": "sqnr_db", "fid": "-fid"}
 N_SPLITS, PENALTY = 400, 1.0

@@ -25,6 +25,7 @@ import numpy as np
 from scipy import stats
 
 import sedimo
+from _suite.signal import summarize
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
@@ -41,7 +42,7 @@ from sedimo.methods.predictor.scoring import calibrated_table, hop_moments, opti
 from sedimo.methods.predictor.study import Background, measure_background, measures_of, training_set
 from sedimo.methods.predictor.training import FAST, PAPER, train_predictor
 from sedimo.methods.search import Search, SearchSettings, build, hold_final, keeps, search
-from sedimo.metrics.signal import paired_difference, summarize
+from sedimo.metrics.signal import paired_difference
 from sedimo.pipelines.adapter import Sampling
 
 BUDGETS = {"paper": (3.3, 3.5, 3.7, 4.0), "wide": (3.5, 4.0, 4.5, 5.0)}

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import sedimo
+from _suite.signal import summarize
 from sedimo.allocation.budget import BudgetSettings
 from sedimo.allocation.combine import geometric_mean
 from sedimo.cli.console import ConsoleProgress
@@ -40,7 +41,7 @@ from sedimo.methods.ablation import (
 )
 from sedimo.methods.jacobian import jacobian_table, probe_jacobian
 from sedimo.methods.method import NO_KNOBS, Task
-from sedimo.metrics.signal import paired_difference, summarize
+from sedimo.metrics.signal import paired_difference
 from sedimo.pipelines.adapter import Sampling
 
 N_RANDOM = 20

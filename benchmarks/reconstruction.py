@@ -14,6 +14,7 @@ import argparse
 import time
 
 import sedimo
+from _suite.signal import summarize
 from sedimo.cli.console import ConsoleProgress
 from sedimo.lab.exchange import probed
 from sedimo.lab.lab import Lab
@@ -21,7 +22,7 @@ from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.methods.error import ERROR
 from sedimo.methods.jacobian import JACOBIAN
 from sedimo.methods.method import Task
-from sedimo.metrics.signal import paired_difference, relative_noise, summarize
+from sedimo.metrics.signal import paired_difference, relative_noise
 from sedimo.treatments.learned_rounding import reconstruct
 
 MIXED_BITS = 4.0

@@ -13,10 +13,11 @@ import json
 from pathlib import Path
 
 import sedimo
+from _suite.signal import summarize
 from sedimo.cli.console import ConsoleProgress
 from sedimo.codec import to_plain
 from sedimo.lab.bench import Compute
-from sedimo.metrics.signal import paired_difference, summarize
+from sedimo.metrics.signal import paired_difference
 
 FIRST_FRESH = 8
 

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from _peers.weights import Layers, Quantized, Size, find_layers, replaced_weights, size_of
+from _suite.signal import SignalSummary, summarize
 from sedimo.codec import content_key, from_json, to_json
 from sedimo.errors import StateError
-from sedimo.metrics.signal import NoisePowers, SignalSummary, relative_noise, summarize
+from sedimo.metrics.signal import NoisePowers, relative_noise
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.trajectory import output_tensor, record

@@ -20,7 +20,7 @@ from sedimo.lab.images import compare_distributions
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.metrics.distribution import N_PARTS
 from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.signal import paired_difference, relative_noise, summarize
+from sedimo.metrics.signal import paired_difference, relative_noise
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
@@ -148,11 +148,10 @@ def evaluate(
             gain["fid"] = compare_distributions(drawn.features, again.features)["fid_difference"]
         better = measures(reference, again)
         correction = CorrectedEvaluation(better, gain, str(log), estimating.seeds, "full", fits)
-    sqnr = summarize(powers)
     return Evaluation(
         measures=measures(reference, drawn),
-        n_exact=sqnr.n_exact,
-        n_decorrelated=sqnr.n_decorrelated,
+        n_exact=powers.n_exact,
+        n_decorrelated=powers.n_decorrelated,
         size=_sizes(quantized, against),
         bops=_bops(quantized, against),
         extractor=drawn.features.extractor if drawn.features else None,

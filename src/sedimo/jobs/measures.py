@@ -9,7 +9,7 @@ import numpy as np
 from sedimo.bank import SILENT, Progress
 from sedimo.lab.images import Features, Samples, compare_distributions, draw, draw_latents_and_features
 from sedimo.metrics.estimate import Estimate, mean_estimate
-from sedimo.metrics.signal import NoisePowers, psnr_db, relative_noise, sqnr_estimates, summarize
+from sedimo.metrics.signal import NoisePowers, psnr_db, relative_noise, sqnr_estimates
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 
 
@@ -46,4 +46,4 @@ def compare_signals(reference: Samples, quantized: Samples) -> tuple[NoisePowers
     ratios = psnr_db(reference.images, quantized.images)
     finite = ratios[np.isfinite(ratios)]
     psnr = mean_estimate(finite) if finite.size else Estimate(np.inf, 0.0, np.inf, np.inf, len(ratios))
-    return powers, {**sqnr_estimates(summarize(powers)), "psnr_db": psnr}
+    return powers, {**sqnr_estimates(powers), "psnr_db": psnr}

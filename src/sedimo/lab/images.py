@@ -20,8 +20,8 @@ from safetensors.torch import load_file as load_tensors
 from sedimo.bank import SILENT, Progress
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
-from sedimo.metrics.distribution import FeatureStatistics, Replicated, fid_replicates, kid_replicates
-from sedimo.metrics.estimate import Estimate
+from sedimo.metrics.distribution import FeatureStatistics, Matrix, fid_replicates, kid_replicates
+from sedimo.metrics.estimate import Estimate, jackknife_estimate
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.loading import existing, zoo_module
 
@@ -44,7 +44,7 @@ class Features:
     values: npt.NDArray[np.float32]
 
     @functools.cached_property
-    def distances(self) -> tuple[Replicated, Replicated]:
+    def distances(self) -> tuple[Matrix, Matrix]:
         """FID and KID to real images; computed once, because full precision is compared with every recipe."""
         real, statistics = _real()
         return fid_replicates(self.values, statistics), kid_replicates(self.values, real.values)
@@ -90,8 +90,9 @@ def compare_distributions(reference: Features, quantized: Features) -> dict[str,
         raise InputError(f"sets must be of one size, got {reference.values.shape} and {quantized.values.shape}")
     found: dict[str, Estimate] = {}
     for name, ours, theirs in zip(("fid", "kid"), quantized.distances, reference.distances, strict=True):
-        found |= {name: ours.estimate(), f"reference_{name}": theirs.estimate()}
-        found[f"{name}_difference"] = ours.minus(theirs)
+        for label, values in ((name, ours), (f"reference_{name}", theirs), (f"{name}_difference", ours - theirs)):
+            value, *replicates = values.tolist()
+            found[label] = jackknife_estimate(value, replicates, len(reference.values))
     return found
 
 

@@ -21,7 +21,7 @@ import torch
 from sedimo.codec import content_key, to_json, to_plain
 from sedimo.errors import InputError, StateError
 from sedimo.metrics.estimate import Estimate, ranked
-from sedimo.metrics.signal import NoisePowers, sqnr_estimates, summarize
+from sedimo.metrics.signal import NoisePowers, sqnr_estimates
 from sedimo.settings import one_of
 from sedimo.space import Recipe
 from sedimo.store import Rows
@@ -132,7 +132,7 @@ class Trial:
 
 def measures_of(trial: Trial) -> dict[str, Estimate]:
     """All measures of a trial by name; SQNR [dB] by the mean over samples and pooled."""
-    return {**sqnr_estimates(summarize(trial.powers)), **trial.measures}
+    return {**sqnr_estimates(trial.powers), **trial.measures}
 
 
 @dataclass
@@ -318,8 +318,8 @@ def export_trials(study: Study) -> str:
     """
     settings, lines = dict[str, Setting](), list[str]()
     for trial in study.trials():
-        settings[trial.setting.key], sqnr = trial.setting, summarize(trial.powers)
-        counts = {"n_exact": sqnr.n_exact, "n_decorrelated": sqnr.n_decorrelated}
+        settings[trial.setting.key] = trial.setting
+        counts = {"n_exact": trial.powers.n_exact, "n_decorrelated": trial.powers.n_decorrelated}
         told = {"recipe": trial.recipe.layers, "measures": {**measures_of(trial), **counts}, "powers": trial.powers}
         lines.append(to_json({"key": trial.key, "setting": trial.setting.key, **told}))
     head, body = f'"sedimo_trials":{EXPORT_VERSION},\n"settings":{to_json(settings)}', ",\n".join(lines)

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from scipy import linalg
 
 from sedimo.errors import InputError
-from sedimo.metrics.estimate import Estimate, jackknife_estimate
 
 Matrix = npt.NDArray[np.float64]
 
@@ -42,33 +41,12 @@ class FeatureStatistics:
             raise InputError("a covariance must be symmetric")
 
 
-@dataclass(frozen=True, eq=False)
-class Replicated:
-    """A statistic of `n` samples, and its values with each part of them left out `[k]`."""
-
-    value: float
-    replicates: Matrix
-    n: int
-
-    def estimate(self) -> Estimate:
-        """The statistic with its jackknife error."""
-        return jackknife_estimate(self.value, self.replicates, self.n)
-
-    def minus(self, other: Replicated) -> Estimate:
-        """The difference to a statistic of as many paired samples, whose parts are the same."""
-        if (self.n, len(self.replicates)) != (other.n, len(other.replicates)):
-            raise InputError(f"paired sets must have as many samples, in as many parts, got {self.n} and {other.n}")
-        return jackknife_estimate(self.value - other.value, self.replicates - other.replicates, self.n)
-
-
-def fid_replicates(features: npt.ArrayLike, reference: FeatureStatistics, *, n_parts: int = N_PARTS) -> Replicated:
-    """FID of features `[n, D]` to fixed reference statistics, and its values over `n_parts` parts left out in turn.
+def fid_replicates(features: npt.ArrayLike, reference: FeatureStatistics, *, n_parts: int = N_PARTS) -> Matrix:
+    """FID of features `[n, D]` to fixed reference statistics, and its values over parts left out in turn, `[1 + k]`.
 
     FID falls with n: only figures of equal n compare.
     """
-    whole, left_out = _leave_out_statistics(_features(features, "features"), n_parts)
-    distance = fid_to(reference)
-    return Replicated(distance(whole), np.array([distance(s) for s in left_out]), whole.n)
+    return np.array(list(map(fid_to(reference), _leave_out_statistics(_features(features, "features"), n_parts))))
 
 
 def fid_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], float]:
@@ -94,11 +72,11 @@ def fid_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], float]
     return distance
 
 
-def kid_replicates(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_PARTS) -> Replicated:
+def kid_replicates(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts: int = N_PARTS) -> Matrix:
     """Kernel distance (squared MMD) of features `[n, D]` to reference features `[m, D]`; lower is better.
 
-    Unbiased, over all pairs, kernel (x.y / D + 1)^3; may be slightly negative. Parts of `features` are left out in
-    turn; the reference is fixed.
+    Unbiased, over all pairs, kernel (x.y / D + 1)^3; may be slightly negative. After it, `[1 + k]`, its values over
+    parts of `features` left out in turn; the reference is fixed.
 
     Source: Binkowski et al. 2018, "Demystifying MMD GANs".
     """
@@ -117,7 +95,7 @@ def kid_replicates(features: npt.ArrayLike, reference: npt.ArrayLike, *, n_parts
 
     kept = within.sum() - within.sum(0) - within.sum(1) + np.diag(within)
     replicates = mmd(kept, across.sum() - across, sizes.sum() - sizes)
-    return Replicated(float(mmd(within.sum(), across.sum(), sizes.sum())), replicates, len(ours))
+    return np.array([mmd(within.sum(), across.sum(), sizes.sum()), *replicates])
 
 
 def _kernel(a: Matrix, b: Matrix) -> Matrix:
@@ -131,8 +109,8 @@ def _self_kernel(a: Matrix) -> Matrix:
     return base * base * base
 
 
-def _leave_out_statistics(features: Matrix, n_parts: int) -> tuple[FeatureStatistics, list[FeatureStatistics]]:
-    """Statistics of all rows, and of all rows but each part, by subtracting the part's sums.
+def _leave_out_statistics(features: Matrix, n_parts: int) -> list[FeatureStatistics]:
+    """Statistics of all rows, then of all rows but each part, by subtracting the part's sums.
 
     Rows are centred at the common mean first, so that the subtraction does not cancel digits.
     """
@@ -145,11 +123,10 @@ def _leave_out_statistics(features: Matrix, n_parts: int) -> tuple[FeatureStatis
         shift = total / n
         return FeatureStatistics(centre + shift, (product - n * np.outer(shift, shift)) / (n - 1), n)
 
-    all_sums, all_products, n = sums.sum(0), products.sum(0), len(features)
-    left_out = [
-        statistics(all_sums - s, all_products - p, n - size) for s, p, size in zip(sums, products, sizes, strict=True)
-    ]
-    return statistics(all_sums, all_products, n), left_out
+    everything = sums.sum(0), products.sum(0), len(features)
+    parts_of = zip(sums, products, sizes, strict=True)
+    left_out = [statistics(everything[0] - s, everything[1] - p, everything[2] - size) for s, p, size in parts_of]
+    return [statistics(*everything), *left_out]
 
 
 def _parts(features: Matrix, n_parts: int) -> list[Matrix]:

@@ -61,6 +61,16 @@ class NoisePowers:
         with np.errstate(divide="ignore"):
             return -10 * np.log10(self.ratio)
 
+    @property
+    def n_exact(self) -> int:
+        """Number of samples without any noise."""
+        return int((self.noise == 0).sum())
+
+    @property
+    def n_decorrelated(self) -> int:
+        """Number of samples that have little left of the reference."""
+        return int((self.ratio > DECORRELATED).sum())
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NoisePowers):
             return NotImplemented
@@ -83,26 +93,6 @@ class NoisePowers:
 
 
 @dataclass(frozen=True, slots=True)
-class SignalSummary:
-    """SQNR of a set of samples [dB]; higher is better.
-
-    `sqnr_db` is the mean over the samples with any noise; `n_exact` of the `n` samples have none.
-    `n_decorrelated` samples have r > 0.5. `sqnr_pooled_db` is -10 log10(sum noise / sum signal) over all
-    samples, with a jackknife error. Infinite if all samples are exact.
-    """
-
-    sqnr_db: float
-    standard_error: float
-    interval_low: float
-    interval_high: float
-    n: int
-    n_exact: int
-    n_decorrelated: int
-    sqnr_pooled_db: float
-    pooled_standard_error: float
-
-
-@dataclass(frozen=True, slots=True)
 class PairedDifference:
     """Mean difference of SQNR, first minus second, over `n` common samples [dB], with its 95 % interval.
 
@@ -120,11 +110,6 @@ class PairedDifference:
     n_diverged: int = 0
 
     @property
-    def is_better(self) -> bool:
-        """Whether the first is better beyond the interval."""
-        return self.low > 0
-
-    @property
     def estimate(self) -> Estimate:
         """The mean with its error and interval [dB], of the `n` common samples."""
         return Estimate(self.mean_db, self.standard_error, self.low, self.high, self.n)
@@ -139,19 +124,27 @@ def relative_noise(reference: npt.ArrayLike, test: npt.ArrayLike) -> NoisePowers
     return NoisePowers(noise, signal)
 
 
-def summarize(powers: NoisePowers) -> SignalSummary:
-    """Mean and pooled SQNR with their errors."""
-    is_noisy = powers.noise > 0
-    n_exact = powers.n - int(is_noisy.sum())
-    pooled, pooled_error = _pooled(powers)
-    if n_exact == powers.n:
-        best = math.inf
-        return SignalSummary(best, 0.0, best, best, powers.n, n_exact, 0, best, 0.0)
-    mean = mean_estimate(powers.sqnr_db[is_noisy])
-    n_decorrelated = int((powers.ratio > DECORRELATED).sum())
-    return SignalSummary(
-        mean.value, mean.standard_error, mean.low, mean.high, powers.n, n_exact, n_decorrelated, pooled, pooled_error
-    )
+def sqnr_estimates(powers: NoisePowers) -> dict[str, Estimate]:
+    """`sqnr_db`, the mean over the samples with any noise, and `sqnr_pooled_db`, -10 log10(sum noise / sum signal).
+
+    In decibels, higher is better, infinite if all samples are exact. The error of the pooled one is a jackknife's.
+    """
+    n, noise, signal = powers.n, powers.noise.sum(), powers.signal.sum()
+    if noise == 0:
+        exact = Estimate(math.inf, 0.0, math.inf, math.inf, n)
+        return {"sqnr_db": exact, "sqnr_pooled_db": with_interval(math.inf, 0.0, n, n_replicates=n)}
+    value = decibel(noise / signal)
+    if n < 2 or not math.isfinite(noise):
+        pooled = with_interval(value, math.nan, n, n_replicates=n)
+    else:
+        left_out = [decibel((noise - x) / (signal - s)) for x, s in zip(powers.noise, powers.signal, strict=True)]
+        pooled = jackknife_estimate(value, left_out, n)
+    return {"sqnr_db": mean_estimate(powers.sqnr_db[powers.noise > 0]), "sqnr_pooled_db": pooled}
+
+
+def mean_sqnr(powers: NoisePowers) -> Estimate:
+    """Mean SQNR of samples, with its error and interval [dB]."""
+    return sqnr_estimates(powers)["sqnr_db"]
 
 
 def paired_difference(first: NoisePowers, second: NoisePowers, *, tolerance: float = SAME) -> PairedDifference:
@@ -167,15 +160,19 @@ def paired_difference(first: NoisePowers, second: NoisePowers, *, tolerance: flo
         )
     is_noisy = (first.noise > 0) & (second.noise > 0)
     n_exact = first.n - int(is_noisy.sum())
-    if n_exact == first.n:
-        return _endless_difference(first, second)
-    ours, theirs = first.sqnr_db[is_noisy], second.sqnr_db[is_noisy]
-    n_diverged = int((np.isinf(ours) | np.isinf(theirs)).sum())
+    with np.errstate(invalid="ignore"):
+        differences = first.sqnr_db - second.sqnr_db
+    if n_exact == first.n:  # equal, endlessly better or worse, or mixed (not a number)
+        signs = {0.0 if math.isnan(d) else d for d in differences.tolist()}
+        value = signs.pop() if len(signs) == 1 else math.nan
+        return PairedDifference(value, 0.0 if value == value else math.nan, value, value, 0, n_exact)
+    differences = differences[is_noisy]
+    n_diverged = int((np.isinf(first.sqnr_db) | np.isinf(second.sqnr_db))[is_noisy].sum())
     if n_diverged:
         with np.errstate(invalid="ignore"):
-            value = float((ours - theirs).mean())
-        return PairedDifference(value, math.nan, -math.inf, math.inf, len(ours), n_exact, n_diverged)
-    mean = mean_estimate(ours - theirs)
+            value = float(differences.mean())
+        return PairedDifference(value, math.nan, -math.inf, math.inf, len(differences), n_exact, n_diverged)
+    mean = mean_estimate(differences)
     return PairedDifference(mean.value, mean.standard_error, mean.low, mean.high, mean.n, n_exact)
 
 
@@ -203,15 +200,6 @@ def _powers(reference: Vector, test: Vector) -> tuple[float, float]:
     return (noise if math.isfinite(noise) else math.inf), float(np.square(reference).sum())
 
 
-def _pooled(powers: NoisePowers) -> tuple[float, float]:
-    noise, signal = powers.noise.sum(), powers.signal.sum()
-    value = decibel(noise / signal)
-    if powers.n < 2 or not math.isfinite(noise):
-        return value, math.nan
-    replicates = [decibel((noise - x) / (signal - s)) for x, s in zip(powers.noise, powers.signal, strict=True)]
-    return value, jackknife_estimate(value, replicates, powers.n).standard_error
-
-
 def decibel(noise: float) -> float:
     """SQNR of a relative noise power [dB]: endless without noise, not a number if that is none."""
     return math.inf if noise <= 0 else -10 * math.log10(noise)
@@ -223,29 +211,3 @@ def estimated_db(noise: Estimate) -> Estimate:
     if not math.isfinite(value):
         return Estimate(value, 0.0, value, value, noise.n)
     return normal_estimate(value, 10 / math.log(10) * noise.standard_error / noise.value)
-
-
-def _endless_difference(first: NoisePowers, second: NoisePowers) -> PairedDifference:
-    """Each sample is exact in one or both: equal, endlessly better or worse, or mixed (not a number)."""
-    with np.errstate(invalid="ignore"):
-        differences = first.sqnr_db - second.sqnr_db
-    signs = {0.0 if math.isnan(d) else d for d in differences.tolist()}
-    value = signs.pop() if len(signs) == 1 else math.nan
-    return PairedDifference(value, 0.0 if value == value else math.nan, value, value, 0, first.n)
-
-
-def mean_sqnr(powers: NoisePowers) -> Estimate:
-    """Mean SQNR of samples, with its error and interval [dB]."""
-    return sqnr_estimates(summarize(powers))["sqnr_db"]
-
-
-def sqnr_estimates(summary: SignalSummary) -> dict[str, Estimate]:
-    """`sqnr_db` and `sqnr_pooled_db` as value, error and interval [dB].
-
-    The `n` of the first counts the samples with noise (all if none has).
-    """
-    s, n = summary, summary.n - summary.n_exact or summary.n
-    return {
-        "sqnr_db": Estimate(s.sqnr_db, s.standard_error, s.interval_low, s.interval_high, n),
-        "sqnr_pooled_db": with_interval(s.sqnr_pooled_db, s.pooled_standard_error, s.n, n_replicates=s.n),
-    }
