@@ -88,7 +88,7 @@ def test_the_same_search_measures_nothing_again(done, monkeypatch):
 
 def test_a_study_of_another_space_is_refused_before_anything_is_measured(done, monkeypatch):
     other = sedimo.fit(done.pipe, sedimo.search_space(done.graph, "uaq3,uaq4"))
-    monkeypatch.setattr(background, "measure_prior", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(background, "prior_named", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError, match="of another denoiser or of other formats"):
         measure_background(Lab(done.pipe, other, graph=done.graph, study=done.study))
     assert done.study.record(SearchSpace, "space") == done.bank.space

@@ -79,14 +79,13 @@ def prediction_quality(
     Source: Järvelin and Kekäläinen 2002, "Cumulated gain-based evaluation of IR techniques" (NDCG, with discount
     1 / log2(1 + place)); Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
-    x, y = _finite(predicted, "predictions"), _finite(measured, "measurements")
-    _check_equal(x, y)
+    x, y = _checked(predicted, measured)
     counts = _resamples(len(y), n_bootstrap, seed)
-    x_ties, y_ties = _ties(x), _ties(y)
+    x_ties, y_ties, gains = _ties(x), _ties(y), _gains(y, gain)
     return PredictionQuality(
         srcc=_estimate(_srcc(counts, x_ties, y_ties), n=len(y)),
         kendall_tau=_estimate(_kendall_tau(counts, x_ties, y_ties), n=len(y)),
-        ndcg_at_10=_estimate(_ndcg(counts, _ties(-x), _ties(-y), _gains(y, gain)), n=len(y)),
+        ndcg_at_10=_estimate(_ratio(_dcg(counts, _ties(-x), gains), _dcg(counts, _ties(-y), gains)), n=len(y)),
         mae=_estimate(counts @ np.abs(x - y) / len(y), n=len(y)),
         n=len(y),
     )
@@ -104,35 +103,34 @@ def quality_difference(
 
     a is better where the interval lies above 0. Pairing removes what both owe to the choice of recipes.
     """
-    a, b = _finite(predicted_a, "predictions a"), _finite(predicted_b, "predictions b")
-    y = _finite(measured, "measurements")
-    _check_equal(a, y)
-    _check_equal(b, y)
+    a, y = _checked(predicted_a, measured, "predictions a")
+    b, _ = _checked(predicted_b, measured, "predictions b")
     counts, y_ties = _resamples(len(y), n_bootstrap, seed), _ties(y)
     return _estimate(_srcc(counts, _ties(a), y_ties) - _srcc(counts, _ties(b), y_ties), n=len(y))
 
 
-def _finite(values: npt.ArrayLike, role: str) -> _Array:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size < LEAST_RECIPES:
+def _checked(predicted: npt.ArrayLike, measured: npt.ArrayLike, said: str = "predictions") -> tuple[_Array, _Array]:
+    found = []
+    for values, role in ((predicted, said), (measured, "measurements")):
+        array = np.asarray(values, dtype=np.float64)
+        if array.ndim != 1 or array.size < LEAST_RECIPES:
+            raise InputError(
+                f"the quality of predictions needs one number for each of at least {LEAST_RECIPES} recipes, "
+                f"got {role} of shape {array.shape}. Measure more recipes."
+            )
+        wrong = np.flatnonzero(~np.isfinite(array))
+        if wrong.size:
+            raise InputError(
+                f"{role} must be finite, got {array[wrong[0]]} for recipe {wrong[0]}. Leave diverged recipes out."
+            )
+        found.append(array)
+    x, y = found
+    if x.shape != y.shape:
         raise InputError(
-            f"the quality of predictions needs one number for each of at least {LEAST_RECIPES} recipes, "
-            f"got {role} of shape {array.shape}. Measure more recipes."
-        )
-    wrong = np.flatnonzero(~np.isfinite(array))
-    if wrong.size:
-        raise InputError(
-            f"{role} must be finite, got {array[wrong[0]]} for recipe {wrong[0]}. Leave diverged recipes out."
-        )
-    return array
-
-
-def _check_equal(predicted: _Array, measured: _Array) -> None:
-    if predicted.shape != measured.shape:
-        raise InputError(
-            f"each recipe needs a prediction and a measurement, got {predicted.size} and {measured.size}. "
+            f"each recipe needs a prediction and a measurement, got {x.size} and {y.size}. "
             "Pass both for the same recipes, in the same order."
         )
+    return x, y
 
 
 def _resamples(n: int, n_bootstrap: int, seed: int) -> _Array:
@@ -196,13 +194,8 @@ def _gains(measured: _Array, gain: Gain) -> _Array:
     return relevance if gain == "linear" else np.exp2(TOP_GRADE * relevance) - 1
 
 
-def _ndcg(counts: _Array, predicted: _Codes, measured: _Codes, gains: _Array) -> _Array:
-    """NDCG@10 of each resample; both orders have the best recipe first."""
-    return _ratio(_dcg(counts, predicted, gains), _dcg(counts, measured, gains))
-
-
 def _dcg(counts: _Array, best_first: _Codes, gains: _Array) -> _Array:
-    """Discounted gains of the first ten places; equal recipes share their places, so each gets the mean discount."""
+    """DCG@10 of each resample, best recipe first; equal recipes share their places, so each gets the mean discount."""
     places = np.arange(1, counts.shape[1] + 1)
     discounts = np.where(places <= NDCG_PLACES, 1 / np.log2(places + 1), 0)
     reached = np.concatenate([[0.0], np.cumsum(discounts)])  # [n + 1], the discounts of the first p places

@@ -2,7 +2,7 @@
 
 Each goes through the graphs `graphs[0]` .. `graphs[1] - 1`, one target at a time, and keeps nothing of the size
 [edges, channels]: a graph's rows stay in the processor's cache. Graphs write to places of their own, so that threads
-never meet and the result does not depend on their number. Imported only when a layer runs on the CPU.
+never meet and the result does not depend on their number. Compiled when a layer first runs on the CPU.
 
 `edges` are `starts` `[N + 1]` and `sources` `[E]`, the incoming edges of each target. `projected` `[G, N, 2, C]` holds
 the rows l (as a source) and r (as a target) of each node. The score of an edge is attention . leaky(l + r + shift);
@@ -11,35 +11,21 @@ the rows l (as a source) and r (as a target) of each node. The score of an edge 
 Source:
     Brody et al. 2022, How attentive are graph attention networks? (arXiv 2105.14491), equation 7.
 """
-# ruff: noqa: ANN001, ANN202 -- numba derives the types from the signature in the decorator
+# ruff: noqa: ANN001, ANN202 -- numba derives the types from the arrays
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 from numba import njit
 
 # sums may be reordered, which lets them be vectorised; infinities and NaN keep their meaning
-_kernel = partial(njit, cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-_EDGES = "UniTuple(Array(int32, 1, 'C', readonly=True), 2)"
-_SHAPES = {"F0": "", "F1": "[::1]", "F2": "[:, ::1]", "F3": "[:, :, ::1]", "F4": "[:, :, :, ::1]"}
+_kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 
-def _signatures(rest: str) -> list[str]:
-    """Signatures for float32 and float64. In `rest`, F0 stands for a number, F1 .. F4 for arrays of such rank."""
-    found = []
-    for kind in ("float32", "float64"):
-        types = rest
-        for name, shape in _SHAPES.items():
-            types = types.replace(name, kind + shape)
-        found.append(f"void(UniTuple(int64, 2), {_EDGES}, {types})")
-    return found
-
-
-@_kernel(_signatures("F0, UniTuple(F1, 3), F4, F2, F3"))
+@_kernel
 def attend(graphs, edges, slope, vectors, projected, weights, out):
     """Fills `weights` and `out` `[G, N, C]`: the sums of l with these weights, plus offset.
 
@@ -72,7 +58,7 @@ def attend(graphs, edges, slope, vectors, projected, weights, out):
                     out[graph, target, c] += weight * projected[graph, source, 0, c]
 
 
-@_kernel(_signatures("F0, UniTuple(F1, 2), UniTuple(F4, 2), F2, UniTuple(F3, 2)"))
+@_kernel
 def attend_backward(graphs, edges, slope, vectors, rows, weights, changes):
     """Fills d_projected and, in d_vectors `[G, 3, C]`, each graph's gradients of attention, shift and offset.
 

@@ -183,7 +183,7 @@ class _CompiledLayer(torch.autograd.Function):
         offset: torch.Tensor,
         topology: Topology,
     ) -> torch.Tensor:
-        from sedimo.methods.predictor._attention_kernels import attend  # loaded here: importing compiles
+        from sedimo.methods.predictor._attention_kernels import attend  # loaded here: numba takes a second
 
         n_graphs, n_nodes, n_in = h.shape
         n_channels = len(attention)
@@ -199,7 +199,7 @@ class _CompiledLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from sedimo.methods.predictor._attention_kernels import attend_backward  # loaded here: importing compiles
+        from sedimo.methods.predictor._attention_kernels import attend_backward
 
         h, weight, attention, shift, projected, weights = ctx.saved_tensors
         d_out = d_out.contiguous()

@@ -101,7 +101,6 @@ class Insight:
     verdict: Verdict = "not measured"
 
     def __post_init__(self) -> None:
-        """Holds verdict and measurement together."""
         if (self.measured is None) != (self.verdict == "not measured"):
             raise InputError(
                 f"the verdict of an insight must be 'not measured' exactly when there is no measurement, got "
@@ -188,28 +187,25 @@ def predict_by_rivals(
     choices = data.choices
     fits: dict[str, Fit] = {
         "average bits": _line(choices.paper_bits),
-        "weight error, summed": _line(lambda c: -np.log10(picked(errors, c).sum(axis=1) + 1e-12)),
+        "weight error, summed": _line(partial(_summed, 1, errors)),
         "ridge on one-hot choices": _ridge(choices),
-        **{f"{name} costs, summed": _line(partial(_decibels, values)) for name, values in costs.items()},
+        **{f"{name} costs, summed": _line(partial(_summed, 10, values)) for name, values in costs.items()},
         **({} if effects is None else {SIGNED_EFFECTS: _line(partial(_signed, choices, effects))}),
         "noise model, no graph": lambda c, y: fit_noise_model(choices, data.prior, c, y).predict,
     }
-    return {name: _held(fit, data, extra, tests) for name, fit in fits.items()}
-
-
-def _held(fit: Fit, data: TrainingSet, extra: Codes, tests: Sequence[Codes]) -> Values:
-    folds, further = np.full(data.n, np.nan), np.zeros(len(extra))
+    found = {name: np.zeros(data.n + len(extra)) for name in fits}
     for test in tests:
         training = np.setdiff1d(np.arange(data.n), test)
-        predict = fit(data.codes[training], data.quality[training])
-        folds[test] = predict(data.codes[test])
-        if len(extra):
-            further += predict(extra) / len(tests)
-    return np.concatenate([folds, further])
+        for name, fit in fits.items():
+            predict = fit(data.codes[training], data.quality[training])
+            found[name][test] = predict(data.codes[test])
+            if len(extra):
+                found[name][data.n :] += predict(extra) / len(tests)
+    return found
 
 
-def _decibels(costs: Values, codes: Codes) -> Values:
-    return np.asarray(-10 * np.log10(picked(costs, codes).sum(axis=1) + 1e-12))
+def _summed(factor: int, costs: Values, codes: Codes) -> Values:
+    return np.asarray(-factor * np.log10(picked(costs, codes).sum(axis=1) + 1e-12))
 
 
 def _signed(choices: Choices, effects: Effects, codes: Codes) -> Values:

@@ -101,21 +101,15 @@ def measure_background(lab: Lab, prior: str = JACOBIAN.name, on: Sampling | None
     bank, study = lab.bank, lab.study
     if study is not None:
         refuse_other_space(study, bank.space)
-    table, effects = measure_prior(lab, prior, on or lab.seeds.search)
+    method = prior_named(prior)  # its table is of every format, fitted
+    finding = method.measure(lab.fitted, Task(method.knobs(), is_checked=False, on=on or lab.seeds.search))
     if study is not None:
         study.put_record(GRAPH, lab.graph)
         study.put_record(SPACE, bank.space)
         study.put_record(CANDIDATES, KeptCandidates(bank.candidates, bank.digest))
-        study.put_record(PRIOR, table)
+        study.put_record(PRIOR, finding.table)
     graph = split_streams(lab.graph, bank.space)
-    return Background(graph, bank.space, bank.index, table, bank.digest, effects)
-
-
-def measure_prior(lab: Lab, name: str, on: Sampling) -> tuple[SensitivityTable, Effects | None]:
-    """The table of a prior on a plan, with every format fitted; and the effects that it comes from, if it has any."""
-    prior = prior_named(name)
-    finding = prior.measure(lab.fitted, Task(prior.knobs(), is_checked=False, on=on))
-    return finding.table, finding.of(Effects)
+    return Background(graph, bank.space, bank.index, finding.table, bank.digest, finding.of(Effects))
 
 
 def read_background(study: Study) -> Background:

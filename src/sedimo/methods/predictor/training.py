@@ -70,7 +70,6 @@ class TrainingOptions:
     truncation: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses an unknown preset and fewer than two folds."""
         if self.preset not in PRESETS:
             raise InputError(f"the preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if self.n_hops < 1 or not 0 < self.validation_share < 1 or self.ranking not in get_args(RankingLoss):
@@ -330,9 +329,15 @@ def soft_rank(scores: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
         raise InputError(f"scores / strength must be finite, got a strength of {strength}. Choose a larger one.")
     ordered, order = torch.sort(spread, stable=True)
     places = torch.arange(1, len(scores) + 1, dtype=torch.float64)
-    pools = _pools((ordered - places).detach().numpy())
+    bounds = optimize.isotonic_regression((ordered - places).detach().numpy()).blocks
+    sizes = torch.from_numpy(np.diff(bounds))
+    pools = torch.repeat_interleave(sizes)
+
+    def means(values: torch.Tensor) -> torch.Tensor:
+        return (torch.zeros(len(sizes), dtype=values.dtype).index_add(0, pools, values) / sizes)[pools]
+
     # scores - isotonic(scores - places), written so that a pool of one score gives its place without rounding
-    ranks = _pool_means(places, pools) + (ordered - _pool_means(ordered, pools))
+    ranks = means(places) + (ordered - means(ordered))
     return ranks[torch.argsort(order)].to(scores)
 
 
@@ -386,8 +391,14 @@ def lambda_rank_loss(
     if truncation is not None and truncation < 1:
         raise InputError(f"truncation must be at least 1 place, got {truncation}. Leave it out to count all places.")
     relevance = targets.detach().to("cpu", torch.float64)
-    values = scores.to("cpu", torch.float64)
-    weights = _swap_weights(values.detach(), _gains(relevance, gain), truncation or len(scores))
+    values, gains = scores.to("cpu", torch.float64), _gains(relevance, gain)
+    places = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    discounts = torch.where(places <= (truncation or len(scores)), 1 / torch.log2(places + 1), 0.0)
+    best = torch.sort(gains, descending=True).values @ discounts
+    own = torch.empty_like(discounts)
+    own[torch.argsort(values.detach(), descending=True, stable=True)] = discounts
+    changes = (gains[:, None] - gains[None, :]) * (own[:, None] - own[None, :])
+    weights = changes.abs() / best.clamp_min(torch.finfo(torch.float64).tiny)
     weights = torch.where(relevance[:, None] > relevance[None, :], weights, 0.0)  # [n, n]
     margins = values[:, None] - values[None, :]
     return -(weights * F.logsigmoid(sigma * margins)).sum().to(scores)
@@ -435,17 +446,6 @@ def _check_pair(scores: torch.Tensor, targets: torch.Tensor) -> None:
         raise InputError("targets must be finite, got infinity or not a number. Leave diverged recipes out.")
 
 
-def _pools(values: np.ndarray) -> torch.Tensor:
-    """Which pool each of the values `[n]` falls into when they are made ascending by averaging neighbours."""
-    bounds = optimize.isotonic_regression(values).blocks
-    return torch.from_numpy(np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)))
-
-
-def _pool_means(values: torch.Tensor, pools: torch.Tensor) -> torch.Tensor:
-    sizes = torch.bincount(pools)
-    return (torch.zeros(len(sizes), dtype=values.dtype).index_add(0, pools, values) / sizes)[pools]
-
-
 def _gains(relevance: torch.Tensor, gain: Gain) -> torch.Tensor:
     """Gains, divided by the highest: NDCG does not depend on their scale."""
     lowest, highest = float(relevance.min()), float(relevance.max())
@@ -460,14 +460,3 @@ def _gains(relevance: torch.Tensor, gain: Gain) -> torch.Tensor:
         )
     gains = torch.expm1(relevance * math.log(2)) if gain == "exponential" else relevance
     return gains / gains.max() if highest > 0 else gains
-
-
-def _swap_weights(scores: torch.Tensor, gains: torch.Tensor, truncation: int) -> torch.Tensor:
-    """By how much NDCG@truncation changes when two recipes swap their predicted places, `[n, n]`."""
-    places = torch.arange(1, len(scores) + 1, dtype=torch.float64)
-    discounts = torch.where(places <= truncation, 1 / torch.log2(places + 1), 0.0)
-    best = torch.sort(gains, descending=True).values @ discounts
-    own = torch.empty_like(discounts)
-    own[torch.argsort(scores, descending=True, stable=True)] = discounts
-    changes = (gains[:, None] - gains[None, :]) * (own[:, None] - own[None, :])
-    return changes.abs() / best.clamp_min(torch.finfo(torch.float64).tiny)
