@@ -27,15 +27,7 @@ from sedimo.errors import InputError, StateError, UnfitFormatError
 from sedimo.graph.model import Stream
 from sedimo.pipelines.adapter import WeightSource
 from sedimo.quant.activations import DYNAMIC, Activations, InputQuantizers
-from sedimo.quant.fitting import (
-    Feedback,
-    Moments,
-    compensated,
-    error_estimates,
-    feedback_of,
-    fit_parameters,
-    with_codes,
-)
+from sedimo.quant.fitting import Feedback, Moments, error_estimates, feedback_of, fit_parameters, with_codes
 from sedimo.quant.formats import FP16, Format
 from sedimo.quant.parts import Entry, Fitted, PartFormat, parts_of
 from sedimo.quant.tensor import QuantizedTensor
@@ -235,9 +227,7 @@ class Bank:
     def _coded(self, weight: Decision, first: int, piece: torch.Tensor, parameters: Fitted) -> Fitted:
         """The piece of a weight that begins at one of its input channels: nearest codes, or by error feedback."""
         parts = [] if self.moments is None else self._feedback_of(self.moments, weight, first, piece)
-        if not parts:
-            return with_codes(piece, parameters, layer_name=weight.name)
-        return compensated(piece, parameters, parts, layer_name=weight.name)
+        return with_codes(piece, parameters, parts, layer_name=weight.name)
 
     def _feedback_of(self, moments: Moments, weight: Decision, first: int, piece: torch.Tensor) -> list[Feedback]:
         """That of the piece's columns among those of its layer, of which a stream has a part."""

@@ -24,7 +24,6 @@ from sedimo.pipelines.weights import ModuleWeights
 from sedimo.quant import families
 from sedimo.quant.families import FAMILIES
 from sedimo.quant.fitting import (
-    compensated,
     error_estimates,
     feedback,
     fit,
@@ -142,7 +141,7 @@ class TestFamilyContract:
         weight = make_weight((6, 64))
         moments = torch.eye(64) + 0.5
         for number_format, fitted in fit_parameters(weight, quantized(family, weight)).items():
-            codes = compensated(weight, fitted, [feedback(moments)]).codes
+            codes = with_codes(weight, fitted, [feedback(moments)]).codes
             assert codes.dtype == torch.uint8
             assert int(codes.max()) <= number_format.qmax
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sedimo.errors import InputError
-from sedimo.quant.fitting import compensated, feedback, feedback_of, fit_parameters, with_codes
+from sedimo.quant.fitting import feedback, feedback_of, fit_parameters, with_codes
 from sedimo.quant.formats import WIDE_FORMATS, Format
 from sedimo.quant.parts import Fitted
 
@@ -61,7 +61,7 @@ def codes_by_definition(
 def test_codes_are_those_of_the_definition(name: str) -> None:
     weight, moments, number_format = random_weight(33, 100), correlated_moments(100, 1), Format.parse(name)
     parameters = fit_parameters(weight, [number_format])[number_format]
-    found = compensated(weight, parameters, [feedback(moments, damping=0.01)]).codes
+    found = with_codes(weight, parameters, [feedback(moments, damping=0.01)]).codes
     wanted = codes_by_definition(weight, number_format, moments, 0.01)
     assert (found == wanted).double().mean() > 0.99  # float32 may decide a near tie otherwise, and what follows
 
@@ -72,7 +72,7 @@ def test_without_correlation_codes_are_the_nearest(number_format: Format, shape:
     weight = random_weight(*shape)
     parameters = fit_parameters(weight, [number_format])[number_format]
     power = torch.rand(weight[0].numel()) + 0.1
-    found = compensated(weight, parameters, [feedback(torch.diag(power))])
+    found = with_codes(weight, parameters, [feedback(torch.diag(power))])
     assert torch.equal(found.codes, with_codes(weight, parameters).codes)
     assert found.shape == shape
 
@@ -81,7 +81,7 @@ def test_without_correlation_codes_are_the_nearest(number_format: Format, shape:
 def test_the_output_error_falls(number_format: Format) -> None:
     weight, moments = random_weight(24, 96), correlated_moments(96, 2, rank=48)
     parameters = fit_parameters(weight, [number_format])[number_format]
-    nearest, found = with_codes(weight, parameters), compensated(weight, parameters, [feedback(moments)])
+    nearest, found = with_codes(weight, parameters), with_codes(weight, parameters, [feedback(moments)])
     assert output_error(weight, found, moments) < 0.8 * output_error(weight, nearest, moments)
 
 
@@ -91,7 +91,7 @@ def test_inputs_of_few_kinds_leave_next_to_nothing() -> None:
     number_format = Format.parse("uaq4")
     parameters = fit_parameters(weight, [number_format])[number_format]
     nearest = output_error(weight, with_codes(weight, parameters), moments)
-    found = output_error(weight, compensated(weight, parameters, [feedback(moments)]), moments)
+    found = output_error(weight, with_codes(weight, parameters, [feedback(moments)]), moments)
     assert found < 0.1 * nearest
 
 
@@ -99,8 +99,8 @@ def test_errors_stay_within_a_part() -> None:
     weight, moments, number_format = random_weight(8, 40), correlated_moments(40, 4), Format.parse("kmc3")
     parameters = fit_parameters(weight, [number_format])[number_format]
     both = feedback_of([moments[:24, :24], moments[24:, 24:]], 0, 40)
-    found = compensated(weight, parameters, both).codes
-    first_alone = compensated(weight, parameters, [both[0], feedback(torch.eye(16))]).codes
+    found = with_codes(weight, parameters, both).codes
+    first_alone = with_codes(weight, parameters, [both[0], feedback(torch.eye(16))]).codes
     assert torch.equal(found[:, :24], first_alone[:, :24])
     assert not torch.equal(found[:, 24:], first_alone[:, 24:])
 
@@ -120,7 +120,7 @@ def test_blocks_are_cut_to_the_columns(start: int, width: int, block: int) -> No
 def test_inputs_that_are_never_used_change_nothing() -> None:
     weight, number_format = random_weight(4, 12), Format.parse("uaq3")
     parameters = fit_parameters(weight, [number_format])[number_format]
-    silent = compensated(weight, parameters, [feedback(torch.zeros(12, 12))])
+    silent = with_codes(weight, parameters, [feedback(torch.zeros(12, 12))])
     assert torch.equal(silent.codes, with_codes(weight, parameters).codes)
 
 
@@ -148,6 +148,6 @@ def test_moments_of_another_layer_are_refused() -> None:
     weight, number_format = random_weight(4, 12), Format.parse("uaq3")
     parameters = fit_parameters(weight, [number_format])[number_format]
     with pytest.raises(InputError, match="has 12 columns, its moments are of 11"):
-        compensated(weight, parameters, [feedback(torch.eye(11))], layer_name="proj")
+        with_codes(weight, parameters, [feedback(torch.eye(11))], layer_name="proj")
     with pytest.raises(InputError, match="its parameters were fitted for"):
-        compensated(weight[:, :6], parameters, [feedback(torch.eye(6))], layer_name="proj")
+        with_codes(weight[:, :6], parameters, [feedback(torch.eye(6))], layer_name="proj")

@@ -76,10 +76,27 @@ def fit_parameters(weight: Tensor, formats: Iterable[Format], *, layer_name: str
     return {f: Fitted(f, shape, found[f], errors[f], norm) for f in asked}
 
 
-def with_codes(weight: Tensor, fitted: Fitted, *, layer_name: str = "") -> Fitted:
-    """A fit with the codes of the weight that it was made for: the nearest ones."""
-    rows = _rows_fitted_by(fitted, weight, layer_name)
-    return replace(fitted, codes=fitted.format.numerics.codes(rows, fitted.format, fitted.parameters))
+def with_codes(weight: Tensor, fitted: Fitted, parts: Sequence[Feedback] = (), *, layer_name: str = "") -> Fitted:
+    """A fit with the codes of the weight that it was made for: the nearest ones, or those of error feedback.
+
+    `parts` are the feedback of consecutive ranges of the N = in * kernel size columns; errors stay within a range.
+    A family without error feedback gives its nearest codes.
+    """
+    shape, family = tuple(weight.shape), fitted.format.numerics
+    if shape != fitted.shape:
+        raise InputError(f"{_named(layer_name)} has shape {shape}, its parameters were fitted for {fitted.shape}")
+    rows, n, start = _read_rows(weight, layer_name), sum(len(part.order) for part in parts), 0
+    if parts and n != rows.shape[1]:
+        raise InputError(f"{_named(layer_name)} has {rows.shape[1]} columns, its moments are of {n}")
+    codes = torch.empty(rows.shape, dtype=torch.uint8)
+    for part in parts:
+        columns = part.order + start
+        found = family.feedback_codes(rows[:, columns], columns, part.asked, fitted.format, fitted.parameters)
+        if found is None:
+            break
+        codes[:, columns] = found
+        start += len(part.order)
+    return replace(fitted, codes=codes if start else family.codes(rows, fitted.format, fitted.parameters))
 
 
 def error_estimates(
@@ -166,26 +183,6 @@ def feedback_of(blocks: Sequence[Tensor], start: int, stop: int) -> list[Feedbac
     return found
 
 
-def compensated(weight: Tensor, fitted: Fitted, parts: Sequence[Feedback], *, layer_name: str = "") -> Fitted:
-    """As `with_codes` with codes by error feedback instead of the nearest ones, if the family has such.
-
-    `parts` are the feedback of consecutive ranges of the N = in * kernel size columns; errors stay within a range.
-    """
-    rows = _rows_fitted_by(fitted, weight, layer_name)
-    n = sum(len(part.order) for part in parts)
-    if n != rows.shape[1]:
-        raise InputError(f"{_named(layer_name)} has {rows.shape[1]} columns, its moments are of {n}")
-    codes, start, family = torch.empty(rows.shape, dtype=torch.uint8), 0, fitted.format.numerics
-    for part in parts:
-        columns = part.order + start
-        found = family.feedback_codes(rows[:, columns], columns, part.asked, fitted.format, fitted.parameters)
-        if found is None:
-            return with_codes(weight, fitted, layer_name=layer_name)
-        codes[:, columns] = found
-        start += len(part.order)
-    return replace(fitted, codes=codes)
-
-
 def _named(layer_name: str) -> str:
     return f"layer {layer_name!r}" if layer_name else "the weight"
 
@@ -225,10 +222,3 @@ def _read_rows(weight: Tensor, layer_name: str) -> Tensor:
     if not (math.isfinite(float(rows.amin())) and math.isfinite(float(rows.amax()))):  # NaN, when any value is
         raise InputError(f"{_named(layer_name)} holds NaN or infinity (as float32). Leave it at fp16.")
     return rows
-
-
-def _rows_fitted_by(fitted: Fitted, weight: Tensor, layer_name: str) -> Tensor:
-    shape = tuple(weight.shape)
-    if shape != fitted.shape:
-        raise InputError(f"{_named(layer_name)} has shape {shape}, its parameters were fitted for {fitted.shape}")
-    return _read_rows(weight, layer_name)
