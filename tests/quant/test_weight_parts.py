@@ -18,11 +18,11 @@ from sedimo.quant.packing import pack
 from sedimo.quant.parts import (
     TensorSpec,
     WeightPart,
-    check_cover,
     expected_tensors,
     reconstruct,
     weight_part,
 )
+from sedimo.quant.tensor import QuantizedTensor
 
 FORMATS = ("uaq2", "uaq3", "uaq8", "uaq4g4", "uaq5g64", "kmc2", "kmc5", "kma3", "kma8")
 
@@ -132,13 +132,13 @@ def test_missing_parameters_are_refused():
 def test_parts_must_cover_the_inputs_once():
     part = random_packed((3, 8), "kmc4").parts[0]
     with pytest.raises(InputError, match="got only 8"):
-        check_cover([part], (3, 9))
+        QuantizedTensor.from_parts([part], (3, 9), torch.float32)
     with pytest.raises(InputError, match=r"got 0\.\.8 at 8"):
-        check_cover([part, part], (3, 16))
+        QuantizedTensor.from_parts([part, part], (3, 16), torch.float32)
     with pytest.raises(InputError, match="got only 0"):
-        check_cover([], (3, 8))
+        QuantizedTensor.from_parts([], (3, 8), torch.float32)
     with pytest.raises(InputError, match="at least one of each"):
-        check_cover([], (3, 0))
+        QuantizedTensor.from_parts([], (3, 0), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -135,14 +135,15 @@ class Activations:
         """The quantizers of the layers whose inputs take fewer than 16 bits."""
         found = {}
         for layer, width in bits.items():
+            if width == FULL_BITS:
+                continue
             own = self.static.get(layer, {}).get(f"a{width}")
-            if width != FULL_BITS and self.static and own is None:
+            if self.static and own is None:
                 raise InputError(
                     f"no static range is known for the inputs of layer {layer!r} at {width} bits: offer that width "
                     f"when ranges are calibrated (--act a{width}), or use dynamic ranges (leave out --act-ranges)"
                 )
-            if width != FULL_BITS:
-                found[layer] = ActivationQuantizer(width, self.symmetric, own)
+            found[layer] = ActivationQuantizer(width, self.symmetric, own)
         return InputQuantizers(found, self.timesteps)
 
 

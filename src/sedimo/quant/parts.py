@@ -215,17 +215,3 @@ def weight_part(piece: Fitted | Tensor, *, start: int = 0) -> WeightPart:
     ((name, dtypes),) = FP16.numerics.dtypes.items()
     dtype = piece.dtype if piece.dtype in dtypes else torch.float32
     return WeightPart(start, stop, FP16, {name: piece.detach().to(dtype).reshape(len(piece), -1).clone()})
-
-
-def check_cover(parts: Sequence[WeightPart], shape: Sequence[int]) -> None:
-    """Refuses parts that do not fit, or do not cover the input channels of a weight exactly once, in order."""
-    if len(shape) < 2 or min(shape) < 1:
-        raise InputError(f"a packed weight has the shape [out, in, ...] with at least one of each, got {tuple(shape)}")
-    position, rule = 0, f"parts must cover the {shape[1]} input channels in order"
-    for part in parts:
-        if part.start != position or part.stop <= part.start:
-            raise InputError(f"{rule}, got {part.start}..{part.stop} at {position}")
-        part.check(shape)
-        position = part.stop
-    if position != shape[1]:
-        raise InputError(f"{rule}, got only {position}")

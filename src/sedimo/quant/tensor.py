@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.quant.formats import Format, paper_bytes
-from sedimo.quant.parts import Fitted, WeightPart, check_cover, weight_part
+from sedimo.quant.parts import Fitted, WeightPart, weight_part
 
 _PREFIX = "part_"
 _REMEDY = (
@@ -96,10 +96,19 @@ class QuantizedTensor(torch.Tensor):
 
     @classmethod
     def from_parts(cls, parts: Sequence[WeightPart], shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
-        """A packed weight of the given logical shape and dtype."""
+        """A packed weight of the given logical shape and dtype, whose input channels the parts cover in order."""
         if not dtype.is_floating_point:
             raise InputError(f"the logical dtype of a packed weight must be a float, got {dtype}")
-        check_cover(parts, shape)
+        if len(shape) < 2 or min(shape) < 1:
+            raise InputError(f"a packed weight is [out, in, ...] with at least one of each, got {tuple(shape)}")
+        position, rule = 0, f"parts must cover the {shape[1]} input channels in order"
+        for part in parts:
+            if part.start != position or part.stop <= part.start:
+                raise InputError(f"{rule}, got {part.start}..{part.stop} at {position}")
+            part.check(shape)
+            position = part.stop
+        if position != shape[1]:
+            raise InputError(f"{rule}, got only {position}")
         packing = Layout(tuple(shape), tuple((p.start, p.stop, p.format, tuple(p.tensors)) for p in parts))
         return _wrap(parts, packing, dtype)
 
