@@ -143,7 +143,7 @@ class _Look:
         inputs = args[0].detach()
         low, high = map(float, inputs.aminmax())
         if not math.isfinite(low) or not math.isfinite(high):
-            raise InputError(f"layer {layer!r}: its inputs hold NaN or infinity, not a range; calibrate in float32")
+            raise InputError(f"layer {layer!r}: its inputs hold NaN or infinity; calibrate in float32")
         counts = torch.zeros((), dtype=torch.int64)
         if self._how.ranges != "min-max":
             bits = inputs.to(torch.bfloat16).contiguous().view(torch.int16).flatten().int() & (_N_VALUES - 1)
@@ -184,11 +184,8 @@ def _range(seen: Values, bits: int, how: ActivationSettings) -> tuple[float, flo
     if how.ranges == "percentile":
         below, above = weights.cumsum(0), weights.flip(0).cumsum(0)
         least = PERCENTILE / 100 * float(weights.sum())
-        ends = (
-            float(values.flip(0)[int((above >= least).nonzero()[0])]),
-            float(values[int((below >= least).nonzero()[0])]),
-        )
-        return max(low, ends[0]), min(high, ends[1])
+        lower, upper = values.flip(0)[above >= least][0], values[below >= least][0]
+        return max(low, float(lower)), min(high, float(upper))
 
     def error(pair: tuple[float, float]) -> float:
         quantizer = ActivationQuantizer(bits, how.symmetric, InputRange((pair[0],), (pair[1],)))
