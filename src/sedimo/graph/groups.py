@@ -99,7 +99,9 @@ class _Finder:
             block = self.nodes[i].block
             outputs = {j for j in self._layers_next_to(i, self._after, block) if self.nodes[j].block == block}
             members = inputs[i] | (outputs - feeds_attention) | self._inside(i, attentions)
-            kind = "self_attention" if self._is_self_attention(i) else "cross_attention"
+            origins = [{s for layer in layers for s in self._before[layer]} for layers in self._score_layers(i)]
+            is_self = len(origins) < 2 or origins[0] == origins[1]  # queries and keys come from the same streams
+            kind = "self_attention" if is_self else "cross_attention"
             for part in self.connected_parts(sorted(members - self._taken.keys())):
                 if not inputs[i].isdisjoint(part):
                     self._take(kind, part)
@@ -111,17 +113,13 @@ class _Finder:
         is_apart = inside.isdisjoint(set(attentions) - {attention})
         return inside - {attention} if owner and owner != self.nodes[attention].block and is_apart else set()
 
-    def _is_self_attention(self, i: int) -> bool:
-        """Whether queries and keys come from the same streams."""
-        origins = [
-            {source for layer in self._layers_at(port, self.nodes[i].block) for source in self._before[layer]}
-            for port in self._before[i][:2]
+    def _score_layers(self, attention: int) -> list[set[int]]:
+        """The layers that make the queries, and those that make the keys."""
+        block = self.nodes[attention].block
+        return [
+            {port} if self._is_layer[port] else set(self._layers_next_to(port, self._before, block))
+            for port in self._before[attention][:2]
         ]
-        return len(origins) < 2 or origins[0] == origins[1]
-
-    def _layers_at(self, port: int, block: str) -> list[int]:
-        """The layers that an attention reads through one of its inputs."""
-        return [port] if self._is_layer[port] else list(self._layers_next_to(port, self._before, block))
 
     def take_units(self) -> dict[int, list[int]]:
         """The rest of each block by module, cut into connected parts; the layers that steer others are left."""
@@ -232,8 +230,7 @@ class _Finder:
         attention = next((i for i in sorted(self._neighbourhood(members)) if self.nodes[i].kind == "attention"), None)
         if attention is None or len(self._before[attention]) < 3:
             return [list(members)]
-        block = self.nodes[attention].block
-        score = {i for port in self._before[attention][:2] for i in self._layers_at(port, block)}
+        score = set().union(*self._score_layers(attention))
         score = {i for i in members if i in score or self._is_vector[i]}
         return [part for part in (sorted(score), [i for i in members if i not in score]) if part]
 
