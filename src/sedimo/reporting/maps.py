@@ -144,9 +144,6 @@ class Maps:
     blocks: BlockCurves | None = None
 
 
-NO_MAPS = Maps()
-
-
 def recipe_map(noise: TrajectoryNoise) -> NoiseMap:
     """The noise of a recipe block by block."""
     found = {name: sqnr_by_call(ratios) for name, ratios in noise.blocks.items()}
@@ -303,9 +300,8 @@ def blocks_figure(curves: BlockCurves, caption: str, heading: str = "", table: T
     )
 
 
-def _most_gained(curves: BlockCurves) -> str:
+def _most_gained(c: BlockCurves) -> str:
     """Which block gains most when it is spared, if any is shown to."""
-    c = curves
     gaining = [row for row in c.rows if row.alone_kept.low > 0]
     whole = f"All blocks at {name(str(c.number_format))} have {with_error(c.everything, 'dB')} SQNR"
     if not gaining:
@@ -314,9 +310,8 @@ def _most_gained(curves: BlockCurves) -> str:
     return f"{whole}; leaving {name(best.block)} alone at 16 bits gains most, {with_error(best.alone_kept, 'dB')}."
 
 
-def _hybrid(curves: BlockCurves) -> str:
+def _hybrid(c: BlockCurves) -> str:
     """Which blocks stay at 16 bits and what that gains; empty when none do."""
-    c = curves
     if c.hybrid is None or c.hybrid_gain is None:
         return ""
     return (

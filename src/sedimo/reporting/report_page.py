@@ -122,14 +122,12 @@ def _decided(summary: Summary) -> Section:
 
 def layer_maps(summary: Summary) -> tuple[Map, ...]:
     """The map: one for each kind of block, the largest first, layers outside all blocks last."""
-    placed: dict[str, list[tuple[str, str, str, Swatch]]] = {}
+    placed: dict[str, list[tuple[str, str, Swatch]]] = {}
     for cost in summary.chosen:
         operation = summary.table.operations[cost.decision]
         for layer, block in _blocks_of(summary.table, cost.decision):
-            cell = _swatch(summary, cost, layer)
-            placed.setdefault(placement.kind_of(block), []).append(
-                (layer, block, placement.inside(operation, block), cell)
-            )
+            row = placement.inside(operation, block) if block else layer
+            placed.setdefault(placement.kind_of(block), []).append((row, block, _swatch(summary, cost, layer)))
     made = (_map(kind, entries) for kind, entries in placed.items())
     return tuple(sorted(made, key=lambda one: (one.columns == ("",), -len(one.cells))))
 
@@ -137,30 +135,27 @@ def layer_maps(summary: Summary) -> tuple[Map, ...]:
 def _blocks_of(table: SensitivityTable, decision: str) -> list[tuple[str, str]]:
     """The layers of a decision and their blocks; layers elsewhere in the tree than the first are left out."""
     block, (first, *others) = table.blocks[decision], table.layers[decision]
-    alike = [
-        layer for layer in others if block and placement.without_numbers(layer) == placement.without_numbers(first)
-    ]
+    alike = [one for one in others if block and placement.without_numbers(one) == placement.without_numbers(first)]
     depth = len(block.split("."))
     return [(first, block), *((layer, ".".join(layer.split(".")[:depth])) for layer in alike)]
 
 
-def _map(kind: str, entries: Sequence[tuple[str, str, str, Swatch]]) -> Map:
-    """Of layers with their blocks and operations; outside of blocks, each has a row."""
+def _map(kind: str, entries: Sequence[tuple[str, str, Swatch]]) -> Map:
+    """Of layers with their rows and blocks; outside of blocks, each has a row."""
     if kind == OUTSIDE:
-        cells = {(i, 0): cell for i, (*_, cell) in enumerate(entries)}
-        return Map("Layers outside all blocks", tuple(layer for layer, *_ in entries), ("",), cells)
-    blocks = sorted({block for _, block, *_ in entries}, key=placement.natural_order)
+        outside = {(i, 0): cell for i, (*_, cell) in enumerate(entries)}
+        return Map("Layers outside all blocks", tuple(row for row, *_ in entries), ("",), outside)
+    blocks = sorted({block for _, block, _ in entries}, key=placement.natural_order)
     rows: dict[str, int] = {}
-    cells = {}
-    for _, block, operation, cell in entries:
-        name, repeat, column = operation, 1, blocks.index(block)
+    cells: dict[tuple[int, int], Swatch] = {}
+    for row, block, cell in entries:
+        name, repeat, column = row, 1, blocks.index(block)
         while (rows.setdefault(name, len(rows)), column) in cells:
             repeat += 1
-            name = f"{operation} ({repeat})"
+            name = f"{row} ({repeat})"
         cells[rows[name], column] = cell
-    return Map(
-        f"{len(blocks)} \N{MULTIPLICATION SIGN} {kind}", tuple(rows), tuple(map(placement.label_of, blocks)), cells
-    )
+    title = f"{len(blocks)} \N{MULTIPLICATION SIGN} {kind}"
+    return Map(title, tuple(rows), tuple(map(placement.label_of, blocks)), cells)
 
 
 def _swatch(summary: Summary, cost: Cost, layer: str) -> Swatch:

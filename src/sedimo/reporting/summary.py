@@ -22,7 +22,7 @@ from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import PairedDifference
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.explanation import Explanation
-from sedimo.reporting.maps import NO_MAPS, Maps
+from sedimo.reporting.maps import Maps
 from sedimo.reporting.page import Picture
 from sedimo.reporting.placement import OUTSIDE, kind_of, operation_label, stage
 from sedimo.treatments.learned_rounding import LearnedRounding
@@ -107,7 +107,7 @@ class Evidence:
     file_bytes: int | None = None
     source_file_bytes: int | None = None
     explanation: Explanation | None = None
-    maps: Maps = NO_MAPS
+    maps: Maps = Maps()
     rounding: LearnedRounding | None = None
     prediction: Prediction | None = None
     entrants: tuple[Entrant, ...] = ()
@@ -119,7 +119,7 @@ class Evidence:
 
     def as_json(self) -> dict[str, object]:
         """What the report explains and draws, as plain values by name; what it lacks is left out."""
-        found = {"explanation": self.explanation, "maps": None if self.maps == NO_MAPS else self.maps}
+        found = {"explanation": self.explanation, "maps": None if self.maps == Maps() else self.maps}
         return {name: to_plain(one) for name, one in found.items() if one is not None}
 
 
