@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -424,9 +424,9 @@ def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
     markers = itertools.cycle(_MARKERS)
     for label, line in lines.items():
         is_this = line[0].kind == "this"
-        drawn = _series(line, label, "this" if is_this else "other")
-        dashes: Literal["", "-", "--"] = "" if len(line) == 1 else "-" if is_this else "--"
-        series.append(replace(drawn, marker="D" if is_this else next(markers), line=dashes))
+        look: Look = "this" if is_this else "other"
+        marker = "D" if is_this else next(markers)
+        series.append(_series(line, label, look, marker, "" if len(line) == 1 else "-" if is_this else "--"))
     places = [p.bits for p in finite]
     plot = Plot(
         tuple(series),
@@ -448,8 +448,10 @@ def curve_figure(points: Sequence[CurvePoint], *, here: float) -> Figure | None:
     )
 
 
-def _series(points: Sequence[CurvePoint], label: str, look: Look) -> Series:
-    return Series(tuple(p.measured for p in points), tuple(p.bits for p in points), label, look)
+def _series(
+    points: Sequence[CurvePoint], label: str, look: Look, marker: Marker = "o", line: Literal["", "-", "--"] = ""
+) -> Series:
+    return Series(tuple(p.measured for p in points), tuple(p.bits for p in points), label, look, marker, line=line)
 
 
 def predictors_figure(found: Sequence[PredictorRow]) -> Figure | None:
@@ -507,16 +509,11 @@ _QUALITY = columns("SRCC", "Kendall's tau", "NDCG@10", "MAE")
 
 def predictors_table(found: Sequence[PredictorRow], caption: str) -> Table:
     """The quality of predictors in the order given."""
-    lines = (
-        Row(
-            (
-                f"{row.predictor} (used here)" if row.is_used else row.predictor,
-                *(_subset(row.subset), row.n, row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae),
-            ),
-            row.is_used,
-        )
-        for row in found
-    )
+    lines = []
+    for row in found:
+        label = f"{row.predictor} (used here)" if row.is_used else row.predictor
+        cells = (label, _subset(row.subset), row.n, row.srcc, row.kendall_tau, row.ndcg_at_10, row.mae)
+        lines.append(Row(cells, row.is_used))
     return Table((*columns("predictor", "recipes", "n"), *_QUALITY), tuple(lines), caption)
 
 

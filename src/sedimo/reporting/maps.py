@@ -303,7 +303,7 @@ def blocks_figure(curves: BlockCurves, caption: str, heading: str = "", table: T
 def _most_gained(c: BlockCurves) -> str:
     """Which block gains most when it is spared, if any is shown to."""
     gaining = [row for row in c.rows if row.alone_kept.low > 0]
-    whole = f"All blocks at {name(str(c.number_format))} have {with_error(c.everything, 'dB')} SQNR"
+    whole = f"All blocks at {name(c.number_format)} have {with_error(c.everything, 'dB')} SQNR"
     if not gaining:
         return f"{whole}; no single block is shown to gain by staying at 16 bits."
     best = max(gaining, key=lambda row: row.alone_kept.value)
@@ -318,7 +318,7 @@ def _hybrid(c: BlockCurves) -> str:
         f"Chosen by {c.rule}: {', '.join(map(name, c.kept))} {'stays' if len(c.kept) == 1 else 'stay'} at 16 bits, "
         f"which makes {number(c.paper_bits)} bits per weight. On {c.hybrid.n} fresh seeds that has "
         f"{with_error(c.hybrid, 'dB')}, {with_error(c.hybrid_gain, 'dB', signed=True)} against all blocks at "
-        f"{name(str(c.number_format))}, paired."
+        f"{name(c.number_format)}, paired."
     )
 
 

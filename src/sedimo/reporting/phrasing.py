@@ -41,7 +41,7 @@ _LEAST_SHARE = 1e-5  # a smaller gap is said as this one
 def headline(summary: Summary) -> str:
     """The answer in one sentence."""
     text = (
-        f"{name(summary.model)} keeps {bits(round(summary.allocation.paper_bits, 2))} of 16 bits per weight: its "
+        f"{name(summary.model)} keeps {bits(summary.allocation.paper_bits)} of 16 bits per weight: its "
         f"{summary.n_layers} weight layers shrink from {byte_size(summary.full_bytes)} to "
         f"{byte_size(summary.stored_bytes)}"
     )
@@ -65,21 +65,14 @@ def tiles(summary: Summary) -> tuple[Tile, ...]:
     else:
         was = f", was {byte_size(evidence.source_file_bytes)}" if evidence.source_file_bytes else ""
         file = f"; whole file {byte_size(evidence.file_bytes)}{was}"
-    size = (
-        Tile(
-            bits(round(summary.allocation.paper_bits, 2)),
-            "bits",
-            "per weight, down from 16",
-            f"in the papers' accounting; {bits(round(summary.allocation.stored_bits, 2))} as stored",
-        ),
-        Tile(
-            f"{number(before / after)}\N{MULTIPLICATION SIGN}",
-            "smaller",
-            f"{byte_size(before)} → {byte_size(after)}",
-            f"the quantized layers{file}",
-        ),
+    paper, stored = bits(summary.allocation.paper_bits), bits(summary.allocation.stored_bits)
+    times, sizes = f"{number(before / after)}\N{MULTIPLICATION SIGN}", f"{byte_size(before)} → {byte_size(after)}"
+    return (
+        Tile(paper, "bits", "per weight, down from 16", f"in the papers' accounting; {stored} as stored"),
+        Tile(times, "smaller", sizes, f"the quantized layers{file}"),
+        *_signal_tile(summary),
+        _last_tile(summary),
     )
-    return (*size, *_signal_tile(summary), _last_tile(summary))
 
 
 def _signal_tile(summary: Summary) -> Iterator[Tile]:
@@ -202,9 +195,9 @@ def _spared(summary: Summary) -> Iterator[str]:
             rows.append((cost.format.bits, db, cost, other))
     for n_bits, db, cost, other in sorted(rows, key=lambda row: row[:2], reverse=True)[:_N_SPARED]:
         yield (
-            f"{name(cost.decision)} keeps {n_bits} bits ({name(str(cost.format))}), which takes "
+            f"{name(cost.decision)} keeps {n_bits} bits ({name(cost.format)}), which takes "
             f"{byte_size(cost.stored_bytes)} for {share(summary.params_share([cost]))} of the weights: at {at.bits} "
-            f"bits ({name(str(at))}) it alone would add {_added(other, db, summary.cost.value)}."
+            f"bits ({name(at)}) it alone would add {_added(other, db, summary.cost.value)}."
         )
 
 
@@ -240,7 +233,7 @@ def _concentration(summary: Summary) -> Iterator[str]:
     worst = max(shares, key=shares.__getitem__)
     yield (
         f"Half of the remaining {summary.cost_name} comes from {count} of {len(shares)} decisions; the largest single "
-        f"part, {share(shares[worst])}, from {name(worst.decision)} at {name(str(worst.format))}."
+        f"part, {share(shares[worst])}, from {name(worst.decision)} at {name(worst.format)}."
     )
 
 
@@ -257,13 +250,13 @@ def _next_bits(summary: Summary) -> Iterator[str]:
         n_bits, noise = min(more, key=lambda point: abs(point[0] - allocation.bits - 0.5))
         gain = 10 * math.log10(cost / noise)
         what = f"lower the noise by {gain:.1f} dB" if gain >= _TINY_DB else "hardly lower the noise"
-        parts.append(f"{bits(round(n_bits, 2))} bits would {what}")
+        parts.append(f"{bits(n_bits)} bits would {what}")
     elif allocation.budget_bops is not None and summary.evidence.frontier:
         parts.append("more bits would not lower the noise")
     if fewer:
         n_bits, noise = min(fewer, key=lambda point: abs(point[0] - allocation.bits + 0.5))
         loss = 10 * math.log10(noise / cost)
-        parts.append(f"{bits(round(n_bits, 2))} bits would raise {'it' if parts else 'the noise'} by {loss:.1f} dB")
+        parts.append(f"{bits(n_bits)} bits would raise {'it' if parts else 'the noise'} by {loss:.1f} dB")
     within = "" if allocation.budget_bops is None else " and under the same limit of bit operations"
     if parts:
         yield f"By prediction{within}, {joined(parts)}."

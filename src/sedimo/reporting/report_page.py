@@ -162,11 +162,11 @@ def _swatch(summary: Summary, cost: Cost, layer: str) -> Swatch:
     """A layer with all about it in words; a copy, if its weights are stored with another's."""
     first, part = summary.table.layers[cost.decision][0], summary.share([cost])
     name = cost.decision if layer == first else layer
-    text = f"{name}: {cost.format} ({family_words(cost.format)}), {byte_size(cost.stored_bytes)}"
-    if part is not None:
-        text += f", {share(part)} of the {summary.cost_name}"
+    text = f"{name}: {cost.format} ({family_words(cost.format)}), {byte_size(cost.stored_bytes)}, "
+    if part is None:
+        text += f"{summary.cost_name} {number(cost.cost, cost.standard_error)}"
     else:
-        text += f", {summary.cost_name} {number(cost.cost, cost.standard_error)}"
+        text += f"{share(part)} of the {summary.cost_name}"
     if layer == first:
         return Swatch(text, format=cost.format)
     return Swatch(f"{text}; stored once with {first}", format=cost.format, is_copy=True)
@@ -329,25 +329,17 @@ def _entrants(entrants: Sequence[Entrant]) -> Table:
         ("on the searched seeds [dB]", "plus-minus"),
         ("in the final [dB]", "plus-minus"),
     )
-    lines = tuple(
-        Row(
-            (
-                f"{one.name} (this report)" if one.is_winner else one.name,
-                one.stored_bits,
-                "" if one.predicted_db is None else Estimate(one.predicted_db, _TENTH, -math.inf, math.inf, 0),
-                one.searched,
-                "" if one.final is None else one.final,
-            ),
-            one.is_winner,
-        )
-        for one in entrants
-    )
+    lines = []
+    for one in entrants:
+        label = f"{one.name} (this report)" if one.is_winner else one.name
+        predicted = "" if one.predicted_db is None else Estimate(one.predicted_db, _TENTH, -math.inf, math.inf, 0)
+        lines.append(Row((label, one.stored_bits, predicted, one.searched, one.final or ""), one.is_winner))
     caption = (
         "Mean SQNR with its 95 % interval; higher is better. The final is held on seeds that nothing was searched on, "
         "and the figures of the recipes there are known better than the errors suggest, because all ran on the same "
         "seeds."
     )
-    return Table(titles, lines, caption)
+    return Table(titles, tuple(lines), caption)
 
 
 def _recipes_figure(recipes: Sequence[MeasuredRecipe]) -> Figure | None:

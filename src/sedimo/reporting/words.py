@@ -82,7 +82,8 @@ def count(n: float) -> str:
 
 def bits(value: float) -> str:
     """Bits per weight with two decimals; whole numbers stay whole."""
-    return f"{value:.0f}" if value == round(value) else f"{value:.2f}"
+    rounded = round(value, 2)
+    return f"{rounded:.0f}" if rounded == round(rounded) else f"{rounded:.2f}"
 
 
 def share(value: float) -> str:
@@ -182,9 +183,9 @@ def mark(number_format: Format) -> str:
     return "\N{IDENTICAL TO}" if sign and number_format.group_size else sign
 
 
-def name(text: str) -> str:
+def name(what: str | Format) -> str:
     """A name between backticks, whatever it contains."""
-    return f"`{text.replace('`', chr(39))}`"
+    return f"`{str(what).replace('`', chr(39))}`"
 
 
 def plain(text: str) -> str:
@@ -233,7 +234,7 @@ def said(value: Value, kind: Kind | None = None) -> tuple[str, str]:
 
 _SAID_BY: Mapping[Kind | None, Callable[[float], str]] = {
     "count": count,
-    "bits": lambda value: bits(round(value, 2)),
+    "bits": bits,
     "fine bits": "{:.3f}".format,
     "bytes": byte_size,
     "change of bytes": lambda value: f"{'+' if value >= 0 else ''}{byte_size(value)}",
