@@ -136,9 +136,6 @@ def score_boxes(values_by_name: Mapping[str, Sequence[float]]) -> tuple[ScoreBox
     Example:
         >>> score_boxes({"to_q": [1.0, 2.0, 3.0]})
         (ScoreBox(name='to_q', n=3, low=1.1, q25=1.5, median=2.0, q75=2.5, high=2.9),)
-
-    Raises:
-        InputError: a name without scores, or a score that is not a number.
     """
     found = []
     for key, values in values_by_name.items():

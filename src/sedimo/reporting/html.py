@@ -46,11 +46,7 @@ _SIGNS = {"confirmed": "✓", "refuted": "✗", "open": "?", "not measured": "�
 
 
 def write_page(page: Page, path: str | Path) -> Path:
-    """Writes a page and returns its path; an existing file is replaced at once or not at all.
-
-    Raises:
-        InputError: the folder does not exist, or the page would exceed 5 MB.
-    """
+    """Writes a page and returns its path; an existing file is replaced at once or not at all."""
     target = Path(path)
     if not target.parent.is_dir():
         raise InputError(f"the report's folder must exist, got {str(target.parent)!r}. Create it first.")

@@ -56,8 +56,7 @@ def stage_labels(stages: Sequence[str]) -> tuple[list[str], str]:
         >>> stage_labels(["down_blocks.0", "mid_block"])
         (['down 0', 'mid'], '')
     """
-    named = [s for s in stages if s != OUTSIDE]
-    containers = {without_numbers(s) for s in named}
+    containers = {without_numbers(s) for s in stages if s != OUTSIDE}
     if len(containers) != 1:
         return [_stage_label(found) for found in stages], ""
     return ["outside" if s == OUTSIDE else _numbers(s) for s in stages], containers.pop()
@@ -72,7 +71,7 @@ def block_labels(blocks: Sequence[str]) -> tuple[list[str], str]:
         >>> block_labels(["down_blocks.1.resnets.0", "down_blocks.1.attentions.0", "down_blocks.1"])
         (['down 1.0 resnets', 'down 1.0 attentions', 'down 1'], '')
     """
-    named = [OUTSIDE if block in ("", OUTSIDE) else block for block in blocks]
+    named = [block or OUTSIDE for block in blocks]
     if all("." not in without_numbers(block) for block in named):
         labels, common = stage_labels(named)
     else:
