@@ -9,6 +9,7 @@ import numpy as np
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.lab.study import Execution, Setting, Trial
 from sedimo.methods.adjoint import adjoint_table, effects_of
+from sedimo.methods.method import Finding
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
@@ -57,6 +58,7 @@ class World:
         self.probe = probe_of(products, N_SHOWN)
         self.effects = effects_of(candidates, self.probe)
         self.table = adjoint_table(self.space, candidates, self.probe)
+        self.finding = Finding(self.bank, self.table).with_evidence(self.effects)
         true = drawn_products(self.space, _power(factors), (N_SEARCHED + N_FINAL, 40), seed + 2)
         self.truth = effects_of(candidates, probe_of(true, N_SEARCHED + N_FINAL))
         self.searching = Told(lambda recipe: self.noise(recipe)[:N_SEARCHED], N_SEARCHED)

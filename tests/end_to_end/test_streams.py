@@ -131,7 +131,8 @@ def test_first_order_noise_of_a_stream_is_that_of_its_slice_perturbed(made):
     direction = torch.randn(call.output.shape, generator=torch.Generator().manual_seed(1))
     with Taps(denoiser, changes) as taps:
         taps.begin(call.output.device)
-        found = taps.squared_products(denoiser(**call.inputs)[0], direction)
+        products, _ = taps.products([denoiser(**call.inputs)[0]], [direction], n_samples=len(direction))
+        found = {name: one.square() for name, one in products.items()}
     for d in chosen:
         name = f"{d.layers[0]}.weight"
         weight = denoiser.get_parameter(name).detach()

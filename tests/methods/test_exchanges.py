@@ -24,12 +24,12 @@ def world():
 
 
 def start_of(world):
-    return decide_by_effects(world.table, world.effects, world.bank, BUDGET)
+    return decide_by_effects(world.finding, BUDGET)
 
 
 def refined(world, minutes, found=None):
     found = found or start_of(world)
-    return refine(world, found, world.table, world.effects, BUDGET, on=world.seeds.search, minutes=minutes)
+    return refine(world, found, world.finding, BUDGET, on=world.seeds.search, minutes=minutes)
 
 
 def score(noise):
@@ -109,7 +109,7 @@ def test_where_nothing_is_better_the_final_is_not_held(world):
 
 
 def test_entrants_of_the_portfolio_stay(world):
-    held = hold_portfolio(world, world.table, world.effects, BUDGET)
+    held = hold_portfolio(world, world.finding, BUDGET)
     after = refined(world, 16, found=replace(start_of(world), entrants=held.entrants))
     *old, new = after.entrants
     assert old == [replace(e, is_winner=False) for e in held.entrants]

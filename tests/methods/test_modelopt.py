@@ -80,7 +80,7 @@ def test_the_programme_keeps_its_own_budget_and_spends_it(scored, space):
     total = sum(g.n_weights for g in groups)
     for bits in (3.0, 4.5):
         chosen = modelopt.solve(groups, bits)
-        used = sum(g.n_weights * modelopt._effective_bits(name) for g, name in zip(groups, chosen, strict=True))
+        used = sum(g.n_weights * modelopt.EFFECTIVE_BITS[name] for g, name in zip(groups, chosen, strict=True))
         assert 0.97 * bits <= used / total <= bits + FLOAT64_FORMULA
     assert modelopt.solve(groups, 1.0) is None
 

@@ -60,7 +60,7 @@ def greedy(groups, effective_bits):
     at, total = [0] * len(groups), sum(g.n_weights for g in groups)
 
     def used():
-        return sum(g.n_weights * modelopt._effective_bits(n[i]) for g, n, i in zip(groups, names, at, strict=True))
+        return sum(g.n_weights * modelopt.EFFECTIVE_BITS[n[i]] for g, n, i in zip(groups, names, at, strict=True))
 
     for _ in range(sum(map(len, names))):
         steps = [i for i, n in enumerate(names) if at[i] + 1 < len(n)]

@@ -17,6 +17,7 @@ from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import Study
 from sedimo.methods import portfolio
 from sedimo.methods.adjoint import adjoint_table, effects_of, probe_adjoint
+from sedimo.methods.method import Finding
 from sedimo.methods.portfolio import (
     FINE_NAME,
     N_FINALISTS,
@@ -42,7 +43,7 @@ SAMPLED_DB = 2.0  # of a prediction from 32 samples of 4 directions: its standar
 
 
 def held(world, budget):
-    return hold_portfolio(world, world.table, world.effects, budget)
+    return hold_portfolio(world, world.finding, budget)
 
 
 def uniform_within(world, budget):
@@ -131,7 +132,7 @@ def test_what_is_predicted_of_a_rule_is_cross_validated():
         SIGNED_NAME: lambda table, effects: allocate_signed(table, effects, limits).choice,
         SUMMED_NAME: lambda table, _: allocate_within(table, limits).choice,
     }
-    signed = decide_by_effects(world.table, world.effects, world.bank, budget)
+    signed = decide_by_effects(world.finding, budget)
     expected = {name: cross_validated_noise(*given, rule) for name, rule in rules.items()}
     assert np.array_equal(signed.predicted, expected[SIGNED_NAME])
     inside = world.effects.noise(allocate_by_effects(world.table, world.effects, budget).choice)
@@ -165,10 +166,10 @@ def test_recipes_of_all_rules_are_different():
 def test_one_rule_leaves_out_the_coarsest_formats(monkeypatch):
     world, recipes = World(formats="uaq2,uaq3,uaq4,uaq6,fp16"), {}
     monkeypatch.setattr(portfolio, "_predicted", lambda *_: np.ones(3))
-    original = portfolio._rules
-    monkeypatch.setattr(portfolio, "_rules", lambda *a: recipes.update(original(*a)) or original(*a))
+    original = portfolio._entered
+    monkeypatch.setattr(portfolio, "_entered", lambda *a: recipes.update(original(*a)) or original(*a))
     held(world, BudgetSettings(bits=3.8))
-    coarse = {name: 2 in {f.bits for f in rule.allocation.choice.values()} for name, rule in recipes.items()}
+    coarse = {name: 2 in {f.bits for f in one.choice.values()} for name, one in recipes.items()}
     assert coarse[SIGNED_NAME]
     assert not coarse[FINE_NAME]
     recipes.clear()
@@ -193,13 +194,14 @@ def pipe(tiny_pipeline_folder):
 def test_on_a_pipeline_what_was_measured_is_not_measured_again(pipe, tmp_path, monkeypatch):
     bank = sedimo.fit(pipe, sedimo.search_space(sedimo.trace(pipe), "uaq2,uaq3,uaq4,uaq6"))
     budget, probe = BudgetSettings(bits=4.6), probe_adjoint(Lab(pipe, bank), pipe.default_sampling(range(4), 2))
-    effects, table = effects_of(bank.candidates, probe), adjoint_table(bank.space, bank.candidates, probe)
+    table = adjoint_table(bank.space, bank.candidates, probe)
+    finding = Finding(bank, table).with_evidence(effects_of(bank.candidates, probe))
     sampling, results = SamplingSettings(n_seeds=N_FINAL // 4, n_steps=2), []
     with Study(tmp_path) as study:
         for _ in range(2):
             lab = Lab(pipe, bank, study=study, sampling=sampling)
-            found = hold_portfolio(lab, table, effects, budget)
-            refined = refine(lab, found, table, effects, budget, on=lab.seeds.search, minutes=1e-9)
+            found = hold_portfolio(lab, finding, budget)
+            refined = refine(lab, found, finding, budget, on=lab.seeds.search, minutes=1e-9)
             results.append((found.entrants, found.allocation, found.predicted.tolist(), refined.allocation))
             monkeypatch.setattr(TrialWorker, "measure", None)  # would fail if it were called
     assert results[0] == results[1]

@@ -69,6 +69,11 @@ class Setting:
         """Content key of the setting."""
         return content_key(self._named())
 
+    @property
+    def n_samples(self) -> int:
+        """Samples behind each number."""
+        return len(self.seeds)
+
     def trial_key(self, recipe: Recipe) -> str:
         """The name of the trial of a recipe under this setting: sha256 of all that determines its number."""
         return content_key({"setting": self._named(), "recipe": recipe.key})

@@ -25,7 +25,7 @@ from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Tas
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import FP16, Format
-from sedimo.space import Recipe, SearchSpace
+from sedimo.space import SearchSpace
 
 DIVERGED = 1e6  # stands for the relative noise of a sample that became infinite
 DEFAULT_BITS = (3.0, 4.5)
@@ -62,7 +62,7 @@ def plan_checks(candidates: Iterable[Candidate], probes: Iterable[Probe], *, n: 
 
 def measure_probes(lab: Lab, on: Sampling, probes: Sequence[Probe]) -> dict[Probe, NoisePowers]:
     """The noise of each probe, which is a trial, on the seeds of a plan."""
-    trials = lab.measure(_recipes(lab.any_bank.space, probes), on)
+    trials = lab.measure([lab.any_bank.space.recipe(dict([probe])) for probe in probes], on)
     return {one: trial.powers for one, trial in zip(probes, trials, strict=True)}
 
 
@@ -94,10 +94,6 @@ def check_scaling(table: SensitivityTable, found: Mapping[Probe, NoisePowers]) -
 def mean_noise(powers: NoisePowers) -> CostEstimate:
     """Mean relative noise over samples; a sample that diverged counts with 1e6."""
     return mean_cost(np.minimum(powers.ratio, DIVERGED))
-
-
-def _recipes(space: SearchSpace, probes: Iterable[Probe]) -> list[Recipe]:
-    return [space.recipe({decision: number_format}) for decision, number_format in probes]
 
 
 def _family(number_format: Format) -> str:
@@ -155,8 +151,9 @@ def price_of_ablation(lab: Lab, task: Task[NoKnobs], *, is_fitted: bool = False)
     """The probes and the checks of their scaling; formats that are probed are fitted, others estimated."""
     bank, timing = lab.estimated, lab.time_calls(lab.seeds.search)
     probes = plan_probes(bank.space, bank.candidates, near_bits=near_bits(lab, task))
-    recipes = {recipe.key: recipe for recipe in _recipes(bank.space, probes)}
-    campaign = price_of_trials(recipes.values(), len(lab.seeds.search.seeds), timing, 4 * lab.space.params)
+    recipes = (bank.space.recipe(dict([probe])) for probe in probes)
+    distinct = {recipe.key: recipe for recipe in recipes}
+    campaign = price_of_trials(distinct.values(), len(lab.seeds.search.seeds), timing, 4 * lab.space.params)
     fitted = sum(lab.space.decision_index[decision].params for decision, _ in probes)
     fit = 0.0 if is_fitted else seconds_of_estimates(lab) + fitted * lab.seconds_per_fit
     checks = N_SCALING_CHECKS * timing.n_calls

@@ -238,13 +238,12 @@ def _measure(lab: Lab, task: Task[AdjointSettings]) -> Finding:
 
 def _decide(lab: Lab, task: Task[AdjointSettings], finding: Finding) -> Finding:
     """By signed effects, or the best of several rules' recipes; then exchanges that are measured."""
-    table, effects = finding.table, finding.need(Effects)
     if task.knobs.is_portfolio:
-        found = hold_portfolio(lab, table, effects, task.budget)
+        found = hold_portfolio(lab, finding, task.budget)
     else:
-        found = decide_by_effects(table, effects, finding.bank, task.budget)
+        found = decide_by_effects(finding, task.budget)
     if task.knobs.minutes is not None:
-        found = refine(lab, found, table, effects, task.budget, on=_plan(lab, task), minutes=task.knobs.minutes)
+        found = refine(lab, found, finding, task.budget, on=_plan(lab, task), minutes=task.knobs.minutes)
     return replace(finding, allocation=found.allocation).with_evidence(found)
 
 

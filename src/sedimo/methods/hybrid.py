@@ -182,17 +182,15 @@ def measure_hybrid(
     lab: Lab, number_format: Format, keeping: KeepSettings, *, objective: ObjectiveName = "final_latents"
 ) -> BlockCurves:
     """Both curves of a format on the searched seeds, and the hybrid recipe of a rule, measured on the fresh ones."""
-    space, search = lab.bank.space, lab.seeds.search
+    space, search, hybrid, gain = lab.bank.space, lab.seeds.search, None, None
     free = _free_bytes(keeping, number_format, space)  # refuses a small budget before anything is measured
     refuse_keeping_all(space, number_format, keeping.keep or 0, remedy=_KEEP_FEWER)
     rows, everything = _curves(lab, number_format, objective)
     kept = sensitive_blocks(rows, keeping, free)
     refuse_keeping_all(space, number_format, len(kept), remedy=_KEEP_FEWER)
-    recipe = hybrid_recipe(space, number_format, kept)
-    hybrid = gain = None
+    recipe, whole = (hybrid_recipe(space, number_format, names) for names in (kept, ()))
     if kept:
-        rivals = [recipe, hybrid_recipe(space, number_format, [])]
-        mine, plain = lab.measure(rivals, lab.seeds.check, objective=objective)
+        mine, plain = lab.measure([recipe, whole], lab.seeds.check, objective=objective)
         hybrid, gain = mean_sqnr(mine.powers), paired_difference(mine.powers, plain.powers).estimate
     return BlockCurves(
         source=lab.bench.name,
@@ -260,11 +258,6 @@ def _format_of(task: Task[KeepSettings]) -> Format:
     return task.number_format
 
 
-def _keeping(task: Task[KeepSettings]) -> KeepSettings:
-    """The rule, which may be the budget."""
-    return replace(task.knobs, bits=task.budget.bits)
-
-
 def _refuse(task: Task[KeepSettings], _formats: Sequence[Format]) -> None:
     number_format, budget = _format_of(task), task.budget
     method = f"{NAME}:{number_format}"
@@ -272,7 +265,7 @@ def _refuse(task: Task[KeepSettings], _formats: Sequence[Format]) -> None:
         raise InputError(f"{method!r} knows budgets in paper bits alone: --bits 5; got {budget}")
     if not number_format.is_quantized:
         raise InputError(f"hybrid precision needs a format that changes weights, got {number_format}")
-    if _keeping(task) == KeepSettings():
+    if replace(task.knobs, bits=budget.bits) == KeepSettings():
         raise InputError(f"{method!r} needs a rule which blocks stay at 16 bits: --keep-db, --keep or --bits")
 
 
@@ -286,7 +279,8 @@ def _price(lab: Lab, _task: Task[KeepSettings]) -> Price:
 
 def _measure(lab: Lab, task: Task[KeepSettings]) -> Finding:
     """Its table is that of weight error, which only describes the recipe."""
-    return describe(lab.bank).with_evidence(measure_hybrid(lab, _format_of(task), _keeping(task)))
+    keeping = replace(task.knobs, bits=task.budget.bits)
+    return describe(lab.bank).with_evidence(measure_hybrid(lab, _format_of(task), keeping))
 
 
 def _decide(_lab: Lab, task: Task[KeepSettings], finding: Finding) -> Finding:

@@ -141,9 +141,10 @@ def _mean_squares(
         size, total = output[0].numel(), dict[str, torch.Tensor]()
         for direction in directions:  # boosted: keeps gradients near 1, within the range of half precision
             boosted = (direction[own] * size**0.5).to(output.dtype)
-            for decision, squares in taps.squared_products(output, boosted, n_samples=len(units)).items():
-                mean = squares.cpu() / (size * len(directions))
-                total[decision] = total[decision] + mean if decision in total else mean
+            products, _ = taps.products([output], [boosted], n_samples=len(units))
+            for decision, one in products.items():  # samples that mix get the mean each
+                squares = (one.square() * len(one) / len(units)).expand(len(units), -1)
+                total[decision] = total.get(decision, 0.0) + squares.cpu() / (size * len(directions))
         for decision, squares in total.items():
             found.setdefault(decision, []).append(squares)
     return {d: torch.cat(slices) for d, slices in found.items()}, taps.unused

@@ -20,7 +20,7 @@ import functools
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -64,7 +64,7 @@ class IntFormat:
     @property
     def name(self) -> str:
         """Such as `int4` or `int4b128`."""
-        return f"int{self.bits}" + (f"b{self.block}" if self.block else "")
+        return f"int{self.bits}b{self.block}" if self.block else f"int{self.bits}"
 
     @property
     def effective_bits(self) -> float:
@@ -89,6 +89,7 @@ IN_BLOCKS = tuple(IntFormat(bits, 128) for bits in (3, 4, 5, 6))  # a block of a
 FORMATS: Mapping[str, IntFormat] = {
     f.name: f for f in sorted((*PER_CHANNEL, *IN_BLOCKS), key=lambda f: f.effective_bits)
 }
+EFFECTIVE_BITS: Mapping[str, float] = {name: f.effective_bits for name, f in FORMATS.items()} | {FULL: FULL_BITS}
 _ALGORITHM = "mse"  # scales of least squared error: those of the largest weight waste two and three bits
 
 
@@ -165,8 +166,7 @@ def wanted_methods(
     peers = [m.name for m in methods if m.is_peer]
     is_everything = {m.name for m in methods} == {m.name for m in everything}
     if peers and is_everything and not is_installed():
-        remedy = f"pip install 'sedimo[{EXTRA}]'"
-        note = f"{', '.join(peers)} left out: {PACKAGE} is not installed; {remedy}"
+        note = f"{', '.join(peers)} left out: {PACKAGE} is not installed; pip install 'sedimo[{EXTRA}]'"
         return tuple(m for m in methods if not m.is_peer), (note,)
     if peers:
         _module("modelopt.torch.quantization")  # takes seconds that belong to no measurement
@@ -200,14 +200,13 @@ def solve(groups: Sequence[Group], effective_bits: float) -> tuple[str, ...] | N
         str(index): {
             "formats": list(group.scores),
             "scores": list(group.scores.values()),
-            "costs": [group.n_weights * _effective_bits(name) / FULL_BITS for name in group.scores],
+            "costs": [group.n_weights * EFFECTIVE_BITS[name] / FULL_BITS for name in group.scores],
         }
         for index, group in enumerate(groups)
     }
+    budget = sum(group.n_weights for group in groups) * effective_bits / FULL_BITS
     with _quiet():
-        found, is_satisfied = searcher.run_search_with_stats(
-            sum(group.n_weights for group in groups) * effective_bits / FULL_BITS
-        )
+        found, is_satisfied = searcher.run_search_with_stats(budget)
     return tuple(chosen["format"] for chosen in found.values()) if is_satisfied else None
 
 
@@ -217,7 +216,7 @@ def nearest_below(budget: float, solve: Callable[[float], PeerRecipe | None]) ->
     `solve` gives a recipe for those, or None. Sizes need not grow with them everywhere: no recipe above the budget is
     ever taken.
     """
-    least, most = min(f.effective_bits for f in FORMATS.values()), float(FULL_BITS)
+    least, most = min(EFFECTIVE_BITS.values()), float(FULL_BITS)
     best: PeerRecipe | None = None
     while most - least > PRECISION_BITS:
         middle = (least + most) / 2
@@ -266,41 +265,42 @@ def quantized_weights(denoiser: nn.Module, formats: Mapping[str, str]) -> dict[s
     `formats` are names by layer; layers at `fp16` are left out. The denoiser is not changed.
     """
     chosen = {layer: FORMATS[name] for layer, name in formats.items() if name != FULL}
-    config = _config({f"{layer}.weight_quantizer": number_format for layer, number_format in chosen.items()})
+    config, found = _config({f"{layer}.weight_quantizer": f for layer, f in chosen.items()}), dict[str, torch.Tensor]()
     with _quiet(), torch.no_grad():
         model = _module("modelopt.torch.quantization").quantize(copy.deepcopy(denoiser), config)
-        return {layer: _quantized(model, layer) for layer in chosen}
-
-
-def _quantized(model: nn.Module, layer: str) -> torch.Tensor:
-    module: Any = model.get_submodule(layer)
-    quantizer = getattr(module, "weight_quantizer", None)
-    if quantizer is None or not quantizer.is_enabled:
-        raise InputError(f"ModelOpt does not quantize the layer {layer!r}, a {type(module).__name__}")
-    weight: torch.Tensor = quantizer(module.weight)
-    return weight.detach().clone()
+        for layer in chosen:
+            module: Any = model.get_submodule(layer)
+            quantizer = getattr(module, "weight_quantizer", None)
+            if quantizer is None or not quantizer.is_enabled:
+                raise InputError(f"ModelOpt does not quantize the layer {layer!r}, a {type(module).__name__}")
+            found[layer] = quantizer(module.weight).detach().clone()
+    return found
 
 
 def _auto_quantize(
     model: nn.Module, shapes: Mapping[str, Sequence[int]], calls: Sequence[DenoiserCall]
 ) -> ModelOptScores:
     """The scores of a denoiser, which is consumed."""
-    slices = [(call, first) for call in calls for first in range(0, len(call.output), _MAX_ROWS)]
+    starts = ((call, first) for call in calls for first in range(0, len(call.output), _MAX_ROWS))
+    parts = [(call, slice(first, first + _MAX_ROWS)) for call, first in starts]
     linear = [layer for layer, shape in shapes.items() if len(shape) == _MATRIX]
-    by_matrix = {"module_name_patterns": linear, "quantization_formats": _configs(FORMATS.values())}
+    by_matrix = {
+        "module_name_patterns": linear,
+        "quantization_formats": [_config({"*weight_quantizer": f}) for f in FORMATS.values()],
+    }
     modules = [n for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
     with _quiet():
         _, state = _module("modelopt.torch.quantization").auto_quantize(
             model,
             constraints={"effective_bits": float(FULL_BITS)},
-            quantization_formats=_configs(PER_CHANNEL),
+            quantization_formats=[_config({"*weight_quantizer": f}) for f in PER_CHANNEL],
             module_search_spaces=[by_matrix] if linear else [],
             disabled_layers=[name for name in modules if name not in shapes],
-            data_loader=slices,
-            forward_step=lambda model, data: output_tensor(model(**rows_of(data[0], _rows(data[1])))),
+            data_loader=parts,
+            forward_step=lambda model, data: output_tensor(model(**rows_of(*data))),
             loss_func=_loss,
             num_calib_steps=1,  # the ranges are those of the weights
-            num_score_steps=len(slices),
+            num_score_steps=len(parts),
         )
     scores = (
         (stats["module_names"], zip(map(_name, stats["formats"]), map(float, stats["scores"]), strict=True))
@@ -315,34 +315,21 @@ def _name(recipe: Any) -> str:
     if not attributes:
         return FULL
     (found,) = attributes
-    block = (found["block_sizes"] or {}).get(-1)
-    return IntFormat(found["num_bits"], block).name
+    return IntFormat(found["num_bits"], (found["block_sizes"] or {}).get(-1)).name
 
 
-def _rows(first: int) -> slice:
-    return slice(first, first + _MAX_ROWS)
-
-
-def _loss(output: torch.Tensor, data: tuple[DenoiserCall, int]) -> torch.Tensor:
+def _loss(output: torch.Tensor, data: tuple[DenoiserCall, slice]) -> torch.Tensor:
     """The share of some rows in the scaled loss of their call."""
-    call, first = data
+    call, rows = data
     noise = torch.randn(call.output.shape, generator=torch.Generator().manual_seed(call.step))
-    target = (call.output + noise.to(call.output))[_rows(first)]
+    target = (call.output + noise.to(call.output))[rows]
     return LOSS_SCALE * (output - target).square().sum() / call.output.numel()
-
-
-def _configs(formats: Iterable[IntFormat]) -> list[dict[str, object]]:
-    return [_config({"*weight_quantizer": number_format}) for number_format in formats]
 
 
 def _config(formats: Mapping[str, IntFormat]) -> dict[str, object]:
     """ModelOpt's description of a model with these formats, by the names of quantizers."""
     entries = [{"quantizer_name": name, "cfg": f.attributes(), "enable": True} for name, f in formats.items()]
     return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *entries], "algorithm": _ALGORITHM}
-
-
-def _effective_bits(name: str) -> float:
-    return float(FULL_BITS) if name == FULL else FORMATS[name].effective_bits
 
 
 @contextlib.contextmanager

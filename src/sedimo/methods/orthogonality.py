@@ -105,11 +105,6 @@ class OrthogonalityProbe:
     parts: tuple[OrthogonalityPart, ...]
 
     @property
-    def n_samples(self) -> int:
-        """Samples behind each matrix."""
-        return len(self.setting.seeds)
-
-    @property
     def matrices(self) -> Matrix:
         """The matrices `[T, L, L]`, ones on their diagonals."""
         n = len(self.layers)
@@ -385,14 +380,14 @@ def orthogonality_table(
             best = least.get((candidate.decision, candidate.format.bits), 0.0)
             factor = FULL_BITS - candidate.format.bits + _wasted(candidate.error, best)
             factor += FULL_BITS - candidate.format.activation_bits
-        return CostEstimate(value * factor, error * factor, probe.n_samples)
+        return CostEstimate(value * factor, error * factor, probe.setting.n_samples)
 
     settings = {
         "beta": f"{options.beta:g}",
         "tau": f"{options.tau:g}",
         "tail_mean": str(options.tail_mean),
         "objective": options.objective,
-        "n_samples": str(probe.n_samples),
+        "n_samples": str(probe.setting.n_samples),
         "n_timesteps": str(len(probe.parts)),
         **{f"{reason}_layers": ", ".join(names) or "none" for reason, names in unknown.items()},
     }

@@ -22,16 +22,17 @@ from sedimo.allocation.effects import Effects, allocate_signed, cross_validated_
 from sedimo.allocation.problem import Allocation, Budget
 from sedimo.allocation.solve import allocate, allocate_within
 from sedimo.allocation.table import SensitivityTable
-from sedimo.bank import Bank
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Trial
+from sedimo.methods.method import Finding
 from sedimo.metrics.estimate import Estimate
 from sedimo.metrics.signal import mean_sqnr
 from sedimo.pipelines.adapter import Sampling
 from sedimo.quant.formats import Format
 
 SIGNED_NAME, SUMMED_NAME, FINE_NAME = "signed effects", "summed noise", "signed effects, 3 bits and more"
+UNIFORM_NAME = "uniform "  # and the format
 N_UNIFORM = 2
 N_FINALISTS = 2  # besides the best uniform recipe
 FINAL_FACTOR = 2  # seeds of the final per searched one
@@ -44,7 +45,6 @@ PATIENCE = 60  # proposals in a row that are known already: the neighbourhood is
 _TRUST_FACTORS = (0.5, 1.0, 2.0)
 
 Noise = npt.NDArray[np.float64]
-Decide = Callable[[SensitivityTable, Effects], Mapping[str, Format]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +81,16 @@ class Portfolio:
         return expected_db(self.predicted, self.n_directions)
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """A rule's recipe, and how it decides on other effects, for what is predicted of it; None if always alike."""
-
-    allocation: Allocation
-    decide: Decide | None = None
-
-
 def allocate_by_effects(table: SensitivityTable, effects: Effects, budget: BudgetSettings) -> Allocation:
     """The recipe of least noise by signed effects."""
     return allocate_signed(table, effects, read_limits(table, budget))
 
 
-def decide_by_effects(table: SensitivityTable, effects: Effects, bank: Bank, budget: BudgetSettings) -> Portfolio:
+def decide_by_effects(finding: Finding, budget: BudgetSettings) -> Portfolio:
     """The recipe of least noise by signed effects, and what it will make of new samples, cross-validated."""
-    rule = _Rule(allocate_by_effects(table, effects, budget), _signed_choice(read_limits(table, budget)))
-    return Portfolio(rule.allocation, _predicted(rule, table, effects, bank), effects.shape[1])
+    effects = finding.need(Effects)
+    allocation = allocate_by_effects(finding.table, effects, budget)
+    return Portfolio(allocation, _predicted(SIGNED_NAME, allocation, finding, budget), effects.shape[1])
 
 
 def final_plan(lab: Lab) -> Sampling:
@@ -105,53 +98,40 @@ def final_plan(lab: Lab) -> Sampling:
     return lab.seeds.final.first(FINAL_FACTOR * lab.seeds.settings.n_seeds)
 
 
-def hold_portfolio(lab: Lab, table: SensitivityTable, effects: Effects, budget: BudgetSettings) -> Portfolio:
+def hold_portfolio(lab: Lab, finding: Finding, budget: BudgetSettings) -> Portfolio:
     """Measures the recipe of each rule on the searched seeds, and the best of them on further ones."""
-    bank = lab.bank
-    rules = _rules(table, effects, read_limits(table, budget), bank)
-    searched = _measured(lab, lab.seeds.search, rules)
-    ranked = sorted(rules, key=lambda name: -searched[name].score)
-    uniform = [name for name in ranked if rules[name].decide is None][:1]
+    entered, n_directions = _entered(finding, read_limits(finding.table, budget)), finding.need(Effects).shape[1]
+    searched = _measured(lab, lab.seeds.search, entered)
+    ranked = sorted(entered, key=lambda name: -searched[name].score)
+    uniform = [name for name in ranked if name.startswith(UNIFORM_NAME)][:1]
     finalists = list(dict.fromkeys([*ranked[:N_FINALISTS], *uniform]))
-    final = _measured(lab, final_plan(lab), {name: rules[name] for name in finalists}) if len(finalists) > 1 else {}
+    final = _measured(lab, final_plan(lab), {name: entered[name] for name in finalists}) if len(finalists) > 1 else {}
     winner = max(finalists, key=lambda name: final[name].score) if final else finalists[0]
-    noise = {name: _predicted(rules[name], table, effects, bank) for name in finalists}
+    noise = {name: _predicted(name, entered[name], finding, budget) for name in finalists}
     entrants = tuple(
-        Entrant(
-            name=name,
-            kind="uniform" if rules[name].decide is None else "effects",
-            stored_bits=rules[name].allocation.stored_bits,
-            searched=mean_sqnr(searched[name].powers),
-            final=mean_sqnr(final[name].powers) if name in final else None,
-            predicted_db=expected_db(noise[name], effects.shape[1]).value if name in noise else None,
-            is_winner=name == winner,
+        replace(
+            _entrant(name, entered[name], searched[name], final.get(name), is_winner=name == winner),
+            predicted_db=expected_db(noise[name], n_directions).value if name in noise else None,
         )
         for name in ranked
     )
-    return Portfolio(rules[winner].allocation, noise[winner], effects.shape[1], entrants)
+    return Portfolio(entered[winner], noise[winner], n_directions, entrants)
 
 
-def _rules(table: SensitivityTable, effects: Effects, budget: Budget, bank: Bank) -> dict[str, _Rule]:
-    """Each rule with its recipe, each recipe once: by its first rule, a uniform one as that."""
-    summed = allocate_within(table, budget)
-    found = {
-        SIGNED_NAME: _Rule(allocate_signed(table, effects, budget, known=summed), _signed_choice(budget)),
-        SUMMED_NAME: _Rule(summed, lambda costs, _: allocate_within(costs, budget).choice),
-    }
+def _entered(finding: Finding, limits: Budget) -> dict[str, Allocation]:
+    """The recipe of each rule, each recipe once: by its first rule, a uniform one as that."""
+    table, effects = finding.table, finding.need(Effects)
+    summed = allocate_within(table, limits)
+    found = {SIGNED_NAME: allocate_signed(table, effects, limits, known=summed), SUMMED_NAME: summed}
     fine = _fine(table)
     if fine is not None:
         with contextlib.suppress(InputError):  # so few bits that coarse formats are needed
-            among_fine = allocate_signed(fine, effects, budget)
-            allocation = allocate_signed(table, effects, budget, known=among_fine, most_exchanges=0)
-            found[FINE_NAME] = _Rule(allocation, lambda c, e: allocate_signed(_fine(c) or c, e, budget).choice)
-    uniform = {f"uniform {f}": _Rule(one) for f, one in _uniform(table, effects, budget, bank).items()}
+            among_fine = allocate_signed(fine, effects, limits)
+            found[FINE_NAME] = allocate_signed(table, effects, limits, known=among_fine, most_exchanges=0)
+    uniform = _uniform(finding, limits)
     found |= uniform
-    entered = {rule.allocation.recipe.key: name for rules in (found, uniform) for name, rule in reversed(rules.items())}
-    return {name: rule for name, rule in found.items() if entered[rule.allocation.recipe.key] == name}
-
-
-def _signed_choice(budget: Budget) -> Decide:
-    return lambda table, effects: allocate_signed(table, effects, budget).choice
+    first = {one.recipe.key: name for some in (found, uniform) for name, one in reversed(some.items())}
+    return {name: one for name, one in found.items() if first[one.recipe.key] == name}
 
 
 def _fine(table: SensitivityTable) -> SensitivityTable | None:
@@ -161,35 +141,47 @@ def _fine(table: SensitivityTable) -> SensitivityTable | None:
     return replace(table, costs=kept) if is_whole and len(kept) < len(table.costs) else None
 
 
-def _uniform(table: SensitivityTable, effects: Effects, budget: Budget, bank: Bank) -> dict[Format, Allocation]:
+def _uniform(finding: Finding, limits: Budget) -> dict[str, Allocation]:
     """Of the formats that all decisions can take within the budget, the largest, and those that let expect most."""
-    fitting: dict[Format, Allocation] = {}
-    for f in bank.space.common_formats:
+    table, effects, fitting = finding.table, finding.need(Effects), dict[str, Allocation]()
+    for f in finding.bank.space.common_formats:
         if f.is_quantized:
             allocation = allocate(table, rule=f"uniform:{f}")
-            if _fits(table, allocation, budget):
-                fitting[f] = allocation
-    expected = {f: expected_db(effects.noise(a.choice), effects.shape[1]).value for f, a in fitting.items()}
-    largest = sorted(fitting, key=lambda f: -fitting[f].stored_bits)[:1]  # effects may be wrong about all of them
-    chosen = dict.fromkeys([*largest, *sorted(fitting, key=lambda f: -expected[f])])
-    return {f: fitting[f] for f in list(chosen)[:N_UNIFORM]}
+            sizes = [limits.sizes(table.index[key]) for key in allocation.choice.items()]
+            if (np.array(sizes, dtype=np.int64).sum(axis=0) <= limits.limits(table.attention_bops)).all():
+                fitting[f"{UNIFORM_NAME}{f}"] = allocation
+    expected = {name: expected_db(effects.noise(a.choice), effects.shape[1]).value for name, a in fitting.items()}
+    largest = sorted(fitting, key=lambda name: -fitting[name].stored_bits)[:1]  # effects may be wrong about all of them
+    chosen = dict.fromkeys([*largest, *sorted(fitting, key=lambda name: -expected[name])])
+    return {name: fitting[name] for name in list(chosen)[:N_UNIFORM]}
 
 
-def _fits(table: SensitivityTable, allocation: Allocation, budget: Budget) -> bool:
-    costs = [table.index[key] for key in allocation.choice.items()]
-    used = np.array([budget.sizes(cost) for cost in costs], dtype=np.int64).sum(axis=0)
-    return bool((used <= budget.limits(table.attention_bops)).all())
+def _measured(lab: Lab, on: Sampling, entered: Mapping[str, Allocation]) -> dict[str, Trial]:
+    return dict(zip(entered, lab.measure([one.recipe for one in entered.values()], on), strict=True))
 
 
-def _measured(lab: Lab, on: Sampling, rules: Mapping[str, _Rule]) -> dict[str, Trial]:
-    trials = lab.measure([rule.allocation.recipe for rule in rules.values()], on)
-    return dict(zip(rules, trials, strict=True))
+def _predicted(name: str, allocation: Allocation, finding: Finding, budget: BudgetSettings) -> Noise:
+    """What effects predict of a rule's recipe; cross-validated where they decided on it."""
+    effects, limits = finding.need(Effects), read_limits(finding.table, budget)
+    deciding: Mapping[str, Callable[[SensitivityTable, Effects], Mapping[str, Format]]] = {
+        SIGNED_NAME: lambda table, shown: allocate_signed(table, shown, limits).choice,
+        SUMMED_NAME: lambda table, _: allocate_within(table, limits).choice,
+        FINE_NAME: lambda table, shown: allocate_signed(_fine(table) or table, shown, limits).choice,
+    }
+    if name not in deciding:
+        return effects.noise(allocation.choice)
+    return cross_validated_noise(finding.table, effects, finding.bank.candidates, deciding[name])
 
 
-def _predicted(rule: _Rule, table: SensitivityTable, effects: Effects, bank: Bank) -> Noise:
-    if rule.decide is None:
-        return effects.noise(rule.allocation.choice)
-    return cross_validated_noise(table, effects, bank.candidates, rule.decide)
+def _entrant(name: str, allocation: Allocation, searched: Trial, final: Trial | None, *, is_winner: bool) -> Entrant:
+    return Entrant(
+        name=name,
+        kind="uniform" if name.startswith(UNIFORM_NAME) else "exchanges" if name == EXCHANGED_NAME else "effects",
+        stored_bits=allocation.stored_bits,
+        searched=mean_sqnr(searched.powers),
+        final=None if final is None else mean_sqnr(final.powers),
+        is_winner=is_winner,
+    )
 
 
 def read_limits(table: SensitivityTable, budget: BudgetSettings) -> Budget:
@@ -201,14 +193,7 @@ def read_limits(table: SensitivityTable, budget: BudgetSettings) -> Budget:
 
 
 def refine(
-    lab: Lab,
-    found: Portfolio,
-    table: SensitivityTable,
-    effects: Effects,
-    budget: BudgetSettings,
-    *,
-    on: Sampling,
-    minutes: float,
+    lab: Lab, found: Portfolio, finding: Finding, budget: BudgetSettings, *, on: Sampling, minutes: float
 ) -> Portfolio:
     """As good as it gets in so many minutes: exchanges of formats that are measured, from a recipe that is good.
 
@@ -217,14 +202,14 @@ def refine(
     searched on. Proposals follow from their number alone and trials are kept, so that a run that was stopped goes on
     where it was, with the minutes that it has left.
     """
-    limits = read_limits(table, budget)
+    limits = read_limits(finding.table, budget)
     start = best = found.allocation
     first = trial = lab.measure([start.recipe], on)[0]
     seen, spent, idle = {start.recipe.key}, first.execution.seconds, 0
     for number in itertools.count():
         if spent >= 60 * minutes or idle >= PATIENCE:
             break
-        proposed = _propose(best, table, effects, lab.bank, limits, number=number)
+        proposed = _propose(best, finding, limits, number=number)
         idle += 1
         if proposed.recipe.key in seen:
             continue
@@ -235,47 +220,22 @@ def refine(
             best, trial = proposed, tried
     if best.recipe.key == start.recipe.key:
         return found
-    best = allocate_signed(table, effects, limits, known=best, most_exchanges=0)  # by all samples
+    best = allocate_signed(finding.table, finding.need(Effects), limits, known=best, most_exchanges=0)  # by all samples
     before, after = lab.measure([start.recipe, best.recipe], final_plan(lab))
-    return _better(found, best, searched=(first, trial), final=(before, after))
-
-
-def _propose(
-    best: Allocation, table: SensitivityTable, effects: Effects, bank: Bank, budget: Budget, *, number: int
-) -> Allocation:
-    """A few exchanges from the best recipe so far, by what a random draw of the samples shows."""
-    generator = np.random.default_rng(number)
-    shown = effects.of_samples(generator.choice(effects.shape[0], effects.shape[0]), bank.candidates)
-    trust = min(1.0, effects.trust * float(generator.choice(_TRUST_FACTORS)))
-    most = int(generator.integers(1, MOST_EXCHANGES + 1))
-    return allocate_signed(table, shown, budget, known=best, trust=trust, most_exchanges=most)
-
-
-def _better(
-    found: Portfolio, best: Allocation, *, searched: tuple[Trial, Trial], final: tuple[Trial, Trial]
-) -> Portfolio:
-    """The better of start and result on the final's seeds; what is predicted changes as what was measured did."""
-    (first, tried), (before, after) = searched, final
     is_better = after.score > before.score
-    start = Entrant(
-        START_NAME,
-        "effects",
-        found.allocation.stored_bits,
-        mean_sqnr(first.powers),
-        mean_sqnr(before.powers),
-        is_winner=True,
-    )
-    exchanged = Entrant(
-        EXCHANGED_NAME,
-        "exchanges",
-        best.stored_bits,
-        mean_sqnr(tried.powers),
-        mean_sqnr(after.powers),
-        is_winner=is_better,
-    )
-    others = (replace(one, is_winner=one.is_winner and not is_better) for one in found.entrants or (start,))
-    found = replace(found, entrants=(*others, exchanged))
+    entrants = found.entrants or (_entrant(START_NAME, start, first, before, is_winner=True),)
+    others = (replace(one, is_winner=one.is_winner and not is_better) for one in entrants)
+    found = replace(found, entrants=(*others, _entrant(EXCHANGED_NAME, best, trial, after, is_winner=is_better)))
     if not is_better:
         return found
-    left = float(after.powers.ratio.mean() / before.powers.ratio.mean())
+    left = float(after.powers.ratio.mean() / before.powers.ratio.mean())  # predictions change as measurements did
     return replace(found, allocation=best, predicted=found.predicted * left)
+
+
+def _propose(best: Allocation, finding: Finding, limits: Budget, *, number: int) -> Allocation:
+    """A few exchanges from the best recipe so far, by what a random draw of the samples shows."""
+    generator, effects = np.random.default_rng(number), finding.need(Effects)
+    shown = effects.of_samples(generator.choice(effects.shape[0], effects.shape[0]), finding.bank.candidates)
+    trust = min(1.0, effects.trust * float(generator.choice(_TRUST_FACTORS)))
+    most = int(generator.integers(1, MOST_EXCHANGES + 1))
+    return allocate_signed(finding.table, shown, limits, known=best, trust=trust, most_exchanges=most)

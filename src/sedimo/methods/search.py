@@ -81,12 +81,7 @@ def _refuse_target(text: str, _name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SearchSettings(Checked):
-    """How many recipes are measured, and how.
-
-    Of `n_trials`, those of the `n_rounds` of refinement are half; none without rounds. `confidence` is the margin of
-    costs in standard deviations. `seed` names the random recipes, `prior` what is measured before them.
-    `level` says what the allocation decides on: single `decisions`, or variants of whole `groups`.
-    """
+    """How many recipes are measured, and how: half of `n_trials` are those of the `n_rounds` of refinement, if any."""
 
     n_trials: int = option(300, "--trials", help="Number of measured recipes.")
     n_rounds: int = option(3, "--refine", help="Rounds of measuring what is proposed.")
@@ -117,11 +112,6 @@ class SearchSettings(Checked):
             raise InputError(f"{self.n_trials} trials are too few for {self.n_rounds} rounds: half of them are random")
 
     @property
-    def goal(self) -> Goal:
-        """What is predicted."""
-        return Goal.parse(self.target)
-
-    @property
     def per_round(self) -> int:
         """Trials of one round of refinement."""
         return self.n_trials // (2 * self.n_rounds) if self.n_rounds else 0
@@ -146,9 +136,8 @@ class Round:
 class Search:
     """What was found: the predictor's table, the choice, the predictor, and all trials in their order.
 
-    `finalists` are the trials, on seeds that nothing was searched on, that the choice was made among, by name; empty
-    where no final was held. When another than the predictor's own recipe won it, the allocation's gap is that of the
-    predictor's costs and certifies nothing.
+    `finalists` are the trials of the final by name, if one was held. When another than the predictor's own recipe won
+    it, the allocation's gap is that of the predictor's costs and certifies nothing.
     """
 
     table: SensitivityTable
@@ -162,7 +151,7 @@ class Search:
 
 def search(lab: Lab, background: Background, settings: SearchSettings, budget: BudgetSettings) -> Search:
     """Explores, refines, trains the predictor on all trials, and allocates by its costs; no final yet."""
-    on, goal = lab.seeds.search, settings.goal
+    on, goal = lab.seeds.search, Goal.parse(settings.target)
     trials = list(lab.measure(draw_around(background.space, settings, budget), on))
     rounds = []
     for index in range(settings.n_rounds):
@@ -210,15 +199,14 @@ def propose(
     """Recipes that are best under costs drawn from the posterior, none of them measured already."""
     generator = np.random.default_rng([*seed, n])
     seen = {trial.recipe.key for trial in known}
-    found: list[Recipe] = []
+    found: dict[str, Recipe] = {}
     for _ in range(MAX_DRAWS * n):
         if len(found) == n:
             break
         recipe = allocated(model_table(background, model.draw(generator)), budget, rule="greedy").recipe
         if recipe.key not in seen:
-            seen.add(recipe.key)
-            found.append(recipe)
-    return found
+            found.setdefault(recipe.key, recipe)
+    return [*found.values()]
 
 
 def build(
@@ -252,10 +240,8 @@ def build_by_groups(
 def model_table(background: Background, log_costs: Values) -> SensitivityTable:
     """A table of the noise model's costs."""
     costs = np.exp(np.where(np.isfinite(log_costs), log_costs, -700.0))
-    exact = np.zeros_like(costs)
-    return options_table(
-        background.choices, background.candidates, costs, errors=exact, settings={}, method="noise model"
-    )
+    choices, exact = background.choices, np.zeros_like(costs)
+    return options_table(choices, background.candidates, costs, errors=exact, settings={}, method="noise model")
 
 
 def keeps(background: Background, recipe: Recipe, budget: BudgetSettings) -> bool:
@@ -269,13 +255,11 @@ def keeps(background: Background, recipe: Recipe, budget: BudgetSettings) -> boo
 
 def hold_final(lab: Lab, background: Background, found: Search, budget: BudgetSettings) -> Search:
     """The search with its best finalist as its allocation, measured on seeds that the search has not seen."""
-    recipes = finalists(background, found, budget)
-    trials = lab.measure(list(recipes.values()), lab.seeds.final)
-    held = dict(zip(recipes, trials, strict=True))
+    recipes, space = finalists(background, found, budget), background.space
+    held = dict(zip(recipes, lab.measure(list(recipes.values()), lab.seeds.final), strict=True))
     best = max(held, key=lambda name: held[name].score)
     if best == BUILT:
         return replace(found, finalists=held)
-    space = background.space
     own = budget.resolved(space.params, space.full_bops)
     return replace(found, allocation=allocate_given(found.table, space.choice(recipes[best]), own), finalists=held)
 
@@ -283,15 +267,13 @@ def hold_final(lab: Lab, background: Background, found: Search, budget: BudgetSe
 def finalists(background: Background, found: Search, budget: BudgetSettings) -> Mapping[str, Recipe]:
     """The recipes among which the final decides, by name, each once; the predictor's own first."""
     prior = background.table
-    mean = geometric_mean(found.table, prior)
     entries = {
         BUILT: found.allocation.recipe,
         f"by {prior.method} alone": allocated(prior, budget).recipe,
-        f"half way to {prior.method}": allocated(mean, budget).recipe,
+        f"half way to {prior.method}": allocated(geometric_mean(found.table, prior), budget).recipe,
     }
-    within = [t for t in found.trials if keeps(background, t.recipe, budget)]
-    within.sort(key=lambda t: -t.score)
-    entries |= {name: trial.recipe for name, trial in zip(MEASURED, within, strict=False)}
+    measured = sorted((t for t in found.trials if keeps(background, t.recipe, budget)), key=lambda t: -t.score)
+    entries |= {name: trial.recipe for name, trial in zip(MEASURED, measured, strict=False)}
     first = {recipe.key: name for name, recipe in reversed(entries.items())}
     return {name: recipe for name, recipe in entries.items() if first[recipe.key] == name}
 

@@ -65,15 +65,10 @@ class SqnrPart:
 
 @dataclass(frozen=True, slots=True)
 class SqnrProbe:
-    """Local noise of all decisions and formats per timestep, in the order of sampling; `n_samples` behind each."""
+    """Local noise of all decisions and formats per timestep, in the order of sampling."""
 
     setting: Setting
     parts: tuple[SqnrPart, ...]
-
-    @property
-    def n_samples(self) -> int:
-        """Samples behind each number."""
-        return len(self.setting.seeds)
 
     def over_time(self, decision: str, number_format: Format) -> LocalNoise:
         """Mean over timesteps, of weight and activations together.
@@ -113,10 +108,10 @@ def sqnr_table(space: SearchSpace, candidates: Iterable[Candidate], probe: SqnrP
         if known[candidate.decision]:
             measured(known[candidate.decision], candidate.decision, candidate.format.changes)
         found = probe.over_time(candidate.decision, candidate.format)
-        return CostEstimate(found.mean, found.standard_error, probe.n_samples)
+        return CostEstimate(found.mean, found.standard_error, probe.setting.n_samples)
 
     settings = {
-        "n_samples": str(probe.n_samples),
+        "n_samples": str(probe.setting.n_samples),
         "n_steps": str(len(probe.parts)),
         "unused_decisions": ", ".join(sorted(d for d in known if not known[d])) or "none",
     }

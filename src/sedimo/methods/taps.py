@@ -77,14 +77,14 @@ class FirstOrder:
 
     def total(self, decision: str, changes: Sequence[str]) -> Values:
         """What several changes of a decision do together, `[n, each]`."""
-        known, n = measured(self.numbers.get(decision, {}), decision, changes), len(self.setting.seeds)
+        known, n = measured(self.numbers.get(decision, {}), decision, changes), self.setting.n_samples
         found: Values = np.sum(known, axis=0).reshape(n, -1) if known else np.zeros((n, 1))
         return found
 
     def described(self, **more: str) -> dict[str, str]:
         """The settings of a table that is made of it."""
         return {
-            "n_samples": str(len(self.setting.seeds)),
+            "n_samples": str(self.setting.n_samples),
             "n_steps": str(self.setting.n_steps),
             "n_directions": str(self.n_directions),
             "unused_decisions": ", ".join(self.unused) or "none",
@@ -221,7 +221,7 @@ class Taps:
     """Hooks on the layers of some decisions; a context manager that removes them.
 
     Inside it no parameter asks for a gradient of its own. Call `begin`, run the denoiser with gradients enabled,
-    then call `squared_products` for each direction.
+    then call `products` for each direction.
     """
 
     def __init__(self, denoiser: nn.Module, changes: Mapping[str, Changes], *, copy_inputs: bool = False) -> None:
@@ -254,14 +254,6 @@ class Taps:
     def unused(self) -> tuple[str, ...]:
         """Decisions none of whose layers was called since `begin`."""
         return tuple(name for name, one in self._changes.items() if self._called.isdisjoint(one.layers))
-
-    def squared_products(
-        self, output: torch.Tensor, direction: torch.Tensor, *, n_samples: int | None = None
-    ) -> dict[str, torch.Tensor]:
-        """<G_s, delta_f>^2 `[n, F]` by decision, for one output; samples that mix get the mean each."""
-        n = n_samples or output.shape[0]
-        found, _ = self.products([output], [direction], n_samples=n)
-        return {name: (p.square() * len(p) / n).expand(n, -1) for name, p in found.items()}
 
     def products(
         self,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sedimo.allocation.budget import NO_BUDGET, allocated
-from sedimo.allocation.problem import Allocation
 from sedimo.lab.lab import Lab
 from sedimo.methods.error import ERROR, describe
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words
@@ -49,14 +48,9 @@ def _decide(lab: Lab, task: Task[NoKnobs], finding: Finding) -> Finding:
     if not fitting:
         limit = "" if budget.bops is None else f" and {most_bops} bit operations"
         return replace(finding, notes=(f"left out: no uniform format takes at most {most:.2f} bits per weight{limit}",))
-    best = _best(lab, fitting)
+    trials = lab.measure([one.recipe for one in fitting], lab.seeds.search)
+    _, best = max(zip(trials, fitting, strict=True), key=lambda pair: pair[0].score)
     return replace(finding, allocation=best, notes=best.notes)
-
-
-def _best(lab: Lab, allocations: Sequence[Allocation]) -> Allocation:
-    trials = lab.measure([one.recipe for one in allocations], lab.seeds.search)
-    _, best = max(zip(trials, allocations, strict=True), key=lambda pair: pair[0].score)
-    return best
 
 
 UNIFORM = Method(

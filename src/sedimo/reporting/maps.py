@@ -178,7 +178,7 @@ def local_map(
         timesteps=tuple(part.timestep for part in probe.parts),
         sqnr_db=tuple(values),
         standard_error=tuple(errors),
-        n=probe.n_samples,
+        n=probe.setting.n_samples,
         number_format=number_format,
     )
 
@@ -213,7 +213,7 @@ def repetition(
         blocks=tuple(table.blocks[decisions[layer][0]] for layer in probe.layers),
         bits=tuple(bits),
         timesteps=tuple(part.timestep for part in probe.parts),
-        n=probe.n_samples,
+        n=probe.setting.n_samples,
         upper={kind: tuple(to_digits(v, _MATRIX_DIGITS) for v in one[triangle]) for kind, one in kinds.items()},
         theta=tuple(importance(probe, options).tolist()),
         standard_error=tuple(importance_error(probe, options).tolist()),
