@@ -77,12 +77,12 @@ def test_the_denoiser_is_left_as_it_was_and_scores_are_kept(scored, pipe, shapes
 
 def test_the_programme_keeps_its_own_budget_and_spends_it(scored, space):
     groups = grouped(space, scored[0])
-    total = sum(g.n_weights for g in groups)
+    sizes = [sum(d.params for d in one) for one in modelopt.weights_of(space, groups)]
     for bits in (3.0, 4.5):
-        chosen = modelopt.solve(groups, bits)
-        used = sum(g.n_weights * modelopt.EFFECTIVE_BITS[name] for g, name in zip(groups, chosen, strict=True))
-        assert 0.97 * bits <= used / total <= bits + FLOAT64_FORMULA
-    assert modelopt.solve(groups, 1.0) is None
+        chosen = modelopt.solve(space, groups, bits)
+        used = sum(n * modelopt.EFFECTIVE_BITS[name] for n, name in zip(sizes, chosen, strict=True))
+        assert 0.97 * bits <= used / sum(sizes) <= bits + FLOAT64_FORMULA
+    assert modelopt.solve(space, groups, 1.0) is None
 
 
 def test_weights_lie_on_the_grid_that_is_counted():

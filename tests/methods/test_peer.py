@@ -54,25 +54,30 @@ def shapes_of(space):
     return {layer: d.shape for d in space.decisions for layer in d.layers}
 
 
-def greedy(groups, effective_bits):
+def sizes_of(space, groups):
+    """Weights, those of equal layers once."""
+    return [sum(d.params for d in one) for one in modelopt.weights_of(space, groups)]
+
+
+def greedy(space, groups, effective_bits):
     """Stands for ModelOpt's programme: raises the bits of the group that gains most, within its own count."""
     names = [list(g.scores) for g in groups]
-    at, total = [0] * len(groups), sum(g.n_weights for g in groups)
+    at, sizes = [0] * len(groups), sizes_of(space, groups)
 
     def used():
-        return sum(g.n_weights * modelopt.EFFECTIVE_BITS[n[i]] for g, n, i in zip(groups, names, at, strict=True))
+        return sum(size * modelopt.EFFECTIVE_BITS[n[i]] for size, n, i in zip(sizes, names, at, strict=True))
 
     for _ in range(sum(map(len, names))):
         steps = [i for i, n in enumerate(names) if at[i] + 1 < len(n)]
         steps.sort(key=lambda i: groups[i].scores[names[i][at[i] + 1]] - groups[i].scores[names[i][at[i]]])
         for i in steps:
             at[i] += 1
-            if used() <= effective_bits * total:
+            if used() <= effective_bits * sum(sizes):
                 break
             at[i] -= 1
         else:
             break
-    return tuple(n[i] for n, i in zip(names, at, strict=True)) if used() <= effective_bits * total else None
+    return tuple(n[i] for n, i in zip(names, at, strict=True)) if used() <= effective_bits * sum(sizes) else None
 
 
 @pytest.fixture
@@ -158,7 +163,7 @@ def test_a_peer_decides_on_layers_whose_streams_are_decisions_as_a_whole(tiny_di
     assert len(split.decisions) == len(space.decisions) + 1
     scores = scores_of(shapes_of(space))
     groups, whole = grouped(split, scores), grouped(space, scores)
-    assert [g.n_weights for g in groups] == [g.n_weights for g in whole]
+    assert sizes_of(split, groups) == sizes_of(space, whole)
     for name in ("fp16", "int3"):
         chosen = [name] * len(groups)
         assert peer_recipe(split, groups, chosen) == peer_recipe(space, whole, chosen)
@@ -179,9 +184,9 @@ def test_layers_of_one_weight_are_scored_together_and_groups_that_share_one_are_
         )
     )
     (group,) = grouped(space, scores, factor=10.0)
-    assert set(group.decisions) == {shared, alone}
+    assert set(modelopt.weights_of(space, [group])[0]) == {shared, alone}
     assert group.scores == {"int4": 30.0, "fp16": 0.0}
-    assert group.n_weights == shared.params + alone.params
+    assert sizes_of(space, [group])[0] == shared.params + alone.params
 
 
 @pytest.mark.parametrize("budget", [2.6, 3.0, 3.5, 4.0, 7.3])
@@ -190,7 +195,7 @@ def test_bisection_comes_near_the_budget_and_never_above(space, budget):
     seen = []
 
     def solve(bits):
-        found = peer_recipe(space, groups, greedy(groups, bits))
+        found = peer_recipe(space, groups, greedy(space, groups, bits))
         seen.append(found)
         return found
 
@@ -277,12 +282,12 @@ def test_a_peer_that_cannot_keep_an_order_is_left_out_with_the_reason(
 
 
 def test_what_a_peer_leaves_unused_is_told(fake, tiny_pipeline_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(modelopt, "solve", lambda groups, _bits: ("int4",) * len(groups))
+    monkeypatch.setattr(modelopt, "solve", lambda _space, groups, _bits: ("int4",) * len(groups))
     found = compare_methods(order_in(tmp_path, tiny_pipeline_folder))
     rows = [r for r in found.rows if r.method == "modelopt"]
     assert not any(r.is_full for r in rows)
     assert all("leaves" in note and "of the budget unused" in note for note in found.notes)
-    monkeypatch.setattr(modelopt, "solve", lambda groups, _bits: ("int8",) * len(groups))
+    monkeypatch.setattr(modelopt, "solve", lambda _space, groups, _bits: ("int8",) * len(groups))
     found = compare_methods(order_in(tmp_path, tiny_pipeline_folder))
     assert "modelopt at 5 bits: left out: its linear programme finds no recipe" in found.notes[0]
     assert torch.is_grad_enabled()

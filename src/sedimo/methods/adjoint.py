@@ -195,10 +195,7 @@ def _joined(
 ) -> torch.Tensor:
     """The gradient of a whole input from those of some rows; parts of an input without rows are added."""
     total = torch.zeros_like(entry) if before is None else before
-    if entry.ndim and len(entry) == n_rows:
-        total[rows] += part
-    else:
-        total += part
+    total[rows if entry.ndim and len(entry) == n_rows else ...] += part
     return total
 
 

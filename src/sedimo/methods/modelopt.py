@@ -20,7 +20,7 @@ import functools
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -133,19 +133,6 @@ class PeerTrial:
     powers: NoisePowers
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Weights that a peer gives one format, each told as a decision (it knows no streams), and its score of each."""
-
-    decisions: tuple[Decision, ...]
-    scores: Mapping[str, float]
-
-    @property
-    def n_weights(self) -> int:
-        """Weights, those of equal layers once."""
-        return sum(d.params for d in self.decisions)
-
-
 def is_installed() -> bool:
     """Whether ModelOpt can be asked."""
     return find_spec("modelopt") is not None
@@ -189,22 +176,29 @@ def measure_scores(lab: Lab, shapes: Mapping[str, Sequence[int]], on: Sampling) 
     return found
 
 
-def solve(groups: Sequence[Group], effective_bits: float) -> tuple[str, ...] | None:
+def weights_of(space: SearchSpace, groups: Iterable[GroupScores]) -> list[tuple[Decision, ...]]:
+    """The weights of each group, those of equal layers once, told as decisions: a peer knows no streams."""
+    home = {layer: one for one in space.weights for layer in one.layers}
+    return [tuple(dict.fromkeys(home[layer] for layer in group.layers)) for group in groups]
+
+
+def solve(space: SearchSpace, groups: Sequence[GroupScores], effective_bits: float) -> tuple[str, ...] | None:
     """The formats that ModelOpt's linear programme gives the groups, or None where it finds no solution.
 
     `effective_bits` are the average bits of a weight by its own count: codes, and scales of blocks.
     """
     searcher = _module("modelopt.torch.quantization.algorithms").AutoQuantizeGradientSearcher()
     searcher.config = searcher.default_search_config
+    n_weights = [sum(one.params for one in weights) for weights in weights_of(space, groups)]
     searcher.candidate_stats = {
         str(index): {
             "formats": list(group.scores),
             "scores": list(group.scores.values()),
-            "costs": [group.n_weights * EFFECTIVE_BITS[name] / FULL_BITS for name in group.scores],
+            "costs": [n * EFFECTIVE_BITS[name] / FULL_BITS for name in group.scores],
         }
-        for index, group in enumerate(groups)
+        for index, (group, n) in enumerate(zip(groups, n_weights, strict=True))
     }
-    budget = sum(group.n_weights for group in groups) * effective_bits / FULL_BITS
+    budget = sum(n_weights) * effective_bits / FULL_BITS
     with _quiet():
         found, is_satisfied = searcher.run_search_with_stats(budget)
     return tuple(chosen["format"] for chosen in found.values()) if is_satisfied else None
@@ -229,27 +223,26 @@ def nearest_below(budget: float, solve: Callable[[float], PeerRecipe | None]) ->
     return best
 
 
-def grouped(space: SearchSpace, scores: ModelOptScores, *, factor: float = 1.0) -> tuple[Group, ...]:
-    """A peer's scores by weights, times a factor: layers of equal weights are scored together and counted once."""
-    home = {layer: w for w in space.weights for layer in w.layers}
-    found: list[Group] = []
-    for scored in scores.groups:
-        decisions = dict.fromkeys(home[layer] for layer in scored.layers)
+def grouped(space: SearchSpace, scores: ModelOptScores, *, factor: float = 1.0) -> tuple[GroupScores, ...]:
+    """A peer's scores, times a factor: layers of equal weights are scored together."""
+    found: list[GroupScores] = []
+    for scored, weights in zip(scores.groups, weights_of(space, scores.groups), strict=True):
+        layers = dict.fromkeys(layer for one in weights for layer in one.layers)
         total = {name: factor * score for name, score in scored.scores.items()}
-        for other in [g for g in found if not decisions.keys().isdisjoint(g.decisions)]:
+        for other in [g for g in found if not layers.keys().isdisjoint(g.layers)]:
             found.remove(other)
-            decisions |= dict.fromkeys(other.decisions)
+            layers |= dict.fromkeys(other.layers)
             total = {name: score + other.scores[name] for name, score in total.items() if name in other.scores}
-        found.append(Group(tuple(decisions), total))
+        found.append(GroupScores(tuple(layers), total))
     return tuple(found)
 
 
-def peer_recipe(space: SearchSpace, groups: Sequence[Group], chosen: Sequence[str] | None) -> PeerRecipe | None:
+def peer_recipe(space: SearchSpace, groups: Sequence[GroupScores], chosen: Sequence[str] | None) -> PeerRecipe | None:
     """The recipe of one format per group, weights of no group at 16 bits; None where nothing was chosen."""
     if chosen is None:
         return None
-    pairs = zip(groups, chosen, strict=True)
-    names = dict.fromkeys(space.weights, FULL) | {d: name for group, name in pairs for d in group.decisions}
+    pairs = zip(weights_of(space, groups), chosen, strict=True)
+    names = dict.fromkeys(space.weights, FULL) | {d: name for weights, name in pairs for d in weights}
     n_bytes = sum(d.paper_bytes(FP16) if name == FULL else FORMATS[name].n_bytes(d.shape) for d, name in names.items())
     macs = sum(d.macs * (FULL_BITS if name == FULL else FORMATS[name].bits) for d, name in names.items())
     return PeerRecipe(
@@ -407,7 +400,7 @@ def _decide(lab: Lab, task: Task[NoKnobs], finding: Finding, *, scale: float) ->
     if scores is None:
         return finding
     groups = grouped(space, scores, factor=(scale / LOSS_SCALE) ** 2)
-    found = nearest_below(budget, lambda bits: peer_recipe(space, groups, solve(groups, bits)))
+    found = nearest_below(budget, lambda bits: peer_recipe(space, groups, solve(space, groups, bits)))
     if found is None:
         note = f"left out: its linear programme finds no recipe of at most {budget:.2f} bits per weight"
         return replace(finding, notes=(note,))
