@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sedimo.errors import InputError, UnsupportedError
 from sedimo.quant.formats import Format, paper_bytes
@@ -311,10 +311,8 @@ Operator = Callable[[QuantizedTensor, OpOverload, Arguments, Options], object]
 
 
 def _compute(packed: QuantizedTensor, func: OpOverload, args: Arguments, options: Options) -> object:
-    def plain(value: object) -> object:
-        return value.dequantize() if isinstance(value, QuantizedTensor) else value
-
-    return func(*map(plain, args), **{name: plain(value) for name, value in options.items()})
+    args, options = tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (args, options))
+    return func(*args, **options)
 
 
 def _convolution_backward(packed: QuantizedTensor, func: OpOverload, args: Arguments, options: Options) -> object:

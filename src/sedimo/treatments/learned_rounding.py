@@ -273,10 +273,7 @@ def _joined(calls: Sequence[Captured]) -> Captured:
 
 @dataclass(frozen=True, slots=True)
 class ReconstructionUnit:
-    """A module whose output is reconstructed: a block, or a layer alone.
-
-    `layers` are all that it holds, `learned` those with codes to learn.
-    """
+    """A module whose output is reconstructed, a block or a layer alone: all its layers, those with codes to learn."""
 
     name: str
     layers: tuple[str, ...]

@@ -36,8 +36,7 @@ from sedimo.settings import one_of
 CorrectionPath = Literal["full", "own"]
 CORRECTION_PATHS: tuple[CorrectionPath, ...] = get_args(CorrectionPath)
 CorrectionExtent = Literal["all", "output"]  # with the noise that the scheduler adds, or predictions alone
-CORRECTION_EXTENTS: tuple[CorrectionExtent, ...] = get_args(CorrectionExtent)
-check_extent = one_of(CORRECTION_EXTENTS)
+check_extent = one_of(get_args(CorrectionExtent))
 CORRECTION_SAMPLES = 16  # that a checkpoint's correction is estimated from
 _MAX_ASTRAY = 1e-2  # relative, between the latents of both runs: half precision rounds
 
