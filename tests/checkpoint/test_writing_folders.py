@@ -214,7 +214,7 @@ def test_a_failure_leaves_nothing_behind(source, packed_dit, tiny_dit, tmp_path,
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(folder_module, "_sync", fail)
+    monkeypatch.setattr(folder_module, "_settle", fail)
     options = WriteOptions(overwrite=True)
     with pytest.raises(OSError, match="no space left"):
         write_checkpoint(source, tmp_path / "out", packed_dit, ORIGIN, component="transformer", options=options)
