@@ -104,8 +104,7 @@ def captured_inputs(pipe: DiffusersPipeline) -> Mapping[str, object]:
 def weights_of(pipe: Loaded | nn.Module) -> WeightSource:
     """The weights in the dtype they are stored in: from the files where there are any, else (or smoothed) from memory.
 
-    Raises:
-        InputError: weights that are quantized, carry an adapter, or are no longer those of their files.
+    Refuses those that are quantized, carry an adapter, or are no longer those of their files.
     """
     if isinstance(pipe, DiffusersPipeline | BareDenoiser) and pipe.folder is not None and not pipe.is_quantized:
         weights = FileWeights(pipe.folder, pipe.variant)

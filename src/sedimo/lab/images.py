@@ -97,10 +97,9 @@ def compare_distributions(reference: Features, quantized: Features) -> dict[str,
 
 
 def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Name and function of the embedded extractor: images `[B, 3, H, W]` in [0, 1] to features `[B, 256]`.
+    """Name and function of the embedded extractor: images `[B, 3, H, W]` in [0, 1] to features `[B, 256]` on the CPU.
 
-    Features are float32 on the CPU. Images of another size than 32 x 32 are resized first (bilinear,
-    antialiased), as FID's own extractor resizes to 299 x 299.
+    Images of another size than 32 x 32 are resized first, as FID's own extractor resizes to 299 x 299.
     """
     module = zoo_module("sedimo_zoo.classifier", "the embedded feature extractor")
     classifier = module.Classifier()
@@ -116,18 +115,15 @@ def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, Callable
     def extract(images: torch.Tensor) -> torch.Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"images must have shape [B, 3, H, W], got {list(images.shape)}")
-        chunks = torch.split(images, _EXTRACT_BATCH)
-        return torch.cat([classifier.features(_fitted(chunk.to(device))).float().cpu() for chunk in chunks])
+        found = []
+        for chunk in torch.split(images, _EXTRACT_BATCH):
+            fitting = chunk.to(device).float()
+            if fitting.shape[2:] != (32, 32):
+                fitting = torch.nn.functional.interpolate(fitting, (32, 32), mode="bilinear", antialias=True)
+            found.append(classifier.features(fitting * 2 - 1).float().cpu())
+        return torch.cat(found)
 
     return module.EXTRACTOR_NAME, extract
-
-
-def _fitted(images: torch.Tensor) -> torch.Tensor:
-    """Images in [0, 1] as the classifier wants them: 32 x 32, in [-1, 1]."""
-    images = images.float()
-    if images.shape[2:] != (32, 32):
-        images = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
-    return images * 2 - 1
 
 
 def reference_statistics() -> tuple[Features, FeatureStatistics]:

@@ -53,13 +53,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def graceful_interrupt() -> Iterator[StopRequest]:
-    """While inside, the first SIGINT sets the request and the second one raises KeyboardInterrupt.
-
-    Outside the main thread signals cannot be caught; then the request is never set.
-    """
+    """While inside, the first SIGINT sets the request and the second one raises KeyboardInterrupt."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield request  # never set: signals cannot be caught here
         return
 
     def handle(_number: int, _frame: FrameType | None) -> None:
@@ -173,18 +170,13 @@ class TrialWorker:
         self._prober = Prober(adapter.denoiser, bank)
         self._references: References = {} if references is None else references
 
-    @property
-    def reference(self) -> Reference:
-        """What the full-precision pipeline gives."""
+    def measure(self, recipe: Recipe) -> Trial:
+        """The trial of a recipe."""
         wanted = (self.setting.objective, self._sampling)
         if wanted not in self._references:
             self._prober.restore()
             self._references[wanted] = measure_reference(self.setting.objective, self._adapter, self._sampling)
-        return self._references[wanted]
-
-    def measure(self, recipe: Recipe) -> Trial:
-        """The trial of a recipe."""
-        reference = self.reference
+        reference = self._references[wanted]
         begin = time.perf_counter()
         self._prober.switch(recipe)
         powers, measures = measure(self._adapter, reference)
@@ -194,9 +186,6 @@ class TrialWorker:
     def close(self) -> None:
         """Gives the denoiser back at full precision."""
         self._prober.restore()
-
-
-MakeWorker = Callable[[], TrialWorker]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +220,14 @@ def run_trials(
     recipes: Sequence[Recipe],
     *,
     setting: Setting,
-    make_worker: MakeWorker,
+    make_worker: Callable[[], TrialWorker],
     n_processes: int = 0,
     progress: Progress = SILENT,
 ) -> tuple[Trial, ...]:
     """The trials of the recipes, in their order; those that the study lacks are measured and saved first.
 
-    Ctrl-C once finishes and saves the running trial. Without a study, all are measured and none is kept. See
-    `in_processes` for workers of `n_processes`; 0 is one in this process.
-
-    Raises:
-        Interrupted: the user stopped it; calling again measures what is left.
-        StateError: a worker measured under another setting than the one that names the trials, or died.
+    Without a study, all are measured and none is kept. See `in_processes` for workers of `n_processes`; 0 is one in
+    this process.
     """
     missing, measured = missing_trials(recipes, study, setting), dict[str, Trial]()
     if missing:
@@ -268,18 +253,14 @@ def run_trials(
                     f"{study.path}. Run the same command again to measure the rest."
                 )
     keys = [setting.trial_key(recipe) for recipe in recipes]
-    return tuple(_saved(study, key) if study else measured[key] for key in keys)
-
-
-def _saved(study: Study, key: str) -> Trial:
-    trial = study.trial(key)
-    if trial is None:
-        raise StateError(f"trial {key[:12]} vanished from {study.path}")
-    return trial
+    found = [study.trial(key) if study else measured[key] for key in keys]
+    if study and None in found:
+        raise StateError(f"trial {keys[found.index(None)][:12]} vanished from {study.path}")
+    return tuple(trial for trial in found if trial is not None)
 
 
 def _measured(
-    make_worker: MakeWorker, recipes: Sequence[Recipe], stop: StopRequest, n_processes: int
+    make_worker: Callable[[], TrialWorker], recipes: Sequence[Recipe], stop: StopRequest, n_processes: int
 ) -> Iterator[Trial]:
     if n_processes:
         yield from in_processes(make_worker, recipes, stop, n_processes)
@@ -292,12 +273,11 @@ def _measured(
 
 
 def in_processes(
-    make_worker: MakeWorker, recipes: Sequence[Recipe], stop: StopRequest, n_processes: int
+    make_worker: Callable[[], TrialWorker], recipes: Sequence[Recipe], stop: StopRequest, n_processes: int
 ) -> Iterator[Trial]:
     """Trials as they are finished, in any order, by processes that each have their own worker and a share of the cores.
 
-    `make_worker` must be something a process can be started with: a module-level function, or a `functools.partial` of
-    one whose arguments are records and paths.
+    A process must be able to start with `make_worker`: a module's function, or a partial of one with records and paths.
     """
     n_processes = min(n_processes, len(recipes))
     threads = max(1, (os.cpu_count() or 1) // n_processes)
@@ -322,7 +302,7 @@ def in_processes(
 _workers: list[TrialWorker] = []  # the one worker of a started process; stays empty in the driver
 
 
-def _begin(make_worker: MakeWorker, threads: int) -> None:
+def _begin(make_worker: Callable[[], TrialWorker], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides when to stop
     threading.Thread(target=_end_with_driver, daemon=True).start()
     torch.set_num_threads(threads)

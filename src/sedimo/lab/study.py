@@ -145,7 +145,7 @@ class Ledger:
     """Trials, and executions of parts of probes (None: not kept), that were asked for, each once, by key.
 
     So what work took is the same whether it was measured now, before, or by other work. `measuring_seconds` were spent
-    measuring now: what is left of a clock's time is neither theirs nor kept anywhere.
+    measuring now.
     """
 
     trials: dict[str, Trial] = field(default_factory=dict)
@@ -248,10 +248,7 @@ class Study:
         self._rows.put("probe", key, part)
 
     def account(self, key: str, measured: Execution | None = None) -> None:
-        """Tells ledgers what the part of that name took the first time: what is kept of it, else `measured`, now kept.
-
-        To be called before a part is saved, so that no part is without.
-        """
+        """Tells ledgers what a part took at first: what is kept of it, else `measured`, to be kept before the part is."""
         kept = self._rows.get(Execution, "execution", key)
         if kept is None and measured is not None:
             kept = measured

@@ -150,13 +150,10 @@ def _seen(call: DenoiserCall) -> _Seen:
 
 
 class _Outputs:
-    """Keeps what blocks give at full precision until they have been called again, and compares then.
-
-    `n_rows` are those of the call that is being made again, 0 where none is.
-    """
+    """Keeps what blocks give at full precision until they have been called again, and compares then."""
 
     def __init__(self) -> None:
-        self.n_rows = 0
+        self.n_rows = 0  # of the call that is being made again, 0 where none is
         self.kept: dict[str, list[torch.Tensor]] = {}
         self.powers: dict[str, Powers] = {}
 
