@@ -87,8 +87,8 @@ class Candidate:
 class Bank:
     """Candidates of every decision, and their packed weights.
 
-    Made by `fit_bank`. `activations` says how the inputs of layers are rounded whose format asks for it. At most
-    `packed_bytes_kept` of packed weights stay in memory, the last used ones.
+    Made by `fit_bank`. `activations` says how the inputs of layers are rounded whose format asks for it. The last used
+    packed weights stay in memory.
     """
 
     def __init__(
@@ -100,13 +100,12 @@ class Bank:
         cache: BankCache | None = None,
         activations: Activations = DYNAMIC,
         moments: Moments | None = None,
-        packed_bytes_kept: int = _PACKED_BYTES_KEPT,
     ) -> None:
         self.weights, self.space, self.activations, self.moments = weights, space, activations, moments
         self.candidates = tuple(candidates)
         self._cache = cache or BankCache(None)
         self._packed = _LastUsed[tuple[str, Entry], QuantizedTensor](
-            packed_bytes_kept, lambda packed: packed.stored_bytes
+            _PACKED_BYTES_KEPT, lambda packed: packed.stored_bytes
         )
         self._feedback = _LastUsed[tuple[str, int, int], list[Feedback]](
             _FEEDBACK_BYTES_KEPT, lambda parts: sum(part.order.nbytes + part.asked.nbytes for part in parts)

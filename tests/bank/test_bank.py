@@ -172,9 +172,10 @@ def test_unfit_weights_are_refused_by_name():
         fit_bank(weights, space_of())
 
 
-def test_few_packed_weights_are_kept_when_memory_is_short():
+def test_few_packed_weights_are_kept_when_memory_is_short(monkeypatch):
     bank = fit_bank(Weights(), space_of())
-    short = Bank(bank.weights, bank.space, bank.candidates, packed_bytes_kept=1)
+    monkeypatch.setattr("sedimo.bank._PACKED_BYTES_KEPT", 1)
+    short = Bank(bank.weights, bank.space, bank.candidates)
     one = short.quantized("a", KMC3)
     assert short.quantized("a", KMC3) is one
     short.quantized("c", KMC3)

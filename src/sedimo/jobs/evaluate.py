@@ -135,14 +135,14 @@ def evaluate(
     seeds = Seeds(sampling, against.default_sampling)
     plans = seeds.search, seeds.plan(images) if n_images else None
     reference, drawn = (draw_all(p, *plans, progress=progress) for p in (against, quantized))
-    powers = relative_noise(reference.samples.latents, drawn.samples.latents)
+    powers = relative_noise(reference.latents, drawn.latents)
     correction = None
     if correct:
         estimating = correction_plan(seeds, n_images)
         fits = estimate_correction(against, quantized, estimating, progress=progress)
         with corrected(quantized, correction_of(fits), with_variance=correct == "all") as log:
             again = draw_all(quantized, *plans, label=f"{quantized.name}, corrected", progress=progress)
-        less_noise = relative_noise(reference.samples.latents, again.samples.latents)
+        less_noise = relative_noise(reference.latents, again.latents)
         gain = {"sqnr_db": paired_difference(less_noise, powers).estimate}
         if drawn.features is not None and again.features is not None:
             gain["fid"] = compare_distributions(drawn.features, again.features)["fid_difference"]

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from sedimo.bank import SILENT, Progress
-from sedimo.lab.images import Features, Samples, compare_distributions, draw, draw_latents_and_features
+from sedimo.lab.images import Samples, compare_distributions, draw, draw_latents_and_features
 from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.metrics.signal import NoisePowers, psnr_db, relative_noise, sqnr_estimates
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What a pipeline gave: the samples of a plan, and features of the images of another, if there is one."""
-
-    samples: Samples
-    features: Features | None
-
-
 def draw_all(
     pipe: PipelineAdapter, plan: Sampling, images: Sampling | None, *, label: str = "", progress: Progress = SILENT
-) -> Drawn:
-    """Samples both plans."""
+) -> Samples:
+    """Samples of a plan, with features of the images of another, if there is one."""
     samples = draw(pipe, plan, label=label, progress=progress)
     if images is None:
-        return Drawn(samples, None)
+        return samples
     _, features = draw_latents_and_features(pipe, images, label=label, progress=progress)
-    return Drawn(samples, features)
+    return replace(samples, features=features)
 
 
-def measures(reference: Drawn, quantized: Drawn) -> dict[str, Estimate]:
+def measures(reference: Samples, quantized: Samples) -> dict[str, Estimate]:
     """What both pipelines drew, sample by sample, and as sets where there are features: every measure by name."""
-    _, found = compare_signals(reference.samples, quantized.samples)
+    _, found = compare_signals(reference, quantized)
     if reference.features is None or quantized.features is None:
         return found
     return found | compare_distributions(reference.features, quantized.features)

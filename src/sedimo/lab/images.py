@@ -28,14 +28,6 @@ from sedimo.pipelines.loading import existing, zoo_module
 _EXTRACT_BATCH = 250
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Final latents `[n, C, H, W]` and images `[n, 3, H, W]` in [0, 1] of one pipeline under one plan."""
-
-    latents: torch.Tensor
-    images: torch.Tensor
-
-
 @dataclass(frozen=True, eq=False)
 class Features:
     """Features `[n, D]` float32 of images, by the network named `extractor`."""
@@ -48,6 +40,18 @@ class Features:
         """FID and KID to real images; computed once, because full precision is compared with every recipe."""
         real, statistics = _real()
         return fid_replicates(self.values, statistics), kid_replicates(self.values, real.values)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Final latents `[n, C, H, W]` and images `[n, 3, H, W]` in [0, 1] of one pipeline under one plan.
+
+    `features` are those of the images of another plan, if there is one.
+    """
+
+    latents: torch.Tensor
+    images: torch.Tensor
+    features: Features | None = None
 
 
 def draw(adapter: PipelineAdapter, sampling: Sampling, *, label: str = "", progress: Progress = SILENT) -> Samples:
@@ -96,7 +100,7 @@ def compare_distributions(reference: Features, quantized: Features) -> dict[str,
     return found
 
 
-def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+def feature_extractor() -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Name and function of the embedded extractor: images `[B, 3, H, W]` in [0, 1] to features `[B, 256]` on the CPU.
 
     Images of another size than 32 x 32 are resized first, as FID's own extractor resizes to 299 x 299.
@@ -109,7 +113,7 @@ def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, Callable
         classifier.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise StateError(f"{path} does not hold the embedded classifier: {error}") from error
-    classifier.eval().requires_grad_(False).to(device)
+    classifier.eval().requires_grad_(False)
 
     @torch.no_grad()
     def extract(images: torch.Tensor) -> torch.Tensor:
@@ -117,10 +121,10 @@ def feature_extractor(device: str | torch.device = "cpu") -> tuple[str, Callable
             raise InputError(f"images must have shape [B, 3, H, W], got {list(images.shape)}")
         found = []
         for chunk in torch.split(images, _EXTRACT_BATCH):
-            fitting = chunk.to(device).float()
+            fitting = chunk.cpu().float()
             if fitting.shape[2:] != (32, 32):
                 fitting = torch.nn.functional.interpolate(fitting, (32, 32), mode="bilinear", antialias=True)
-            found.append(classifier.features(fitting * 2 - 1).float().cpu())
+            found.append(classifier.features(fitting * 2 - 1).float())
         return torch.cat(found)
 
     return module.EXTRACTOR_NAME, extract

@@ -248,7 +248,7 @@ class Study:
         self._rows.put("probe", key, part)
 
     def account(self, key: str, measured: Execution | None = None) -> None:
-        """Tells ledgers what a part took at first: what is kept of it, else `measured`, to be kept before the part is."""
+        """Tells ledgers what a part took at first: what is kept of it, else `measured`, kept before the part is."""
         kept = self._rows.get(Execution, "execution", key)
         if kept is None and measured is not None:
             kept = measured
