@@ -97,10 +97,7 @@ class Parts:
     def each(
         self, kind: type[Part], label: str, n_parts: int, works: Iterable[tuple[str, Callable[[], Part]]]
     ) -> Iterator[Part]:
-        """The parts of `n_parts` works (content key, and how to measure it), one after another: the one resumable loop.
-
-        People see how far it is under `label`. Ctrl-C once finishes and saves the part that is being measured.
-        """
+        """The parts of `n_parts` works (content key, and how to measure it) one by one: the one resumable loop."""
         with self.stage(label, n_parts) as stop:
             for key, measure in works:
                 yield self.part(kind, key, measure)
@@ -151,10 +148,7 @@ def setting_of(
 
 
 class TrialWorker:
-    """Measures recipes on one pipeline. The reference is sampled when the first one comes.
-
-    Workers whose denoisers are the same function at full precision may share the `references` that were sampled.
-    """
+    """Measures recipes on one pipeline; `references` are shared by workers that are alike at full precision."""
 
     def __init__(
         self,

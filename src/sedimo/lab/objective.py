@@ -87,10 +87,7 @@ def _set_measures(reference: Features, features: Features) -> dict[str, Estimate
 
 
 def _noise_of_calls(adapter: PipelineAdapter, recorded: Trajectory, *, on_own_path: bool) -> NoisePowers:
-    """Relative noise per sample of the denoiser's outputs, averaged over rows and calls.
-
-    Its inputs are the recorded ones, or those that it leads to itself.
-    """
+    """Relative noise per sample of outputs, mean over rows and calls, on recorded inputs or on its own path."""
     noise, n_rows = np.zeros((2, len(recorded.sampling.seeds)))
     expected = batches_of(recorded.sampling, recorded.calls)
 

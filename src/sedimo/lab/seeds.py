@@ -61,10 +61,7 @@ class SamplingSettings:
 
 
 class Seeds:
-    """The sampling plans of a lab, one for each purpose. No seed serves two of them but those of `more`.
-
-    `default` gives the pipeline's own plan; it is asked when a plan is first needed.
-    """
+    """The sampling plans of a lab, one for each purpose. No seed serves two of them but those of `more`."""
 
     def __init__(self, settings: SamplingSettings, default: Default) -> None:
         self.settings, self._default = settings, default
