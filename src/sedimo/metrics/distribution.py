@@ -29,7 +29,6 @@ class FeatureStatistics:
     n: int
 
     def __post_init__(self) -> None:
-        """Checks shapes and symmetry."""
         dim = self.mean.shape[0] if self.mean.ndim == 1 else -1
         if self.covariance.shape != (dim, dim):
             raise InputError(

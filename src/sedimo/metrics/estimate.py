@@ -56,9 +56,6 @@ def mean_estimate(values: npt.ArrayLike) -> Estimate:
     Example:
         >>> mean_estimate([1.0, 3.0]).standard_error
         1.0
-
-    Raises:
-        InputError: no values.
     """
     array = np.asarray(values, dtype=np.float64).ravel()
     if array.size == 0:

@@ -73,9 +73,6 @@ def prediction_quality(
         >>> prediction_quality([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]).srcc.value
         0.8
 
-    Raises:
-        InputError: fewer than three recipes, unequal numbers, a number that is not finite, or too few resamples.
-
     Source: Järvelin and Kekäläinen 2002, "Cumulated gain-based evaluation of IR techniques" (NDCG, with discount
     1 / log2(1 + place)); Efron 1979, "Bootstrap methods: another look at the jackknife".
     """

@@ -34,7 +34,6 @@ class NoisePowers:
     signal: Vector
 
     def __post_init__(self) -> None:
-        """Takes any arrays of n numbers and refuses what no measurement gives."""
         noise, signal = (np.array(v, dtype=np.float64, ndmin=1) for v in (self.noise, self.signal))
         if noise.ndim != 1 or noise.shape != signal.shape or noise.size == 0:
             raise InputError(f"noise and signal must be of one length [n], got {noise.shape} and {signal.shape}")
@@ -116,10 +115,7 @@ class PairedDifference:
 
 
 def relative_noise(reference: npt.ArrayLike, test: npt.ArrayLike) -> NoisePowers:
-    """Noise and signal power of `test` `[n, ...]` against `reference` `[n, ...]`, sample by sample.
-
-    Both may be anything that numpy reads, such as tensors on the CPU.
-    """
+    """Noise and signal power of `test` `[n, ...]` against `reference` `[n, ...]`: anything that numpy reads."""
     noise, signal = np.array([_powers(*pair) for pair in _samples(reference, test)]).T
     return NoisePowers(noise, signal)
 
@@ -148,10 +144,10 @@ def mean_sqnr(powers: NoisePowers) -> Estimate:
 
 
 def paired_difference(first: NoisePowers, second: NoisePowers, *, tolerance: float = SAME) -> PairedDifference:
-    """How much better `first` is than `second` on the same samples.
+    """How much better `first` is than `second` on the same samples, whose signal powers agree to a relative tolerance.
 
-    The signal powers may differ by the relative `tolerance`: `SAME_UP_TO_ROUNDING` suits references that are the same
-    function in another order of rounding, as that of a smoothed denoiser is.
+    `SAME_UP_TO_ROUNDING` suits references that are the same function in another order of rounding, as that of a
+    smoothed denoiser is.
     """
     if first.n != second.n or not np.allclose(first.signal, second.signal, rtol=tolerance, atol=0):
         raise InputError(

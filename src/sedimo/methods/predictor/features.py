@@ -157,22 +157,19 @@ def make_topology(n_nodes: int, edges: Iterable[tuple[int, int]]) -> Topology:
 class GraphFeatures:
     """Rows of all nodes of a graph: row `first_row[n] + k` is option k of node n.
 
-    `codes` are `method`, `bits`, `operation` and `block` of each row `[R]`, as indices into the lists of `names`;
-    `size` is 100 times full bytes per quantized bytes, `error` the relative weight error, both `[R]` and 0 for a node
-    without a weight. `decision` `[N]` is the decision that a node's option is, -1 without a weight. `roots` holds for
-    each hop the nodes `[N]` that are the root of a group of so many hops; for hop 0 all layers, and all nodes where
-    there is no such group.
+    `roots` holds for each hop the nodes that are the root of a group of so many hops; for hop 0 all layers, and all
+    nodes where there is no such group.
     """
 
     graph: DenoiserGraph
     topology: Topology
-    first_row: Codes
-    decision: Codes
-    codes: Mapping[str, Codes]
+    first_row: Codes  # [N]
+    decision: Codes  # that a node's option is, -1 without a weight [N]
+    codes: Mapping[str, Codes]  # method, bits, operation and block, as indices into the lists of names, [R] each
     names: Mapping[str, tuple[str, ...]]
-    size: Floats
-    error: Floats
-    roots: tuple[npt.NDArray[np.bool_], ...]
+    size: Floats  # 100 times full bytes per quantized bytes, 0 without a weight [R]
+    error: Floats  # relative weight error, 0 without a weight [R]
+    roots: tuple[npt.NDArray[np.bool_], ...]  # [N] each
 
     @cached_property
     def place(self) -> Mapping[str, int]:

@@ -44,30 +44,20 @@ class Goal:
     Example:
         >>> Goal.parse("-fid-150*avg_bits").value({"fid": 20.0, "avg_bits": 4.0})
         -620.0
-
-    Raises:
-        InputError: the text is no expression, or not the canonical one.
     """
 
     text: str
 
     def __post_init__(self) -> None:
-        """Refuses what `parse` would write in another way."""
         if (canonical := ast.unparse(_read(self.text))) != self.text:
             raise InputError(f"the target {self.text!r} is written {canonical!r}. Make goals with Goal.parse.")
 
     def __str__(self) -> str:
-        """The canonical text."""
         return self.text
 
     @classmethod
     def parse(cls, text: str) -> Goal:
-        """The target that the text describes.
-
-        Raises:
-            InputError: the text is no expression, longer than 200 characters (as given, or with canonical spaces),
-                or nested deeper than 20.
-        """
+        """The target that the text describes, whatever its spaces and parentheses."""
         return cls(ast.unparse(_read(text)))
 
     @property
@@ -76,11 +66,7 @@ class Goal:
         return _names(_read(self.text))
 
     def value(self, measures: Mapping[str, float]) -> float:
-        """The target's value for a recipe with these measures; `avg_bits` and `paper_bits` stand for each other.
-
-        Raises:
-            InputError: a measure is missing or not finite, or a step of the computation has no finite result.
-        """
+        """The target's value for a recipe with these measures; `avg_bits` and `paper_bits` stand for each other."""
         return _evaluate(_read(self.text), {name: self._find(name, measures) for name in sorted(self.names)})
 
     def split_bits(self) -> tuple[Goal, float]:
@@ -92,9 +78,6 @@ class Goal:
             >>> rest, coefficient = Goal.parse("-fid - 150 * avg_bits").split_bits()
             >>> str(rest), coefficient
             ('-fid', -150.0)
-
-        Raises:
-            InputError: bits do not enter as number * avg_bits, added to the rest.
         """
         rest, coefficient = _split(_read(self.text))
         if not math.isfinite(coefficient):
@@ -135,9 +118,13 @@ def _check(node: ast.expr, line: str, depth: int = 1) -> None:
     """Refuses all that is not in the grammar; numbers become those that print without a needless `.0`."""
     if depth > MAX_DEPTH:
         raise _refusal(line, f"signs and functions may be nested {MAX_DEPTH} deep", node.col_offset)
+    text = line[node.col_offset : node.end_col_offset]
     match node:
-        case ast.Constant():
-            node.value = _number(line, node)
+        case ast.Constant() if _NUMBER.fullmatch(text):
+            number = float(text)
+            if math.isinf(number):
+                raise _refusal(line, "a number must be finite", node.col_offset)
+            node.value = int(number) if repr(number).endswith(".0") else number
         case ast.Name(id=name) if name not in _FUNCTIONS:
             pass
         case ast.UnaryOp(op=ast.USub(), operand=inner):
@@ -149,21 +136,7 @@ def _check(node: ast.expr, line: str, depth: int = 1) -> None:
             for argument in arguments:
                 _check(argument, line, depth + 1)
         case _:
-            raise _strange(line, node)
-
-
-def _number(line: str, node: ast.Constant) -> int | float:
-    if not _NUMBER.fullmatch(line[node.col_offset : node.end_col_offset]):
-        raise _strange(line, node)
-    number = float(line[node.col_offset : node.end_col_offset])
-    if math.isinf(number):
-        raise _refusal(line, "a number must be finite", node.col_offset)
-    return int(number) if repr(number).endswith(".0") else number
-
-
-def _strange(line: str, node: ast.expr) -> InputError:
-    found = line[node.col_offset : node.end_col_offset]
-    return _refusal(line, f"{found!r} is no arithmetic of measures", node.col_offset)
+            raise _refusal(line, f"{text!r} is no arithmetic of measures", node.col_offset)
 
 
 def _refusal(line: str, rule: str, place: int) -> InputError:

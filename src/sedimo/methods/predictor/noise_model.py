@@ -65,10 +65,7 @@ class NoiseModel:
         return np.asarray(self.offset - self.slope * _curve(np.log((total + self.floor) / self.unit), self.power))
 
     def uncertainty(self, codes: Codes, *, minus: Codes | None = None) -> Values:
-        """Standard deviation of the target of recipes `[T, D]`, or of its difference to that of others, `[T]`.
-
-        The residual is left out.
-        """
+        """Deviation of the target of recipes `[T, D]`, or of its difference to others, without the residual, `[T]`."""
         gradients = self._problem.jacobian(self._state, codes)[1]
         if minus is not None:
             gradients = gradients - self._problem.jacobian(self._state, minus)[1]
@@ -232,7 +229,7 @@ class _Problem:
 def _moved(state: Values, scaled: Values, variance: Values, gradient: Values) -> Values:
     """The state after a step (diag(1 / variance) + J^T J)^-1 gradient, through the trials (Woodbury), cut if long."""
     direct = variance * gradient
-    correction = np.linalg.solve(_inner(scaled, variance), scaled @ direct)
+    correction = np.linalg.solve(_covariance(scaled, variance), scaled @ direct)
     step = direct - variance * (scaled.T @ correction)
     limit = max(1.0, float(np.abs(step[:-4]).max()), float(np.abs(step[-3:]).max()) / 0.5)
     return np.asarray(state + step / limit)
@@ -251,8 +248,8 @@ def _curve(log: Values, power: float) -> Values:
 
 def _whitener(scaled: Values, variance: Values) -> Values:
     """Inverse of the Cholesky factor of the trials' covariance, `[T, T]`."""
-    return np.linalg.inv(np.linalg.cholesky(_inner(scaled, variance)))
+    return np.linalg.inv(np.linalg.cholesky(_covariance(scaled, variance)))
 
 
-def _inner(scaled: Values, variance: Values) -> Values:
+def _covariance(scaled: Values, variance: Values) -> Values:
     return np.asarray((scaled * variance) @ scaled.T + np.eye(len(scaled)))

@@ -111,10 +111,7 @@ class Insight:
 def rate(
     predictor: Predictor, background: Background, *, extra: TrainingSet | None = None, around: float | None = None
 ) -> tuple[PredictorRow, ...]:
-    """The predictor and all rivals on the same held-out recipes: all, those around some bits, and extra ones.
-
-    What is predicted is the quality, or the whole goal if the predictor's preset does.
-    """
+    """The predictor and all rivals on the same held-out recipes: all, those around some bits, and extra ones."""
     data, table = predictor.data, background.table
     truth, mine, further = predictor.options.truth(data), predictor.cross_validated(), data.codes[:0]
     subsets = {name: np.flatnonzero(held) for name, held in _subsets(data, around).items()}
@@ -181,8 +178,8 @@ def predict_by_rivals(
 ) -> dict[str, Values]:
     """What all rivals say of each training recipe by the fold that left it out, then of extra ones, `[T + U]`.
 
-    The test recipes of the folds are `tests`; of extra ones it is the mean over folds. `costs` are those of tables
-    `[D, K]` by name, `errors` relative weight errors `[D, K]`; `effects` keep their signs.
+    The folds' test recipes are `tests`; what is said of extra recipes is the mean over folds. `costs` of tables by
+    name and relative weight errors are `[D, K]`.
     """
     choices = data.choices
     fits: dict[str, Fit] = {
@@ -248,10 +245,7 @@ def _ridge(choices: Choices) -> Fit:
 
 
 def telling_changes(predictor: Predictor, table: SensitivityTable, allocation: Allocation) -> dict[Insight, Recipe]:
-    """Changes whose predicted effect is largest, and the changed recipes, to be measured.
-
-    Bits are taken from an operation or block, or given to one; or all layers of an operation take another method.
-    """
+    """Changes of an operation or block whose predicted effect is largest, and the changed recipes, to be measured."""
     space = predictor.data.choices.space
     layers = {f"every `{name}` layer": members for name, members in grouped(space, lambda d: d.operation).items()}
     blocks = grouped(space, lambda d: f"block `{d.block}`" if d.block else "the layers outside all blocks")

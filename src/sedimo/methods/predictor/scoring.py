@@ -67,9 +67,9 @@ refuse_confidence = within(least=0, most=10, hint="standard deviations")
 
 @torch.no_grad()
 def hop_moments(predictor: Predictor) -> Values:
-    """Mean and deviation of the scores at each hop of each fold, `[F, M + 1, 2]`: at hop 0 of layers, then of groups.
+    """Mean and deviation of scores of layers at hop 0, then of groups, over training recipes, `[F, M + 1, 2]`.
 
-    They are taken over (some of) the training recipes. A hop that no group has gets the moments of all layers.
+    A hop that no group has gets the moments of all layers.
     """
     data, n_hops = predictor.data, predictor.options.n_hops
     some = data.codes[:: max(1, data.n // _MOMENT_RECIPES)]
@@ -89,10 +89,7 @@ def hop_moments(predictor: Predictor) -> Values:
 
 @torch.no_grad()
 def option_scores(predictor: Predictor, moments: Values) -> Values:
-    """Scores of each option of each decision by hop 0 of each fold, `[F, D, K]`; not a number where there is no option.
-
-    Hop 0 sees no neighbour, so that isolation and context are the same.
-    """
+    """Scores of all options by hop 0 of each fold, which sees no neighbour, `[F, D, K]`; not a number for padding."""
     choices = predictor.data.choices
     rows = torch.from_numpy(predictor.data.features.row_options(choices.n_options))
     networks = [fold.network for fold in predictor.folds]
@@ -208,10 +205,7 @@ def _upstream(features: GraphFeatures, group: Group, hop: int, *, is_alone: bool
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Quality = offset + slope * (sum of scores) + per_bit * bits on the training recipes.
-
-    `r2` is the share of variance explained, `srcc` the rank correlation of that sum with quality, `n` recipes.
-    """
+    """Quality = offset + slope * (sum of scores) + per_bit * bits, and how well that holds for `n` recipes."""
 
     offset: float
     slope: float
@@ -226,11 +220,12 @@ def calibrate(scores: Values, bits: Values, quality: Values) -> Calibration:
     if len(quality) < 4:
         raise InputError(f"a calibration needs at least four recipes, got {len(quality)}")
     design = np.stack([np.ones_like(scores), scores, bits], axis=1)
-    offset, slope, per_bit = np.linalg.lstsq(design, quality, rcond=None)[0]
-    rest = quality - design @ np.array([offset, slope, per_bit])
+    found = np.linalg.lstsq(design, quality, rcond=None)[0]
+    rest = float(((quality - design @ found) ** 2).sum())
     total = float(((quality - quality.mean()) ** 2).sum())
-    r2 = 1 - float((rest**2).sum()) / total if total > 0 else 0.0
-    return Calibration(float(offset), float(slope), float(per_bit), r2, rank_correlation(scores, quality), len(quality))
+    r2 = 1 - rest / total if total > 0 else 0.0
+    offset, slope, per_bit = found.tolist()
+    return Calibration(offset, slope, per_bit, r2, rank_correlation(scores, quality), len(quality))
 
 
 def noise_table(

@@ -53,19 +53,14 @@ MAX_VARIANTS = 8_000  # of a group; larger ones are split
 
 @dataclass(frozen=True)
 class Background:
-    """What is known of a model before recipes are measured.
+    """What is known of a model before recipes are measured."""
 
-    `graph` has a node for each decision; `candidates` are those of a bank by (decision, format); `table` has the
-    sensitivities by the prior. `digest` is that of the bank. `effects` are those that a prior by method adjoint comes
-    from, where they were measured just now.
-    """
-
-    graph: DenoiserGraph
+    graph: DenoiserGraph  # with a node for each decision
     space: SearchSpace
-    candidates: Candidates
-    table: SensitivityTable
-    digest: str
-    effects: Effects | None = None
+    candidates: Candidates  # those of a bank, by (decision, format)
+    table: SensitivityTable  # by the prior
+    digest: str  # of the bank
+    effects: Effects | None = None  # that a prior by method adjoint comes from, if it was measured just now
 
     @cached_property
     def choices(self) -> Choices:

@@ -104,18 +104,14 @@ PAPER = TrainingOptions(
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Measured recipes as numbers.
-
-    `codes` `[T, D]`; `quality` `[T]` without any term for size, `target` `[T]` the whole target (both higher =
-    better); `prior` `[D, K]` costs of all options that the noise model starts from.
-    """
+    """Measured recipes as numbers; of quality and target, higher is better."""
 
     features: GraphFeatures
     choices: Choices
-    prior: Values
-    codes: Codes
-    quality: Values
-    target: Values
+    prior: Values  # costs of all options that the noise model starts from [D, K]
+    codes: Codes  # [T, D]
+    quality: Values  # without any term for size [T]
+    target: Values  # the whole target [T]
 
     @property
     def n(self) -> int:
@@ -125,19 +121,15 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class FoldModel:
-    """The network of one fold, and what it says of its test recipes.
-
-    `predicted` `[n]` is in the target's unit; `hop_scores` `[M + 1, n]` rank recipes by each hop. `n_epochs` were
-    trained to the best validation loss. `unit` is what the network's 0 and 1 stand for: offset and scale.
-    """
+    """The network of one fold, and what it says of its test recipes."""
 
     network: Network
-    test: Codes
-    predicted: Values
-    hop_scores: Values
-    hop_srcc: Values
-    n_epochs: int
-    unit: tuple[float, float]
+    test: Codes  # [n]
+    predicted: Values  # in the target's unit [n]
+    hop_scores: Values  # rank recipes by each hop [M + 1, n]
+    hop_srcc: Values  # how well they do
+    n_epochs: int  # to the best validation loss
+    unit: tuple[float, float]  # what the network's 0 and 1 stand for: offset and scale
 
 
 @dataclass(frozen=True)
