@@ -24,8 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import allocate
+from sedimo.allocation.solve import Allocation, allocate
 from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.quant.formats import Format, count_bops, paper_bytes, parse_formats, stored_bytes, with_activations
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import sedimo
-from sedimo.checkpoint.layout import LayerEntry, packed_tensors
 from sedimo.checkpoint.reading import open_checkpoint
-from sedimo.checkpoint.writing import operation_of
 from sedimo.cli.console import ConsoleProgress
 from sedimo.pipelines.loading import zoo_path
 from sedimo.pipelines.weights import DTYPES, denoiser_folder
 
 N_SHOWN = 6
+
+
+def _operation(layer: str) -> str:
+    """A path without its indices."""
+    return re.sub(r"\.\d+(?=\.|$)", "", layer)
 
 
 def main() -> None:
@@ -42,16 +46,16 @@ def main() -> None:
             progress=ConsoleProgress(),
         )
         checkpoint = open_checkpoint(denoiser_folder(out))
-    entries = [e for e in checkpoint.layers.values() if isinstance(e, LayerEntry)]
-    halves = 2 * sum(math.prod(e.shape) for e in entries)
+    configuration = checkpoint.configuration
+    halves = 2 * sum(entry.n_weights for entry in configuration.layers.values())
     print(f"packed layers {checkpoint.stored_bytes} of {halves} bytes at fp16: {checkpoint.stored_bytes / halves:.4f}")
     print(f"denoiser file {checkpoint.file_bytes} of {before} bytes: {checkpoint.file_bytes / before:.4f}; it holds")
-    packed, rest = packed_tensors(checkpoint.layers), Counter[str]()
+    packed, rest = configuration.tensors, Counter[str]()
     for header in checkpoint.headers:
-        rest.update({operation_of(n): 0 for n in header.tensors})
+        rest.update({_operation(n): 0 for n in header.tensors})
         for name, (shape, dtype) in header.tensors.items():
             if name not in packed:
-                rest[operation_of(name)] += math.prod(shape) * DTYPES[dtype].itemsize
+                rest[_operation(name)] += math.prod(shape) * DTYPES[dtype].itemsize
     header_bytes = checkpoint.file_bytes - checkpoint.stored_bytes - checkpoint.plain_bytes
     parts = [("packed layers", checkpoint.stored_bytes), *rest.most_common(N_SHOWN), ("header", header_bytes)]
     parts.append(("other", checkpoint.file_bytes - sum(size for _, size in parts)))

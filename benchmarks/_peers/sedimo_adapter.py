@@ -17,7 +17,7 @@ from torch import nn
 import sedimo
 from _peers.weights import Layers, Quantized, QuantizedLayer
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.checkpoint.weights import replace_weights

@@ -12,7 +12,7 @@ import sedimo
 from _suite.models import Model
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.allocation.effects import Effects
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import Allocation
 from sedimo.bank import Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError

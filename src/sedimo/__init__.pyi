@@ -1,5 +1,7 @@
-from .allocation.problem import Allocation as Allocation
-from .allocation.solve import allocate as allocate
+from .allocation.solve import (
+    Allocation as Allocation,
+    allocate as allocate,
+)
 from .allocation.table import SensitivityTable as SensitivityTable
 from .bank import Bank as Bank
 from .errors import (

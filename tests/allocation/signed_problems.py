@@ -10,7 +10,7 @@ import numpy as np
 from allocation_tables import FORMATS, table_of
 
 from sedimo.allocation.effects import Effects
-from sedimo.allocation.problem import Budget
+from sedimo.allocation.solve import Budget
 from sedimo.allocation.table import Cost, CostEstimate, SensitivityTable
 from sedimo.quant.formats import FP16
 

@@ -14,9 +14,8 @@ from signed_problems import SignedProblem, signed_problem
 
 from examples import examples
 from sedimo.allocation.effects import allocate_signed, cross_validated_noise
-from sedimo.allocation.problem import Budget
 from sedimo.allocation.program import GAP
-from sedimo.allocation.solve import allocate_within
+from sedimo.allocation.solve import Budget, allocate_within
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
 from sedimo.methods.adjoint import effects_of

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
-from sedimo.allocation.problem import bits_range, bytes_for_bits
-from sedimo.allocation.solve import even_budgets, frontier
+from sedimo.allocation.solve import bits_range, bytes_for_bits, even_budgets, frontier
 from sedimo.errors import InputError
 from tolerances import FLOAT64_FORMULA
 
@@ -33,9 +32,9 @@ def test_the_curve_falls_even_when_the_solver_is_lazy():
 
 def test_budgets_are_sorted_and_counted_once():
     table = random_table(10, seed=7)
-    curve = frontier(table, [4.0, 3.0, 4.0], accounting="stored")
-    assert [a.accounting for a in curve] == ["stored", "stored"]
-    assert curve[0].stored_bits <= 3.0 < curve[1].stored_bits <= 4.0
+    curve = frontier(table, [4.0, 3.0, 4.0])
+    assert [a.accounting for a in curve] == ["paper", "paper"]
+    assert curve[0].paper_bits <= 3.0 < curve[1].paper_bits <= 4.0
 
 
 def test_even_budgets_span_what_is_possible():

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from examples import examples
-from sedimo.allocation.problem import Budget, make_problem
 from sedimo.allocation.program import relax
-from sedimo.allocation.solve import allocate, allocate_within
+from sedimo.allocation.solve import Budget, allocate, allocate_within, make_problem
 from sedimo.allocation.table import Cost, of_family
 from sedimo.errors import InputError
 from sedimo.quant.families.uaq import UAQ

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
-from sedimo.allocation.problem import pareto
+from sedimo.allocation.program import pareto
 
 
 def by_definition(cost, size, ties):

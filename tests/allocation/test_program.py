@@ -15,9 +15,8 @@ from allocation_tables import random_table, scaled, table_of
 from scipy.optimize import milp
 
 from sedimo.allocation import program, solve
-from sedimo.allocation.problem import Budget, make_problem
 from sedimo.allocation.program import MAX_SOLVES, Answer, solve_checked, solve_highs
-from sedimo.allocation.solve import allocate
+from sedimo.allocation.solve import Budget, allocate, make_problem
 from sedimo.allocation.table import Cost
 from sedimo.errors import InputError, SedimoError
 from sedimo.quant.formats import FP16, Format
@@ -73,15 +72,16 @@ def stubborn(excess_column: int):
 
     def solver(problem, unit, gap):
         calls.append(int(problem.limit[0]))
-        return Answer(np.full(len(problem.options), excess_column, dtype=np.int64), -math.inf)
+        return Answer(np.full(len(problem.rows), excess_column, dtype=np.int64), -math.inf)
 
     return solver, calls
 
 
-def test_an_answer_over_budget_is_asked_for_again_at_most_thrice():
+def test_an_answer_over_budget_is_asked_for_again_at_most_thrice(monkeypatch):
     problem = make_problem(random_table(5, seed=1), Budget(20_000))
     solver, calls = stubborn(problem.cost.shape[1] - 1)
-    solved = solve_checked(problem, 1.0, 1e-4, solver)
+    monkeypatch.setattr(program, "solve_highs", solver)
+    solved = solve_checked(problem, 1.0, 1e-4)
     assert len(calls) == solved.n_solves == MAX_SOLVES == 4
     assert calls[0] == 20_000
     assert all(later < earlier for earlier, later in itertools.pairwise(calls))
@@ -104,7 +104,7 @@ def test_a_solver_that_finds_nothing_does_not_prove_anything(monkeypatch):
     assert found.objective == allocate(table, bits=3.5, rule="greedy").objective
 
 
-def test_the_bound_is_that_of_the_first_call():
+def test_the_bound_is_that_of_the_first_call(monkeypatch):
     """Later calls see lowered limits: their bounds are too high."""
     problem = make_problem(random_table(5, seed=1), Budget(20_000))
     bounds = iter([1.0, 2.0, 3.0, 4.0])
@@ -112,7 +112,8 @@ def test_the_bound_is_that_of_the_first_call():
     def solver(current, unit, gap):
         return Answer(np.full(5, problem.cost.shape[1] - 1, dtype=np.int64), next(bounds))
 
-    assert solve_checked(problem, 1.0, 1e-4, solver).bound == 1.0
+    monkeypatch.setattr(program, "solve_highs", solver)
+    assert solve_checked(problem, 1.0, 1e-4).bound == 1.0
 
 
 def test_a_failing_solver_says_so(monkeypatch):
@@ -217,9 +218,9 @@ def test_an_answer_that_never_fits_is_mended_rather_than_thrown_away(monkeypatch
 
     def spoiled(problem, unit, gap):
         names = sorted(table.by_decision)
-        formats = [[table.by_decision[n][i].format for i in row] for n, row in zip(names, problem.options, strict=True)]
+        formats = [[row.variant(i)[row.name] for i in range(len(row))] for row in problem.rows]
         columns = [row.index(exact.choice[name]) for name, row in zip(names, formats, strict=True)]
-        columns[names.index("layer0")] = len(problem.options[names.index("layer0")]) - 1
+        columns[names.index("layer0")] = len(problem.rows[names.index("layer0")]) - 1
         return Answer(np.array(columns), -math.inf)
 
     monkeypatch.setattr(program, "solve_highs", spoiled)

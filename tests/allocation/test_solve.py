@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
-from sedimo.allocation.problem import Budget, bits_range, make_problem
 from sedimo.allocation.program import relax
-from sedimo.allocation.solve import allocate, allocate_within
+from sedimo.allocation.solve import Budget, allocate, allocate_within, bits_range, make_problem
 from sedimo.allocation.table import Cost
 from sedimo.errors import InputError
 from sedimo.quant.formats import FP16, Format
@@ -77,7 +76,7 @@ def test_the_bound_is_that_of_the_linear_relaxation():
     table, budget = random_table(25, seed=5), Budget(120_000)
     problem = make_problem(table, budget)
     rows, columns = np.nonzero(np.isfinite(problem.cost))
-    one_each = np.zeros((len(problem.options), len(rows)))
+    one_each = np.zeros((len(problem.rows), len(rows)))
     one_each[rows, np.arange(len(rows))] = 1
     unit = problem.cost[rows, columns].max() / 1e4
     result = linprog(
@@ -85,7 +84,7 @@ def test_the_bound_is_that_of_the_linear_relaxation():
         A_ub=problem.size[0, rows, columns][None] / budget.size_bytes,
         b_ub=[1],
         A_eq=one_each,
-        b_eq=np.ones(len(problem.options)),
+        b_eq=np.ones(len(problem.rows)),
     )
     assert relax(problem).bound == pytest.approx(result.fun * unit)
 

@@ -1,23 +1,41 @@
-"""Tables of group variants for the tests of allocation: made from tables of decisions, and as large as SDXL's."""
+"""Groups of decisions for the tests of allocation: made from tables of decisions, and as large as SDXL's."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from allocation_tables import tiny_tables
+from allocation_tables import table_of, tiny_tables
 from hypothesis import strategies as st
 
-from sedimo.allocation.table import SensitivityTable
-from sedimo.allocation.variant_table import GroupVariants, VariantTable, build_variant_table, variant_sizes
-from sedimo.quant.formats import PAPER_FORMATS
-from sedimo.space import Decision, SearchSpace
+from sedimo.allocation.options import Options
+from sedimo.allocation.program import GAP
+from sedimo.allocation.solve import Allocation, allocate_within, read_budget
+from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.quant.formats import PAPER_FORMATS, paper_bytes, stored_bytes
 
 # groups of SDXL by number of decisions, as Qua2SeDiMo counts them: 243 groups, 343,458 variants of six formats
 SDXL_GROUPS = {4: 59 + 70 + 1, 5: 11 + 11, 2: 70, 3: 6, 1: 15}
 SHAPES = ((1280, 1280), (1280, 2048), (640, 640, 3, 3), (5120, 640), (1280, 320))
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A table of decisions, and groups of them."""
+
+    table: SensitivityTable
+    groups: tuple[Options, ...]
+
+    @property
+    def total_params(self) -> int:
+        return self.table.total_params
+
+    def allocate(self, *, rule: str = "milp", gap: float = GAP, **budget: float) -> Allocation:
+        within = read_budget(self.total_params, **budget)
+        return allocate_within(self.table, within, rule=rule, gap=gap, groups=self.groups)
 
 
 def columns_of(counts: Sequence[int]) -> np.ndarray:
@@ -26,28 +44,27 @@ def columns_of(counts: Sequence[int]) -> np.ndarray:
 
 def grouped(
     table: SensitivityTable, widths: Sequence[int], change: Callable[[np.ndarray], np.ndarray] = lambda cost: cost
-) -> VariantTable:
+) -> Grouped:
     """Consecutive decisions in groups of the widths given; costs are sums over decisions, then changed."""
     names, groups = iter(table.by_decision), []
     for width in widths:
-        decisions = tuple(itertools.islice(names, width))
-        entries = [table.by_decision[d] for d in decisions]
-        choice = columns_of([len(row) for row in entries])
+        entries = {d: table.by_decision[d] for d in itertools.islice(names, width)}
+        choice = columns_of([len(row) for row in entries.values()])
 
         def total(field, entries=entries, choice=choice):
-            rows = [np.array([getattr(e, field) for e in row]) for row in entries]
+            rows = [np.array([getattr(e, field) for e in row]) for row in entries.values()]
             return sum(row[column] for row, column in zip(rows, choice.T, strict=True))
 
-        formats = tuple(tuple(e.format for e in row) for row in entries)
-        arrays = [total(field) for field in ("standard_error", "paper_bytes", "stored_bytes", "bops")]
-        groups.append(GroupVariants("+".join(decisions), decisions, formats, choice, change(total("cost")), *arrays))
-    return VariantTable(table.method, table.denoiser, tuple(groups), table.layers, table.total_params)
+        formats = {d: tuple(e.format for e in row) for d, row in entries.items()}
+        costs = change(total("cost")), total("standard_error")
+        groups.append(table.group("+".join(entries), formats, choice, *costs))
+    return Grouped(table, tuple(groups))
 
 
 @st.composite
-def tiny_variant_tables(draw: st.DrawFn) -> VariantTable:
+def tiny_variant_tables(draw: st.DrawFn) -> Grouped:
     """Up to five decisions in groups of one to three; costs are no sums, many are equal, some forbid a variant."""
-    table = draw(tiny_tables(5))
+    table = replace(draw(tiny_tables(5)), attention_bops=0)
     n_left, widths = len(table.by_decision), []
     while n_left:
         widths.append(draw(st.integers(1, min(3, n_left))))
@@ -64,7 +81,7 @@ def tiny_variant_tables(draw: st.DrawFn) -> VariantTable:
     return grouped(table, widths, change)
 
 
-def brute_force(table: VariantTable, size_bytes: int, bops: int | None = None) -> float | None:
+def brute_force(table: Grouped, size_bytes: int, bops: int | None = None) -> float | None:
     """The least total cost over all choices of at most so many paper bytes; None when none fits."""
     totals = np.zeros((3, 1))
     for group in table.groups:
@@ -74,26 +91,24 @@ def brute_force(table: VariantTable, size_bytes: int, bops: int | None = None) -
     return float(totals[0, fits].min()) if fits.any() else None
 
 
-def sdxl_variants(seed: int = 0) -> VariantTable:
+def sdxl_variants(seed: int = 0) -> Grouped:
     """Costs that fall by about 6 dB per bit, times noise of each variant, in [1e-9, 1]."""
     rng = np.random.default_rng(seed)
-    decisions, groups = [], []
+    entries, params, costs = [], {}, {}
     for width, n_groups in SDXL_GROUPS.items():
         choice = columns_of([len(PAPER_FORMATS)] * width)
         for i in range(n_groups):
-            shapes = [SHAPES[j] for j in rng.integers(len(SHAPES), size=width)]
-            own = [
-                Decision(f"w{width}.{i}.{j}", (f"w{width}.{i}.{j}",), "op", "block", s, math.prod(s), PAPER_FORMATS)
-                for j, s in enumerate(shapes)
-            ]
+            names = [f"w{width}.{i}.{j}" for j in range(width)]
+            for name, j in zip(names, rng.integers(len(SHAPES), size=width), strict=True):
+                params[name] = math.prod(SHAPES[j])
+                sizes = {f: (paper_bytes(f, SHAPES[j]), stored_bytes(f, SHAPES[j])) for f in PAPER_FORMATS}
+                entries += [Cost(name, f, 0.0, 0.0, 0, *sizes[f], params[name] * f.bits * 16) for f in PAPER_FORMATS]
             alone = [
                 10 ** rng.normal(-4, 1) * np.array([4.0**-f.bits for f in PAPER_FORMATS]) * rng.lognormal(0, 0.3, 6)
-                for _ in own
+                for _ in names
             ]
             cost = sum(row[column] for row, column in zip(alone, choice.T, strict=True))
             cost = np.clip(cost * rng.lognormal(0, 0.3, len(choice)), 1e-9, 1.0)
-            names, formats = tuple(d.name for d in own), tuple(d.formats for d in own)
-            sizes = variant_sizes(own, choice)
-            groups.append(GroupVariants(f"w{width}.{i}", names, formats, choice, cost, 0.1 * cost, *sizes))
-            decisions += own
-    return build_variant_table("gnn", SearchSpace("SDXL", "", tuple(decisions)), groups)
+            costs[f"w{width}.{i}"] = dict.fromkeys(names, PAPER_FORMATS), choice, cost, 0.1 * cost
+    table = table_of(entries, params)
+    return Grouped(table, tuple(table.group(name, *about) for name, about in costs.items()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,16 +12,15 @@ from torch import nn
 
 from packed_weights import FORMATS, OWNER, TIED, random_packed
 from sedimo.checkpoint.contents import describe, flatten_state, narrowed, packed_layers
-from sedimo.checkpoint.layout import (
-    LayerEntry,
-    TiedEntry,
-    entry_of,
-    packed_tensors,
-    read_layers,
-)
-from sedimo.codec import content_key, to_json, to_plain
+from sedimo.checkpoint.layout import Configuration, entry_of, read_configuration
+from sedimo.codec import to_json
 from sedimo.errors import StateError
 from sedimo.quant.parts import TensorSpec
+
+
+def read_layers(layers):
+    plain = {"quant_method": "sedimo", "format_version": 1, "layers": layers}
+    return read_configuration(plain, place="here")
 
 
 def test_the_written_form_is_the_specified_one():
@@ -37,13 +38,14 @@ pieces = st.lists(st.tuples(st.integers(1, 9), st.sampled_from((*FORMATS, "fp16"
 @given(pieces, st.integers(1, 4), st.sampled_from([(), (3,), (2, 2)]))
 def test_entries_survive_the_file(parts, n_channels, kernel):
     weight = random_packed((n_channels, sum(n for n, _ in parts), *kernel), parts)
-    layers = {"a.b": entry_of(weight), "c": TiedEntry("a.b")}
-    again = read_layers(to_plain(layers), place="here")
-    assert again == layers
-    assert content_key(again) == content_key(dict(reversed(layers.items())))
-    sizes = {name: spec.n_bytes for name, spec in packed_tensors(layers).items()}
-    assert sum(sizes.values()) == weight.stored_bytes
-    assert packed_tensors(layers) == {
+    told = Configuration({"a.b": entry_of(weight)}, {"a.b": "a.b", "c": "a.b"})
+    assert told.plain["layers"]["c"] == {"same_as": "a.b"}
+    again = read_configuration(told.plain, place="here")
+    assert again == told
+    assert again.key == Configuration(told.layers, dict(reversed(told.owners.items()))).key
+    assert told.layers["a.b"].stored_bytes == weight.stored_bytes
+    assert told.layers["a.b"].n_weights == weight.numel()
+    assert told.tensors == {
         f"a.b.weight.{i}.{field}": TensorSpec(t.dtype, tuple(t.shape))
         for i, part in enumerate(weight.parts)
         for field, t in part.tensors.items()
@@ -51,11 +53,10 @@ def test_entries_survive_the_file(parts, n_channels, kernel):
 
 
 def test_ties_are_described_once(packed_dit):
-    layers = describe(packed_dit)
-    assert layers[TIED] == TiedEntry(OWNER)
-    assert [name for name, entry in layers.items() if isinstance(entry, TiedEntry)] == [TIED]
-    assert isinstance(layers["pos_embed.proj"], LayerEntry)
-    assert layers["pos_embed.proj"].kind == "Conv2d"
+    found = describe(packed_dit)
+    assert found.owners[TIED] == OWNER
+    assert found.owners.keys() - found.layers.keys() == {TIED}
+    assert found.layers["pos_embed.proj"].kind == "Conv2d"
 
 
 def entry_with(number_format):
@@ -80,35 +81,37 @@ def entry_with(number_format):
         ({"kind": "Linear", "parts": []}, "lacks the fields"),
         ({"same_as": 3}, "must be of type str"),
         ({"same_as": "here"}, "is no packed layer"),
+        ({"same_as": "here", "kind": "Linear", "shape": [4, 4], "parts": []}, "unknown fields"),
     ],
 )
 def test_wrong_entries_are_refused(entry, message):
     with pytest.raises(StateError, match=message):
-        read_layers({"here": entry}, place="layers")
+        read_layers({"here": entry})
 
 
 def test_backward_and_overlapping_parts_are_refused():
     for edges in ([(0, 3), (2, 4)], [(0, 4), (4, 4)], [(2, 4), (0, 2)], [(0, 5), (5, 4)], [(-1, 4)]):
         parts = [{"start": a, "stop": b, "format": "uaq4"} for a, b in edges]
         with pytest.raises(StateError, match=r"must cover the 4 input channels|must be a range"):
-            read_layers({"here": {"kind": "Linear", "shape": [4, 4], "parts": parts}}, place="layers")
+            read_layers({"here": {"kind": "Linear", "shape": [4, 4], "parts": parts}})
 
 
 def test_saving_notices_weights_exchanged_behind_our_back(packed_dit):
-    layers = describe(packed_dit)
+    told = describe(packed_dit)
     shape = tuple(packed_layers(packed_dit)[TIED].shape)
     tied = packed_dit.get_submodule(TIED)
     tied.weight = nn.Parameter(random_packed(shape), requires_grad=False)
     with pytest.raises(StateError, match="does not share the weight"):
-        flatten_state(packed_dit.state_dict(), layers)
+        flatten_state(packed_dit.state_dict(), told)
+    untied = {name: owner for name, owner in told.owners.items() if name != TIED}
     with pytest.raises(StateError, match="is packed but not described"):
-        flatten_state(packed_dit.state_dict(), {name: e for name, e in layers.items() if name != TIED})
+        flatten_state(packed_dit.state_dict(), replace(told, owners=untied))
     tied.weight = nn.Parameter(torch.zeros(shape), requires_grad=False)
     with pytest.raises(StateError, match="has no packed weight"):
-        flatten_state(packed_dit.state_dict(), layers)
+        flatten_state(packed_dit.state_dict(), told)
     packed_dit.proj_out_1.weight = nn.Parameter(random_packed((64, 32), "kma2"), requires_grad=False)
     with pytest.raises(StateError, match="has a packed weight of another layout"):
-        flatten_state(packed_dit.state_dict(), {"proj_out_1": layers["proj_out_1"]})
+        flatten_state(packed_dit.state_dict(), replace(told, owners={"proj_out_1": "proj_out_1"}))
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_activations_of_another_checkpoint_are_refused(dit, tmp_path):
         DiTTransformer2DModel.from_pretrained(tmp_path / "second")
     dequantize_weights(dit)
     found = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in dit.state_dict().items()}
-    rules = Configuration({}, InputQuantizers({"nowhere": ActivationQuantizer(4)}), {}, "")
+    rules = Configuration(inputs=InputQuantizers({"nowhere": ActivationQuantizer(4)}))
     with pytest.raises(StateError, match="rounds the inputs of layers that the model does not have: 'nowhere'"):
         check_against_model(found, rules, dit)
 

@@ -22,10 +22,9 @@ from sedimo.checkpoint.inputs import (
 )
 from sedimo.checkpoint.judge import check_divisor_specs, make_seal
 from sedimo.checkpoint.layout import DIVISOR, Configuration, read_configuration
-from sedimo.checkpoint.reading import change_layers
 from sedimo.checkpoint.weights import replace_weights
+from sedimo.checkpoint.writing import Origin, write_checkpoint
 from sedimo.errors import InputError, StateError
-from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec
 from tolerances import DIFFERENT
@@ -171,7 +170,7 @@ def test_other_words_are_refused(folder, ways):
 
 
 def test_files_without_the_field_are_read():
-    plain = Configuration({}, InputQuantizers(), {}, "sedimo 0.1.0").plain
+    plain = Configuration().plain
     assert "smoothed" not in plain
     assert read_configuration(plain, place="").smoothed == {}
 
@@ -179,7 +178,7 @@ def test_files_without_the_field_are_read():
 def test_single_layers_are_not_packed_anew(folder, tmp_path):
     weight = random_packed((64, 32), "kmc3")
     with pytest.raises(InputError, match="was smoothed"):
-        change_layers(check_checkpoint(folder), tmp_path, {PACKED: weight}, made_by="")
+        write_checkpoint(folder, tmp_path / "changed", {PACKED: weight}, Origin(""))
 
 
 def test_shared_weights_are_divided_once_when_smoothing_ends():

@@ -103,7 +103,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "version as text": (edit_quantization(format_version="1"), "format version '1'"),
     "no version": (lambda f: edit_config(f, lambda c: c["quantization_config"].pop("format_version")), "version None"),
     "unknown field": (edit_quantization(bits=4), r"unknown fields \['bits'\]"),
-    "layers are a list": (edit_quantization(layers=[]), "must be an object of layer names, got list"),
+    "layers are a list": (edit_quantization(layers=[]), "layers must be an object, got"),
     "recipe beside layers": (edit_quantization(recipe={"proj_out_1": "kma2"}), "recipe"),
     "unknown layer field": (edit_layer(KMC, group=4), r"unknown fields \['group'\]"),
     "unknown kind": (edit_layer(KMC, kind="Embedding"), "kind must be one of"),

@@ -21,10 +21,7 @@ from sedimo.checkpoint.weights import replace_weights
 from sedimo.checkpoint.writing import (
     Origin,
     WriteOptions,
-    base_model_of,
-    is_card,
-    operation_of,
-    replace_layer_format,
+    card_of,
     write_checkpoint,
 )
 from sedimo.errors import InputError, StateError
@@ -88,7 +85,8 @@ def test_the_card_tells_what_a_reader_needs(source, packed_dit, tmp_path):
         "21 layers, 1 of them sharing the weight of another",
     ):
         assert text in card, text
-    assert operation_of("down_blocks.0.resnets.12.conv1") == "down_blocks.resnets.conv1"
+    assert "| `transformer_blocks.attn1.to_q` |" in card
+    assert "transformer_blocks.0" not in card
 
 
 @pytest.mark.parametrize(
@@ -105,8 +103,7 @@ def test_the_card_tells_what_a_reader_needs(source, packed_dit, tmp_path):
 )
 def test_foreign_cards_are_not_taken_for_ours(text, tmp_path):
     (tmp_path / "README.md").write_bytes(text)
-    assert not is_card(tmp_path / "README.md")
-    assert base_model_of(tmp_path / "README.md") == ""
+    assert card_of(tmp_path / "README.md") == {}
 
 
 def test_cards_of_the_first_release_are_known(tmp_path):
@@ -119,8 +116,7 @@ def test_cards_of_the_first_release_are_known(tmp_path):
         "- sedimo",
     )
     (tmp_path / "README.md").write_text("\n".join([*card, "- quantized", "---", ""]))
-    assert is_card(tmp_path / "README.md")
-    assert base_model_of(tmp_path / "README.md") == "a/b"
+    assert card_of(tmp_path / "README.md")["base_model"] == "a/b"
 
 
 def test_links_share_the_files_and_copies_do_not(source, packed_dit, tmp_path):
@@ -272,7 +268,7 @@ def test_changing_one_layer_keeps_every_other_byte(source, packed_dit, tmp_path)
     write_checkpoint(source, first, packed_dit, ORIGIN, component="transformer")
     assert packed_layers(packed_dit)["proj_out_1"].format.family != "uaq", "the new tensors have other names"
     fresh = random_packed((64, 32), "uaq3", seed=7)
-    written = replace_layer_format(first, second, {"proj_out_1": fresh}, ORIGIN, component="transformer")
+    written = write_checkpoint(first, second, {"proj_out_1": fresh}, ORIGIN, component="transformer")
     before, after = (load_file(folder / "transformer" / WEIGHTS) for folder in (first, second))
     changed = {name for name in before.keys() | after.keys() if name.startswith("proj_out_1.weight")}
     assert before.keys() - changed == after.keys() - changed
@@ -298,20 +294,20 @@ def test_changing_a_shared_or_an_unpacked_layer(source, packed_dit, tmp_path):
     shape = tuple(packed_layers(packed_dit)[TIED].shape)
     changes = {TIED: random_packed(shape, "uaq3"), "proj_out_2": random_packed((16, 32), [(8, "kmc2"), (24, "uaq2")])}
     options = WriteOptions(max_shard_size=20_000)
-    replace_layer_format(first, second, changes, ORIGIN, options=options)
+    write_checkpoint(first, second, changes, ORIGIN, options=options)
     loaded = DiTTransformer2DModel.from_pretrained(second)
     assert loaded.get_submodule(TIED).weight is loaded.get_submodule(OWNER).weight
     assert str(packed_layers(loaded)[OWNER].format) == "uaq3"
     assert torch.equal(packed_layers(loaded)["proj_out_2"].dequantize(), changes["proj_out_2"].dequantize())
     pair = {TIED: random_packed(shape), OWNER: random_packed(shape)}
     with pytest.raises(InputError, match="share one weight"):
-        replace_layer_format(first, tmp_path / "no", pair, ORIGIN)
+        write_checkpoint(first, tmp_path / "no", pair, ORIGIN)
     with pytest.raises(InputError, match="has no layer 'nowhere'"):
-        replace_layer_format(first, tmp_path / "no", {"nowhere": random_packed((4, 4))}, ORIGIN)
+        write_checkpoint(first, tmp_path / "no", {"nowhere": random_packed((4, 4))}, ORIGIN)
     with pytest.raises(InputError, match="has no layer 'pos_embed'"):
-        replace_layer_format(first, tmp_path / "no", {"pos_embed": random_packed((4, 4))}, ORIGIN)
+        write_checkpoint(first, tmp_path / "no", {"pos_embed": random_packed((4, 4))}, ORIGIN)
     with pytest.raises(InputError, match=r"'proj_out_1' has a weight of shape \(64, 32\), the new one has \(4, 4\)"):
-        replace_layer_format(first, tmp_path / "no", {"proj_out_1": random_packed((4, 4))}, ORIGIN)
+        write_checkpoint(first, tmp_path / "no", {"proj_out_1": random_packed((4, 4))}, ORIGIN)
     with pytest.raises(StateError, match="is not packed"):
-        replace_layer_format(source / "transformer", tmp_path / "no", changes, ORIGIN)
+        write_checkpoint(source / "transformer", tmp_path / "no", changes, ORIGIN)
     assert not (tmp_path / "no").exists()

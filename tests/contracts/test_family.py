@@ -14,9 +14,8 @@ from packed_weights import denoise
 from sedimo.allocation.solve import allocate
 from sedimo.bank import fit_bank
 from sedimo.checkpoint.contents import named_layers
-from sedimo.checkpoint.layout import entry_of, packed_tensors, read_layers
+from sedimo.checkpoint.layout import Configuration, entry_of, read_configuration
 from sedimo.checkpoint.weights import replace_weights, save_denoiser
-from sedimo.codec import to_plain
 from sedimo.errors import InputError, UnfitFormatError
 from sedimo.graph.model import DenoiserGraph, Node
 from sedimo.methods.error import error_table
@@ -171,9 +170,9 @@ class TestFamilyContract:
                 with pytest.raises(InputError, match="format of another program"):
                     entry_of(packed)
                 continue
-            layers = {"proj": entry_of(packed)}
-            assert read_layers(to_plain(layers), place="here") == layers
-            sizes = {name: spec.n_bytes for name, spec in packed_tensors(layers).items()}
+            told = Configuration({"proj": entry_of(packed)}, {"proj": "proj"})
+            assert read_configuration(told.plain, place="here") == told
+            sizes = {name: spec.n_bytes for name, spec in told.tensors.items()}
             assert list(sizes) == [f"proj.weight.0.{name}" for name in packed.parts[0].tensors]
             assert sum(sizes.values()) == packed.stored_bytes
 

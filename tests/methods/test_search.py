@@ -95,7 +95,9 @@ def test_a_study_of_another_space_is_refused_before_anything_is_measured(done, m
 
 
 def test_groups_can_be_decided_as_a_whole(done):
-    found = build_by_groups(done.known, done.found.predictor, done.found.allocation, BUDGET, confidence=1.0)
+    found = build_by_groups(
+        done.known, done.found.predictor, done.found.table, done.found.allocation, BUDGET, confidence=1.0
+    )
     assert found.paper_bits <= 5.0
     assert found.method == "gnn"
     assert set(found.choice) == {d.name for d in done.bank.space.decisions}

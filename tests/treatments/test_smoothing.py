@@ -191,7 +191,7 @@ def test_divisors_are_saved_though_nothing_is_packed(tiny, tmp_path, writer):
     assert smoothed_layers(loaded.transformer) == ways
     assert torch.equal(sample_of(loaded), sample_of(tiny.pipeline))
     checkpoint = check_checkpoint(tmp_path / "out" / "transformer")
-    assert (checkpoint.layers, checkpoint.configuration.smoothed) == ({}, ways)
+    assert (checkpoint.configuration.layers, checkpoint.configuration.smoothed) == ({}, ways)
 
 
 def test_what_is_folded_alone_is_an_ordinary_model(tiny, tmp_path):

@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from sedimo.allocation.problem import Allocation, Budget, read_budget
-from sedimo.allocation.solve import allocate_within
+from sedimo.allocation.solve import Allocation, Budget, allocate_within, read_budget
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
 from sedimo.settings import option
@@ -34,15 +33,7 @@ class BopsLimit:
 
     @classmethod
     def parse(cls, text: str) -> BopsLimit:
-        """The limit that a text means.
-
-        Example:
-            >>> BopsLimit.parse("1.5T").n_bops, BopsLimit.parse("12.5%").share
-            (1500000000000, 0.125)
-
-        Raises:
-            InputError: not a positive number with a unit, or beyond full precision.
-        """
+        """The limit that a text such as `1.5T` or `12.5%` means; nothing beyond full precision."""
         match = _PATTERN.fullmatch(text.strip())
         if match is None or not Decimal(match[1]):
             raise InputError(
@@ -93,7 +84,7 @@ class BudgetSettings:
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
-        given = [v for v in (self.bits, self.stored_bits, self.n_bytes) if v is not None]
+        given = self._sizes
         if len(given) > 1:
             raise InputError("give one size: --bits, --stored-bits or --bytes, got several")
         if given and not 0 < given[0] < float("inf"):
@@ -102,9 +93,13 @@ class BudgetSettings:
             raise InputError(f"a budget of {given[0]:g} is beyond any model; weights have at most {MAX_BITS} bits")
 
     @property
+    def _sizes(self) -> list[float]:
+        return [v for v in (self.bits, self.stored_bits, self.n_bytes) if v is not None]
+
+    @property
     def has_size(self) -> bool:
         """Whether the size is limited."""
-        return any(v is not None for v in (self.bits, self.stored_bits, self.n_bytes))
+        return bool(self._sizes)
 
     @property
     def is_given(self) -> bool:
@@ -120,29 +115,25 @@ class BudgetSettings:
 
     def in_bits(self, n_weights: int) -> float:
         """The size per weight [bits], in its own accounting."""
-        bits = self.bits if self.stored_bits is None else self.stored_bits
-        if bits is None and self.n_bytes is None:
+        if not self.has_size:
             raise InputError("a budget of size is needed: --bits 3.5 (or --stored-bits, --bytes)")
-        return bits if bits is not None else 8 * (self.n_bytes or 0) / n_weights
+        (size,) = self._sizes
+        return size if self.n_bytes is None else 8 * size / n_weights
 
     def __str__(self) -> str:
         """For people."""
-        parts = [
-            *([] if self.bits is None else [f"{self.bits:g} paper bits per weight"]),
-            *([] if self.stored_bits is None else [f"{self.stored_bits:g} stored bits per weight"]),
-            *([] if self.n_bytes is None else [f"{self.n_bytes} bytes"]),
-            *([] if self.bops is None else [str(self.bops)]),
-        ]
-        return " and ".join(parts) or "no budget"
+        parts = (
+            f"{self.bits:g} paper bits per weight" if self.bits is not None else "",
+            f"{self.stored_bits:g} stored bits per weight" if self.stored_bits is not None else "",
+            f"{self.n_bytes} bytes" if self.n_bytes is not None else "",
+            str(self.bops or ""),
+        )
+        return " and ".join(filter(None, parts)) or "no budget"
 
 
 NO_BUDGET = BudgetSettings()
 
 
 def allocated(table: SensitivityTable, budget: BudgetSettings, *, rule: str = "milp") -> Allocation:
-    """The recipe of a table under a budget in any accounting (see `allocate`).
-
-    Raises:
-        InputError: a budget that no choice keeps, with the least and most possible.
-    """
+    """The recipe of a table under a budget in any accounting (see `allocate`)."""
     return allocate_within(table, budget.resolved(table.total_params, table.full_bops), rule=rule)

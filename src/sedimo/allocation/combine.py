@@ -76,8 +76,7 @@ def _mean(first: Cost, second: Cost, scale: float) -> Cost:
     if math.inf not in (first.cost, second.cost):
         value = math.sqrt(first.cost * second.cost * scale)
     if 0 < value < math.inf:
-        relative = math.hypot(first.standard_error / first.cost, second.standard_error / second.cost) / 2
-        error = value * relative
+        error = value * (math.hypot(first.standard_error / first.cost, second.standard_error / second.cost) / 2)
     return replace(first, cost=value, standard_error=error, n=min(first.n, second.n))
 
 
@@ -85,9 +84,8 @@ def _mean(first: Cost, second: Cost, scale: float) -> Cost:
 class Agreement:
     """Predicted against measured noise of `n` pairs.
 
-    `slope` is that of the least-squares line of log measured on log predicted, with its standard error: 1 when
-    one is proportional to the other. `ratio` is the geometric mean of measured / predicted, `srcc` Spearman's
-    rank correlation. `predicted` and `measured` are the pairs themselves, for pictures.
+    `slope` is that of the least-squares line of log measured on log predicted, 1 when one is proportional to the
+    other; `ratio` the geometric mean of measured / predicted, `srcc` Spearman's rank correlation.
     """
 
     n: int
@@ -143,11 +141,9 @@ def agreement_about_operations(
 
 
 def _of_operations(table: SensitivityTable, bits: float) -> dict[str, float]:
-    sums: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for decision, costs in table.by_decision.items():
-        quantized = [c for c in costs if c.format.is_quantized]
-        if not quantized:
-            continue
-        nearest = min(quantized, key=lambda c: (abs(8 * c.paper_bytes / table.params[decision] - bits), c.cost))
-        sums.setdefault(table.operations[decision], []).append(nearest.cost)
-    return {name: float(np.mean(values)) for name, values in sums.items()}
+        if quantized := [c for c in costs if c.format.is_quantized]:
+            nearest = min(quantized, key=lambda c: (abs(8 * c.paper_bytes / table.params[decision] - bits), c.cost))
+            found.setdefault(table.operations[decision], []).append(nearest.cost)
+    return {name: float(np.mean(values)) for name, values in found.items()}

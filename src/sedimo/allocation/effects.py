@@ -25,15 +25,16 @@ two formats at a time start from the exact solution without cross terms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.special import digamma
 
-from sedimo.allocation.problem import Allocation, Answer, Budget, FloatArray, IntArray, assemble, record
-from sedimo.allocation.solve import allocate_within
+from sedimo.allocation.options import FloatArray, IntArray
+from sedimo.allocation.program import Answer, Problem
+from sedimo.allocation.solve import Allocation, Budget, allocate_within, make_problem, record
 from sedimo.allocation.table import CostEstimate, SensitivityTable, mean_cost
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
@@ -80,7 +81,7 @@ class Effects:
         return n * n_directions / (n * n_directions + TRUSTED_AT)
 
     def scaled(self, choice: Choice) -> FloatArray:
-        """The products of a choice, scaled so that their mean square is its cost, `[n * directions]`."""
+        """The products of a choice `[n * directions]`, so that their mean square is its cost."""
         products = self.products[choice].ravel()
         power = float(np.square(products).mean())
         return products if power == 0 else products * np.sqrt(self.costs[choice].value / power)
@@ -108,7 +109,13 @@ def make_effects(products: Mapping[Choice, FloatArray], candidates: Iterable[Can
     """The effects that signed products `[n, directions]` of all choices on the final latents tell."""
     if not products:
         raise InputError("every choice leaves the weights as they are and has no effect; add formats such as kmc4")
-    levels = _levels(list(products.values()))
+    powers = np.array([np.square(one).mean(axis=1) for one in products.values()])  # choices x n
+    means = powers.mean(axis=1, keepdims=True)
+    seen = means[:, 0] > 0
+    levels = np.ones(powers.shape[1])
+    if seen.any():
+        levels = np.maximum(np.sqrt((powers[seen] / means[seen]).mean(axis=0)), np.finfo(np.float64).tiny)
+        levels /= np.exp(np.log(levels).mean())
     return _estimated({key: one / levels[:, None] for key, one in products.items()}, levels, candidates)
 
 
@@ -124,18 +131,6 @@ def expected_db(noise: FloatArray, n_directions: int) -> Estimate:
         return Estimate(best, 0.0, best, best, len(noise))
     half = n_directions / 2
     return mean_estimate(-10 * np.log10(noisy) + 10 / math.log(10) * (float(digamma(half)) - math.log(half)))
-
-
-def _levels(products: Sequence[FloatArray]) -> FloatArray:
-    """How strongly each sample answers to all choices, in amplitude, `[n]`; their geometric mean is 1."""
-    powers = np.array([np.square(one).mean(axis=1) for one in products])  # choices x n
-    means = powers.mean(axis=1, keepdims=True)
-    seen = means[:, 0] > 0
-    if not seen.any():
-        return np.ones(powers.shape[1])
-    levels = np.sqrt((powers[seen] / means[seen]).mean(axis=0))
-    levels = np.maximum(levels, np.finfo(np.float64).tiny)
-    return np.asarray(levels / np.exp(np.log(levels).mean()))
 
 
 def _estimated(products: Mapping[Choice, FloatArray], levels: FloatArray, candidates: Iterable[Candidate]) -> Effects:
@@ -207,23 +202,19 @@ def allocate_signed(
     trust: float | None = None,
     most_exchanges: int = MOST_EXCHANGES,
 ) -> Allocation:
-    """The recipe of least shrunk noise within a budget that exchanges find.
+    """The recipe of least shrunk noise within a budget that exchanges find, from `known` or what costs alone choose.
 
     `objective` is that noise, `bound` a proven lower limit: cross terms are a mean square, so they are never below what
-    they take from the costs. Starts from `known`, else from the exact solution without cross terms, and makes at most
-    so many exchanges. `trust` in cross terms is that of the effects unless given.
+    they take from the costs. `trust` in cross terms is that of the effects unless given.
     """
-    is_summed = known is not None and known.rule == SUMMED
-    summed = known if known and is_summed else allocate_within(table, budget, rule=SUMMED)
-    start = known or summed
-    problem = _Signed(table, effects, budget, effects.trust if trust is None else trust)
-    columns = [[c.format for c in row].index(start.choice[row[0].decision]) for row in problem.rows]
-    choice = problem.exchanged(np.array(columns, dtype=np.int64), most_exchanges)
-    chosen = (row[int(k)] for row, k in zip(problem.rows, choice, strict=True))
+    summed = known if known and known.rule == SUMMED else allocate_within(table, budget, rule=SUMMED)
+    problem = make_problem(table, budget, keeps_dominated=True)
+    signed = _Signed(problem, effects, effects.trust if trust is None else trust)
+    choice = signed.exchanged((known or summed).choice, most_exchanges)
     answer = Answer(choice, 0.0, summed.n_solves, is_heuristic=True)
-    found = record(table, budget, chosen, answer, rule=SIGNED, least=0.0)
-    objective = problem.objective(choice)
-    bound = min((1 - problem.trust) * summed.bound, objective)
+    found = record(table, budget, problem.chosen(choice), answer, rule=SIGNED, least=0.0)
+    objective = signed.objective(choice)
+    bound = min((1 - signed.trust) * summed.bound, objective)
     return replace(
         found,
         objective=objective,
@@ -239,7 +230,7 @@ def cross_validated_noise(
     """What a recipe that `decide` chooses by effects will make of new samples: relative noise `[n]`, to first order.
 
     The recipe is chosen anew without a part of the samples, and judged on that part by the plain mean square of the
-    sum, which knows nothing of how it was chosen. With one sample there is nothing to hold out.
+    sum. With one sample there is nothing to hold out.
     """
     n, candidates = effects.shape[0], tuple(candidates)
     if n < 2:
@@ -247,40 +238,29 @@ def cross_validated_noise(
     fold, noise = np.arange(n) % min(N_FOLDS, n), np.zeros(n)
     for left_out in range(min(N_FOLDS, n)):
         seen = effects.of_samples(np.flatnonzero(fold != left_out), candidates)
-        choice = decide(_with_costs(table, seen), seen)
+        known = ((c, seen.costs.get(key)) for key, c in table.index.items())
+        costs = tuple(c if found is None else replace(c, cost=found.value) for c, found in known)
         held = fold == left_out
-        noise[held] = effects.noise(choice)[held]
+        noise[held] = effects.noise(decide(replace(table, costs=costs), seen))[held]
     return noise
 
 
-def _with_costs(table: SensitivityTable, effects: Effects) -> SensitivityTable:
-    costs = (
-        replace(c, cost=found.value) if (found := effects.costs.get((c.decision, c.format))) is not None else c
-        for c in table.costs
-    )
-    return replace(table, costs=tuple(costs))
-
-
 class _Signed:
-    """All allowed choices as arrays, and what exchanges change: D decisions, K options at most, M products.
+    """What exchanges change in a problem with its dominated options, which may still cancel something.
 
-    An option that costs more and takes more than another may still cancel something. Vectors `[D, K, M]` are scaled
-    so that their mean square is the cost.
+    D decisions, K options at most, M products; vectors `[D, K, M]` are scaled so that their mean square is the cost.
     """
 
-    def __init__(self, table: SensitivityTable, effects: Effects, budget: Budget, trust: float) -> None:
+    def __init__(self, problem: Problem, effects: Effects, trust: float) -> None:
         self.trust = trust  # of cross terms
-        rows = [[c for c in table.by_decision[name] if math.isfinite(c.cost)] for name in sorted(table.by_decision)]
-        costs = [np.array([c.cost for c in row]) for row in rows]
-        sizes = [np.array([budget.sizes(c) for c in row], np.int64).T for row in rows]
-        limit = budget.limits(table.attention_bops)
-        self.rows, self._problem = rows, assemble([np.arange(len(row)) for row in rows], costs, sizes, limit)
-        self._vectors = np.zeros((*self._problem.cost.shape, math.prod(effects.shape)))
-        for i, row in enumerate(rows):
-            for k, entry in enumerate(row):
-                if (entry.decision, entry.format) in effects.products:
-                    self._vectors[i, k] = effects.scaled((entry.decision, entry.format))
-        self._each, self._n_products = np.arange(len(rows)), self._vectors.shape[2]
+        self._problem = problem
+        self._vectors = np.zeros((*problem.cost.shape, math.prod(effects.shape)))
+        for i, row in enumerate(problem.rows):
+            for k in range(len(row)):
+                (key,) = row.variant(k).items()
+                if key in effects.products:
+                    self._vectors[i, k] = effects.scaled(key)
+        self._each, self._n_products = np.arange(len(problem.rows)), self._vectors.shape[2]
         self._grams = np.einsum("dkm,dlm->dkl", self._vectors, self._vectors) / self._n_products  # D K K
 
     def objective(self, choice: IntArray) -> float:
@@ -289,9 +269,11 @@ class _Signed:
         cross = np.square(chosen.sum(axis=0)).mean() - np.square(chosen).mean(axis=1).sum()
         return float(self._problem.cost[self._each, choice].sum() + self.trust * cross)
 
-    def exchanged(self, start: IntArray, most: int) -> IntArray:
+    def exchanged(self, start: Mapping[str, Format], most: int) -> IntArray:
         """Exchanges the formats of one or two decisions as long as that lowers the objective within the limits."""
-        choice = start.copy()
+        options = ([row.variant(k)[row.name] for k in range(len(row))] for row in self._problem.rows)
+        columns = [own.index(start[row.name]) for row, own in zip(self._problem.rows, options, strict=True)]
+        choice = np.array(columns, dtype=np.int64)
         for _ in range(most):
             found = self._best(choice)
             if not found:
@@ -305,23 +287,19 @@ class _Signed:
         gain, growth = self._single(choice)
         slack = self._problem.limit - self._problem.used(choice)
         decisions, columns = np.nonzero(np.isfinite(gain) & (np.arange(gain.shape[1]) != choice[:, None]))
-        if not len(decisions):
-            return []
         kept = self._promising(gain[decisions, columns], growth[:, decisions, columns])
         decisions, columns = decisions[kept], columns[kept]
-        change, sizes = gain[decisions, columns], growth[:, decisions, columns]
         vectors = self._vectors[decisions, columns] - self._vectors[decisions, choice[decisions]]
-        pairs = change[:, None] + change + 2 * self.trust / self._n_products * (vectors @ vectors.T)
+        products = np.pad(vectors @ vectors.T, (1, 0))  # the first move changes nothing: the other one alone
+        change, moved = np.append(0.0, gain[decisions, columns]), np.append(-1, decisions)
+        sizes = np.pad(growth[:, decisions, columns], ((0, 0), (1, 0)))
+        pairs = change[:, None] + change + 2 * self.trust / self._n_products * products
         fits = (sizes[:, :, None] + sizes[:, None, :] <= slack[:, None, None]).all(axis=0)
-        pairs[~fits | (decisions[:, None] == decisions)] = np.inf
-        single = np.where((sizes <= slack[:, None]).all(axis=0), change, np.inf)
-        first, second = np.unravel_index(int(pairs.argmin()), pairs.shape)
-        alone = int(single.argmin())
-        chosen = [alone] if single[alone] <= pairs[first, second] else [int(first), int(second)]
-        gained = min(float(single[alone]), float(pairs[first, second]))
-        if gained >= -_LEAST_GAIN * max(self.objective(choice), _SMALLEST_POWER):
+        pairs[~fits | (moved[:, None] == moved)] = np.inf
+        found = np.unravel_index(int(pairs.argmin()), pairs.shape)
+        if pairs[found] >= -_LEAST_GAIN * max(self.objective(choice), _SMALLEST_POWER):
             return []
-        return [(int(decisions[i]), int(columns[i])) for i in chosen]
+        return [(int(decisions[i - 1]), int(columns[i - 1])) for i in found if i]
 
     def _single(self, choice: IntArray) -> tuple[FloatArray, IntArray]:
         """Of every single exchange: the change of the objective `[D, K]`, and of the sizes `[R, D, K]`."""

@@ -1,7 +1,9 @@
 """From a problem to a choice by a named rule, and what is proven about it: bounds, exchanges, and HiGHS.
 
-This looks at arrays only: whether a row is a decision or a group of them, and what its columns stand for,
-is known to the caller. No clock, no random numbers: equal arrays give equal choices.
+A multiple-choice knapsack: exactly one option per row, least total cost, at most so many bytes, bit operations, or
+both. Sizes stay integers; whoever answers is checked against them. This looks at arrays only: whether a row is a
+decision or a group of them, and what its columns stand for, is known to the caller. No clock, no random numbers: equal
+arrays give equal choices.
 
 Lower bounds are by Lagrange multipliers: for any prices p >= 0 per unit of each resource, the sum over decisions of
 min(cost + p * size) minus p * limit is at most the best objective. The best prices are found by nested bisection on the
@@ -31,14 +33,16 @@ import ctypes
 import math
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from sedimo.allocation.problem import Answer, FloatArray, IntArray, Problem
+from sedimo.allocation.options import FloatArray, IntArray, Options
 from sedimo.errors import InputError, SedimoError
 
 GAP = 1e-4
@@ -53,7 +57,90 @@ _DECADES = 30.0  # a price is searched over this many powers of ten around the s
 _SAFETY = 1e-9  # relative; keeps rounding from dropping an option of the best choice
 _STDOUT = 1
 
-Solver = Callable[[Problem, float, float], Answer]
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What all decisions (or groups) may be as padded arrays, by name; `rows` tell what their columns stand for.
+
+    Shapes: D decisions, K options at most, R limited resources (bytes, bit operations, or both in this order).
+    """
+
+    rows: tuple[Options, ...]
+    cost: FloatArray  # [D, K], infinite where there is no option
+    size: IntArray  # [R, D, K]; 0 where there is no option
+    limit: IntArray  # [R]
+
+    def chosen(self, choice: IntArray) -> list[Options]:
+        """The options that a choice `[D]` of columns takes."""
+        return [row.at([column]) for row, column in zip(self.rows, choice.tolist(), strict=True)]
+
+    def total_cost(self, choice: IntArray) -> float:
+        """Sum of the costs of a choice, correctly rounded."""
+        return math.fsum(self.cost[np.arange(len(choice)), choice])
+
+    def used(self, choice: IntArray) -> IntArray:
+        """What a choice takes of each resource, in integers, [R]."""
+        return np.asarray(self.size[:, np.arange(len(choice)), choice].sum(axis=1), dtype=np.int64)
+
+    def fits(self, choice: IntArray) -> bool:
+        """Whether a choice keeps every limit, in integers."""
+        return bool((self.used(choice) <= self.limit).all())
+
+    @property
+    def least_sizes(self) -> IntArray:
+        """The least that each decision can take of each resource, [R, D]."""
+        present = np.where(np.isfinite(self.cost), self.size, np.iinfo(np.int64).max)
+        return np.asarray(present.min(axis=2), dtype=np.int64)
+
+    @property
+    def least_objective(self) -> float:
+        """The total cost of the cheapest choice, whatever its size."""
+        return math.fsum(self.cost.min(axis=1))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A choice `[D]`, None if none was found, a lower bound of the best objective, and how often a solver ran."""
+
+    choice: IntArray | None
+    bound: float
+    n_solves: int = 0
+    is_heuristic: bool = False
+
+
+def pareto(cost: FloatArray, size: IntArray, ties: IntArray) -> IntArray:
+    """Positions of the options that no other dominates, by size, then cost.
+
+    An option is dominated if another costs at most as much and takes at most as much of each resource. That
+    is exact: some best choice never needs it. (The convex hull would be smaller, and loses best choices.)
+    Of equal options the first by `ties` stays. An infinite cost forbids an option.
+
+    Shapes: `cost` `[V]`, `size` `[R, V]` with one or two resources, `ties` `[T, V]`, the first row first.
+    """
+    order = np.lexsort((*ties[::-1], cost, *size[::-1]))
+    if len(size) == 2:
+        return order[_under_the_stairs(cost[order], size[1, order])]
+    return order[cost[order] < np.minimum.accumulate(np.append(np.inf, cost[order]))[:-1]]  # less than all before it
+
+
+def _under_the_stairs(cost: FloatArray, size: IntArray) -> NDArray[np.bool_]:
+    """Where a cost is finite and no earlier option has both at most the cost and at most the size.
+
+    The least cost at each size so far is a falling staircase. It is kept in a list, option by option, because
+    comparing all pairs takes minutes where all of 300,000 options stay.
+    """
+    stays = np.zeros(len(cost), dtype=bool)
+    steps, heights = [-1], [math.inf]  # sizes are never negative
+    for i, (own, room) in enumerate(zip(cost.tolist(), size.tolist(), strict=True)):
+        at = bisect_right(steps, room)
+        if heights[at - 1] <= own:
+            continue
+        stays[i] = True
+        end = at
+        while end < len(heights) and heights[end] >= own:
+            end += 1
+        steps[at:end], heights[at:end] = [room], [own]
+    return stays
 
 
 def decide(problem: Problem, *, rule: str, gap: float, starts: Sequence[IntArray] = ()) -> Answer:
@@ -81,9 +168,12 @@ def _decide_exactly(problem: Problem, relaxed: Relaxation, known: Sequence[IntAr
         objective = problem.total_cost(best)
         if objective - relaxed.bound <= gap * (objective - least):
             return Answer(best, relaxed.bound)  # the relaxation proves it
-        core = _without_superfluous(problem, relaxed, objective, best)
+        slack = _SAFETY * (abs(objective) + abs(relaxed.bound))
+        stays = relaxed.bound + relaxed.excess <= objective + slack  # what no better choice can contain goes
+        stays[np.arange(len(best)), best] = True
+        core = replace(problem, cost=np.where(stays, problem.cost, np.inf))
     finite = problem.cost[np.isfinite(problem.cost)]
-    unit = (objective - least) / len(problem.options)
+    unit = (objective - least) / len(problem.rows)
     solved = solve_checked(core, unit if unit > 0 else float(np.ptp(finite)) or 1.0, gap)
     mended = None if solved.choice is None else repair(problem, solved.choice)
     found = [*known, *([] if mended is None else [fill(problem, mended)])]
@@ -100,50 +190,45 @@ def _best(problem: Problem, choices: Sequence[IntArray]) -> IntArray:
     return min((c for c in choices if problem.fits(c)), key=problem.total_cost)
 
 
-def _without_superfluous(problem: Problem, relaxed: Relaxation, objective: float, keep: IntArray) -> Problem:
-    """The problem without options that no choice better than `objective` can contain; those of `keep` `[D]` stay."""
-    slack = _SAFETY * (abs(objective) + abs(relaxed.bound))
-    stays = relaxed.bound + relaxed.excess <= objective + slack
-    stays[np.arange(len(keep)), keep] = True
-    return replace(problem, cost=np.where(stays, problem.cost, np.inf))
-
-
 def repair(problem: Problem, choice: IntArray) -> IntArray | None:
     """Exchanges options until the choice keeps the limits, cheapest relief first.
 
     Returns None where no single exchange helps any more; with one limit that means that nothing fits.
     """
-    choice = choice.copy()
-    rows = np.arange(len(choice))
-    while not problem.fits(choice):
-        used = problem.used(choice)
-        change = problem.size - problem.size[:, rows, choice][..., None]
+
+    def price(used: IntArray, change: IntArray, rise: FloatArray) -> FloatArray:
         relief = _violation(problem, used) - _violation(problem, used[:, None, None] + change)
-        rise = problem.cost - problem.cost[rows, choice][:, None]
-        helps = (relief > 0) & np.isfinite(problem.cost)
-        if not helps.any():
-            return None
-        price = np.where(helps, rise, np.inf) / np.where(helps, relief, 1.0)
-        row, column = np.unravel_index(int(price.argmin()), price.shape)
-        choice[row] = column
-    return choice
+        return np.where(relief > 0, rise / np.where(relief > 0, relief, 1.0), np.inf)
+
+    found = _exchanged(problem, choice, price)
+    return found if problem.fits(found) else None
 
 
 def fill(problem: Problem, choice: IntArray) -> IntArray:
     """Exchanges options for cheaper ones that still fit, most saved per room first, until none is left."""
-    choice = choice.copy()
-    rows = np.arange(len(choice))
-    room_unit = np.maximum(problem.limit, 1)[:, None, None]
+
+    def price(used: IntArray, change: IntArray, rise: FloatArray) -> FloatArray:
+        fits = (change <= (problem.limit - used)[:, None, None]).all(axis=0)
+        weight = (np.maximum(change, 0) / np.maximum(problem.limit, 1)[:, None, None]).sum(axis=0)
+        return np.where(fits & (rise < 0), rise / np.maximum(weight, _FREE), np.inf)
+
+    return _exchanged(problem, choice, price)
+
+
+def _exchanged(
+    problem: Problem, choice: IntArray, price: Callable[[IntArray, IntArray, FloatArray], FloatArray]
+) -> IntArray:
+    """Exchanges one option after another, the one of least price first, until no price is finite.
+
+    A price `[D, K]` is of what is used `[R]`, by what that would change `[R, D, K]`, and the cost would rise `[D, K]`.
+    """
+    choice, rows = choice.copy(), np.arange(len(choice))
     while True:
         change = problem.size - problem.size[:, rows, choice][..., None]
-        left = (problem.limit - problem.used(choice))[:, None, None]
-        saved = problem.cost[rows, choice][:, None] - problem.cost
-        takes = (saved > 0) & (change <= left).all(axis=0)
-        if not takes.any():
+        prices = price(problem.used(choice), change, problem.cost - problem.cost[rows, choice][:, None])
+        row, column = np.unravel_index(int(prices.argmin()), prices.shape)
+        if np.isinf(prices[row, column]):
             return choice
-        weight = (np.maximum(change, 0) / room_unit).sum(axis=0)
-        gain = np.where(takes, saved, 0.0) / np.maximum(weight, _FREE)
-        row, column = np.unravel_index(int(gain.argmax()), gain.shape)
         choice[row] = column
 
 
@@ -202,18 +287,17 @@ def relax(problem: Problem) -> Relaxation:
     return search(())
 
 
-def solve_checked(problem: Problem, unit: float, gap: float, solver: Solver | None = None) -> Answer:
-    """Solves until the answer fits in integers, at most four times; else the last answer that does not.
+def solve_checked(problem: Problem, unit: float, gap: float) -> Answer:
+    """Solves until the answer fits in integers, at most `MAX_SOLVES` times; else the last answer that does not.
 
     `unit` is the cost that becomes 1, `gap` the relative distance from the optimum at which to stop. The
     bound is that of the first call, because later ones see lowered limits.
     """
-    solver = solver or solve_highs
-    first = answer = solver(problem, unit, gap)
+    first = answer = solve_highs(problem, unit, gap)
     limit, choice, n_solves = problem.limit, answer.choice, 1
     while answer.choice is not None and not problem.fits(answer.choice) and n_solves < MAX_SOLVES:
         limit = limit - np.maximum(problem.used(answer.choice) - problem.limit, 0) * _GROWTH ** (n_solves - 1)
-        answer = solver(replace(problem, limit=limit), unit, gap)
+        answer = solve_highs(replace(problem, limit=limit), unit, gap)
         choice = choice if answer.choice is None else answer.choice
         n_solves += 1
     return Answer(choice, first.bound, n_solves)

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from sedimo.allocation.options import SIZES, Columns, FloatArray, Options
 from sedimo.bank import Candidate
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import Stream
@@ -26,11 +27,10 @@ NOISE_POWER = "relative noise power"
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one format costs one decision.
+    """What one format costs one decision, in the table's unit, and takes.
 
-    `cost` and `standard_error` are in the table's unit; `n` is the number of samples behind them (0: exact,
-    then `standard_error` is 0). `paper_bytes`, `stored_bytes` [bytes] and `bops` [bit operations of one
-    sample and call] are those of the decision's layers together.
+    `n` samples are behind the cost (0: exact, then `standard_error` is 0). `paper_bytes`, `stored_bytes` [bytes] and
+    `bops` [bit operations of one sample and call] are those of the decision's layers together.
     """
 
     decision: str
@@ -42,23 +42,15 @@ class Cost:
     stored_bytes: int
     bops: int
 
-    @property
-    def choice(self) -> Mapping[str, Format]:
-        """The decision with its format, as a variant of a group has them."""
-        return {self.decision: self.format}
-
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """One cost per (decision, format), by one method.
+    """One cost per (decision, format), by one method; each once, of a known decision, and a number.
 
     `layers` tells which layers each decision covers, `operations` and `blocks` what they are (for pictures),
     `params` how many weights each decision has. `settings` says how the numbers came about. `attention_bops` are the
     bit operations that no decision changes, `full_bops` those of the whole model at 16 bits, `attention_bops` included.
     `streams` are those of the decisions about one stream of a layer.
-
-    Raises:
-        StateError: a duplicate, an unknown decision, or a cost that is not a number.
     """
 
     method: str
@@ -102,6 +94,35 @@ class SensitivityTable:
         """Number of weights that the decisions cover, shared ones once."""
         return sum(self.params.values())
 
+    @cached_property
+    def rows(self) -> tuple[Options, ...]:
+        """What each decision may be, as arrays."""
+        if bad := next((c for c in self.costs if c.cost == -math.inf), None):
+            raise InputError(
+                f"costs must be finite, or inf for a forbidden format; decision {bad.decision!r} has -inf."
+            )
+        rows = []
+        for name, entries in self.by_decision.items():
+            cost, error = np.array([(c.cost, c.standard_error) for c in entries], np.float64).T
+            formats = {name: tuple(c.format for c in entries)}
+            rows.append(self.group(name, formats, np.arange(len(entries))[:, None], cost, error))
+        return tuple(rows)
+
+    def group(
+        self,
+        name: str,
+        formats: Mapping[str, tuple[Format, ...]],
+        choice: Columns,
+        cost: FloatArray,
+        standard_error: FloatArray,
+    ) -> Options:
+        """The variants `[V]` of a group of decisions, which take what the table says of each decision."""
+        taken = np.zeros((len(SIZES), len(choice)), dtype=np.int64)
+        for (decision, own), column in zip(formats.items(), choice.T, strict=True):
+            entries = (self.index[decision, f] for f in own)
+            taken += np.array([[getattr(entry, size) for size in SIZES] for entry in entries], np.int64).T[:, column]
+        return Options(name, formats, choice, cost, standard_error, *taken)
+
 
 def of_family(table: SensitivityTable, family: Family) -> SensitivityTable:
     """The table with one family of formats per output channel; a decision that has none of them keeps all it has.
@@ -135,14 +156,18 @@ def build_table(
     unit: str = NOISE_POWER,
     sees_activations: bool = False,
 ) -> SensitivityTable:
-    """The table of one method; fp16 costs nothing. What sees weights alone is not asked about their activations.
+    """The table of one method; fp16 costs nothing.
 
-    Raises:
-        InputError: activations of several widths for one weight, and a method that does not see them.
+    What sees weights alone is not asked about their activations, and refuses several widths of them for one weight.
     """
-    candidates = tuple(candidates)
-    if not sees_activations:
-        _refuse_widths(method, candidates)
+    candidates, seen = tuple(candidates), dict[tuple[str, Format], Format]()
+    for c in () if sees_activations else candidates:
+        other = seen.setdefault((c.decision, c.format.weight_format), c.format)
+        if other != c.format:
+            raise InputError(
+                f"method {method!r} sees weights alone and cannot choose between {other} and {c.format} for "
+                f"{c.decision!r}: use orthogonality (with importance of bits), or one width of activations"
+            )
 
     def cost(c: Candidate) -> Cost:
         is_changed = c.format != FP16 if sees_activations else c.format.is_quantized
@@ -164,18 +189,6 @@ def build_table(
         full_bops=space.full_bops,
         streams=space.streams,
     )
-
-
-def _refuse_widths(method: str, candidates: Iterable[Candidate]) -> None:
-    """Refuses candidates that differ in their activations alone, which would all cost the same."""
-    seen: dict[tuple[str, Format], Format] = {}
-    for c in candidates:
-        other = seen.setdefault((c.decision, c.format.weight_format), c.format)
-        if other != c.format:
-            raise InputError(
-                f"method {method!r} sees weights alone and cannot choose between {other} and {c.format} for "
-                f"{c.decision!r}: use orthogonality (with importance of bits), or one width of activations"
-            )
 
 
 def mean_cost(values: npt.ArrayLike) -> CostEstimate:

@@ -12,17 +12,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from sedimo.checkpoint.inputs import unround_inputs, unsmooth_inputs
+from sedimo.checkpoint.inputs import rounded_inputs, smoothed_layers, unround_inputs, unsmooth_inputs
 from sedimo.checkpoint.judge import check_values
-from sedimo.checkpoint.layout import (
-    METHOD,
-    LayerEntry,
-    Layers,
-    TiedEntry,
-    entry_of,
-    kind_of,
-    packed_tensors,
-)
+from sedimo.checkpoint.layout import METHOD, Configuration, LayerEntry, entry_of, kind_of, stored_tensors
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.parts import WeightPart
@@ -41,14 +33,12 @@ def named_layers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((n, m) for n, m in denoiser.named_modules(remove_duplicate=False) if kind_of(m) is not None)
 
 
-def describe(denoiser: nn.Module) -> dict[str, LayerEntry | TiedEntry]:
-    """The configuration entries of a denoiser's packed weights; a shared weight is described once."""
-    owners: dict[object, str] = {}
-    found: dict[str, LayerEntry | TiedEntry] = {}
-    for name, weight in packed_layers(denoiser).items():
-        owner = owners.setdefault(_identity(weight), name)
-        found[name] = entry_of(weight) if owner == name else TiedEntry(owner)
-    return found
+def describe(denoiser: nn.Module) -> Configuration:
+    """The configuration of a denoiser's packed weights, a shared one described once, and of what layers are given."""
+    weights, first = packed_layers(denoiser), dict[object, str]()
+    owners = {name: first.setdefault(_identity(weight), name) for name, weight in weights.items()}
+    layers = {owner: entry_of(weights[owner]) for owner in first.values()}
+    return Configuration(layers, owners, rounded_inputs(denoiser), smoothed_layers(denoiser))
 
 
 def make_ordinary(denoiser: nn.Module) -> None:
@@ -82,29 +72,26 @@ def assemble(layer: str, entry: LayerEntry, tensors: Mapping[str, torch.Tensor],
     return weight
 
 
-def flatten_state(state: Mapping[str, torch.Tensor], layers: Layers) -> dict[str, torch.Tensor]:
+def flatten_state(state: Mapping[str, torch.Tensor], configuration: Configuration) -> dict[str, torch.Tensor]:
     """The tensors of a weights file from a state dict: packed weights as parts, shared ones once, others narrowed."""
-    flat = dict(state)
-    packed = {name: flat.pop(f"{name}.weight", None) for name in layers}
-    for name, entry in layers.items():
-        weight = packed[name]
+    plain, stored = dict(state), dict[str, torch.Tensor]()
+    packed = {name: plain.pop(f"{name}.weight", None) for name in configuration.owners}
+    for name, owner in configuration.owners.items():
+        weight, shared = packed[name], packed[owner]
         if not isinstance(weight, QuantizedTensor):
             raise _changed(name, "has no packed weight")
         if weight.device.type == "meta":
             raise StateError(f"layer {name!r} has no data (it is offloaded): remove the offloading hooks before saving")
-        if isinstance(entry, TiedEntry):
-            owner = packed[entry.same_as]
-            if not isinstance(owner, QuantizedTensor) or _identity(owner) != _identity(weight):
-                raise _changed(name, f"does not share the weight of {entry.same_as!r}")
-        elif entry_of(weight) != entry:
+        if not isinstance(shared, QuantizedTensor) or _identity(shared) != _identity(weight):
+            raise _changed(name, f"does not share the weight of {owner!r}")
+        if entry_of(weight) != configuration.layers[owner]:
             raise _changed(name, "has a packed weight of another layout")
-        else:
-            flat |= {n: weight.parts[i].tensors[field] for n, (i, field) in entry.tensors(name).items()}
-    stored = packed_tensors(layers)
-    for name, tensor in flat.items():
+        if name == owner:
+            stored |= stored_tensors(name, weight)
+    for name, tensor in plain.items():
         if isinstance(tensor, QuantizedTensor):
             raise _changed(name.removesuffix(".weight"), "is packed but not described")
-    return {name: tensor if name in stored else narrowed(tensor) for name, tensor in flat.items()}
+    return {name: narrowed(tensor) for name, tensor in plain.items()} | stored
 
 
 def narrowed(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from torch import nn
 from sedimo import __version__
 from sedimo._import_hook import install
 from sedimo.checkpoint.contents import assemble, describe, flatten_state, make_ordinary, named_layers
-from sedimo.checkpoint.inputs import prepare_divisors, round_inputs, rounded_inputs, smoothed_layers
+from sedimo.checkpoint.inputs import prepare_divisors, round_inputs
 from sedimo.checkpoint.judge import (
     check_against_model,
     check_nothing_on_meta,
@@ -31,19 +32,9 @@ from sedimo.checkpoint.judge import (
     judge_headers,
     make_seal,
 )
-from sedimo.checkpoint.layout import (
-    METHOD,
-    Configuration,
-    Layers,
-    TiedEntry,
-    owners_of,
-    packed_tensors,
-    read_configuration,
-    whole,
-)
+from sedimo.checkpoint.layout import METHOD, Configuration, read_configuration
 from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.pipelines.weights import read_header
-from sedimo.quant.activations import InputQuantizers
 from sedimo.quant.fitting import quantize_weight
 from sedimo.quant.parts import TensorSpec
 from sedimo.quant.tensor import QuantizedTensor
@@ -68,10 +59,10 @@ class SedimoConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, *, recipe: Mapping[str, str] | None = None, **configuration: object) -> None:
-        plain = configuration or Configuration({}, InputQuantizers(), {}, MADE_BY).plain
+        plain = configuration or Configuration(made_by=MADE_BY).plain
         self.quant_method = SedimoMethod.SEDIMO  # type: ignore[assignment]  # diffusers lists only its own methods
         self.configuration = read_configuration(plain, place="quantization_config")
-        if recipe and self.layers:
+        if recipe and self.configuration.layers:
             raise StateError(
                 "quantization_config has packed layers and a recipe for more of them; a packed checkpoint takes none. "
                 "Remove the field 'recipe', or quantize the full-precision source"
@@ -80,14 +71,8 @@ class SedimoConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, model: nn.Module) -> SedimoConfig:
-        """The configuration of a model's packed weights and rounded activations."""
-        make: Callable[[dict[str, object]], SedimoConfig] = cls.from_dict  # diffusers leaves it untyped
-        return make(Configuration(describe(model), rounded_inputs(model), smoothed_layers(model), MADE_BY).plain)
-
-    @property
-    def layers(self) -> Layers:
-        """The packed layers by name."""
-        return self.configuration.layers
+        """The configuration of a model's packed weights, and of what its layers are given."""
+        return cls(recipe=None, **replace(describe(model), made_by=MADE_BY).plain)
 
     def to_dict(self) -> dict[str, object]:
         """The configuration as `config.json` holds it."""
@@ -117,15 +102,10 @@ class SedimoQuantizer(DiffusersQuantizer):
 
     @property
     def config(self) -> SedimoConfig:
-        """The configuration, which diffusers keeps under its own name and type."""
+        """What diffusers keeps under its own name and type."""
         if not isinstance(self.quantization_config, SedimoConfig):
             raise InputError(f"Sedimo's quantizer takes a SedimoConfig, got {type(self.quantization_config).__name__}")
         return self.quantization_config
-
-    @property
-    def layers(self) -> Layers:
-        """The packed layers by name."""
-        return self.config.layers
 
     def validate_environment(
         self, torch_dtype: torch.dtype | None = None, device_map: object = None, **_: object
@@ -145,21 +125,22 @@ class SedimoQuantizer(DiffusersQuantizer):
 
     def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Lets an automatic device map count at most a byte per packed weight."""
-        return {f"{name}.weight": torch.int8 for name in self.layers}
+        return {f"{name}.weight": torch.int8 for name in self.config.configuration.owners}
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
         """Judges the headers of all files and translates their names into the model's."""
         if not self.pre_quantized:
             return loaded_keys
-        paths = [Path(str(file)) for file in checkpoint_files]
+        paths, configuration = [Path(str(file)) for file in checkpoint_files], self.config.configuration
         if wrong := [path.name for path in paths if path.suffix != ".safetensors"]:
             raise StateError(f"a packed checkpoint is read from safetensors files only, got {wrong}")
-        self._found, self._seal = judge_headers([read_header(path) for path in paths], self.config.configuration)
+        packed = configuration.tensors
+        self._found, self._seal = judge_headers([read_header(path) for path in paths], configuration)
         if set(loaded_keys) != set(self._found):
             names = sorted(set(loaded_keys) ^ set(self._found))
             raise StateError(f"the index of the shards and the shards disagree about {names[:5]}. Copy them again.")
-        packed = packed_tensors(self.layers)
-        return [*(name for name in self._found if name not in packed), *(f"{name}.weight" for name in self.layers)]
+        plain = [name for name in self._found if name not in packed]
+        return [*plain, *(f"{name}.weight" for name in configuration.owners)]
 
     def maybe_update_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Replaces the stored tensors of complete layers by their packed weight; keeps those of incomplete ones."""
@@ -168,15 +149,15 @@ class SedimoQuantizer(DiffusersQuantizer):
         if self._seal is None:
             raise UnsupportedError("a packed checkpoint is loaded with from_pretrained(folder), not from a single file")
         check_tensors(state_dict, self._checksums)
-        found = dict(state_dict)
-        for layer, entry in whole(self.layers).items():
+        found, configuration = dict(state_dict), self.config.configuration
+        for layer, entry in configuration.layers.items():
             names = list(entry.tensors(layer))
             self._pending.update({name: found.pop(name) for name in names if name in found})
             if all(name in self._pending for name in names):
                 own = {name: self._pending.pop(name) for name in names}
                 found[f"{layer}.weight"] = assemble(layer, entry, own, self._dtype)
-        owners = owners_of(self.layers)
-        return found | {f"{n}.weight": found[f"{o}.weight"] for n, o in owners.items() if f"{o}.weight" in found}
+        shared = ((n, f"{owner}.weight") for n, owner in configuration.owners.items())
+        return found | {f"{n}.weight": found[owner] for n, owner in shared if owner in found}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: object, **_: object
@@ -199,8 +180,8 @@ class SedimoQuantizer(DiffusersQuantizer):
         if not isinstance(param_value, QuantizedTensor):
             param_value = quantize_weight(param_value, self.config.recipe[layer], layer_name=layer)
         weight = param_value.to(target_device)
-        entry = self.layers.get(layer)
-        shared = model.get_submodule(entry.same_as)._parameters["weight"] if isinstance(entry, TiedEntry) else None
+        owner = self.config.configuration.owners.get(layer, layer)
+        shared = model.get_submodule(owner)._parameters["weight"] if owner != layer else None
         is_alike = shared is not None and (shared.dtype, shared.device) == (weight.dtype, weight.device)
         fresh = shared if is_alike else nn.Parameter(weight, requires_grad=False)
         model.get_submodule(layer)._parameters["weight"] = fresh
@@ -237,7 +218,7 @@ class SedimoQuantizer(DiffusersQuantizer):
         """The tensors of the file, packed weights flattened, and the seal."""
         if not safe_serialization:
             raise UnsupportedError("packed weights are saved as safetensors only: leave safe_serialization at True")
-        tensors = flatten_state(state_dict, self.layers)
+        tensors = flatten_state(state_dict, self.config.configuration)
         return tensors, make_seal(tensors, self.config.configuration)
 
 

@@ -22,10 +22,7 @@ from sedimo.checkpoint.layout import (
     How,
     PartEntry,
     kind_of,
-    owners_of,
-    packed_tensors,
     version_error,
-    whole,
 )
 from sedimo.errors import StateError
 from sedimo.pipelines.weights import DTYPES, FileHeader
@@ -39,8 +36,13 @@ _REMEDY = "The checkpoint is damaged or foreign: copy or download it again."
 
 def judge_headers(headers: Sequence[FileHeader], configuration: Configuration) -> tuple[dict[str, TensorSpec], str]:
     """What a checkpoint's files hold, and the digits of their seal, after everything that headers can tell."""
-    found, seal = tensor_specs(headers), _read_seal(headers, configuration)
-    _check_against_layers(found, configuration)
+    found, seal, packed = tensor_specs(headers), _read_seal(headers, configuration), configuration.tensors
+    _refuse_names("lacks packed tensors", packed.keys() - found.keys())
+    for name, wanted in packed.items():
+        if found[name] != wanted:
+            raise StateError(f"tensor {name!r} must be {wanted} by config.json, the file has {found[name]}. {_REMEDY}")
+    n_inputs = {name: configuration.layers[owner].shape[1] for name, owner in configuration.owners.items()}
+    check_divisor_specs(found, configuration.smoothed, n_inputs)
     return found, seal
 
 
@@ -120,17 +122,6 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, s
             raise StateError(f"{name} must be finite and greater than zero: the file is damaged; make it again")
 
 
-def _check_against_layers(found: Mapping[str, TensorSpec], configuration: Configuration) -> None:
-    layers = configuration.layers
-    packed, entries = packed_tensors(layers), whole(layers)
-    _refuse_names("lacks packed tensors", packed.keys() - found.keys())
-    for name, wanted in packed.items():
-        if found[name] != wanted:
-            raise StateError(f"tensor {name!r} must be {wanted} by config.json, the file has {found[name]}. {_REMEDY}")
-    n_inputs = {name: entries[owner].shape[1] for name, owner in owners_of(layers).items()}
-    check_divisor_specs(found, configuration.smoothed, n_inputs)
-
-
 def check_divisor_specs(
     found: Mapping[str, TensorSpec], smoothed: Mapping[str, How], shapes: Mapping[str, int]
 ) -> None:
@@ -154,10 +145,9 @@ def check_divisor_specs(
 
 def check_against_model(found: Mapping[str, TensorSpec], configuration: Configuration, model: nn.Module) -> None:
     """Refuses a checkpoint that does not hold exactly the layers and tensors of the model, in their shapes."""
-    layers = configuration.layers
-    modules, entries = dict(model.named_modules(remove_duplicate=False)), whole(layers)
-    for name, owner in owners_of(layers).items():
-        module, entry = modules.get(name), entries[owner]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, owner in configuration.owners.items():
+        module, entry = modules.get(name), configuration.layers[owner]
         if module is None:
             raise StateError(f"config.json packs the layer {name!r}, which the model does not have. {_REMEDY}")
         weight, kind = module._parameters.get("weight"), kind_of(module)
@@ -166,7 +156,7 @@ def check_against_model(found: Mapping[str, TensorSpec], configuration: Configur
             raise StateError(
                 f"layer {name!r} is {entry.kind} {entry.shape} by config.json, the model has {kind} {shape}. {_REMEDY}"
             )
-    replaced, packed = {f"{name}.weight" for name in layers}, packed_tensors(layers)
+    replaced, packed = {f"{name}.weight" for name in configuration.owners}, configuration.tensors
     wanted = {n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in model.state_dict().items() if n not in replaced}
     plain = {name: spec for name, spec in found.items() if name not in packed}
     _refuse_names("lacks tensors of the model", wanted.keys() - plain.keys())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,12 +30,6 @@ DIVISOR = "input_divisor"  # the tensor of a divided layer
 How = Literal["divided", "folded"]
 Kind = Literal["Linear", "Conv1d", "Conv2d", "Conv3d"]
 
-LAYER_TYPES: dict[Kind, type[nn.Module]] = {
-    "Linear": nn.Linear,
-    "Conv1d": nn.Conv1d,
-    "Conv2d": nn.Conv2d,
-    "Conv3d": nn.Conv3d,
-}
 KINDS: dict[int, Kind] = {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}  # by the axes of their weights
 
 
@@ -101,39 +95,44 @@ class LayerEntry:
         for part in self.parts:
             part.tensors(self.shape)
 
-    def tensors(self, layer: str) -> dict[str, tuple[int, str]]:
-        """The stored tensors of the layer by their names in the file: part index and field."""
-        fields = ((i, field) for i, part in enumerate(self.parts) for field in part.tensors(self.shape))
-        return {f"{layer}.weight.{i}.{field}": (i, field) for i, field in fields}
+    def tensors(self, layer: str) -> dict[str, TensorSpec]:
+        """Dtype and shape of the stored tensors of the layer by their names in the file."""
+        fields = ((i, *one) for i, part in enumerate(self.parts) for one in part.tensors(self.shape).items())
+        return {f"{layer}.weight.{i}.{field}": spec for i, field, spec in fields}
 
+    @property
+    def n_weights(self) -> int:
+        """Number of weights that are packed."""
+        return math.prod(self.shape)
 
-@dataclass(frozen=True, slots=True)
-class TiedEntry:
-    """A layer that shares the weight of another one, which is stored once."""
-
-    same_as: str
-
-
-Layers = Mapping[str, LayerEntry | TiedEntry]
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(spec.n_bytes for spec in self.tensors("").values())
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A `quantization_config`: packed layers, how inputs of layers are rounded and smoothed, what made it."""
+    """A `quantization_config`: packed layers, how inputs of layers are rounded and smoothed, what made it.
 
-    layers: dict[str, LayerEntry | TiedEntry]
-    inputs: InputQuantizers
-    smoothed: dict[str, How]
-    made_by: str
+    `owners` tells of every packed layer which one of `layers` has its stored weight: itself, or one that shares it.
+    """
+
+    layers: Mapping[str, LayerEntry] = field(default_factory=dict)
+    owners: Mapping[str, str] = field(default_factory=dict)
+    inputs: InputQuantizers = InputQuantizers()
+    smoothed: Mapping[str, How] = field(default_factory=dict)
+    made_by: str = ""
 
     @property
     def plain(self) -> dict[str, object]:
         """The `quantization_config` that `read_configuration` reads; what says nothing is left out."""
+        owners = self.owners.items()
         found: dict[str, object] = {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "made_by": self.made_by,
-            "layers": to_plain(self.layers),
+            "layers": {n: to_plain(self.layers[n]) if n == owner else {"same_as": owner} for n, owner in owners},
         }
         if self.inputs.layers:
             found["activations"] = to_plain(self.inputs)
@@ -150,7 +149,12 @@ class Configuration:
     def key(self) -> str:
         """sha256 that ties a weights file to all that its configuration says of computing with it."""
         told = {name: value for name, value in self.plain.items() if name in ("layers", "activations", "smoothed")}
-        return content_key(told if len(told) > 1 else self.layers)
+        return content_key(told if len(told) > 1 else told["layers"])
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of every stored tensor of the packed layers, by its name in the file."""
+        return {name: spec for layer, entry in self.layers.items() for name, spec in entry.tensors(layer).items()}
 
 
 def read_configuration(plain: object, *, place: str) -> Configuration:
@@ -167,7 +171,7 @@ def read_configuration(plain: object, *, place: str) -> Configuration:
     if unknown or not isinstance(made_by, str):
         raise StateError(f"{place} has unknown fields {unknown}, or 'made_by' is no text")
     return Configuration(
-        read_layers(plain.get("layers"), place=f"{place}.layers"),
+        *_read_layers(plain.get("layers"), place=f"{place}.layers"),
         from_plain(InputQuantizers, plain.get("activations", {"layers": {}}), place=f"{place}.activations"),
         from_plain(dict[str, How], plain.get("smoothed", {}), place=f"{place}.smoothed"),
         made_by,
@@ -182,34 +186,24 @@ def version_error(found: object, place: str) -> StateError:
     )
 
 
-def read_layers(plain: object, *, place: str) -> dict[str, LayerEntry | TiedEntry]:
-    """The layers of a configuration; strict."""
-    if not isinstance(plain, Mapping):
-        raise StateError(f"{place} must be an object of layer names, got {type(plain).__name__}")
-    found: dict[str, LayerEntry | TiedEntry] = {}
-    for name, entry in plain.items():
-        is_tied = isinstance(entry, Mapping) and "same_as" in entry
-        kind: type[LayerEntry] | type[TiedEntry] = TiedEntry if is_tied else LayerEntry
-        found[name] = from_plain(kind, entry, place=f"{place}[{name!r}]")
-    for name, entry in found.items():
-        if isinstance(entry, TiedEntry) and not isinstance(found.get(entry.same_as), LayerEntry):
-            raise StateError(f"{place}[{name!r}] shares the weight of {entry.same_as!r}, which is no packed layer")
-    return found
-
-
-def whole(layers: Layers) -> dict[str, LayerEntry]:
-    """The packed layers whose tensors are stored."""
-    return {name: entry for name, entry in layers.items() if isinstance(entry, LayerEntry)}
-
-
-def owners_of(layers: Layers) -> dict[str, str]:
-    """Packed layers to the ones whose tensors they use."""
-    return {name: entry.same_as if isinstance(entry, TiedEntry) else name for name, entry in layers.items()}
+def _read_layers(plain: object, *, place: str) -> tuple[dict[str, LayerEntry], dict[str, str]]:
+    """The layers of a configuration with a stored weight, and the owners of all; strict."""
+    layers, owners = dict[str, LayerEntry](), dict[str, str]()
+    for name, entry in from_plain(dict[str, Any], plain, place=place).items():
+        inner, owners[name] = f"{place}[{name!r}]", name
+        if isinstance(entry, Mapping) and entry.keys() == {"same_as"}:
+            owners[name] = from_plain(str, entry["same_as"], place=f"{inner}.same_as")
+        else:
+            layers[name] = from_plain(LayerEntry, entry, place=inner)
+    for name, owner in owners.items():
+        if owner not in layers:
+            raise StateError(f"{place}[{name!r}] shares the weight of {owner!r}, which is no packed layer")
+    return layers, owners
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a layer that can be packed; None for every other module."""
-    return next((kind for kind, layer_type in LAYER_TYPES.items() if isinstance(module, layer_type)), None)
+    return next((kind for kind in KINDS.values() if isinstance(module, getattr(nn, kind))), None)
 
 
 def entry_of(tensor: QuantizedTensor) -> LayerEntry:
@@ -221,11 +215,6 @@ def entry_of(tensor: QuantizedTensor) -> LayerEntry:
     return LayerEntry(KINDS[tensor.dim()], tuple(tensor.shape), tuple(parts))
 
 
-def packed_tensors(layers: Layers) -> dict[str, TensorSpec]:
-    """Dtype and shape of every stored tensor of the packed layers, by its name in the file."""
-    return {
-        f"{layer}.weight.{i}.{field}": spec
-        for layer, entry in whole(layers).items()
-        for i, part in enumerate(entry.parts)
-        for field, spec in part.tensors(entry.shape).items()
-    }
+def stored_tensors(layer: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """The tensors of a packed weight by their names in the file."""
+    return {f"{layer}.weight.{i}.{name}": t for i, part in enumerate(tensor.parts) for name, t in part.tensors.items()}

@@ -13,7 +13,7 @@ from torch import nn
 from sedimo.checkpoint.contents import named_layers, packed_layers
 from sedimo.checkpoint.diffusers_plugin import attach
 from sedimo.checkpoint.inputs import round_inputs
-from sedimo.checkpoint.layout import LAYER_TYPES
+from sedimo.checkpoint.layout import KINDS
 from sedimo.errors import InputError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.activations import InputQuantizers
@@ -80,7 +80,7 @@ def _check_place(name: str, weight: object, modules: Mapping[str, nn.Module]) ->
     if not isinstance(weight, QuantizedTensor):
         raise InputError(f"layer {name!r} takes a QuantizedTensor, got {type(weight).__name__}")
     if name not in modules:
-        raise InputError(f"the denoiser has no {' or '.join(LAYER_TYPES)} layer {name!r}")
+        raise InputError(f"the denoiser has no {' or '.join(KINDS.values())} layer {name!r}")
     old = modules[name]._parameters.get("weight")
     if old is None or old.shape != weight.shape:
         shape = None if old is None else tuple(old.shape)

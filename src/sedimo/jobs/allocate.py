@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.jobs.job import simple_job
 from sedimo.jobs.report import TABLE

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from sedimo.checkpoint.layout import owners_of
 from sedimo.checkpoint.reading import Checkpoint, open_checkpoint, read_packed
-from sedimo.checkpoint.writing import Origin, replace_layer_format
+from sedimo.checkpoint.writing import Origin, write_checkpoint
 from sedimo.errors import InputError
 from sedimo.jobs.describe import recipe_of, refuse_other_source
 from sedimo.jobs.job import simple_job
@@ -45,13 +44,13 @@ def run(
     old = open_checkpoint(inner)
     name, folder = locate(source, variant)
     fresh = _fitted(old, FileWeights(denoiser_folder(folder), variant), wanted)
-    before, owners = recipe_of(old), owners_of(old.layers)
+    before, owners = recipe_of(old), old.configuration.owners
     changed = {layer: fresh[owner] for layer, owner in owners.items() if owner in fresh} | fresh
     after = Recipe({**before.layers, **{layer: weight.format for layer, weight in changed.items()}})
     after = after.with_activations(before.activation_bits)
     component = inner.name if inner != place else None
     origin = Origin(name, recipe_json=after.to_json())
-    written = replace_layer_format(place, out, fresh, origin, component=component)
+    written = write_checkpoint(place, out, fresh, origin, component=component)
     was, is_now = ({n: entry_text(recipe.layers.get(n, FP16)) for n in changed} for recipe in (before, after))
     return {
         "changed": {name: {"before": was[name], "after": is_now[name]} for name in changed},
@@ -81,7 +80,7 @@ def _read(changes: Iterable[str]) -> dict[str, Format]:
 
 def _fitted(checkpoint: Checkpoint, weights: FileWeights, wanted: Mapping[str, Format]) -> dict[str, QuantizedTensor]:
     """The packed weights by the layers that own them."""
-    owners, packed = owners_of(checkpoint.layers), read_packed(checkpoint)
+    owners, packed = checkpoint.configuration.owners, read_packed(checkpoint)
     found: dict[str, QuantizedTensor] = {}
     for layer, number_format in wanted.items():
         owner = owners.get(layer, layer)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from sedimo.checkpoint.layout import LayerEntry, owners_of, whole
+from sedimo.checkpoint.layout import LayerEntry
 from sedimo.checkpoint.reading import Checkpoint, is_packed, open_checkpoint
-from sedimo.checkpoint.writing import CARD_NAME, Origin, base_model_of, write_card
+from sedimo.checkpoint.writing import CARD_NAME, Origin, card_of, write_card
 from sedimo.errors import InputError
 from sedimo.pipelines.diffusers import Finish
 from sedimo.pipelines.weights import denoiser_folder
@@ -21,9 +21,9 @@ MOST_NOISE = 1.0  # of a packed weight relative to its source: what rounding eve
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:
     """The formats of all layers that are packed or whose inputs are rounded, those that share a weight included."""
-    entries = whole(checkpoint.layers)
-    weights = {name: _formats(entries[owner]) for name, owner in owners_of(checkpoint.layers).items()}
-    bits = {name: quantizer.bits for name, quantizer in checkpoint.configuration.inputs.layers.items()}
+    told = checkpoint.configuration
+    weights = {name: _formats(told.layers[owner]) for name, owner in told.owners.items()}
+    bits = {name: quantizer.bits for name, quantizer in told.inputs.layers.items()}
     return Recipe(dict.fromkeys(bits, FP16) | weights).with_activations(bits)
 
 
@@ -65,12 +65,13 @@ def card_writer(name: str, source: Path | None) -> Finish:
     """
     base_model = "" if source is None else name
     if source is not None and is_packed(home := denoiser_folder(source)):
-        base_model = base_model_of(source / CARD_NAME) or base_model_of(home / CARD_NAME)
+        names = (card_of(place / CARD_NAME).get("base_model") for place in (source, home))
+        base_model = next((str(name) for name in names if name), "")
 
     def finish(folder: Path, placed: str) -> None:
         home = denoiser_folder(folder)
         checkpoint = open_checkpoint(home) if is_packed(home) else None
-        if checkpoint is not None and checkpoint.layers:
+        if checkpoint is not None and checkpoint.configuration.layers:
             origin = Origin(base_model, recipe_json=recipe_of(checkpoint).to_json())
             write_card(folder, origin, checkpoint, placed)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import even_budgets, frontier
+from sedimo.allocation.solve import Allocation, even_budgets, frontier
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.checkpoint.contents import refuse_unfit_source

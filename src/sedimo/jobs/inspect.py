@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from sedimo.checkpoint.layout import owners_of
 from sedimo.checkpoint.reading import Checkpoint, is_packed, open_checkpoint
 from sedimo.graph.model import inspect_summary
 from sedimo.jobs.describe import recipe_of
@@ -41,7 +40,7 @@ def run(
 def _ties(checkpoint: Checkpoint) -> tuple[tuple[str, ...], ...]:
     """The sets of layers that are stored once."""
     sets: dict[str, list[str]] = {}
-    for name, owner in owners_of(checkpoint.layers).items():
+    for name, owner in checkpoint.configuration.owners.items():
         sets.setdefault(owner, []).append(name)
     return tuple(tuple(members) for members in sets.values() if len(members) > 1)
 

@@ -15,8 +15,7 @@ import psutil
 
 from sedimo import methods, targets, treatments
 from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
-from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import allocate_given
+from sedimo.allocation.solve import Allocation, allocate_given
 from sedimo.allocation.table import EXACTLY_NOTHING, build_table
 from sedimo.bank import SILENT, Candidate, Progress
 from sedimo.checkpoint.writing import Origin, WriteOptions, WrittenCheckpoint

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.errors import InputError, StateError

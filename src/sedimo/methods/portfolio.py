@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 from sedimo.allocation.budget import BudgetSettings
 from sedimo.allocation.effects import Effects, allocate_signed, cross_validated_noise, expected_db
-from sedimo.allocation.problem import Allocation, Budget
-from sedimo.allocation.solve import allocate, allocate_within
+from sedimo.allocation.solve import Allocation, Budget, allocate, allocate_within
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab

@@ -19,8 +19,7 @@ import numpy as np
 
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.allocation.combine import geometric_mean
-from sedimo.allocation.problem import Allocation
-from sedimo.allocation.solve import allocate_given, allocate_within
+from sedimo.allocation.solve import Allocation, allocate_given, allocate_within
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
 from sedimo.lab.exploration import Exploration, possible_bits
@@ -33,8 +32,8 @@ from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
 from sedimo.methods.predictor.scoring import (
     NAME,
+    noise_of_variants,
     noise_table,
-    noise_variant_table,
     options_table,
     refuse_confidence,
 )
@@ -166,7 +165,7 @@ def search(lab: Lab, background: Background, settings: SearchSettings, budget: B
     predictor = train_predictor(data, settings.training, progress=lab.progress)
     table, allocation = build(background, predictor, budget, confidence=settings.confidence)
     if settings.level == "groups":
-        allocation = build_by_groups(background, predictor, allocation, budget, confidence=settings.confidence)
+        allocation = build_by_groups(background, predictor, table, allocation, budget, confidence=settings.confidence)
     n_random = min(settings.n_random, len(trials))
     return Search(table, allocation, predictor, tuple(trials), tuple(rounds), n_random)
 
@@ -229,12 +228,18 @@ def build(
 
 
 def build_by_groups(
-    background: Background, predictor: Predictor, around: Allocation, budget: BudgetSettings, *, confidence: float
+    background: Background,
+    predictor: Predictor,
+    table: SensitivityTable,
+    around: Allocation,
+    budget: BudgetSettings,
+    *,
+    confidence: float,
 ) -> Allocation:
     """The best variants of all groups, each with the others as in the recipe of `around`."""
     reference = predictor.data.choices.codes([around.recipe])[0]
-    table = noise_variant_table(predictor, background.groups, reference, background.candidates, confidence=confidence)
-    return allocate_within(table, budget.resolved(table.total_params, background.space.full_bops))
+    variants = noise_of_variants(predictor, background.groups, reference, table, confidence=confidence)
+    return allocate_within(table, budget.resolved(table.total_params, table.full_bops), groups=variants)
 
 
 def model_table(background: Background, log_costs: Values) -> SensitivityTable:

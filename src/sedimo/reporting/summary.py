@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from sedimo.allocation.combine import Agreement
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import Allocation
 from sedimo.allocation.table import NOISE_POWER, Cost, SensitivityTable
 from sedimo.codec import to_plain
 from sedimo.methods.error import decided_by

@@ -29,31 +29,16 @@ class Packed:
     origin: Origin
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """What a target's own reader has found of what was written: how many weights, and whether each is ours exactly."""
-
-    n_weights: int
-    is_exact: bool
-
-
-def as_it_is(space: SearchSpace) -> SearchSpace:
-    """A target that can run every decision."""
-    return space
-
-
 @dataclass(frozen=True)
 class Target:
     """One place where results run.
 
-    `families` are the families of formats that it has. `constrain` ties and bans decisions, with notes; `write` writes
-    a decided model whole or not at all, under names that its readers expect; `verify` reads that with the target's own
-    reader and compares it with what was decided.
+    `families` are the families of formats that it has. `write` writes a decided model whole or not at all, under names
+    that its readers expect; `constrain` ties and bans decisions, with notes.
     """
 
     name: str
     words: Words
     families: tuple[str, ...]
     write: Callable[[Packed, Path, WriteOptions, Finish | None], WrittenCheckpoint]
-    verify: Callable[[Packed, WrittenCheckpoint], Verified]
-    constrain: Callable[[SearchSpace], SearchSpace] = as_it_is
+    constrain: Callable[[SearchSpace], SearchSpace] = lambda space: space

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import Allocation
 from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError

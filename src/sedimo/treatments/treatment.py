@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import Allocation
 from sedimo.bank import Bank
 from sedimo.lab.bench import InForce
 from sedimo.lab.lab import Lab

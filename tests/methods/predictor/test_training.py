@@ -10,7 +10,7 @@ import torch
 from planted import IMPORTANCE, candidates_of, planted_graph, planted_set, quality_of, random_codes, true_costs
 from scipy import stats
 
-from sedimo.allocation.solve import allocate
+from sedimo.allocation.solve import allocate, allocate_within, read_budget
 from sedimo.errors import InputError
 from sedimo.methods.predictor.features import disjoint_groups, picked
 from sedimo.methods.predictor.quality import predict_by_rivals
@@ -19,8 +19,8 @@ from sedimo.methods.predictor.scoring import (
     group_scores,
     hop_moments,
     most_common,
+    noise_of_variants,
     noise_table,
-    noise_variant_table,
     option_scores,
     score_table,
     variants_of,
@@ -202,10 +202,10 @@ def test_scores_are_calibrated_without_the_term_for_bits(data, paper):
 
 def test_a_group_adds_what_its_layers_add_in_the_whole_network(data, fast, paper):
     graph, reference = planted_graph(), most_common(data)
-    candidates = candidates_of(data.choices)
+    costs = noise_table(fast, candidates_of(data.choices), reference)
     decisions, choice = variants_of(data, graph.groups[1])
     row = np.flatnonzero((choice == reference[decisions]).all(axis=1))[0]
-    table = noise_variant_table(fast, graph.groups, reference, candidates)
+    variants = noise_of_variants(fast, graph.groups, reference, costs)
     whole = []
     rows = torch.from_numpy(data.features.rows(reference[None]))
     for fold in fast.folds:
@@ -213,9 +213,9 @@ def test_a_group_adds_what_its_layers_add_in_the_whole_network(data, fast, paper
             network = fold.network.eval()
             contributions = network.contributions(rows, network.hops(rows)[-1], 2)
         whole.append(float(contributions[0, decisions].sum()))
-    assert table.groups[1].cost[row] == pytest.approx(np.mean(whole), rel=FLOAT32_NETWORK)
+    assert variants[1].cost[row] == pytest.approx(np.mean(whole), rel=FLOAT32_NETWORK)
     with pytest.raises(InputError, match="scores, not noise"):
-        noise_variant_table(paper, graph.groups, reference, candidates)
+        noise_of_variants(paper, graph.groups, reference, costs)
 
 
 def test_layers_that_are_varied_already_leave_their_group(data):
@@ -228,11 +228,12 @@ def test_layers_that_are_varied_already_leave_their_group(data):
 
 def test_groups_are_allocated_by_their_noise(data, fast):
     graph, reference = planted_graph(), most_common(data)
-    known = (fast, graph.groups, reference, candidates_of(data.choices))
-    plain, careful = (noise_variant_table(*known, confidence=c) for c in (0.0, 1.0))
-    assert all((b.cost > a.cost).all() for a, b in zip(plain.groups, careful.groups, strict=True))
-    single = allocate(noise_table(fast, candidates_of(data.choices), reference), bits=4.5)
-    grouped = allocate(plain, bits=4.5)
+    table = noise_table(fast, candidates_of(data.choices), reference)
+    known = (fast, graph.groups, reference, table)
+    plain, careful = (noise_of_variants(*known, confidence=c) for c in (0.0, 1.0))
+    assert all((b.cost > a.cost).all() for a, b in zip(plain, careful, strict=True))
+    single = allocate(table, bits=4.5)
+    grouped = allocate_within(table, read_budget(table.total_params, bits=4.5), groups=plain)
     assert grouped.paper_bits <= 4.5
     codes = data.choices.codes([single.recipe, grouped.recipe])
     truth = quality_of(data.choices, codes)

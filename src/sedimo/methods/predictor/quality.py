@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedimo.allocation.effects import Effects, expected_db
-from sedimo.allocation.problem import Allocation
+from sedimo.allocation.solve import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
 from sedimo.methods.error import ERROR

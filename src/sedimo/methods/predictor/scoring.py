@@ -26,14 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sedimo.allocation.options import Options, enumerate_variants
 from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
-from sedimo.allocation.variant_table import (
-    GroupVariants,
-    VariantTable,
-    build_variant_table,
-    enumerate_variants,
-    variant_sizes,
-)
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import Group
@@ -116,9 +110,9 @@ def _variant_scores(predictor: Predictor, group: Group, hop: int, reference: Cod
 
 def variants_of(data: TrainingSet, group: Group) -> tuple[list[int], Codes]:
     """A group's decisions `[w]`, and their options in every variant `[V, w]`."""
-    features = data.features
+    features, known = data.features, data.choices.space.decisions
     decisions = list(dict.fromkeys(int(features.decision[features.place[layer]]) for layer in group.layers))
-    return decisions, enumerate_variants([data.choices.space.decisions[d] for d in decisions]).astype(np.int64)
+    return decisions, enumerate_variants({known[d].name: known[d].formats for d in decisions}).astype(np.int64)
 
 
 def most_common(data: TrainingSet, *, share: float = 0.25) -> Codes:
@@ -345,19 +339,19 @@ def argmax_recipes(predictor: Predictor, background: Background, scores: Values,
     return {"operations": choices.recipe(operations), "groups": choices.recipe(grouped)}
 
 
-def noise_variant_table(
+def noise_of_variants(
     predictor: Predictor,
     groups: Sequence[Group],
     reference: Codes,
-    candidates: Candidates,
+    table: SensitivityTable,
     *,
     confidence: float = 0.0,
-) -> VariantTable:
+) -> list[Options]:
     """Costs of all variants of all groups: what their layers add to the noise, in the network's unit.
 
     The noise is that by the last hop, the rest of the graph as in `reference` `[D]`. With `confidence` k, a cost is
     what it may be k standard deviations above: the spread over folds, and what the noise models do not know of the
-    variant's options on average.
+    variant's options on average. Sizes are those of `table`.
     """
     space, deviation, found = predictor.data.choices.space, _mean_deviation(predictor), []
     for group in groups:
@@ -365,17 +359,7 @@ def noise_variant_table(
         noise = np.exp(-_variant_scores(predictor, group, predictor.options.n_hops, reference))  # [F, V]
         mean, unknown = noise.mean(axis=0), deviation[np.array(members), choice].mean(axis=1)
         relative = np.sqrt((noise.std(axis=0, ddof=1) / np.maximum(mean, 1e-300)) ** 2 + unknown**2)
-        decisions = [space.decisions[d] for d in members]
-        columns = choice.astype(np.int8)
-        found.append(
-            GroupVariants(
-                group.name,
-                tuple(d.name for d in decisions),
-                tuple(d.formats for d in decisions),
-                columns,
-                mean * np.exp(confidence * relative),
-                mean * relative,
-                *variant_sizes(decisions, columns, candidates=candidates),
-            )
-        )
-    return build_variant_table(NAME, space, found)
+        formats = {space.decisions[d].name: space.decisions[d].formats for d in members}
+        cost, error = mean * np.exp(confidence * relative), mean * relative
+        found.append(table.group(group.name, formats, choice, cost, error))
+    return found
