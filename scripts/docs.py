@@ -85,7 +85,7 @@ def offers(command: str) -> tuple[str, ...]:
     from sedimo.jobs import JOBS
 
     module = next(name for name in JOBS if name.removesuffix("_") == command)
-    return tuple(importlib.import_module(f"sedimo.jobs.{module}").JOB.offers())
+    return tuple(one.name for one in importlib.import_module(f"sedimo.jobs.{module}").JOB.offers())
 
 
 def command_names() -> tuple[str, ...]:

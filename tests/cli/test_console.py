@@ -51,10 +51,11 @@ def test_a_new_stage_begins_its_own_estimate(clock, capsys):
 def test_the_bar_of_a_terminal_is_on_standard_error_and_starts_no_thread(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     threads = threading.active_count()
-    with console.progress() as progress:
-        progress.start(2, "measuring")
-        assert threading.active_count() == threads
-        progress.advance(2)
+    progress = console.ConsoleProgress()
+    progress.start(2, "measuring")
+    assert threading.active_count() == threads
+    progress.advance(2)
+    progress.done()
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "measuring: 100%" in shown.err

@@ -117,7 +117,7 @@ def run(*arguments, code=0):
 def default_of(name, flag):
     """What a flag of a command stands at when nobody gives it."""
     job = importlib.import_module(f"sedimo.jobs.{name}").JOB
-    records = [job.settings, *job.offers().values()]
+    records = [job.settings, *(one.knobs for one in job.offers())]
     return next(leaf.default for record in records for leaf in leaves(record) if flag in leaf.flags)
 
 

@@ -143,13 +143,13 @@ def test_every_budget_is_checked_before_anything_is_fitted(tiny_pipeline_folder,
 
 
 def test_agreement_is_about_the_tables_of_the_middle_budget(tiny_pipeline_folder, tmp_path, monkeypatch):
-    seen = {}
+    seen, real = {}, comparing._accounted
 
-    def found(lab, method, task):
-        finding = method.find(lab, task)
-        return replace(finding, table=replace(finding.table, method=str(task.budget.bits)))
+    def accounted(lab, study, method, task):
+        finding, used = real(lab, study, method, task)
+        return replace(finding, table=replace(finding.table, method=str(task.budget.bits))), used
 
-    monkeypatch.setattr(comparing, "_found", found)
+    monkeypatch.setattr(comparing, "_accounted", accounted)
     monkeypatch.setattr(comparing, "agreement", lambda tables, bits: seen.update(tables=tables, bits=bits) or {})
     sampling = SamplingSettings(n_seeds=2, n_steps=1)
     settings = CompareSettings(

@@ -9,7 +9,7 @@ from map_examples import channel_ranges, noise_map, repetition, trajectory_lines
 from report_examples import estimate
 
 from sedimo.jobs.compare import ComparedRow, Comparison, comparison_page
-from sedimo.jobs.sweep import OTHER_SEEDS, Confirmation, Sweep, SweptRanks, SweptValue, sweep_page
+from sedimo.jobs.sweep import OTHER_SEEDS, Confirmation, Sweep, SweptValue, sweep_page
 from sedimo.lab.study import Spent
 from sedimo.methods.hybrid import BlockCurves, BlockRow
 from sedimo.methods.portfolio import Entrant
@@ -89,13 +89,13 @@ def sweeps() -> dict[str, Sweep]:
     )
     again = Confirmation("0.9", estimate(0.45, 0.1, 16), "75 to 90")
     pairs = (("ddim", f"ddim{OTHER_SEEDS}", 0.97), ("ddim", "euler", 0.93))
-    ranks = tuple(SweptRanks(a, b, estimate(r, 0.01, 47)) for a, b, r in pairs)
-    samples = tuple(SweptRanks(a, "64", estimate(r, 0.04, 47)) for a, r in (("8", 0.83), ("16", 0.93)))
+    ranks = {(a, b): estimate(r, 0.01, 47) for a, b, r in pairs}
+    samples = {(a, "64"): estimate(r, 0.04, 47) for a, r in (("8", 0.83), ("16", 0.93))}
     of_samples = {"8": 0.41, "16": 0.28, "64": 0.14}
     of_schedulers = {"ddim": 0.41, f"ddim{OTHER_SEEDS}": 0.28, "euler": 0.14}
     where = ("zoo:cifar-dit", "uaq4a8", "0 to 15", 10)
     return {
-        "alpha": Sweep("alpha", *where, 3, values, (), {}, ("left out: x",), again),
+        "alpha": Sweep("alpha", *where, 3, values, {}, {}, ("left out: x",), again),
         "samples": Sweep("samples", *where, 2, (), samples, of_samples, ()),
         "schedulers": Sweep("schedulers", *where, 2, (), ranks, of_schedulers, ("left out: y",)),
     }

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sqlite3
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -41,16 +40,6 @@ def run_guarded(work: Callable[[], object], *, verbose: bool) -> object:
     raise click.exceptions.Exit(code)
 
 
-@contextmanager
-def progress() -> Iterator[ConsoleProgress]:
-    """A progress display that is taken away however the work ends."""
-    shown = ConsoleProgress()
-    try:
-        yield shown
-    finally:
-        shown.done()
-
-
 class ConsoleProgress:
     """Progress on standard error, with the time left: a bar on a terminal, else a line every ten seconds."""
 
@@ -59,8 +48,15 @@ class ConsoleProgress:
 
     def start(self, total: int, label: str) -> None:
         """Begins a stage of `total` steps."""
+        from tqdm import tqdm
+
         self.done()
-        self._bar = _bar(total, label)
+        tqdm.monitor_interval = 0  # no thread that redraws
+        more: dict[str, Any] = {"smoothing": 0}  # steps take seconds to minutes: the mean tells best
+        if not sys.stderr.isatty():
+            shape = "{desc}: {n_fmt} of {total_fmt}, about {remaining} left"
+            more |= {"mininterval": _QUIET_SECONDS, "miniters": 1, "bar_format": shape, "file": _Lines(), "position": 0}
+        self._bar = tqdm(total=total, desc=label, **more)
 
     def advance(self, n: int = 1) -> None:
         """`n` more steps are finished."""
@@ -87,21 +83,3 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
-
-
-def _bar(total: int, label: str) -> tqdm[NoReturn]:
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0  # no thread that redraws
-    if sys.stderr.isatty():
-        return tqdm(total=total, desc=label, smoothing=0)  # steps take seconds to minutes: the mean tells best
-    return tqdm(
-        total=total,
-        desc=label,
-        smoothing=0,
-        mininterval=_QUIET_SECONDS,
-        miniters=1,
-        bar_format="{desc}: {n_fmt} of {total_fmt}, about {remaining} left",
-        file=_Lines(),
-        position=0,
-    )

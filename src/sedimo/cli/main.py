@@ -23,7 +23,7 @@ import click
 
 import sedimo.jobs
 from sedimo import __version__
-from sedimo.cli.console import progress, run_guarded
+from sedimo.cli.console import ConsoleProgress, run_guarded
 from sedimo.settings import REQUIRED, Option, leaves, one_of
 
 if TYPE_CHECKING:
@@ -108,14 +108,12 @@ class _JobCommand(click.Command):
 
     def __init__(self, name: str, job: Job[Any, Any]) -> None:
         own = {leaf.word: leaf for leaf in leaves(job.settings, "Options")}
-        offers = {
-            owner: [leaf for leaf in leaves(record) if leaf.word not in own] for owner, record in job.offers().items()
-        }
+        offers = {one.name: [leaf for leaf in leaves(one.knobs) if leaf.word not in own] for one in job.offers()}
         self._job, self._offers, self._leaves, self._shown = job, offers, own, [*own.values()]
         for owner, offered in offers.items():
             fresh = {leaf.word: leaf for leaf in offered if leaf.word not in self._leaves}  # the others are shared
             self._leaves |= fresh
-            self._shown += [*fresh.values()][:1] if owner in job.shown else []
+            self._shown += [*fresh.values()][:1] if owner in job.offered_treatments else []
         self._own = [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON and nothing else.")]
         if job.plan is not None:
             self._own.append(click.Option(["--dry-run"], is_flag=True, help="Tell what it takes, and stop."))
@@ -137,25 +135,28 @@ class _JobCommand(click.Command):
     def _do(self, *, as_json: bool, dry_run: bool = False, **values: object) -> None:
         given = {word: _value(self._leaves[word], one) for word, one in values.items() if one not in (None, ())}
         settings = self._job.read(given, command=shlex.join(["sedimo", *sys.argv[1:]]))
-        work = self._job.plan if dry_run and self._job.plan is not None else self._job.run
-        with progress() as shown:
+        job, shown = self._job, ConsoleProgress()
+        work, page = (job.plan, job.plan_page) if dry_run and job.plan is not None else (job.run, job.page)
+        if dry_run:
+            shown.start(1, "planning")
+        try:
             found = work(settings, shown)
+        finally:
+            shown.done()
         if as_json:
-            click.echo(json.dumps(self._job.as_json(found), indent=1, sort_keys=True, ensure_ascii=False))
+            click.echo(json.dumps(job.as_json(found), indent=1, sort_keys=True, ensure_ascii=False))
         else:
             from sedimo.reporting.terminal import print_page  # not for help, which answers at once
 
-            page = self._job.page if work is self._job.run else self._job.plan_page
             print_page(page(found))
 
     def _help_method(self, ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
         if name is None:
             return
         one_of(self._offers)(name, "--help-method")
-        from sedimo.jobs.job import described
-
-        formatter = ctx.make_formatter()
-        _write_panel(formatter, name, described(name))
+        words, formatter = next(one.words for one in self._job.offers() if one.name == name), ctx.make_formatter()
+        told = {"about": words.summary, "sees": words.sees, "misses": words.misses, "source": words.source}
+        _write_panel(formatter, name, [(what, text) for what, text in told.items() if text])
         if records := _records(ctx, map(_parameter, self._offers[name])):
             formatter.write_paragraph()
             _write_panel(formatter, f"Options of {name}", records)
@@ -172,9 +173,8 @@ class _JobCommand(click.Command):
         for panel, parameters in panels.items():
             _write_panel(formatter, panel, _records(ctx, parameters))
         if self._offers:
-            from sedimo.jobs.job import offered_names
-
-            _write_panel(formatter, "What NAME may be", offered_names(self._offers))
+            names = {"methods": self._job.offered_methods, "treatments": self._job.offered_treatments}
+            _write_panel(formatter, "What NAME may be", [(kind, ", ".join(n)) for kind, n in names.items() if n])
 
 
 def _records(ctx: click.Context, parameters: Iterable[click.Parameter]) -> list[tuple[str, str]]:

@@ -40,30 +40,18 @@ OPTIONS: Mapping[str, TrainingOptions] = {"fast": FAST, "paper": PAPER}
 
 @dataclass(frozen=True, slots=True)
 class AttributeSettings(Checked):
-    """Which predictor is trained on which trials.
-
-    `objective` and `target` are found from the study when empty: the objective with most trials, its usual target.
-    """
+    """Which predictor is trained on which trials; `objective` and `target` are found from the study when empty."""
 
     run: Path = option(REQUIRED, metavar="RUN", place="folder", help="The folder of a study.")
     method: str = option(SEARCH.name, "--method", choices=(SEARCH.name,), help="What to train.")
     preset: str = option(
-        "fast",
-        "--preset",
-        check=one_of(OPTIONS),
-        help="fast: starts from a noise model, contributions add; paper: as published (hours).",
+        "fast", "--preset", check=one_of(OPTIONS), help="fast: on a noise model, additive; paper: as published (hours)."
     )
     objective: str = option(
-        "",
-        "--objective",
-        check=one_of(OBJECTIVES),
-        help="Whose trials; default: the objective that has most.",
+        "", "--objective", check=one_of(OBJECTIVES), help="Whose trials; default: the objective that has most."
     )
     target: str = option(
-        "",
-        "--target",
-        check=read_by(Goal.parse),
-        help='What to predict, such as "-fid - 150*avg_bits"; default: by the objective.',
+        "", "--target", check=read_by(Goal.parse), help="Such as '-fid - 150*avg_bits'; default: by the objective."
     )
     confidence: float = option(1.0, "--confidence", check=refuse_confidence, help="Margin of costs, in deviations.")
 
@@ -85,7 +73,7 @@ class Attribution:
     argmax: Mapping[str, Recipe]
 
     def as_json(self) -> object:
-        """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
+        """Plain values by name."""
         return to_plain(
             {
                 "method": self.table.method,

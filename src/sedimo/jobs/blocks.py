@@ -13,7 +13,7 @@ from sedimo.allocation.budget import BudgetSettings
 from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job, early_treatment_offers
-from sedimo.jobs.settings import FORMATS, SAMPLING, open_lab, treated
+from sedimo.jobs.settings import SAMPLING, one_format, open_lab, treated
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import ObjectiveName, Study
@@ -24,6 +24,8 @@ from sedimo.reporting.html import write_page
 from sedimo.reporting.maps import blocks_page
 from sedimo.settings import REQUIRED, Checked, block, one_of, option
 from sedimo.space import Recipe
+
+WITHOUT_IMAGES = ("final_latents", "path", "step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,7 @@ class BlocksSettings(Checked):
     )
     store: Path = option(REQUIRED, "--store", help="Folder of the study.")
     objective: ObjectiveName = option(
-        "final_latents",
-        "--objective",
-        check=one_of(("final_latents", "path", "step")),
-        help="final_latents, path or step.",
+        "final_latents", "--objective", check=one_of(WITHOUT_IMAGES), help="final_latents, path or step."
     )
     keeping: KeepSettings = block(KeepSettings(), "Blocks at 16 bits")
     bits: float | None = option(
@@ -51,7 +50,7 @@ class BlocksSettings(Checked):
     chosen: Mapping[str, object] = field(default_factory=dict)
 
     def check_together(self) -> None:
-        """Checks format and rules."""
+        """Refuses a format that changes nothing, a size that no weight has, and several rules."""
         if not self.number_format.is_quantized:
             raise InputError(f"block curves need a format that changes weights, got {self.number_format}")
         BudgetSettings(bits=self.bits)
@@ -67,12 +66,10 @@ def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> tup
     """Both curves of a format, and the hybrid recipe of the rule, written where there is a place for them. Resumes."""
     lab = open_lab(
         settings.source,
-        FORMATS,
+        one_format(settings.number_format),
         chosen=settings.chosen,
         sampling=settings.sampling,
         progress=progress,
-        text=f"{settings.number_format},fp16",
-        streams=False,  # nothing is decided on single layers
     )
     with Study(settings.store) as study:
         lab = treated(lab.kept_in(study), settings.chosen)
@@ -86,7 +83,7 @@ def measure_blocks(settings: BlocksSettings, progress: Progress = SILENT) -> tup
 
 
 def as_json(found: tuple[BlockCurves, Recipe]) -> Mapping[str, object]:
-    """Plain values; scripts may rely on the names (see docs/reference/json-keys.md)."""
+    """Plain values by name."""
     curves, recipe = found
     return {**curves.as_json(), "recipe": {name: str(entry) for name, entry in recipe.layers.items()}}
 

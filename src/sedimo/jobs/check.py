@@ -12,13 +12,12 @@ import numpy as np
 from sedimo.allocation.combine import Agreement, agreement, predict
 from sedimo.allocation.effects import Effects
 from sedimo.allocation.table import SensitivityTable
-from sedimo.bank import Bank
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
-from sedimo.jobs.measures import compare_signals
+from sedimo.jobs.evaluate import compare_signals
 from sedimo.lab.exchange import probed
 from sedimo.lab.exploration import random_recipe_near
-from sedimo.lab.images import Samples, draw
+from sedimo.lab.images import draw
 from sedimo.lab.lab import Lab
 from sedimo.lab.study import Study, Trial
 from sedimo.lab.trajectory import TRAJECTORY_RUNS, TRAJECTORY_SAMPLES
@@ -32,7 +31,8 @@ from sedimo.space import Recipe, SearchSpace
 from sedimo.treatments.treatment import Finished
 
 N_PICTURES = 8
-N_CHECKED = 5  # full precision, the result and three uniform recipes
+N_RIVALS = 3
+N_CHECKED = 2 + N_RIVALS  # full precision, the result and uniform recipes
 TOLERANCE_BITS = 0.25  # of random recipes
 MIN_TRIALS = 3  # for an agreement
 THIS, NEAREST = "this recipe", "this recipe, rounded to nearest"
@@ -40,15 +40,13 @@ THIS, NEAREST = "this recipe", "this recipe, rounded to nearest"
 
 @dataclass(frozen=True)
 class Check:
-    """The result and its rivals on the same fresh seeds, the result first.
+    """The result and its rivals on the same fresh seeds, the result first, and pictures of some samples of it.
 
-    Rivals are the result rounded to nearest, if its rounding is learned, and the uniform recipes of about its size,
-    which are rounded to nearest, too.
+    Rivals are the result rounded to nearest, if its rounding is learned, and the uniform recipes of about its size.
     """
 
     recipes: tuple[MeasuredRecipe, ...]
-    reference: Samples
-    quantized: Samples
+    pictures: tuple[Picture, ...]
     seeds: tuple[int, ...]
     n_steps: int
 
@@ -63,13 +61,10 @@ class Check:
 
 
 def check_recipe(lab: Lab, finding: Finding, finished: Finished | None = None) -> Check:
-    """Samples full precision, the result, and the best uniform recipes of about the same size.
-
-    With weights that were `finished`, the nearest rounding of the result is a rival.
-    """
+    """Samples full precision, the result, and its rivals."""
     pipe, on, bank, allocation = lab.pipe, lab.seeds.check, finding.bank, finding.decided
     reference = draw(pipe, on, label="full precision", progress=lab.progress)
-    uniform = uniform_rivals(bank, allocation.paper_bits + SLACK_BITS)
+    uniform = uniform_rivals(bank.space, allocation.paper_bits + SLACK_BITS)
     recipes = dict.fromkeys((THIS,) if finished is None else (THIS, NEAREST), allocation.recipe)
     checked: list[MeasuredRecipe] = []
     for name, recipe in (recipes | {f"{UNIFORM.name} {f}": bank.space.uniform(f) for f in uniform}).items():
@@ -82,7 +77,9 @@ def check_recipe(lab: Lab, finding: Finding, finished: Finished | None = None) -
         ahead = None if name == THIS else paired_difference(own, powers)
         stored_bits = 8 * bank.stored_bytes(recipe) / bank.space.params
         checked.append(MeasuredRecipe(name, bank.space.paper_bits(recipe), stored_bits, found, ahead))
-    return Check(tuple(checked), reference, quantized, on.seeds, on.n_steps)
+    pairs = zip(on.seeds[:N_PICTURES], reference.images, quantized.images, strict=False)
+    pictures = tuple(Picture(f"seed {seed}", _pixels(a), _pixels(b)) for seed, a, b in pairs)
+    return Check(tuple(checked), pictures, on.seeds, on.n_steps)
 
 
 def price_of_check(lab: Lab, *, n_random: int) -> Price:
@@ -94,21 +91,14 @@ def price_of_check(lab: Lab, *, n_random: int) -> Price:
     return Price(calls * timing.seconds_per_call, calls)
 
 
-def uniform_rivals(bank: Bank, paper_bits: float, *, n: int = 3) -> tuple[Format, ...]:
+def uniform_rivals(space: SearchSpace, paper_bits: float) -> tuple[Format, ...]:
     """Of the formats that every decision can take at up to `paper_bits`, the largest of each family."""
-    space = bank.space
     sizes = {f: space.paper_bits(space.uniform(f)) for f in space.common_formats}
     fitting = sorted((f for f, bits in sizes.items() if bits <= paper_bits), key=lambda f: -sizes[f])
     best: dict[tuple[str, bool], Format] = {}
     for number_format in fitting:
         best.setdefault((number_format.family, number_format.group_size is not None), number_format)
-    return tuple(best.values())[:n]
-
-
-def pictures_of(check: Check) -> tuple[Picture, ...]:
-    """Full precision and the result, for the first samples."""
-    pairs = zip(check.seeds[:N_PICTURES], check.reference.images, check.quantized.images, strict=False)
-    return tuple(Picture(f"seed {seed}", _pixels(a), _pixels(b)) for seed, a, b in pairs)
+    return tuple(best.values())[:N_RIVALS]
 
 
 def _pixels(image: object) -> np.ndarray:
@@ -150,10 +140,9 @@ def check_additivity(
 
 
 def whole_recipes(study: Study, table: SensitivityTable) -> tuple[Trial, ...]:
-    """Of the trials of a study those that say something of a table's sum: recipes for most decisions, one setting.
+    """Of the trials of a study those that say something of a table's sum, of the setting that has most of them.
 
-    Trials of one setting compare with each other; the setting is the one that has most of them. Probes of single
-    decisions, which are in the table already, are left out.
+    They are of recipes for most decisions: probes of single ones are in the table already.
     """
     by_setting: dict[str, list[Trial]] = {}
     for trial in study.trials():

@@ -11,18 +11,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sedimo import methods
 from sedimo.allocation.budget import BopsLimit, BudgetSettings
 from sedimo.allocation.combine import agreement_about_operations
 from sedimo.allocation.table import SensitivityTable, of_family
-from sedimo.bank import SILENT, Bank, Progress
+from sedimo.bank import SILENT, Progress
 from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job, all_offers
 from sedimo.jobs.quantize import refuse_impossible
-from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated
+from sedimo.jobs.settings import COMPARABLE, FORMATS, SAMPLING, FormatSettings, open_lab, parts_of, treated
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
@@ -40,7 +41,7 @@ from sedimo.reporting.figures import Axis, Plot, Series, named, only, short
 from sedimo.reporting.html import write_page
 from sedimo.reporting.page import Cell, Figure, Items, Page, Row, Table, Text, columns, rows, section
 from sedimo.reporting.words import joined, name, number, verdict
-from sedimo.settings import REQUIRED, Checked, block, option, within
+from sedimo.settings import REQUIRED, Checked, block, option
 from sedimo.space import Recipe
 
 REFERENCE = JACOBIAN  # what all others are compared with
@@ -55,7 +56,7 @@ def compared_methods() -> tuple[Method[Any], ...]:
 def read_numbers(text: str) -> tuple[float, ...]:
     """Different numbers, ascending, from a text such as `3.0,3.5`."""
     try:
-        return tuple(sorted({float(part) for part in text.split(",") if part.strip()}))
+        return tuple(sorted({float(part) for part in parts_of(text)}))
     except ValueError as error:
         raise InputError(f"bits are numbers separated by commas, such as 3.0,3.5,4.0; got {text!r}") from error
 
@@ -70,28 +71,21 @@ class CompareSettings(Checked):
     )
     store: Path = option(REQUIRED, "--store", help="Folder of the study.")
     bops: BopsLimit | None = option(
-        None,
-        "--bops",
-        parse=BopsLimit.parse,
-        help="Budget of bit operations besides: 350G, 1.5T, or 12.5% of those at 16 bits.",
+        None, "--bops", parse=BopsLimit.parse, help="Bit operations besides: 350G, 1.5T, or 12.5% of those at 16 bits."
     )
     methods: str = option("all", "--methods", metavar="LIST", help="all, or some of them, separated by commas.")
     out: Path | None = option(None, "-o", "--out", help="File for the page.")
-    n_fresh: int = option(
-        64,
-        "--fresh",
-        check=within(least=2, hint="seeds to compare on"),
-        help="Fresh seeds that every recipe is measured on.",
-    )
+    n_fresh: int = option(64, "--fresh", check=COMPARABLE, help="Fresh seeds that every recipe is measured on.")
     formats: FormatSettings = block(FORMATS, "Formats")
     sampling: SamplingSettings = block(SAMPLING, "Sampling")
     chosen: Mapping[str, object] = field(default_factory=dict)
 
     def check_together(self) -> None:
-        """Checks methods and budgets."""
+        """Refuses unknown methods, no budget, and what a method cannot do."""
         known = [method.name for method in compared_methods()]
-        unknown = [name for name in self._names if name not in known]
-        if unknown or not self._names:
+        names = known if self.methods == "all" else parts_of(self.methods)
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
             raise InputError(f"methods to compare are {', '.join(known)}; got {unknown or 'none'}")
         if not self.bits:
             raise InputError("comparing needs at least one budget: --bits 3.0,3.5,4.0")
@@ -101,15 +95,10 @@ class CompareSettings(Checked):
                 method.check(self.task(method, budget), self.formats.choices)
 
     @property
-    def _names(self) -> tuple[str, ...]:
-        if self.methods == "all":
-            return tuple(method.name for method in compared_methods())
-        return tuple(part.strip() for part in self.methods.split(",") if part.strip())
-
-    @property
     def chosen_methods(self) -> tuple[Method[Any], ...]:
         """The methods, as they are always listed."""
-        return tuple(method for method in compared_methods() if method.name in self._names)
+        names = parts_of(self.methods)
+        return tuple(one for one in compared_methods() if self.methods == "all" or one.name in names)
 
     def task(self, method: Method[Any], budget: BudgetSettings) -> Task[Any]:
         """What a method is asked for at a budget; nothing of it is checked or written."""
@@ -143,6 +132,7 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
     middle = sorted(settings.bits)[len(settings.bits) // 2]
     tables = {m.name: findings[m.name, middle].table for m in compared if not m.is_described}
     plan = lab.seeds.check
+    notes = (f"{m} at {b:g} bits: {note}" for (m, b), finding in findings.items() for note in finding.notes)
     found = Comparison(
         source=lab.bench.name,
         reference=_reference(list(used)),
@@ -152,11 +142,7 @@ def compare_methods(settings: CompareSettings, progress: Progress = SILENT) -> C
         costs={name: add_up(ledgers) for name, ledgers in used.items()},
         n_comparisons=sum(row.ahead is not None for row in rows),
         agreement=agreement(tables, middle),
-        notes=(
-            *missing,
-            *lab.rules,
-            *(f"{m} at {b:g} bits: {note}" for (m, b), finding in findings.items() for note in finding.notes),
-        ),
+        notes=(*missing, *lab.rules, *notes),
     )
     if settings.out is not None:
         write_page(comparison_page(found), settings.out)
@@ -169,19 +155,14 @@ def _accounted(lab: Lab, study: Study, method: Method[Any], task: Task[Any]) -> 
     key = f"computing:{content_key(asked)[:16]}"
     begin = time.monotonic()
     with study.ledger() as used:
-        finding = _found(lab, method, task)
+        measured = method.measure(lab, task)
+        if method.family:  # that it was published for; it knows no other
+            measured = replace(measured, table=of_family(measured.table, family_named(method.family)))
+        finding = method.decide(lab, task, measured)
     if key not in study.record_names():
         study.put_record(key, max(0.0, time.monotonic() - begin - used.measuring_seconds))
     used.parts[key] = Execution(study.record(float, key), n_calls=0, threads=1, versions={})
     return finding, used
-
-
-def _found(lab: Lab, method: Method[Any], task: Task[Any]) -> Finding:
-    """What a method finds, among formats of the family that it was published for, if it knows no other."""
-    measured = method.measure(lab, task)
-    if method.family:
-        measured = replace(measured, table=of_family(measured.table, family_named(method.family)))
-    return method.decide(lab, task, measured)
 
 
 def _rows(lab: Lab, bits: float, findings: Mapping[tuple[str, float], Finding]) -> Iterator[ComparedRow]:
@@ -191,9 +172,13 @@ def _rows(lab: Lab, bits: float, findings: Mapping[tuple[str, float], Finding]) 
     own = iter(lab.measure([one for one in found.values() if isinstance(one, Recipe)], lab.seeds.check))
     peers = measure_peers(lab, lab.seeds.check, [one for one in found.values() if isinstance(one, PeerRecipe)])
     powers = {m: peers[one.key] if isinstance(one, PeerRecipe) else next(own).powers for m, one in found.items()}
-    reference = _reference(list(found))
+    reference, space = _reference(list(found)), lab.bank.space
     for method, recipe in found.items():
-        paper_bits, stored_bits, bops = _size_of(lab.bank, recipe)
+        if isinstance(recipe, PeerRecipe):
+            paper_bits, stored_bits, bops = recipe.paper_bits, recipe.paper_bits, recipe.bops
+        else:
+            paper_bits, stored_bits = space.paper_bits(recipe), 8 * lab.bank.stored_bytes(recipe) / space.params
+            bops = space.bops(recipe)
         yield ComparedRow(
             method=method,
             bits=bits,
@@ -206,14 +191,6 @@ def _rows(lab: Lab, bits: float, findings: Mapping[tuple[str, float], Finding]) 
             recipe=recipe if isinstance(recipe, Recipe) else None,
             formats=recipe.formats if isinstance(recipe, PeerRecipe) else {},
         )
-
-
-def _size_of(bank: Bank, recipe: Recipe | PeerRecipe) -> tuple[float, float, int]:
-    """Paper bits and stored bits per weight, and bit operations."""
-    if isinstance(recipe, PeerRecipe):
-        return recipe.paper_bits, recipe.paper_bits, recipe.bops
-    space = bank.space
-    return space.paper_bits(recipe), 8 * bank.stored_bytes(recipe) / space.params, space.bops(recipe)
 
 
 def _reference(methods: Sequence[str]) -> str:
@@ -260,11 +237,9 @@ class ComparedRow:
 class Comparison:
     """All rows; `n_comparisons` paired differences were looked at, `notes` say what is missing or not as ordered.
 
-    `costs` are those of finding a method's recipes at all budgets: what it used of measurements, each once, whoever
-    made them and whenever, and its own computing; fits, smoothing and calibration, which all share, are left out.
-
-    `agreement` is Kendall's tau between operations' costs by each method's table and by the measured ablation, at the
-    formats nearest to the middle budget.
+    `costs` are those of a method's recipes at all budgets: the measurements that it used, each once, whoever made them
+    and whenever, and its own computing; not what all share: fits, smoothing, calibration. `agreement` is Kendall's tau
+    between operations' costs by each table and by the ablation, at the formats nearest to the middle budget.
     """
 
     source: str
@@ -356,11 +331,8 @@ def methods_figure(found: Sequence[ComparedRow], *, reference: str) -> Figure | 
             budgets.setdefault(row.bits, {})[row.label] = row.sqnr_db
     if not budgets:
         return None
-    values: dict[str, list[float]] = {}
-    for measured in budgets.values():
-        for one, estimate in measured.items():
-            values.setdefault(one, []).append(ranked(estimate.value))
-    names = sorted(values, key=lambda one: -sum(values[one]) / len(values[one]))
+    labelled = dict.fromkeys(one for measured in budgets.values() for one in measured)
+    names = sorted(labelled, key=lambda one: -fmean(ranked(m[one].value) for m in budgets.values() if one in m))
     labels = {one: short(one, 24) for one in names}
     places = Axis(ticks=named([*labels.values()]), bold=(labels.get(reference, ""),))
     own = tuple(i for i, one in enumerate(names) if one == reference)

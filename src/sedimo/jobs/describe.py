@@ -44,12 +44,7 @@ def refuse_other_source(layer: str, weight: torch.Tensor, packed: torch.Tensor) 
 
 
 def read_recipe(path: str) -> Recipe:
-    """The recipe of a recipe file, or the one that a packed checkpoint describes.
-
-    Raises:
-        InputError: nothing there, or an entry that is no format.
-        StateError: a damaged file.
-    """
+    """The recipe of a recipe file, or the one that a packed checkpoint describes."""
     place = Path(path).expanduser()
     if place.is_file():
         return Recipe.from_json(place.read_bytes(), place=str(place))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from sedimo.bank import SILENT, Progress
 from sedimo.checkpoint.contents import packed_layers
@@ -13,14 +15,14 @@ from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.describe import refuse_other_source
 from sedimo.jobs.job import Job
-from sedimo.jobs.measures import draw_all, measures
 from sedimo.jobs.settings import SAMPLING
 from sedimo.lab.bench import Compute, trace
-from sedimo.lab.images import compare_distributions
+from sedimo.lab.images import Samples, compare_distributions, draw, draw_latents_and_features
 from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.metrics.distribution import N_PARTS
-from sedimo.metrics.estimate import Estimate
-from sedimo.metrics.signal import paired_difference, relative_noise
+from sedimo.metrics.estimate import Estimate, mean_estimate
+from sedimo.metrics.signal import NoisePowers, paired_difference, psnr_db, relative_noise, sqnr_estimates
+from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
@@ -53,10 +55,7 @@ class EvaluateSettings(Checked):
     variant: str | None = option(None, "--variant", help="Variant of SRC's weights, such as fp16.")
     n_images: int = option(0, "--images", least=0, help="Number of images for FID and KID; 0: not measured.")
     correct: CorrectionExtent | None = option(
-        None,
-        "--correct",
-        bare="all",
-        help="Also with quantization noise corrected in the sampler; =output: predictions alone, not added noise.",
+        None, "--correct", bare="all", help="Also with noise corrected in the sampler; =output: in predictions alone."
     )
     sampling: SamplingSettings = block(SAMPLING, "Sampling")
     compute: Compute = block(Compute(), "Sampling")
@@ -81,9 +80,8 @@ class CorrectedEvaluation:
 class Evaluation:
     """Measures by name; sizes by name [bytes]; bit operations of one sample and denoiser call by name [BOPs].
 
-    Of the `n` samples of the SQNR, `n_exact` have no noise at all and `n_decorrelated` have more than half of the
-    signal's power. `extractor` names the network behind FID and KID.
-    `corrected` is the same with noise corrected in the sampler, where that was asked for.
+    Of the samples of the SQNR, `n_exact` have no noise at all and `n_decorrelated` have more than half of the signal's
+    power. `extractor` names the network behind FID and KID. `corrected` is what noise correction made, if asked for.
     """
 
     measures: Mapping[str, Estimate]
@@ -134,22 +132,21 @@ def evaluate(
     images = range(sampling.first_seed, sampling.first_seed + n_images)
     seeds = Seeds(sampling, against.default_sampling)
     plans = seeds.search, seeds.plan(images) if n_images else None
-    reference, drawn = (draw_all(p, *plans, progress=progress) for p in (against, quantized))
-    powers = relative_noise(reference.latents, drawn.latents)
+    reference, drawn = (_draw(p, *plans, progress) for p in (against, quantized))
+    powers, found = _measures(reference, drawn)
     correction = None
     if correct:
         estimating = correction_plan(seeds, n_images)
         fits = estimate_correction(against, quantized, estimating, progress=progress)
         with corrected(quantized, correction_of(fits), with_variance=correct == "all") as log:
-            again = draw_all(quantized, *plans, label=f"{quantized.name}, corrected", progress=progress)
-        less_noise = relative_noise(reference.latents, again.latents)
+            again = _draw(quantized, *plans, progress, label=f"{quantized.name}, corrected")
+        less_noise, better = _measures(reference, again)
         gain = {"sqnr_db": paired_difference(less_noise, powers).estimate}
         if drawn.features is not None and again.features is not None:
             gain["fid"] = compare_distributions(drawn.features, again.features)["fid_difference"]
-        better = measures(reference, again)
         correction = CorrectedEvaluation(better, gain, str(log), estimating.seeds, "full", fits)
     return Evaluation(
-        measures=measures(reference, drawn),
+        measures=found,
         n_exact=powers.n_exact,
         n_decorrelated=powers.n_decorrelated,
         size=_sizes(quantized, against),
@@ -157,6 +154,33 @@ def evaluate(
         extractor=drawn.features.extractor if drawn.features else None,
         corrected=correction,
     )
+
+
+def _draw(
+    pipe: PipelineAdapter, plan: Sampling, images: Sampling | None, progress: Progress, *, label: str = ""
+) -> Samples:
+    """The samples of a plan, with features of the images of another, if there is one."""
+    samples = draw(pipe, plan, label=label, progress=progress)
+    if images is None:
+        return samples
+    return replace(samples, features=draw_latents_and_features(pipe, images, label=label, progress=progress)[1])
+
+
+def _measures(reference: Samples, quantized: Samples) -> tuple[NoisePowers, dict[str, Estimate]]:
+    """The noise sample by sample, and every measure by name: of sets of images, too, where there are features."""
+    powers, found = compare_signals(reference, quantized)
+    if reference.features is None or quantized.features is None:
+        return powers, found
+    return powers, found | compare_distributions(reference.features, quantized.features)
+
+
+def compare_signals(reference: Samples, quantized: Samples) -> tuple[NoisePowers, dict[str, Estimate]]:
+    """The noise of the latents, their SQNR, and the PSNR of the images, each with its error."""
+    powers = relative_noise(reference.latents, quantized.latents)
+    ratios = psnr_db(reference.images, quantized.images)
+    finite = ratios[np.isfinite(ratios)]
+    psnr = mean_estimate(finite) if finite.size else Estimate(np.inf, 0.0, np.inf, np.inf, len(ratios))
+    return powers, {**sqnr_estimates(powers), "psnr_db": psnr}
 
 
 def _refuse_strangers(quantized: DiffusersPipeline, against: DiffusersPipeline) -> None:
@@ -218,7 +242,7 @@ def page(found: Evaluation) -> Page:
     noisy = f"{found.n_exact} samples are exact, {found.n_decorrelated} have more noise than half the signal"
     features = f"features by {found.extractor}; FID falls with n, so compare only figures of equal n"
     blocks: list[Block | None] = [
-        _measures("measure", found.measures),
+        _table("measure", found.measures),
         Facts(tuple(sizes)),
         Text(noisy) if found.n_exact or found.n_decorrelated else None,
         Text(features) if found.extractor else None,
@@ -226,13 +250,13 @@ def page(found: Evaluation) -> Page:
     if found.corrected:
         gains = {f"gain of {name}": value for name, value in found.corrected.gain.items()}
         blocks += [
-            _measures("corrected", {**found.corrected.measures, **gains}),
+            _table("corrected", {**found.corrected.measures, **gains}),
             Text(f"{found.corrected.done}; estimated from {len(found.corrected.seeds)} other seeds"),
         ]
     return page_of("", "", *blocks)
 
 
-def _measures(title: str, measures: Mapping[str, Estimate]) -> Table:
+def _table(title: str, measures: Mapping[str, Estimate]) -> Table:
     return Table(columns(title, "value, with its 95 % interval", "n"), rows((n, v, v.n) for n, v in measures.items()))
 
 

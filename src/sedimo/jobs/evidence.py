@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.allocation.combine import Agreement
 from sedimo.allocation.effects import Effects, expected_db
-from sedimo.allocation.solve import even_budgets, frontier
+from sedimo.allocation.solve import Allocation, even_budgets, frontier
+from sedimo.allocation.table import SensitivityTable
 from sedimo.checkpoint.writing import WrittenCheckpoint
 from sedimo.errors import InputError
-from sedimo.jobs.check import Check, check_additivity, measure_random_recipes, pictures_of
+from sedimo.jobs.check import Check, check_additivity, measure_random_recipes
 from sedimo.lab.lab import Lab
-from sedimo.lab.study import Trial, versions
+from sedimo.lab.study import versions
 from sedimo.lab.trajectory import TRAJECTORY_SAMPLES, probe_trajectory, sqnr_by_call
 from sedimo.methods.error import ERROR, decided_by
 from sedimo.methods.hybrid import BlockCurves, blocks_of
@@ -44,18 +45,9 @@ from sedimo.reporting.explanation import (
     score_boxes,
     verdict_of,
 )
-from sedimo.reporting.maps import (
-    ChannelRanges,
-    Maps,
-    NoiseMap,
-    Repetition,
-    TrajectoryLines,
-    local_map,
-    recipe_map,
-    repetition,
-)
+from sedimo.reporting.maps import ChannelRanges, Maps, NoiseMap, TrajectoryLines, local_map, recipe_map, repetition
 from sedimo.reporting.summary import Blamed, Evidence, Prediction, Provenance, Summary, reference_format
-from sedimo.space import SearchSpace, compose
+from sedimo.space import compose
 from sedimo.treatments.learned_rounding import Reconstruction
 from sedimo.treatments.smoothing import Smoothing
 from sedimo.treatments.treatment import Finished
@@ -79,15 +71,11 @@ def find_evidence(
     *,
     is_explained: bool,
 ) -> Evidence:
-    """What else is measured about the result, and what was found on the way; less where it is not sampled.
-
-    What a search has learned is measured where it `is_explained`.
-
-    Raises:
-        Interrupted: Ctrl-C; what was measured is kept.
-    """
-    explanation = explanation_of(lab, finding) if is_explained else None
-    agreement, measured = None, None if check is None else check.recipes[0].measures["sqnr_db"]
+    """What else is measured about the result and, where it `is_explained`, about what a search has learned."""
+    agreement, explanation, search = None, None, finding.of(Search)
+    if is_explained and search is not None:
+        explanation = explain(lab, finding.need(Background), search, target=finding.need(SearchSettings).target)
+    measured = None if check is None else check.recipes[0].measures["sqnr_db"]
     if check is not None and method.n_random:
         space, about_bits = finding.bank.space, finding.decided.paper_bits
         trials = measure_random_recipes(lab, space, about_bits, n=method.n_random)
@@ -99,7 +87,7 @@ def find_evidence(
         agreement=agreement,
         agreement_of="random recipes of about this size",
         scaling=finding.of(Agreement),
-        pictures=() if check is None else pictures_of(check),
+        pictures=() if check is None else check.pictures,
         explanation=explanation,
         maps=_maps(lab, finding, is_probed=check is not None),
         rounding=finished.summary if isinstance(finished, Reconstruction) else None,
@@ -110,10 +98,12 @@ def find_evidence(
 
 def _maps(lab: Lab, finding: Finding, *, is_probed: bool) -> Maps:
     """All maps of a job; those of the result, on the first of the checked seeds, if it is to be probed."""
-    smoothing = lab.in_force(Smoothing)
+    smoothing, repeating, choice = lab.in_force(Smoothing), finding.of(OrthogonalityProbe), finding.decided.choice
     maps = Maps(
         local=_local(finding),
-        repetition=_repetition(finding),
+        repetition=None
+        if repeating is None
+        else repetition(repeating, finding.table, choice, finding.need(ImportanceOptions)),
         ranges=() if smoothing is None else _ranges(smoothing),
         blocks=finding.of(BlockCurves),
     )
@@ -144,13 +134,6 @@ def _local(finding: Finding) -> tuple[NoiseMap, ...]:
     return chosen, local_map(found, table, everywhere, number_format=str(same))
 
 
-def _repetition(finding: Finding) -> Repetition | None:
-    found, options = finding.of(OrthogonalityProbe), finding.of(ImportanceOptions)
-    if found is None or options is None:
-        return None
-    return repetition(found, finding.table, finding.decided.choice, options)
-
-
 def summary_of(
     lab: Lab,
     finding: Finding,
@@ -163,8 +146,8 @@ def summary_of(
 ) -> Summary:
     """The numbers of a job's report: what it found, `evidence` about it, the command as typed, how long it took [s]."""
     table, allocation = finding.table, finding.decided
-    budgets = even_budgets(table, N_FRONTIER_POINTS, most_bits=allocation.bits + FRONTIER_BITS_BEYOND)
-    points = frontier(table, budgets, bops=allocation.budget_bops)
+    sampling = {"steps": str(lab.seeds.settings.n_steps), **table.settings, **_drawn(lab)}
+    processor = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or "CPU"
     return Summary(
         lab.bench.name,
         table,
@@ -172,7 +155,7 @@ def summary_of(
         {d.name: d.shape for d in finding.bank.space.decisions},
         replace(
             evidence,
-            frontier=tuple((a.bits, a.objective) for a in points),
+            frontier=frontier_points(table, allocation, most_bits=allocation.bits + FRONTIER_BITS_BEYOND),
             file_bytes=written.file_bytes,
             source_file_bytes=lab.source_bytes,
         ),
@@ -180,13 +163,21 @@ def summary_of(
             command=command,
             created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             seeds=_seeds(lab, finding, check),
-            sampling=_sorted({"steps": str(lab.seeds.settings.n_steps), **table.settings, **_drawn(lab)}),
-            versions=_sorted(versions()),
-            machine=f"{platform.system()} {platform.machine()}, {_processor()}",
+            sampling=dict(sorted(sampling.items())),  # as a saved record gives them back
+            versions=dict(sorted(versions().items())),
+            machine=f"{platform.system()} {platform.machine()}, {processor}, {psutil.cpu_count()} cores",
             seconds={"the whole job": round(seconds)},
             notes=(*finding.bank.space.notes, *lab.rules),
         ),
     )
+
+
+def frontier_points(
+    table: SensitivityTable, allocation: Allocation, *, most_bits: float | None = None
+) -> tuple[tuple[float, float], ...]:
+    """Bits and cost of the best recipes at even steps of bits, within the same bit operations."""
+    budgets = even_budgets(table, N_FRONTIER_POINTS, most_bits=most_bits)
+    return tuple((a.bits, a.objective) for a in frontier(table, budgets, bops=allocation.budget_bops))
 
 
 def _seeds(lab: Lab, finding: Finding, check: Check | None) -> str:
@@ -202,33 +193,17 @@ def _drawn(lab: Lab) -> dict[str, str]:
     if lab.why_not_sampled() is not None:
         return {}
     plan = lab.seeds.search
-    told = plan.conditions
-    shown = ", ".join(told[:N_SHOWN_CONDITIONS]) + (
-        f" and {len(told) - N_SHOWN_CONDITIONS} more" if len(told) > N_SHOWN_CONDITIONS else ""
-    )
+    shown, n_more = ", ".join(plan.conditions[:N_SHOWN_CONDITIONS]), len(plan.conditions) - N_SHOWN_CONDITIONS
+    shown += f" and {n_more} more" if n_more > 0 else ""
     guidance = "the pipeline's own" if plan.guidance is None else f"{plan.guidance:g}"
     return {"conditions": shown or "none", "guidance": guidance}
 
 
-def _sorted(facts: Mapping[str, str]) -> dict[str, str]:
-    """In the order in which a saved record gives them back."""
-    return dict(sorted(facts.items()))
-
-
-def _processor() -> str:
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or "CPU"
-    return f"{name}, {psutil.cpu_count()} cores"
-
-
 def judge_prediction(lab: Lab, finding: Finding, measured: Estimate | None, *, predicts: bool) -> Prediction | None:
-    """The predicted SQNR of the chosen recipe beside the one measured on fresh seeds, if it was [dB].
-
-    None where costs that do not predict (`predicts`) noise of final latents are all that there is.
+    """The predicted SQNR of the chosen recipe beside that on fresh seeds, if it was measured [dB].
 
     Where they are far apart, some suspects go back to 16 bits, one after the other, and the recipe is measured again.
-
-    Raises:
-        Interrupted: Ctrl-C; what was measured is kept.
+    None where there are but costs that do not predict noise of final latents (`predicts`).
     """
     portfolio, allocation = finding.of(Portfolio), finding.decided
     if portfolio is not None:
@@ -277,14 +252,6 @@ def _predicted_gain(finding: Finding, name: str) -> float:
     return expected_db(after, n_directions).value - expected_db(before, n_directions).value
 
 
-def explanation_of(lab: Lab, finding: Finding) -> Explanation | None:
-    """What a search by measured recipes has learned; None where there was none."""
-    search, background, settings = finding.of(Search), finding.of(Background), finding.of(SearchSettings)
-    if search is None or background is None or settings is None:
-        return None
-    return explain(lab, background, search, target=settings.target)
-
-
 def explain(lab: Lab, background: Background, search: Search, *, target: str) -> Explanation:
     """All that the report tells of a search. Measures the curve on the search's seeds, the sentences on the check's."""
     operations, blocks, notes = distributions(search.predictor, background)
@@ -329,10 +296,9 @@ def format_shares(search: Search) -> tuple[FormatShare, ...]:
     choice = search.allocation.choice
     found = []
     for name, members in grouped(search.predictor.data.choices.space, lambda d: d.operation).items():
-        counts: dict[str, int] = {}
+        counts = Counter[str]()
         for decision in members:
-            text = str(choice[decision.name])
-            counts[text] = counts.get(text, 0) + len(decision.layers)
+            counts[str(choice[decision.name])] += len(decision.layers)
         params = sum(d.params for d in members)
         found.append(FormatShare(name, counts, params, bits_of(members, choice)))
     return tuple(found)
@@ -358,15 +324,12 @@ def curve(lab: Lab, search: Search) -> tuple[CurvePoint, ...]:
             mine.append(allocated(search.table, BudgetSettings(bits=bits + step)).recipe)
         except InputError:
             continue  # below what the formats can make
-    uniform = {f"uniform {f}": space.uniform(f) for f in space.common_formats}
-    trials = lab.measure([*mine, *uniform.values()], lab.seeds.search)
-    points = [_point(space, "this method", t, "this") for t in trials[: len(mine)]]
-    points += [_point(space, n, t, "uniform") for n, t in zip(uniform, trials[len(mine) :], strict=True)]
-    random = {t.key: t for t in search.trials[: search.n_random]}
-    points += [_point(space, "random", t, "random") for t in random.values()]
-    return tuple(points)
-
-
-def _point(space: SearchSpace, name: str, trial: Trial, kind: CurveKind) -> CurvePoint:
-    measured = mean_sqnr(trial.powers)
-    return CurvePoint(name, kind, space.paper_bits(trial.recipe), measured)
+    formats, random = space.common_formats, {t.key: t for t in search.trials[: search.n_random]}
+    trials = lab.measure([*mine, *map(space.uniform, formats)], lab.seeds.search)
+    names: list[tuple[str, CurveKind]] = [("this method", "this")] * len(mine)
+    names += [(f"uniform {f}", "uniform") for f in formats]
+    names += [("random", "random")] * len(random)
+    return tuple(
+        CurvePoint(name, kind, space.paper_bits(trial.recipe), mean_sqnr(trial.powers))
+        for (name, kind), trial in zip(names, [*trials, *random.values()], strict=True)
+    )

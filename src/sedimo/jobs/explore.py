@@ -18,7 +18,7 @@ import numpy as np
 from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError, StateError
 from sedimo.jobs.job import Job, early_treatment_offers, outlook, outlook_page
-from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, treated, treatments_of
+from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, parts_of, treated, treatments_of
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.exploration import SAMPLERS, Exploration, SamplerName, possible_bits
 from sedimo.lab.images import Features, compare_distributions, draw_latents_and_features
@@ -43,13 +43,8 @@ MAX_PRIOR_SAMPLES = 16  # of a plan of many more for sets of images; gradients a
 _BYTES_OF_A_FIT = 1_000  # names, sums and a row
 
 
-def read_objectives(text: str) -> tuple[ObjectiveName, ...]:
-    """Objectives from a text such as `final_latents,fid`; what is none is refused where the settings are made."""
-    return tuple(cast("ObjectiveName", part.strip()) for part in text.split(",") if part.strip())
-
-
 def check_objectives(names: tuple[str, ...], name: str) -> None:
-    """Refuses names that are no objectives, none, and one that is named twice."""
+    """Refuses names that are no objectives, none, and one twice."""
     unknown = [one for one in names if one not in OBJECTIVES]
     if unknown or not names:
         raise InputError(f"{name} must be of {', '.join(OBJECTIVES)}, got {', '.join(unknown) or 'none'}")
@@ -61,24 +56,20 @@ def check_objectives(names: tuple[str, ...], name: str) -> None:
 class ExploreSettings(Checked):
     """Which random recipes of a source to measure, on what, where to keep them, and who does it.
 
-    Recipe i is a function of (`study_seed`, i), of the formats and the sampler; the seeds of `sampling` are those of
-    the samples. Every recipe is measured by each of the `objectives`. `workers` is for the executor `process`. The
-    `prior` is measured first, for the predictors that are trained on the study.
+    Recipe i is a function of (`study_seed`, i), of the formats and the sampler; each is measured by every one of the
+    `objectives`. The `prior` is measured first, for the predictors that are trained on the study.
     """
 
     source: SourceSettings = block(REQUIRED, "Source")
     store: Path = option(REQUIRED, "--store", help="Folder of the study.")
     trials: int = option(
-        REQUIRED,
-        "--trials",
-        check=within(least=1),
-        help="Number of random recipes; those the study has count.",
+        REQUIRED, "--trials", check=within(least=1), help="Number of random recipes; those the study has count."
     )
     formats: FormatSettings = block(FORMATS, "Formats")
     objectives: tuple[ObjectiveName, ...] = option(
         ("final_latents",),
         "--objective",
-        parse=read_objectives,
+        parse=parts_of,
         check=check_objectives,
         help="What to measure, separated by commas: final_latents, path, step, fid.",
     )
@@ -94,24 +85,13 @@ class ExploreSettings(Checked):
     high_bits: float | None = option(
         None, "--high-bits", help="Most paper bits of stratified; default: what they allow, up to 5."
     )
-    study_seed: int = option(
-        0,
-        "--study-seed",
-        check=within(least=0),
-        help="Which random recipes.",
-    )
+    study_seed: int = option(0, "--study-seed", check=within(least=0), help="Which random recipes.")
     prior: str = option(PRIORS[0].name, "--prior", help=f"What predictors of this study start from: {listed(PRIORS)}.")
     executor: str = option(
-        "serial",
-        "--executor",
-        check=one_of(EXECUTORS),
-        help="serial, or process: several pipelines at once.",
+        "serial", "--executor", check=one_of(EXECUTORS), help="serial, or process: several pipelines at once."
     )
     workers: int | None = option(
-        None,
-        "--workers",
-        check=within(least=1),
-        help="Number of processes of --executor process.",
+        None, "--workers", check=within(least=1), help="Number of processes of --executor process."
     )
     sampling: SamplingSettings = block(SAMPLING, "Sampling")
     chosen: Mapping[str, object] = field(default_factory=dict)
@@ -135,15 +115,10 @@ class ExploreSettings(Checked):
         return tuple(sorted(map(str, self.formats.choices)))
 
     @property
-    def n_copies(self) -> int:
-        """Pipelines in memory at once; the driver of several workers has one of its own."""
-        return 1 if self.executor == "serial" else self.n_workers + 1
-
-    @property
-    def n_workers(self) -> int:
-        """Pipelines that measure at the same time."""
+    def n_processes(self) -> int:
+        """Pipelines that measure at the same time besides that of the driver; 0: that one measures."""
         if self.executor == "serial":
-            return 1
+            return 0
         return min(self.trials, self.workers or max(2, (os.cpu_count() or 1) // THREADS_PER_WORKER))
 
     def exploration(self, space: SearchSpace) -> Exploration:
@@ -160,11 +135,10 @@ class ExploreSettings(Checked):
 
 @dataclass(frozen=True, slots=True)
 class ExploredSource:
-    """What the trials of an explored study are about; `source` is how it was named last.
+    """What the trials of an explored study are about; `source` is how it was named last, `ends` is empty for None.
 
-    `ends` is the format of the first and last layers, empty where they vary like the others. `weights_digest` is that
-    of the files; `digest` names the treated weights and how inputs are rounded, as trials do. `treatments` are what was
-    set of them, by name, in words.
+    `weights_digest` is that of the files; `digest` names the treated weights and how inputs are rounded, as trials do.
+    `treatments` are what was set of them, by name, in words.
     """
 
     source: str
@@ -178,15 +152,12 @@ class ExploredSource:
 
 def plan(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, Any]:
     """What `run` would take, estimated from one timed call and one timed fit; nothing is measured or written."""
-    progress.start(1, "planning")
     lab = _open(settings, progress)
     path = settings.store if settings.store.suffix == ".sqlite" else settings.store / FILE_NAME
     with Study(path, create=False) if path.exists() else nullcontext() as study:
         if study is not None:
             refuse_other_study(study, lab, settings)
-        found = _plan(lab, settings, study)
-    progress.done()
-    return found
+        return _plan(lab, settings, study)
 
 
 def run(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, Any]:
@@ -195,13 +166,7 @@ def run(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, Any
     Of the `trials`, some are `measured` now; `settings` are the keys of what they were measured under, by objective.
     `trials_per_hour` counts the time of the full-precision samples, too, and is None where no trial was measured.
 
-    The bank is fitted in full beforehand and kept in the study's folder, so that later stages and workers of their own
-    find every format. Nothing is measured before all settings are known to make sense.
-
-    Raises:
-        InputError: the source cannot be used or sampled, or a range of bits that its formats do not allow.
-        StateError: the study was begun with other weights, formats, seed, sampler or range; or a damaged file.
-        Interrupted: Ctrl-C; what was measured is kept, the same call goes on.
+    The bank is fitted in full beforehand, so that later stages and workers of their own find every format.
     """
     begin = time.monotonic()
     lab = _open(settings, progress)
@@ -221,9 +186,8 @@ def run(settings: ExploreSettings, progress: Progress = SILENT) -> dict[str, Any
         n_before, measuring = len(study.trial_keys()), time.monotonic()
         recipes = [exploration.recipe(index) for index in range(settings.trials)]
         trials: list[Trial] = []
-        n_processes = settings.n_workers if settings.executor == "process" else 0
         for name in settings.objectives:
-            trials += lab.measure(recipes, on, objective=name, n_processes=n_processes)
+            trials += lab.measure(recipes, on, objective=name, n_processes=settings.n_processes)
         seconds, measured = time.monotonic() - measuring, len(study.trial_keys()) - n_before
         return {
             "study": str(study.path),
@@ -244,7 +208,7 @@ def _open(settings: ExploreSettings, progress: Progress) -> Lab:
     if settings.store.resolve().is_relative_to(lab.folder.resolve()):
         raise InputError(f"the study {settings.store} must not lie in the source {lab.folder}")
     settings.exploration(lab.space)
-    lab.refuse_unsampled("measuring recipes runs the pipeline", n_copies=settings.n_copies)
+    lab.refuse_unsampled("measuring recipes runs the pipeline", n_copies=1 + settings.n_processes)
     return lab
 
 
@@ -264,7 +228,7 @@ def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> dict[str,
     }
     prices = [price_of_trials(left, len(on.seeds), timing, weights_bytes) for left in missing.values()]
     price = sum(prices, Price())
-    price = replace(price, memory_bytes=settings.n_workers * price.memory_bytes)
+    price = replace(price, memory_bytes=max(1, settings.n_processes) * price.memory_bytes)
     if missing.get("fid"):
         price += Price((len(missing["fid"]) + 1) * _seconds_of_images(lab, on, timing))
     if study is None or not study.has_record(PRIOR):
@@ -273,7 +237,7 @@ def _plan(lab: Lab, settings: ExploreSettings, study: Study | None) -> dict[str,
     if fitted is None:
         n_fits = sum(d.params * sum(f.is_quantized for f in d.formats) for d in space.decisions)
         price += Price(n_fits * lab.seconds_per_fit, disk_bytes=_bank_bytes(space))
-    loaded = settings.n_copies * lab.bench.loaded_bytes
+    loaded = (1 + settings.n_processes) * lab.bench.loaded_bytes
     return {
         **outlook(lab.bench.name, space, replace(price, memory_bytes=price.memory_bytes + loaded)),
         "trials": len({recipe.key for recipe in recipes}) * len(settings.objectives),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sedimo.allocation.solve import Allocation, even_budgets, frontier
+from sedimo.allocation.solve import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import SILENT, Bank, Progress, fit_bank
 from sedimo.checkpoint.contents import refuse_unfit_source
@@ -20,7 +20,7 @@ from sedimo.errors import InputError
 from sedimo.jobs.attribute import AttributeSettings, attribute_study
 from sedimo.jobs.check import check_additivity, whole_recipes
 from sedimo.jobs.describe import card_writer
-from sedimo.jobs.evidence import N_FRONTIER_POINTS
+from sedimo.jobs.evidence import frontier_points
 from sedimo.jobs.explore import EXPLORATION
 from sedimo.jobs.quantize import JOB, JobResult
 from sedimo.lab.bench import Compute, Loaded, SourceSettings, trace, weights_of
@@ -243,9 +243,8 @@ def report(
         InputError: the folder of `path` does not exist.
     """
     agreed = None if study is None else check_additivity(table, whole_recipes(study, table))
-    budgets = even_budgets(table, N_FRONTIER_POINTS)
     evidence = Evidence(
-        frontier=tuple((a.bits, a.objective) for a in frontier(table, budgets, bops=choice.budget_bops)),
+        frontier=frontier_points(table, choice),
         agreement=agreed,
         agreement_of="" if agreed is None else f"{agreed.n} recipes of the study",
     )

@@ -6,19 +6,22 @@ the reference pages are made from that tuple.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from sedimo import methods, treatments
 from sedimo.bank import Progress
 from sedimo.codec import to_plain
-from sedimo.methods.method import Price
+from sedimo.methods.method import Method, Price
 from sedimo.reporting.page import Facts, Page, page_of
 from sedimo.reporting.words import byte_size, duration
 from sedimo.settings import build, leaves, read_words, settings_of
 from sedimo.space import SearchSpace
+from sedimo.treatments.treatment import Treatment
 
+Offer = Method[Any] | Treatment[Any]
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 
@@ -60,7 +63,7 @@ class Job(Generic[Settings, Result]):
 
     `run` does it; `page` and `as_json` tell what came of it, to people and to programs. With `plan`, a dry run tells
     what it takes, by `plan_page` and `as_json`. `words` is what help says: the module's docstring. `offers` are
-    records of further options by who owns them (methods, treatments), which go into the settings' field `chosen`.
+    methods and treatments, whose knobs are further options; what is set of them goes into the settings' `chosen`.
     """
 
     words: str
@@ -70,31 +73,31 @@ class Job(Generic[Settings, Result]):
     as_json: Callable[[Any], object] = as_json
     plan: Callable[[Settings, Progress], object] | None = None
     plan_page: Callable[[Any], Page] = lambda _plan: Page("")
-    offers: Callable[[], Mapping[str, type]] = dict
+    offers: Callable[[], Sequence[Offer]] = tuple
 
     def read(self, words: Mapping[str, object], command: str = "") -> Settings:
-        """The settings from keywords, and the command as it was typed, for the record.
+        """The settings from keywords, methods and treatments included; `command` is what was typed, for records.
 
-        What several methods and treatments take is set of all of them.
-
-        Raises:
-            InputError: a word that there is not, or a value that the settings refuse.
+        What several methods and treatments take is set of all of them; an unknown keyword is an InputError.
         """
         own, offers = {leaf.word for leaf in leaves(self.settings)}, self.offers()
-        found = {
-            owner: {leaf.word: words[leaf.word] for leaf in leaves(record) if leaf.word in words.keys() - own}
-            for owner, record in offers.items()
+        given = {
+            one.name: {leaf.word: words[leaf.word] for leaf in leaves(one.knobs) if leaf.word in words.keys() - own}
+            for one in offers
         }
-        chosen: dict[str, object] = {
-            o: build(offers[o], read_words(offers[o], given)) for o, given in found.items() if given
-        }
-        left = {word: value for word, value in words.items() if not any(word in given for given in found.values())}
+        chosen = {o.name: build(o.knobs, read_words(o.knobs, given[o.name])) for o in offers if given[o.name]}
+        left = {word: value for word, value in words.items() if not any(word in found for found in given.values())}
         return build(self.settings, {("command",): command, ("chosen",): chosen, **read_words(self.settings, left)})
 
     @property
-    def shown(self) -> frozenset[str]:
-        """Owners whose first option stands in the help itself: treatments, which are few."""
-        return frozenset(one.name for one in treatments.TREATMENTS)
+    def offered_treatments(self) -> list[str]:
+        """Their names; they are few, and the first option of each stands in the help itself."""
+        return [one.name for one in self.offers() if isinstance(one, Treatment)]
+
+    @property
+    def offered_methods(self) -> list[str]:
+        """The methods as people write them."""
+        return [str(one) for one in self.offers() if isinstance(one, Method)]
 
 
 def simple_job(
@@ -109,34 +112,15 @@ def simple_job(
     return Job(words, settings, lambda s, _: function(**{name: getattr(s, name) for name in names}), page, as_json)
 
 
-def all_offers() -> Mapping[str, type]:
-    """What people may set for treatments and for single methods, some of which have nothing to set."""
-    found = treatment_offers()
-    return {**found, **{one.name: one.knobs for one in methods.METHODS if one.name not in found}}
+def all_offers() -> Sequence[Offer]:
+    """All treatments and methods, some of which have nothing to set."""
+    names = [one.name for one in treatments.TREATMENTS]  # which come first
+    return (*treatments.TREATMENTS, *(one for one in methods.METHODS if one.name not in names))
 
 
-def treatment_offers() -> Mapping[str, type]:
-    """What people may set for treatments."""
-    return {one.name: one.knobs for one in treatments.TREATMENTS}
+def treatment_offers(*, is_early: bool = False) -> Sequence[Offer]:
+    """All treatments, or those before the decision."""
+    return [one for one in treatments.TREATMENTS if one.apply is not None or not is_early]
 
 
-def early_treatment_offers() -> Mapping[str, type]:
-    """What people may set for treatments before the decision."""
-    return {one.name: one.knobs for one in treatments.TREATMENTS if one.apply is not None}
-
-
-def offered_names(offers: Collection[str]) -> list[tuple[str, str]]:
-    """The methods and treatments that are offered, as people write them, for help."""
-    found = {
-        "methods": ", ".join(str(one) for one in methods.METHODS if one.name in offers),
-        "treatments": ", ".join(one.name for one in treatments.TREATMENTS if one.name in offers),
-    }
-    return [(kind, names) for kind, names in found.items() if names]
-
-
-def described(name: str) -> list[tuple[str, str]]:
-    """What a method or treatment does, what it sees and misses, and its source, for help."""
-    of_methods = {one.name: one.words for one in methods.METHODS}
-    words = (of_methods | {one.name: one.words for one in treatments.TREATMENTS})[name]
-    found = {"about": words.summary, "sees": words.sees, "misses": words.misses, "source": words.source}
-    return [(what, text) for what, text in found.items() if text]
+early_treatment_offers = partial(treatment_offers, is_early=True)

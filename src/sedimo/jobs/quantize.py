@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sedimo.jobs.settings import (
     FORMATS,
     SAMPLING,
     FormatSettings,
+    one_format,
     open_lab,
     refuse_together,
     treated,
@@ -69,21 +71,12 @@ _OF_THE_CHOICE = ("paper_bits", "stored_bits", "bops", "objective", "bound", "ga
 
 @dataclass(frozen=True, slots=True)
 class QuantizeSettings(Checked):
-    """One run of the main job.
-
-    A `recipe` and `method="uniform:kmc4"` need no budget. `chosen` has what was set for single methods and treatments,
-    by their names.
-    """
+    """One run of the main job; `chosen` has what was set for single methods and treatments, by their names."""
 
     source: SourceSettings = block(REQUIRED, "Source")
     budget: BudgetSettings = block(NO_BUDGET, "Budget")
     out: Path | None = option(None, "-o", "--out", help="Folder to write.")
-    method: str = option(
-        AUTO.name,
-        "--method",
-        metavar="NAME",
-        help="How to find out what matters, one of the methods below.",
-    )
+    method: str = option(AUTO.name, "--method", metavar="NAME", help="How to find what matters: a method below.")
     formats: FormatSettings = block(FORMATS, "Formats")
     recipe: Recipe | None = option(None, "--recipe", parse=read_recipe, place="file", help="Use this recipe as it is.")
     sampling: SamplingSettings = block(SAMPLING, "Sampling")
@@ -101,7 +94,7 @@ class QuantizeSettings(Checked):
     command: str = ""
 
     def check_together(self) -> None:
-        """Checks method, formats, budget and what was chosen together."""
+        """Refuses what a recipe, a single format, the method or treatments leave no choice of."""
         if self.recipe is not None and (self.budget.is_given or self.method != AUTO.name or self.formats.ends):
             raise InputError("a recipe decides everything: leave out --method, --ends and the budget")
         method, number_format = method_named(self.method)
@@ -118,10 +111,9 @@ class QuantizeSettings(Checked):
 
     def _check_chosen(self, method: Method[Any]) -> None:
         known = () if self.recipe is not None else (method.name, *method.contains)
-        used = (one.knobs for one in methods.METHODS if one.name in known)
-        read = {flag for knobs in used for leaf in leaves(knobs) for flag in leaf.flags}
+        read = {leaf.word for one in methods.METHODS if one.name in known for leaf in leaves(one.knobs)}
         for name in (one.name for one in methods.METHODS if one.name in self.chosen and one.name not in known):
-            if any(read.isdisjoint(leaf.flags) for leaf in set_in(self.chosen[name])):
+            if any(leaf.word not in read for leaf in set_in(self.chosen[name])):
                 what = "a recipe" if self.recipe is not None else f"--method {self.method}"
                 raise InputError(f"options of {name} do nothing with {what}: leave them out (--help-method {name})")
 
@@ -159,20 +151,17 @@ class QuantizeSettings(Checked):
         if is_used and not self.overwrite:
             raise InputError(f"{out} exists already and is not an empty folder; choose another or remove it")
         places = {"the source": source, "the output": out, "the study": self.study_folder}
-        resolved = {name: path.resolve() for name, path in places.items()}
-        for name, path in resolved.items():
-            inside = [other for other, outer in resolved.items() if other != name and path.is_relative_to(outer)]
-            if inside:
-                raise InputError(f"{name} {places[name]} must not lie in {inside[0]} {places[inside[0]]}")
+        for (name, path), (other, outer) in permutations(places.items(), 2):
+            if path.resolve().is_relative_to(outer.resolve()):
+                raise InputError(f"{name} {path} must not lie in {other} {outer}")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which method, set how, why, whether the result is checked, what comes with it, and what all of it takes.
+    """Which method and why, and what it takes; kept: a resumed run must not take another because it is slower now.
 
     `knobs` is the method's record as JSON, `n_samples` how many it looks at (0: its own number). `unchecked` says why
-    the result will not be sampled, empty if it will; `treatments` are those that come with the method. Kept in the
-    study: a resumed run must not take another method because it is slower now.
+    the result will not be sampled, empty if it will; `treatments` are those that come with the method.
     """
 
     method: str
@@ -186,10 +175,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job did. `check` is None when the result was not sampled, and `plan.unchecked` says why.
-
-    `treatments` are what scripts are told of treatments, by key.
-    """
+    """What a job did; without a `check`, `plan.unchecked` says why. `treatments` are what they tell scripts, by key."""
 
     finding: Finding
     written: WrittenCheckpoint
@@ -237,10 +223,8 @@ class JobResult:
 
 def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> dict[str, Any]:
     """What the job takes, estimated from one timed call; nothing is measured or written."""
-    progress.start(1, "planning")
     lab = _open(settings, progress)
     found = _plan(lab, settings)
-    progress.done()
     price = found.price + Price(disk_bytes=int(STORED_BYTES_PER_SOURCE_BYTE * lab.source_bytes))
     price = replace(price, memory_bytes=price.memory_bytes + lab.source_bytes)
     own = {"method": found.method, "reason": found.reason, "unchecked": found.unchecked, "budget": str(settings.budget)}
@@ -248,14 +232,7 @@ def plan(settings: QuantizeSettings, progress: Progress = SILENT) -> dict[str, A
 
 
 def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
-    """Writes the smaller checkpoint and its report.
-
-    Raises:
-        InputError: the source cannot be used, a budget that cannot be kept (with the least and most possible
-            bits), or an output that exists.
-        StateError: a damaged source, or a study folder that holds another study.
-        Interrupted: Ctrl-C; what was measured is kept, the same job goes on.
-    """
+    """Writes the smaller checkpoint and its report."""
     begin = time.monotonic()
     lab = _open(settings, progress)
     settings.check_places(lab.folder)
@@ -311,21 +288,15 @@ def peak_rss_bytes() -> int:
 
 def _open(settings: QuantizeSettings, progress: Progress) -> Lab:
     """The lab of a job, whose budget some recipe keeps."""
-    text, recipe, (_, number_format) = "", settings.recipe, method_named(settings.method)
-    streams: bool | Collection[str] | None = None
+    formats, streams, recipe = settings.formats, None, settings.recipe
+    _, number_format = method_named(settings.method)
     if number_format is not None:
-        text, streams = f"{number_format},fp16", False
+        formats = replace(one_format(number_format), ends=formats.ends)
     if recipe is not None:
-        text = ",".join(sorted({str(f) for f in recipe.formats} | {"fp16"}))
+        formats = FormatSettings(",".join(sorted({str(f) for f in recipe.formats} | {"fp16"})))
         streams = [layer for layer, entry in recipe.layers.items() if not isinstance(entry, Format)]
     lab = open_lab(
-        settings.source,
-        settings.formats,
-        chosen=settings.chosen,
-        sampling=settings.sampling,
-        progress=progress,
-        text=text,
-        streams=streams,
+        settings.source, formats, chosen=settings.chosen, sampling=settings.sampling, progress=progress, streams=streams
     )
     lab = lab.decided_on(target_named(settings.target).constrain(lab.space))
     if recipe is not None:
@@ -400,10 +371,7 @@ def _resolved(lab: Lab, settings: QuantizeSettings, method: Method[Any]) -> Reso
 
 
 def _with_check(lab: Lab, settings: QuantizeSettings, found: Resolved) -> tuple[str, Price]:
-    """Why the result is not checked by sampling, if it is not; and what the method takes, with the check that is made.
-
-    A check that takes longer than half an hour and than the search is left out.
-    """
+    """Why the result is not checked, if it is not: it may take too long; and the price, with a check that is made."""
     if not settings.check:
         return "not asked for", found.price
     is_run = found.method.runs_pipeline and not settings.is_given

@@ -21,12 +21,7 @@ def run(
     folder: Annotated[Path, Option((), "The folder of a study.", metavar="RUN", place="folder")],
     out: Annotated[Path | None, Option(("-o", "--out"), "Where to write; default: report.html in RUN.")] = None,
 ) -> dict[str, Any]:
-    """Writes the report of a finished job and tells where, with what it explains and draws.
-
-    Raises:
-        InputError: the folder holds no study, or its job was not finished.
-        StateError: damaged records.
-    """
+    """Writes the report of a finished job and tells where, with what it explains and draws."""
     with Study(folder, create=False) as study:
         try:
             summary = study.record(Summary, REPORT)

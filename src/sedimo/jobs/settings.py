@@ -13,11 +13,19 @@ from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.quant.formats import Format, parse_formats, with_activations
-from sedimo.settings import Checked, leaves, option, read_by
+from sedimo.settings import Checked, leaves, option, read_by, within
 from sedimo.space import search_space
 from sedimo.treatments.treatment import Treatment
 
 SAMPLING = SamplingSettings()
+
+
+def parts_of(text: str) -> tuple[str, ...]:
+    """The parts of a text that commas separate; empty ones are left out."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+COMPARABLE = within(least=2, hint="seeds to compare on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,7 @@ class FormatSettings(Checked):
         "--ends",
         check=read_by(Format.parse),
         metavar="FORMAT",
-        help="Format of the first and last layers, such as uaq8; default: like others.",
+        help="Of the first and last layers, such as uaq8.",
     )
     whole_layers: bool = option(
         False, "--whole-layers", help="One decision per layer, also where its input is a concatenation (U-Net skips)."
@@ -53,7 +61,7 @@ class FormatSettings(Checked):
         found = parse_formats(self.formats)
         if self.act is None:
             return found
-        widths = [part.strip().removeprefix("a") for part in self.act.split(",") if part.strip()]
+        widths = [part.removeprefix("a") for part in parts_of(self.act)]
         if not widths or not all(width.isdecimal() for width in widths):
             raise InputError(f"widths of activations are written such as a8 or a4,a6,a8; got {self.act!r}")
         return tuple(with_activations(found, map(int, widths)))
@@ -72,6 +80,11 @@ class FormatSettings(Checked):
 FORMATS = FormatSettings()
 
 
+def one_format(number_format: Format) -> FormatSettings:
+    """A format or none, of whole layers: nothing is decided on single ones."""
+    return FormatSettings(f"{number_format},fp16", whole_layers=True)
+
+
 def open_lab(
     source: SourceSettings,
     formats: FormatSettings,
@@ -79,17 +92,15 @@ def open_lab(
     chosen: Mapping[str, object],
     sampling: SamplingSettings = SAMPLING,
     progress: Progress,
-    text: str = "",
-    streams: bool | Collection[str] | None = None,
+    streams: Collection[str] | None = None,
 ) -> Lab:
-    """A lab on a source, for formats as they are set, or as `text` and `streams` say instead."""
-    text = text or formats.text
+    """A lab on a source, for formats as they are set; with `streams`, those layers are decided on by streams."""
     ends = [] if formats.ends is None else [Format.parse(formats.ends)]
     for treatment, knobs in treatments_of(chosen):
-        treatment.refuse(knobs, [*parse_formats(text), *ends])
+        treatment.refuse(knobs, [*formats.choices, *ends])
     decided = not formats.whole_layers if streams is None else streams
     lab = Lab(source, sampling=sampling, progress=progress)
-    return lab.decided_on(search_space(lab.graph, text, ends=formats.ends, streams=decided), ends=formats.ends)
+    return lab.decided_on(search_space(lab.graph, formats.text, ends=formats.ends, streams=decided), ends=formats.ends)
 
 
 def treatments_of(chosen: Mapping[str, object]) -> list[tuple[Treatment[Any], object]]:

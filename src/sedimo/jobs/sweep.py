@@ -23,9 +23,10 @@ import numpy as np
 
 from sedimo.allocation.table import Cost
 from sedimo.bank import Progress
+from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job
-from sedimo.jobs.settings import FORMATS, SAMPLING, open_lab
+from sedimo.jobs.settings import COMPARABLE, SAMPLING, one_format, open_lab, parts_of
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
@@ -44,7 +45,7 @@ from sedimo.reporting.figures import Axis, Heat, Plot, Series, named, only
 from sedimo.reporting.html import write_page
 from sedimo.reporting.page import Block, Figure, Items, Page, Row, Table, Text, columns, page_of, rows
 from sedimo.reporting.words import name, number, said, verdict, with_error
-from sedimo.settings import REQUIRED, Checked, block, option, within
+from sedimo.settings import REQUIRED, Checked, block, option
 from sedimo.treatments.smoothing import DEFAULT_SHARE, SmoothingSettings, check_share, plan_smoothings
 from sedimo.treatments.static_ranges import ACTIVATIONS, DYNAMIC_ACTIVATIONS, ActivationSettings, round_activations
 
@@ -59,10 +60,9 @@ _HEIGHT, _ROW = 430, 74  # of a chart, and of a row of the matrix of schedulers 
 
 def read_values(text: str) -> tuple[str, ...]:
     """Values from a text such as `1,2,5`."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    if text and not found:
+    if text and not parts_of(text):
         raise InputError(f"--values are separated by commas, such as 1,2,5; got {text!r}")
-    return found
+    return parts_of(text)
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,7 @@ class SweepSettings(Checked):
     number_format: Format | None = option(
         None, "--format", parse=Format.parse, help="Format of all layers; default: uaq8a8, or uaq4 without activations."
     )
-    n_fresh: int = option(
-        16,
-        "--fresh",
-        check=within(least=2, hint="seeds to compare on"),
-        help="Fresh seeds that every value is measured on.",
-    )
+    n_fresh: int = option(16, "--fresh", check=COMPARABLE, help="Fresh seeds that every value is measured on.")
     share: float = option(
         DEFAULT_SHARE, "--smooth-share", check=check_share, help="alpha: share of the layers to smooth."
     )
@@ -163,12 +158,10 @@ def run(settings: SweepSettings, progress: Progress) -> Sweep:
     number_format = settings.format
     lab = open_lab(
         settings.source,
-        FORMATS,
+        one_format(number_format),
         chosen={ACTIVATIONS.name: settings.activations},
         sampling=replace(settings.sampling, n_check_seeds=settings.n_fresh),
         progress=progress,
-        text=f"{number_format},fp16",
-        streams=False,
     )
     lab.refuse_unsampled("a sweep samples the pipeline")
     n_taking = sum(number_format in d.formats for d in lab.space.decisions)
@@ -183,15 +176,6 @@ def run(settings: SweepSettings, progress: Progress) -> Sweep:
     return found
 
 
-@dataclass(frozen=True)
-class _Case:
-    """A value of the knob: the format in a lab everywhere but in the blocks that are `kept` at 16 bits."""
-
-    lab: Lab
-    kept: Sequence[str] = ()
-    note: str = ""
-
-
 def _rounding(lab: Lab, settings: ActivationSettings) -> Lab:
     """The lab with activations rounded as they are to be."""
     rules = round_activations(lab, settings)
@@ -199,12 +183,11 @@ def _rounding(lab: Lab, settings: ActivationSettings) -> Lab:
 
 
 def _alpha(lab: Lab, settings: SweepSettings) -> Sweep:
-    cases = {"none": _Case(_rounding(lab, settings.activations))}
+    labs, notes = {"none": _rounding(lab, settings.activations)}, dict[str, str]()
     for plan in plan_smoothings(lab, settings.smoothing):
-        n_changed = sum(any(layer.exponents) for layer in plan.layers.values())
-        smoothed = _rounding(lab.treated(plan), settings.activations)
-        cases[f"{plan.alpha:g}"] = _Case(smoothed, note=f"{n_changed} layers smoothed")
-    return _valued(lab, settings, cases, tolerance=SAME_UP_TO_ROUNDING)
+        labs[f"{plan.alpha:g}"] = _rounding(lab.treated(plan), settings.activations)
+        notes[f"{plan.alpha:g}"] = f"{sum(any(layer.exponents) for layer in plan.layers.values())} layers smoothed"
+    return _valued(lab, settings, labs, kept={}, notes=notes, tolerance=SAME_UP_TO_ROUNDING)
 
 
 def _calibration(lab: Lab, settings: SweepSettings) -> Sweep:
@@ -213,7 +196,7 @@ def _calibration(lab: Lab, settings: SweepSettings) -> Sweep:
     static = replace(wanted, ranges="min-max" if wanted.ranges == "dynamic" else wanted.ranges)
     rules = {"dynamic": ActivationSettings(symmetric=wanted.symmetric)}
     rules |= {f"all {n}" if n == n_all else str(n): replace(static, n_steps=n) for n in settings.counts}
-    return _valued(lab, settings, {name: _Case(_rounding(lab, rule)) for name, rule in rules.items()})
+    return _valued(lab, settings, {name: _rounding(lab, rule) for name, rule in rules.items()}, kept={}, notes={})
 
 
 def _threshold(lab: Lab, settings: SweepSettings) -> Sweep:
@@ -224,10 +207,10 @@ def _threshold(lab: Lab, settings: SweepSettings) -> Sweep:
         raise InputError("a sweep of the threshold needs a number of blocks above 0, which is the baseline")
     lab = _rounding(lab, settings.activations)
     by_gain = blocks_by_gain(lab, number_format, lab.seeds.search)
-    counts = tuple(sorted({0, *counts}))
-    steps = [(0, 0), *pairwise(counts)]
-    cases = {str(n): _Case(lab, by_gain[:n], ", ".join(by_gain[before:n])) for before, n in steps}
-    return _valued(lab, settings, cases)
+    steps = [(0, 0), *pairwise(sorted({0, *counts}))]
+    labs, kept = {str(n): lab for _, n in steps}, {str(n): by_gain[:n] for _, n in steps}
+    notes = {str(n): ", ".join(by_gain[before:n]) for before, n in steps}
+    return _valued(lab, settings, labs, kept=kept, notes=notes)
 
 
 def _samples(lab: Lab, settings: SweepSettings) -> Sweep:
@@ -267,23 +250,32 @@ def _sensitivities(lab: Lab, settings: SweepSettings, signal: Method[Any], plan:
     return [cost for cost in costs if cost.format == settings.format]
 
 
-def _valued(lab: Lab, settings: SweepSettings, cases: Mapping[str, _Case], tolerance: float = SAME) -> Sweep:
-    """The values with their SQNR, each paired with the first, which is the baseline; the highest is measured again."""
-    spaces = {name: case.lab.estimated.space for name, case in cases.items()}
-    recipes = {name: hybrid_recipe(spaces[name], settings.format, case.kept) for name, case in cases.items()}
+def _valued(
+    lab: Lab,
+    settings: SweepSettings,
+    labs: Mapping[str, Lab],
+    *,
+    kept: Mapping[str, Sequence[str]],
+    notes: Mapping[str, str],
+    tolerance: float = SAME,
+) -> Sweep:
+    """The SQNR in each lab with some blocks `kept` at 16 bits, paired with the first; the highest again."""
+    spaces = {name: one.estimated.space for name, one in labs.items()}
+    recipes = {name: hybrid_recipe(space, settings.format, kept.get(name, ())) for name, space in spaces.items()}
 
     def measured(name: str, plan: Sampling) -> NoisePowers:
-        (trial,) = cases[name].lab.measure([recipes[name]], plan)
+        (trial,) = labs[name].measure([recipes[name]], plan)
         return trial.powers
 
-    powers = {name: measured(name, lab.seeds.check) for name in cases}
-    baseline, *others = cases
+    powers = {name: measured(name, lab.seeds.check) for name in labs}
+    baseline, *others = labs
     ahead = {name: paired_difference(powers[name], powers[baseline], tolerance=tolerance).estimate for name in others}
     values = tuple(
-        SweptValue(name, spaces[name].paper_bits(recipes[name]), mean_sqnr(powers[name]), ahead.get(name), case.note)
-        for name, case in cases.items()
+        SweptValue(name, spaces[name].paper_bits(recipes[name]), mean_sqnr(power), ahead.get(name), notes.get(name, ""))
+        for name, power in powers.items()
     )
-    highest = highest_value(values)
+    shown = [name for name in others if ahead[name].low > 0]  # to be ahead, if any are
+    highest = max(shown or others, key=lambda name: ranked(ahead[name].value))
     # as many fresh seeds again, past those of all other plans: nothing was chosen on them
     n_ranges = max(LEAST_SAMPLES, settings.activations.n_samples)
     first = 1 + max(*lab.seeds.check.seeds, *lab.seeds.more(n_ranges).seeds)
@@ -291,8 +283,8 @@ def _valued(lab: Lab, settings: SweepSettings, cases: Mapping[str, _Case], toler
     # the baseline first: the reference is then that of the untouched denoiser, not of an equal one up to rounding
     least, best = measured(baseline, further), measured(highest, further)
     again = paired_difference(best, least, tolerance=tolerance).estimate
-    answer = _sweep(lab, settings, [lab.seeds.check], len(others))
-    return replace(answer, values=values, confirmed=Confirmation(highest, again, _span(further.seeds)))
+    confirmed = Confirmation(highest, again, _span(further.seeds))
+    return _sweep(lab, settings, [lab.seeds.check], len(others), values=values, confirmed=confirmed)
 
 
 def _ranked(
@@ -305,18 +297,18 @@ def _ranked(
 ) -> Sweep:
     """Rank correlations of pairs of sensitivities, and the mean standard error of each."""
     values = {label: [cost.cost for cost in costs] for label, costs in found.items()}
-    ranks = tuple(SweptRanks(a, b, prediction_quality(values[a], values[b]).srcc) for a, b in pairs)
+    ranks = {(a, b): prediction_quality(values[a], values[b]).srcc for a, b in pairs}
     errors = dict[str, float]()
     for label, costs in found.items():  # to first order [dB]
         known = [_DECIBEL * cost.standard_error / cost.cost for cost in costs if cost.cost > 0]
         errors[label] = sum(known) / len(known) if known else math.nan
-    return replace(_sweep(lab, settings, plans, len(pairs)), ranks=ranks, errors=errors, notes=notes)
+    return _sweep(lab, settings, plans, len(pairs), ranks=ranks, errors=errors, notes=notes)
 
 
-def _sweep(lab: Lab, settings: SweepSettings, plans: Sequence[Sampling], n_comparisons: int) -> Sweep:
-    """A sweep that is to be filled."""
+def _sweep(lab: Lab, settings: SweepSettings, plans: Sequence[Sampling], n_comparisons: int, **found: Any) -> Sweep:
     seeds = _span([seed for plan in plans for seed in plan.seeds])
-    return Sweep(settings.question, lab.bench.name, str(settings.format), seeds, plans[0].n_steps, n_comparisons)
+    about = (settings.question, lab.bench.name, str(settings.format), seeds, plans[0].n_steps)
+    return Sweep(*about, n_comparisons, **found)
 
 
 def _span(seeds: Sequence[int]) -> str:
@@ -346,22 +338,12 @@ class Confirmation:
     seeds: str
 
 
-@dataclass(frozen=True, slots=True)
-class SweptRanks:
-    """Rank correlation (Spearman) of the costs of `srcc.n` decisions, measured in two ways."""
-
-    first: str
-    second: str
-    srcc: Estimate
-
-
 @dataclass(frozen=True)
 class Sweep:
-    """The answer: `values` of a knob, the first of them the baseline, or `ranks` of sensitivities.
+    """The answer: `values` of a knob, the first of them the baseline, of which the highest is `confirmed`; or `ranks`.
 
-    `errors` are the standard errors of those sensitivities, as the mean over decisions [dB]. Values were measured on
-    `seeds` in `n_steps`; `n_comparisons` were looked at, each with its own interval.
-    The highest value is `confirmed` on further seeds.
+    `ranks` are rank correlations (Spearman) of the costs of decisions, measured in two ways, `errors` the standard
+    errors of those costs, as the mean over decisions [dB]. `n_comparisons` were looked at, each with its own interval.
     """
 
     question: str
@@ -371,10 +353,15 @@ class Sweep:
     n_steps: int
     n_comparisons: int
     values: tuple[SweptValue, ...] = ()
-    ranks: tuple[SweptRanks, ...] = ()
+    ranks: Mapping[tuple[str, str], Estimate] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     confirmed: Confirmation | None = None
+
+    def as_json(self) -> object:
+        """Plain values by name."""
+        ranks = [{"first": first, "second": second, "srcc": srcc} for (first, second), srcc in self.ranks.items()]
+        return to_plain({**vars(self), "ranks": ranks})
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,19 +440,11 @@ def sweep_page(sweep: Sweep) -> Page:
         f"{words.about} All of it with {name(s.number_format)}, {s.n_steps} step{'' if s.n_steps == 1 else 's'}, seeds "
         f"{s.seeds}."
     )
-    caption = (
-        "Above, SQNR of the final latents, higher is better; below, what each value is ahead of the baseline on the "
-        "same seeds, which is sharper because seeds differ more than values do. Bars are 95 % intervals of the mean "
-        "over seeds."
-    )
-    if not s.values:
-        bars = " Bars are 95 % intervals over the choice of decisions." if s.question == "samples" else ""
-        caption = f"1 is the same order of decisions, 0 none.{bars}"
     return page_of(
         f"{words.title} on {s.source}",
         headline(s),
         Text(about),
-        _figure(s, words.knob, caption),
+        _figure(s, words.knob),
         *(_values(s, words.knob) if s.values else _ranks(s, words.knob)),
         Items(s.notes),
         name="answer",
@@ -500,7 +479,7 @@ def _ranks(sweep: Sweep, knob: str) -> Iterator[Block]:
     n = sweep.n_comparisons
     yield Table(
         columns(knob, "against", "rank correlation", "decisions"),
-        rows((r.first, r.second, r.srcc, r.srcc.n) for r in sweep.ranks),
+        rows((first, second, srcc, srcc.n) for (first, second), srcc in sweep.ranks.items()),
         f"{n} rank correlation{'' if n == 1 else 's'} (Spearman) of sensitivities, each with its own 95 % interval "
         "over the choice of decisions.",
     )
@@ -521,28 +500,22 @@ def headline(sweep: Sweep) -> str:
             f"{with_error(highest.ahead, 'dB', signed=True)} on further seeds."
         )
     if sweep.question == "schedulers":
-        again = next(r for r in sweep.ranks if r.second == f"{r.first}{OTHER_SEEDS}")
-        between = (r for r in sweep.ranks if not r.second.endswith(OTHER_SEEDS))
-        lowest = min(between, key=lambda r: ranked(r.srcc.value))
+        values = {pair: srcc.value for pair, srcc in sweep.ranks.items()}
+        itself = next((one, again) for one, again in values if again == f"{one}{OTHER_SEEDS}")
+        lowest = min((p for p in values if not p[1].endswith(OTHER_SEEDS)), key=lambda pair: ranked(values[pair]))
         return (
-            f"Between schedulers the rank correlation is at least {number(lowest.srcc.value)} (`{lowest.first}` and "
-            f"`{lowest.second}`); of `{again.first}` with itself on other seeds it is {number(again.srcc.value)}."
+            f"Between schedulers the rank correlation is at least {number(values[lowest])} (`{lowest[0]}` and "
+            f"`{lowest[1]}`); of `{itself[0]}` with itself on other seeds it is {number(values[itself])}."
         )
-    told = ", ".join(f"{number(r.srcc.value, r.srcc.standard_error)} from {r.first}" for r in sweep.ranks)
-    return f"Rank correlation with {sweep.ranks[0].second} samples: {told} samples."
+    told = (f"{number(r.value, r.standard_error)} from {fewer}" for (fewer, _), r in sweep.ranks.items())
+    return f"Rank correlation with {next(iter(sweep.ranks))[1]} samples: {', '.join(told)} samples."
 
 
-def highest_value(values: Sequence[SweptValue]) -> str:
-    """The value that is most ahead of the baseline; of those that are shown to be ahead, if any are."""
-    paired = [(v.value, v.ahead) for v in values if v.ahead is not None]
-    shown = [(value, ahead) for value, ahead in paired if ahead.low > 0]
-    return max(shown or paired, key=lambda pair: ranked(pair[1].value))[0]
-
-
-def _figure(sweep: Sweep, knob: str, caption: str) -> Figure | None:
+def _figure(sweep: Sweep, knob: str) -> Figure | None:
     """SQNR at each value, and what each gains on the baseline; or how sensitivities agree, and their errors."""
+    same = "1 is the same order of decisions, 0 none."
     if sweep.question == "schedulers":
-        return ranks_matrix([*sweep.errors], {(r.first, r.second): r.srcc.value for r in sweep.ranks}, caption)
+        return ranks_matrix([*sweep.errors], {pair: srcc.value for pair, srcc in sweep.ranks.items()}, same)
     levels: tuple[tuple[float, str], ...] = ()
     if sweep.values:
         if not any(math.isfinite(v.sqnr_db.value) for v in sweep.values):
@@ -552,22 +525,22 @@ def _figure(sweep: Sweep, knob: str, caption: str) -> Figure | None:
         scales = Axis("SQNR [dB]"), Axis("ahead of the\nbaseline [dB]")
         baseline, title, unit = sweep.values[0].sqnr_db.value, f"SQNR by {knob}", " dB"
         levels = ((baseline, "baseline"),) if math.isfinite(baseline) else ()
-    else:
-        above = {r.first: r.srcc for r in sweep.ranks}
-        below = {one: only(error) for one, error in sweep.errors.items()}
-        most = 1.1 * max(sweep.errors.values())
-        scales = (
-            Axis("rank correlation\nwith the largest set"),
-            Axis("mean standard error\nof local SQNR [dB]", low=0.0, high=most),
+        caption = (
+            "Above, SQNR of the final latents, higher is better; below, what each value is ahead of the baseline on "
+            "the same seeds, which is sharper because seeds differ more than values do. Bars are 95 % intervals of the "
+            "mean over seeds."
         )
+    else:
+        above = {first: srcc for (first, _), srcc in sweep.ranks.items()}
+        below = {one: only(error) for one, error in sweep.errors.items()}
+        errors = Axis("mean standard error\nof local SQNR [dB]", low=0.0, high=1.1 * max(sweep.errors.values()))
+        scales = Axis("rank correlation\nwith the largest set"), errors
         title, unit = f"Agreement of sensitivities by {knob}", ""
+        caption = f"{same} Bars are 95 % intervals over the choice of decisions."
     names = list(dict.fromkeys([*above, *below]))
     places = Axis(knob, named(names), are_turned=sum(map(len, names)) > 80)
     upper, lower = (Series(tuple(found.get(one, only(math.nan)) for one in names)) for found in (above, below))
-    panels = (
-        Plot((upper,), places, scales[0], levels),
-        Plot((lower,), places, scales[1], zero=bool(sweep.values)),
-    )
+    panels = Plot((upper,), places, scales[0], levels), Plot((lower,), places, scales[1], zero=bool(sweep.values))
     description = "; ".join(f"{one} {number(value.value)}{unit}" for one, value in above.items())
     return Figure("sweep", title, description, panels, _HEIGHT, caption)
 
@@ -579,14 +552,8 @@ def ranks_matrix(names: Sequence[str], srcc: Mapping[tuple[str, str], float], ca
     for (first, second), value in srcc.items():
         matrix[index[first], index[second]] = matrix[index[second], index[first]] = value
     places = Axis(ticks=named([one.replace(", ", ",\n") for one in names]))
-    panel = Heat(
-        matrix,
-        places,
-        places,
-        "rank correlation",
-        (math.floor(10 * float(np.nanmin(matrix))) / 10, 1.0),
-        is_written=True,
-    )
+    limits = math.floor(10 * float(np.nanmin(matrix))) / 10, 1.0
+    panel = Heat(matrix, places, places, "rank correlation", limits, is_written=True)
     description = "; ".join(f"{a} and {b} {number(value)}" for (a, b), value in srcc.items())
     return Figure("sweep", "Rank correlation of sensitivities", description, (panel,), 60 + _ROW * len(names), caption)
 

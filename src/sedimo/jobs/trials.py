@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from sedimo.errors import InputError
 from sedimo.jobs.job import simple_job
-from sedimo.lab.study import SPACE, Study, Trial, export_trials, measures_of
+from sedimo.lab.study import SPACE, Study, export_trials, measures_of
 from sedimo.pipelines.folder import write_file
 from sedimo.reporting.page import Page, Table, Text, columns, page_of, rows
 from sedimo.settings import Option
@@ -26,23 +26,22 @@ def run(
     with Study(folder, create=False) as study:
         if out is None:
             space = study.record(SearchSpace, SPACE) if SPACE in study.record_names() else None
-            rows = [_row(trial, space) for trial in study.trials()]
+            rows = [
+                {
+                    "key": trial.key,
+                    "objective": trial.setting.objective,
+                    "paper_bits": None if space is None else space.paper_bits(trial.recipe),
+                    "sqnr_db": measures["sqnr_db"],
+                    "fid": measures.get("fid"),
+                }
+                for trial in study.trials()
+                for measures in [measures_of(trial)]
+            ]
             return {"trials": sorted(rows, key=lambda row: (row["objective"], row["paper_bits"] or 0.0, row["key"]))}
         if not study.trial_keys():
             raise InputError(f"the study {study.path} has no trials; sedimo explore measures some")
         write_file(out, export_trials(study).encode())
         return {"out": str(out), "trials": len(study.trial_keys())}
-
-
-def _row(trial: Trial, space: SearchSpace | None) -> dict[str, Any]:
-    measures = measures_of(trial)
-    return {
-        "key": trial.key,
-        "objective": trial.setting.objective,
-        "paper_bits": None if space is None else space.paper_bits(trial.recipe),
-        "sqnr_db": measures["sqnr_db"],
-        "fid": measures.get("fid"),
-    }
 
 
 def page(found: Mapping[str, Any]) -> Page:
