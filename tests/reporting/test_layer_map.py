@@ -9,8 +9,8 @@ import pytest
 from report_examples import dit_summary, unet_summary
 
 from sedimo.reporting import placement
+from sedimo.reporting.layer_map import layer_maps
 from sedimo.reporting.placement import OUTSIDE, inside, kind_of, label_of, stage, stage_labels
-from sedimo.reporting.report_page import layer_maps
 
 
 def test_the_examples_in_the_documentation_hold():

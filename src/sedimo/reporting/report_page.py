@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from sedimo.allocation.combine import Agreement
-from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.allocation.table import Cost
 from sedimo.methods.portfolio import Entrant
 from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import decibel
-from sedimo.quant import families
-from sedimo.reporting import phrasing, placement
+from sedimo.reporting import phrasing
 from sedimo.reporting.explanation import explanation_section, matters_section
 from sedimo.reporting.figures import ROW, Axis, Plot, Series, named, only, room, short
+from sedimo.reporting.layer_map import layer_maps, legends
 from sedimo.reporting.maps import maps_section
 from sedimo.reporting.page import (
     Beside,
@@ -23,12 +23,9 @@ from sedimo.reporting.page import (
     Facts,
     Figure,
     Items,
-    Legend,
-    Map,
     Page,
     Row,
     Section,
-    Swatch,
     Table,
     Text,
     columns,
@@ -36,18 +33,14 @@ from sedimo.reporting.page import (
     section,
     titled,
 )
-from sedimo.reporting.placement import OUTSIDE
+from sedimo.reporting.placement import OUTSIDE, stage_labels
 from sedimo.reporting.summary import MeasuredRecipe, Summary, added
-from sedimo.reporting.theme import bit_level
 from sedimo.reporting.words import (
     EXPLANATION_GLOSSARY,
     GLOSSARY,
     MINUS,
-    byte_size,
     count,
     duration,
-    family,
-    family_words,
     number,
     said,
     share,
@@ -117,74 +110,6 @@ def _decided(summary: Summary) -> Section:
             "quiet",
         ),
         _decisions(summary),
-    )
-
-
-def layer_maps(summary: Summary) -> tuple[Map, ...]:
-    """The map: one for each kind of block, the largest first, layers outside all blocks last."""
-    placed: dict[str, list[tuple[str, str, Swatch]]] = {}
-    for cost in summary.chosen:
-        operation = summary.table.operations[cost.decision]
-        for layer, block in _blocks_of(summary.table, cost.decision):
-            row = placement.inside(operation, block) if block else layer
-            placed.setdefault(placement.kind_of(block), []).append((row, block, _swatch(summary, cost, layer)))
-    made = (_map(kind, entries) for kind, entries in placed.items())
-    return tuple(sorted(made, key=lambda one: (one.columns == ("",), -len(one.cells))))
-
-
-def _blocks_of(table: SensitivityTable, decision: str) -> list[tuple[str, str]]:
-    """The layers of a decision and their blocks; layers elsewhere in the tree than the first are left out."""
-    block, (first, *others) = table.blocks[decision], table.layers[decision]
-    alike = [one for one in others if block and placement.without_numbers(one) == placement.without_numbers(first)]
-    depth = len(block.split("."))
-    return [(first, block), *((layer, ".".join(layer.split(".")[:depth])) for layer in alike)]
-
-
-def _map(kind: str, entries: Sequence[tuple[str, str, Swatch]]) -> Map:
-    """Of layers with their rows and blocks; outside of blocks, each has a row."""
-    if kind == OUTSIDE:
-        outside = {(i, 0): cell for i, (*_, cell) in enumerate(entries)}
-        return Map("Layers outside all blocks", tuple(row for row, *_ in entries), ("",), outside)
-    blocks = sorted({block for _, block, _ in entries}, key=placement.natural_order)
-    rows: dict[str, int] = {}
-    cells: dict[tuple[int, int], Swatch] = {}
-    for row, block, cell in entries:
-        name, repeat, column = row, 1, blocks.index(block)
-        while (rows.setdefault(name, len(rows)), column) in cells:
-            repeat += 1
-            name = f"{row} ({repeat})"
-        cells[rows[name], column] = cell
-    title = f"{len(blocks)} \N{MULTIPLICATION SIGN} {kind}"
-    return Map(title, tuple(rows), tuple(map(placement.label_of, blocks)), cells)
-
-
-def _swatch(summary: Summary, cost: Cost, layer: str) -> Swatch:
-    """A layer with all about it in words; a copy, if its weights are stored with another's."""
-    first, part = summary.table.layers[cost.decision][0], summary.share([cost])
-    name = cost.decision if layer == first else layer
-    text = f"{name}: {cost.format} ({family_words(cost.format)}), {byte_size(cost.stored_bytes)}, "
-    if part is None:
-        text += f"{summary.cost_name} {number(cost.cost, cost.standard_error)}"
-    else:
-        text += f"{share(part)} of the {summary.cost_name}"
-    if layer == first:
-        return Swatch(text, format=cost.format)
-    return Swatch(f"{text}; stored once with {first}", format=cost.format, is_copy=True)
-
-
-def legends(summary: Summary, *, has_copies: bool) -> tuple[Legend, Legend]:
-    """What the colours and marks of the map mean."""
-    formats = [cost.format for cost in summary.chosen]
-    order = [one.name for one in families.FAMILIES]
-    found = {family(f): f for f in reversed(formats) if f.is_quantized}
-    quantized = sorted(found.values(), key=lambda f: (order.index(f.family), bool(f.group_size)))
-    marks = [Swatch(family_words(f), None, f, family(f)) for f in quantized]
-    if has_copies:
-        marks.append(Swatch("dashed outline: shares the weights of the first such layer, stored once"))
-    levels = enumerate(sorted({bit_level(f.bits) for f in formats}))
-    return (
-        Legend("Colours: bits per weight", tuple(Swatch("" if i else "bits", n) for i, n in levels)),
-        Legend("Marks: method", tuple(marks)),
     )
 
 
@@ -276,7 +201,7 @@ def _operations_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figur
 
 def _blocks_figure(summary: Summary, costs: Mapping[str, Estimate]) -> Figure:
     blocks = sorted(costs, key=lambda name: name == OUTSIDE)
-    names, common = placement.stage_labels(blocks)
+    names, common = stage_labels(blocks)
     bits = tuple(summary.paper_bits(summary.blocks[name]) for name in blocks)
     plot = Plot(
         (Series(tuple(costs[name] for name in blocks), bits=bits),),
