@@ -13,7 +13,6 @@ from _suite.models import Model
 from sedimo.allocation.budget import BudgetSettings, allocated
 from sedimo.allocation.effects import Effects
 from sedimo.allocation.solve import Allocation
-from sedimo.bank import Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.methods import modelopt
@@ -23,6 +22,7 @@ from sedimo.methods.modelopt import MODELOPT as PEER
 from sedimo.methods.modelopt import PeerRecipe, measure_peers
 from sedimo.methods.portfolio import COARSE_BITS, Portfolio, allocate_by_effects
 from sedimo.metrics.signal import NoisePowers
+from sedimo.progress import Progress
 from sedimo.space import Recipe
 from sedimo.treatments.error_feedback import FeedbackSettings, feed_back
 

@@ -47,7 +47,8 @@ class _Finder:
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                _register(module)
+                if module.__name__ == _TARGET:  # some loaders load all modules of an archive
+                    _register(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
         return spec

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,7 @@ from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError, UnfitFormatError
 from sedimo.graph.model import Stream
 from sedimo.pipelines.adapter import WeightSource
+from sedimo.progress import SILENT, Progress
 from sedimo.quant.activations import DYNAMIC, Activations, InputQuantizers
 from sedimo.quant.fitting import Feedback, Moments, error_estimates, feedback_of, fit_parameters, with_codes
 from sedimo.quant.formats import FP16, Format
@@ -41,28 +42,6 @@ _TIMED_WEIGHTS = 1 << 18
 _PACKED_BYTES_KEPT = 1 << 30
 _SUMS, _SHAPE = "sums", "shape"  # of a saved fit: squared error and squared norm, float64 [2]; that of the weight
 _FEEDBACK_BYTES_KEPT = 3 << 30  # all of it: recipes go through layers in order, and what is dropped is needed next
-
-
-class Progress(Protocol):
-    """Shows people how far a long work is; stages follow one another."""
-
-    def start(self, total: int, label: str) -> None:
-        """Begins a stage of `total` steps."""
-
-    def advance(self, n: int = 1) -> None:
-        """`n` more steps are finished."""
-
-    def done(self) -> None:
-        """Ends the stage."""
-
-
-class _Silent:
-    def start(self, total: int, label: str) -> None: ...
-    def advance(self, n: int = 1) -> None: ...
-    def done(self) -> None: ...
-
-
-SILENT: Progress = _Silent()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +66,8 @@ class Candidate:
 class Bank:
     """Candidates of every decision, and their packed weights.
 
-    Made by `fit_bank`. `activations` says how the inputs of layers are rounded whose format asks for it. The last used
-    packed weights stay in memory.
+    Made by `fit_bank`. `activations` says how the inputs of layers are rounded whose format asks for it. Of packed
+    weights the last used ones stay in memory, up to 1 GiB.
     """
 
     def __init__(

@@ -46,6 +46,32 @@ importlib.reload(auto)
     assert run(code + IS_REGISTERED) == "registered"
 
 
+def test_a_loader_of_many_modules_registers_with_one():
+    code = """
+import sedimo, sys
+from importlib.machinery import PathFinder, ModuleSpec
+
+class Archive:  # finds and loads all modules of diffusers by itself, as loaders of frozen programs do
+    own = {}
+    def find_spec(self, name, path, target=None):
+        found = PathFinder.find_spec(name, path) if name.startswith("diffusers.quantizers") else None
+        if found is None:
+            return None
+        self.own[name] = found.loader
+        return ModuleSpec(name, self, origin=found.origin, is_package=found.submodule_search_locations is not None)
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        if hasattr(module, "__path__"):
+            module.__path__ = [self.own[module.__name__].path.rpartition("/")[0]]
+        self.own[module.__name__].exec_module(module)
+
+sys.meta_path.append(Archive())
+sys.meta_path.insert(1, sys.meta_path.pop())
+"""
+    assert run(code + IS_REGISTERED) == "registered"
+
+
 def test_registers_when_our_own_module_brings_diffusers():
     assert run("import sedimo.checkpoint.weights" + IS_REGISTERED) == "registered"
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from sedimo.allocation.table import SensitivityTable
-from sedimo.bank import SILENT, Progress
 from sedimo.codec import to_plain
 from sedimo.jobs.job import Job
 from sedimo.jobs.report import TABLE
@@ -30,6 +29,7 @@ from sedimo.methods.predictor.scoring import (
 from sedimo.methods.predictor.study import DEFAULT_GOALS, read_background, training_set, trials_of
 from sedimo.methods.predictor.training import FAST, PAPER, Predictor, TrainingOptions, train_predictor
 from sedimo.methods.search import SEARCH
+from sedimo.progress import SILENT, Progress
 from sedimo.reporting.explanation import predictors_table
 from sedimo.reporting.page import Page, Text, page_of
 from sedimo.settings import REQUIRED, Checked, one_of, option, read_by

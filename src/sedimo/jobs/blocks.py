@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job, early_treatment_offers
 from sedimo.jobs.settings import SAMPLING, one_format, open_lab, treated
@@ -19,6 +18,7 @@ from sedimo.lab.seeds import SamplingSettings
 from sedimo.lab.study import ObjectiveName, Study
 from sedimo.methods.hybrid import BlockCurves, KeepSettings, hybrid_recipe, measure_hybrid
 from sedimo.pipelines.folder import write_file
+from sedimo.progress import SILENT, Progress
 from sedimo.quant.formats import Format
 from sedimo.reporting.html import write_page
 from sedimo.reporting.maps import blocks_page

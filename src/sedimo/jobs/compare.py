@@ -18,7 +18,6 @@ from sedimo import methods
 from sedimo.allocation.budget import BopsLimit, BudgetSettings
 from sedimo.allocation.combine import agreement_about_operations
 from sedimo.allocation.table import SensitivityTable, of_family
-from sedimo.bank import SILENT, Progress
 from sedimo.codec import content_key
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job, all_offers
@@ -36,6 +35,7 @@ from sedimo.methods.modelopt import LEAST_USED, PeerRecipe, measure_peers, wante
 from sedimo.methods.uniform import UNIFORM
 from sedimo.metrics.estimate import Estimate, ranked
 from sedimo.metrics.signal import mean_sqnr, paired_difference
+from sedimo.progress import SILENT, Progress
 from sedimo.quant.families import family_named
 from sedimo.reporting.figures import Axis, Plot, Series, named, only, short
 from sedimo.reporting.html import write_page

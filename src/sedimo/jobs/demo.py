@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 from sedimo.jobs import quantize
 from sedimo.jobs.job import Job
@@ -17,6 +16,7 @@ from sedimo.lab.bench import SourceSettings
 from sedimo.lab.seeds import SamplingSettings
 from sedimo.methods.predictor.training import MIN_RECIPES
 from sedimo.methods.search import SEARCH, TRAINING_FACTOR, SearchSettings
+from sedimo.progress import SILENT, Progress
 from sedimo.settings import option
 from sedimo.treatments.error_feedback import ERROR_FEEDBACK, FeedbackSettings
 

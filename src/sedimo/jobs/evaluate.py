@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from sedimo.bank import SILENT, Progress
 from sedimo.checkpoint.contents import packed_layers
 from sedimo.checkpoint.inputs import rounded_inputs
 from sedimo.codec import to_plain
@@ -27,6 +26,7 @@ from sedimo.pipelines.correction import corrected
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import load_pipeline
 from sedimo.pipelines.weights import denoiser_folder
+from sedimo.progress import SILENT, Progress
 from sedimo.quant.formats import FP16
 from sedimo.quant.parts import Entry, PartFormat
 from sedimo.quant.tensor import QuantizedTensor, memory_bytes

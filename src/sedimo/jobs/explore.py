@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError, StateError
 from sedimo.jobs.job import Job, early_treatment_offers, outlook, outlook_page
 from sedimo.jobs.settings import FORMATS, SAMPLING, FormatSettings, open_lab, parts_of, treated, treatments_of
@@ -30,6 +29,7 @@ from sedimo.lab.study import FILE_NAME, GRAPH, OBJECTIVES, SPACE, ObjectiveName,
 from sedimo.methods.method import Price, listed, price_of_trials, refuse_blind
 from sedimo.methods.predictor.study import PRIOR, PRIORS, measure_background, prior_named
 from sedimo.pipelines.adapter import Sampling
+from sedimo.progress import SILENT, Progress
 from sedimo.quant.tensor import memory_bytes
 from sedimo.reporting.page import Page, Text, page_of
 from sedimo.reporting.words import duration

@@ -12,7 +12,7 @@ from torch import nn
 
 from sedimo.allocation.solve import Allocation
 from sedimo.allocation.table import SensitivityTable
-from sedimo.bank import SILENT, Bank, Progress, fit_bank
+from sedimo.bank import Bank, fit_bank
 from sedimo.checkpoint.contents import refuse_unfit_source
 from sedimo.checkpoint.weights import replace_weights
 from sedimo.checkpoint.writing import Origin, WriteOptions, WrittenCheckpoint
@@ -39,6 +39,7 @@ from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.loading import Source, is_hub_id, load_pipeline
 from sedimo.pipelines.weights import refuse_changed
+from sedimo.progress import SILENT, Progress
 from sedimo.quant import tensor
 from sedimo.quant.formats import Format
 from sedimo.reporting.html import write_page

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from sedimo import methods, treatments
-from sedimo.bank import Progress
 from sedimo.codec import to_plain
 from sedimo.methods.method import Method, Price
+from sedimo.progress import Progress
 from sedimo.reporting.page import Facts, Page, page_of
 from sedimo.reporting.words import byte_size, duration
 from sedimo.settings import build, leaves, read_words, settings_of

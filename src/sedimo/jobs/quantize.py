@@ -18,7 +18,7 @@ from sedimo import methods, targets, treatments
 from sedimo.allocation.budget import NO_BUDGET, BudgetSettings, allocated
 from sedimo.allocation.solve import Allocation, allocate_given
 from sedimo.allocation.table import EXACTLY_NOTHING, build_table
-from sedimo.bank import SILENT, Candidate, Progress
+from sedimo.bank import Candidate
 from sedimo.checkpoint.writing import Origin, WriteOptions, WrittenCheckpoint
 from sedimo.codec import content_key, from_json, to_json
 from sedimo.errors import InputError
@@ -48,6 +48,7 @@ from sedimo.methods.hybrid import BlockCurves
 from sedimo.methods.method import Finding, Method, Price, Resolved, Task
 from sedimo.methods.uniform import UNIFORM
 from sedimo.pipelines.loading import is_hub_id
+from sedimo.progress import SILENT, Progress
 from sedimo.quant.formats import Format, stored_bytes
 from sedimo.quant.tensor import QuantizedTensor
 from sedimo.reporting.html import write_page

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sedimo import treatments
-from sedimo.bank import Progress
 from sedimo.errors import InputError
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
+from sedimo.progress import Progress
 from sedimo.quant.formats import Format, parse_formats, with_activations
 from sedimo.settings import Checked, leaves, option, read_by, within
 from sedimo.space import search_space

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 
 from sedimo.allocation.table import Cost
-from sedimo.bank import Progress
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job
@@ -40,6 +39,7 @@ from sedimo.metrics.ranking import LEAST_RECIPES, prediction_quality
 from sedimo.metrics.signal import SAME, SAME_UP_TO_ROUNDING, NoisePowers, mean_sqnr, paired_difference
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.schedulers import SCHEDULERS, exchanged, scheduler_named
+from sedimo.progress import Progress
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.figures import Axis, Heat, Plot, Series, named, only
 from sedimo.reporting.html import write_page

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file as load_tensors
 
-from sedimo.bank import SILENT, Progress
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 from sedimo.metrics.distribution import FeatureStatistics, Matrix, fid_replicates, kid_replicates
 from sedimo.metrics.estimate import Estimate, jackknife_estimate
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.loading import existing, zoo_module
+from sedimo.progress import SILENT, Progress
 
 _EXTRACT_BATCH = 250
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from sedimo.bank import SILENT, Bank, Progress, fit_bank, time_fits
+from sedimo.bank import Bank, fit_bank, time_fits
 from sedimo.errors import InputError
 from sedimo.graph.model import DenoiserGraph
 from sedimo.lab.bench import Bench, InForce, SourceSettings, under
@@ -22,6 +22,7 @@ from sedimo.lab.seeds import SamplingSettings, Seeds
 from sedimo.lab.study import ObjectiveName, Setting, Study, Trial
 from sedimo.pipelines.adapter import Sampling, WeightSource
 from sedimo.pipelines.diffusers import DiffusersPipeline
+from sedimo.progress import SILENT, Progress
 from sedimo.settings import within
 from sedimo.space import Recipe, SearchSpace, search_space
 

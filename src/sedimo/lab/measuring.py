@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch
 
-from sedimo.bank import SILENT, Bank, Progress
+from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.errors import Interrupted, StateError
 from sedimo.lab.exchange import Prober
@@ -30,6 +30,7 @@ from sedimo.lab.objective import Reference, counted_calls, measure, measure_refe
 from sedimo.lab.study import Execution, ObjectiveName, Setting, Study, Trial
 from sedimo.pipelines.adapter import PipelineAdapter, Sampling
 from sedimo.pipelines.trajectory import Trajectory, record
+from sedimo.progress import SILENT, Progress
 from sedimo.space import Recipe
 
 logger = logging.getLogger(__name__)
@@ -121,9 +122,10 @@ class Parts:
         begin = time.perf_counter()
         with counted_calls(self._adapter) as calls:
             found = measure()
+        seconds = time.perf_counter() - begin
         if self._study:
-            self._study.account(key, Execution.here(time.perf_counter() - begin, len(calls)))
-            self._study.took(time.perf_counter() - begin)
+            self._study.account(key, Execution.here(seconds, len(calls)))
+            self._study.took(seconds)
         return found
 
 

@@ -40,7 +40,7 @@ _BATCH = 4  # samples whose block outputs are in memory together
 _DIGITS = 6
 
 Ratios = tuple[tuple[float, ...], ...]  # [T, n]
-_Seen = tuple[float, torch.Tensor, torch.Tensor]  # of a call: noise level, output, and first input, the latents
+_Seen = tuple[float, torch.Tensor, torch.Tensor]  # of a call: noise level, output, and latents
 Powers = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
@@ -134,7 +134,7 @@ def _measured(
     with quantized():
         own_final = adapter.sample(plan, observer=lambda call: own.append(_seen(call)))
     pairs = list(zip(seen, own, strict=True))
-    after = [*((before[2], own_before[2]) for before, own_before in pairs[1:]), (final, own_final)]
+    after = [*((latents, own_latents) for (_, _, latents), (_, _, own_latents) in pairs[1:]), (final, own_final)]
     return TrajectoryNoise(
         timesteps=tuple(timestep for timestep, _, _ in seen),
         blocks={name: tuple(rows) for name, rows in found.items()},
@@ -145,6 +145,7 @@ def _measured(
 
 
 def _seen(call: DenoiserCall) -> _Seen:
+    """What is kept of a call: of its inputs the latents alone, the first tensor of any denoiser."""
     latents = next(value for value in call.inputs.values() if isinstance(value, torch.Tensor))
     return call.timestep, call.output, latents
 

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sedimo.bank import SILENT, Progress
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
 from sedimo.lab.measuring import Parts
@@ -31,6 +30,7 @@ from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.correction import StepCorrection, channel_axis
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.schedulers import StepCall, check_step, handled_steps, previous_sample, with_previous_sample
+from sedimo.progress import SILENT, Progress
 from sedimo.settings import one_of
 
 CorrectionPath = Literal["full", "own"]

@@ -33,7 +33,6 @@ import torch
 from scipy.cluster.hierarchy import DisjointSet
 from torch import nn
 
-from sedimo.bank import SILENT, Progress
 from sedimo.checkpoint.diffusers_plugin import attach
 from sedimo.checkpoint.inputs import mark_smoothed, remove_divisor, set_divisor, smoothed_layers
 from sedimo.checkpoint.layout import How
@@ -49,6 +48,7 @@ from sedimo.methods.sqnr import LEAST_SAMPLES, noisiest_decisions, probe_sqnr
 from sedimo.pipelines.adapter import DenoiserCall, Sampling, WeightSource
 from sedimo.pipelines.diffusers import DiffusersPipeline
 from sedimo.pipelines.trajectory import calls_by_step, inputs_by_samples, record, replay
+from sedimo.progress import SILENT, Progress
 from sedimo.quant.activations import InputRange
 from sedimo.quant.formats import Format
 from sedimo.settings import Checked, checked, option, within

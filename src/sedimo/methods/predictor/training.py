@@ -24,12 +24,12 @@ import torch
 from scipy import optimize, stats
 from torch.nn import functional as F
 
-from sedimo.bank import SILENT, Progress
 from sedimo.errors import InputError
 from sedimo.methods.predictor.features import Choices, Codes, GraphFeatures, Values
 from sedimo.methods.predictor.model import NoiseNetwork, PaperNetwork
 from sedimo.methods.predictor.noise_model import fit_noise_model
 from sedimo.metrics.ranking import Gain, rank_correlation
+from sedimo.progress import SILENT, Progress
 
 logger = logging.getLogger(__name__)
 
