@@ -398,7 +398,7 @@ def _candidates(
                 weight, formats, n_channels=n_channels, generator=generator, layer_name=decision.name
             )
             return {
-                f: _candidate(decision, f, decision.stored_bytes(f), e.mean, e.standard_error, e.n % n_all)
+                f: _candidate(decision, f, decision.stored_bytes(f), e.value, e.standard_error, e.n)
                 for f, e in estimates.items()
             }
 

@@ -11,7 +11,8 @@ from allocation_tables import FORMATS, table_of
 
 from sedimo.allocation.effects import Effects
 from sedimo.allocation.solve import Budget
-from sedimo.allocation.table import Cost, CostEstimate, SensitivityTable
+from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.quant.families.family import CostEstimate
 from sedimo.quant.formats import FP16
 
 

@@ -123,7 +123,7 @@ class TestFamilyContract:
             found = with_codes(weight, fitted).dequantize().double()
             error = float((found - weight.double()).square().sum() / weight.double().square().sum())
             assert fitted.relative_error == pytest.approx(error, rel=FLOAT64_SUM)
-            assert estimates[number_format].mean == pytest.approx(error, rel=FLOAT64_SUM)
+            assert estimates[number_format].value == pytest.approx(error, rel=FLOAT64_SUM)
             assert estimates[number_format].standard_error == 0
 
     def test_its_own_parameters_are_no_complaint_and_missing_ones_are(self, family):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sedimo.allocation.table import CostEstimate, build_table
+from sedimo.allocation.table import build_table
 from sedimo.lab.bench import InForce
 from sedimo.methods import method
-from sedimo.quant.families.family import Family, Words
+from sedimo.quant.families.family import CostEstimate, Family, Words
 from sedimo.settings import option
 from sedimo.treatments.treatment import Treatment
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sedimo.allocation.effects import TRUSTED_AT, Effects, expected_db
-from sedimo.allocation.table import CostEstimate
 from sedimo.errors import InputError
 from sedimo.methods.adjoint import adjoint_table, effects_of
+from sedimo.quant.families.family import CostEstimate
 from sedimo.quant.formats import FP16, Format
 from synthetic_effects import candidates_of, drawn_products, error_of, probe_of, space_of
 from tolerances import FLOAT64_FORMULA, STANDARD_ERRORS

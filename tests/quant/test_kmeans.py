@@ -247,10 +247,9 @@ def test_tensor_codebook_is_that_of_all_values_in_one_row(dtype):
         assert float(book.squared_error[0]) == pytest.approx(oracle_error(weight.float().reshape(-1), k), rel=OPTIMUM)
         torch.testing.assert_close(book.centroids, row.centroids, rtol=OPTIMUM, atol=0)
         codebook = stored_codebook(book.centroids)
-        expected = (
-            KMA.squared_errors(weight.float().reshape(1, -1), FORMAT, {"codebook": codebook})
-            / weight.float().double().square().sum()
-        )
+        rows, parameters = weight.float().reshape(1, -1), {"codebook": codebook}
+        errors = KMA.squared_errors(rows, FORMAT, parameters, KMA.codes(rows, FORMAT, parameters))
+        expected = errors / rows.double().square().sum()
         assert relative_error(values, counts, codebook) == pytest.approx(float(expected), rel=FLOAT64_SUM)
 
 
@@ -288,7 +287,7 @@ def test_codes_are_the_nearest_centroid_the_lower_one_at_equal_distance(seed, k,
     values = codebook.expand(3, -1).gather(1, codes.long())
     lowest = codebook.expand(3, -1).gather(1, distances.argmin(dim=2))
     assert torch.equal(values, lowest)
-    errors = KMC.squared_errors(rows, FORMAT, {"codebook": codebook})
+    errors = KMC.squared_errors(rows, FORMAT, {"codebook": codebook}, codes)
     expected = (
         (KMC.dequantize(FORMAT, {"codes": codes, "codebook": codebook}).double() - rows.double()).square().sum(dim=1)
     )

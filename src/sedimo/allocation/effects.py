@@ -35,10 +35,11 @@ from scipy.special import digamma
 from sedimo.allocation.options import FloatArray, IntArray
 from sedimo.allocation.program import Answer, Problem
 from sedimo.allocation.solve import Allocation, Budget, allocate_within, make_problem, record
-from sedimo.allocation.table import CostEstimate, SensitivityTable, mean_cost
+from sedimo.allocation.table import SensitivityTable, mean_cost
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate, mean_estimate
+from sedimo.quant.families.family import CostEstimate
 from sedimo.quant.formats import FP16, Format
 
 # Products at which cross terms count half; fewer can be cancelled by chance (docs/results/first-order-noise.md).

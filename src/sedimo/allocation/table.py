@@ -18,7 +18,7 @@ from sedimo.allocation.options import SIZES, Columns, FloatArray, Options
 from sedimo.bank import Candidate
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import Stream
-from sedimo.quant.families.family import Family
+from sedimo.quant.families.family import CostEstimate, Family
 from sedimo.quant.formats import FP16, Format, count_bops
 from sedimo.space import SearchSpace
 
@@ -132,15 +132,6 @@ def of_family(table: SensitivityTable, family: Family) -> SensitivityTable:
     kept = {c for c in table.costs if c.format.family == family.name and c.format.group_size is None}
     able = {c.decision for c in kept}
     return replace(table, costs=tuple(c for c in table.costs if c in kept or c.decision not in able))
-
-
-@dataclass(frozen=True, slots=True)
-class CostEstimate:
-    """A number with its standard error; `n` samples are behind it, 0 when it is exact."""
-
-    value: float
-    standard_error: float = 0.0
-    n: int = 0
 
 
 EXACTLY_NOTHING = CostEstimate(0.0)

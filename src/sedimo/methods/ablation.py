@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from sedimo.allocation.combine import Agreement, agreement
-from sedimo.allocation.table import EXACTLY_NOTHING, CostEstimate, SensitivityTable, build_table, mean_cost
+from sedimo.allocation.table import EXACTLY_NOTHING, SensitivityTable, build_table, mean_cost
 from sedimo.bank import Bank, Candidate
 from sedimo.errors import InputError
 from sedimo.lab.lab import Lab, seconds_of_estimates
@@ -24,6 +24,7 @@ from sedimo.lab.measuring import CallTiming
 from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words, plan_of, price_of_trials
 from sedimo.metrics.signal import NoisePowers
 from sedimo.pipelines.adapter import Sampling
+from sedimo.quant.families.family import CostEstimate
 from sedimo.quant.formats import FP16, Format
 from sedimo.space import SearchSpace
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from sedimo.allocation.program import SEARCHES
 from sedimo.allocation.solve import ARGMIN
-from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
+from sedimo.allocation.table import SensitivityTable, build_table
 from sedimo.bank import Bank, Candidate
 from sedimo.lab.lab import Lab, seconds_of_estimates
 from sedimo.methods.method import Finding, Method, NoKnobs, Price, Task, Words
+from sedimo.quant.families.family import CostEstimate
 from sedimo.space import SearchSpace
 
 NAME = "error"

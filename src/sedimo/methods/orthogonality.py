@@ -42,7 +42,7 @@ from scipy.special import logsumexp
 from torch import nn
 
 from sedimo.allocation.budget import allocated
-from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
+from sedimo.allocation.table import SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.codec import content_key
 from sedimo.errors import InputError
@@ -53,6 +53,7 @@ from sedimo.methods.method import Finding, Method, Price, Task, Words, plan_of, 
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import calls_by_step, joined_calls, rows_for, rows_of
+from sedimo.quant.families.family import CostEstimate
 from sedimo.quant.families.uaq import UAQ
 from sedimo.quant.formats import FULL_BITS
 from sedimo.settings import Checked, option, within

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
+from sedimo.allocation.table import SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.lab.exchange import MEMORY_BYTES, count_passes, hooked, linear_part, rounding_change, stream_of
@@ -33,6 +33,7 @@ from sedimo.methods.taps import ChangedDecisions, Changes, decisions_by_layer, e
 from sedimo.metrics.estimate import to_digits
 from sedimo.pipelines.adapter import Sampling
 from sedimo.pipelines.trajectory import StepBatches, calls_by_step, inputs_by_samples
+from sedimo.quant.families.family import CostEstimate
 from sedimo.quant.formats import Format
 from sedimo.space import SearchSpace
 

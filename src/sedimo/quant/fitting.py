@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sedimo.errors import InputError, UnfitFormatError
-from sedimo.quant.families.family import ErrorEstimate, Family, squared_norms
+from sedimo.quant.families.family import CostEstimate, Family, squared_norms
 from sedimo.quant.formats import Format
 from sedimo.quant.parts import Fitted
 from sedimo.quant.tensor import QuantizedTensor
@@ -57,12 +57,13 @@ def quantize_weight(weight: Tensor, number_format: Format | str, *, layer_name: 
 
 def fit(weight: Tensor, number_format: Format, *, layer_name: str = "") -> Fitted:
     """The weight `[out, in, ...]` in one format, with its nearest codes; `layer_name` is named in errors."""
-    fitted = fit_parameters(weight, (number_format,), layer_name=layer_name)[number_format]
-    return with_codes(weight, fitted, layer_name=layer_name)
+    return fit_parameters(weight, (number_format,), layer_name=layer_name, keep_codes=True)[number_format]
 
 
-def fit_parameters(weight: Tensor, formats: Iterable[Format], *, layer_name: str = "") -> dict[Format, Fitted]:
-    """As `fit` without codes, which `with_codes` makes again: a bank keeps these.
+def fit_parameters(
+    weight: Tensor, formats: Iterable[Format], *, layer_name: str = "", keep_codes: bool = False
+) -> dict[Format, Fitted]:
+    """As `fit` without codes, unless they are to be kept; `with_codes` makes them again: a bank keeps these.
 
     Formats of one family share what they can, and use all threads of torch.
 
@@ -70,10 +71,13 @@ def fit_parameters(weight: Tensor, formats: Iterable[Format], *, layer_name: str
         InputError: not a floating tensor of two or more dimensions, NaN or infinity, or a format is fp16.
     """
     rows, asked = _read_rows(weight, layer_name), tuple(formats)
-    shape, norm = tuple(weight.shape), float(squared_norms(rows).sum())
-    found = _by_family(asked, weight, layer_name, lambda own, fs: own.fit(rows, fs, weight))
-    errors = {f: float(f.numerics.squared_errors(rows, f, found[f]).sum()) for f in asked}
-    return {f: Fitted(f, shape, found[f], errors[f], norm) for f in asked}
+    norm, found = float(squared_norms(rows).sum()), {}
+    parameters = _by_family(asked, weight, layer_name, lambda own, fs: own.fit(rows, fs, weight))
+    for f in asked:
+        codes = f.numerics.codes(rows, f, parameters[f])
+        error = float(f.numerics.squared_errors(rows, f, parameters[f], codes).sum())
+        found[f] = Fitted(f, tuple(weight.shape), parameters[f], error, norm, codes if keep_codes else None)
+    return found
 
 
 def with_codes(weight: Tensor, fitted: Fitted, parts: Sequence[Feedback] = (), *, layer_name: str = "") -> Fitted:
@@ -101,7 +105,7 @@ def with_codes(weight: Tensor, fitted: Fitted, parts: Sequence[Feedback] = (), *
 
 def error_estimates(
     weight: Tensor, formats: Iterable[Format], *, n_channels: int, generator: torch.Generator, layer_name: str = ""
-) -> dict[Format, ErrorEstimate]:
+) -> dict[Format, CostEstimate]:
     """Relative squared error of each format, from `n_channels` output channels drawn without replacement.
 
     The estimate is the ratio of the sampled channels' squared errors to their squared norms, its standard error
@@ -118,7 +122,7 @@ def error_estimates(
     rows = _read_rows(weight.detach().cpu()[index] if n < n_all else weight, layer_name)
     quantized = [f for f in asked if f.is_quantized]
     found = _by_family(quantized, weight, layer_name, lambda own, fs: own.estimates(rows, fs, weight, generator))
-    return {f: found.get(f, ErrorEstimate(0.0, 0.0, n)) for f in asked}
+    return {f: found.get(f, CostEstimate(0.0)) for f in asked}
 
 
 class Moments(Protocol):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from sedimo.allocation.options import Options, enumerate_variants
-from sedimo.allocation.table import CostEstimate, SensitivityTable, build_table
+from sedimo.allocation.table import SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import Group
@@ -46,6 +46,7 @@ from sedimo.methods.predictor.model import NoiseNetwork, PaperNetwork
 from sedimo.methods.predictor.study import Background
 from sedimo.methods.predictor.training import Network, Predictor, TrainingSet
 from sedimo.metrics.ranking import rank_correlation
+from sedimo.quant.families.family import CostEstimate
 from sedimo.settings import within
 from sedimo.space import Recipe
 

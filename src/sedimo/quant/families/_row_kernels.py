@@ -1,4 +1,4 @@
-"""Compiled kernels that go through rows of weights: score grids, choose codes, sum squared errors.
+"""Compiled kernels that go through rows of weights: score grids, choose codes, sum squared errors, count values.
 
 With error feedback, columns are rounded one after another. Before a column is rounded it moves by what all earlier ones
 missed: one inner product per row. Rows go side by side so that what is asked of a column is read once for all of them.
@@ -130,6 +130,13 @@ def codebook_errors(rows, codebook, codes, errors):
             error = np.float64(centroids[found[index]]) - np.float64(weights[index])
             total += error * error
         errors[row] = total
+
+
+@_kernel("void(uint16[::1], int64[::1])")
+def count_patterns(patterns, counts):
+    """Adds the number of each 16-bit pattern to `counts` `[65536]`; numpy's own would widen every value to 64 bits."""
+    for pattern in patterns:
+        counts[pattern] += 1
 
 
 @_kernel("float32(float32[::1], float32[::1], int64)", fastmath={"reassoc", "contract", "nsz"})

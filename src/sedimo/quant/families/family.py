@@ -49,12 +49,12 @@ class Words(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class ErrorEstimate:
-    """Relative squared error of a weight in a format, from `n` output channels; no standard error left if all."""
+class CostEstimate:
+    """A number with its standard error; `n` samples are behind it, 0 when it is exact."""
 
-    mean: float
-    standard_error: float
-    n: int
+    value: float
+    standard_error: float = 0.0
+    n: int = 0
 
 
 class Family(Protocol):
@@ -115,32 +115,32 @@ class Family(Protocol):
         """What is wrong with parameters of the right dtypes and shapes; empty if a fit may give such."""
         return ""
 
-    def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
+    def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters, codes: Tensor) -> Tensor:
         """Sum of squared errors of each row with its codes, float64 `[C]`."""
-        codes = self.codes(rows, number_format, parameters)
         found = self.dequantize(number_format, {**parameters, "codes": codes})
         return (found.double() - rows.double()).square().sum(dim=1)
 
     def estimates(
         self, rows: Tensor, formats: Sequence[Format], weight: Tensor, generator: torch.Generator
-    ) -> dict[Format, ErrorEstimate]:
-        """The error of each format on a weight, from some of its rows."""
+    ) -> dict[Format, CostEstimate]:
+        """The relative squared error of each format on a weight, from some of its rows, which are its samples."""
         return self.row_estimates(rows, self.fit(rows, formats, weight), len(weight))
 
     def row_estimates(
         self, rows: Tensor, fitted: Mapping[Format, Parameters], n_all: int
-    ) -> dict[Format, ErrorEstimate]:
+    ) -> dict[Format, CostEstimate]:
         """The error of fitted formats on a weight of `n_all` rows, a ratio of sums over some, with standard error."""
         norms, n, found = squared_norms(rows), len(rows), {}
         total = float(norms.sum())
         for number_format, parameters in fitted.items():
-            errors = self.squared_errors(rows, number_format, parameters)
+            codes = self.codes(rows, number_format, parameters)
+            errors = self.squared_errors(rows, number_format, parameters, codes)
             mean = float(errors.sum()) / total if total else 0.0
             spread = 0.0
             if total and n < n_all:
                 variance = float(((errors - mean * norms) ** 2).sum()) / (n - 1)
                 spread = math.sqrt((1 - n / n_all) * variance / n) / (total / n)
-            found[number_format] = ErrorEstimate(mean, spread, n)
+            found[number_format] = CostEstimate(mean, spread, n if n < n_all else 0)
         return found
 
     def feedback_codes(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sedimo.errors import InputError
-from sedimo.quant.families.family import FEEDBACK_WORK, ErrorEstimate, Family, Parameters, Stored, Words, over_rows
+from sedimo.quant.families.family import FEEDBACK_WORK, CostEstimate, Family, Parameters, Stored, Words, over_rows
 
 if TYPE_CHECKING:
     from sedimo.quant.formats import Format
@@ -50,12 +50,12 @@ class KMeans(Family):
         over_rows(rows, lambda part: codebook_codes(weights[part], _own(limits, part), found[part]))
         return torch.from_numpy(found)
 
-    def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
+    def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters, codes: Tensor) -> Tensor:
         from sedimo.quant.families._row_kernels import codebook_errors  # loaded here: importing compiles
 
-        weights, centroids, found = rows.numpy(), parameters["codebook"].float().numpy(), np.empty(len(rows))
-        codes = self.codes(rows, number_format, parameters).numpy()
-        over_rows(rows, lambda part: codebook_errors(weights[part], _own(centroids, part), codes[part], found[part]))
+        weights, chosen, found = rows.numpy(), codes.numpy(), np.empty(len(rows))
+        centroids = parameters["codebook"].float().numpy()
+        over_rows(rows, lambda part: codebook_errors(weights[part], _own(centroids, part), chosen[part], found[part]))
         return torch.from_numpy(found)
 
     def dequantize(self, number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -65,7 +65,7 @@ class KMeans(Family):
 
     def estimates(
         self, rows: Tensor, formats: Sequence[Format], weight: Tensor, generator: torch.Generator
-    ) -> dict[Format, ErrorEstimate]:
+    ) -> dict[Format, CostEstimate]:
         """A codebook of the tensor is fitted on all values, and its error exact, unless that takes long."""
         if not self._is_shared:
             return super().estimates(rows, formats, weight, generator)
@@ -74,8 +74,8 @@ class KMeans(Family):
             drawn = read_values(weight.detach().reshape(-1).cpu()[index])
             return self.row_estimates(rows, _fitted(formats, *drawn), len(weight))
         values, counts = read_values(weight)
-        errors = {f: relative_error(values, counts, p["codebook"]) for f, p in _fitted(formats, values, counts).items()}
-        return {f: ErrorEstimate(error, 0.0, len(weight)) for f, error in errors.items()}
+        fitted = _fitted(formats, values, counts)
+        return {f: CostEstimate(relative_error(values, counts, p["codebook"])) for f, p in fitted.items()}
 
     def feedback_codes(
         self, rows: Tensor, columns: Tensor, asked: Tensor, number_format: Format, parameters: Parameters
@@ -143,7 +143,10 @@ def read_values(weight: Tensor) -> tuple[Values, Array]:
     Those of a 16-bit float, at most 65,536 different ones, are counted.
     """
     if weight.element_size() == 2:
-        n_each = np.bincount(weight.detach().cpu().contiguous().view(torch.uint16).numpy().reshape(-1))
+        from sedimo.quant.families._row_kernels import count_patterns  # loaded here: importing compiles
+
+        n_each = np.zeros(1 << 16, dtype=np.int64)
+        count_patterns(weight.detach().cpu().contiguous().view(torch.uint16).numpy().reshape(-1), n_each)
         patterns = np.nonzero(n_each)[0]
         values = torch.from_numpy(patterns.astype(np.uint16)).view(weight.dtype).to(torch.float32).numpy()
         order = np.argsort(values)

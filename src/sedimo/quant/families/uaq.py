@@ -68,13 +68,12 @@ class UniformAffine(Family):
         over_rows(rows, lambda own: grid_codes(weights[own], size, scales[own], zeros[own], qmax, found[own]))
         return torch.from_numpy(found)
 
-    def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters) -> Tensor:
+    def squared_errors(self, rows: Tensor, number_format: Format, parameters: Parameters, codes: Tensor) -> Tensor:
         from sedimo.quant.families._row_kernels import grid_errors  # loaded here: importing compiles
 
         weights, scales, zeros = rows.numpy(), *_grids(parameters)
-        codes, found = self.codes(rows, number_format, parameters).numpy(), np.empty(len(rows))
-        size = number_format.group_size or rows.shape[1]
-        over_rows(rows, lambda own: grid_errors(weights[own], size, scales[own], zeros[own], codes[own], found[own]))
+        chosen, found, size = codes.numpy(), np.empty(len(rows)), number_format.group_size or rows.shape[1]
+        over_rows(rows, lambda own: grid_errors(weights[own], size, scales[own], zeros[own], chosen[own], found[own]))
         return torch.from_numpy(found)
 
     def dequantize(self, number_format: Format, tensors: Mapping[str, Tensor]) -> Tensor:
