@@ -16,7 +16,7 @@ from sedimo.codec import from_json, to_json
 from sedimo.errors import InputError
 from sedimo.lab.study import Setting
 from sedimo.methods.hybrid import BlockCurves, BlockRow
-from sedimo.methods.orthogonality import OrthogonalityPart, OrthogonalityProbe, importance
+from sedimo.methods.orthogonality import DEFAULT_IMPORTANCE, OrthogonalityPart, OrthogonalityProbe, importance
 from sedimo.methods.sqnr import LocalNoise, SqnrPart, SqnrProbe
 from sedimo.quant.formats import FP16, Format
 from sedimo.reporting import html
@@ -108,7 +108,7 @@ def test_repetition_keeps_the_matrices_and_the_bits_of_each_layer():
     )
     probe = OrthogonalityProbe(SETTING, layers, parts)
     choice = {name: FP16 if "proj_out" in name else KMC3 for name in TABLE.layers}
-    found = repetition_of(probe, TABLE, choice)
+    found = repetition_of(probe, TABLE, choice, DEFAULT_IMPORTANCE)
     for name, matrix in (("mean", probe.matrices.mean(0)), ("first", probe.matrices[0]), ("last", probe.matrices[2])):
         assert found.matrix(name) == pytest.approx(matrix, abs=THREE_DIGITS)
     assert found.bits == tuple(16 if "proj_out" in layer else 3 for layer in layers)

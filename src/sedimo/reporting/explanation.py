@@ -26,8 +26,8 @@ from sedimo.metrics.estimate import NORMAL_95, Estimate, ranked
 from sedimo.quant.formats import Format
 from sedimo.reporting.figures import ROW, WIDTH, Axis, Bar, Look, Marker, Plot, ScoreBox, Series, named, room, short
 from sedimo.reporting.page import (
+    Claim,
     Figure,
-    Finding,
     Items,
     Legend,
     Row,
@@ -177,7 +177,7 @@ def matters_section(explanation: Explanation) -> Section:
             n = one.measured.n
             on = f" on {n} sample{'' if n == 1 else 's'}" if n else ""
             figures += f" \N{MIDDLE DOT} measured {with_interval(one.measured, 'dB', signed=True)}{on}"
-        findings.append(Finding(one.verdict, one.sentence, (figures, change(one))))
+        findings.append(Claim(one.verdict, one.sentence, (figures, change(one))))
     return section(
         "matters",
         "What matters here",

@@ -6,15 +6,28 @@ from collections.abc import Sequence
 
 from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.quant import families
-from sedimo.reporting.page import Legend, Map, Swatch
+from sedimo.reporting.page import Beside, Block, Legend, Map, Swatch, Text
 from sedimo.reporting.placement import OUTSIDE, inside, kind_of, label_of, natural_order, without_numbers
 from sedimo.reporting.summary import Summary
 from sedimo.reporting.theme import bit_level
 from sedimo.reporting.words import byte_size, family, family_words, number, share
 
 
+def layer_map(summary: Summary) -> tuple[Block, ...]:
+    """The map under its heading: what its colours and marks mean, the layers, and how to read it."""
+    maps = layer_maps(summary)
+    has_copies = any(cell.is_copy for one in maps for cell in one.cells.values())
+    about = "Rows are operations, columns blocks from input to output. Point at a cell for its name, size and "
+    return (
+        Text("Map of the layers", "heading"),
+        *_legends(summary, has_copies=has_copies),
+        Beside(maps),
+        Text(f"{about}{summary.cost_name}.", "quiet"),
+    )
+
+
 def layer_maps(summary: Summary) -> tuple[Map, ...]:
-    """The map: one for each kind of block, the largest first, layers outside all blocks last."""
+    """One for each kind of block, the largest first, layers outside all blocks last."""
     placed: dict[str, list[tuple[str, str, Swatch]]] = {}
     for cost in summary.chosen:
         operation = summary.table.operations[cost.decision]
@@ -65,8 +78,7 @@ def _swatch(summary: Summary, cost: Cost, layer: str) -> Swatch:
     return Swatch(f"{text}; stored once with {first}", format=cost.format, is_copy=True)
 
 
-def legends(summary: Summary, *, has_copies: bool) -> tuple[Legend, Legend]:
-    """What the colours and marks of the map mean."""
+def _legends(summary: Summary, *, has_copies: bool) -> tuple[Legend, Legend]:
     formats = [cost.format for cost in summary.chosen]
     order = [one.name for one in families.FAMILIES]
     found = {family(f): f for f in reversed(formats) if f.is_quantized}

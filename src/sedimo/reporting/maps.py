@@ -15,16 +15,9 @@ import numpy.typing as npt
 from sedimo.allocation.table import SensitivityTable
 from sedimo.errors import InputError
 from sedimo.lab.trajectory import TrajectoryNoise, sqnr_by_call
+from sedimo.methods import orthogonality
 from sedimo.methods.hybrid import BlockCurves
-from sedimo.methods.orthogonality import (
-    DEFAULT_IMPORTANCE,
-    ImportanceOptions,
-    OrthogonalityProbe,
-    converged,
-    importance,
-    importance_error,
-    importance_per_step,
-)
+from sedimo.methods.orthogonality import ImportanceOptions, OrthogonalityProbe
 from sedimo.methods.sqnr import SqnrPart, SqnrProbe
 from sedimo.metrics.estimate import NORMAL_95, Estimate, normal_estimate, to_digits
 from sedimo.metrics.signal import decibel
@@ -35,7 +28,6 @@ from sedimo.reporting.placement import block_labels, stage, stage_labels
 from sedimo.reporting.words import name, number, share, with_error
 
 Rows = tuple[tuple[float, ...], ...]
-Matrix = npt.NDArray[np.float64]
 _MATRIX_DIGITS = 3
 _DECIBELS = 10 / math.log(10)  # of a relative change
 MAX_ROW_LABELS = 64
@@ -45,8 +37,7 @@ _MOST_BLOCKS = 90  # with a label
 _EVERY = tuple(factor * 10**power for power in range(6) for factor in (1, 2, 5))
 _SOME = 0.99  # rank correlation from which on more timesteps change little
 _SMALL = 372  # width of a figure that stands beside another [px]
-_NAME = 34  # characters of a layer's label
-_TITLES = {"mean": "mean of the timesteps", "first": "first timestep", "last": "last timestep"}
+_NAME = 34  # characters of a layer's label: 20 of its begin, 13 of its end
 _CURVES = (
     "Above, blocks are quantized one after the other from the input on: where the curve falls, noise enters. Below, "
     "all are quantized but one: what it gains to leave that block at 16 bits"
@@ -99,13 +90,12 @@ class Repetition:
     per_step: Rows
     converged: tuple[float, ...]
 
-    def matrix(self, name: str) -> Matrix:
+    def matrix(self, name: str) -> npt.NDArray[np.float64]:
         """One of the matrices `[L, L]`."""
         n = len(self.layers)
         found = np.zeros((n, n))
         found[np.triu_indices(n, 1)] = self.upper[name]
-        whole: Matrix = found + found.T + np.eye(n)
-        return whole
+        return np.asarray(found + found.T + np.eye(n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +181,7 @@ def _mean_noise(part: SqnrPart, formats: Mapping[str, Format]) -> tuple[float, f
 
 
 def repetition(
-    probe: OrthogonalityProbe,
-    table: SensitivityTable,
-    choice: Mapping[str, Format],
-    options: ImportanceOptions = DEFAULT_IMPORTANCE,
+    probe: OrthogonalityProbe, table: SensitivityTable, choice: Mapping[str, Format], options: ImportanceOptions
 ) -> Repetition:
     """The matrix of a probe, what follows from it, and the bits that a choice gave to each layer."""
     matrices = probe.matrices
@@ -215,10 +202,10 @@ def repetition(
         timesteps=tuple(part.timestep for part in probe.parts),
         n=probe.setting.n_samples,
         upper={kind: tuple(to_digits(v, _MATRIX_DIGITS) for v in one[triangle]) for kind, one in kinds.items()},
-        theta=tuple(importance(probe, options).tolist()),
-        standard_error=tuple(importance_error(probe, options).tolist()),
-        per_step=tuple(map(tuple, importance_per_step(probe, options).tolist())),
-        converged=converged(probe, options),
+        theta=tuple(orthogonality.importance(probe, options).tolist()),
+        standard_error=tuple(orthogonality.importance_error(probe, options).tolist()),
+        per_step=tuple(map(tuple, orthogonality.importance_per_step(probe, options).tolist())),
+        converged=orthogonality.converged(probe, options),
     )
 
 
@@ -496,7 +483,7 @@ def matrix_figure(found: Repetition, which: str) -> Figure:
     pair = f"{found.layers[across[most]]} and {found.layers[down[most]]}"
     return Figure(
         f"orthogonality-{which}",
-        f"Orthogonality of {len(matrix)} layers, {_TITLES[which]}",
+        f"Orthogonality of {len(matrix)} layers, {which} {'of the timesteps' if is_mean else 'timestep'}",
         f"Most alike are {pair}, {number(float(matrix[across, down][most]))}",
         (panel,),
         width * (0.8 if is_mean else 0.95),

@@ -97,7 +97,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Claim:
     """A sentence with the verdict that measuring it gave, and quieter sentences below."""
 
     verdict: str
@@ -206,7 +206,7 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-Block = Text | Items | Facts | Finding | Table | Figure | Legend | Beside | BitsBar | Section
+Block = Text | Items | Facts | Claim | Table | Figure | Legend | Beside | BitsBar | Section
 _CONTENT = {Text: "text", Items: "texts", Facts: "pairs", Table: "rows", Beside: "parts", Section: "blocks"}
 
 

@@ -14,7 +14,7 @@ from sedimo.metrics.signal import decibel
 from sedimo.reporting import phrasing
 from sedimo.reporting.explanation import explanation_section, matters_section
 from sedimo.reporting.figures import ROW, Axis, Plot, Series, named, only, room, short
-from sedimo.reporting.layer_map import layer_maps, legends
+from sedimo.reporting.layer_map import layer_map
 from sedimo.reporting.maps import maps_section
 from sedimo.reporting.page import (
     Beside,
@@ -89,7 +89,6 @@ def _decided(summary: Summary) -> Section:
     weights: Counter[int] = Counter()
     for cost in summary.chosen:
         weights[cost.format.bits] += summary.params([cost])
-    maps = layer_maps(summary)
     return section(
         "decided",
         "What was decided",
@@ -101,14 +100,7 @@ def _decided(summary: Summary) -> Section:
             f"({summary.allocation.stored_bits:.2f} bits per weight as stored).",
             "quiet",
         ),
-        Text("Map of the layers", "heading"),
-        legends(summary, has_copies=any(cell.is_copy for one in maps for cell in one.cells.values())),
-        Beside(maps),
-        Text(
-            "Rows are operations, columns blocks from input to output. Point at a cell for its name, size and "
-            f"{summary.cost_name}.",
-            "quiet",
-        ),
+        layer_map(summary),
         _decisions(summary),
     )
 

@@ -71,10 +71,9 @@ class Prediction:
     @property
     def difference_db(self) -> float:
         """Measured minus predicted [dB]: negative where there is more noise than predicted."""
-        if self.measured_db is None:
-            return math.nan
-        pair = self.measured_db.value, self.predicted_db.value
-        return pair[0] - pair[1] if all(map(math.isfinite, pair)) else math.nan
+        measured = self.measured_db
+        difference = math.nan if measured is None else measured.value - self.predicted_db.value
+        return difference if math.isfinite(difference) else math.nan
 
     @property
     def is_trusted(self) -> bool:

@@ -8,7 +8,7 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from sedimo.reporting.page import Block, Facts, Finding, Items, Page, Table, Text, say
+from sedimo.reporting.page import Block, Claim, Facts, Items, Page, Table, Text, say
 from sedimo.reporting.words import THIN, plain
 
 _WIDTH = 120  # where there is no terminal
@@ -38,7 +38,7 @@ def _print_block(console: Console, block: Block) -> None:
                 console.print(f"{_escape(name.ljust(width))}  {_escape(plain(value))}", soft_wrap=True)
         case Items(texts):
             _print_sentences(console, *texts)
-        case Finding(verdict, sentence, more):
+        case Claim(verdict, sentence, more):
             _print_sentences(console, f"{verdict}: {sentence} {' '.join(more)}")
         case Text(text, "plain"):
             _print_sentences(console, text)
