@@ -24,7 +24,7 @@ from sedimo.quant.formats import Format
 from sedimo.reporting.drawing import draw
 from sedimo.reporting.page import Cell, Page, Picture, Table, png, say
 from sedimo.reporting.theme import BIT_LEVELS, DARK, LIGHT, bit_level
-from sedimo.reporting.words import Value, mark, plain, share
+from sedimo.reporting.words import Value, mark, plain
 
 MAX_BYTES = 5_000_000
 _PICTURE_BYTES = 3_200_000  # of all pictures in a page
@@ -68,7 +68,7 @@ def render(page: Page, *, theme: Literal["light", "dark"] | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(prose=_prose, plain=plain, mark=mark, share=share, level=bit_level, fitting=fitting)
+    environment.filters.update(prose=_prose, plain=plain, mark=mark, level=bit_level, fitting=fitting)
     environment.filters.update(cell=_cell, is_wide=_is_wide)
     environment.filters.update(
         groups=lambda rows: [(key, [*inside]) for key, inside in itertools.groupby(rows, lambda row: row.group)],

@@ -121,10 +121,11 @@ class Swatch:
 
 @dataclass(frozen=True, slots=True)
 class Legend:
-    """What colours and marks mean."""
+    """What colours and marks mean; as parts of one bar, if `shares` tell how large each is."""
 
     label: str
     entries: tuple[Swatch, ...]
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +159,6 @@ class Figure:
     label: str = ""
     legend: Legend | None = None
     table: Table | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BitsBar:
-    """All weights by their bits: parts that add up to one, by number of bits."""
-
-    parts: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +200,7 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-Block = Text | Items | Facts | Claim | Table | Figure | Legend | Beside | BitsBar | Section
+Block = Text | Items | Facts | Claim | Table | Figure | Legend | Beside | Section
 _CONTENT = {Text: "text", Items: "texts", Facts: "pairs", Table: "rows", Beside: "parts", Section: "blocks"}
 
 

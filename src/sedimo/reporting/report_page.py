@@ -18,14 +18,15 @@ from sedimo.reporting.layer_map import layer_map
 from sedimo.reporting.maps import maps_section
 from sedimo.reporting.page import (
     Beside,
-    BitsBar,
     Cell,
     Facts,
     Figure,
     Items,
+    Legend,
     Page,
     Row,
     Section,
+    Swatch,
     Table,
     Text,
     columns,
@@ -89,12 +90,14 @@ def _decided(summary: Summary) -> Section:
     weights: Counter[int] = Counter()
     for cost in summary.chosen:
         weights[cost.format.bits] += summary.params([cost])
+    shares = {bits: weights[bits] / n_params for bits in sorted(weights)}
+    parts = tuple(Swatch(f"{bits} bits {share(part)}", bits) for bits, part in shares.items())
     return section(
         "decided",
         "What was decided",
         Text(about),
         Items(phrasing.decision_sentences(summary), "findings"),
-        BitsBar(tuple((bits, n / n_params) for bits, n in sorted(weights.items()))),
+        Legend("Share of the weights at each number of bits", parts, tuple(shares.values())),
         Text(
             f"All {n_params:,} weights by the bits of their codes; scales and codebooks come on top "
             f"({summary.allocation.stored_bits:.2f} bits per weight as stored).",
