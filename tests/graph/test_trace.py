@@ -9,13 +9,17 @@ import math
 import subprocess
 import sys
 import warnings
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from bare import Recurrent
 from denoisers import PUBLISHED, TINY, build, published, traced
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
+from transformers import BatchEncoding
 
 from sedimo.codec import from_plain, to_plain
 from sedimo.errors import InputError
@@ -206,6 +210,22 @@ def test_a_bare_module_traces_with_example_inputs() -> None:
     assert any("bare" in note for note in graph.notes)
     assert any("unused" in note for note in graph.notes)
     assert edges_of(graph, "head")[0].startswith("add_")
+
+
+class Conditioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(8, 8), nn.Linear(4, 8)
+
+    def forward(self, tokens: torch.Tensor, conditions: Mapping[str, Sequence[torch.Tensor]]) -> torch.Tensor:
+        return self.image(tokens) + self.text(conditions["texts"][0])
+
+
+@pytest.mark.parametrize("kind", [dict, FrozenDict, BatchEncoding, UserDict])
+def test_example_inputs_may_hold_mappings_of_any_kind(kind: Callable[[dict[str, object]], object]) -> None:
+    conditions = kind({"texts": [torch.zeros(2, 4)]})
+    graph = trace_denoiser(Conditioned(), example_inputs={"tokens": torch.zeros(2, 8), "conditions": conditions})
+    assert edges_of(graph, graph.nodes[-1].name) == ["image", "text"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

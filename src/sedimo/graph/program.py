@@ -45,7 +45,6 @@ def export_denoiser(
 def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Capture | None) -> dict[str, object]:
     """Example inputs on the meta device: given, found by name, or captured."""
     names, is_open = signature_names(twin)
-    examples = pytree.tree_map_only(torch.Tensor, meta_tensor, dict(examples))
     unknown = sorted(examples.keys() - names) if not is_open else []
     if unknown:
         raise InputError(
@@ -53,18 +52,29 @@ def _inputs_for(twin: nn.Module, examples: Mapping[str, object], capture: Captur
             f"takes {', '.join(names)}"
         )
     try:
-        return find_inputs(twin, examples)
+        return find_inputs(twin, _on_meta(examples))
     except InputError as error:
         if capture is not None:
             captured = {name: value for name, value in capture().items() if is_open or name in names}
             fixed = {"return_dict": False} if "return_dict" in names else {}
-            return {**pytree.tree_map_only(torch.Tensor, meta_tensor, captured), **fixed}
+            return {**_on_meta(captured), **fixed}
         required = [name for name, is_required in names.items() if is_required] or list(names)[:1]
         usage = ", ".join(f'"{name}": torch.empty(...)' for name in required)
         raise InputError(
             f"{type(twin).__name__} cannot be traced with example inputs found by name: {error}. "
             f"Pass them, for example example_inputs={{{usage}}}; only shape and dtype matter"
         ) from error
+
+
+def _on_meta(inputs: Mapping[str, object]) -> dict[str, object]:
+    """Inputs with tensors on the meta device, and mappings of any kind (a `BatchEncoding`) as plain ones for export."""
+
+    def moved(leaf: object) -> object:
+        if isinstance(leaf, Mapping):
+            return _on_meta(leaf)
+        return meta_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    return {name: pytree.tree_map(moved, one, is_leaf=lambda v: isinstance(v, Mapping)) for name, one in inputs.items()}
 
 
 @contextmanager
