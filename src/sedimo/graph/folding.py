@@ -271,7 +271,7 @@ class _Channels:
                 return labels.reshape(shape) if is_fit else None
         if name == "expand":
             return _expanded(labels, shape)
-        if len(list(arguments_of(node))) > 1 or (name == "repeat" and not is_fit):
+        if len(arguments_of(node)) > 1 or (name == "repeat" and not is_fit):
             return None
         moved: torch.Tensor | Sequence[torch.Tensor] = node.target(labels, *node.args[1:], **node.kwargs)  # type: ignore[operator]  # an operator of torch
         return moved

@@ -158,7 +158,7 @@ class _Reader:
         return outputs
 
     def _call(self, module: fx.GraphModule, node: fx.Node, environment: dict[fx.Node, _Value]) -> _Value:
-        given = list(arguments_of(node))
+        given = arguments_of(node)
         for place in given:
             inner = operator.attrgetter(str(place.target))(module) if place.op == "get_attr" else None
             if isinstance(inner, fx.GraphModule):  # a region without gradients or autocast: walked as if it stood here

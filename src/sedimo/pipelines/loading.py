@@ -71,7 +71,9 @@ def load_pipeline(
     quantized checkpoint loads too (`is_quantized` tells). bfloat16 on a processor that cannot multiply it is loaded
     with a warning.
     """
-    wanted = None if dtype is None else _parse_dtype(dtype)
+    wanted = _DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and wanted not in _DTYPE_NAMES.values():
+        raise InputError(f"dtype must be one of {', '.join(_DTYPE_NAMES)}, got {dtype!r}")
     if isinstance(source, nn.Module | DiffusionPipeline):
         owner: Any = source  # diffusers has few types
         loaded = BareDenoiser(source) if isinstance(source, nn.Module) else DiffusersPipeline(owner)
@@ -211,7 +213,7 @@ def _checked_components(folder: Path, index: dict[str, Any]) -> tuple[str, ...]:
             raise StateError(f"{folder} lacks the folder {name} that its model_index.json names; copy it again")
         suffixes = {path.suffix for path in (folder / name).iterdir()}
         if ".safetensors" not in suffixes and not suffixes.isdisjoint(PICKLE_SUFFIXES):
-            find_weights(folder / name, WEIGHTS_STEM, None)  # says what is there and what to do
+            chosen_variant(folder / name, WEIGHTS_STEM, None)  # says what is there and what to do
     return tuple(present)
 
 
@@ -250,13 +252,6 @@ def _warn_of_slow_bfloat16() -> None:
             "this processor has no bfloat16 instructions (AVX-512 BF16 or AMX): bf16 is several times slower than fp32 "
             "here. Use fp32, which is the default on a CPU."
         )
-
-
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    parsed = _DTYPE_NAMES.get(dtype) if isinstance(dtype, str) else dtype
-    if parsed not in _DTYPE_NAMES.values():
-        raise InputError(f"dtype must be one of {', '.join(_DTYPE_NAMES)}, got {dtype!r}")
-    return parsed  # type: ignore[return-value]  # a value of the table
 
 
 def _parse_device(device: str | torch.device | None) -> torch.device:

@@ -164,13 +164,12 @@ class InputCopies:
     def of(self, inputs: dict[str, object]) -> dict[str, object]:
         """The same inputs with copied tensors."""
         leaves, spec = pytree.tree_flatten(inputs)
-        copies = [self._copy(x, i) if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)]
-        copied: dict[str, object] = pytree.tree_unflatten(copies, spec)
+        for place, value in enumerate(leaves):
+            if isinstance(value, torch.Tensor):
+                source, version, copy = self._kept.get(place, (None, -1, value))
+                if source is not value or version != value._version:
+                    copy = value.detach().clone()
+                    self._kept[place] = (value, value._version, copy)
+                leaves[place] = copy
+        copied: dict[str, object] = pytree.tree_unflatten(leaves, spec)
         return copied
-
-    def _copy(self, value: torch.Tensor, place: int) -> torch.Tensor:
-        source, version, copy = self._kept.get(place, (None, -1, value))
-        if source is not value or version != value._version:
-            copy = value.detach().clone()
-            self._kept[place] = (value, value._version, copy)
-        return copy
