@@ -145,8 +145,10 @@ def test_ranges_that_are_none_are_refused(ranges, message):
 
 
 def test_charts_say_in_words_what_they_show():
-    chart = draw(noise_figure(noise_map(), "x", "SQNR by block", "", ""))
-    assert 'role="img" aria-label="SQNR by block. 28 blocks at 50 denoiser calls. Least ' in chart
+    chart = draw(noise_figure(noise_map()))
+    assert (
+        'role="img" aria-label="SQNR of the recipe by block and step. 28 blocks at 50 denoiser calls. Least ' in chart
+    )
     assert "At the last of 50 steps: output, same inputs" in trajectory_figure(trajectory_lines()).description
     found = repetition()
     assert "Most alike are" in matrix_figure(found, "mean").description
@@ -158,12 +160,12 @@ def test_charts_say_in_words_what_they_show():
 
 def test_a_single_pixel_stands_for_a_cell():
     """However many cells a map has, the page stays small."""
-    assert len(draw(noise_figure(noise_map(100, 200), "x", "t", "", ""))) < 120_000
+    assert len(draw(noise_figure(noise_map(100, 200)))) < 120_000
 
 
 def test_nothing_finite_is_no_chart():
     endless = replace(noise_map(2, 2), sqnr_db=((math.inf, math.inf), (-math.inf, math.nan)))
-    assert noise_figure(endless, "x", "t", "", "") is None
+    assert noise_figure(endless) is None
     exact = estimate(math.inf, 0.0, 8)
     lines = trajectory_lines(2)
     assert trajectory_figure(replace(lines, step=(exact,) * 2, path=(exact,) * 2, latents=(exact,) * 2)) is None

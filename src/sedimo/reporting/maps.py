@@ -313,7 +313,9 @@ def maps_section(maps: Maps) -> Section | None:
     """All that was measured in detail; None where nothing was."""
     blocks = shown(
         None if maps.blocks is None else _curves(maps.blocks),
-        _noise(maps),
+        None if maps.recipe is None else noise_figure(maps.recipe),
+        None if maps.trajectory is None else trajectory_figure(maps.trajectory),
+        (noise_figure(found, i) for i, found in enumerate(maps.local)),
         () if maps.repetition is None else _repetition(maps.repetition),
         (ranges_figure(found, i) for i, found in enumerate(maps.ranges)),
     )
@@ -333,29 +335,25 @@ def _curves(found: BlockCurves) -> Figure | None:
     return blocks_figure(found, text, "Where noise enters", table)
 
 
-def _noise(maps: Maps) -> Iterator[Block | None]:
-    if found := maps.recipe:
-        text = (
+def noise_figure(found: NoiseMap, position: int | None = None) -> Figure | None:
+    """SQNR of each block at each step: of a recipe, or the local one at a `position`; nothing finite has no figure."""
+    if not np.isfinite(found.sqnr_db).any():
+        return None
+    if position is None:
+        key, title, heading = "recipe", "SQNR of the recipe by block and step", "Noise block by block"
+        about = (
             f"SQNR of each block's output, means of {found.n} samples; rows are blocks from input to output. Each call "
             "has the inputs of full precision, so this is the noise that one step makes on its way through the "
             "denoiser."
         )
-        yield noise_figure(found, "recipe", "SQNR of the recipe by block and step", text, "Noise block by block")
-    yield None if maps.trajectory is None else trajectory_figure(maps.trajectory)
-    for i, found in enumerate(maps.local):
+    else:
         what = f"all at {name(found.number_format)}" if found.number_format else "at the formats of this recipe"
-        text = (
+        key, heading = f"local-{position}", f"Noise at the layers' own outputs, {what}"
+        title = f"Local SQNR {what.replace('`', '')} by block and step"
+        about = (
             f"SQNR of layers' own outputs, {what}, on full-precision inputs: noise of other layers is not in it. "
             f"Noise is averaged over the layers of a block and {found.n} samples."
         )
-        title = f"Local SQNR {what.replace('`', '')} by block and step"
-        yield noise_figure(found, f"local-{i}", title, text, f"Noise at the layers' own outputs, {what}")
-
-
-def noise_figure(found: NoiseMap, key: str, title: str, about: str, heading: str) -> Figure | None:
-    """SQNR of each block at each step; without any finite number there is no figure."""
-    if not np.isfinite(found.sqnr_db).any():
-        return None
     labels, common = block_labels(found.blocks)
     panel = Heat(
         found.sqnr_db,
