@@ -236,8 +236,7 @@ def _cost(summary: Summary) -> Section | None:
         _recipes(evidence.recipes),
         titled("Differences on the same seeds", differences),
         Beside(tuple(curves)),
-        Text("The same seeds, before and after", "heading") if evidence.pictures else None,
-        Beside(evidence.pictures),
+        titled("The same seeds, before and after", Beside(evidence.pictures)),
     )
 
 
