@@ -51,10 +51,6 @@ def decided_by(method: str, rule: str) -> str:
     return rule if is_described else method
 
 
-def _measure(lab: Lab, _task: Task[NoKnobs]) -> Finding:
-    return describe(lab.estimated)
-
-
 ERROR = Method(
     name=NAME,
     words=Words(
@@ -66,5 +62,5 @@ ERROR = Method(
     runs_pipeline=False,
     is_blind=True,
     price=_price,
-    measure=_measure,
+    measure=lambda lab, _task: describe(lab.estimated),
 )

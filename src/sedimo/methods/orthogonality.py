@@ -125,7 +125,8 @@ class OrthogonalityProbe:
     @property
     def known(self) -> npt.NDArray[np.bool_]:
         """Which layers' outputs differ between samples, `[T, L]`; one such layer alone has none to be compared with."""
-        found = np.array([[name not in part.unknown for name in self.layers] for part in self.parts], dtype=bool)
+        unknown = [part.unknown for part in self.parts]
+        found = np.array([[name not in some for name in self.layers] for some in unknown], dtype=bool)
         found[found.sum(axis=1) < 2] = False
         return found
 
@@ -302,15 +303,36 @@ def _replicates(grams: Sequence[Matrix | None], n_samples: int) -> Iterator[Matr
         yield orthogonality(smaller).sum(axis=1) - 1.0
 
 
-def importance(probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE) -> Matrix:
-    """The theta of each layer `[L]`, the largest 1: 0 if it was never called, the mean where nothing is known."""
-    return _theta(probe, probe.sums, options)
+def importance(
+    probe: OrthogonalityProbe, options: ImportanceOptions = DEFAULT_IMPORTANCE, sums: Matrix | None = None
+) -> Matrix:
+    """The theta of each layer `[L]`, the largest 1: 0 if it was never called, the mean where nothing is known.
+
+    Of other `sums` of rows, where they are given, such as those of a replicate. In logarithms up to the end, so that no
+    beta and no tau leaves nothing of all layers.
+    """
+    known, gamma = probe.known, probe.gamma(probe.sums if sums is None else sums)
+    is_known = known.any(axis=0)
+    if not is_known.any():
+        raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
+    weights = options.tau * (1.0 - np.linspace(0.0, 1.0, len(known)))
+    shares = np.where(known, (weights - logsumexp(weights))[:, None], -np.inf)[:, is_known]
+    each = -options.beta * np.nan_to_num(gamma)[:, is_known]
+    logs = logsumexp(shares + each, axis=0) - logsumexp(shares, axis=0)
+    theta = np.ones(known.shape[1])
+    theta[is_known] = np.exp(logs - logs.max())
+    theta[~is_known] = theta[is_known].mean()
+    if options.tail_mean:
+        theta = np.cumsum(theta[::-1])[::-1] / np.arange(len(theta), 0, -1)
+    unused = probe.never_known()["unused"]
+    found: Matrix = theta / theta.max() * [name not in unused for name in probe.layers]
+    return found
 
 
 def importance_error(probe: OrthogonalityProbe, options: ImportanceOptions) -> Matrix:
     """Jackknife errors of theta `[L]`."""
     replicates = np.array([part.replicates for part in probe.parts])  # [T, R, L]
-    thetas = np.stack([_theta(probe, one, options) for one in np.moveaxis(replicates, 1, 0)])
+    thetas = np.stack([importance(probe, options, one) for one in np.moveaxis(replicates, 1, 0)])
     n = len(thetas)
     found: Matrix = np.sqrt((n - 1) / n * ((thetas - thetas.mean(axis=0)) ** 2).sum(axis=0))
     return found
@@ -320,26 +342,6 @@ def importance_per_step(probe: OrthogonalityProbe, options: ImportanceOptions) -
     """exp(-beta gamma_t) `[T, L]`, the largest 1; not a number where nothing is known."""
     gamma = probe.gamma(probe.sums)
     found: Matrix = np.exp(-options.beta * (gamma - np.nanmin(gamma)))
-    return found
-
-
-def _theta(probe: OrthogonalityProbe, sums: Matrix, options: ImportanceOptions) -> Matrix:
-    """In logarithms up to the end, so that no beta and no tau leaves nothing of all layers."""
-    known = probe.known
-    is_known = known.any(axis=0)
-    if not is_known.any():
-        raise InputError("orthogonality compares layers, but at no timestep two of them differ between samples")
-    weights = options.tau * (1.0 - np.linspace(0.0, 1.0, len(known)))
-    shares = np.where(known, (weights - logsumexp(weights))[:, None], -np.inf)[:, is_known]
-    each = -options.beta * np.nan_to_num(probe.gamma(sums))[:, is_known]
-    logs = logsumexp(shares + each, axis=0) - logsumexp(shares, axis=0)
-    theta = np.ones(known.shape[1])
-    theta[is_known] = np.exp(logs - logs.max())
-    theta[~is_known] = theta[is_known].mean()
-    if options.tail_mean:
-        theta = np.cumsum(theta[::-1])[::-1] / np.arange(len(theta), 0, -1)
-    unused = probe.never_known()["unused"]
-    found: Matrix = theta / theta.max() * [name not in unused for name in probe.layers]
     return found
 
 

@@ -30,13 +30,7 @@ from sedimo.methods.method import Finding, Method, Price, Task, Words, listed
 from sedimo.methods.predictor.features import Values
 from sedimo.methods.predictor.goal import Goal
 from sedimo.methods.predictor.noise_model import NoiseModel, fit_noise_model
-from sedimo.methods.predictor.scoring import (
-    NAME,
-    noise_of_variants,
-    noise_table,
-    options_table,
-    refuse_confidence,
-)
+from sedimo.methods.predictor.scoring import NAME, noise_of_variants, noise_table, options_table, refuse_confidence
 from sedimo.methods.predictor.study import (
     PRIORS,
     Background,
@@ -45,13 +39,7 @@ from sedimo.methods.predictor.study import (
     refuse_other_space,
     training_set,
 )
-from sedimo.methods.predictor.training import (
-    FAST,
-    MIN_RECIPES,
-    Predictor,
-    TrainingOptions,
-    train_predictor,
-)
+from sedimo.methods.predictor.training import FAST, MIN_RECIPES, Predictor, TrainingOptions, train_predictor
 from sedimo.metrics.estimate import Estimate, mean_estimate
 from sedimo.quant.formats import Format
 from sedimo.settings import Checked, option, within
