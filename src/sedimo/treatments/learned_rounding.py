@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from sedimo.allocation.solve import Allocation
 from sedimo.bank import Bank
 from sedimo.codec import content_key
 from sedimo.errors import InputError, StateError
@@ -243,12 +242,9 @@ def _tensors_in(output: object) -> Tensors:
 
 
 def _repeat(denoiser: nn.Module, calls: Sequence[DenoiserCall], hook: RemovableHandle) -> None:
-    try:
-        with torch.no_grad():
-            for call in calls:
-                denoiser(**rows_of(call, slice(None)))
-    finally:
-        hook.remove()
+    with hook, torch.no_grad():  # on leaving, the hook is gone
+        for call in calls:
+            denoiser(**rows_of(call, slice(None)))
 
 
 def _agree(first: Captured, other: Captured) -> bool:
@@ -528,10 +524,6 @@ class RoundingSettings(Checked):
             raise InputError("--reconstruct-steps says how long to learn the rounding: give --reconstruct, too")
 
 
-def _finish(lab: Lab, settings: RoundingSettings, bank: Bank, allocation: Allocation) -> Reconstruction:
-    return reconstruct(lab, bank, allocation.recipe, lab.seeds.more(N_SAMPLES), n_steps=settings.n_steps or N_STEPS)
-
-
 def _price(lab: Lab, settings: RoundingSettings) -> Price:
     """The trajectory, its calls again twice per block, and in all blocks together as many passes as there are steps."""
     lab.refuse_unsampled("--reconstruct runs the pipeline", "Leave it out")
@@ -552,7 +544,9 @@ LEARNED_ROUNDING = Treatment(
         source="Li et al. 2021, BRECQ (arXiv 2102.05426)",
     ),
     knobs=RoundingSettings,
-    finish=_finish,
+    finish=lambda lab, settings, bank, allocation: reconstruct(
+        lab, bank, allocation.recipe, lab.seeds.more(N_SAMPLES), n_steps=settings.n_steps or N_STEPS
+    ),
     price=_price,
     is_wanted=lambda settings: settings.is_wanted,
     excludes=("error_feedback",),

@@ -14,7 +14,7 @@ and the second of a convolution's. The denoiser runs at full precision on a reco
 only minima and maxima are kept.
 
 Source:
-    Xiao et al. 2023, SmoothQuant (arXiv 2211.10438), equation 4; alpha = 0.7 as in Efficient Quantization Strategies
+    Xiao et al. 2022, SmoothQuant (arXiv 2211.10438), equation 4; alpha = 0.7 as in Efficient Quantization Strategies
     for Latent Diffusion Models (arXiv 2312.05431).
 """
 

@@ -57,12 +57,7 @@ class ActivationSettings(Checked):
         "dynamic", "--act-ranges", metavar="HOW", help="Ranges: dynamic (per token or image), min-max, percentile, mse."
     )
     symmetric: bool = option(False, "--act-symmetric", help="Round activations without a zero point.")
-    n_steps: int = option(
-        0,
-        "--act-steps",
-        least=0,
-        help="Steps that static ranges are calibrated at; 1: the first, of most noise; 0: all.",
-    )
+    n_steps: int = option(0, "--act-steps", least=0, help="Steps to calibrate at; 0: all; 1: the first, of most noise.")
     by_timestep: bool = option(False, "--act-by-timestep", help="Static ranges for each calibrated timestep.")
     n_samples: int = checked(N_SAMPLES, within(least=1))
 

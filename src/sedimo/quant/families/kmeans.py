@@ -96,15 +96,10 @@ class KMeans(Family):
         return "" if is_sorted else "codebook must be sorted in every row"
 
 
-_OF_CHANNELS = Words(
-    "a k-means codebook per output channel",
-    example="`kmc4` a codebook of 16 freely placed values per output channel",
-    mark="dot",
-    rank=0,
-)
-_OF_TENSOR = Words(
-    "one k-means codebook per layer", example="`kma4` one codebook for the whole layer", mark="ring", rank=2
-)
+_KMC4 = "`kmc4` a codebook of 16 freely placed values per output channel"
+_OF_CHANNELS = Words("a k-means codebook per output channel", example=_KMC4, mark="dot", rank=0)
+_KMA4 = "`kma4` one codebook for the whole layer"
+_OF_TENSOR = Words("one k-means codebook per layer", example=_KMA4, mark="ring", rank=2)
 KMC = KMeans("kmc", _OF_CHANNELS, is_shared=False)
 KMA = KMeans("kma", _OF_TENSOR, is_shared=True)
 
