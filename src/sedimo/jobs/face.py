@@ -128,7 +128,7 @@ class Lab(BenchLab):
         origin = Origin(base_model=self.bench.name, method=method, recipe_json=recipe.to_json())
         packed = Packed(self, bank, recipe, bank.quantize(recipe), origin)
         options = WriteOptions(link=link, variant=self.bench.variant)
-        return target_named(target).write(packed, Path(out), options, None)
+        return target_named(target).write_verified(packed, Path(out), options)
 
 
 def load(

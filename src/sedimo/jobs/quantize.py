@@ -261,7 +261,7 @@ def run(settings: QuantizeSettings, progress: Progress = SILENT) -> JobResult:
 
         packed = Packed(lab, finding.bank, finding.decided.recipe, weights, _origin(lab, settings, finding, finished))
         options = WriteOptions(link=settings.link, variant=settings.source.variant, overwrite=settings.overwrite)
-        written = target_named(settings.target).write(packed, settings.folder, options, report)
+        written = target_named(settings.target).write_verified(packed, settings.folder, options, report)
     done: list[InForce | Finished] = [*lab.treatments, *([] if finished is None else [finished])]
     return JobResult(
         finding=finding,

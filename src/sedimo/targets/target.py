@@ -34,11 +34,25 @@ class Target:
     """One place where results run.
 
     `families` are the families of formats that it has. `write` writes a decided model whole or not at all, under names
-    that its readers expect; `constrain` ties and bans decisions, with notes.
+    that its readers expect, and calls what it is given before the result takes its place; `verify` reads that folder
+    and raises a `StateError` unless it holds what was decided; `constrain` ties and bans decisions, with notes.
     """
 
     name: str
     words: Words
     families: tuple[str, ...]
-    write: Callable[[Packed, Path, WriteOptions, Finish | None], WrittenCheckpoint]
+    write: Callable[[Packed, Path, WriteOptions, Finish], WrittenCheckpoint]
+    verify: Callable[[Packed, Path], None]
     constrain: Callable[[SearchSpace], SearchSpace] = lambda space: space
+
+    def write_verified(
+        self, packed: Packed, out: Path, options: WriteOptions, finish: Finish | None = None
+    ) -> WrittenCheckpoint:
+        """Writes a decided model to `out`, where nothing appears unless what was written is what was decided."""
+
+        def verified(folder: Path, written: WrittenCheckpoint) -> None:
+            self.verify(packed, folder)
+            if finish is not None:
+                finish(folder, written)
+
+        return self.write(packed, out, options, verified)
