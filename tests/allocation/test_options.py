@@ -1,4 +1,4 @@
-"""Options of decisions and groups: enumeration, sizes, and everything that is refused."""
+"""Variants of decisions and groups: enumeration, sizes, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from allocation_tables import table_of
 
-from sedimo.allocation.options import Options, check_groups, enumerate_variants
+from sedimo.allocation.options import Variants, check_groups, enumerate_variants
 from sedimo.allocation.table import Cost
 from sedimo.errors import InputError, StateError
 from sedimo.quant.formats import FP16, Format, parse_formats
@@ -30,7 +30,7 @@ TABLE = table_of(
 )
 
 
-def group_of(formats: dict[str, tuple[Format, ...]], name="group", **changes) -> Options:
+def group_of(formats: dict[str, tuple[Format, ...]], name="group", **changes) -> Variants:
     choice = enumerate_variants(formats)
     cost = np.linspace(1.0, 2.0, len(choice))
     return replace(TABLE.group(name, formats, choice, cost, cost / 10), **changes)

@@ -11,7 +11,7 @@ import numpy as np
 from allocation_tables import table_of, tiny_tables
 from hypothesis import strategies as st
 
-from sedimo.allocation.options import Options
+from sedimo.allocation.options import Variants
 from sedimo.allocation.program import GAP
 from sedimo.allocation.solve import Allocation, allocate_within, read_budget
 from sedimo.allocation.table import Cost, SensitivityTable
@@ -27,7 +27,7 @@ class Grouped:
     """A table of decisions, and groups of them."""
 
     table: SensitivityTable
-    groups: tuple[Options, ...]
+    groups: tuple[Variants, ...]
 
     @property
     def total_params(self) -> int:

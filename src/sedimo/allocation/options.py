@@ -28,7 +28,7 @@ _NUMBERS = ("cost", "standard_error", *SIZES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Options:
+class Variants:
     """V variants of the w decisions of a group; costs and sizes as in a `Cost`, of all decisions together."""
 
     name: str
@@ -48,7 +48,7 @@ class Options:
         columns = zip(self.formats.items(), self.choice[row].tolist(), strict=True)
         return {name: formats[column] for (name, formats), column in columns}
 
-    def at(self, rows: Sequence[int] | IntArray) -> Options:
+    def at(self, rows: Sequence[int] | IntArray) -> Variants:
         """Some of the variants."""
         return replace(self, **{name: getattr(self, name)[rows] for name in ("choice", *_NUMBERS)})
 
@@ -90,7 +90,7 @@ class Options:
         return f"{n_twice} of {len(self)} variants occur twice" if n_twice else ""
 
 
-def check_groups(groups: Sequence[Options], decisions: Collection[str], denoiser: str) -> None:
+def check_groups(groups: Sequence[Variants], decisions: Collection[str], denoiser: str) -> None:
     """Refuses groups that do not share out the decisions; one that is varied alone is a group of its own."""
     for group in groups:
         group.check()

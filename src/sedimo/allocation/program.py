@@ -42,7 +42,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from sedimo.allocation.options import FloatArray, IntArray, Options
+from sedimo.allocation.options import FloatArray, IntArray, Variants
 from sedimo.errors import InputError, SedimoError
 
 GAP = 1e-4
@@ -65,12 +65,12 @@ class Problem:
     Shapes: D decisions, K options at most, R limited resources (bytes, bit operations, or both in this order).
     """
 
-    rows: tuple[Options, ...]
+    rows: tuple[Variants, ...]
     cost: FloatArray  # [D, K], infinite where there is no option
     size: IntArray  # [R, D, K]; 0 where there is no option
     limit: IntArray  # [R]
 
-    def chosen(self, choice: IntArray) -> list[Options]:
+    def chosen(self, choice: IntArray) -> list[Variants]:
         """The options that a choice `[D]` of columns takes."""
         return [row.at([column]) for row, column in zip(self.rows, choice.tolist(), strict=True)]
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from sedimo.allocation.options import SIZES, IntArray, Options, check_groups
+from sedimo.allocation.options import SIZES, IntArray, Variants, check_groups
 from sedimo.allocation.program import GAP, SEARCHES, Answer, Problem, decide, pareto, relax
 from sedimo.allocation.table import Cost, SensitivityTable
 from sedimo.errors import InputError
@@ -93,7 +93,7 @@ class Budget:
         bops = None if self.bops is None else self.bops - attention_bops
         return np.array([min(limit, _NO_LIMIT) for limit in (self.size_bytes, bops) if limit is not None], np.int64)
 
-    def sizes(self, entry: Cost | Options) -> tuple[int | IntArray, ...]:
+    def sizes(self, entry: Cost | Variants) -> tuple[int | IntArray, ...]:
         """What one option, or each of many, takes of each limited resource, [R]."""
         size = entry.paper_bytes if self.accounting == "paper" else entry.stored_bytes
         return tuple(taken for limit, taken in ((self.size_bytes, size), (self.bops, entry.bops)) if limit is not None)
@@ -171,7 +171,7 @@ def allocate_within(
     rule: str = "milp",
     gap: float = GAP,
     known: Allocation | None = None,
-    groups: Sequence[Options] = (),
+    groups: Sequence[Variants] = (),
 ) -> Allocation:
     """Like `allocate`, for a `Budget`; what is searched is never worse than `known`, a choice that fits.
 
@@ -272,13 +272,17 @@ def _allocate_uniform(table: SensitivityTable, rule: str, budget: Budget | None)
     return replace(allocate_given(table, choice, budget, rule=rule), notes=notes)
 
 
-def _cheapest(row: Options) -> int:
+def _cheapest(row: Variants) -> int:
     """The option of least cost; the smaller one of equals, then the first by the names of its formats."""
     return int(np.lexsort((*row.ranks[::-1], row.stored_bytes, row.paper_bytes, row.cost))[0])
 
 
 def _judge(
-    table: SensitivityTable, chosen: Sequence[Options], rule: str, budget: Budget | None, groups: Sequence[Options] = ()
+    table: SensitivityTable,
+    chosen: Sequence[Variants],
+    rule: str,
+    budget: Budget | None,
+    groups: Sequence[Variants] = (),
 ) -> Allocation:
     """The allocation of what was chosen without looking at a budget, with the bound of its size."""
     own = budget or Budget(sum(int(option.paper_bytes[0]) for option in chosen), "paper")
@@ -306,7 +310,7 @@ def _columns(problem: Problem, table: SensitivityTable, known: Allocation, budge
     return np.asarray((is_as_good & (problem.size <= sizes[..., None]).all(axis=0)).argmax(axis=1), dtype=np.int64)
 
 
-def _rows_of(table: SensitivityTable, groups: Sequence[Options] = ()) -> list[Options]:
+def _rows_of(table: SensitivityTable, groups: Sequence[Variants] = ()) -> list[Variants]:
     """The options of finite cost of each decision, or of each group if the decisions are grouped.
 
     Raises:
@@ -322,7 +326,7 @@ def _rows_of(table: SensitivityTable, groups: Sequence[Options] = ()) -> list[Op
 
 
 def make_problem(
-    table: SensitivityTable, budget: Budget, groups: Sequence[Options] = (), *, keeps_dominated: bool = False
+    table: SensitivityTable, budget: Budget, groups: Sequence[Variants] = (), *, keeps_dominated: bool = False
 ) -> Problem:
     """The problem of a table under a budget; the answer depends on no order but that of names."""
     rows = sorted(_rows_of(table, groups), key=attrgetter("name"))
@@ -345,7 +349,7 @@ def bits_range(table: SensitivityTable) -> tuple[float, float]:
     return 8 / table.total_params * least, 8 / table.total_params * most
 
 
-def _ends(rows: Sequence[Options], budget: Budget) -> list[tuple[int, int]]:
+def _ends(rows: Sequence[Variants], budget: Budget) -> list[tuple[int, int]]:
     """The least and the most that all decisions together can take, of each resource that a budget limits."""
     sizes = zip(*(budget.sizes(row) for row in rows), strict=True)
     return [(sum(int(one.min()) for one in of_rows), sum(int(one.max()) for one in of_rows)) for of_rows in sizes]
@@ -354,7 +358,7 @@ def _ends(rows: Sequence[Options], budget: Budget) -> list[tuple[int, int]]:
 def record(
     table: SensitivityTable,
     budget: Budget,
-    chosen: Sequence[Options],
+    chosen: Sequence[Variants],
     answer: Answer,
     *,
     rule: str,
@@ -394,7 +398,7 @@ def record(
     )
 
 
-def _infeasible(table: SensitivityTable, budget: Budget, groups: Sequence[Options]) -> InputError:
+def _infeasible(table: SensitivityTable, budget: Budget, groups: Sequence[Variants]) -> InputError:
     """The error that says what is possible instead of a budget that cannot be kept."""
     ends, limits, possible = _ends(_rows_of(table, groups), budget), [], []
     if budget.size_bytes is not None:

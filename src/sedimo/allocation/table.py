@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from sedimo.allocation.options import SIZES, Columns, FloatArray, Options
+from sedimo.allocation.options import SIZES, Columns, FloatArray, Variants
 from sedimo.bank import Candidate
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import Stream
@@ -95,7 +95,7 @@ class SensitivityTable:
         return sum(self.params.values())
 
     @cached_property
-    def rows(self) -> tuple[Options, ...]:
+    def rows(self) -> tuple[Variants, ...]:
         """What each decision may be, as arrays."""
         if bad := next((c for c in self.costs if c.cost == -math.inf), None):
             raise InputError(
@@ -115,13 +115,13 @@ class SensitivityTable:
         choice: Columns,
         cost: FloatArray,
         standard_error: FloatArray,
-    ) -> Options:
+    ) -> Variants:
         """The variants `[V]` of a group of decisions, which take what the table says of each decision."""
         taken = np.zeros((len(SIZES), len(choice)), dtype=np.int64)
         for (decision, own), column in zip(formats.items(), choice.T, strict=True):
             entries = (self.index[decision, f] for f in own)
             taken += np.array([[getattr(entry, size) for size in SIZES] for entry in entries], np.int64).T[:, column]
-        return Options(name, formats, choice, cost, standard_error, *taken)
+        return Variants(name, formats, choice, cost, standard_error, *taken)
 
 
 def of_family(table: SensitivityTable, family: Family) -> SensitivityTable:

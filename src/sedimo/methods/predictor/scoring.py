@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sedimo.allocation.options import Options, enumerate_variants
+from sedimo.allocation.options import Variants, enumerate_variants
 from sedimo.allocation.table import SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
@@ -347,7 +347,7 @@ def noise_of_variants(
     table: SensitivityTable,
     *,
     confidence: float = 0.0,
-) -> list[Options]:
+) -> list[Variants]:
     """Costs of all variants of all groups: what their layers add to the noise, in the network's unit.
 
     The noise is that by the last hop, the rest of the graph as in `reference` `[D]`. With `confidence` k, a cost is
