@@ -162,14 +162,17 @@ def block(default: Any, panel: str = "") -> Any:
 def settings_of(function: Callable[..., object]) -> type:
     """A record of what a function takes; each parameter says how it is set by its `Option`, or a block by its heading.
 
+    One that says nothing is no option, and `progress` is no setting.
+
     def run(out: Annotated[Path, Option(("-o", "--out"), "File to write.")], ...) -> ...
     """
     hints, found = typing.get_type_hints(function, include_extras=True), []
     for one in inspect.signature(function).parameters.values():
-        kind, how = get_args(hints[one.name])
+        kind, *how = get_args(hints[one.name]) or (hints[one.name],)
         default = REQUIRED if one.default is one.empty else one.default
-        metadata = {_KEY if isinstance(how, Option) else _PANEL: how}
-        found.append((one.name, kind, field(default=default, metadata=metadata)))
+        metadata = {_KEY if isinstance(told, Option) else _PANEL: told for told in how}
+        if one.name != "progress":
+            found.append((one.name, kind, field(default=default, metadata=metadata)))
     return dataclasses.make_dataclass("Settings", found, frozen=True)
 
 

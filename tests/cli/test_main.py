@@ -175,6 +175,27 @@ def test_options_of_one_method_are_shown_when_they_are_asked_for():
     assert "--beta" in run("quantize", "--help-method", "orthogonality").stdout
 
 
+def test_what_a_search_predicts_can_be_set_wherever_there_is_a_search():
+    words = {"source": "x", "bits": 3.0, "method": "gnn", "goal": "sqnr_pooled_db"}
+    settings = JOB.read({**words, "target": "diffusers"})
+    assert (settings.task.knobs.target, settings.target) == ("sqnr_pooled_db", "diffusers")
+    assert "--target" not in run("quantize", "--help-method", "gnn").stdout
+    for name, flags in (
+        ("quantize", {"--goal"}),
+        ("run", {"--goal", "--target"}),
+        ("attribute", {"--goal", "--target"}),
+    ):
+        assert next({*p.opts} for p in command(name).params if "--goal" in p.opts) == flags
+    wrong = run("quantize", "x", "--bits", "3", "--method", "gnn", "--goal", "beauty", code=3).output
+    assert "can predict sqnr_db or sqnr_pooled_db" in wrong
+
+
+def test_headings_of_a_search_come_before_what_many_commands_share():
+    heads = [line for line in run("run", "--help").stdout.splitlines() if re.fullmatch(r"[A-Z][\w ]+:", line)]
+    first, last = ["Source:", "Budget:", "Options:", "Search:"], ["Formats:", "Sampling:", "Treatments:"]
+    assert heads == [*first, *last, "Output and help:", "What NAME may be:"]
+
+
 def test_a_method_without_options_is_described():
     shown = run("quantize", "--help-method", "sqnr").stdout.splitlines()
     assert shown[0] == "sqnr:"

@@ -209,3 +209,10 @@ def test_old_uses_warn_and_say_what_to_write(pipe, tmp_path):
         sedimo.probe(pipe, bank, "ablation", store=tmp_path, sampling=quick(pipe))
     with pytest.warns(DeprecationWarning, match=r"use sedimo\.replace"):
         sedimo.quantize(pipe, {LAYER: "uaq4"})
+
+
+def test_a_recipe_is_used_for_a_source_by_name_too(tiny_pipeline_folder, tmp_path):
+    found = sedimo.quantize(tiny_pipeline_folder, {LAYER: "uaq4"}, out=tmp_path / "out", check=False)
+    assert str(found.allocation.recipe.layers[LAYER]) == "uaq4"
+    with pytest.raises(InputError, match="a recipe decides everything"):
+        sedimo.quantize(tiny_pipeline_folder, {LAYER: "uaq4"}, bits=3.0, out=tmp_path / "other")

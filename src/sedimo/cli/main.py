@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
 
@@ -108,12 +109,20 @@ class _JobCommand(click.Command):
 
     def __init__(self, name: str, job: Job[Any, Any]) -> None:
         own = {leaf.word: leaf for leaf in leaves(job.settings, "Options")}
-        offers = {one.name: [leaf for leaf in leaves(one.knobs) if leaf.word not in own] for one in job.offers()}
+        taken = {flag for leaf in own.values() for flag in leaf.flags}
+        offers = {
+            one.name: [
+                replace(leaf, flags=tuple(flag for flag in leaf.flags if flag not in taken))
+                for leaf in leaves(one.knobs)
+                if leaf.word not in own
+            ]
+            for one in job.offers()
+        }
         self._job, self._offers, self._leaves, self._shown = job, offers, own, [*own.values()]
         for owner, offered in offers.items():
             fresh = {leaf.word: leaf for leaf in offered if leaf.word not in self._leaves}  # the others are shared
             self._leaves |= fresh
-            self._shown += [*fresh.values()][:1] if owner in job.offered_treatments else []
+            self._shown += [*fresh.values()][:1] if owner in job.offered["treatments"] else []
         self._own = [click.Option(["--json", "as_json"], is_flag=True, help="Print JSON and nothing else.")]
         if job.plan is not None:
             self._own.append(click.Option(["--dry-run"], is_flag=True, help="Tell what it takes, and stop."))
@@ -166,15 +175,15 @@ class _JobCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Options under the headings of their settings, in as few lines as can be."""
         panels: dict[str, list[click.Parameter]] = {}
-        for leaf in self._shown:
+        for leaf in sorted(self._shown, key=lambda leaf: leaf.panel in ("Formats", "Sampling", "")):  # which many share
             panels.setdefault(leaf.panel or "Treatments", []).append(_parameter(leaf))
         panels["Output and help"] = [*self._own, *(p for p in self.get_params(ctx) if p not in self.params)]
         formatter.write_paragraph()
         for panel, parameters in panels.items():
             _write_panel(formatter, panel, _records(ctx, parameters))
         if self._offers:
-            names = {"methods": self._job.offered_methods, "treatments": self._job.offered_treatments}
-            _write_panel(formatter, "What NAME may be", [(kind, ", ".join(n)) for kind, n in names.items() if n])
+            names = ((kind, ", ".join(found)) for kind, found in self._job.offered.items() if found)
+            _write_panel(formatter, "What NAME may be", [*names])
 
 
 def _records(ctx: click.Context, parameters: Iterable[click.Parameter]) -> list[tuple[str, str]]:

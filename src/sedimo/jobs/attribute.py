@@ -51,7 +51,11 @@ class AttributeSettings(Checked):
         "", "--objective", check=one_of(OBJECTIVES), help="Whose trials; default: the objective that has most."
     )
     target: str = option(
-        "", "--target", check=read_by(Goal.parse), help="Such as '-fid - 150*avg_bits'; default: by the objective."
+        "",
+        "--goal",
+        "--target",
+        check=read_by(Goal.parse),
+        help="Such as '-fid - 150*avg_bits'; default: by the objective.",
     )
     confidence: float = option(1.0, "--confidence", check=refuse_confidence, help="Margin of costs, in deviations.")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 from sedimo.allocation.budget import BudgetSettings
 from sedimo.errors import InputError
 from sedimo.jobs import quantize
-from sedimo.jobs.job import Job
+from sedimo.jobs.job import simple_job
 from sedimo.jobs.quantize import JobResult, QuantizeSettings
 from sedimo.jobs.settings import open_lab
 from sedimo.lab.bench import SourceSettings
@@ -17,7 +18,7 @@ from sedimo.lab.seeds import SamplingSettings
 from sedimo.methods.predictor.training import MIN_RECIPES
 from sedimo.methods.search import SEARCH, TRAINING_FACTOR, SearchSettings
 from sedimo.progress import SILENT, Progress
-from sedimo.settings import option
+from sedimo.settings import Option
 from sedimo.treatments.error_feedback import ERROR_FEEDBACK, FeedbackSettings
 
 logger = logging.getLogger(__name__)
@@ -29,30 +30,26 @@ SECONDS = 120.0  # that it takes, about
 MARK = ".sedimo-demo"
 
 
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
-    """Where to write, and how many bits."""
-
-    out: Path = option(Path("demo-out"), "-o", "--out", help="Folder to write.")
-    bits: float = option(3.5, "--bits", help="Budget: bits per weight in the papers' accounting.")
-    command: str = "sedimo demo"
-
-
-def run(settings: DemoSettings, progress: Progress = SILENT) -> JobResult:
+def run(
+    out: Annotated[Path, Option(("-o", "--out"), "Folder to write.")] = Path("demo-out"),
+    bits: Annotated[float, Option(("--bits",), "Budget: bits per weight in the papers' accounting.")] = 3.5,
+    command: str = "sedimo demo",
+    *,
+    progress: Progress = SILENT,
+) -> JobResult:
     """Quantizes the embedded pipeline; the result of an earlier demo in its place is replaced."""
-    out = settings.out
     is_used = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if is_used and not (out / MARK).is_file():
         raise InputError(f"{out} holds something that no demo wrote; choose another folder with -o")
     job = QuantizeSettings(
         source=SourceSettings(SOURCE),
-        budget=BudgetSettings(bits=settings.bits),
+        budget=BudgetSettings(bits=bits),
         out=out,
         method=SEARCH.name,
         sampling=SAMPLING,
         overwrite=is_used,
         chosen=_chosen(MIN_RECIPES),
-        command=settings.command,
+        command=command,
     )
     result = quantize.run(replace(job, chosen=_chosen(_affordable(job, progress))), progress)
     (out / MARK).touch()
@@ -84,4 +81,4 @@ def _chosen(n_trials: int) -> dict[str, object]:
     return {SEARCH.name: search, ERROR_FEEDBACK.name: FeedbackSettings()}
 
 
-JOB = Job(__doc__, DemoSettings, run, quantize.page)
+JOB = simple_job(__doc__, run, quantize.page)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
@@ -51,6 +52,7 @@ from sedimo.targets.diffusers import DIFFUSERS
 from sedimo.targets.target import Packed
 
 RecipeLike = Recipe | Mapping[str, str | Format]
+Model = TypeVar("Model", bound=Loaded | nn.Module)
 
 
 class Lab(BenchLab):
@@ -176,9 +178,24 @@ def fit(
     return fit_bank(weights_of(pipe), space, sample_channels=sample_channels, cache=place, progress=progress)
 
 
+@overload
+def quantize(
+    source: str | Path,
+    recipe: RecipeLike | str | Path | None = None,
+    *,
+    bank: None = None,
+    progress: Progress = SILENT,
+    **words: object,
+) -> JobResult: ...
+
+
+@overload
+def quantize(source: Model, recipe: RecipeLike, *, bank: Bank | None = None, progress: Progress = SILENT) -> Model: ...
+
+
 def quantize(
     source: str | Path | Loaded | nn.Module,
-    recipe: RecipeLike | None = None,
+    recipe: RecipeLike | str | Path | None = None,
     *,
     bank: Bank | None = None,
     progress: Progress = SILENT,
@@ -199,15 +216,21 @@ def quantize(
     Example:
         >>> sedimo.quantize("zoo:cifar-dit", bits=3.5, out="small").allocation.paper_bits
     """
-    if recipe is not None and not isinstance(source, str | Path):
-        _warn("sedimo.quantize(pipe, recipe)", "sedimo.replace(pipe, recipe)")
-        return replace(source, recipe, bank=bank)
-    if not isinstance(source, str | Path):
+    if isinstance(source, str | Path):
+        if recipe is not None:
+            words["recipe"] = str(recipe) if isinstance(recipe, str | Path) else _recipe(recipe)
+        return JOB.run(JOB.read({"source": str(source), **words}), progress)
+    if recipe is None or isinstance(recipe, str | Path):
         raise InputError("the main job takes a folder, a hub id or zoo:NAME; for a loaded pipeline use sedimo.Lab")
-    return JOB.run(JOB.read({"source": str(source), **words}), progress)
+    _warn("sedimo.quantize(pipe, recipe)", "sedimo.replace(pipe, recipe)")
+    return replace(source, recipe, bank=bank)
 
 
-def replace(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None = None) -> Loaded | nn.Module:
+def _recipe(given: RecipeLike) -> Recipe:
+    return given if isinstance(given, Recipe) else Recipe.from_mapping(given)
+
+
+def replace(pipe: Model, recipe: RecipeLike, *, bank: Bank | None = None) -> Model:
     """Replaces the weights that a recipe names by packed ones, in place, and returns `pipe`.
 
     `recipe` is a `Recipe` or a plain mapping of layer name to format text. Formats such as `uaq4a8` round the layer's
@@ -220,7 +243,7 @@ def replace(pipe: Loaded | nn.Module, recipe: RecipeLike, *, bank: Bank | None =
     Example:
         >>> sedimo.replace(pipe, {"proj_out_2": "uaq8"})
     """
-    wanted = recipe if isinstance(recipe, Recipe) else Recipe.from_mapping(recipe)
+    wanted = _recipe(recipe)
     denoiser = pipe if isinstance(pipe, nn.Module) else pipe.denoiser
     refuse_unfit_source(denoiser)
     if bank is None:

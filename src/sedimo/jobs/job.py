@@ -7,8 +7,9 @@ the reference pages are made from that tuple.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, Generic, TypeVar
 
 from sedimo import methods, treatments
@@ -90,14 +91,13 @@ class Job(Generic[Settings, Result]):
         return build(self.settings, {("command",): command, ("chosen",): chosen, **read_words(self.settings, left)})
 
     @property
-    def offered_treatments(self) -> list[str]:
-        """Their names; they are few, and the first option of each stands in the help itself."""
-        return [one.name for one in self.offers() if isinstance(one, Treatment)]
-
-    @property
-    def offered_methods(self) -> list[str]:
-        """The methods as people write them."""
-        return [str(one) for one in self.offers() if isinstance(one, Method)]
+    def offered(self) -> Mapping[str, list[str]]:
+        """Methods as people write them, and treatments, which are few: the first option of each stands in the help."""
+        offers = self.offers()
+        return {
+            "methods": [str(one) for one in offers if isinstance(one, Method)],
+            "treatments": [one.name for one in offers if isinstance(one, Treatment)],
+        }
 
 
 def simple_job(
@@ -106,10 +106,13 @@ def simple_job(
     page: Callable[[Result], Page],
     as_json: Callable[[Result], object] = as_json,
 ) -> Job[Any, Result]:
-    """A quick job, whose settings are what its function takes."""
-    settings = settings_of(function)
-    names = [one.name for one in fields(settings)]
-    return Job(words, settings, lambda s, _: function(**{name: getattr(s, name) for name in names}), page, as_json)
+    """A quick job, whose settings are what its function takes; to one that takes `progress` it is passed."""
+    takes_progress = "progress" in signature(function).parameters
+
+    def run(settings: object, progress: Progress) -> Result:
+        return function(**vars(settings), **({"progress": progress} if takes_progress else {}))
+
+    return Job(words, settings_of(function), run, page, as_json)
 
 
 def all_offers() -> Sequence[Offer]:

@@ -75,7 +75,9 @@ class SearchSettings(Checked):
     prior: str = option(
         PRIORS[0].name, "--prior", check=prior_named, help=f"What the predictor starts from: {listed(PRIORS)}."
     )
-    target: str = option("sqnr_db", "--target", check=_refuse_target, help="What to predict, such as sqnr_db.")
+    target: str = option(
+        "sqnr_db", "--goal", "--target", check=_refuse_target, help="What to predict, such as sqnr_db."
+    )
     level: Level = option(
         "decisions", "--level", help="Decide on single layers, or on all variants of attention and feed-forward groups."
     )
