@@ -25,7 +25,7 @@ from sedimo.allocation.table import Cost
 from sedimo.codec import to_plain
 from sedimo.errors import InputError
 from sedimo.jobs.job import Job
-from sedimo.jobs.settings import COMPARABLE, SAMPLING, one_format, open_lab, parts_of
+from sedimo.jobs.settings import COMPARABLE, SAMPLING, one_format, open_lab, parts_of, treated
 from sedimo.lab.bench import SourceSettings
 from sedimo.lab.lab import Lab
 from sedimo.lab.seeds import SamplingSettings
@@ -47,7 +47,7 @@ from sedimo.reporting.page import Block, Figure, Items, Page, Row, Table, Text, 
 from sedimo.reporting.words import name, number, said, verdict, with_error
 from sedimo.settings import REQUIRED, Checked, block, option
 from sedimo.treatments.smoothing import DEFAULT_SHARE, SmoothingSettings, check_share, plan_smoothings
-from sedimo.treatments.static_ranges import ACTIVATIONS, DYNAMIC_ACTIVATIONS, ActivationSettings, round_activations
+from sedimo.treatments.static_ranges import ACTIVATIONS, DYNAMIC_ACTIVATIONS, ActivationSettings
 
 Question = Literal["alpha", "calibration", "threshold", "samples", "schedulers"]
 SIGNALS = {JACOBIAN.name: JACOBIAN, SQNR.name: SQNR}  # by which schedulers are compared
@@ -176,16 +176,11 @@ def run(settings: SweepSettings, progress: Progress) -> Sweep:
     return found
 
 
-def _rounding(lab: Lab, settings: ActivationSettings) -> Lab:
-    """The lab with activations rounded as they are to be."""
-    rules = round_activations(lab, settings)
-    return lab if rules is None else lab.treated(rules)
-
-
 def _alpha(lab: Lab, settings: SweepSettings) -> Sweep:
-    labs, notes = {"none": _rounding(lab, settings.activations)}, dict[str, str]()
+    rounding, notes = {ACTIVATIONS.name: settings.activations}, dict[str, str]()
+    labs = {"none": treated(lab, rounding)}
     for plan in plan_smoothings(lab, settings.smoothing):
-        labs[f"{plan.alpha:g}"] = _rounding(lab.treated(plan), settings.activations)
+        labs[f"{plan.alpha:g}"] = treated(lab.treated(plan), rounding)
         notes[f"{plan.alpha:g}"] = f"{sum(any(layer.exponents) for layer in plan.layers.values())} layers smoothed"
     return _valued(lab, settings, labs, kept={}, notes=notes, tolerance=SAME_UP_TO_ROUNDING)
 
@@ -196,7 +191,8 @@ def _calibration(lab: Lab, settings: SweepSettings) -> Sweep:
     static = replace(wanted, ranges="min-max" if wanted.ranges == "dynamic" else wanted.ranges)
     rules = {"dynamic": ActivationSettings(symmetric=wanted.symmetric)}
     rules |= {f"all {n}" if n == n_all else str(n): replace(static, n_steps=n) for n in settings.counts}
-    return _valued(lab, settings, {name: _rounding(lab, rule) for name, rule in rules.items()}, kept={}, notes={})
+    labs = {name: treated(lab, {ACTIVATIONS.name: rule}) for name, rule in rules.items()}
+    return _valued(lab, settings, labs, kept={}, notes={})
 
 
 def _threshold(lab: Lab, settings: SweepSettings) -> Sweep:
@@ -205,7 +201,7 @@ def _threshold(lab: Lab, settings: SweepSettings) -> Sweep:
     refuse_keeping_all(lab.space, number_format, counts[-1], remedy="Give smaller --values")
     if counts[-1] == 0:
         raise InputError("a sweep of the threshold needs a number of blocks above 0, which is the baseline")
-    lab = _rounding(lab, settings.activations)
+    lab = treated(lab, {ACTIVATIONS.name: settings.activations})
     by_gain = blocks_by_gain(lab, number_format, lab.seeds.search)
     steps = [(0, 0), *pairwise(sorted({0, *counts}))]
     labs, kept = {str(n): lab for _, n in steps}, {str(n): by_gain[:n] for _, n in steps}
