@@ -58,13 +58,6 @@ def _numbers(estimate):
     return estimate.value, estimate.standard_error, estimate.low, estimate.high
 
 
-def test_exponential_gain_has_grades_of_0_to_4():
-    predicted, measured = noisy(60)
-    found = prediction_quality(predicted, measured, gain="exponential", n_bootstrap=LEAST_RESAMPLES)
-    gains = 2 ** (4 * relevance(measured)) - 1
-    assert found.ndcg_at_10.value == pytest.approx(ndcg_score([gains], [predicted], k=10), abs=FLOAT64_SUM)
-
-
 @pytest.mark.parametrize("n_levels", [None, 2])
 def test_intervals_are_percentiles_of_resampled_recipes(n_levels):
     predicted, measured = noisy(25, n_levels=n_levels)
@@ -185,8 +178,6 @@ def test_difference_refuses_the_same():
         quality_difference([1, 2, 3], [1, 2, 3, 4], [1, 2, 3])
 
 
-def test_too_few_resamples_and_unknown_gains_are_refused():
+def test_too_few_resamples_are_refused():
     with pytest.raises(InputError, match=f"at least {LEAST_RESAMPLES} resamples, got n_bootstrap=39"):
         prediction_quality([1, 2, 3], [1, 2, 3], n_bootstrap=LEAST_RESAMPLES - 1)
-    with pytest.raises(InputError, match="'linear' or 'exponential', got 'cubic'"):
-        prediction_quality([1, 2, 3], [1, 2, 3], gain="cubic")

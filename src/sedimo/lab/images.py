@@ -91,7 +91,10 @@ def compare_distributions(reference: Features, quantized: Features) -> dict[str,
     if len(names) > 1:
         raise InputError(f"features of different extractors do not compare: {', '.join(sorted(names))}")
     if reference.values.shape != quantized.values.shape:
-        raise InputError(f"sets must be of one size, got {reference.values.shape} and {quantized.values.shape}")
+        raise InputError(
+            "sets must be of one size, to be compared image by image, got features of shape "
+            f"{reference.values.shape} and {quantized.values.shape}. Draw both with the same seeds."
+        )
     found: dict[str, Estimate] = {}
     for name, ours, theirs in zip(("fid", "kid"), quantized.distances, reference.distances, strict=True):
         for label, values in ((name, ours), (f"reference_{name}", theirs), (f"{name}_difference", ours - theirs)):

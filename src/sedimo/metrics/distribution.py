@@ -45,7 +45,8 @@ def fid_replicates(features: npt.ArrayLike, reference: FeatureStatistics, *, n_p
 
     FID falls with n: only figures of equal n compare.
     """
-    return np.array(list(map(fid_to(reference), _leave_out_statistics(_features(features, "features"), n_parts))))
+    distance = fid_to(reference)
+    return np.array([distance(one) for one in _leave_out_statistics(_features(features, "features"), n_parts)])
 
 
 def fid_to(reference: FeatureStatistics) -> Callable[[FeatureStatistics], float]:
@@ -122,10 +123,9 @@ def _leave_out_statistics(features: Matrix, n_parts: int) -> list[FeatureStatist
         shift = total / n
         return FeatureStatistics(centre + shift, (product - n * np.outer(shift, shift)) / (n - 1), n)
 
-    everything = sums.sum(0), products.sum(0), len(features)
-    parts_of = zip(sums, products, sizes, strict=True)
-    left_out = [statistics(everything[0] - s, everything[1] - p, everything[2] - size) for s, p, size in parts_of]
-    return [statistics(*everything), *left_out]
+    total, product, n = sums.sum(0), products.sum(0), len(features)
+    left_out = (statistics(total - s, product - p, n - m) for s, p, m in zip(sums, products, sizes, strict=True))
+    return [statistics(total, product, n), *left_out]
 
 
 def _parts(features: Matrix, n_parts: int) -> list[Matrix]:

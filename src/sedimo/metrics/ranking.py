@@ -9,7 +9,7 @@ says nothing of another training run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,9 @@ from scipy import stats
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import CONFIDENCE, Estimate
 
-Gain = Literal["exponential", "linear"]
-
 LEAST_RECIPES = 3
 LEAST_RESAMPLES = 40  # 2.5 % of them is one: fewer have nothing beyond the ends of a 95 % interval
 NDCG_PLACES = 10
-TOP_GRADE = 4  # web search grades relevance by 0 to 4; the exponential gain of the best recipe is then 15
 _BLOCK_ROWS = 512  # of the matrix of pairs: 4 kB of memory per recipe, whatever their number
 
 _Array: TypeAlias = npt.NDArray[np.float64]
@@ -58,16 +55,15 @@ def prediction_quality(
     predicted: npt.ArrayLike,
     measured: npt.ArrayLike,
     *,
-    gain: Gain = "linear",
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> PredictionQuality:
     """Quality of the predictions `[n]` of measurements `[n]`, with percentile bootstrap intervals over recipes.
 
     NDCG@10 takes the predicted order, with the mean gain for recipes of equal prediction, against the measured
-    order. A recipe's relevance is its measurement, shifted and scaled so that the worst of all has 0 and the best 1;
-    its gain is the relevance r (`linear`) or 2^(4 r) - 1 (`exponential`: only the best count). Gains belong to the
-    recipes and stay the same in all resamples. Where no order is better than another, correlations and NDCG are 0.
+    order. A recipe's gain is its measurement, shifted and scaled so that the worst of all has 0 and the best 1. Gains
+    belong to the recipes and stay the same in all resamples. Where no order is better than another, correlations and
+    NDCG are 0.
 
     Example:
         >>> prediction_quality([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]).srcc.value
@@ -78,7 +74,8 @@ def prediction_quality(
     """
     x, y = _checked(predicted, measured)
     counts = _resamples(len(y), n_bootstrap, seed)
-    x_ties, y_ties, gains = _ties(x), _ties(y), _gains(y, gain)
+    x_ties, y_ties, spread = _ties(x), _ties(y), np.ptp(y)
+    gains = (y - y.min()) / spread if spread > 0 else np.zeros_like(y)
     return PredictionQuality(
         srcc=_estimate(_srcc(counts, x_ties, y_ties), n=len(y)),
         kendall_tau=_estimate(_kendall_tau(counts, x_ties, y_ties), n=len(y)),
@@ -181,14 +178,6 @@ def _kendall_tau(counts: _Array, x: _Codes, y: _Codes) -> _Array:
         concordance += (counts[:, rows] * (counts @ signs.T.astype(np.float64))).sum(1)
     x_pairs, y_pairs = (n**2 - np.square(_totals(counts, ties)).sum(1) for ties in (x, y))
     return _ratio(concordance, np.sqrt(x_pairs * y_pairs))
-
-
-def _gains(measured: _Array, gain: Gain) -> _Array:
-    if gain not in ("exponential", "linear"):
-        raise InputError(f"gain must be 'linear' or 'exponential', got {gain!r}")
-    spread = np.ptp(measured)
-    relevance = (measured - measured.min()) / spread if spread > 0 else np.zeros_like(measured)
-    return relevance if gain == "linear" else np.exp2(TOP_GRADE * relevance) - 1
 
 
 def _dcg(counts: _Array, best_first: _Codes, gains: _Array) -> _Array:

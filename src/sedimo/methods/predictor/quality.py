@@ -132,13 +132,10 @@ def rate(
         for name, values in said.items():
             q = prediction_quality(values[kept], truth[kept])
             ahead = None if name == MINE else quality_difference(mine[kept], values[kept], truth[kept])
-            rows.append(
-                PredictorRow(
-                    *(name, subset, q.n, q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae),
-                    is_used=name == MINE,
-                    advantage=ahead,
-                )
+            row = PredictorRow(
+                name, subset, q.n, q.srcc, q.kendall_tau, q.ndcg_at_10, q.mae, is_used=name == MINE, advantage=ahead
             )
+            rows.append(row)
     return tuple(rows)
 
 
@@ -288,10 +285,8 @@ def _change(
     effects = each[:, 1] - each[:, 0]
     # an error is that between folds, and what the noise models do not know
     unknowns = [n.noise.uncertainty(after, minus=before)[0] for n in predictor.noise_networks] or [0.0]
-    predicted, half = (
-        float(effects.mean()),
-        NORMAL_95 * math.hypot(float(effects.std(ddof=1)), float(np.mean(unknowns))),
-    )
+    predicted = float(effects.mean())
+    half = NORMAL_95 * math.hypot(float(effects.std(ddof=1)), float(np.mean(unknowns)))
     share = 100 * sum(d.params for d in members) / choices.space.params
     sentence = (
         f"{what} ({bits_of(members, choice):.2f} bits per weight now, {allocation.paper_bits:.2f} overall; "

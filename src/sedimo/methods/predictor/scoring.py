@@ -69,14 +69,15 @@ def hop_moments(predictor: Predictor) -> Values:
     data, n_hops = predictor.data, predictor.options.n_hops
     some = data.codes[:: max(1, data.n // _MOMENT_RECIPES)]
     rows, layers = torch.from_numpy(data.features.rows(some)), np.flatnonzero(data.features.decision >= 0)
+    of_groups: dict[int, list[Values]] = {}  # of each hop, [F, T] of each group
+    for group in data.features.graph.groups:
+        if hop := min(group.hop, n_hops):
+            of_groups.setdefault(hop, []).append(_root_scores(predictor, group, hop, some))
     found = np.zeros((len(predictor.folds), n_hops + 1, 2))
-    for hop in range(n_hops + 1):
-        groups = [group for group in data.features.graph.groups if min(group.hop, n_hops) == hop] if hop else []
-        each = [_root_scores(predictor, group, hop, some) for group in groups]  # [F, T]
-        if not each:
-            networks = [fold.network for fold in predictor.folds]
-            each = [np.stack([_scores_of(n, n.hops(rows)[hop], rows, hop)[:, layers].ravel() for n in networks])]
-        for i, scores in enumerate(np.concatenate(each, axis=1)):
+    for i, fold in enumerate(predictor.folds):
+        for hop, h in enumerate(fold.network.hops(rows)):
+            each = [scores[i] for scores in of_groups.get(hop, ())]
+            scores = np.concatenate(each) if each else _scores_of(fold.network, h, rows, hop)[:, layers]
             used = scores[np.isfinite(scores)]
             found[i, hop] = used.mean(), max(float(used.std()), 1e-12)
     return found
@@ -87,7 +88,7 @@ def option_scores(predictor: Predictor, moments: Values) -> Values:
     """Scores of all options by hop 0 of each fold, which sees no neighbour, `[F, D, K]`; not a number for padding."""
     choices = predictor.data.choices
     rows = torch.from_numpy(predictor.data.features.row_options(choices.n_options))
-    networks = [fold.network for fold in predictor.folds]
+    networks = (fold.network for fold in predictor.folds)
     each = [_scores_of(network, network.hops.embedding.whole_table()[rows], rows, 0) for network in networks]
     return np.where(choices.exists, _weighted(predictor, np.stack(each), moments, 0), np.nan)
 

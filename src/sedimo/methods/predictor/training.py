@@ -28,7 +28,7 @@ from sedimo.errors import InputError
 from sedimo.methods.predictor.features import Choices, Codes, GraphFeatures, Values
 from sedimo.methods.predictor.model import NoiseNetwork, PaperNetwork
 from sedimo.methods.predictor.noise_model import fit_noise_model
-from sedimo.metrics.ranking import Gain, rank_correlation
+from sedimo.metrics.ranking import rank_correlation
 from sedimo.progress import SILENT, Progress
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 Preset = Literal["fast", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 RankingLoss = Literal["srcc", "lambda_rank", "hybrid", "none"]
+Gain = Literal["exponential", "linear"]
 Network = NoiseNetwork | PaperNetwork
 MIN_RECIPES = 20
 RELEVANCE = 50.0  # of the best recipe, as published
