@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from sedimo.errors import InputError
-from sedimo.settings import REQUIRED, Checked, block, checked, one_of, option, within
+from sedimo.settings import REQUIRED, Checked, block, one_of, option, within
 
 TRIALS = within(least=1)
 
@@ -25,10 +25,11 @@ class Outer(Checked):
     sampler: str = option("", "--sampler", check=one_of(("paper", "stratified")), help="Which.")
     low_bits: float | None = option(None, "--low-bits", check=within(hint="or nothing"), help="Least.")
     extent: Literal["all", "output"] = option("all", "--extent", help="What.")
-    share: float = checked(0.1, within(above=0, most=1))
+    share: float = 0.1
     inner: Inner = block(Inner())
 
     def check_together(self) -> None:
+        within(above=0, most=1)(self.share, "share")
         if self.trials == 7 and self.sampler == "paper":
             raise InputError("not seven papers")
 

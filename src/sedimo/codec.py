@@ -22,11 +22,7 @@ Record = TypeVar("Record")
 
 
 def to_plain(value: object) -> Any:
-    """The value as dictionaries, lists, strings, numbers, booleans and None.
-
-    Raises:
-        TypeError: the value holds something that has no place in a record.
-    """
+    """The value as dictionaries, lists, strings, numbers, booleans and None; a TypeError for anything else."""
     if hasattr(value, "__plain__"):
         return value.__plain__()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -71,11 +67,7 @@ def from_json(kind: type[Record], text: str | bytes, *, place: str = "record") -
 
 
 def from_plain(kind: type[Record], plain: object, *, place: str = "record") -> Record:
-    """The value of type `kind` that the plain value describes; strict, `place` is named in errors.
-
-    Raises:
-        StateError: a field is missing, unknown or of a wrong type, or a record refuses its values.
-    """
+    """The value of type `kind` that the plain value describes; strict, and a StateError names the `place`."""
     return typing.cast("Record", _read(kind, plain, place))
 
 

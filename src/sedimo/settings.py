@@ -7,9 +7,8 @@ and the keywords of the public functions. Records may hold other records; what p
     class Settings(Checked):
         trials: int = option(REQUIRED, "--trials", check=within(least=1), help="...")
         sampler: str = option("paper", "--sampler", check=one_of(SAMPLERS), help="...")
-        share: float = checked(0.1, within(above=0, most=1))
 
-        def check_together(self) -> None: ...  # only for what fields say together
+        def check_together(self) -> None: ...  # only for what fields say together, and fields that are no option
 
 An error names a value as people write it: `--trials must be at least 1, got 0` on the command line, and `trials` alone
 in Python.
@@ -33,7 +32,6 @@ from sedimo.errors import InputError
 Record = TypeVar("Record")
 _KEY = "sedimo option"
 _PANEL = "sedimo panel"
-_CHECK = "sedimo check"
 REQUIRED: Any = dataclasses.MISSING
 Check = Callable[[Any, str], object]  # refuses a value by an InputError; the text is how people name the value
 
@@ -95,11 +93,6 @@ def option(default: Any, *flags: str, help: str | Callable[[], str], **more: Any
     return field(default=default, metadata={_KEY: Option(flags, help, **more)})
 
 
-def checked(default: Any, check: Check) -> Any:
-    """A field of a `Checked` record that people do not set as an option."""
-    return field(default=default, metadata={_CHECK: check})
-
-
 def within(*, least: float = -math.inf, most: float = math.inf, above: float = -math.inf, hint: str = "") -> Check:
     """A check that a number is finite and in a range; the error gives the `hint` after the rule."""
     ends = {"at least": least, "above": above, "at most": most}
@@ -128,7 +121,7 @@ def read_by(parse: Callable[[str], object]) -> Check:
 
 
 class Checked:
-    """A record that checks its fields when it is made: each by itself, unless None or the default, then together."""
+    """A record that checks its options when it is made: each by itself, unless None or the default, then together."""
 
     __slots__ = ()
 
@@ -140,18 +133,13 @@ class Checked:
         self.check_together()
 
     def check_together(self) -> None:
-        """Refuses values that do not go together."""
+        """Refuses values that do not go together, and those of fields that are no option."""
 
 
 @functools.cache
 def _own_leaves(record: Any) -> tuple[Option, ...]:
     """What a record checks: a record inside checks its own."""
-    unset = (
-        Option((), "", check=one.metadata[_CHECK], path=(one.name,), default=one.default)
-        for one in dataclasses.fields(record)
-        if _CHECK in one.metadata
-    )
-    return (*(leaf for leaf in leaves(record) if len(leaf.path) == 1), *unset)
+    return tuple(leaf for leaf in leaves(record) if len(leaf.path) == 1)
 
 
 def block(default: Any, panel: str = "") -> Any:
@@ -195,11 +183,7 @@ def set_in(record: object) -> list[Option]:
 
 
 def build(record: type[Record], given: Mapping[tuple[str, ...], object], path: tuple[str, ...] = ()) -> Record:
-    """A record from the values that were given, by the fields that lead to them; what is not given has its default.
-
-    Raises:
-        InputError: a value is missing, or the record refuses what it was given.
-    """
+    """A record from the values that were given, by the fields that lead to them; what is not given has its default."""
     kinds, values = typing.get_type_hints(record), dict[str, object]()
     for one in dataclasses.fields(record):  # type: ignore[arg-type]  # every record is a dataclass
         place, kind = (*path, one.name), unwrapped(kinds[one.name])
@@ -214,11 +198,7 @@ def build(record: type[Record], given: Mapping[tuple[str, ...], object], path: t
 
 
 def read_words(record: type, words: Mapping[str, object]) -> dict[tuple[str, ...], object]:
-    """Keywords of Python by the fields that they set; texts are read as they would be on the command line.
-
-    Raises:
-        InputError: a word that the record does not have, or not one of its choices.
-    """
+    """Keywords of Python by the fields that they set; texts are read as they would be on the command line."""
     known, found = {leaf.word: leaf for leaf in leaves(record)}, dict[tuple[str, ...], object]()
     for word, value in words.items():
         if word not in known:

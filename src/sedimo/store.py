@@ -29,19 +29,13 @@ CREATE TABLE rows (
 
 
 class Rows:
-    """An open file of rows; a context manager that closes it.
-
-    Several processes may read; writers wait for each other up to 30 seconds.
+    """An open file of rows. Several processes may read; writers wait for each other up to 30 seconds.
 
     Example:
-        >>> with Rows(Path("study.sqlite")) as rows:
-        ...     rows.put("trial", "0f3c", {"sqnr_db": 11.2})
-        ...     rows.text("trial", "0f3c")
+        >>> rows = Rows(Path("study.sqlite"))
+        >>> rows.put("trial", "0f3c", {"sqnr_db": 11.2})
+        >>> rows.text("trial", "0f3c")
         '{"sqnr_db":11.2}'
-
-    Raises:
-        InputError: the file is missing and `create` is false.
-        StateError: the file is no SQLite file, belongs to another program, or has another layout.
     """
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
@@ -59,12 +53,6 @@ class Rows:
             if isinstance(error, StateError):
                 raise
             raise StateError(f"{path} is not a readable file of rows: {error}") from error
-
-    def __enter__(self) -> Rows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def put(self, kind: str, key: str, record: object) -> None:
         """Writes one row, in place of an older one of the same kind and key; durable when it returns."""

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 
 import pytest
 
@@ -28,11 +29,11 @@ for i in range(100000):
 
 def test_a_row_comes_back_after_the_file_is_closed(tmp_path):
     path = tmp_path / "new" / "study.sqlite"
-    with Rows(path) as rows:
+    with closing(Rows(path)) as rows:
         rows.put("trial", "b", {"x": 1})
         rows.put("trial", "a", {"x": 2})
         rows.put("probe", "a", [])
-    with Rows(path, create=False) as rows:
+    with closing(Rows(path, create=False)) as rows:
         assert rows.all(dict[str, int], "trial") == ({"x": 2}, {"x": 1})
         assert rows.keys("probe") == ("a",)
         assert rows.get(dict[str, int], "trial", "c") is None
@@ -44,7 +45,7 @@ def test_a_row_comes_back_after_the_file_is_closed(tmp_path):
 
 
 def test_many_rows_are_written_together_or_not_at_all(tmp_path):
-    with Rows(tmp_path / "s.sqlite") as rows:
+    with closing(Rows(tmp_path / "s.sqlite")) as rows:
         with pytest.raises(TypeError, match="a record cannot hold a object"):
             rows.put_many("trial", {"a": 1, "b": object()})
         with pytest.raises(sqlite3.Error):
@@ -62,7 +63,7 @@ def test_what_was_put_survives_a_killed_writer(tmp_path):
     acknowledged += [int(line) for line in writer.stdout]
     writer.wait()
     writer.stdout.close()
-    with Rows(path) as rows:
+    with closing(Rows(path)) as rows:
         found = [int(key) for key in rows.keys("trial")]
         assert found[: len(acknowledged)] == acknowledged
         assert len(found) <= len(acknowledged) + 1
@@ -74,16 +75,17 @@ def test_two_writers_wait_for_each_other(tmp_path):
     code = textwrap.dedent(
         """
         import sys
+        from contextlib import closing
         from pathlib import Path
         from sedimo.store import Rows
-        with Rows(Path(sys.argv[1])) as rows:
+        with closing(Rows(Path(sys.argv[1]))) as rows:
             for i in range(30):
                 rows.put("trial", f"{sys.argv[2]}{i}", 1)
         """
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "ab"]
     assert [w.wait() for w in writers] == [0, 0]
-    with Rows(path) as rows:
+    with closing(Rows(path)) as rows:
         assert len(rows.keys("trial")) == 60
 
 
@@ -103,7 +105,7 @@ class BusyAtFirst(sqlite3.Connection):
 
 def test_opening_waits_while_another_process_creates_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=BusyAtFirst))
-    with Rows(tmp_path / "s.sqlite") as rows:
+    with closing(Rows(tmp_path / "s.sqlite")) as rows:
         rows.put("trial", "a", 1)
         assert rows.keys("trial") == ("a",)
     assert BusyAtFirst.refusals == 0

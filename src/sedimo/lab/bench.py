@@ -129,10 +129,7 @@ class Bench:
     """
 
     def __init__(
-        self,
-        source: SourceSettings | DiffusersPipeline,
-        bank: Bank | None = None,
-        graph: DenoiserGraph | None = None,
+        self, source: SourceSettings | DiffusersPipeline, bank: Bank | None = None, graph: DenoiserGraph | None = None
     ) -> None:
         """On a folder, a hub id or `zoo:NAME`, of which the denoiser alone is loaded now; or on a loaded pipeline."""
         self.bank = bank

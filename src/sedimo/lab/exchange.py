@@ -34,7 +34,7 @@ def input_roundings(bank: Bank, decision: Decision) -> dict[str, tuple[InputQuan
 
 
 def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[str]]:
-    """Decisions in groups whose weight changes fit in memory; at least one decision each."""
+    """Decisions in groups whose weight changes fit in memory, at least one each; a trajectory is replayed for each."""
     found: list[list[str]] = []
     free = 0
     for decision in (one for one in space.decisions if one.changes):
@@ -45,11 +45,6 @@ def passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> list[list[st
         found[-1].append(decision.name)
         free -= size
     return found
-
-
-def count_passes(space: SearchSpace, memory_bytes: int = MEMORY_BYTES) -> int:
-    """How often a trajectory is gone through because weight changes do not fit in memory at once."""
-    return len(passes(space, memory_bytes))
 
 
 def weight_changes(bank: Bank, denoiser: nn.Module, decision: str) -> torch.Tensor:

@@ -198,8 +198,9 @@ class Lab:
         within(least=0)(n_processes, "n_processes")
         if n_processes:
             source = SourceSettings(str(self.folder), self.bench.variant, self.bench.compute)
-            replica = (source, self.bank.space, self.treatments, self.cache)
-            make_worker = functools.partial(_replica, *replica, on, objective)
+            make_worker = functools.partial(
+                _replica, source, self.bank.space, self.treatments, self.cache, on, objective
+            )
         else:
             own, references = self.any_bank, self.bench.references
             make_worker = functools.partial(TrialWorker, self.pipe, own, on, objective=objective, references=references)

@@ -43,8 +43,7 @@ References = dict[tuple[ObjectiveName, Sampling], Reference]
 class StopRequest:
     """Whether the user asked to stop; work checks it between two units that are saved."""
 
-    def __init__(self) -> None:
-        self.is_set = False
+    is_set = False
 
     def check(self, how_to_resume: str) -> None:
         """Ends the work when the user asked for it."""

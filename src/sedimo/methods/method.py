@@ -15,7 +15,7 @@ from sedimo.allocation.solve import Allocation
 from sedimo.allocation.table import SensitivityTable
 from sedimo.bank import Bank
 from sedimo.errors import InputError, StateError
-from sedimo.lab.exchange import MEMORY_BYTES, count_passes
+from sedimo.lab.exchange import MEMORY_BYTES, passes
 from sedimo.lab.lab import Lab
 from sedimo.lab.measuring import CallTiming
 from sedimo.pipelines.adapter import Sampling
@@ -66,7 +66,7 @@ class Price:
 
 def price_of_passes(space: SearchSpace, timing: CallTiming, call_factor: float) -> Price:
     """A plan's calls, and all of them again, each `call_factor` plain ones long, as often as memory demands."""
-    n_calls = timing.n_calls * (1 + count_passes(space))
+    n_calls = timing.n_calls * (1 + len(passes(space)))
     seconds = timing.seconds_per_call * (timing.n_calls + call_factor * (n_calls - timing.n_calls))
     return Price(seconds, n_calls, MEMORY_BYTES)
 

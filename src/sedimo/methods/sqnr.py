@@ -25,7 +25,7 @@ from torch import nn
 from sedimo.allocation.table import SensitivityTable, build_table
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
-from sedimo.lab.exchange import MEMORY_BYTES, count_passes, hooked, linear_part, rounding_change, stream_of
+from sedimo.lab.exchange import MEMORY_BYTES, hooked, linear_part, passes, rounding_change, stream_of
 from sedimo.lab.lab import Lab, seconds_of_fits
 from sedimo.lab.study import Setting
 from sedimo.methods.method import N_RANDOM, Finding, Method, NoKnobs, Price, Task, Words, plan_of
@@ -195,7 +195,7 @@ def _price(lab: Lab, _task: Task[NoKnobs]) -> Price:
     """A trajectory of more samples, all its calls again with all formats, which are fitted in full."""
     timing = lab.time_calls(lab.seeds.search)
     n_calls = max(1.0, LEAST_SAMPLES / lab.seeds.settings.n_seeds) * timing.n_calls
-    n_formats, n_passes = max(len(d.formats) for d in lab.space.decisions), count_passes(lab.space)
+    n_formats, n_passes = max(len(d.formats) for d in lab.space.decisions), len(passes(lab.space))
     seconds = n_calls * (1 + n_passes + n_formats) * timing.seconds_per_call + seconds_of_fits(lab)
     return Price(seconds, round(n_calls * (1 + n_passes)), MEMORY_BYTES)
 

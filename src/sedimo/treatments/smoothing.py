@@ -51,7 +51,7 @@ from sedimo.pipelines.trajectory import calls_by_step, inputs_by_samples, record
 from sedimo.progress import SILENT, Progress
 from sedimo.quant.activations import InputRange
 from sedimo.quant.formats import Format
-from sedimo.settings import Checked, checked, option, within
+from sedimo.settings import Checked, option, within
 from sedimo.space import search_space
 from sedimo.treatments.treatment import Treatment
 
@@ -70,7 +70,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class SmoothingSettings(Checked):
+class SmoothingSettings:
     """How to smooth: alpha, and the share of the layers, most sensitive first; 1 for all.
 
     `layers` names them instead; then the share does not matter.
@@ -79,9 +79,14 @@ class SmoothingSettings(Checked):
         InputError: an alpha or a share outside 0..1.
     """
 
-    alpha: float = checked(DEFAULT_ALPHA, check_alpha)
-    share: float = checked(DEFAULT_SHARE, check_share)
+    alpha: float = DEFAULT_ALPHA
+    share: float = DEFAULT_SHARE
     layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks alpha and share."""
+        check_alpha(self.alpha, "alpha")
+        check_share(self.share, "share")
 
     def __str__(self) -> str:
         return f"alpha {self.alpha:g} on {', '.join(self.layers) or f'{self.share:g} of the layers'}"

@@ -32,7 +32,7 @@ from sedimo.pipelines.adapter import DenoiserCall, Sampling
 from sedimo.pipelines.trajectory import sample_until
 from sedimo.quant.activations import ActivationQuantizer, Activations, InputRange
 from sedimo.quant.formats import FULL_BITS, Format
-from sedimo.settings import Checked, checked, option, within
+from sedimo.settings import Checked, option, within
 from sedimo.treatments.treatment import Treatment
 
 CALIBRATION_VERSION = 2  # raised when ranges of the same settings change
@@ -59,10 +59,11 @@ class ActivationSettings(Checked):
     symmetric: bool = option(False, "--act-symmetric", help="Round activations without a zero point.")
     n_steps: int = option(0, "--act-steps", least=0, help="Steps to calibrate at; 0: all; 1: the first, of most noise.")
     by_timestep: bool = option(False, "--act-by-timestep", help="Static ranges for each calibrated timestep.")
-    n_samples: int = checked(N_SAMPLES, within(least=1))
+    n_samples: int = N_SAMPLES
 
     def check_together(self) -> None:
-        """Refuses what belongs to static ranges, without them."""
+        """Refuses what belongs to static ranges, without them, and no samples."""
+        within(least=1)(self.n_samples, "n_samples")
         if self.ranges == "dynamic" and (self.n_steps or self.by_timestep):
             raise InputError("--act-steps and --act-by-timestep are for static ranges: give --act-ranges min-max, too")
 
