@@ -13,7 +13,7 @@ from .errors import (
 )
 from .graph.model import DenoiserGraph as DenoiserGraph
 from .jobs.evaluate import evaluate as evaluate
-from .jobs.face import (
+from .jobs.public import (
     Lab as Lab,
     attribute as attribute,
     explore as explore,

@@ -11,10 +11,10 @@ import numpy as np
 from allocation_tables import table_of, tiny_tables
 from hypothesis import strategies as st
 
-from sedimo.allocation.options import Variants
 from sedimo.allocation.program import GAP
 from sedimo.allocation.solve import Allocation, allocate_within, read_budget
 from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.allocation.variants import Variants
 from sedimo.quant.formats import PAPER_FORMATS, paper_bytes, stored_bytes
 
 # groups of SDXL by number of decisions, as Qua2SeDiMo counts them: 243 groups, 343,458 variants of six formats

@@ -12,9 +12,9 @@ from diffusers import DiTTransformer2DModel
 
 from packed_weights import denoise, dequantize_weights
 from sedimo.checkpoint.inputs import round_inputs, rounded_inputs, unround_inputs
-from sedimo.checkpoint.judge import check_against_model
 from sedimo.checkpoint.layout import Configuration
 from sedimo.checkpoint.reading import open_checkpoint
+from sedimo.checkpoint.validation import check_against_model
 from sedimo.checkpoint.weights import replace_weights
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.trajectory import timestep_of

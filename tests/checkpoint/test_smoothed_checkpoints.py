@@ -20,8 +20,8 @@ from sedimo.checkpoint.inputs import (
     smoothed_layers,
     unsmooth_inputs,
 )
-from sedimo.checkpoint.judge import check_divisor_specs, make_seal
 from sedimo.checkpoint.layout import DIVISOR, Configuration, read_configuration
+from sedimo.checkpoint.validation import check_divisor_specs, make_seal
 from sedimo.checkpoint.weights import replace_weights
 from sedimo.checkpoint.writing import Origin, write_checkpoint
 from sedimo.errors import InputError, StateError

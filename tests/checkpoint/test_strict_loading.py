@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from packed_weights import OWNER, check_checkpoint, random_packed
 from sedimo.checkpoint import diffusers_plugin
 from sedimo.checkpoint.contents import packed_layers
-from sedimo.checkpoint.judge import make_seal
 from sedimo.checkpoint.layout import read_configuration
 from sedimo.checkpoint.reading import is_packed, open_checkpoint, read_packed
+from sedimo.checkpoint.validation import make_seal
 from sedimo.checkpoint.weights import replace_weights
 from sedimo.errors import InputError, StateError
 

@@ -12,8 +12,8 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from packed_weights import check_checkpoint
 from sedimo.allocation.budget import BudgetSettings
 from sedimo.checkpoint.inputs import smoothed_layers
-from sedimo.checkpoint.judge import tensor_specs
 from sedimo.checkpoint.reading import read_packed
+from sedimo.checkpoint.validation import tensor_specs
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
 from sedimo.jobs.quantize import QuantizeSettings

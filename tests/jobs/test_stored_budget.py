@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sedimo.allocation.budget import BudgetSettings
-from sedimo.checkpoint.judge import tensor_specs
 from sedimo.checkpoint.reading import open_checkpoint
+from sedimo.checkpoint.validation import tensor_specs
 from sedimo.errors import InputError
 from sedimo.jobs import quantize as job
 from sedimo.jobs.quantize import QuantizeSettings

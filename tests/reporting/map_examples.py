@@ -7,7 +7,7 @@ import math
 import numpy as np
 from report_examples import estimate
 
-from sedimo.reporting.maps import ChannelRanges, NoiseMap, Repetition, TrajectoryLines
+from sedimo.reporting.measured_maps import ChannelRanges, NoiseMap, Repetition, TrajectoryLines
 
 
 def noise_map(n_blocks=28, n_steps=50, number_format="") -> NoiseMap:

@@ -14,7 +14,7 @@ from sedimo.lab.study import Spent
 from sedimo.methods.hybrid import BlockCurves, BlockRow
 from sedimo.methods.portfolio import Entrant
 from sedimo.quant.formats import Format
-from sedimo.reporting.maps import Maps, blocks_page
+from sedimo.reporting.measured_maps import Maps, blocks_page
 from sedimo.reporting.page import Page
 from sedimo.reporting.report_page import report_page
 from sedimo.reporting.summary import Blamed, Prediction, Summary

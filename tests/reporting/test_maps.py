@@ -22,7 +22,7 @@ from sedimo.quant.formats import FP16, Format
 from sedimo.reporting import html
 from sedimo.reporting.drawing import draw
 from sedimo.reporting.html import MAX_BYTES
-from sedimo.reporting.maps import (
+from sedimo.reporting.measured_maps import (
     ChannelRanges,
     Maps,
     blocks_page,
@@ -38,7 +38,7 @@ from sedimo.reporting.maps import (
     steps_axis,
     trajectory_figure,
 )
-from sedimo.reporting.maps import repetition as repetition_of
+from sedimo.reporting.measured_maps import repetition as repetition_of
 from sedimo.reporting.page import Figure
 from sedimo.reporting.theme import PLACEHOLDER
 

@@ -11,7 +11,7 @@ from report_examples import dit_evidence, dit_layers, make_table
 
 from sedimo.allocation.solve import allocate
 from sedimo.allocation.table import SensitivityTable
-from sedimo.jobs.face import report
+from sedimo.jobs.public import report
 from sedimo.jobs.sweep import ranks_matrix
 from sedimo.quant.formats import parse_formats
 from sedimo.reporting.drawing import draw

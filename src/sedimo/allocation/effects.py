@@ -32,10 +32,10 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.special import digamma
 
-from sedimo.allocation.options import FloatArray, IntArray
 from sedimo.allocation.program import Answer, Problem
 from sedimo.allocation.solve import Allocation, Budget, allocate_within, make_problem, record
 from sedimo.allocation.table import SensitivityTable, mean_cost
+from sedimo.allocation.variants import FloatArray, IntArray
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.metrics.estimate import Estimate, mean_estimate

@@ -42,7 +42,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from sedimo.allocation.options import FloatArray, IntArray, Variants
+from sedimo.allocation.variants import FloatArray, IntArray, Variants
 from sedimo.errors import InputError, SedimoError
 
 GAP = 1e-4

@@ -18,9 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-from sedimo.allocation.options import SIZES, IntArray, Variants, check_groups
 from sedimo.allocation.program import GAP, SEARCHES, Answer, Problem, decide, pareto, relax
 from sedimo.allocation.table import Cost, SensitivityTable
+from sedimo.allocation.variants import SIZES, IntArray, Variants, check_groups
 from sedimo.errors import InputError
 from sedimo.quant.formats import Format
 from sedimo.space import Recipe, compose

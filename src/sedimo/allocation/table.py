@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from sedimo.allocation.options import SIZES, Columns, FloatArray, Variants
+from sedimo.allocation.variants import SIZES, Columns, FloatArray, Variants
 from sedimo.bank import Candidate
 from sedimo.errors import InputError, StateError
 from sedimo.graph.model import Stream

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from sedimo.checkpoint.inputs import rounded_inputs, smoothed_layers, unround_inputs, unsmooth_inputs
-from sedimo.checkpoint.judge import check_values
 from sedimo.checkpoint.layout import METHOD, Configuration, LayerEntry, entry_of, kind_of, stored_tensors
+from sedimo.checkpoint.validation import check_values
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.weights import refuse_adapters
 from sedimo.quant.parts import WeightPart

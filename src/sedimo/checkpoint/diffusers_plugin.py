@@ -24,7 +24,8 @@ from sedimo import __version__
 from sedimo._import_hook import install
 from sedimo.checkpoint.contents import assemble, describe, flatten_state, make_ordinary, named_layers
 from sedimo.checkpoint.inputs import prepare_divisors, round_inputs
-from sedimo.checkpoint.judge import (
+from sedimo.checkpoint.layout import METHOD, Configuration, read_configuration
+from sedimo.checkpoint.validation import (
     check_against_model,
     check_nothing_on_meta,
     check_tensors,
@@ -32,7 +33,6 @@ from sedimo.checkpoint.judge import (
     judge_headers,
     make_seal,
 )
-from sedimo.checkpoint.layout import METHOD, Configuration, read_configuration
 from sedimo.errors import InputError, StateError, UnsupportedError
 from sedimo.pipelines.weights import read_header
 from sedimo.quant.fitting import quantize_weight

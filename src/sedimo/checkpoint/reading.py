@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 from sedimo.checkpoint.contents import assemble
-from sedimo.checkpoint.judge import check_tensors, checksums_of, judge_headers, tensor_specs
 from sedimo.checkpoint.layout import METHOD, Configuration, read_configuration
+from sedimo.checkpoint.validation import check_tensors, checksums_of, judge_headers, tensor_specs
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError
 from sedimo.pipelines.weights import WEIGHTS_STEM, FileHeader, find_weights, read_header

@@ -20,9 +20,9 @@ from torch import nn
 from yaml import YAMLError
 
 from sedimo.checkpoint.diffusers_plugin import MADE_BY
-from sedimo.checkpoint.judge import make_seal
 from sedimo.checkpoint.layout import KINDS, Configuration, LayerEntry, entry_of, stored_tensors
 from sedimo.checkpoint.reading import Checkpoint, open_checkpoint, read_tensors
+from sedimo.checkpoint.validation import make_seal
 from sedimo.checkpoint.weights import MAX_SHARD_SIZE, save_denoiser
 from sedimo.codec import parse_json
 from sedimo.errors import InputError, StateError

@@ -21,7 +21,7 @@ from sedimo.pipelines.folder import write_file
 from sedimo.progress import SILENT, Progress
 from sedimo.quant.formats import Format
 from sedimo.reporting.html import write_page
-from sedimo.reporting.maps import blocks_page
+from sedimo.reporting.measured_maps import blocks_page
 from sedimo.settings import REQUIRED, Checked, block, one_of, option
 from sedimo.space import Recipe
 

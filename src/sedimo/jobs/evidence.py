@@ -45,7 +45,15 @@ from sedimo.reporting.explanation import (
     score_boxes,
     verdict_of,
 )
-from sedimo.reporting.maps import ChannelRanges, Maps, NoiseMap, TrajectoryLines, local_map, recipe_map, repetition
+from sedimo.reporting.measured_maps import (
+    ChannelRanges,
+    Maps,
+    NoiseMap,
+    TrajectoryLines,
+    local_map,
+    recipe_map,
+    repetition,
+)
 from sedimo.reporting.summary import Blamed, Evidence, Prediction, Provenance, Summary, reference_format
 from sedimo.space import compose
 from sedimo.treatments.learned_rounding import Reconstruction

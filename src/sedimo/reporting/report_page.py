@@ -15,7 +15,7 @@ from sedimo.reporting import phrasing
 from sedimo.reporting.explanation import explanation_section, matters_section
 from sedimo.reporting.figures import ROW, Axis, Plot, Series, named, only, room, short
 from sedimo.reporting.layer_map import layer_map
-from sedimo.reporting.maps import maps_section
+from sedimo.reporting.measured_maps import maps_section
 from sedimo.reporting.page import (
     Beside,
     Cell,

@@ -22,7 +22,7 @@ from sedimo.metrics.estimate import Estimate, normal_estimate
 from sedimo.metrics.signal import PairedDifference
 from sedimo.quant.formats import FULL_BITS, Format
 from sedimo.reporting.explanation import Explanation
-from sedimo.reporting.maps import Maps
+from sedimo.reporting.measured_maps import Maps
 from sedimo.reporting.page import Picture
 from sedimo.reporting.placement import OUTSIDE, kind_of, operation_label, stage
 from sedimo.treatments.learned_rounding import LearnedRounding

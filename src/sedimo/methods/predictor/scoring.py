@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sedimo.allocation.options import Variants, enumerate_variants
 from sedimo.allocation.table import SensitivityTable, build_table
+from sedimo.allocation.variants import Variants, enumerate_variants
 from sedimo.bank import Candidate
 from sedimo.errors import InputError
 from sedimo.graph.model import Group

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from allocation_tables import table_of
 
-from sedimo.allocation.options import Variants, check_groups, enumerate_variants
 from sedimo.allocation.table import Cost
+from sedimo.allocation.variants import Variants, check_groups, enumerate_variants
 from sedimo.errors import InputError, StateError
 from sedimo.quant.formats import FP16, Format, parse_formats
 
