@@ -26,6 +26,11 @@ def test_every_name_resolves_and_is_no_module(name):
     assert name in dir(sedimo)
 
 
+def test_names_are_listed_without_the_old_ones_and_with_the_version():
+    assert "__version__" in dir(sedimo)
+    assert not {"attribute", "explore", "probe"} & {*dir(sedimo)}
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="attribute nothing"):
         sedimo.nothing  # noqa: B018

@@ -13,7 +13,12 @@ from sedimo._import_hook import install
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, _names = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__ = sorted({*_names} - {"attribute", "explore", "probe"})  # old names, which end with the next release
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 install()

@@ -1,8 +1,8 @@
 """Teaches diffusers to load Sedimo's checkpoints the moment diffusers is there; imports neither it nor torch.
 
 `import sedimo` calls `install`. If `diffusers.quantizers.auto` is already imported, the quantizer is registered
-at once; otherwise a finder waits on `sys.meta_path`, lets the ordinary import machinery load that one module
-and registers right after it ran. Registering writes two dictionary entries and patches nothing.
+at once; otherwise a finder waits on `sys.meta_path`, lets the ordinary import machinery find that one module, and has
+its loader register right after the module ran. Registering writes two dictionary entries; diffusers is not patched.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _register(auto: ModuleType) -> None:
 
 
 class _Finder:
-    """Finds one module by asking everybody else, and registers once its loader has run."""
+    """Finds one module by asking everybody else, and has its loader register once it has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
