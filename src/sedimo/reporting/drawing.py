@@ -35,7 +35,7 @@ _COLOURS: Mapping[Look, str] = {"this": ACCENT, "other": OTHER, "ink": INK, "sof
 _COLOUR_MAP = "viridis"
 _DARK = 0.6  # of the colour map; white is read below, black above
 _LEAST = 1e-4  # of the greatest value of a logarithmic map, below which differences do not matter
-_FEW_DECADES = 2.2  # below, a logarithmic axis has ticks at 1, 2 and 5
+_FEW_DECADES = 2.4  # in sight; below, a logarithmic axis has ticks at 1, 2 and 5, whose labels have room beside
 _MANY = 64  # rows, beyond which dots and edges are small
 _HALF = 0.3  # half the thickness of a box [rows]
 _ARROWS = {True: ("<", ">"), False: ("v", "^")}  # for ends below and above the axis, lying and upright
@@ -239,7 +239,8 @@ def _set_axis(axis: PlotAxis, wanted: Axis, values: Sequence[float]) -> None:
     (axes.set_xlabel if is_x else axes.set_ylabel)(wanted.label)
     if wanted.is_logarithmic and values:  # plain text at decades, or at 1, 2 and 5: no markup survives in a page
         (axes.set_xscale if is_x else axes.set_yscale)("log")
-        decades = math.log10(max(values) / min(values))
+        low, high = axis.get_view_interval()  # of all that is drawn, intervals included
+        decades = math.log10(high / low)
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < _FEW_DECADES else (1.0,), numticks=12))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
